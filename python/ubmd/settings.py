@@ -1,0 +1,288 @@
+"""Settings of every stage: one TOML file per run, one pydantic model per table.
+
+Every field states its unit in its description; ``ubmd schema`` prints the JSON schema and
+``ubmd init`` a commented template made from the same descriptions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ubmd.errors import SettingsError
+
+
+class Table(BaseModel):
+    """A table of the settings file: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+T = TypeVar("T", bound="Table")
+
+
+class ModelSettings(Table):
+    """The Gaussian-moment neural network."""
+
+    size: Literal["light", "paper"] = Field(
+        "light", description="named size: light (5 radial functions, 360 invariants) or paper (7, 910)"
+    )
+    cutoff: float = Field(5.0, gt=0.5, description="cutoff radius r_c, Å")
+    n_radial: int | None = Field(None, ge=1, description="radial functions per element pair; overrides size")
+    n_basis: int | None = Field(None, ge=1, description="Gaussian basis functions; overrides size")
+    r_min: float = Field(0.5, ge=0, description="centre of the first Gaussian, Å")
+    hidden: tuple[int, int] = Field((512, 512), description="widths of the two hidden layers")
+    elements: tuple[str, ...] | None = Field(
+        None, description="element names; default: those found in the training data, sorted by number"
+    )
+
+
+class TrainingSettings(Table):
+    """Optimisation of the network."""
+
+    epochs: int = Field(1000, ge=1, description="epochs from scratch")
+    batch_size: int = Field(32, ge=1, description="structures per mini-batch (all, if fewer)")
+    energy_weight: float = Field(1.0, ge=0, description="w_E, weight of squared energy errors, 1/eV^2")
+    force_weight: float = Field(4.0, ge=0, description="w_F, weight of squared force errors, Å^2/eV^2")
+    stress_weight: float = Field(0.01, ge=0, description="w_S, weight of squared errors of V·stress, 1/eV^2")
+    learning_rate: float = Field(0.03, gt=0, description="Adam step of the layers, decays linearly to 0")
+    learning_rate_radial: float = Field(0.02, gt=0, description="Adam step of the radial coefficients B")
+    learning_rate_shift: float = Field(0.05, gt=0, description="Adam step of the shifts mu")
+    learning_rate_scale: float = Field(0.001, gt=0, description="Adam step of the scales sigma")
+    precision: Literal["float32", "float64"] = Field(
+        "float32", description="precision of the network; energies are always summed in float64"
+    )
+    validation_every: int = Field(1, ge=1, description="epochs between validations (early stopping, log, picture)")
+    checkpoint_every: int = Field(
+        50, ge=1, description="epochs between checkpoints, from which a killed training resumes"
+    )
+    threads: int | None = Field(None, ge=1, description="torch threads; default: all cores")
+
+
+class UncertaintySettings(Table):
+    """Gradient-feature uncertainty and its conformal calibration."""
+
+    kind: Literal["posterior"] = Field("posterior", description="distance, ensemble and last-layer are planned")
+    projections: int = Field(512, ge=1, description="random projections p of the gradient-feature sketch")
+    lambda2: float = Field(1e-4, gt=0, description="ridge lambda^2 of the posterior, in rescaled-feature units")
+    alpha: float = Field(0.05, gt=0, lt=1, description="miscoverage of conformal calibration: 0.05 = 95 % confidence")
+    seed: int = Field(0, ge=0, description="seed of the random projections (stored in the model file)")
+
+
+class StartSettings(Table):
+    """What the loop starts from."""
+
+    file: Path = Field(description="extxyz with one or more structures; relative to the settings file")
+    count: int = Field(8, ge=2, description="perturbed copies that are labelled first")
+    displacement: float = Field(0.02, ge=0, description="uniform random shift of every coordinate, ± Å")
+    strain: float = Field(0.0, ge=0, lt=0.5, description="uniform random strain of periodic cells, ± (no unit)")
+
+
+class ReferenceSettings(Table):
+    """Who labels structures: a ready-made reference or any ASE calculator by import path."""
+
+    calculator: str = Field(
+        description="'openmm' or the import path of an ASE calculator, e.g. 'ase.calculators.emt:EMT'"
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the calculator; 'openmm': pdb, forcefield, cmap"
+    )
+    timeout: float = Field(600.0, gt=0, description="longest time for one label, s")
+    force_limit: float = Field(20.0, gt=0, description="labels with a larger |F| are rejected, eV/Å")
+    min_distance: float = Field(
+        0.5, ge=0, description="reject structures with atoms closer than this share of their covalent radii"
+    )
+
+
+class MDSettings(Table):
+    """The replicas' dynamics in LAMMPS (NVT: fix nve + fix langevin)."""
+
+    replicas: int = Field(8, ge=1, description="independent replicas per iteration")
+    steps: int = Field(20000, ge=1, description="longest run of one replica, steps")
+    timestep: float = Field(0.5, gt=0, description="fs")
+    temperature: float = Field(300.0, gt=0, description="K")
+    damping: float = Field(0.51, gt=0, description="Langevin damping time, ps (friction 1.96 /ps = 0.51 ps)")
+    frames_every: int = Field(200, ge=1, description="steps between frames that go to the pool")
+    precision: Literal["mixed", "single", "double"] = Field("mixed", description="precision of pair_style ubmd")
+    timeout: float = Field(7200.0, gt=0, description="longest time for one replica, s")
+    start_from: Literal["start", "labelled"] = Field(
+        "start", description="replicas start from the first structure, or from newly labelled ones"
+    )
+
+
+class BiasSettings(Table):
+    """The uncertainty bias (fix ubmd); force = 0 runs plain MD with the uncertainty as a monitor."""
+
+    force: float = Field(0.25, ge=0, description="tau, bias strength as a share of the physical forces (no unit)")
+    species: dict[str, float] = Field(
+        default_factory=dict, description="per-element factors on tau (no unit), e.g. {H = 0.0}"
+    )
+    window: int = Field(100, ge=1, description="evaluations in the moving window of the bias scale")
+    every: int = Field(4, ge=1, description="steps between evaluations of uncertainty and bias")
+
+
+class SelectionSettings(Table):
+    """Which frames of the pool are labelled."""
+
+    method: Literal["max_det", "max_diag", "random"] = Field("max_det", description="batch selection rule")
+    batch: int = Field(8, ge=1, description="structures labelled per iteration")
+    noise: float = Field(0.0, ge=0, description="noise of max_det: 0 = determinant, lambda2 = refit with the pick")
+    duplicate_tolerance: float = Field(
+        1e-3, ge=0, description="feature distance below which two structures count as the same (no unit)"
+    )
+
+
+class LoopSettings(Table):
+    """When a replica stops, when the loop stops, how labels are split."""
+
+    labels: int = Field(512, ge=2, description="stop when the data set has this many labels")
+    threshold: float = Field(1.5, gt=0, description="a replica stops when max_i u_i passes this, eV/Å")
+    quiet_iterations: int = Field(
+        3, ge=1, description="stop after this many successive iterations in which every replica reached the step limit"
+    )
+    stop_when_quiet: bool = Field(False, description="use the quiet_iterations rule at all")
+    validation_share: float = Field(0.1, gt=0, lt=1, description="share of labels kept for validation and calibration")
+    warm_start: bool = Field(True, description="train from the last model (else from scratch) in every iteration")
+    warm_epochs: int = Field(200, ge=1, description="epochs of a warm start")
+
+
+class SamplingSettings(Table):
+    """Reference MD (ASE Langevin) that makes a test set."""
+
+    temperature: float = Field(1200.0, gt=0, description="K")
+    frames: int = Field(200, ge=1, description="frames in the test set")
+    stride: int = Field(500, ge=1, description="steps between frames")
+    equilibration: int = Field(2000, ge=0, description="steps before the first frame")
+    timestep: float = Field(0.5, gt=0, description="fs")
+    friction: float = Field(1.96, gt=0, description="Langevin friction, 1/ps")
+    trajectories: int = Field(2, ge=1, description="independent trajectories that share the frames")
+    seed: int = Field(12345, ge=0, description="fixed seed: the test set does not depend on the run's seed")
+
+
+class TestSettings(Table):
+    """A held-out test set: a file, or reference MD; never trained on."""
+
+    __test__: ClassVar[bool] = False  # pytest would collect it by its name
+
+    file: Path | None = Field(None, description="extxyz with labels; made by 'sampling' there if it does not exist")
+    sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="how to make the file")
+
+
+class VariablesSettings(Table):
+    """Collective variables that the report counts coverage in."""
+
+    torsions: dict[str, tuple[int, int, int, int]] = Field(
+        default_factory=dict, description="name -> four atom indices (from 0) of a torsion, e.g. phi = [4, 6, 8, 14]"
+    )
+
+
+class WorkerSettings(Table):
+    """Processes on this machine."""
+
+    processes: int | None = Field(None, ge=1, description="worker processes; default: all cores")
+
+
+class RunSettings(Table):
+    """Everything that `ubmd run` needs: one settings file is one run."""
+
+    run_dir: Path = Field(description="folder of the run; relative to the working directory")
+    seed: int = Field(0, ge=0, description="seed of the run; the same seed repeats the run")
+    start: StartSettings
+    reference: ReferenceSettings
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    uncertainty: UncertaintySettings = Field(default_factory=UncertaintySettings)
+    md: MDSettings = Field(default_factory=MDSettings)
+    bias: BiasSettings = Field(default_factory=BiasSettings)
+    selection: SelectionSettings = Field(default_factory=SelectionSettings)
+    loop: LoopSettings = Field(default_factory=LoopSettings)
+    test: TestSettings | None = None
+    variables: VariablesSettings = Field(default_factory=VariablesSettings)
+    workers: WorkerSettings = Field(default_factory=WorkerSettings)
+
+    @model_validator(mode="after")
+    def _labels_cover_start(self) -> RunSettings:
+        if self.loop.labels < self.start.count:
+            raise ValueError(f"loop.labels = {self.loop.labels} is less than start.count = {self.start.count}")
+        return self
+
+
+class TrainSettings(Table):
+    """Everything that `ubmd train` needs."""
+
+    training_file: Path = Field(description="extxyz with labels; relative to the settings file")
+    validation_file: Path | None = Field(None, description="extxyz with labels; default: split from training_file")
+    validation_share: float = Field(0.1, gt=0, lt=1, description="share split off when there is no validation_file")
+    output_dir: Path = Field(description="folder for log, picture and model.pt; relative to the working directory")
+    seed: int = Field(0, ge=0, description="seed of the initial weights, the split and the order of mini-batches")
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    uncertainty: UncertaintySettings = Field(default_factory=UncertaintySettings)
+
+
+def load_settings(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:
+    """Read a TOML settings file; ``overrides`` are ``table.key=value`` strings with TOML values.
+
+    Raises:
+        SettingsError: one sentence that names the exact key and, for a typo, the nearest valid name.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"There is no settings file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read as a settings file: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}.") from None
+    for override in overrides:
+        _override(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {_explain(error, kind)}") from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one ``table.key=value`` in a nested dictionary; a value that is not TOML is taken as text."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise SettingsError(f"--set needs key=value, got {override!r}.")
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise SettingsError(f"--set {override}: '{table}' is a value, not a table.")
+    try:
+        values[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[last] = text.strip()
+
+
+def _explain(error: ValidationError, kind: type[Table]) -> str:
+    """One sentence for the first validation error, with the nearest valid key for unknown ones."""
+    # a typo explains a missing key better than the missing key does
+    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        names = _fields_at(kind, location[:-1])
+        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.0)
+        return f"unknown key '{key}'; did you mean '{near[0]}'?" if near else f"unknown key '{key}'."
+    if first["type"] == "missing":
+        return f"the key '{key}' is missing."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"'{key}': {message} (got {first['input']!r})." if location else f"{message}."
+
+
+def _fields_at(kind: type[Table], location: list[str]) -> list[str]:
+    """Field names of the table at a location inside the settings."""
+    for part in location:
+        annotation: Any = kind.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        kind = next(c for c in candidates if isinstance(c, type) and issubclass(c, Table))
+    return list(kind.model_fields)

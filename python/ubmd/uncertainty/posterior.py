@@ -1,0 +1,38 @@
+"""Posterior uncertainty of Bayesian linear regression in (sketched) gradient features."""
+
+import torch
+from torch import Tensor, nn
+
+TINY = 1e-40  # keeps sqrt differentiable at zero without changing any float64 result
+
+
+class PosteriorUncertainty(nn.Module):
+    """u^2 = lambda^2 phi^T (Phi^T Phi + lambda^2 I)^-1 phi, for features divided by one scalar.
+
+    The scalar makes the mean of |phi|^2 over the training features 1. Stored is the eigen-factor M with u = |M phi| for
+    *raw* features (scalar and lambda folded in), a buffer, so it stays float64 in every precision.
+    """
+
+    factor: Tensor
+    feature_scale: Tensor
+    calibration: Tensor
+
+    def __init__(self, projections: int) -> None:
+        super().__init__()
+        self.tiny = TINY
+        self.register_buffer("factor", torch.zeros(projections, projections, dtype=torch.float64))
+        self.register_buffer("feature_scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("calibration", torch.ones((), dtype=torch.float64))
+
+    def fit(self, gram: Tensor, count: int, lambda2: float) -> None:
+        """Fit from the Gram matrix Phi^T Phi [p, p] (float64) of ``count`` raw training features."""
+        scale2 = torch.trace(gram) / count  # mean |phi|^2
+        values, vectors = torch.linalg.eigh(gram / scale2)
+        weights = torch.sqrt(lambda2 / (values.clamp(min=0.0) + lambda2))
+        self.feature_scale.copy_(torch.sqrt(scale2))
+        self.factor.copy_(weights.unsqueeze(1) * vectors.T / torch.sqrt(scale2))
+
+    def forward(self, phi: Tensor) -> Tensor:
+        """Calibrated u [n] (float64) of raw features [n, p] of any precision."""
+        projected = torch.mm(phi.to(self.factor.dtype), self.factor.t())
+        return self.calibration * torch.sqrt((projected * projected).sum(1) + self.tiny)
