@@ -58,8 +58,9 @@ class TrainingSettings(Table):
         "float32", description="precision of the network; energies are always summed in float64"
     )
     validation_every: int = Field(1, ge=1, description="epochs between validations (early stopping, log, picture)")
-    checkpoint_every: int = Field(
-        50, ge=1, description="epochs between checkpoints, from which a killed training resumes"
+    checkpoint_every: int = Field(50, ge=1, description="epochs between checkpoints that a killed run resumes from")
+    warm_learning_rate_factor: float = Field(
+        1.0, gt=0, description="factor on all learning rates when training starts from an earlier model (no unit)"
     )
     threads: int | None = Field(None, ge=1, description="torch threads; default: all cores")
 
@@ -72,6 +73,9 @@ class UncertaintySettings(Table):
     lambda2: float = Field(1e-4, gt=0, description="ridge lambda^2 of the posterior, in rescaled-feature units")
     alpha: float = Field(0.05, gt=0, lt=1, description="miscoverage of conformal calibration: 0.05 = 95 % confidence")
     seed: int = Field(0, ge=0, description="seed of the random projections (stored in the model file)")
+    atoms_by: Literal["atom", "structure"] = Field(
+        "atom", description="calibrate atomic uncertainties by atoms, or by the maximum of each structure"
+    )
 
 
 class StartSettings(Table):

@@ -1,0 +1,162 @@
+"""A model file in Python: an ASE calculator, and an evaluator for many structures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator as AseCalculator
+from ase.calculators.calculator import PropertyNotImplementedError, all_changes
+
+from ubmd.data.graph import VOIGT, Graph, build_graph, collate, scatter_forces, strain_gradient
+from ubmd.export import load_model, structure_means
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about one structure.
+
+    energy: eV; forces: [n, 3] eV/Å; stress: [6] eV/Å^3, ASE order (None without a cell); u: calibrated structure
+    uncertainty, eV/atom; atomic_u: [n] calibrated, eV/Å; feature: [p] structure feature, divided by the model's feature
+    scale so that lambda2 of its settings applies.
+    """
+
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray | None
+    u: float
+    atomic_u: np.ndarray
+    feature: np.ndarray
+
+
+class Evaluator:
+    """Energies, forces, stress and uncertainties of many structures from one model file."""
+
+    def __init__(self, path: Path | str, precision: str = "mixed") -> None:
+        self.module = load_model(Path(path), precision)
+        self.metadata: dict[str, Any] = json.loads(self.module.metadata())
+        self.elements: list[str] = self.metadata["elements"]
+        self.cutoff: float = self.metadata["cutoff"]
+        self.edge_dtype = torch.float32 if precision == "single" else torch.float64
+        self.feature_scale: float = self.metadata["uncertainty"]["energy"]["feature_scale"]
+
+    def graph(self, atoms: Atoms) -> Graph:
+        """The structure as the model's graph."""
+        return build_graph(atoms, self.elements, self.cutoff)
+
+    def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
+        """One prediction per structure; the plain (unprofiled) TorchScript interpreter runs it."""
+        return [self.predict_one(atoms) for atoms in structures]
+
+    def predict_one(self, atoms: Atoms) -> Prediction:
+        """Prediction for one structure."""
+        batch = collate([self.graph(atoms)])
+        n = len(atoms)
+        edge = batch.edge_vector.to(self.edge_dtype)
+        with torch.jit.optimized_execution(False):
+            atomic_energy, gradient = self.module.forces(batch.species, batch.edge_index, edge, n)
+            with torch.no_grad():
+                phi = self.module(batch.species, batch.edge_index, edge, n)[1]
+                mean = structure_means(phi.double(), batch)[0]
+                u = self.module.uncertainty(mean)
+                atomic_u = self.module.atomic_uncertainties(phi)
+        return Prediction(
+            energy=float(atomic_energy.double().sum()),
+            forces=scatter_forces(batch.edge_index, gradient.double(), n).numpy(),
+            stress=_stress(batch.edge_vector, gradient, atoms),
+            u=float(u),
+            atomic_u=atomic_u.double().numpy(),
+            feature=mean.numpy() / self.feature_scale,
+        )
+
+    def uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
+        """(u eV/atom, du/dr [n, 3] 1/atom·eV/Å, du/d(strain) [3, 3] eV/atom) of the structure uncertainty.
+
+        Phase 1 gives phi and w = du/d(mean phi), phase 2 the vector-Jacobian product with w/n.
+        """
+        graph = self.graph(atoms)
+        n = len(atoms)
+        edge = graph.edge_vector.to(self.edge_dtype)
+        with torch.jit.optimized_execution(False):
+            with torch.no_grad():
+                phi = self.module(graph.species, graph.edge_index, edge, n)[1]
+            mean = phi.double().mean(0).requires_grad_(True)
+            u = self.module.uncertainty(mean)
+            (w,) = torch.autograd.grad(u, mean)
+            gradient = self.module.bias(graph.species, graph.edge_index, edge, n, w / n).double()
+        owner = torch.zeros(len(edge), dtype=torch.int64)
+        strain = strain_gradient(graph.edge_vector, gradient, owner, 1)[0]
+        return float(u.detach()), -scatter_forces(graph.edge_index, gradient, n).numpy(), strain.numpy()
+
+
+def _stress(edge_vector: torch.Tensor, gradient: torch.Tensor, atoms: Atoms) -> np.ndarray | None:
+    """(1/V) dE/d(strain) in ASE's Voigt order, or None for a structure without a three-dimensional cell."""
+    if atoms.cell.rank < 3:
+        return None
+    owner = torch.zeros(len(edge_vector), dtype=torch.int64)
+    virial = strain_gradient(edge_vector, gradient.double(), owner, 1)[0].numpy()
+    return virial[VOIGT] / atoms.get_volume()
+
+
+class Calculator(AseCalculator):
+    """ASE calculator of a ubmd model file.
+
+    Besides energy (eV), forces (eV/Å) and stress (eV/Å^3) its results hold ``uncertainty`` (structure, eV/atom),
+    ``atomic_uncertainties`` ([n], eV/Å) and, from :meth:`get_bias_forces`, the raw uncertainty forces. With
+    ``bias_force`` = f > 0 energies and forces are those of E - f·u (a fixed scale: LAMMPS's fix ubmd adapts it).
+
+    Raises:
+        ModelError: missing or corrupt model file. DataError: an element that the model does not know.
+    """
+
+    implemented_properties: ClassVar[list[str]] = [
+        "energy",
+        "free_energy",
+        "forces",
+        "stress",
+        "uncertainty",
+        "atomic_uncertainties",
+    ]
+
+    def __init__(self, path: Path | str, precision: str = "double", bias_force: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.evaluator = Evaluator(path, precision)
+        self.bias_force = bias_force
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        super().calculate(atoms, list(properties), list(system_changes))
+        assert self.atoms is not None
+        prediction = self.evaluator.predict_one(self.atoms)
+        energy, forces, stress = prediction.energy, prediction.forces, prediction.stress
+        if self.bias_force:
+            u, gradient, strain = self.evaluator.uncertainty_gradient(self.atoms)
+            energy -= self.bias_force * u
+            forces = forces + self.bias_force * gradient
+            if stress is not None:
+                stress = stress - self.bias_force * strain[VOIGT] / self.atoms.get_volume()
+        if stress is None and "stress" in properties:
+            raise PropertyNotImplementedError("Stress needs a three-dimensional cell.")
+        self.results = {
+            "energy": energy,
+            "free_energy": energy,
+            "forces": forces,
+            "uncertainty": prediction.u,
+            "atomic_uncertainties": prediction.atomic_u,
+        }
+        if stress is not None:
+            self.results["stress"] = stress
+
+    def get_bias_forces(self, atoms: Atoms) -> np.ndarray:
+        """Raw uncertainty forces du/dr [n, 3] (they drive the uncertainty up), eV/Å per atom."""
+        return self.evaluator.uncertainty_gradient(atoms)[1]

@@ -1,0 +1,231 @@
+"""From a trained network to the one file that LAMMPS runs: fit the posterior, calibrate, script, write."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from ubmd import __version__
+from ubmd.data.graph import Batch, Graph, build_graph, collate, scatter_forces
+from ubmd.errors import DataError, ModelError
+from ubmd.models.deployed import DeployedModel
+from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.settings import UncertaintySettings
+from ubmd.uncertainty import ConformalScale, conformal_scale, make_sketch
+
+FORMAT = 1  # of the model file; raised when an older plugin could not read it
+PAIRS_PER_CHUNK = 20_000  # bounds the memory of one evaluation
+
+
+def export_model(
+    model: GaussianMomentNetwork,
+    training: Sequence[Atoms],
+    calibration: Sequence[Atoms],
+    settings: UncertaintySettings,
+    path: Path,
+    provenance: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write ``path``: energies, forces, sketched features and calibrated uncertainties of ``model``.
+
+    The posterior is fitted on the features of ``training``, the conformal scales on the errors of ``calibration``; both
+    in float64. ``provenance`` (e.g. training_set_hash, settings) joins the metadata, which is returned.
+
+    Raises:
+        DataError: a calibration structure without energy or forces.
+    """
+    original_dtype = model.radial.dtype
+    try:
+        model.to_network_dtype(torch.float64)
+        sketch = make_sketch(model.network, settings.projections, settings.seed)
+        deployed = DeployedModel(model, sketch)
+        fit_posterior(deployed, (build_graph(atoms, model.elements, model.cutoff) for atoms in training), settings.lambda2)
+        energy, forces = calibrate(
+            deployed, [build_graph(atoms, model.elements, model.cutoff) for atoms in calibration], settings
+        )
+        metadata = _metadata(model, deployed, settings, energy, forces, len(training), original_dtype, provenance or {})
+        deployed.description = json.dumps(metadata)
+        write_model(deployed, path)
+    finally:
+        model.to_network_dtype(original_dtype)
+    return metadata
+
+
+def fit_posterior(deployed: DeployedModel, graphs: Iterable[Graph], lambda2: float) -> None:
+    """Fit both posteriors: structures from their mean features, atoms from all atomic features (float64 sums)."""
+    p = deployed.n_features
+    structure_gram = torch.zeros(p, p, dtype=torch.float64)
+    atom_gram = torch.zeros(p, p, dtype=torch.float64)
+    n_structures = n_atoms = 0
+    with torch.no_grad():
+        for batch in chunks(graphs):
+            phi = deployed(batch.species, batch.edge_index, batch.edge_vector, len(batch.species))[1].double()
+            means = structure_means(phi, batch)
+            structure_gram += means.T @ means
+            atom_gram += phi.T @ phi
+            n_structures += batch.n_structures
+            n_atoms += len(batch.species)
+    deployed.structure_uncertainty.fit(structure_gram, n_structures, lambda2)
+    deployed.atom_uncertainty.fit(atom_gram, n_atoms, lambda2)
+
+
+def calibrate(
+    deployed: DeployedModel, graphs: Sequence[Graph], settings: UncertaintySettings
+) -> tuple[ConformalScale, ConformalScale]:
+    """Set the conformal factors from |energy error|/n of structures and RMSE over xyz of atomic forces.
+
+    With ``settings.atoms_by == 'structure'`` an atom's ratio is replaced by max_i error / max_i u of its structure, because
+    atoms of one structure are not exchangeable and the threshold acts on the maximum.
+    """
+    energy_errors, energy_u, force_errors, force_u = [], [], [], []
+    for batch in chunks(graphs):
+        energy, forces, u, atomic_u = evaluate(deployed, batch)
+        error = (forces - batch.forces).square().mean(1).sqrt()
+        sizes = batch.counts.tolist()
+        energy_errors.append(((energy - batch.energy) / batch.counts).numpy())
+        energy_u.append(u.numpy())
+        for atom_error, atom_u in zip(error.split(sizes), atomic_u.split(sizes), strict=True):
+            whole = settings.atoms_by == "structure"
+            force_errors.append(atom_error.max().reshape(1).numpy() if whole else atom_error.numpy())
+            force_u.append(atom_u.max().reshape(1).numpy() if whole else atom_u.numpy())
+    if not energy_errors:
+        raise DataError("Calibration needs at least one structure.")
+    energy_scale = conformal_scale(np.concatenate(energy_errors), np.concatenate(energy_u), settings.alpha)
+    force_scale = conformal_scale(np.concatenate(force_errors), np.concatenate(force_u), settings.alpha)
+    deployed.structure_uncertainty.calibration.fill_(energy_scale.scale)
+    deployed.atom_uncertainty.calibration.fill_(force_scale.scale)
+    return energy_scale, force_scale
+
+
+def evaluate(
+    module: Any, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Energies [S], forces [N, 3], structure u [S] and atomic u [N] of a batch, through the model file's interface."""
+    n = len(batch.species)
+    atomic_energy, gradient = module.forces(batch.species, batch.edge_index, batch.edge_vector, n)
+    with torch.no_grad():
+        phi = module(batch.species, batch.edge_index, batch.edge_vector, n)[1]
+        u = torch.stack([module.uncertainty(mean) for mean in structure_means(phi.double(), batch)])
+        atomic_u = module.atomic_uncertainties(phi)
+    energy = torch.zeros(batch.n_structures, dtype=torch.float64).index_add(0, batch.structure, atomic_energy.double())
+    return energy, scatter_forces(batch.edge_index, gradient, n), u, atomic_u
+
+
+def structure_means(phi: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean features [S, p] of the structures of a batch from atomic features [N, p]."""
+    sums = torch.zeros(batch.n_structures, phi.size(1), dtype=phi.dtype).index_add(0, batch.structure, phi)
+    return sums / batch.counts.unsqueeze(1)
+
+
+def chunks(graphs: Iterable[Graph]) -> Iterable[Batch]:
+    """Collate graphs into batches of at most PAIRS_PER_CHUNK pairs (a larger graph is a batch of its own)."""
+    waiting: list[Graph] = []
+    pairs = 0
+    for graph in graphs:
+        size = graph.edge_index.size(1)
+        if waiting and pairs + size > PAIRS_PER_CHUNK:
+            yield collate(waiting)
+            waiting, pairs = [], 0
+        waiting.append(graph)
+        pairs += size
+    if waiting:
+        yield collate(waiting)
+
+
+def write_model(deployed: DeployedModel, path: Path) -> None:
+    """Script the module and write it atomically (temporary file, fsync, rename)."""
+    for parameter in deployed.parameters():
+        parameter.requires_grad_(False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated, and our file format
+        scripted = torch.jit.script(deployed)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.jit.save(scripted, file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_model(path: Path, precision: str = "double") -> Any:
+    """Load a model file in a precision: mixed and single run the network in float32, double in float64.
+
+    Raises:
+        ModelError: missing or corrupt file, newer format, or unknown precision.
+    """
+    path = Path(path)
+    if precision not in ("mixed", "single", "double"):
+        raise ModelError(f"Precision must be mixed, single or double, not {precision!r}.")
+    if not path.is_file():
+        raise ModelError(f"There is no model file {path}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = torch.jit.load(str(path), map_location="cpu")
+        metadata = json.loads(module.metadata())
+    except (RuntimeError, AttributeError, ValueError):
+        raise ModelError(f"{path} is not a ubmd model file (or it is damaged); make one with 'ubmd train' or 'ubmd run'.") from None
+    if metadata.get("format", 0) > FORMAT:
+        raise ModelError(
+            f"{path} has format {metadata['format']}, this ubmd {__version__} reads up to {FORMAT}; upgrade with 'pip install -U ubmd'."
+        )
+    dtype = torch.float64 if precision == "double" else torch.float32
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def _metadata(
+    model: GaussianMomentNetwork,
+    deployed: DeployedModel,
+    settings: UncertaintySettings,
+    energy: ConformalScale,
+    forces: ConformalScale,
+    n_training: int,
+    dtype: torch.dtype,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    """The JSON record of the file."""
+
+    def calibrated(scale: ConformalScale, feature_scale: torch.Tensor) -> dict[str, Any]:
+        return {
+            "scale": scale.scale,
+            "attainable": scale.attainable,
+            "n_calibration": scale.count,
+            "feature_scale": float(feature_scale),
+        }
+
+    return {
+        "format": FORMAT,
+        "model": "gmnn",
+        "elements": list(model.elements),
+        "cutoff": model.cutoff,
+        "units": {"energy": "eV", "length": "Å", "force": "eV/Å", "stress": "eV/Å^3"},
+        "precision": str(dtype).removeprefix("torch."),
+        "uncertainty": {
+            **settings.model_dump(),
+            "energy": calibrated(energy, deployed.structure_uncertainty.feature_scale),
+            "forces": calibrated(forces, deployed.atom_uncertainty.feature_scale),
+        },
+        "n_training": n_training,
+        "network": model.settings.model_dump(),
+        "operators": [],
+        "package_version": __version__,
+        "torch_version": torch.__version__,
+        **provenance,
+    }
