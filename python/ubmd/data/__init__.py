@@ -1,0 +1,1 @@
+"""Structures and their labels in files, and the graphs that models see."""
