@@ -1,0 +1,79 @@
+"""From settings to an ASE calculator: a ready-made reference, or any calculator by its import path."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ase.calculators.abc import GetPropertiesMixin
+
+from ubmd.errors import SettingsError, UbmdError
+from ubmd.settings import ReferenceSettings
+
+READY_MADE = {"openmm": "ubmd.references.openmm:OpenMM"}
+"""Short names of the references that ship with the package."""
+
+_PIP_NAMES = {"openmm": "'ubmd[openmm]'"}
+
+
+def make_calculator(settings: ReferenceSettings, base: Path) -> GetPropertiesMixin:
+    """A new ASE calculator.
+
+    Args:
+        settings: ``calculator`` is 'openmm' or an import path 'package.module:Class'; ``arguments`` are its
+            keyword arguments. A text argument that names an existing file under ``base`` becomes its full path.
+        base: folder of the settings file.
+
+    Raises:
+        SettingsError: the calculator cannot be imported or refuses its arguments.
+    """
+    factory = _import(settings.calculator)
+    try:
+        return factory(**_resolve(settings.arguments, Path(base)))
+    except UbmdError:
+        raise
+    except ImportError as error:
+        raise _not_installed(settings.calculator, error) from error
+    except Exception as error:
+        # Whatever a foreign constructor raises, its arguments come from the settings file: say which table to mend.
+        message = f"reference.arguments don't suit the calculator {settings.calculator!r}: {error}"
+        raise SettingsError(message) from error
+
+
+def _import(name: str) -> Any:
+    """The class or function behind a short name or an import path 'package.module:Class'."""
+    path = READY_MADE.get(name, name)
+    module_name, separator, attribute = path.partition(":")
+    if not separator:
+        names = ", ".join(sorted(READY_MADE))
+        raise SettingsError(
+            f"reference.calculator = {name!r} is neither a ready-made reference ({names}) "
+            "nor an import path like 'ase.calculators.emt:EMT'."
+        )
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise _not_installed(name, error) from error
+    if not hasattr(module, attribute):
+        raise SettingsError(f"reference.calculator: the module {module_name} has no {attribute!r}; check its spelling.")
+    return getattr(module, attribute)
+
+
+def _not_installed(calculator: str, error: ImportError) -> SettingsError:
+    package = (error.name or READY_MADE.get(calculator, calculator)).partition(".")[0].partition(":")[0]
+    return SettingsError(
+        f"reference.calculator = {calculator!r} cannot be imported ({error}); "
+        f"install it with: pip install {_PIP_NAMES.get(package, package)}"
+    )
+
+
+def _resolve(value: Any, base: Path) -> Any:
+    """Copy of (nested) arguments in which texts that name files under ``base`` are full paths."""
+    if isinstance(value, dict):
+        return {key: _resolve(item, base) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_resolve(item, base) for item in value]
+    if isinstance(value, str) and value and (base / value).is_file():
+        return str((base / value).resolve())
+    return value

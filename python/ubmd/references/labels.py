@@ -1,0 +1,131 @@
+"""One label: energy, forces and stress of a structure, or the reason why it has none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.abc import GetPropertiesMixin
+from ase.calculators.calculator import PropertyNotImplementedError, SCFError
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.data import covalent_radii
+from ase.neighborlist import neighbor_list
+
+from ubmd.errors import LabelError, SettingsError
+from ubmd.references.calculators import make_calculator
+from ubmd.settings import ReferenceSettings
+
+# One calculator per process: building a force field or starting a code can cost more than a label.
+_cache: dict[tuple[str, str], GetPropertiesMixin] = {}
+
+
+def cached_calculator(settings: ReferenceSettings, base: Path) -> GetPropertiesMixin:
+    """The calculator of these settings in this process, made on first use.
+
+    Raises:
+        SettingsError: see `make_calculator`.
+    """
+    key = _key(settings, base)
+    if key not in _cache:
+        _cache[key] = make_calculator(settings, base)
+    return _cache[key]
+
+
+def _key(settings: ReferenceSettings, base: Path) -> tuple[str, str]:
+    return settings.model_dump_json(), str(Path(base).resolve())
+
+
+def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
+    """A labelled copy of a structure, for one call in a worker process (the caller sets the time-out).
+
+    Args:
+        atoms: the structure; not changed.
+        settings: calculator, its arguments and the limits beyond which a label is rejected.
+        base: folder that file arguments are relative to.
+
+    Returns:
+        The copy with a SinglePointCalculator: energy (eV; the force-consistent one where the calculator has it),
+        forces (eV/Å) and, for fully periodic structures if the calculator has it, stress (eV/Å^3, 6 Voigt).
+
+    Raises:
+        LabelError: one sentence with the reason for the rejection.
+        SettingsError: the calculator cannot be made.
+    """
+    check_geometry(atoms, settings.min_distance)
+    copy = atoms.copy()
+    results = _compute(copy, settings, base)
+    _check_results(results, len(copy), settings.force_limit)
+    copy.calc = SinglePointCalculator(copy, **results)
+    return copy
+
+
+def check_geometry(atoms: Atoms, min_distance: float) -> None:
+    """LabelError if a position is not finite or two atoms are closer than this share of their covalent radii."""
+    bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
+    if len(bad):
+        raise LabelError(f"The position of atom {bad[0]} (from 0) is not finite.")
+    first, second, distance = neighbor_list("ijd", atoms, cutoff=min_distance * covalent_radii[atoms.numbers])
+    if len(distance):
+        pair = int(np.argmin(distance))
+        i, j = first[pair], second[pair]
+        limit = min_distance * covalent_radii[atoms.numbers[[i, j]]].sum()
+        raise LabelError(
+            f"Atoms {i} ({atoms.symbols[i]}) and {j} ({atoms.symbols[j]}) are too close: {distance[pair]:.3f} Å, "
+            f"limit {limit:.3f} Å (reference.min_distance)."
+        )
+
+
+def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> dict[str, np.ndarray | float]:
+    """Energy, forces and perhaps stress; whatever a foreign code raises becomes a LabelError."""
+    calculator = cached_calculator(settings, base)
+    atoms.calc = calculator
+    try:
+        forces = np.array(atoms.get_forces())
+        results: dict[str, np.ndarray | float] = {"energy": _energy(atoms), "forces": forces}
+        if atoms.pbc.all():
+            results |= _stress(atoms)
+        converged = getattr(calculator, "converged", True)
+    except (LabelError, SettingsError):
+        raise
+    except Exception as error:
+        # The state of a calculator after a failure is unknown: the next label starts a new one.
+        _cache.pop(_key(settings, base), None)
+        what = "did not converge" if isinstance(error, SCFError) else "failed"
+        raise LabelError(f"The reference {what} ({type(error).__name__}: {error}).") from error
+    if converged is False:
+        raise LabelError("The reference did not converge.")
+    return results
+
+
+def _energy(atoms: Atoms) -> float:
+    """The energy whose derivative the forces are, where the calculator tells it apart (smeared electrons)."""
+    try:
+        return float(atoms.get_potential_energy(force_consistent=True))
+    except PropertyNotImplementedError:
+        return float(atoms.get_potential_energy())
+
+
+def _stress(atoms: Atoms) -> dict[str, np.ndarray | float]:
+    """Stress, tension positive; empty for calculators without stress."""
+    try:
+        return {"stress": np.array(atoms.get_stress(voigt=True))}
+    except PropertyNotImplementedError:
+        return {}
+
+
+def _check_results(results: dict[str, np.ndarray | float], n_atoms: int, force_limit: float) -> None:
+    """LabelError for labels that are not finite, of the wrong shape, or absurdly large."""
+    for name, value in results.items():
+        if not np.isfinite(value).all():
+            raise LabelError(f"The reference returned a label that is not finite ({name}).")
+    forces = np.asarray(results["forces"])
+    if forces.shape != (n_atoms, 3):
+        raise LabelError(f"The reference returned forces of shape {forces.shape} for {n_atoms} atoms.")
+    size = np.linalg.norm(forces, axis=1)
+    largest = int(np.argmax(size))
+    if size[largest] > force_limit:
+        raise LabelError(
+            f"The force on atom {largest} (from 0) is {size[largest]:.1f} eV/Å, above the limit {force_limit:g} eV/Å "
+            "(reference.force_limit)."
+        )

@@ -1,0 +1,89 @@
+"""Molecular dynamics with the reference itself: independent test sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms, units
+from ase.md.langevin import Langevin
+
+from ubmd.errors import LabelError, UbmdError
+from ubmd.references.labels import cached_calculator, label
+from ubmd.settings import ReferenceSettings, SamplingSettings
+
+
+def sample(atoms: Atoms, reference: ReferenceSettings, sampling: SamplingSettings, base: Path) -> list[Atoms]:
+    """Labelled frames of reference MD: the frames of all trajectories, one after the other.
+
+    The frames depend only on ``atoms`` and the settings: same seed, same frames.
+
+    Raises:
+        LabelError: the reference fails, or rejects most frames.
+        SettingsError: the calculator cannot be made.
+    """
+    frames: list[Atoms] = []
+    for index in range(sampling.trajectories):
+        frames += sample_trajectory(atoms, reference, sampling, base, index)
+    return frames
+
+
+def sample_trajectory(
+    atoms: Atoms, reference: ReferenceSettings, sampling: SamplingSettings, base: Path, index: int
+) -> list[Atoms]:
+    """The share of trajectory ``index`` in a test set (its own random numbers: trajectories can run in parallel).
+
+    Frames whose label is rejected are dropped and replaced by later ones. ``info`` of a frame has 'trajectory'
+    and 'step'. Errors as for `sample`.
+    """
+    share = len(range(index, sampling.frames, sampling.trajectories))
+    dynamics = _start(atoms, reference, sampling, base, index)
+    _advance(dynamics, sampling.equilibration)
+    frames: list[Atoms] = []
+    reason = ""
+    for _ in range(2 * share):
+        if len(frames) == share:
+            break
+        _advance(dynamics, sampling.stride)
+        try:
+            frames.append(_frame(dynamics, reference, base, index))
+        except LabelError as error:
+            reason = str(error)
+    if len(frames) < share:
+        raise LabelError(f"More than half of the sampled frames were rejected; sample at a lower temperature. {reason}")
+    return frames
+
+
+def _start(atoms: Atoms, reference: ReferenceSettings, sampling: SamplingSettings, base: Path, index: int) -> Langevin:
+    """Langevin dynamics at the first step, with Maxwell-Boltzmann velocities."""
+    rng = np.random.default_rng([sampling.seed, index])
+    copy = atoms.copy()
+    copy.calc = cached_calculator(reference, base)
+    width = np.sqrt(copy.get_masses() * units.kB * sampling.temperature)
+    copy.set_momenta(width[:, None] * rng.standard_normal((len(copy), 3)))
+    return Langevin(
+        copy,
+        timestep=sampling.timestep * units.fs,
+        temperature_K=sampling.temperature,
+        friction=sampling.friction / (1000.0 * units.fs),
+        fixcm=False,  # ASE's fixed centre does not sample NVT exactly
+        rng=rng,
+    )
+
+
+def _advance(dynamics: Langevin, steps: int) -> None:
+    """Run; whatever a foreign code raises becomes a LabelError."""
+    try:
+        dynamics.run(steps)
+    except UbmdError:
+        raise
+    except Exception as error:
+        raise LabelError(f"The reference failed during MD ({type(error).__name__}: {error}).") from error
+
+
+def _frame(dynamics: Langevin, reference: ReferenceSettings, base: Path, index: int) -> Atoms:
+    """The labelled current frame without velocities."""
+    atoms: Atoms = dynamics.atoms.copy()
+    del atoms.arrays["momenta"]
+    atoms.info |= {"trajectory": index, "step": dynamics.get_number_of_steps()}
+    return label(atoms, reference, base)

@@ -1,0 +1,312 @@
+"""References: OpenMM labels against OpenMM itself and finite differences, rejections, reference MD."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import openmm
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.calculator import SCFError
+from ase.calculators.emt import EMT
+from ase.io import read
+from openmm import app, unit
+
+from ubmd.errors import LabelError, SettingsError
+from ubmd.references import label, make_calculator, sample, sample_trajectory
+from ubmd.settings import ReferenceSettings, SamplingSettings
+
+EXAMPLE = Path(__file__).parents[2] / "lammps_examples" / "alanine_dipeptide"
+ALANINE = ReferenceSettings(calculator="openmm", arguments={"pdb": "alanine_dipeptide.pdb"})
+NO_CMAP = ReferenceSettings(calculator="openmm", arguments={"pdb": "alanine_dipeptide.pdb", "cmap": False})
+EMT_SETTINGS = ReferenceSettings(calculator="ase.calculators.emt:EMT", force_limit=1000.0)
+# Energies of OpenMM are in kJ/mol; 1 eV = 96.485332 kJ/mol (CODATA), independent of ase.units.
+KJ_PER_MOL = 1.0 / 96.48533212
+
+
+@pytest.fixture
+def calculator_module(monkeypatch, request):
+    """Function that makes a calculator class importable and returns its import path."""
+
+    def register(kind: type) -> str:
+        module = ModuleType(f"calculators_of_{request.node.name.partition('[')[0]}_{kind.__name__}")
+        setattr(module, kind.__name__, kind)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return f"{module.__name__}:{kind.__name__}"
+
+    return register
+
+
+def alanine(seed: int = 0, shift: float = 0.05) -> Atoms:
+    atoms = read(EXAMPLE / "c7eq.extxyz")
+    atoms.positions += np.random.default_rng(seed).uniform(-shift, shift, size=(22, 3))
+    return atoms
+
+
+def test_openmm_labels_equal_a_context_built_by_hand():
+    pdb = app.PDBFile(str(EXAMPLE / "alanine_dipeptide.pdb"))
+    system = app.ForceField("amber19/protein.ff19SB.xml").createSystem(pdb.topology, nonbondedMethod=app.NoCutoff)
+    assert system.getNumConstraints() == 0
+    simulation = app.Simulation(
+        pdb.topology, system, openmm.VerletIntegrator(1e-3), openmm.Platform.getPlatformByName("Reference")
+    )
+    for seed in range(3):
+        atoms = alanine(seed)
+        simulation.context.setPositions(atoms.positions * unit.angstrom)
+        state = simulation.context.getState(getEnergy=True, getForces=True)
+        energy = state.getPotentialEnergy() / unit.kilojoule_per_mole * KJ_PER_MOL
+        force_unit = unit.kilojoule_per_mole / unit.angstrom
+        forces = np.array(state.getForces().value_in_unit(force_unit)) * KJ_PER_MOL
+        labelled = label(atoms, ALANINE, EXAMPLE)
+        assert labelled.get_potential_energy() == pytest.approx(energy, rel=1e-6)
+        np.testing.assert_allclose(labelled.get_forces(), forces, rtol=1e-6, atol=1e-8)
+
+
+def test_openmm_forces_are_derivatives_of_the_energy():
+    atoms = alanine()
+    atoms.calc = make_calculator(ALANINE, EXAMPLE)
+    forces = atoms.get_forces()
+    step = 1e-4
+    for index, axis in [(0, 0), (4, 1), (8, 2), (14, 0), (16, 1), (21, 2)]:
+        energies = []
+        for sign in (1, -1):
+            moved = atoms.copy()
+            moved.positions[index, axis] += sign * step
+            moved.calc = atoms.calc
+            energies.append(moved.get_potential_energy())
+        assert forces[index, axis] == pytest.approx(-(energies[0] - energies[1]) / (2 * step), abs=1e-6)
+
+
+def test_start_structure_is_a_labelled_minimum_in_the_c7eq_basin():
+    atoms = read(EXAMPLE / "c7eq.extxyz")
+    assert np.abs(atoms.get_forces()).max() < 1e-3
+    # the file was written by make_inputs.py; the reference of today must still agree with it
+    fresh = label(atoms, ALANINE, EXAMPLE)
+    assert fresh.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=1e-6)
+    phi, psi = ((atoms.get_dihedral(*four) + 180) % 360 - 180 for four in ([4, 6, 8, 14], [6, 8, 14, 16]))
+    assert phi == pytest.approx(-80, abs=15)
+    assert psi == pytest.approx(70, abs=15)
+    # L-alanine: seen from HA, the substituents CO, R (CB), N run clockwise
+    ha, cb, c = (atoms.positions[i] - atoms.positions[8] for i in (9, 10, 14))
+    assert ha @ np.cross(c, cb) < -1.0
+
+
+def test_cmap_can_be_switched_off():
+    atoms = alanine()
+    with_cmap, without = label(atoms, ALANINE, EXAMPLE), label(atoms, NO_CMAP, EXAMPLE)
+    difference = with_cmap.get_forces() - without.get_forces()
+    assert abs(with_cmap.get_potential_energy() - without.get_potential_energy()) > 1e-2
+    moved = np.flatnonzero(np.abs(difference).max(axis=1) > 1e-9)
+    assert set(moved) == {4, 6, 8, 14, 16}  # CMAP acts on the backbone atoms of phi and psi only
+
+
+def test_label_leaves_its_argument_alone_and_keeps_info():
+    atoms = alanine()
+    atoms.info["step"] = 40
+    positions = atoms.positions.copy()
+    labelled = label(atoms, ALANINE, EXAMPLE)
+    assert atoms.calc.name != "openmm"
+    np.testing.assert_array_equal(atoms.positions, positions)
+    assert labelled is not atoms
+    assert labelled.info["step"] == 40
+    assert set(labelled.calc.results) == {"energy", "forces"}
+
+
+def test_any_ase_calculator_and_stress_of_periodic_structures():
+    cell = bulk("Cu", cubic=True) * (2, 1, 1)
+    cell.rattle(0.1, seed=1)
+    labelled = label(cell, EMT_SETTINGS, Path())
+    cell.calc = EMT()
+    assert labelled.get_potential_energy() == pytest.approx(cell.get_potential_energy(), rel=1e-12)
+    np.testing.assert_allclose(labelled.get_stress(), cell.get_stress(), rtol=1e-12)
+    slab = cell.copy()
+    slab.pbc = (True, True, False)
+    assert "stress" not in label(slab, EMT_SETTINGS, Path()).calc.results
+
+
+def test_calculator_is_made_once_per_process(calculator_module):
+    """Building ff19SB takes 0.1 s and a label less than 1 ms, so labels must not rebuild it."""
+    made = []
+
+    class Counting(EMT):
+        def __init__(self):
+            made.append(1)
+            super().__init__()
+
+    settings = ReferenceSettings(calculator=calculator_module(Counting))
+    for _ in range(3):
+        label(bulk("Cu", cubic=True), settings, Path())
+    assert len(made) == 1
+
+
+# --- rejections -------------------------------------------------------------------------------------------------
+
+
+def test_rejects_atoms_that_are_too_close():
+    atoms = alanine()
+    atoms.positions[1] = atoms.positions[4] + [0.6, 0.0, 0.0]
+    with pytest.raises(LabelError, match=r"Atoms 1 \(C\) and 4 \(C\) are too close: 0.600 Å, limit 0.760 Å"):
+        label(atoms, ALANINE, EXAMPLE)
+
+
+def test_rejects_atoms_too_close_through_the_periodic_boundary():
+    atoms = Atoms("Cu2", positions=[[0, 0, 0], [9.5, 0, 0]], cell=[10, 10, 10], pbc=True)
+    with pytest.raises(LabelError, match=r"too close: 0\.500 Å"):
+        label(atoms, EMT_SETTINGS, Path())
+    atoms.pbc = False
+    label(atoms, EMT_SETTINGS, Path())
+
+
+def test_rejects_large_forces():
+    settings = ALANINE.model_copy(update={"force_limit": 2.0})
+    with pytest.raises(LabelError, match=r"force on atom \d+ .* above the limit 2 eV/Å"):
+        label(alanine(), settings, EXAMPLE)
+
+
+def test_rejects_positions_that_are_not_finite():
+    atoms = alanine()
+    atoms.positions[3, 1] = np.nan
+    with pytest.raises(LabelError, match=r"position of atom 3 \(from 0\) is not finite"):
+        label(atoms, ALANINE, EXAMPLE)
+
+
+def test_rejects_wrong_composition_and_order():
+    with pytest.raises(LabelError, match="has 3 atoms but the PDB file 22"):
+        label(molecule("H2O"), ALANINE, EXAMPLE)
+    with pytest.raises(LabelError, match=r"Atom 0 \(from 0\) is C in the structure but H"):
+        label(alanine()[[1, 0, *range(2, 22)]], ALANINE, EXAMPLE)
+    periodic = alanine()
+    periodic.set_cell([20, 20, 20])
+    periodic.pbc = True
+    with pytest.raises(LabelError, match="vacuum"):
+        label(periodic, ALANINE, EXAMPLE)
+
+
+class BadEMT(EMT):
+    """A real calculator with one fault."""
+
+    def __init__(self, fault: str):
+        super().__init__()
+        self.fault = fault
+
+    def calculate(self, *args, **kwargs):
+        if self.fault == "crash":
+            raise RuntimeError("segment lost")
+        if self.fault == "scf":
+            raise SCFError("energy oscillates")
+        super().calculate(*args, **kwargs)
+        if self.fault == "nan":
+            self.results["forces"][0, 0] = np.nan
+        if self.fault == "shape":
+            self.results["forces"] = self.results["forces"][:1]
+        if self.fault == "unconverged":
+            self.converged = False
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("crash", r"failed \(RuntimeError: segment lost\)"),
+        ("scf", "did not converge"),
+        ("unconverged", "did not converge"),
+        ("nan", r"not finite \(forces\)"),
+        ("shape", "forces of shape"),
+    ],
+)
+def test_rejects_failed_calculations(fault, message, calculator_module):
+    settings = ReferenceSettings(calculator=calculator_module(BadEMT), arguments={"fault": fault})
+    cell = bulk("Cu", cubic=True)
+    with pytest.raises(LabelError, match=message):
+        label(cell, settings, Path())
+
+
+# --- settings that cannot work ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("calculator", "message"),
+    [
+        ("emt", r"neither a ready-made reference \(openmm\) nor an import path"),
+        ("ase.calculators.emt:EMTT", "has no 'EMTT'"),
+        ("no_such_code.ase:Code", "pip install no_such_code"),
+    ],
+)
+def test_calculators_that_do_not_exist(calculator, message):
+    with pytest.raises(SettingsError, match=message):
+        make_calculator(ReferenceSettings(calculator=calculator), Path())
+
+
+def test_missing_openmm_names_the_pip_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openmm", None)  # what an environment without OpenMM looks like to import
+    monkeypatch.delitem(sys.modules, "ubmd.references.openmm", raising=False)
+    with pytest.raises(SettingsError, match=r"pip install 'ubmd\[openmm\]'"):
+        make_calculator(ALANINE, EXAMPLE)
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(SettingsError, match=r"reference.arguments don't suit the calculator 'openmm': .*'cutof'"):
+        make_calculator(ALANINE.model_copy(update={"arguments": {"cutof": 5.0}}), tmp_path)
+    with pytest.raises(SettingsError, match=r"There is no PDB file alanine_dipeptide.pdb"):
+        make_calculator(ALANINE, tmp_path)
+    (tmp_path / "gas.pdb").write_text(
+        "ATOM      1  XE  XXX A   1       0.000   0.000   0.000  1.00  0.00          XE\nEND\n"
+    )
+    with pytest.raises(SettingsError, match="does not cover the PDB file"):
+        make_calculator(ALANINE.model_copy(update={"arguments": {"pdb": "gas.pdb"}}), tmp_path)
+
+
+# --- reference MD -------------------------------------------------------------------------------------------------
+
+SHORT = SamplingSettings(temperature=300.0, frames=5, stride=10, equilibration=20, trajectories=2, seed=3)
+
+
+def test_sampling_repeats_and_its_trajectories_are_independent():
+    atoms = read(EXAMPLE / "c7eq.extxyz")
+    first, again = (sample(atoms, ALANINE, SHORT, EXAMPLE) for _ in range(2))
+    assert [frame.info["trajectory"] for frame in first] == [0, 0, 0, 1, 1]
+    assert [frame.info["step"] for frame in first] == [30, 40, 50, 30, 40]
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a.positions, b.positions)
+    assert np.abs(first[0].positions - first[3].positions).max() > 1e-3
+    other = sample_trajectory(atoms, ALANINE, SHORT.model_copy(update={"seed": 4}), EXAMPLE, 0)
+    assert np.abs(first[0].positions - other[0].positions).max() > 1e-3
+    alone = sample_trajectory(atoms, ALANINE, SHORT, EXAMPLE, 1)
+    np.testing.assert_array_equal(alone[0].positions, first[3].positions)
+    for frame in first:
+        labelled = label(frame, ALANINE, EXAMPLE)
+        np.testing.assert_array_equal(labelled.get_forces(), frame.get_forces())
+
+
+def test_sampling_reaches_its_temperature(calculator_module):
+    """Harmonic wells hold the mean potential energy at (3N/2) kT above the minimum."""
+    settings = ReferenceSettings(calculator=calculator_module(Wells))
+    atoms = Atoms("H40", positions=10.0 * np.arange(120).reshape(40, 3))
+    sampling = SamplingSettings(
+        temperature=500.0, frames=200, stride=20, equilibration=2000, trajectories=1, friction=20.0
+    )
+    frames = sample(atoms, settings, sampling, Path())
+    mean = np.mean([frame.get_potential_energy() for frame in frames])
+    assert mean == pytest.approx(1.5 * 40 * 8.617333e-5 * 500.0, rel=0.05)
+
+
+class Wells(EMT):
+    """Independent harmonic wells of 2 eV/Å^2 at the starting positions."""
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+        shift = atoms.positions - 10.0 * np.arange(120).reshape(40, 3)
+        self.results = {"energy": float(np.sum(shift**2)), "forces": -2.0 * shift}
+        self.atoms = atoms.copy()
+
+
+def test_sampling_drops_rejected_frames_and_gives_up_if_most_are():
+    atoms = read(EXAMPLE / "c7eq.extxyz")
+    hot = SHORT.model_copy(update={"temperature": 1200.0, "equilibration": 200, "stride": 20, "frames": 20})
+    largest = [np.linalg.norm(f.get_forces(), axis=1).max() for f in sample(atoms, ALANINE, hot, EXAMPLE)]
+    limit = float(np.quantile(largest, 0.85))
+    strict = sample(atoms, ALANINE.model_copy(update={"force_limit": limit}), hot, EXAMPLE)
+    assert len(strict) == 20
+    assert max(np.linalg.norm(f.get_forces(), axis=1).max() for f in strict) <= limit
+    with pytest.raises(LabelError, match=r"More than half .* force on atom"):
+        sample(atoms, ALANINE.model_copy(update={"force_limit": 1.0}), hot, EXAMPLE)
