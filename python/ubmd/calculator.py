@@ -51,7 +51,7 @@ class Evaluator:
         return build_graph(atoms, self.elements, self.cutoff)
 
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
-        """One prediction per structure; the plain (unprofiled) TorchScript interpreter runs it."""
+        """One prediction per structure."""
         return [self.predict_one(atoms) for atoms in structures]
 
     def predict_one(self, atoms: Atoms) -> Prediction:
@@ -115,7 +115,7 @@ class Calculator(AseCalculator):
         ModelError: missing or corrupt model file. DataError: an element that the model does not know.
     """
 
-    implemented_properties: ClassVar[list[str]] = [
+    implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]
         "energy",
         "free_energy",
         "forces",

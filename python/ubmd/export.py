@@ -47,7 +47,9 @@ def export_model(
         model.to_network_dtype(torch.float64)
         sketch = make_sketch(model.network, settings.projections, settings.seed)
         deployed = DeployedModel(model, sketch)
-        fit_posterior(deployed, (build_graph(atoms, model.elements, model.cutoff) for atoms in training), settings.lambda2)
+        fit_posterior(
+            deployed, (build_graph(atoms, model.elements, model.cutoff) for atoms in training), settings.lambda2
+        )
         energy, forces = calibrate(
             deployed, [build_graph(atoms, model.elements, model.cutoff) for atoms in calibration], settings
         )
@@ -82,7 +84,7 @@ def calibrate(
 ) -> tuple[ConformalScale, ConformalScale]:
     """Set the conformal factors from |energy error|/n of structures and RMSE over xyz of atomic forces.
 
-    With ``settings.atoms_by == 'structure'`` an atom's ratio is replaced by max_i error / max_i u of its structure, because
+    With ``settings.atoms_by == 'structure'`` a structure counts once, with max_i error / max_i u, because
     atoms of one structure are not exchangeable and the threshold acts on the maximum.
     """
     energy_errors, energy_u, force_errors, force_u = [], [], [], []
@@ -105,9 +107,7 @@ def calibrate(
     return energy_scale, force_scale
 
 
-def evaluate(
-    module: Any, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def evaluate(module: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Energies [S], forces [N, 3], structure u [S] and atomic u [N] of a batch, through the model file's interface."""
     n = len(batch.species)
     atomic_energy, gradient = module.forces(batch.species, batch.edge_index, batch.edge_vector, n)
@@ -177,10 +177,13 @@ def load_model(path: Path, precision: str = "double") -> Any:
             module = torch.jit.load(str(path), map_location="cpu")
         metadata = json.loads(module.metadata())
     except (RuntimeError, AttributeError, ValueError):
-        raise ModelError(f"{path} is not a ubmd model file (or it is damaged); make one with 'ubmd train' or 'ubmd run'.") from None
+        raise ModelError(
+            f"{path} is not a ubmd model file (or it is damaged); make one with 'ubmd train' or 'ubmd run'."
+        ) from None
     if metadata.get("format", 0) > FORMAT:
         raise ModelError(
-            f"{path} has format {metadata['format']}, this ubmd {__version__} reads up to {FORMAT}; upgrade with 'pip install -U ubmd'."
+            f"{path} has format {metadata['format']}, but ubmd {__version__} reads up to {FORMAT}; "
+            "upgrade with 'pip install -U ubmd'."
         )
     dtype = torch.float64 if precision == "double" else torch.float32
     for parameter in module.parameters():

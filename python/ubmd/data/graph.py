@@ -106,7 +106,9 @@ def collate(graphs: Sequence[Graph]) -> Batch:
     first_atom = torch.cumsum(counts, 0) - counts
     return Batch(
         species=torch.cat([graph.species for graph in graphs]),
-        edge_index=torch.cat([graph.edge_index + first for graph, first in zip(graphs, first_atom, strict=True)], dim=1),
+        edge_index=torch.cat(
+            [graph.edge_index + first for graph, first in zip(graphs, first_atom, strict=True)], dim=1
+        ),
         edge_vector=torch.cat([graph.edge_vector for graph in graphs]),
         structure=torch.repeat_interleave(torch.arange(len(graphs)), counts),
         counts=counts,

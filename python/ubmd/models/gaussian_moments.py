@@ -9,7 +9,7 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor, nn
 
-# The 20 distinct components of the moments of rank 0 to 3: the sorted index tuples 1 | x y z | xx xy .. zz | xxx .. zzz.
+# The 20 distinct components of the moments of rank 0 to 3, as sorted index tuples: 1 | x y z | xx xy .. zz | xxx .. zzz
 _COMPONENTS = [c for rank in range(4) for c in combinations_with_replacement(range(3), rank)]
 _PLACE = {c: k for k, c in enumerate(_COMPONENTS)}
 
@@ -33,6 +33,17 @@ class GaussianMoments(nn.Module):
 
     The parameter ``radial`` is B[Z_i, Z_j, s, b]; everything runs in its precision.
     """
+
+    centres: Tensor
+    square_left: Tensor
+    square_right: Tensor
+    cube_left: Tensor
+    cube_right: Tensor
+    full: Tensor
+    pair: Tensor
+    pair_first: Tensor
+    pair_second: Tensor
+    triple: Tensor
 
     def __init__(self, n_elements: int, cutoff: float, n_radial: int, n_basis: int, r_min: float) -> None:
         super().__init__()
@@ -111,7 +122,9 @@ class GaussianMoments(nn.Module):
         t2rows = t2.reshape(n, r * 3, 3)
         t3rows = t3.reshape(n, r, 9, 3).transpose(2, 3).reshape(n, r * 3, 9)
         four = self._pairs_of_blocks(torch.bmm(t2rows, t2rows.transpose(1, 2)))
-        five = (t1.index_select(1, self.pair_first).unsqueeze(3) * t1.index_select(1, self.pair_second).unsqueeze(2)).flatten(2)
+        five = (
+            t1.index_select(1, self.pair_first).unsqueeze(3) * t1.index_select(1, self.pair_second).unsqueeze(2)
+        ).flatten(2)
         six = self._pairs_of_blocks(torch.bmm(t3rows, t3rows.transpose(1, 2)))
         with_t2 = torch.bmm(torch.cat([four, five, six], dim=1), t2t)
         p = self.pair.numel()

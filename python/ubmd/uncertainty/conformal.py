@@ -29,7 +29,7 @@ class ConformalScale:
 def conformal_scale(errors: ArrayLike, uncertainties: ArrayLike, alpha: float) -> ConformalScale:
     """The k-th smallest ratio (|error| + eps)/(u + eps), k = ceil((n + 1)(1 - alpha)).
 
-    If k > n the level is not attainable with n points: the largest ratio is used and the attainable level n/(n + 1) kept.
+    If k > n the level is not attainable with n points: the largest ratio is used, and n/(n + 1) kept as attainable.
 
     Raises:
         DataError: no calibration point, unequal lengths, or values that are not finite.
@@ -37,7 +37,9 @@ def conformal_scale(errors: ArrayLike, uncertainties: ArrayLike, alpha: float) -
     error = np.abs(np.asarray(errors, dtype=float)).ravel()
     u = np.asarray(uncertainties, dtype=float).ravel()
     if len(error) != len(u) or len(u) == 0:
-        raise DataError(f"Conformal calibration needs one error per uncertainty and at least one, got {len(error)} and {len(u)}.")
+        raise DataError(
+            f"Conformal calibration needs one error per uncertainty and at least one, got {len(error)} and {len(u)}."
+        )
     if not (np.isfinite(error).all() and np.isfinite(u).all()):
         raise DataError("Conformal calibration met errors or uncertainties that are not finite numbers.")
     n = len(u)
