@@ -26,3 +26,7 @@ class LabelError(UbmdError):
 
 class SimulationError(UbmdError):
     """LAMMPS could not be started or an MD run ended with an error."""
+
+
+class TrainingError(UbmdError):
+    """A training diverged, or a checkpoint belongs to another training."""

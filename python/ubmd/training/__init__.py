@@ -1,0 +1,6 @@
+"""Training of a potential: from scratch, from an earlier model, or resumed after a kill."""
+
+from ubmd.training.checkpoint import load_weights, save_weights
+from ubmd.training.trainer import TrainedModel, split, train
+
+__all__ = ["TrainedModel", "load_weights", "save_weights", "split", "train"]

@@ -1,0 +1,376 @@
+"""Training of a Gaussian-moment network: Adam on the summed loss, early stopping, exact resume.
+
+Zaverkin et al., npj Comput. Mater. 10, 83 (2024): four learning rates that decay linearly to zero, mini-batches,
+and the weights with the smallest validation energy MAE + force MAE are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ase.data
+import numpy as np
+import torch
+from ase import Atoms
+
+from ubmd.data.graph import Batch, Graph, build_graph, collate
+from ubmd.data.structures import check_labelled, dataset_hash
+from ubmd.errors import DataError, ModelError, TrainingError
+from ubmd.models import GaussianMomentNetwork
+from ubmd.settings import ModelSettings, TrainingSettings
+from ubmd.training import checkpoint
+from ubmd.training.history import Log, Row, draw
+from ubmd.training.loss import Differences, ErrorSums, differences, loss
+
+WITHOUT_EFFECT = {"threads", "checkpoint_every"}  # settings that a resumed training may change
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Result of a training: the model with its best weights, one row per epoch, and the row of the best epoch."""
+
+    model: GaussianMomentNetwork
+    history: list[Row]
+    best: Row
+
+
+def train(
+    model_settings: ModelSettings,
+    training_settings: TrainingSettings,
+    training: Sequence[Atoms],
+    validation: Sequence[Atoms],
+    folder: Path,
+    seed: int,
+    initial: Path | None = None,
+    epochs: int | None = None,
+    progress: Callable[[Row], None] | None = None,
+    fresh: bool = False,
+) -> TrainedModel:
+    """Train a model, or go on with (or just return) the training that ``folder/checkpoint.pt`` belongs to.
+
+    Writes ``log.csv``, ``learning_curve.png``, ``checkpoint.pt`` and, at the end, ``weights.pt`` (best weights).
+    A training that was killed and resumed ends with the same bits as an uninterrupted one (with one thread).
+
+    Args:
+        training, validation: labelled structures (energy and forces; stress where there is one).
+        folder: made if missing.
+        seed: of the initial weights and the order of the mini-batches.
+        initial: weights file of an earlier model to start from; c, sigma and mu go on from there, Adam starts anew
+            with all learning rates times ``warm_learning_rate_factor``.
+        epochs: instead of ``training_settings.epochs``.
+        progress: called after every epoch with the row of the log (see `history.COLUMNS`) and ``epochs``.
+        fresh: start again even if there is a checkpoint.
+
+    Raises:
+        DataError: unusable structures. ModelError: ``initial`` does not fit. TrainingError: the checkpoint belongs
+            to another training, or the loss is not finite.
+    """
+    check_labelled(training, "training set")
+    check_labelled(validation, "validation set")
+    epochs = epochs or training_settings.epochs
+    folder.mkdir(parents=True, exist_ok=True)
+    model = _initial_model(model_settings, [*training, *validation], seed, initial)
+    identity = _identity(model, training_settings, training, validation, seed, initial, epochs)
+    path = folder / "checkpoint.pt"
+    saved = checkpoint.load(path, "checkpoint") if path.exists() and not fresh else None
+    if saved is not None:
+        _check_identity(saved["identity"], identity, path)
+        if saved["finished"]:
+            return _result(saved["best"], saved["history"])
+    with _threads(training_settings.threads):
+        trainer = _Trainer(model, training_settings, training, validation, epochs, seed, initial is not None)
+        if saved is not None:
+            trainer.load_state(saved)
+        return _run(trainer, identity, folder, progress)
+
+
+def split(structures: Sequence[Atoms], share: float, seed: int) -> tuple[list[Atoms], list[Atoms]]:
+    """Random split into training and validation, each with at least one structure.
+
+    Raises:
+        DataError: fewer than two structures.
+    """
+    if len(structures) < 2:
+        raise DataError("One structure cannot be split into training and validation; add more, or a validation_file.")
+    count = min(max(1, round(share * len(structures))), len(structures) - 1)
+    order = np.random.default_rng(np.random.SeedSequence([seed, 2])).permutation(len(structures))
+    held_out = set(order[:count].tolist())
+    return (
+        [atoms for k, atoms in enumerate(structures) if k not in held_out],
+        [atoms for k, atoms in enumerate(structures) if k in held_out],
+    )
+
+
+# ------------------------------------------------------------------------------------------- the loop
+
+
+def _run(
+    trainer: _Trainer, identity: dict[str, Any], folder: Path, progress: Callable[[Row], None] | None
+) -> TrainedModel:
+    """Epochs until the end, with log, picture and checkpoints."""
+    log = Log(folder / "log.csv", trainer.history)
+    try:
+        while trainer.epoch < trainer.epochs:
+            row = trainer.run_epoch()
+            log.add(row)
+            if progress is not None:
+                progress({**row, "epochs": trainer.epochs})
+            if trainer.epoch % trainer.settings.checkpoint_every == 0 and trainer.epoch < trainer.epochs:
+                checkpoint.save_atomically({**_header(identity, False), **trainer.state()}, folder / "checkpoint.pt")
+                draw(trainer.history, folder / "learning_curve.png")
+    finally:
+        log.close()
+    draw(trainer.history, folder / "learning_curve.png")
+    assert trainer.best is not None
+    result = _result(trainer.best, trainer.history)
+    checkpoint.save_weights(result.model, folder / "weights.pt")
+    # Last, and without optimiser state: from now on this training is only looked up.
+    finished = {**_header(identity, True), "best": trainer.best, "history": trainer.history}
+    checkpoint.save_atomically(finished, folder / "checkpoint.pt")
+    return result
+
+
+def _header(identity: dict[str, Any], finished: bool) -> dict[str, Any]:
+    return {"format": checkpoint.FORMAT, "kind": "checkpoint", "identity": identity, "finished": finished}
+
+
+def _result(best: dict[str, Any], history: list[Row]) -> TrainedModel:
+    return TrainedModel(checkpoint.restore_model(best), history, history[best["epoch"] - 1])
+
+
+class _Trainer:
+    """Model, optimiser, schedule, batches and random numbers; ``state`` and ``load_state`` cover all that changes."""
+
+    def __init__(
+        self,
+        model: GaussianMomentNetwork,
+        settings: TrainingSettings,
+        training: Sequence[Atoms],
+        validation: Sequence[Atoms],
+        epochs: int,
+        seed: int,
+        warm: bool,
+    ) -> None:
+        self.model = model.to_network_dtype(getattr(torch, settings.precision))
+        self.settings = settings
+        self.epochs = epochs
+        self.graphs = [build_graph(atoms, model.elements, model.cutoff) for atoms in training]
+        self.validation = _batches(
+            [build_graph(atoms, model.elements, model.cutoff) for atoms in validation], settings.batch_size
+        )
+        if not warm:
+            model.initialise_energies(self.graphs)
+        self.base_rates = _learning_rates(settings, settings.warm_learning_rate_factor if warm else 1.0)
+        groups = _parameter_groups(model)
+        self.optimiser = torch.optim.Adam(
+            [{"params": groups[name], "lr": rate} for name, rate in self.base_rates.items()],
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            fused=True,
+        )
+        self.generator = torch.Generator().manual_seed(_shuffle_seed(seed))
+        self.epoch = 0
+        self.history: list[Row] = []
+        self.best: dict[str, Any] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.graphs) / self.settings.batch_size)
+
+    def run_epoch(self) -> Row:
+        """One pass over the training set, and a validation if it is due; returns the row of the log."""
+        start = time.perf_counter()
+        total, sums = 0.0, ErrorSums()
+        order = torch.randperm(len(self.graphs), generator=self.generator).tolist()
+        for step in range(self.steps_per_epoch):
+            chosen = order[step * self.settings.batch_size : (step + 1) * self.settings.batch_size]
+            batch = collate([self.graphs[k] for k in chosen])
+            value, errors = self._step(batch, self.epoch * self.steps_per_epoch + step)
+            total += value
+            sums.add(batch, errors)
+        self.epoch += 1
+        row: Row = {"epoch": self.epoch, "loss": total, **sums.columns("train"), "best": 0}
+        if self.epoch % self.settings.validation_every == 0 or self.epoch == self.epochs:
+            row.update(self._validate())
+        row["seconds"] = time.perf_counter() - start
+        self.history.append(row)
+        return row
+
+    def _step(self, batch: Batch, step: int) -> tuple[float, Differences]:
+        """One Adam step with the learning rates of this step; returns the loss and errors before it."""
+        decay = 1.0 - step / (self.epochs * self.steps_per_epoch)
+        for group, rate in zip(self.optimiser.param_groups, self.base_rates.values(), strict=True):
+            group["lr"] = rate * decay
+        self.optimiser.zero_grad(set_to_none=True)
+        errors = differences(batch, *self.model.energy_forces_virial(batch, create_graph=True))
+        value = loss(errors, self.settings)
+        if not bool(torch.isfinite(value)):
+            raise TrainingError(
+                f"The loss is not finite in epoch {self.epoch + 1}: lower training.learning_rate (now "
+                f"{self.settings.learning_rate:g}), and look for absurd labels in the table of the data."
+            )
+        value.backward()
+        self.optimiser.step()
+        return float(value.detach()), errors
+
+    def _validate(self) -> Row:
+        """Validation errors; keeps a copy of the weights if they are the best so far."""
+        sums = ErrorSums()
+        for batch in self.validation:
+            sums.add(batch, differences(batch, *self.model.energy_forces_virial(batch)))
+        criterion = sums.criterion()
+        if not math.isfinite(criterion):
+            raise TrainingError(
+                f"The validation errors are not finite in epoch {self.epoch}: lower training.learning_rate "
+                f"(now {self.settings.learning_rate:g})."
+            )
+        is_best = self.best is None or criterion < self.best["criterion"]
+        if is_best:
+            self.best = {"criterion": criterion, "epoch": self.epoch, **checkpoint.model_state(self.model)}
+        energy = sums.mae("energy")
+        return {
+            **sums.columns("valid"),
+            "valid_energy_mae_meV_per_atom": None if energy is None else 1000 * energy,
+            "valid_force_mae_eV_per_A": sums.mae("force"),
+            "best": int(is_best),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """All that changes during training, between two epochs."""
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "best": self.best,
+            "history": self.history,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        self.epoch = state["epoch"]
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.generator.set_state(state["generator"])
+        self.best = state["best"]
+        self.history = state["history"]
+
+
+def _batches(graphs: Sequence[Graph], size: int) -> list[Batch]:
+    return [collate(graphs[start : start + size]) for start in range(0, len(graphs), size)]
+
+
+def _shuffle_seed(seed: int) -> int:
+    """A seed for the order of mini-batches that is unrelated to the one of the initial weights."""
+    return int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
+
+
+def _parameter_groups(model: GaussianMomentNetwork) -> dict[str, list[torch.nn.Parameter]]:
+    return {
+        "layers": [*model.weights, *model.biases],
+        "radial": [model.radial],
+        "shift": [model.shift],
+        "scale": [model.scale],
+    }
+
+
+def _learning_rates(settings: TrainingSettings, factor: float) -> dict[str, float]:
+    """Learning rates before decay, in the order of `_parameter_groups`."""
+    return {
+        "layers": factor * settings.learning_rate,
+        "radial": factor * settings.learning_rate_radial,
+        "shift": factor * settings.learning_rate_shift,
+        "scale": factor * settings.learning_rate_scale,
+    }
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Set torch's number of threads for a while; None leaves it alone (torch takes all cores)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------- start and identity
+
+
+def _initial_model(
+    settings: ModelSettings, structures: Sequence[Atoms], seed: int, initial: Path | None
+) -> GaussianMomentNetwork:
+    """A new model, or the earlier one if it fits settings and data."""
+    found = {symbol for atoms in structures for symbol in atoms.symbols}
+    model = checkpoint.load_weights(initial) if initial is not None else None
+    elements = settings.elements or (model and model.elements) or sorted(found, key=ase.data.chemical_symbols.index)
+    missing = sorted(found - set(elements))
+    if missing and model is not None and settings.elements is None:
+        raise ModelError(f"{initial} does not know the element {missing[0]} of the new data; train from scratch.")
+    if missing:
+        raise DataError(f"The data contain {missing[0]}, which is not in model.elements; add it there.")
+    new = GaussianMomentNetwork(elements, settings, seed)
+    if model is None:
+        return new
+    old_config, new_config = _flat(model.config()), _flat(new.config())
+    for key in sorted(new_config):
+        if key != "settings.elements" and old_config.get(key) != new_config[key]:
+            raise ModelError(
+                f"{initial} has {key.removeprefix('settings.')} = {old_config.get(key)}, the settings want "
+                f"{new_config[key]}; train from scratch, or use the old settings."
+            )
+    return model
+
+
+def _identity(
+    model: GaussianMomentNetwork,
+    settings: TrainingSettings,
+    training: Sequence[Atoms],
+    validation: Sequence[Atoms],
+    seed: int,
+    initial: Path | None,
+    epochs: int,
+) -> dict[str, Any]:
+    """Everything that the result depends on, as text by name."""
+    options = {key: value for key, value in settings.model_dump().items() if key not in WITHOUT_EFFECT}
+    values = {
+        "model": _flat(model.config()),
+        "training": {**options, "epochs": epochs},
+        "seed": seed,
+        "the training set": dataset_hash(training),
+        "the validation set": dataset_hash(validation),
+        "the initial weights": checkpoint.file_hash(initial) if initial is not None else "none",
+    }
+    return {key: str(value) for key, value in _flat(values).items()}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys; sequences become lists, so that equal ones compare equal."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _check_identity(saved: dict[str, str], now: dict[str, str], path: Path) -> None:
+    """Refuse a checkpoint of another training.
+
+    Raises:
+        TrainingError: names the first difference.
+    """
+    for key in sorted(now):
+        if saved.get(key) != now[key]:
+            change = f"{key} has changed" if key.startswith("the ") else f"{key} was {saved.get(key)}, now {now[key]}"
+            raise TrainingError(
+                f"{path} belongs to another training ({change}); start again with --fresh, or use another folder."
+            )
