@@ -1,0 +1,85 @@
+"""Errors and uncertainties of a model on labelled structures, and how well they go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ase import Atoms
+from numpy.typing import ArrayLike, NDArray
+
+from ubmd.calculator import Prediction
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Errors and calibrated uncertainties on S structures with A atoms together."""
+
+    energy_error: Array
+    """|ΔE|/n [S], eV/atom"""
+    energy_u: Array
+    """structure uncertainty u [S], eV/atom"""
+    atom_error: Array
+    """RMSE(F_i) over x, y, z [A], eV/Å"""
+    atom_u: Array
+    """atomic uncertainty u_i [A], eV/Å"""
+    largest_error: Array
+    """max_i RMSE(F_i) [S], eV/Å"""
+    largest_u: Array
+    """max_i u_i [S], eV/Å"""
+
+    @property
+    def energy_rmse(self) -> float:
+        """RMSE of the energy per atom, meV/atom."""
+        return 1000.0 * float(np.sqrt(np.mean(self.energy_error**2)))
+
+    @property
+    def force_rmse(self) -> float:
+        """RMSE of the force components, eV/Å."""
+        return float(np.sqrt(np.mean(self.atom_error**2)))
+
+
+def calibration_data(structures: Sequence[Atoms], predictions: Sequence[Prediction]) -> CalibrationData:
+    """Compare labels with predictions of `ubmd.calculator.Evaluator.predict` for the same structures."""
+    atom_errors = [
+        np.sqrt(np.mean((p.forces - atoms.get_forces()) ** 2, axis=1))
+        for atoms, p in zip(structures, predictions, strict=True)
+    ]
+    energy_error = [
+        abs(p.energy - atoms.get_potential_energy()) / len(atoms)
+        for atoms, p in zip(structures, predictions, strict=True)
+    ]
+    return CalibrationData(
+        energy_error=np.array(energy_error),
+        energy_u=np.array([p.u for p in predictions]),
+        atom_error=np.concatenate(atom_errors),
+        atom_u=np.concatenate([p.atomic_u for p in predictions]),
+        largest_error=np.array([errors.max() for errors in atom_errors]),
+        largest_u=np.array([p.atomic_u.max() for p in predictions]),
+    )
+
+
+def share_covered(error: ArrayLike, u: ArrayLike) -> float:
+    """Share of errors that do not exceed their uncertainty: 1 - alpha, if the calibration transfers."""
+    return float(np.mean(np.asarray(error) <= np.asarray(u)))
+
+
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
+    """Pearson correlation; NaN if one of them is constant."""
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    a, b = a - a.mean(), b - b.mean()
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norm if norm > 0 else float("nan")
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman rank correlation; ties get their mean rank."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(values: ArrayLike) -> Array:
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]

@@ -1,0 +1,277 @@
+"""Torsions, coverage, calibration numbers, pictures and the report of a run folder."""
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from ase.io import read
+from scipy import stats
+
+from ubmd import analysis
+from ubmd.analysis.errors import pearson, share_covered, spearman
+from ubmd.analysis.figures import mean_curve
+from ubmd.analysis.run_data import read_frames
+from ubmd.calculator import Evaluator
+from ubmd.data.graph import build_graph
+from ubmd.data.structures import write_structures
+from ubmd.errors import DataError
+from ubmd.export import export_model
+from ubmd.models import GaussianMomentNetwork
+from ubmd.references import sample
+from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, UncertaintySettings
+
+EXAMPLE = Path(__file__).parents[2] / "lammps_examples" / "alanine_dipeptide"
+PHI, PSI = (4, 6, 8, 14), (6, 8, 14, 16)
+REFERENCE = {"calculator": "openmm", "arguments": {"pdb": "alanine_dipeptide.pdb"}}
+TORSIONS = {"phi": list(PHI), "psi": list(PSI)}
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """24 labelled frames of hot reference MD."""
+    torch.set_num_threads(1)
+    sampling = SamplingSettings(temperature=600.0, frames=24, stride=40, equilibration=200, seed=1)
+    return sample(read(EXAMPLE / "c7eq.extxyz"), ReferenceSettings(**REFERENCE), sampling, EXAMPLE)
+
+
+# --- torsions ---------------------------------------------------------------------------------------------------
+
+
+def test_torsions_agree_with_ase(frames):
+    rng = np.random.default_rng(0)
+    structures = [frame.copy() for frame in frames]
+    for atoms in structures:
+        atoms.positions += rng.normal(scale=0.5, size=atoms.positions.shape)
+    indices = [PHI, PSI, (0, 1, 4, 5), (21, 18, 16, 14)]
+    angles = analysis.torsions(structures, indices)
+    expected = np.radians([[atoms.get_dihedral(*four) for four in indices] for atoms in structures])
+    assert angles.shape == (24, 4)
+    assert np.abs(angles).max() <= np.pi
+    np.testing.assert_allclose(np.exp(1j * angles), np.exp(1j * expected), atol=1e-12)
+
+
+def test_torsion_of_planar_atoms():
+    """cis = 0, trans = π (never -π), and no division by zero in between."""
+    atoms = read(EXAMPLE / "c7eq.extxyz")[:4]
+    atoms.positions = [[0, 1, 0], [0, 0, 0], [1, 0, 0], [1, 1, 0]]
+    assert analysis.torsions([atoms], [(0, 1, 2, 3)])[0, 0] == pytest.approx(0.0, abs=1e-15)
+    atoms.positions[3] = [1, -1, 0]
+    assert analysis.torsions([atoms], [(0, 1, 2, 3)])[0, 0] == np.pi
+    assert analysis.torsions([], [PHI]).shape == (0, 1)
+
+
+def test_amide_bonds_and_cis_count():
+    atoms = read(EXAMPLE / "c7eq.extxyz")
+    amides = analysis.amide_torsions(atoms)
+    assert amides == [(1, 4, 6, 8), (8, 14, 16, 18)]
+    flipped = atoms.copy()
+    flipped.set_dihedral(*amides[1], 20.0, indices=range(17, 22))
+    assert analysis.count_cis([atoms, flipped, atoms], amides) == 1
+    assert analysis.count_cis([atoms], []) == 0
+
+
+# --- coverage ---------------------------------------------------------------------------------------------------
+
+
+def naive_coverage(angles: np.ndarray, levels: int) -> float:
+    """The definition as a recursive tree with a set of visited nodes."""
+    visited = set()
+    for point in angles:
+        low, high = np.full(len(point), -np.pi), np.full(len(point), np.pi)
+        path: tuple = ()
+        for _ in range(levels):
+            middle = (low + high) / 2
+            upper = point >= middle
+            low, high = np.where(upper, middle, low), np.where(upper, high, middle)
+            path += (tuple(upper),)
+            visited.add(path)
+    return sum(2.0 ** (-angles.shape[1] * len(path)) for path in visited) / levels
+
+
+@pytest.mark.parametrize(("dimensions", "levels"), [(2, 5), (1, 3), (3, 2)])
+def test_coverage_equals_the_tree(dimensions, levels):
+    rng = np.random.default_rng(dimensions)
+    for count in (1, 7, 300):
+        angles = rng.uniform(-np.pi, np.pi, size=(count, dimensions))
+        assert analysis.coverage(angles, levels) == pytest.approx(naive_coverage(angles, levels), rel=1e-12)
+
+
+def test_coverage_limits():
+    centres = (np.arange(32) + 0.5) / 32 * 2 * np.pi - np.pi
+    every = np.array(np.meshgrid(centres, centres)).reshape(2, -1).T
+    assert analysis.coverage(every) == pytest.approx(1.0)
+    assert analysis.coverage(np.zeros((0, 2))) == 0.0
+    # one point: one of 4 cells on level 1, one of 16 on level 2, ...
+    assert analysis.coverage([[0.3, 0.4]]) == pytest.approx(sum(4.0**-h for h in range(1, 6)) / 5)
+    # one quadrant, fully visited
+    assert analysis.coverage(every[np.all(every > 0, axis=1)]) == pytest.approx(0.25)
+
+
+def test_coverage_is_periodic():
+    assert analysis.coverage([[np.pi - 1e-12, 0.1], [-np.pi, 0.1]]) > analysis.coverage([[-np.pi, 0.1]])
+    assert analysis.coverage([[np.pi, 0.1], [-np.pi, 0.1]]) == analysis.coverage([[-np.pi, 0.1]])
+    assert analysis.coverage([[np.nextafter(-np.pi, -4.0), 0.1]]) == analysis.coverage([[3.14, 0.1]])
+
+
+def test_coverage_growth_is_the_coverage_of_every_prefix():
+    angles = np.random.default_rng(5).normal(size=(60, 2))
+    growth = analysis.coverage_growth(angles)
+    np.testing.assert_allclose(growth, [naive_coverage(angles[: k + 1], 5) for k in range(60)], rtol=1e-12)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+def test_correlations_agree_with_scipy():
+    rng = np.random.default_rng(2)
+    x = rng.integers(0, 8, size=50).astype(float)  # with ties
+    y = x + rng.normal(scale=3.0, size=50)
+    assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
+    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert np.isnan(pearson(np.ones(5), y[:5]))
+
+
+def test_share_covered():
+    assert share_covered([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 4.0, 5.0]) == 0.75
+
+
+def test_mean_curve_interpolates_at_equal_steps():
+    grid, mean, deviation = mean_curve([([100, 200], [0.1, 0.3]), ([50, 400], [0.2, 0.2])], points=5)
+    np.testing.assert_allclose(grid, [0, 50, 100, 150, 200])
+    np.testing.assert_allclose(mean, [0.0, 0.125, 0.15, 0.2, 0.25])
+    np.testing.assert_allclose(deviation[1], np.std([0.05, 0.2], ddof=1))
+
+
+# --- a run folder -----------------------------------------------------------------------------------------------
+
+
+def small_model(frames, path: Path) -> Evaluator:
+    """A real model file, barely trained: energies shifted, 16 projections."""
+    elements = ("H", "C", "N", "O")
+    model = GaussianMomentNetwork(elements, ModelSettings(hidden=(16, 16)), seed=0)
+    model.initialise_energies([build_graph(atoms, elements, 5.0) for atoms in frames])
+    export_model(model, frames[:16], frames[16:], UncertaintySettings(projections=16, alpha=0.2), path, {})
+    return Evaluator(path)
+
+
+@pytest.fixture(scope="module")
+def run(frames, tmp_path_factory):
+    """A run folder with two iterations of two replicas, as `ubmd run` leaves it (frames from reference MD)."""
+    folder = tmp_path_factory.mktemp("runs") / "some_run"
+    settings = {
+        "run_dir": str(folder),
+        "start": {"file": "c7eq.extxyz"},
+        "reference": REFERENCE,
+        "md": {"frames_every": 40},
+        "variables": {"torsions": TORSIONS},
+    }
+    folder.mkdir()
+    (folder / "settings.toml").write_text(tomli_w.dumps(settings))
+    history = []
+    for iteration, md_steps in [(0, 440), (1, 900)]:
+        entry = {"iteration": iteration, "labels": 8 + 8 * iteration, "md_steps": md_steps, "coverage": 0.1}
+        entry["test"] = {"energy_rmse_mev_per_atom": 20.0 / (iteration + 1), "force_rmse": 0.5 / (iteration + 1)}
+        history.append(entry)
+        _write_replicas(folder / "iterations" / f"iter_{iteration:03d}", frames[12 * iteration : 12 * iteration + 12])
+    (folder / "history.json").write_text(json.dumps(history))
+    write_structures(folder / "test.extxyz", frames)
+    small_model(frames, folder / "model.pt")
+    return folder
+
+
+def _write_replicas(folder: Path, frames) -> None:
+    """Replica 0 runs 240 steps, replica 1 stops in the middle of an interval, at step 190."""
+    folder.mkdir(parents=True)
+    for replica, steps in [(0, [40, 80, 120, 160, 200, 240]), (1, [40, 80, 120, 160, 190])]:
+        structures = []
+        for step, frame in zip(steps, frames[replica * 6 :], strict=False):
+            atoms = frame.copy()
+            atoms.info = {"step": step, "replica": replica, "max_uncertainty": step / 200, "uncertainty": 0.01}
+            structures.append(atoms)
+        write_structures(folder / f"frames_{replica:03d}.extxyz", structures)
+
+
+def test_frames_come_in_the_order_of_md(run):
+    found = read_frames(run)
+    assert len(found) == 22
+    assert found.iteration.tolist() == [0] * 11 + [1] * 11
+    assert found.step[:11].tolist() == [40, 40, 80, 80, 120, 120, 160, 160, 190, 200, 240]
+    assert found.replica[:11].tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 1, 0, 0]
+    # two replicas side by side, until the second one stops at step 190
+    assert found.md_steps[:11].tolist() == [80, 80, 160, 160, 240, 240, 320, 320, 380, 390, 430]
+    assert found.md_steps[11] == 440 + 80  # the history's count, not the last frame, is what came before
+    steps, share = found.coverage_curve([PHI, PSI])
+    assert steps[:8].tolist() == [80, 160, 240, 320, 380, 390, 430, 520]
+    expected = naive_coverage(analysis.torsions(found.structures[:4], [PHI, PSI]), 5)
+    assert share[1] == pytest.approx(expected)
+
+
+def test_calibration_data_is_about_the_same_atoms(run, frames):
+    predictions = Evaluator(run / "model.pt").predict(frames)
+    data = analysis.calibration_data(frames, predictions)
+    worst = [
+        max(np.sqrt(np.mean((p.forces[i] - a.get_forces()[i]) ** 2)) for i in range(22))
+        for a, p in zip(frames, predictions, strict=True)
+    ]
+    np.testing.assert_allclose(data.largest_error, worst, rtol=1e-12)
+    components = np.concatenate([(p.forces - a.get_forces()).ravel() for a, p in zip(frames, predictions, strict=True)])
+    assert data.force_rmse == pytest.approx(np.sqrt(np.mean(components**2)))
+    energies = np.array([(p.energy - a.get_potential_energy()) / 22 for a, p in zip(frames, predictions, strict=True)])
+    assert data.energy_rmse == pytest.approx(1000 * np.sqrt(np.mean(energies**2)))
+    assert data.atom_u.shape == (24 * 22,)
+    assert data.largest_u == pytest.approx(data.atom_u.reshape(24, 22).max(axis=1))
+
+
+def test_report_has_readable_pictures_and_tables(run):
+    files = analysis.make_report(run)
+    names = [path.name for path in files]
+    assert names == [
+        "learning_curve.png",
+        "calibration.png",
+        "ramachandran.png",
+        "coverage.png",
+        "uncertainty.png",
+        "report.md",
+    ]
+    for path in files[:-1]:
+        image = matplotlib.image.imread(path)
+        assert min(image.shape[:2]) > 400
+        assert image[..., :3].std() > 0.03  # something is drawn
+        border = np.concatenate([image[:3].ravel(), image[-3:].ravel(), image[:, :3].ravel(), image[:, -3:].ravel()])
+        assert border.min() > 0.9  # and nothing is clipped by the edge
+    text = files[-1].read_text()
+    assert "| 1         | 16     | 900      | 10.00" in text
+    assert "promised share" in text
+    assert "22 stored frames" in text
+    for name in names[:-1]:
+        assert f"]({name})" in text
+
+
+def test_report_of_an_unfinished_run_and_of_no_run(run, tmp_path):
+    with pytest.raises(DataError, match=r"There is no run in .* no settings.toml"):
+        analysis.make_report(tmp_path)
+    (tmp_path / "settings.toml").write_text((run / "settings.toml").read_text())
+    assert [path.name for path in analysis.make_report(tmp_path)] == ["report.md"]
+    assert "No iteration has finished" in (tmp_path / "report" / "report.md").read_text()
+    entry = {"iteration": 0, "labels": 8, "md_steps": 10, "test": None, "coverage": None}
+    (tmp_path / "history.json").write_text(json.dumps([entry]))
+    assert [path.name for path in analysis.make_report(tmp_path)] == ["report.md"]
+    assert "| 0         | 8      | 10       | -" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_coverage_picture_compares_groups_of_runs(tmp_path):
+    rng = np.random.default_rng(0)
+    runs = [(np.arange(1, 50) * 1000, np.sort(rng.uniform(0, 0.6, 49))) for _ in range(6)]
+    path = analysis.coverage_figure({"biased": runs[:3], "unbiased": runs[3:]}, tmp_path / "a" / "coverage.png")
+    assert path.stat().st_size > 10_000
+
+
+def test_calibration_picture_counts_many_points(tmp_path):
+    rng = np.random.default_rng(0)
+    u = 10 ** rng.normal(size=3000)
+    path = analysis.calibration_figure(u, u * rng.uniform(0.2, 1.1, size=3000), tmp_path / "calibration.png")
+    assert path.stat().st_size > 10_000
