@@ -1,0 +1,97 @@
+// Python module ubmd._cpp: the plugin's own helpers, so that tests exercise the compiled code itself.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "frames.h"
+#include "graph.h"
+#include "metadata.h"
+#include "ubmd_error.h"
+#include "window.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Positions = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+// Graph of n_local owned atoms (and ghosts behind them) with a neighbour list given per centre.
+ubmd::Graph build_graph(const Positions &positions, const std::vector<int> &types, int n_local,
+                        const std::vector<std::vector<int>> &neighbours, const std::vector<int> &species,
+                        double cutoff) {
+  if (positions.ndim() != 2 || positions.shape(1) != 3 || static_cast<std::size_t>(positions.shape(0)) != types.size())
+    throw ubmd::Error("positions must be [n, 3] with one type per atom");
+  std::vector<int> centres, numbers(types.size(), 0);
+  std::vector<const int *> first(types.size(), nullptr);
+  for (std::size_t i = 0; i < neighbours.size(); ++i) {
+    centres.push_back(static_cast<int>(i));
+    numbers[i] = static_cast<int>(neighbours[i].size());
+    first[i] = neighbours[i].data();
+  }
+  ubmd::Graph graph;
+  const ubmd::Atoms atoms{n_local, static_cast<int>(types.size()), positions.data(), types.data()};
+  const ubmd::Neighbours list{static_cast<int>(centres.size()), centres.data(), numbers.data(), first.data(),
+                              0x1FFFFFFF};
+  ubmd::build_graph(atoms, list, species, cutoff, graph);
+  return graph;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpp, module) {
+  module.doc() = "Torch-free helpers of the LAMMPS plugin, for tests and `ubmd doctor`.";
+  module.attr("torch_version") = UBMD_TORCH_VERSION;
+  module.attr("lammps_version") = UBMD_LAMMPS_VERSION;
+  module.attr("newest_format") = ubmd::newest_format;
+  py::register_exception<ubmd::Error>(module, "Error");
+
+  py::class_<ubmd::Window>(module, "Window", "Moving window behind the scale of the bias.")
+      .def(py::init<std::size_t>(), py::arg("length"))
+      .def("add", &ubmd::Window::add, py::arg("step"), py::arg("physical"), py::arg("uncertainty"),
+           "Enter squared norms; the same step again replaces its entry.")
+      .def("scale", &ubmd::Window::scale, "sqrt(sum physical) / sqrt(sum uncertainty), 0 until full.")
+      .def("state", &ubmd::Window::state)
+      .def("restore", &ubmd::Window::restore, py::arg("state"))
+      .def_property_readonly("full", &ubmd::Window::full);
+
+  py::class_<ubmd::Metadata>(module, "Metadata", "Checked metadata record of a model file.")
+      .def_readonly("format", &ubmd::Metadata::format)
+      .def_readonly("elements", &ubmd::Metadata::elements)
+      .def_readonly("cutoff", &ubmd::Metadata::cutoff)
+      .def_readonly("projections", &ubmd::Metadata::projections)
+      .def_readonly("operators", &ubmd::Metadata::operators);
+  module.def("parse_metadata", &ubmd::parse_metadata, py::arg("json"), py::arg("file"));
+  module.def("map_elements", &ubmd::map_elements, py::arg("metadata"), py::arg("names"), py::arg("file"));
+
+  py::class_<ubmd::Graph>(module, "Graph", "Atoms and edges as a model file takes them.")
+      .def_readonly("atoms", &ubmd::Graph::atoms)
+      .def_readonly("species", &ubmd::Graph::species)
+      .def_readonly("n_local", &ubmd::Graph::n_local)
+      .def_property_readonly("edge_index",
+                             [](const ubmd::Graph &graph) {
+                               return py::array_t<std::int64_t>({py::ssize_t(2), py::ssize_t(graph.n_edges())},
+                                                                graph.edges.data());
+                             })
+      .def_property_readonly("edge_vector", [](const ubmd::Graph &graph) {
+        return py::array_t<double>({py::ssize_t(graph.n_edges()), py::ssize_t(3)}, graph.vectors.data());
+      });
+  module.def("build_graph", &build_graph, py::arg("positions"), py::arg("types"), py::arg("n_local"),
+             py::arg("neighbours"), py::arg("species"), py::arg("cutoff"));
+
+  py::class_<ubmd::FrameAtom>(module, "FrameAtom")
+      .def(py::init([](std::int64_t id, std::string name, std::array<double, 3> x, double u) {
+             return ubmd::FrameAtom{id, std::move(name), {x[0], x[1], x[2]}, u};
+           }),
+           py::arg("id"), py::arg("name"), py::arg("position"), py::arg("uncertainty"));
+  module.def(
+      "format_frame",
+      [](std::int64_t step, double u, double u_max, std::array<bool, 3> pbc, std::array<double, 9> cell,
+         std::vector<ubmd::FrameAtom> atoms) {
+        ubmd::Frame frame{step, u, u_max, {pbc[0], pbc[1], pbc[2]}, {}, std::move(atoms)};
+        std::copy(cell.begin(), cell.end(), frame.cell);
+        return ubmd::format_frame(std::move(frame));
+      },
+      py::arg("step"), py::arg("uncertainty"), py::arg("max_uncertainty"), py::arg("pbc"), py::arg("cell"),
+      py::arg("atoms"), "One extended-XYZ frame as text, atoms sorted by id.");
+}

@@ -1,0 +1,567 @@
+#include "fix_ubmd.h"
+
+#include <mpi.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "atom.h"
+#include "comm.h"
+#include "domain.h"
+#include "error.h"
+#include "force.h"
+#include "frames.h"
+#include "memory.h"
+#include "pair_ubmd.h"
+#include "timer.h"
+#include "ubmd_error.h"
+#include "update.h"
+#include "utils.h"
+
+namespace LAMMPS_NS {
+
+using namespace FixConst;
+
+namespace {
+
+constexpr int n_columns = 4;  // per-atom array: u_i, fbias_x, fbias_y, fbias_z
+
+bool is_keyword(const char *word) {
+  for (const char *keyword : {"force", "stress", "uncertainty", "species", "window", "every", "save", "stop"})
+    if (std::strcmp(word, keyword) == 0) return true;
+  return false;
+}
+
+}  // namespace
+
+FixUBMD::FixUBMD(LAMMPS *lmp, int narg, char **arg) : Fix(lmp, narg, arg) {
+  parse(narg, arg);
+  force_window_ = ubmd::Window(settings_.window);
+  stress_window_ = ubmd::Window(settings_.window);
+
+  scalar_flag = vector_flag = peratom_flag = 1;
+  size_vector = 8;
+  size_peratom_cols = n_columns;
+  global_freq = peratom_freq = 1;
+  extscalar = 1;
+  extvector = 0;
+  energy_global_flag = 1;
+  virial_global_flag = thermo_virial = 1;
+  restart_global = restart_peratom = 1;
+  dynamic_group_allow = 1;
+  comm_reverse = 6;
+  maxexchange = n_columns;
+
+  grow_arrays(atom->nmax);
+  for (int i = 0; i < atom->nmax; ++i) set_arrays(i);
+  atom->add_callback(Atom::GROW);
+  atom->add_callback(Atom::RESTART);
+}
+
+FixUBMD::~FixUBMD() {
+  if (copymode) return;
+  atom->delete_callback(id, Atom::GROW);
+  atom->delete_callback(id, Atom::RESTART);
+  memory->destroy(array_atom);
+  if (file_) std::fclose(file_);
+}
+
+// ---- settings ----
+
+// fix ID group ubmd [force TAU] [stress TAU_S] [uncertainty energy|atomic] [species H 0.0 ...] [window N] [every K]
+//                   [save U file every M] [stop U]
+void FixUBMD::parse(int narg, char **arg) {
+  int i = 3;
+  while (i < narg) {
+    const std::string key = arg[i];
+    if (!is_keyword(arg[i]))
+      error->all(FLERR,
+                 "fix ubmd has no keyword '{}': use force, stress, uncertainty, species, window, every, save or stop",
+                 key);
+    if (i + 1 >= narg) error->all(FLERR, "fix ubmd: keyword '{}' has no value", key);
+    if (key == "species") {
+      i = parse_species(i + 1, narg, arg);
+      continue;
+    }
+    if (key == "save") {
+      i = parse_save(i + 1, narg, arg);
+      continue;
+    }
+    if (key == "force") settings_.force = positive("force", arg[i + 1]);
+    if (key == "stress") settings_.stress = positive("stress", arg[i + 1]);
+    if (key == "stop") settings_.stop = positive("stop", arg[i + 1]);
+    if (key == "window") settings_.window = count("window", arg[i + 1]);
+    if (key == "every") settings_.every = count("every", arg[i + 1]);
+    if (key == "uncertainty" && std::strcmp(arg[i + 1], "energy") != 0) {
+      if (std::strcmp(arg[i + 1], "atomic") == 0)
+        error->all(FLERR, "fix ubmd: 'uncertainty atomic' is not available in this version: use 'uncertainty energy'");
+      error->all(FLERR, "fix ubmd: uncertainty is energy or atomic, not '{}'", arg[i + 1]);
+    }
+    i += 2;
+  }
+}
+
+int FixUBMD::parse_species(int i, int narg, char **arg) {
+  for (; i < narg && !is_keyword(arg[i]); i += 2) {
+    if (i + 1 >= narg) error->all(FLERR, "fix ubmd: element {} of 'species' has no strength", arg[i]);
+    settings_.species[arg[i]] = positive(arg[i], arg[i + 1]);
+  }
+  return i;
+}
+
+int FixUBMD::parse_save(int i, int narg, char **arg) {
+  if (i + 1 >= narg)
+    error->all(FLERR,
+               "fix ubmd: save takes an uncertainty in eV/Å and a file name, as in 'save 0.5 frames.extxyz every 100'");
+  settings_.save_above = positive("save", arg[i]);
+  settings_.save_file = arg[i + 1];
+  if (i + 3 < narg && std::strcmp(arg[i + 2], "every") == 0) {
+    settings_.save_every = count("save ... every", arg[i + 3]);
+    return i + 4;
+  }
+  return i + 2;
+}
+
+double FixUBMD::positive(const char *name, const char *text) {
+  const double value = utils::numeric(FLERR, text, false, lmp);
+  if (!(value >= 0.0)) error->all(FLERR, "fix ubmd: {} must be zero or positive, not {}", name, text);
+  return value;
+}
+
+int FixUBMD::count(const char *name, const char *text) {
+  const int value = utils::inumeric(FLERR, text, false, lmp);
+  if (value < 1) error->all(FLERR, "fix ubmd: {} must be 1 or more, not {}", name, text);
+  return value;
+}
+
+int FixUBMD::setmask() {
+  return PRE_FORCE | POST_FORCE | MIN_PRE_FORCE | MIN_POST_FORCE | POST_RUN;
+}
+
+void FixUBMD::init() {
+  check_pair();
+  prepare_species();
+  open_file();
+  if (utils::strmatch(update->integrate_style, "^respa"))
+    error->all(FLERR, "fix ubmd doesn't work with run_style respa: use run_style verlet");
+  if (settings_.stress > 0.0 && domain->nonperiodic)
+    error->all(FLERR,
+               "fix ubmd: a stress bias needs a box that is periodic in all directions: use 'boundary p p p' or remove "
+               "'stress'");
+}
+
+void FixUBMD::check_pair() {
+  pair_ = dynamic_cast<PairUBMD *>(force->pair_match("ubmd", 1));
+  if (!pair_)
+    error->all(FLERR, "fix ubmd needs one pair_style ubmd: put 'pair_style ubmd' and its pair_coeff before the run");
+  if (pair_->model().metadata().projections < 1)
+    error->all(FLERR, "fix ubmd: the model file carries no uncertainty: export it again with an [uncertainty] table");
+}
+
+// Strength of each type, after checking the names of `species`.
+void FixUBMD::prepare_species() {
+  const auto &known = pair_->model().metadata().elements;
+  for (const auto &[name, factor] : settings_.species) {
+    bool found = false;
+    for (const auto &element : known) found = found || element == name;
+    if (!found) error->all(FLERR, "fix ubmd: element {} of 'species' is not in the model", name);
+  }
+  strength_.assign(atom->ntypes, 0.0);
+  mapped_.assign(atom->ntypes, 0);
+  for (int type = 1; type <= atom->ntypes; ++type) {
+    if (!pair_->has_element(type)) continue;
+    const auto factor = settings_.species.find(pair_->element(type));
+    mapped_[type - 1] = 1;
+    strength_[type - 1] = settings_.force * (factor == settings_.species.end() ? 1.0 : factor->second);
+  }
+}
+
+// A run that continues from a restart file appends; otherwise an old file is replaced.
+void FixUBMD::open_file() {
+  if (settings_.save_file.empty()) return;
+  int ok = 1;
+  if (comm->me == 0 && !file_) {
+    file_ = std::fopen(settings_.save_file.c_str(), frames_ > 0 ? "a" : "w");
+    ok = file_ != nullptr;
+  }
+  MPI_Bcast(&ok, 1, MPI_INT, 0, world);
+  if (!ok) error->all(FLERR, "fix ubmd cannot write {}: check that its folder exists", settings_.save_file);
+}
+
+// ---- when to evaluate ----
+
+bool FixUBMD::minimising() const {
+  return update->whichflag == 2;
+}
+
+// Evaluations of an MD run lie at first + k * every, however many run commands it is split into.
+void FixUBMD::request(bool in_setup) {
+  const bigint step = update->ntimestep;
+  if (minimising()) {
+    due_ = in_setup || step % settings_.every == 0;
+  } else {
+    if (!has_first_) first_ = step;
+    has_first_ = true;
+    due_ = (step - first_) % settings_.every == 0;
+  }
+  if (due_) pair_->request(biasing());
+}
+
+void FixUBMD::setup_pre_force(int) {
+  request(true);
+}
+void FixUBMD::pre_force(int) {
+  request(false);
+}
+void FixUBMD::min_pre_force(int) {
+  request(false);
+}
+void FixUBMD::setup(int vflag) {
+  post(vflag);
+}
+void FixUBMD::post_force(int vflag) {
+  post(vflag);
+}
+void FixUBMD::min_setup(int vflag) {
+  post(vflag);
+}
+void FixUBMD::min_post_force(int vflag) {
+  post(vflag);
+}
+
+void FixUBMD::post(int vflag) {
+  v_init(vflag);
+  if (minimising()) clear_bias();
+  if (due_) evaluate();
+  due_ = false;
+  apply();
+}
+
+// ---- evaluation: two phases, because u is a non-linear function of a sum over all ranks ----
+
+void FixUBMD::evaluate() {
+  try {
+    std::vector<double> weight;
+    evaluate_uncertainty(biasing() ? &weight : nullptr);
+    evaluate_atoms();
+    if (biasing()) update_bias(evaluate_bias(weight));
+  } catch (const ubmd::Error &problem) {
+    error->one(FLERR, "fix ubmd: {}", problem.what());
+  }
+  pair_->release();
+  check_stop();
+  check_save();
+}
+
+// Phase 1: u of the mean feature over all atoms, and the cotangent of each atom's feature.
+void FixUBMD::evaluate_uncertainty(std::vector<double> *weight) {
+  const auto &kept = pair_->kept();
+  const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::uncertainty);
+  std::vector<double> local = pair_->model().feature_sum();
+  local.push_back(static_cast<double>(kept.graph.n_local));
+  std::vector<double> mean(local.size());
+  MPI_Allreduce(local.data(), mean.data(), static_cast<int>(local.size()), MPI_DOUBLE, MPI_SUM, world);
+  n_atoms_ = static_cast<bigint>(mean.back());
+  mean.pop_back();
+  if (n_atoms_ == 0) error->all(FLERR, "fix ubmd: no atom has an element of the model: check the names of pair_coeff");
+  for (double &component : mean) component /= static_cast<double>(n_atoms_);
+  u_ = pair_->model().uncertainty(mean, weight);
+  if (!std::isfinite(u_))
+    error->all(FLERR, "the uncertainty is not a number at step {}: train or export the model again", update->ntimestep);
+  if (weight)
+    for (double &component : *weight) component /= static_cast<double>(n_atoms_);
+}
+
+void FixUBMD::evaluate_atoms() {
+  const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::uncertainty);
+  const auto values = pair_->model().atomic_uncertainties();
+  const auto &atoms = pair_->kept().graph.atoms;
+  double sum = 0.0, largest = 0.0;
+  for (int i = 0; i < atom->nlocal; ++i) array_atom[i][0] = 0.0;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    array_atom[atoms[i]][0] = values[i];
+    sum += values[i];
+    largest = std::max(largest, values[i]);
+  }
+  MPI_Allreduce(&largest, &u_max_, 1, MPI_DOUBLE, MPI_MAX, world);
+  MPI_Allreduce(&sum, &u_mean_, 1, MPI_DOUBLE, MPI_SUM, world);
+  u_mean_ /= static_cast<double>(n_atoms_);
+}
+
+// Phase 2: forces and uncertainty forces of this pair style on the owned atoms (work_), and their norms.
+FixUBMD::Norms FixUBMD::evaluate_bias(const std::vector<double> &weight) {
+  const auto &kept = pair_->kept();
+  std::vector<double> gradient;
+  std::vector<double> forces(3 * (atom->nlocal + atom->nghost), 0.0), raw(forces.size(), 0.0);
+  {
+    const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::bias);
+    gradient = pair_->model().bias(weight);
+    PairUBMD::scatter(kept.graph, kept.gradient, -1.0, forces.data());
+    PairUBMD::scatter(kept.graph, gradient, 1.0, raw.data());
+    work_.resize(2 * forces.size());
+    for (std::size_t i = 0; i < forces.size() / 3; ++i)
+      for (int k = 0; k < 3; ++k) {
+        work_[6 * i + k] = forces[3 * i + k];
+        work_[6 * i + 3 + k] = raw[3 * i + k];
+      }
+  }
+  const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::communication);
+  comm->reverse_comm(this);
+  double local[2] = {0.0, 0.0}, sums[2];
+  for (int i = 0; i < 6 * atom->nlocal; ++i) local[(i / 3) % 2] += work_[i] * work_[i];
+  MPI_Allreduce(local, sums, 2, MPI_DOUBLE, MPI_SUM, world);
+  Norms norms;
+  norms.forces = sums[0];
+  norms.uncertainty_forces = sums[1];
+  if (settings_.stress > 0.0) sum_strain_derivatives(gradient, norms);
+  return norms;
+}
+
+// dE/dstrain and du/dstrain of the whole system; stresses are these divided by the volume.
+void FixUBMD::sum_strain_derivatives(const std::vector<double> &gradient, Norms &norms) {
+  const auto &kept = pair_->kept();
+  double local[18], sums[18];
+  PairUBMD::strain_derivative(kept.graph, kept.gradient, local);
+  PairUBMD::strain_derivative(kept.graph, gradient, local + 9);
+  MPI_Allreduce(local, sums, 18, MPI_DOUBLE, MPI_SUM, world);
+  const double volume = domain->xprd * domain->yprd * domain->zprd;
+  for (int k = 0; k < 9; ++k) {
+    norms.stress += sums[k] * sums[k] / (volume * volume);
+    norms.uncertainty_stress += sums[9 + k] * sums[9 + k] / (volume * volume);
+    uncertainty_strain_[k] = sums[9 + k];
+  }
+}
+
+// Scales from the windows, then the bias that is held until the next evaluation.
+void FixUBMD::update_bias(const Norms &norms) {
+  clear_bias();
+  const bigint step = update->ntimestep;
+  if (settings_.force > 0.0) {
+    force_window_.add(step, norms.forces, norms.uncertainty_forces);
+    force_scale_ = force_window_.scale();
+  }
+  if (settings_.stress > 0.0) {
+    stress_window_.add(step, norms.stress, norms.uncertainty_stress);
+    stress_scale_ = stress_window_.scale();
+  }
+  double local = 0.0, sum = 0.0;
+  for (int i = 0; i < atom->nlocal; ++i) {
+    if (!(atom->mask[i] & groupbit)) continue;
+    const double factor = strength_[atom->type[i] - 1] * force_scale_;
+    for (int k = 0; k < 3; ++k) {
+      array_atom[i][1 + k] = factor * work_[6 * i + 3 + k];
+      local += array_atom[i][1 + k] * array_atom[i][1 + k];
+    }
+  }
+  MPI_Allreduce(&local, &sum, 1, MPI_DOUBLE, MPI_SUM, world);
+  ratio_ = norms.forces > 0.0 ? std::sqrt(sum / norms.forces) : 0.0;
+  energy_ = 0.0 - settings_.force * force_scale_ * u_;  // not -0
+  static const int order[6] = {0, 4, 8, 1, 2, 5};       // xx yy zz xy xz yz
+  for (int k = 0; k < 6; ++k) bias_virial_[k] = settings_.stress * stress_scale_ * uncertainty_strain_[order[k]];
+}
+
+void FixUBMD::clear_bias() {
+  for (int i = 0; i < atom->nlocal; ++i)
+    for (int k = 1; k < n_columns; ++k) array_atom[i][k] = 0.0;
+  for (double &component : bias_virial_) component = 0.0;
+  energy_ = ratio_ = 0.0;
+}
+
+// Add the held bias to this step's forces and virial (each rank's virial is a share: rank 0 gives all of it).
+void FixUBMD::apply() {
+  double **f = atom->f;
+  for (int i = 0; i < atom->nlocal; ++i)
+    for (int k = 0; k < 3; ++k) f[i][k] += array_atom[i][1 + k];
+  if (vflag_global && comm->me == 0)
+    for (int k = 0; k < 6; ++k) virial[k] += bias_virial_[k];
+}
+
+// ---- stop and save ----
+
+// End the run at this step; the script goes on, as after `fix halt ... error continue`.
+void FixUBMD::check_stop() {
+  stopped_ = settings_.stop >= 0.0 && u_max_ > settings_.stop;
+  if (!stopped_) return;
+  if (comm->me == 0 && !forced_timeout_)
+    utils::logmesg(lmp,
+                   "fix {} ubmd: the largest atomic uncertainty {:.6g} eV/A passed {:.6g} at step {}, the run ends\n",
+                   id, u_max_, settings_.stop, update->ntimestep);
+  timer->force_timeout();
+  forced_timeout_ = true;
+}
+
+void FixUBMD::post_run() {
+  if (forced_timeout_) timer->reset_timeout();
+  forced_timeout_ = false;
+}
+
+// Frames above the limit, at the first evaluation at or after each multiple of save_every; the stopping frame always.
+void FixUBMD::check_save() {
+  if (settings_.save_file.empty() || minimising()) return;
+  const bigint step = update->ntimestep;
+  const bigint block = (step - first_) / settings_.save_every;
+  const bool regular = block != last_block_ && u_max_ > settings_.save_above;
+  last_block_ = block;
+  if (!(regular || stopped_) || step == last_saved_) return;
+  last_saved_ = step;
+  ++frames_;
+  save_frame();
+}
+
+void FixUBMD::save_frame() {
+  const auto values = gather_atoms();
+  if (comm->me != 0) return;
+  ubmd::Frame frame{update->ntimestep,
+                    u_,
+                    u_max_,
+                    {domain->xperiodic != 0, domain->yperiodic != 0, domain->zperiodic != 0},
+                    {domain->xprd, 0, 0, domain->xy, domain->yprd, 0, domain->xz, domain->yz, domain->zprd},
+                    {}};
+  for (std::size_t k = 0; k + 5 < values.size(); k += 6) {
+    const std::string name = pair_->element(static_cast<int>(values[k + 1]));
+    frame.atoms.push_back({static_cast<std::int64_t>(values[k]),
+                           name.empty() ? "X" : name,
+                           {values[k + 2], values[k + 3], values[k + 4]},
+                           values[k + 5]});
+  }
+  const auto text = ubmd::format_frame(frame);
+  if (std::fwrite(text.data(), 1, text.size(), file_) != text.size() || std::fflush(file_) != 0)
+    error->one(FLERR, "fix ubmd cannot write {}: the disk may be full", settings_.save_file);
+}
+
+// tag, type, unwrapped position, u_i of all atoms, on rank 0.
+std::vector<double> FixUBMD::gather_atoms() const {
+  std::vector<double> mine;
+  for (int i = 0; i < atom->nlocal; ++i) {
+    double x[3];
+    domain->unmap(atom->x[i], atom->image[i], x);  // unwrapped, so that molecules stay whole
+    for (double value :
+         {static_cast<double>(atom->tag[i]), static_cast<double>(atom->type[i]), x[0], x[1], x[2], array_atom[i][0]})
+      mine.push_back(value);
+  }
+  const int n = static_cast<int>(mine.size());
+  std::vector<int> counts(comm->nprocs), offsets(comm->nprocs, 0);
+  MPI_Gather(&n, 1, MPI_INT, counts.data(), 1, MPI_INT, 0, world);
+  for (int r = 1; r < comm->nprocs; ++r) offsets[r] = offsets[r - 1] + counts[r - 1];
+  std::vector<double> all(comm->me == 0 ? offsets.back() + counts.back() : 0);
+  MPI_Gatherv(mine.data(), n, MPI_DOUBLE, all.data(), counts.data(), offsets.data(), MPI_DOUBLE, 0, world);
+  return all;
+}
+
+// ---- outputs ----
+
+double FixUBMD::compute_scalar() {
+  return energy_;
+}
+
+double FixUBMD::compute_vector(int i) {
+  const double values[8] = {
+      u_, u_max_, u_mean_, force_scale_, stress_scale_, ratio_, stopped_ ? 1.0 : 0.0, static_cast<double>(frames_)};
+  return values[i];
+}
+
+double FixUBMD::memory_usage() {
+  return static_cast<double>(atom->nmax) * n_columns * sizeof(double) + work_.capacity() * sizeof(double);
+}
+
+// ---- per-atom data: moves with the atoms ----
+
+void FixUBMD::grow_arrays(int nmax) {
+  memory->grow(array_atom, nmax, n_columns, "ubmd:array_atom");
+}
+
+void FixUBMD::copy_arrays(int i, int j, int) {
+  for (int k = 0; k < n_columns; ++k) array_atom[j][k] = array_atom[i][k];
+}
+
+void FixUBMD::set_arrays(int i) {
+  for (int k = 0; k < n_columns; ++k) array_atom[i][k] = 0.0;
+}
+
+int FixUBMD::pack_exchange(int i, double *buffer) {
+  for (int k = 0; k < n_columns; ++k) buffer[k] = array_atom[i][k];
+  return n_columns;
+}
+
+int FixUBMD::unpack_exchange(int i, double *buffer) {
+  for (int k = 0; k < n_columns; ++k) array_atom[i][k] = buffer[k];
+  return n_columns;
+}
+
+int FixUBMD::pack_reverse_comm(int n, int first, double *buffer) {
+  for (int m = 0; m < 6 * n; ++m) buffer[m] = work_[6 * first + m];
+  return 6 * n;
+}
+
+void FixUBMD::unpack_reverse_comm(int n, int *list, double *buffer) {
+  for (int i = 0; i < n; ++i)
+    for (int k = 0; k < 6; ++k) work_[6 * list[i] + k] += buffer[6 * i + k];
+}
+
+// ---- restart files: the windows and the held bias, so that a run continues as if it had not been cut ----
+
+void FixUBMD::write_restart(FILE *restart_file) {
+  if (comm->me != 0) return;
+  std::vector<double> state = {has_first_ ? 1.0 : 0.0,
+                               static_cast<double>(first_),
+                               static_cast<double>(frames_),
+                               static_cast<double>(last_saved_),
+                               static_cast<double>(last_block_),
+                               u_,
+                               u_max_,
+                               u_mean_,
+                               energy_,
+                               ratio_,
+                               force_scale_,
+                               stress_scale_};
+  state.insert(state.end(), bias_virial_, bias_virial_ + 6);
+  for (const auto *window : {&force_window_, &stress_window_}) {
+    const auto entries = window->state();
+    state.push_back(static_cast<double>(entries.size()));
+    state.insert(state.end(), entries.begin(), entries.end());
+  }
+  const int size = static_cast<int>(state.size() * sizeof(double));
+  std::fwrite(&size, sizeof(int), 1, restart_file);
+  std::fwrite(state.data(), sizeof(double), state.size(), restart_file);
+}
+
+void FixUBMD::restart(char *buffer) {
+  std::size_t n = 0;
+  const auto next = [&] {
+    double value;
+    std::memcpy(&value, buffer + sizeof(double) * n++, sizeof(double));
+    return value;
+  };
+  has_first_ = next() != 0.0;
+  for (bigint *value : {&first_, &frames_, &last_saved_, &last_block_}) *value = static_cast<bigint>(next());
+  for (double *value : {&u_, &u_max_, &u_mean_, &energy_, &ratio_, &force_scale_, &stress_scale_}) *value = next();
+  for (double &component : bias_virial_) component = next();
+  for (auto *window : {&force_window_, &stress_window_}) {
+    std::vector<double> entries(static_cast<std::size_t>(next()));
+    for (double &entry : entries) entry = next();
+    window->restore(entries);
+  }
+}
+
+int FixUBMD::pack_restart(int i, double *buffer) {
+  buffer[0] = n_columns + 1;
+  for (int k = 0; k < n_columns; ++k) buffer[1 + k] = array_atom[i][k];
+  return n_columns + 1;
+}
+
+void FixUBMD::unpack_restart(int nlocal, int nth) {
+  const double *extra = atom->extra[nlocal];
+  int m = 0;
+  for (int i = 0; i < nth; ++i) m += static_cast<int>(extra[m]);
+  for (int k = 0; k < n_columns; ++k) array_atom[nlocal][k] = extra[m + 1 + k];
+}
+
+int FixUBMD::size_restart(int) {
+  return n_columns + 1;
+}
+
+int FixUBMD::maxsize_restart() {
+  return n_columns + 1;
+}
+
+}  // namespace LAMMPS_NS

@@ -1,0 +1,118 @@
+// fix ubmd: the uncertainty of pair_style ubmd as a monitor, and the bias along its gradient.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "fix.h"
+#include "window.h"
+
+namespace LAMMPS_NS {
+
+class FixUBMD : public Fix {
+ public:
+  FixUBMD(class LAMMPS *, int, char **);
+  ~FixUBMD() override;
+
+  int setmask() override;
+  void init() override;
+  void setup_pre_force(int) override;
+  void pre_force(int) override;
+  void min_pre_force(int) override;
+  void setup(int) override;
+  void post_force(int) override;
+  void min_setup(int) override;
+  void min_post_force(int) override;
+  void post_run() override;
+
+  double compute_scalar() override;
+  double compute_vector(int) override;
+  double memory_usage() override;
+
+  void grow_arrays(int) override;
+  void copy_arrays(int, int, int) override;
+  void set_arrays(int) override;
+  int pack_exchange(int, double *) override;
+  int unpack_exchange(int, double *) override;
+  int pack_reverse_comm(int, int, double *) override;
+  void unpack_reverse_comm(int, int *, double *) override;
+
+  void write_restart(FILE *) override;
+  void restart(char *) override;
+  int pack_restart(int, double *) override;
+  void unpack_restart(int, int) override;
+  int size_restart(int) override;
+  int maxsize_restart() override;
+
+ private:
+  struct Settings {
+    double force = 0.0;                     // tau
+    double stress = 0.0;                    // tau_s
+    std::map<std::string, double> species;  // factors on tau
+    int window = 100;
+    int every = 1;
+    std::string save_file;    // empty: save nothing
+    double save_above = 0.0;  // eV/Å
+    int save_every = 1;
+    double stop = -1.0;  // eV/Å; negative: never
+  };
+
+  // Norms of the last evaluation, summed over all ranks.
+  struct Norms {
+    double forces = 0.0;              // sum |F|^2, eV²/Å²
+    double uncertainty_forces = 0.0;  // sum |du/dx|^2
+    double stress = 0.0;              // |σ|^2, eV²/Å⁶
+    double uncertainty_stress = 0.0;  // |σ_u|^2
+  };
+
+  void parse(int, char **);
+  int parse_species(int, int, char **);
+  int parse_save(int, int, char **);
+  double positive(const char *, const char *);
+  int count(const char *, const char *);
+  void check_pair();
+  void prepare_species();
+  void open_file();
+
+  bool minimising() const;
+  bool biasing() const { return (settings_.force > 0.0 || settings_.stress > 0.0) && !minimising(); }
+  void request(bool);
+  void post(int);
+  void evaluate();
+  void evaluate_uncertainty(std::vector<double> *);
+  void evaluate_atoms();
+  Norms evaluate_bias(const std::vector<double> &);
+  void sum_strain_derivatives(const std::vector<double> &, Norms &);
+  void update_bias(const Norms &);
+  void clear_bias();
+  void apply();
+  void check_stop();
+  void check_save();
+  void save_frame();
+  std::vector<double> gather_atoms() const;
+
+  Settings settings_;
+  class PairUBMD *pair_ = nullptr;
+  std::vector<double> strength_;  // tau of each type
+  std::vector<char> mapped_;      // whether a type has an element
+  ubmd::Window force_window_{1}, stress_window_{1};
+
+  bool due_ = false;  // this step is evaluated
+  bool has_first_ = false;
+  bigint first_ = 0;                   // first evaluated MD step: evaluations are at first + k * every
+  std::vector<double> work_;           // [nall, 6] forces and uncertainty forces
+  double uncertainty_strain_[9] = {};  // du/dstrain, eV/atom
+  double bias_virial_[6] = {};         // held, whole system, eV
+
+  double u_ = 0.0, u_max_ = 0.0, u_mean_ = 0.0, energy_ = 0.0, ratio_ = 0.0;
+  double force_scale_ = 0.0, stress_scale_ = 0.0;
+  bigint n_atoms_ = 0;  // with an element, over all ranks
+  bool stopped_ = false, forced_timeout_ = false;
+  bigint frames_ = 0, last_saved_ = -1, last_block_ = -1;
+  FILE *file_ = nullptr;
+};
+
+}  // namespace LAMMPS_NS

@@ -1,0 +1,26 @@
+// The JSON record of a model file, and what the plugin checks in it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace ubmd {
+
+// The newest format of model files that this plugin reads.
+inline constexpr int newest_format = 1;
+
+struct Metadata {
+  int format = 0;
+  std::vector<std::string> elements;   // species index -> element name
+  double cutoff = 0.0;                 // Å
+  int projections = 0;                 // length p of the features; 0: the file carries no uncertainty
+  std::vector<std::string> operators;  // operator libraries the model needs
+};
+
+// Read the record; throws Error naming `file` when it is no ubmd record or of a newer format.
+Metadata parse_metadata(const std::string &json, const std::string &file);
+
+// Species index of every LAMMPS type (-1 for NULL); throws Error for names the model doesn't know.
+std::vector<int> map_elements(const Metadata &metadata, const std::vector<std::string> &names, const std::string &file);
+
+}  // namespace ubmd

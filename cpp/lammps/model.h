@@ -1,0 +1,55 @@
+// A model file: loading, checking, evaluating. No torch type appears here, so that only model.cpp compiles against
+// torch.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "graph.h"
+#include "metadata.h"
+
+namespace ubmd {
+
+enum class Precision { mixed, single_, double_ };
+
+class Model {
+ public:
+  // Load, check and warm up; `device` is cpu, cuda or cuda:n. Throws Error (one sentence).
+  Model(const std::string &file, Precision precision, const std::string &device, int threads);
+  ~Model();
+
+  const Metadata &metadata() const { return metadata_; }
+
+  // energies [n_local] (eV) and gradient dSum(E)/d(edge vector) [P, 3] (eV/Å).
+  void forces(const Graph &graph, std::vector<double> &energies, std::vector<double> &gradient);
+
+  // The same from one evaluation that also keeps the features; with `keep_graph` bias() may follow.
+  void forces_and_features(const Graph &graph, bool keep_graph, std::vector<double> &energies,
+                           std::vector<double> &gradient);
+
+  // Sum of the features over the owned atoms [p], of the last forces_and_features().
+  std::vector<double> feature_sum() const;
+
+  // Calibrated uncertainties of the owned atoms (eV/Å), of the last forces_and_features().
+  std::vector<double> atomic_uncertainties();
+
+  // Calibrated u (eV/atom) of a mean feature [p], and its derivative [p] if `weight` is given.
+  double uncertainty(const std::vector<double> &mean, std::vector<double> *weight);
+
+  // d(sum_i weight·phi_i)/d(edge vector) [P, 3] of the kept evaluation, which is released.
+  std::vector<double> bias(const std::vector<double> &weight);
+
+  // Free the kept evaluation.
+  void release();
+
+ private:
+  struct Implementation;
+  std::unique_ptr<Implementation> impl_;
+  Metadata metadata_;
+};
+
+// Version of the torch library that is loaded, e.g. 2.13.0; empty if it doesn't say.
+std::string loaded_torch_version();
+
+}  // namespace ubmd

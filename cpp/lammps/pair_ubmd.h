@@ -1,0 +1,79 @@
+// pair_style ubmd: energies, forces and virials of a model file; on request it keeps what fix ubmd needs for u and
+// bias.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "graph.h"
+#include "model.h"
+#include "pair.h"
+#include "ubmd_timer.h"
+
+namespace LAMMPS_NS {
+
+class PairUBMD : public Pair {
+ public:
+  explicit PairUBMD(class LAMMPS *);
+  ~PairUBMD() override;
+
+  void settings(int, char **) override;
+  void coeff(int, char **) override;
+  void init_style() override;
+  double init_one(int, int) override;
+  void compute(int, int) override;
+  void finish() override;
+  double memory_usage() override;
+
+  // ---- for fix ubmd ----
+
+  // What one evaluation leaves for the fix. Other calls of compute() (fix numdiff) don't touch it.
+  struct Evaluation {
+    ubmd::Graph graph;
+    std::vector<double> energies;  // [n_local] eV
+    std::vector<double> gradient;  // [P, 3] dE/d(edge vector), eV/Å
+  };
+
+  // Ask the next compute() to keep its evaluation, and the model's graph too if a bias is to follow.
+  void request(bool keep_graph);
+  // The kept evaluation; an error if compute() didn't run since request().
+  const Evaluation &kept() const;
+  // Free what was kept.
+  void release();
+
+  ubmd::Model &model();
+  ubmd::Timer &timer() { return timer_; }
+  // Element of a LAMMPS type, "" if it has none.
+  std::string element(int type) const;
+  bool has_element(int type) const { return species_[type - 1] >= 0; }
+
+  // Add the edge gradients to f [nall, 3]: sign * dE/dx for E with this gradient (sign -1: forces). Ghosts included.
+  static void scatter(const ubmd::Graph &, const std::vector<double> &gradient, double sign, double *f);
+  // Sum over edges of r ⊗ gradient (dE/dstrain of this rank), rows of r first: xx xy xz yx ... eV.
+  static void strain_derivative(const ubmd::Graph &, const std::vector<double> &gradient, double *derivative);
+
+ private:
+  void allocate();
+  void read_option(const std::string &, const std::string &);
+  void evaluate(Evaluation &);
+  void check_finite(const Evaluation &) const;
+  void tally(const Evaluation &);
+  void tally_virial(const Evaluation &);
+  ubmd::Graph &build(Evaluation &);
+
+  enum class Kept { nothing, requested, done };
+
+  ubmd::Precision precision_ = ubmd::Precision::mixed;
+  std::string device_ = "cpu";
+  bool timing_ = false;
+  std::unique_ptr<ubmd::Model> model_;
+  std::vector<std::string> names_;  // element of each type or NULL
+  std::vector<int> species_;        // species index of each type, -1 for NULL
+  Evaluation scratch_, kept_;
+  Kept state_ = Kept::nothing;
+  bool keep_graph_ = false;
+  ubmd::Timer timer_;
+};
+
+}  // namespace LAMMPS_NS
