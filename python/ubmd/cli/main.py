@@ -1,0 +1,70 @@
+"""The ``ubmd`` command. Commands import what they need when they run, so that ``ubmd --help`` is fast."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import ubmd
+from ubmd.errors import UbmdError
+
+_HELP = """Uncertainty-biased molecular dynamics: learn interatomic potentials that are accurate everywhere.
+
+A first run:
+
+  ubmd init                        write a commented settings.toml, then edit it
+
+  ubmd check settings.toml         every stage once, in a minute: finds mistakes
+
+  ubmd run settings.toml           label, train, explore, repeat; after an interruption the same command resumes
+
+  ubmd status RUN_DIR              where it stands, from any terminal
+
+  ubmd report RUN_DIR              pictures and tables
+
+The result is RUN_DIR/model.pt: run it in LAMMPS with 'pair_style ubmd'. If anything seems wrong with the installation,
+run 'ubmd doctor'.
+"""
+
+
+class _Group(TyperGroup):
+    """Errors meant for the user end with their sentence and status 1, never with a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UbmdError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("Interrupted; the same command goes on where it was.", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(cls=_Group, help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ubmd {ubmd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version.")] = False,
+) -> None:
+    """Options before the command."""
+
+
+def _register() -> None:
+    from ubmd.cli import run, train
+
+    run.register(app)
+    train.register(app)
+
+
+_register()

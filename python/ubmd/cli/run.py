@@ -1,0 +1,90 @@
+"""Commands of the loop: init, check, run, status, report; and doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ubmd.errors import SettingsError
+
+SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML).", show_default=False)]
+RunDir = Annotated[Path, typer.Argument(help="Folder of the run (run_dir of its settings).", show_default=False)]
+Override = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a setting: --set loop.labels=64. May be repeated.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for function in (init, check, run, status, report, doctor):
+        app.command()(function)
+
+
+def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("settings.toml")) -> None:
+    """Write a settings file in which every key is explained."""
+    from ubmd.cli.template import run_template
+
+    if path.exists():
+        raise SettingsError(f"{path} is already there; name another file.")
+    path.write_text(run_template())
+    print(f"Wrote {path}. Set run_dir, start.file and the reference, then: ubmd check {path}")
+
+
+def check(settings: SettingsFile, override: Override = None) -> None:
+    """Do every stage once, in miniature: finds mistakes in a minute.
+
+    Labels two structures, trains two epochs, runs ten biased MD steps, selects and labels one more.
+    """
+    from ubmd.learning.check import check as check_settings
+    from ubmd.settings import RunSettings, load_settings
+
+    for line in check_settings(load_settings(settings, RunSettings, override or []), settings.parent):
+        print(line)
+    print(f"All stages work. Start with: ubmd run {settings}")
+
+
+def run(settings: SettingsFile, override: Override = None) -> None:
+    """Start or resume an active-learning run.
+
+    Labels perturbed start structures; then again and again: trains, calibrates the uncertainty, runs biased MD replicas
+    in LAMMPS, selects the most informative frames, labels them. Kill it whenever you like: the same command goes on
+    where it was. A finished run with a larger loop.labels goes on, too.
+    """
+    from rich.console import Console
+
+    from ubmd.learning.loop import run as run_loop
+    from ubmd.learning.progress import make_progress
+    from ubmd.settings import RunSettings, load_settings
+
+    values = load_settings(settings, RunSettings, override or [])
+    with make_progress(Console()) as progress:
+        folder = run_loop(values, settings.parent, progress)
+    print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report'}")
+
+
+def status(run_dir: RunDir) -> None:
+    """Show where a run stands."""
+    from rich.console import Console
+
+    from ubmd.learning.status import status as describe_run
+
+    Console().print(describe_run(run_dir))
+
+
+def report(run_dir: RunDir) -> None:
+    """Make the report of a run, also of an unfinished one: learning curve, uncertainty against error, coverage."""
+    from ubmd.analysis import make_report
+    from ubmd.learning.run_folder import RunFolder, read_settings
+
+    read_settings(RunFolder(run_dir))  # says so if there is no run
+    make_report(run_dir)
+    print(f"Report: {RunFolder(run_dir).report}")
+
+
+def doctor() -> None:
+    """Check the installation: torch, LAMMPS, the plugin, one MD step."""
+    from ubmd.lammps.doctor import diagnose
+
+    raise typer.Exit(0 if diagnose() else 1)

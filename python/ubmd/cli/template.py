@@ -1,0 +1,81 @@
+"""The commented settings file of ``ubmd init``, made from the settings' own descriptions."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import tomli_w
+from pydantic.fields import FieldInfo
+
+from ubmd.settings import RunSettings, Table
+
+_WIDTH = 100
+
+# Keys without a default: the values of a run that works as soon as the file and the reference are there.
+_EXAMPLES: dict[str, Any] = {
+    "run_dir": "my_run",
+    "start.file": "start.extxyz",
+    "reference.calculator": "ase.calculators.emt:EMT",
+}
+
+
+def run_template() -> str:
+    """TOML text for `RunSettings`: required keys with example values, all others commented out with their defaults."""
+    head = (
+        "# Settings of an active-learning run: ubmd run settings.toml\n"
+        "# A line that begins with '# key =' shows a default: remove the '# ' to change it.\n"
+    )
+    return head + "\n".join(_table_lines(RunSettings, "")) + "\n"
+
+
+def _table_lines(kind: type[Table], name: str) -> list[str]:
+    """Header, keys and sub-tables of one table."""
+    lines: list[str] = []
+    if name:
+        lines += ["", *_comment(kind.__doc__ or ""), f"[{name}]"]
+    tables = {key: _table_of(field) for key, field in kind.model_fields.items()}
+    for key, field in kind.model_fields.items():
+        if tables[key] is None:
+            lines += _key_lines(f"{name}.{key}" if name else key, key, field)
+    for key, table in tables.items():
+        if table is not None:
+            lines += _sub_table(table, f"{name}.{key}" if name else key, kind.model_fields[key])
+    return lines
+
+
+def _sub_table(kind: type[Table], name: str, field: FieldInfo) -> list[str]:
+    """A table; one that is off by default is commented out altogether."""
+    lines = _table_lines(kind, name)
+    if field.default is None and field.default_factory is None and not field.is_required():
+        lines = [line if not line or line.startswith("#") else f"# {line}" for line in lines]
+    return lines
+
+
+def _table_of(field: FieldInfo) -> type[Table] | None:
+    """The settings table of a field (also of ``Table | None``), or None for a plain key."""
+    candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Table)), None)
+
+
+def _key_lines(path: str, key: str, field: FieldInfo) -> list[str]:
+    comment = _comment(field.description or "")
+    if field.is_required():
+        return [*comment, _assignment(key, _EXAMPLES[path])]
+    default = field.get_default(call_default_factory=True)
+    if default is None:
+        return [*comment, f"# {key} = ..."]
+    return [*comment, f"# {_assignment(key, default)}"]
+
+
+def _assignment(key: str, value: Any) -> str:
+    """``key = value`` on one line."""
+    if isinstance(value, dict):
+        return f"{key} = {{}}"
+    if isinstance(value, tuple):
+        return f"{key} = [{', '.join(tomli_w.dumps({'x': v}).strip().removeprefix('x = ') for v in value)}]"
+    return tomli_w.dumps({key: value}).strip()
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent="# ", subsequent_indent="# ")

@@ -1,0 +1,364 @@
+"""One replica: LAMMPS through its Python interface, in a worker process, files in and files out.
+
+The fix writes frames to ``<frames>.tmp`` while the run goes on. Between pieces of the run the replica is checked for
+nonsense (NaN, absurd temperature, overlapping atoms). However it ends - threshold, step limit, LAMMPS error, crash of
+the whole process (`salvage`) - the frames up to the last sane one are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.lammps import Prism
+from ase.data import atomic_masses, atomic_numbers
+from ase.io.extxyz import read_extxyz
+from pydantic import BaseModel, ConfigDict
+
+from ubmd.data.structures import read_structures, write_structures
+from ubmd.errors import LabelError, SimulationError, UbmdError
+from ubmd.references.labels import check_geometry
+
+FIX = "bias"
+_PIECE = 500  # steps between checks; short enough to lose little, long enough to cost nothing
+_SPLIT_MARGIN = 10.0  # Å of empty space when the first box of a molecule is made; LAMMPS shrinks it at once
+
+
+class ReplicaTask(BaseModel):
+    """Everything that decides a replica's trajectory: the same task repeats it bit for bit on one machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    replica: int
+    model: Path
+    start: Path
+    """extxyz; the first structure is the start."""
+    frames: Path
+    """extxyz that is written."""
+    steps: int
+    timestep: float
+    """fs"""
+    temperature: float
+    """K"""
+    damping: float
+    """Langevin damping time, ps"""
+    frames_every: int
+    precision: Literal["mixed", "single", "double"]
+    force: float
+    """bias strength tau; 0: a monitor only"""
+    species: dict[str, float]
+    window: int
+    every: int
+    threshold: float
+    """the run stops when max_i u_i passes this, eV/Å"""
+    velocity_seed: int
+    langevin_seed: int
+    min_distance: float
+    """share of the covalent radii; closer atoms end the replica"""
+
+
+class ReplicaResult(BaseModel):
+    """How a replica ended."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    replica: int
+    steps: int
+    """MD steps run (sane ones)"""
+    stopped: Literal["threshold", "step limit", "failed"]
+    reason: str
+    """one sentence if it failed, else empty"""
+    frames: int
+    """frames in the file"""
+    max_u: float
+    """largest max_i u_i of the frames, eV/Å"""
+    bias_share: float
+    """|F_bias| / |F| at the end (0 without bias)"""
+    seconds: float
+    ms_per_step: float
+
+
+def run_replica(task: ReplicaTask) -> ReplicaResult:
+    """Run a replica to its end and write its frames.
+
+    Failures of the dynamics are part of the result.
+
+    Raises:
+        SimulationError: the run could not be started (no LAMMPS, no plugin, no model, unknown element).
+    """
+    begin = time.monotonic()
+    task.frames.parent.mkdir(parents=True, exist_ok=True)
+    _unfinished(task).unlink(missing_ok=True)
+    engine = _Engine(task, read_structures(task.start)[0])
+    try:
+        stopped, reason = _advance(engine, task)
+        steps, bias_share = engine.step(), engine.bias_share()
+    finally:
+        engine.close()
+    return _finish(task, stopped, reason, steps, bias_share, time.monotonic() - begin)
+
+
+def salvage(task: ReplicaTask, reason: str) -> ReplicaResult:
+    """The result of a replica whose process was lost: its frames so far, and the reason."""
+    steps = max((int(frame.info["step"]) for frame in _sane_frames(task)), default=0)
+    return _finish(task, "failed", reason, steps, 0.0, 0.0)
+
+
+def progress_file(task: ReplicaTask) -> Path:
+    """File that holds the number of steps run so far."""
+    return task.frames.with_suffix(".progress")
+
+
+class _Engine:
+    """A LAMMPS instance with one replica's system and fixes."""
+
+    def __init__(self, task: ReplicaTask, atoms: Atoms) -> None:
+        self._lammps = _start_lammps(task.frames.with_suffix(".log"))
+        self._last_step = 0
+        try:
+            for command in _system_commands(atoms, task):
+                self._lammps.command(command)
+            _place_atoms(self._lammps, atoms)
+            for command in _dynamics_commands(task, symbols_of(atoms)):
+                self._lammps.command(command)
+        except Exception as error:
+            self.close()
+            raise SimulationError(f"LAMMPS could not be set up: {_message(error)}") from error
+
+    def run(self, steps: int, first: bool) -> None:
+        """Run a piece; later pieces continue without a new setup, so that pieces leave no trace in the trajectory."""
+        self._lammps.command(f"run {steps} post no" if first else f"run {steps} pre no post no")
+
+    def step(self) -> int:
+        """The current step (the last known one after an error)."""
+        return int(self._lammps.extract_global("ntimestep"))
+
+    def stopped(self) -> bool:
+        """Whether the fix ended the run because max_i u_i passed the threshold."""
+        return self._vector(6) > 0.5
+
+    def bias_share(self) -> float:
+        """|F_bias| / |F| at the last step."""
+        return float(self._vector(5))
+
+    def temperature(self) -> float:
+        """Kinetic temperature, K."""
+        return float(self._lammps.extract_compute("thermo_temp", 0, 0))
+
+    def positions(self) -> np.ndarray:
+        """Positions [n, 3] in LAMMPS's order, Å."""
+        return np.array(self._lammps.numpy.extract_atom("x"))[: self._lammps.extract_global("nlocal")]
+
+    def close(self) -> None:
+        """Free the instance and its files."""
+        self._lammps.close()
+
+    def _vector(self, index: int) -> float:
+        return float(self._lammps.extract_fix(FIX, 0, 1, index))
+
+
+def _advance(engine: _Engine, task: ReplicaTask) -> tuple[Literal["threshold", "step limit", "failed"], str]:
+    """Run piece by piece; (how it ended, reason if it failed)."""
+    for first, steps in _pieces(task.steps):
+        try:
+            engine.run(steps, first)
+        except Exception as error:  # the only type that the LAMMPS module raises
+            return "failed", f"LAMMPS stopped with an error: {_message(error)}"
+        reason = _nonsense(engine, task)
+        if reason:
+            return "failed", reason
+        _report_progress(task, engine.step())
+        if engine.stopped():
+            return "threshold", ""
+    return "step limit", ""
+
+
+def _pieces(steps: int) -> Iterator[tuple[bool, int]]:
+    """(is it the first, number of steps) of every piece."""
+    for begin in range(0, steps, _PIECE):
+        yield begin == 0, min(_PIECE, steps - begin)
+
+
+def _nonsense(engine: _Engine, task: ReplicaTask) -> str:
+    """Why the current state makes no sense, or an empty text."""
+    if not np.isfinite(engine.positions()).all():
+        return f"Positions are not finite at step {engine.step()}."
+    # A biased replica may well be hotter than its thermostat; beyond this no bond survives.
+    limit = 10.0 * task.temperature + 5000.0
+    temperature = engine.temperature()
+    if not temperature < limit:
+        return f"The temperature is {temperature:.0f} K at step {engine.step()}, beyond {limit:.0f} K: it exploded."
+    return ""
+
+
+def _finish(
+    task: ReplicaTask,
+    stopped: Literal["threshold", "step limit", "failed"],
+    reason: str,
+    steps: int,
+    bias_share: float,
+    seconds: float,
+) -> ReplicaResult:
+    """Keep the sane frames under their final name, and say how it went."""
+    frames = list(_sane_frames(task))
+    raw = _count_frames(_unfinished(task))
+    if len(frames) < raw:
+        last = int(frames[-1].info["step"]) if frames else 0
+        insane = f"Atoms overlap or are lost after the frame of step {last}."
+        stopped, reason, steps = "failed", reason or insane, min(steps, last + task.frames_every)
+    write_structures(task.frames, frames)
+    _unfinished(task).unlink(missing_ok=True)
+    progress_file(task).unlink(missing_ok=True)
+    return ReplicaResult(
+        replica=task.replica,
+        steps=steps,
+        stopped=stopped,
+        reason=reason,
+        frames=len(frames),
+        max_u=max((float(f.info["max_uncertainty"]) for f in frames), default=0.0),
+        bias_share=bias_share,
+        seconds=round(seconds, 3),
+        ms_per_step=round(1000.0 * seconds / max(steps, 1), 4),
+    )
+
+
+def _sane_frames(task: ReplicaTask) -> Iterator[Atoms]:
+    """Frames of the unfinished file up to the first that is cut short, not finite or has overlapping atoms."""
+    for frame in _read_frames(_unfinished(task)):
+        try:
+            check_geometry(frame, task.min_distance)
+        except LabelError:
+            return
+        if not np.isfinite(frame.info["max_uncertainty"]):
+            return
+        frame.info["replica"] = task.replica
+        yield frame
+
+
+def _read_frames(path: Path) -> Iterator[Atoms]:
+    """Frames of an extxyz file; ends quietly at one that a crash cut short."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    complete = _count_frames(path)
+    with path.open() as handle:
+        yield from read_extxyz(handle, slice(0, complete))
+
+
+def _count_frames(path: Path) -> int:
+    """Number of complete frames in an extxyz file."""
+    if not path.exists():
+        return 0
+    lines = path.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    count = begin = 0
+    while begin < len(lines) and begin + 2 + int(lines[begin]) <= len(lines):
+        begin += 2 + int(lines[begin])
+        count += 1
+    return count
+
+
+def symbols_of(atoms: Atoms) -> list[str]:
+    """Elements of a structure in the order of the LAMMPS types (by atomic number)."""
+    return sorted(set(atoms.get_chemical_symbols()), key=atomic_numbers.__getitem__)
+
+
+def _start_lammps(log: Path) -> Any:
+    """A LAMMPS instance that knows the ubmd styles."""
+    from lammps import lammps
+
+    try:
+        return lammps(cmdargs=["-screen", "none", "-log", str(log), "-nocite"])
+    except Exception as error:
+        raise SimulationError(f"LAMMPS could not be started: {_message(error)}; run 'ubmd doctor'.") from error
+
+
+def _system_commands(atoms: Atoms, task: ReplicaTask) -> list[str]:
+    """Box, types and masses; the pair style."""
+    if atoms.pbc.any() and not atoms.pbc.all():
+        raise SimulationError("The start structure is periodic in some directions only; make it all or none.")
+    symbols = symbols_of(atoms)
+    masses = [f"mass {k} {atomic_masses[atomic_numbers[s]]:.17g}" for k, s in enumerate(symbols, start=1)]
+    return [
+        "units metal",
+        "atom_style atomic",
+        "atom_modify map array sort 0 0",
+        f"boundary {'p p p' if atoms.pbc.all() else 's s s'}",
+        _region(atoms),
+        f"create_box {len(symbols)} cell",
+        *masses,
+        f"pair_style ubmd precision {task.precision}",
+        f"pair_coeff * * {task.model} {' '.join(symbols)}",
+        "neighbor 1.0 bin",
+        "neigh_modify every 1 delay 0 check yes",
+    ]
+
+
+def _region(atoms: Atoms) -> str:
+    """The first box: the turned cell, or a block around a molecule."""
+    if atoms.pbc.all():
+        xx, yy, zz, xy, xz, yz = (f"{value:.17g}" for value in Prism(atoms.cell[:]).get_lammps_prism())
+        return f"region cell prism 0 {xx} 0 {yy} 0 {zz} {xy} {xz} {yz} units box"
+    low = atoms.positions.min(axis=0) - _SPLIT_MARGIN
+    high = atoms.positions.max(axis=0) + _SPLIT_MARGIN
+    return "region cell block " + " ".join(f"{a:.17g} {b:.17g}" for a, b in zip(low, high, strict=True)) + " units box"
+
+
+def _place_atoms(engine: Any, atoms: Atoms) -> None:
+    """Create the atoms with tags 1..n in the structure's order; positions of cells are turned with the cell."""
+    positions = atoms.positions
+    if atoms.pbc.all():
+        positions = Prism(atoms.cell[:]).vector_to_lammps(atoms.get_positions(wrap=True))
+    symbols = symbols_of(atoms)
+    types = [symbols.index(s) + 1 for s in atoms.get_chemical_symbols()]
+    created = engine.create_atoms(len(atoms), list(range(1, len(atoms) + 1)), types, positions.ravel().tolist())
+    if created != len(atoms):
+        raise SimulationError(f"only {created} of {len(atoms)} atoms lie in the cell")
+
+
+def _dynamics_commands(task: ReplicaTask, symbols: list[str]) -> list[str]:
+    """Velocities, NVT (fix nve + fix langevin) and the uncertainty fix."""
+    temperature = f"{task.temperature:.17g}"
+    every = min(task.frames_every, task.steps)
+    return [
+        f"velocity all create {temperature} {task.velocity_seed} mom yes rot yes dist gaussian",
+        f"timestep {task.timestep / 1000.0:.17g}",
+        f"thermo {_PIECE}",
+        "thermo_modify lost error",
+        "fix integrate all nve",
+        f"fix thermostat all langevin {temperature} {temperature} {task.damping:.17g} {task.langevin_seed}",
+        f"fix {FIX} all ubmd {_bias_words(task, symbols)}save 0.0 {_unfinished(task)} every {every} "
+        f"stop {task.threshold:.17g}",
+    ]
+
+
+def _bias_words(task: ReplicaTask, symbols: list[str]) -> str:
+    """Keywords of the bias; without strength the fix is a monitor, evaluated as often as with it."""
+    words = f"every {task.every} "
+    if task.force == 0.0:
+        return words
+    strengths = [f"{s} {x:.17g}" for s, x in task.species.items() if s in symbols]
+    species = f"species {' '.join(strengths)} " if strengths else ""
+    return f"force {task.force:.17g} {species}window {task.window} {words}"
+
+
+def _unfinished(task: ReplicaTask) -> Path:
+    return task.frames.with_name(task.frames.name + ".tmp")
+
+
+def _report_progress(task: ReplicaTask, step: int) -> None:
+    temporary = progress_file(task).with_suffix(".progress.tmp")
+    temporary.write_text(str(step))
+    temporary.replace(progress_file(task))
+
+
+def _message(error: Exception) -> str:
+    """The sentence of a LAMMPS error, without its place in the source."""
+    if isinstance(error, UbmdError):
+        return str(error)
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text.removeprefix("ERROR: ").split(" (src/")[0].split(" (/")[0]

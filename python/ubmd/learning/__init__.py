@@ -1,0 +1,23 @@
+"""The active-learning loop: train, run biased replicas, select, label, repeat.
+
+``run`` is the loop, ``Workers`` the processes it uses, ``RunFolder`` where it keeps everything.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "RunFolder": "ubmd.learning.run_folder",
+    "Workers": "ubmd.learning.workers",
+    "check": "ubmd.learning.check",
+    "run": "ubmd.learning.loop",
+}
+
+__all__ = ["RunFolder", "Workers", "check", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    # Worker processes import their tasks from here: they must not pay for torch.
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'ubmd.learning' has no attribute '{name}'")

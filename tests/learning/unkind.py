@@ -1,0 +1,68 @@
+"""Things that go wrong, for the tests: tasks and an ASE calculator that raise, hang or crash their process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from ase import Atoms
+from ase.calculators.emt import EMT
+
+from ubmd.errors import LabelError
+
+
+def double(x: int) -> int:
+    return 2 * x
+
+
+def process_id(_: int) -> int:
+    return os.getpid()
+
+
+def environment(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def wait_forever(started: Path) -> None:
+    started.write_text(str(os.getpid()))
+    time.sleep(1000)
+
+
+def crash(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def raise_sentence() -> None:
+    raise LabelError("The water is too deep.")
+
+
+class Unpicklable(Exception):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(f"{a} and {b}")
+        self.handle = (k for k in range(3))
+
+
+def raise_unpicklable() -> None:
+    raise Unpicklable(1, 2)
+
+
+class UnkindEMT(EMT):
+    """EMT, except for structures whose first atom lies in one of the slices of x that stand for a failure."""
+
+    def calculate(self, atoms: Atoms, *args: object, **kwargs: object) -> None:
+        match round(float(atoms.positions[0, 0])):
+            case 101:
+                raise RuntimeError("the scratch disk is full")
+            case 102:
+                time.sleep(1000)
+            case 103:
+                os.kill(os.getpid(), signal.SIGSEGV)
+        super().calculate(atoms, *args, **kwargs)
