@@ -243,12 +243,21 @@ def load_settings(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T
         raise SettingsError(f"{path} cannot be read as a settings file: {error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path} is not valid TOML: {error}.") from None
+    return make_settings(kind, values, overrides, str(path))
+
+
+def make_settings(kind: type[T], values: dict[str, Any], overrides: Sequence[str] = (), source: str = "settings") -> T:
+    """Settings from a dictionary (changed by the overrides); ``source`` names its origin in error messages.
+
+    Raises:
+        SettingsError: as in `load_settings`.
+    """
     for override in overrides:
         _override(values, override)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(f"{path}: {_explain(error, kind)}") from None
+        raise SettingsError(f"{source}: {_explain(error, kind)}") from None
 
 
 def _override(values: dict[str, Any], override: str) -> None:

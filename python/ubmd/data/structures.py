@@ -484,7 +484,8 @@ def _range_row(table: Table, name: str, values: Sequence[Any], total: int, unit:
     """A row with the range of one number per structure, or of one array per structure."""
     found = f"{len(values)} of {total}" if unit else ""
     if not values:
-        table.add_row(name, found)
+        if name in ("energy", "|force|"):
+            table.add_row(name, found)
         return
     flat = np.concatenate([np.atleast_1d(np.asarray(value, dtype=float)) for value in values])
     table.add_row(name, found, *(f"{x:.5g}" for x in (flat.min(), flat.mean(), flat.max())), unit)

@@ -78,7 +78,9 @@ def train(
     model = _initial_model(model_settings, [*training, *validation], seed, initial)
     identity = _identity(model, training_settings, training, validation, seed, initial, epochs)
     path = folder / "checkpoint.pt"
-    saved = checkpoint.load(path, "checkpoint") if path.exists() and not fresh else None
+    if fresh:
+        path.unlink(missing_ok=True)
+    saved = checkpoint.load(path, "checkpoint") if path.exists() else None
     if saved is not None:
         _check_identity(saved["identity"], identity, path)
         if saved["finished"]:

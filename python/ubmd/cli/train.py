@@ -1,0 +1,322 @@
+"""Commands around one model: train, eval, info, export, schema.
+
+The heavy imports (torch, ase) happen inside the commands, so that `ubmd --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from ubmd.errors import SettingsError, UbmdError
+from ubmd.settings import RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. training.epochs=200.")
+]
+KeyOption = Annotated[
+    list[str] | None,
+    typer.Option("--label", metavar="LABEL=KEY", help="Where a label is, e.g. energy=dft_energy; may be repeated."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the command line."""
+    app.command("train")(train)
+    app.command("eval")(evaluate)
+    app.command("info")(info)
+    app.command("export")(export)
+    app.command("schema")(schema)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn an error meant for the user into its sentence on stderr and exit status 1."""
+    try:
+        yield
+    except UbmdError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+# ---------------------------------------------------------------------------------------------- train
+
+
+def train(
+    settings_file: Annotated[Path, typer.Argument(help="TOML file of the training (see `ubmd schema train`).")],
+    overrides: SetOption = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Start again, or go on from the last checkpoint (default).")
+    ] = False,
+) -> None:
+    """Train a model on labelled structures and export it as model.pt."""
+    with user_errors():
+        settings = load_settings(settings_file, TrainSettings, overrides or [])
+        _train(settings, settings_file.parent, fresh, Console())
+
+
+def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
+    from ubmd import training
+    from ubmd.data.structures import describe
+
+    training_set, validation_set = _load_sets(settings, base)
+    console.print(describe(training_set, "training set"))
+    console.print(describe(validation_set, "validation set"))
+    with _progress(console) as report:
+        result = training.train(
+            settings.model,
+            settings.training,
+            training_set,
+            validation_set,
+            settings.output_dir,
+            settings.seed,
+            progress=report,
+            fresh=fresh,
+        )
+    path = settings.output_dir / "model.pt"
+    _export(result.model, training_set, validation_set, settings.uncertainty, path, settings.model_dump(mode="json"))
+    console.print(_training_summary(result.best, len(result.history)))
+    console.print(f"model: {path}", soft_wrap=True)
+    console.print(f"log and picture: {settings.output_dir / 'log.csv'}, learning_curve.png", soft_wrap=True)
+
+
+def _load_sets(settings: TrainSettings, base: Path) -> tuple[list[Atoms], list[Atoms]]:
+    """Training and validation structures; files are relative to the settings file."""
+    from ubmd.data.structures import read_structures
+    from ubmd.training import split
+
+    structures = read_structures(base / settings.training_file, labelled=True)
+    if settings.validation_file is None:
+        return split(structures, settings.validation_share, settings.seed)
+    return structures, read_structures(base / settings.validation_file, labelled=True)
+
+
+def _export(
+    model: Any,
+    training_set: Sequence[Atoms],
+    calibration_set: Sequence[Atoms],
+    uncertainty: UncertaintySettings,
+    path: Path,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    from ubmd.data.structures import dataset_hash
+    from ubmd.export import export_model
+
+    provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings}
+    return export_model(model, training_set, calibration_set, uncertainty, path, provenance)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Any]:
+    """A callback for every epoch: a live bar on a terminal, a line now and then elsewhere."""
+    if not console.is_terminal:
+        yield _PlainProgress(console)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("epochs, {task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def report(row: dict[str, Any]) -> None:
+            bar.update(task, completed=row["epoch"], total=row["epochs"], description=_errors_text(row))
+
+        yield report
+
+
+class _PlainProgress:
+    """Lines with the errors and the time left: the first epoch, every ten seconds, the last epoch."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._start: float | None = None
+        self._first_epoch = 0
+        self._last_line = -float("inf")
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if self._start is None:
+            self._start, self._first_epoch = now - row["seconds"], row["epoch"] - 1
+        if now - self._last_line < SECONDS_BETWEEN_LINES and row["epoch"] < row["epochs"]:
+            return
+        self._last_line = now
+        left = (now - self._start) / (row["epoch"] - self._first_epoch) * (row["epochs"] - row["epoch"])
+        line = f"epoch {row['epoch']} of {row['epochs']}: {_errors_text(row)}, {_duration(left)} left"
+        self._console.print(line, soft_wrap=True, highlight=False)
+
+
+def _errors_text(row: dict[str, Any]) -> str:
+    """Validation errors of an epoch in one line (training errors where there was no validation)."""
+    part = "valid" if row.get("valid_force_rmse_eV_per_A") is not None else "train"
+    energy, force = row[f"{part}_energy_rmse_meV_per_atom"], row[f"{part}_force_rmse_eV_per_A"]
+    text = f"{part} E {energy:.2f} meV/atom, F {force:.4f} eV/Å"
+    stress = row.get(f"{part}_stress_rmse_MPa")
+    return text if stress is None else f"{text}, S {stress:.1f} MPa"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _training_summary(best: dict[str, Any], epochs: int) -> Table:
+    """RMSEs of the kept weights."""
+    table = Table(title=f"kept: epoch {best['epoch']} of {epochs}")
+    for column in ("RMSE", "training (during the epoch)", "validation", "unit"):
+        table.add_column(column)
+    for name, key, unit in (
+        ("energy", "energy_rmse_meV_per_atom", "meV/atom"),
+        ("force", "force_rmse_eV_per_A", "eV/Å"),
+        ("stress", "stress_rmse_MPa", "MPa"),
+    ):
+        values = [best.get(f"{part}_{key}") for part in ("train", "valid")]
+        if any(value is not None for value in values):
+            table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values), unit)
+    return table
+
+
+# ----------------------------------------------------------------------------------------------- eval
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Model file, e.g. model.pt.")],
+    data: Annotated[Path, typer.Argument(help="Labelled structures (extxyz, or any format that ASE reads).")],
+    precision: Annotated[str, typer.Option(help="mixed, single or double.")] = "mixed",
+    label: KeyOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare a model with labelled structures: errors, and how often they stay below the uncertainty."""
+    from ubmd.calculator import Evaluator
+    from ubmd.data.structures import describe, read_structures
+    from ubmd.training.evaluation import accuracy
+
+    with user_errors():
+        evaluator = Evaluator(model, precision)
+        structures = read_structures(data, _mapping(label), labelled=True)
+        result = accuracy(evaluator.predict(structures), structures)
+        if as_json:
+            print(json.dumps(result, indent=2))
+            return
+        console = Console()
+        console.print(describe(structures, str(data)))
+        console.print(_accuracy_table(result, evaluator.metadata))
+
+
+def _mapping(pairs: Sequence[str] | None) -> dict[str, str]:
+    """`label=key` options as a dictionary."""
+    mapping = {}
+    for pair in pairs or []:
+        label, separator, key = pair.partition("=")
+        if not separator or not key:
+            raise SettingsError(f"--label needs LABEL=KEY, e.g. energy=dft_energy; got {pair!r}.")
+        mapping[label] = key
+    return mapping
+
+
+def _accuracy_table(result: dict[str, Any], metadata: dict[str, Any]) -> Table:
+    made_for = ", ".join(
+        f"{name} {100 * min(metadata['uncertainty'][name]['attainable'], 1 - metadata['uncertainty']['alpha']):.4g} %"
+        for name in ("energy", "forces")
+    )
+    table = Table(
+        title=f"{result['structures']} structures, {result['atoms']} atoms", caption=f"u made for: {made_for}"
+    )
+    for column in ("quantity", "RMSE", "MAE", "unit", "errors below u"):
+        table.add_column(column)
+    for name, unit, text, share in (
+        ("energy", "meV_per_atom", "meV/atom", _percent(result["energy_share_below_u"], "of structures")),
+        ("force", "eV_per_A", "eV/Å", _percent(result["force_share_below_u"], "of atoms")),
+        ("", "", "", _percent(result["max_force_share_below_u"], "of structures' maxima")),
+        ("stress", "MPa", "MPa", ""),
+    ):
+        values = [result.get(f"{name}_{kind}_{unit}") for kind in ("rmse", "mae")]
+        if name != "stress" or values[0] is not None:
+            table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values), text, share)
+    return table
+
+
+def _percent(share: float, of_what: str) -> str:
+    return f"{100 * share:.1f} % {of_what}"
+
+
+# -------------------------------------------------------------------------------- info, export, schema
+
+
+def info(
+    model: Annotated[Path, typer.Argument(help="Model file, e.g. model.pt.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as it is in the file.")] = False,
+) -> None:
+    """Print what a model file says about itself."""
+    from ubmd.export import load_model
+
+    with user_errors():
+        metadata = json.loads(load_model(model).metadata())
+        if as_json:
+            print(json.dumps(metadata, indent=2))
+            return
+        table = Table(title=str(model))
+        table.add_column("key", overflow="fold")
+        table.add_column("value", overflow="fold")
+        for key, value in _flat(metadata):
+            table.add_row(key, value)
+        Console().print(table)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and values as text."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield prefix + key, " ".join(str(item) for item in value)
+        else:
+            yield prefix + key, f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def export(
+    weights: Annotated[Path, typer.Argument(help="weights.pt of a training.")],
+    training_file: Annotated[Path, typer.Argument(help="The structures that the weights were trained on.")],
+    calibration_file: Annotated[Path, typer.Argument(help="Labelled structures for the calibration.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path("model.pt"),
+    overrides: SetOption = None,
+) -> None:
+    """Make a model file from trained weights, e.g. with another confidence: --set alpha=0.5."""
+    from ubmd.data.structures import read_structures
+    from ubmd.training import load_weights
+
+    with user_errors():
+        uncertainty = make_settings(UncertaintySettings, {}, overrides or [], "--set")
+        model = load_weights(weights)
+        training_set = read_structures(training_file, labelled=True)
+        calibration_set = read_structures(calibration_file, labelled=True)
+        settings = {"uncertainty": uncertainty.model_dump(mode="json")}
+        metadata = _export(model, training_set, calibration_set, uncertainty, output, settings)
+        attainable = metadata["uncertainty"]["energy"]["attainable"]
+        print(f"wrote {output}: uncertainties of structures hold at {100 * attainable:.4g} % confidence")
+
+
+def schema(
+    kind: Annotated[str, typer.Argument(help="run or train: the settings of that command.")] = "run",
+) -> None:
+    """Print the JSON schema of a settings file: every key, its unit, default and range."""
+    kinds: dict[str, type[BaseModel]] = {"run": RunSettings, "train": TrainSettings}
+    with user_errors():
+        if kind not in kinds:
+            raise SettingsError(f"There is no schema of '{kind}'; choose run or train.")
+        print(json.dumps(kinds[kind].model_json_schema(), indent=2))
