@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def load(path: Path, kind: str) -> dict[str, Any]:
         ModelError: the file is missing, corrupt, or of another kind or format.
     """
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():  # torch warns about TorchScript files before it refuses them
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise ModelError(f"There is no {kind} file {path}.") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:

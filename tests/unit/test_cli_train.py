@@ -1,0 +1,199 @@
+"""The commands around one model, on real files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from typer.testing import CliRunner
+
+from ubmd.calculator import Evaluator
+from ubmd.cli.train import _duration, _PlainProgress, register
+from ubmd.data.structures import dataset_hash, labels_of, read_structures, write_structures
+from ubmd.training import split
+
+SETTINGS = """
+training_file = "data/train.extxyz"
+output_dir = "{output}"
+validation_share = 0.25
+seed = 1
+[model]
+cutoff = 4.0
+n_radial = 2
+n_basis = 4
+hidden = [16, 16]
+[training]
+epochs = 4
+threads = 1
+[uncertainty]
+projections = 32
+alpha = 0.3
+"""
+
+
+def crystal(seed: int) -> Atoms:
+    generator = np.random.default_rng(seed)
+    atoms = bulk("Cu", cubic=True)
+    atoms.set_cell(np.asarray(atoms.cell) @ (np.eye(3) + generator.uniform(-0.04, 0.04, (3, 3))), scale_atoms=True)
+    atoms.positions += generator.uniform(-0.1, 0.1, (len(atoms), 3))
+    atoms.calc = EMT()
+    labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(), "stress": atoms.get_stress()}
+    atoms.calc = SinglePointCalculator(atoms, **labels)
+    return atoms
+
+
+def ubmd(*arguments: object) -> tuple[int, str, str]:
+    """Run a command; exit code, stdout, stderr."""
+    app = typer.Typer()
+    register(app)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Data, settings file and a trained model."""
+    folder = tmp_path_factory.mktemp("train")
+    write_structures(folder / "data" / "train.extxyz", [crystal(seed) for seed in range(12)])
+    write_structures(folder / "test.extxyz", [crystal(seed) for seed in range(100, 106)])
+    (folder / "train.toml").write_text(SETTINGS.format(output=folder / "out"))
+    code, out, err = ubmd("train", folder / "train.toml", "--set", "training.epochs=5")
+    assert code == 0, err
+    (folder / "stdout.txt").write_text(out)
+    return folder
+
+
+def test_train_prints_data_progress_and_errors(folder):
+    out = (folder / "stdout.txt").read_text()
+    for expected in ("training set", "9 of 9", "3 of 3", "epoch 5 of 5", "meV/atom", "MPa", "kept: epoch", "model.pt"):
+        assert expected in out
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "checkpoint.pt",
+        "learning_curve.png",
+        "log.csv",
+        "model.pt",
+        "weights.pt",
+    ]
+
+
+def test_model_file_knows_its_training_and_calibration(folder):
+    code, out, _ = ubmd("info", folder / "out" / "model.pt", "--json")
+    metadata = json.loads(out)
+    assert code == 0
+    structures = read_structures(folder / "data" / "train.extxyz")
+    training, validation = split(structures, 0.25, seed=1)
+    assert metadata["training_set_hash"] == dataset_hash(training)
+    assert metadata["n_training"] == 9
+    assert metadata["uncertainty"]["energy"]["n_calibration"] == len(validation) == 3
+    assert metadata["settings"]["training"]["epochs"] == 5
+    code, out, _ = ubmd("info", folder / "out" / "model.pt")
+    assert code == 0
+    assert "elements" in out
+    assert "Cu" in out
+
+
+def test_eval_agrees_with_the_labels_and_predictions(folder):
+    model, data = folder / "out" / "model.pt", folder / "test.extxyz"
+    code, out, _ = ubmd("eval", model, data, "--json", "--precision", "double")
+    assert code == 0
+    result = json.loads(out)
+    structures = read_structures(data)
+    predictions = Evaluator(model, "double").predict(structures)
+    force, stress, below = [], [], []
+    for atoms, predicted in zip(structures, predictions, strict=True):
+        labels = labels_of(atoms)
+        force.extend((predicted.forces - labels["forces"]).ravel())
+        stress.extend((predicted.stress - labels["stress"]) * 160217.66208)
+        below.append(abs(predicted.energy - labels["energy"]) / len(atoms) <= predicted.u)
+    assert result["force_rmse_eV_per_A"] == pytest.approx(np.sqrt(np.mean(np.square(force))), rel=1e-12)
+    assert result["stress_mae_MPa"] == pytest.approx(np.mean(np.abs(stress)), rel=1e-9)
+    assert result["energy_share_below_u"] == pytest.approx(np.mean(below))
+    assert result["structures"] == 6
+    code, out, _ = ubmd("eval", model, data, "--precision", "double")
+    assert code == 0
+    for expected in ("meV/atom", "eV/Å", "MPa", "% of atoms", f"{result['force_rmse_eV_per_A']:.4g}"):
+        assert expected in out
+
+
+def test_export_again_with_another_confidence(folder, tmp_path):
+    weights, data = folder / "out" / "weights.pt", folder / "data" / "train.extxyz"
+    arguments = [weights, data, folder / "test.extxyz", "-o", tmp_path / "new.pt", "--set", "projections=32"]
+    code, out, _ = ubmd("export", *arguments, "--set", "alpha=0.5")
+    assert code == 0
+    assert "50 % confidence" in out
+    code, _, _ = ubmd("export", *arguments[:-3], tmp_path / "high.pt", "--set", "projections=32", "--set", "alpha=0.2")
+    assert code == 0
+    low, high = (Evaluator(tmp_path / name, "double") for name in ("new.pt", "high.pt"))
+    atoms = read_structures(folder / "test.extxyz")[0]
+    assert low.predict_one(atoms).u < high.predict_one(atoms).u
+    assert low.predict_one(atoms).energy == high.predict_one(atoms).energy
+
+
+def test_resume_is_the_default_and_fresh_starts_again(folder, tmp_path):
+    (tmp_path / "train.toml").write_text((folder / "train.toml").read_text())
+    data = f'training_file="{folder / "data" / "train.extxyz"}"'
+    base = ["train", tmp_path / "train.toml", "--set", data, "--set", f"output_dir={tmp_path / 'out'}"]
+    assert ubmd(*base)[0] == 0
+    code, out, _ = ubmd(*base)
+    assert code == 0
+    assert "epoch 1 of" not in out, "the finished training must not run again"
+    code, out, err = ubmd(*base, "--set", "training.learning_rate=0.01")
+    assert code == 1
+    assert "training.learning_rate was 0.03, now 0.01" in err
+    assert "--fresh" in err
+    code, out, err = ubmd(*base, "--set", "training.learning_rate=0.01", "--fresh")
+    assert code == 0, err
+    assert "epoch 1 of 4" in out
+
+
+def test_schema_lists_units(folder):
+    code, out, _ = ubmd("schema", "train")
+    assert code == 0
+    schema = json.loads(out)
+    assert "Å" in schema["$defs"]["ModelSettings"]["properties"]["cutoff"]["description"]
+    assert "run_dir" in json.loads(ubmd("schema")[1])["properties"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "missing.toml"], "There is no settings file missing.toml."),
+        (["train", "{folder}/train.toml", "--set", "training.epoch=3"], "did you mean 'epochs'?"),
+        (["train", "{folder}/train.toml", "--set", "training_file=no.extxyz"], "There is no file {folder}/no.extxyz."),
+        (["eval", "missing.pt", "{folder}/test.extxyz"], "There is no model file missing.pt."),
+        (["eval", "{folder}/train.toml", "{folder}/test.extxyz"], "is not a ubmd model file"),
+        (["eval", "{folder}/out/model.pt", "{folder}/none.extxyz"], "There is no file {folder}/none.extxyz."),
+        (["eval", "{folder}/out/model.pt", "{folder}/test.extxyz", "--label", "energy"], "--label needs LABEL=KEY"),
+        (["eval", "{folder}/out/model.pt", "{folder}/test.extxyz", "--precision", "half"], "Precision must be"),
+        (["info", "{folder}/out/weights.pt"], "is not a ubmd model file"),
+        (["export", "{folder}/out/model.pt", "{folder}/test.extxyz", "{folder}/test.extxyz"], "not a weights file"),
+        (["schema", "nothing"], "There is no schema of 'nothing'; choose run or train."),
+    ],
+)
+def test_mistakes_are_one_sentence_on_stderr(folder, arguments, message):
+    code, out, err = ubmd(*[argument.format(folder=folder) for argument in arguments])
+    assert code == 1
+    assert message.format(folder=folder) in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+
+
+def test_plain_progress_is_sparse_and_estimates_the_time_left(capsys):
+    from rich.console import Console
+
+    report = _PlainProgress(Console(width=200))
+    row = {"seconds": 2.0, "epochs": 100, "train_energy_rmse_meV_per_atom": 1.0, "train_force_rmse_eV_per_A": 0.5}
+    for epoch in range(1, 101):
+        report({**row, "epoch": epoch})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 1 of 100", "epoch 100 of 100"]
+    assert "3 min 18 s left" in lines[0]
+    assert lines[1].endswith("0 s left")
+    assert _duration(3700) == "1 h 01 min"

@@ -1,0 +1,130 @@
+"""Settings: every mistake is one sentence that names the key and what to write instead."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from ubmd.errors import SettingsError
+from ubmd.settings import RunSettings, Table, TrainSettings, load_settings
+
+RUN = """
+run_dir = "my_run"
+seed = 3
+[start]
+file = "start.extxyz"
+[reference]
+calculator = "openmm"
+arguments = {pdb = "a.pdb", cmap = false}
+[bias]
+species = {H = 0.0}
+[variables.torsions]
+phi = [4, 6, 8, 14]
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path) -> Path:
+    (tmp_path / "run.toml").write_text(RUN)
+    return tmp_path / "run.toml"
+
+
+def test_values_and_defaults_of_the_published_settings(run_file):
+    settings = load_settings(run_file, RunSettings)
+    assert settings.bias.species == {"H": 0.0}
+    assert settings.reference.arguments == {"pdb": "a.pdb", "cmap": False}
+    assert settings.variables.torsions == {"phi": (4, 6, 8, 14)}
+    training = settings.training
+    assert (training.energy_weight, training.force_weight, training.stress_weight) == (1.0, 4.0, 0.01)
+    assert (training.learning_rate, training.learning_rate_radial) == (0.03, 0.02)
+    assert (training.learning_rate_shift, training.learning_rate_scale) == (0.05, 0.001)
+    assert (training.batch_size, training.epochs) == (32, 1000)
+    with pytest.raises(ValidationError):
+        settings.seed = 4
+
+
+def test_overrides_are_toml_values_and_win(run_file):
+    overrides = ["seed=9", "model.hidden=[8, 8]", "md.temperature = 600", "run_dir=other", "bias.species={H=1.0}"]
+    settings = load_settings(run_file, RunSettings, [*overrides, "variables.torsions.psi=[6, 8, 14, 16]"])
+    assert (settings.seed, settings.model.hidden, settings.md.temperature) == (9, (8, 8), 600.0)
+    assert settings.run_dir == Path("other")
+    assert settings.bias.species == {"H": 1.0}
+    assert sorted(settings.variables.torsions) == ["phi", "psi"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("md.temprature=300", r"unknown key 'md\.temprature'; did you mean 'temperature'\?"),
+        ("sed=1", r"unknown key 'sed'; did you mean 'seed'\?"),
+        ("traning.epochs=1", r"unknown key 'traning'; did you mean 'training'\?"),
+        ("test.sampling.fames=1", r"unknown key 'test\.sampling\.fames'; did you mean 'frames'\?"),
+        ("md.timestep=-1", r"'md\.timestep': Input should be greater than 0 \(got -1\)\."),
+        ("md.steps=many", r"'md\.steps': Input should be a valid integer.* \(got 'many'\)\."),
+        ("model.size=huge", r"'model\.size': Input should be 'light' or 'paper' \(got 'huge'\)\."),
+        ("loop.labels=4", r"loop\.labels = 4 is less than start\.count = 8\."),
+        ("variables.torsions.phi=[1, 2]", r"'variables\.torsions\.phi\.2': Field required|torsions\.phi"),
+        ("seed.x=1", r"--set seed\.x=1: 'seed' is a value, not a table\."),
+        ("seed", r"--set needs key=value, got 'seed'\."),
+        ("=1", r"--set needs key=value, got '=1'\."),
+    ],
+)
+def test_mistakes_are_named(run_file, change, message):
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_settings(run_file, RunSettings, [change])
+    assert "\n" not in str(caught.value)
+
+
+def test_typo_of_a_required_key_is_reported_as_a_typo(tmp_path):
+    (tmp_path / "t.toml").write_text('training_fil = "a.extxyz"\noutput_dir = "out"\n')
+    with pytest.raises(SettingsError, match=r"unknown key 'training_fil'; did you mean 'training_file'\?"):
+        load_settings(tmp_path / "t.toml", TrainSettings)
+    (tmp_path / "t.toml").write_text('output_dir = "out"\n')
+    with pytest.raises(SettingsError, match=r"t\.toml: the key 'training_file' is missing\."):
+        load_settings(tmp_path / "t.toml", TrainSettings)
+
+
+def test_files_that_are_no_settings(tmp_path):
+    with pytest.raises(SettingsError, match=r"There is no settings file .*missing\.toml\."):
+        load_settings(tmp_path / "missing.toml", RunSettings)
+    (tmp_path / "bad.toml").write_text("seed = = 1\n")
+    with pytest.raises(SettingsError, match=r"bad\.toml is not valid TOML: .*line 1"):
+        load_settings(tmp_path / "bad.toml", RunSettings)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SettingsError, match=r"binary\.toml cannot be read as a settings file"):
+        load_settings(tmp_path / "binary.toml", RunSettings)
+    with pytest.raises(SettingsError, match="cannot be read as a settings file"):
+        load_settings(tmp_path, RunSettings)
+
+
+def test_settings_survive_json(run_file):
+    settings = load_settings(run_file, RunSettings)
+    assert RunSettings.model_validate(json.loads(settings.model_dump_json())) == settings
+
+
+def tables(kind: type[BaseModel]) -> set[type[BaseModel]]:
+    found = {kind}
+    for field in kind.model_fields.values():
+        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, Table):
+                found |= tables(part)
+    return found
+
+
+@pytest.mark.parametrize("kind", [RunSettings, TrainSettings])
+def test_every_key_is_described(kind):
+    """A table, or a key with a description (where its unit is)."""
+    undescribed = [
+        f"{table.__name__}.{name}"
+        for table in tables(kind)
+        for name, field in table.model_fields.items()
+        if not field.description and not any(issubclass(t, Table) for t in tables_of(field.annotation))
+    ]
+    assert not undescribed
+    assert len(tables(kind)) >= 4
+
+
+def tables_of(annotation: object) -> list[type]:
+    parts = (annotation, *getattr(annotation, "__args__", ()))
+    return [part for part in parts if isinstance(part, type) and issubclass(part, Table)]
