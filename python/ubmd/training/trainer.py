@@ -170,6 +170,7 @@ class _Trainer:
             model.initialise_energies(self.graphs)
         self.base_rates = _learning_rates(settings, settings.warm_learning_rate_factor if warm else 1.0)
         groups = _parameter_groups(model)
+        self.parameters = [parameter for group in groups.values() for parameter in group]
         self.optimiser = torch.optim.Adam(
             [{"params": groups[name], "lr": rate} for name, rate in self.base_rates.items()],
             betas=(0.9, 0.999),
@@ -217,7 +218,8 @@ class _Trainer:
                 f"The loss is not finite in epoch {self.epoch + 1}: lower training.learning_rate (now "
                 f"{self.settings.learning_rate:g}), and look for absurd labels in the table of the data."
             )
-        value.backward()
+        # only the parameters: second derivatives with respect to the edge vectors would double the cost
+        value.backward(inputs=self.parameters)
         self.optimiser.step()
         return float(value.detach()), errors
 
