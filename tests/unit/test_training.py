@@ -398,3 +398,14 @@ def test_split_is_a_partition_that_follows_the_seed(molecules):
     assert [len(part) for part in split(molecules[:2], 0.01, seed=0)] == [1, 1]
     with pytest.raises(DataError, match="One structure cannot be split"):
         split(molecules[:1], 0.5, seed=0)
+
+
+def test_chunks_of_a_mini_batch_add_up(tmp_path, molecules, monkeypatch):
+    """Gradients of the chunks are summed: the same training as in one piece, up to rounding."""
+    results = []
+    for pairs in (10**9, 40):
+        monkeypatch.setattr("ubmd.export.PAIRS_PER_CHUNK", pairs)
+        results.append(train(MODEL, settings(epochs=3), molecules[:9], molecules[9:], tmp_path / str(pairs), seed=0))
+    whole, pieces = (result.history[-1] for result in results)
+    assert whole["loss"] == pytest.approx(pieces["loss"], rel=1e-8)
+    assert whole["valid_force_rmse_eV_per_A"] == pytest.approx(pieces["valid_force_rmse_eV_per_A"], rel=1e-8)

@@ -50,7 +50,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except UbmdError as error:
-        print(error, file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 

@@ -238,7 +238,7 @@ def check_structure(atoms: Atoms) -> None:
         if not np.isfinite(value).all():
             raise DataError(f"NaN or infinity in the {label}; remove the frame or repeat its calculation.")
     if "stress" in labels and not atoms.pbc.all():
-        raise DataError("a stress needs a cell that is periodic in all three directions.")
+        raise DataError("a stress needs a cell that is periodic in all three directions; remove the stress.")
 
 
 def _check_cell(atoms: Atoms) -> None:

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ubmd.data.graph import Batch, Graph, build_graph, collate
+from ubmd.data.graph import Graph, build_graph
 from ubmd.data.structures import check_labelled, dataset_hash
 from ubmd.errors import DataError, ModelError, TrainingError
+from ubmd.export import chunks
 from ubmd.models import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, TrainingSettings
 from ubmd.training import checkpoint
 from ubmd.training.history import Log, Row, draw
-from ubmd.training.loss import Differences, ErrorSums, differences, loss
+from ubmd.training.loss import ErrorSums, differences, loss
 
 WITHOUT_EFFECT = {"threads", "checkpoint_every"}  # settings that a resumed training may change
 
@@ -163,9 +164,7 @@ class _Trainer:
         self.settings = settings
         self.epochs = epochs
         self.graphs = [build_graph(atoms, model.elements, model.cutoff) for atoms in training]
-        self.validation = _batches(
-            [build_graph(atoms, model.elements, model.cutoff) for atoms in validation], settings.batch_size
-        )
+        self.validation = list(chunks(build_graph(atoms, model.elements, model.cutoff) for atoms in validation))
         if not warm:
             model.initialise_energies(self.graphs)
         self.base_rates = _learning_rates(settings, settings.warm_learning_rate_factor if warm else 1.0)
@@ -193,10 +192,7 @@ class _Trainer:
         order = torch.randperm(len(self.graphs), generator=self.generator).tolist()
         for step in range(self.steps_per_epoch):
             chosen = order[step * self.settings.batch_size : (step + 1) * self.settings.batch_size]
-            batch = collate([self.graphs[k] for k in chosen])
-            value, errors = self._step(batch, self.epoch * self.steps_per_epoch + step)
-            total += value
-            sums.add(batch, errors)
+            total += self._step([self.graphs[k] for k in chosen], self.epoch * self.steps_per_epoch + step, sums)
         self.epoch += 1
         row: Row = {"epoch": self.epoch, "loss": total, **sums.columns("train"), "best": 0}
         if self.epoch % self.settings.validation_every == 0 or self.epoch == self.epochs:
@@ -205,23 +201,30 @@ class _Trainer:
         self.history.append(row)
         return row
 
-    def _step(self, batch: Batch, step: int) -> tuple[float, Differences]:
-        """One Adam step with the learning rates of this step; returns the loss and errors before it."""
+    def _step(self, graphs: Sequence[Graph], step: int, sums: ErrorSums) -> float:
+        """One Adam step with the learning rates of this step; returns the loss before it and adds to the errors.
+
+        The loss is a sum, so a mini-batch may be worked off in chunks, which bounds the memory.
+        """
         decay = 1.0 - step / (self.epochs * self.steps_per_epoch)
         for group, rate in zip(self.optimiser.param_groups, self.base_rates.values(), strict=True):
             group["lr"] = rate * decay
         self.optimiser.zero_grad(set_to_none=True)
-        errors = differences(batch, *self.model.energy_forces_virial(batch, create_graph=True))
-        value = loss(errors, self.settings)
-        if not bool(torch.isfinite(value)):
+        total = 0.0
+        for batch in chunks(graphs):
+            errors = differences(batch, *self.model.energy_forces_virial(batch, create_graph=True))
+            value = loss(errors, self.settings)
+            # only the parameters: derivatives with respect to the edge vectors would cost a third more
+            value.backward(inputs=self.parameters)
+            total += float(value.detach())
+            sums.add(batch, errors)
+        if not math.isfinite(total):
             raise TrainingError(
                 f"The loss is not finite in epoch {self.epoch + 1}: lower training.learning_rate (now "
                 f"{self.settings.learning_rate:g}), and look for absurd labels in the table of the data."
             )
-        # only the parameters: second derivatives with respect to the edge vectors would double the cost
-        value.backward(inputs=self.parameters)
         self.optimiser.step()
-        return float(value.detach()), errors
+        return total
 
     def _validate(self) -> Row:
         """Validation errors; keeps a copy of the weights if they are the best so far."""
@@ -264,10 +267,6 @@ class _Trainer:
         self.generator.set_state(state["generator"])
         self.best = state["best"]
         self.history = state["history"]
-
-
-def _batches(graphs: Sequence[Graph], size: int) -> list[Batch]:
-    return [collate(graphs[start : start + size]) for start in range(0, len(graphs), size)]
 
 
 def _shuffle_seed(seed: int) -> int:
