@@ -256,4 +256,4 @@ def test_table_names_counts_and_units(molecules, crystals):
     for expected in ("H 24, C 8, O 4, Cu 24", "3 of 7", "7 of 7", "eV/atom", "eV/Å", "Å^3", "MPa"):
         assert expected in text
     pressures = [-atoms.get_stress()[:3].mean() * 160217.66 for atoms in crystals]
-    assert f"{max(pressures):.5g}" in text
+    assert f"{max(pressures):.6g}" in text

@@ -488,7 +488,7 @@ def _range_row(table: Table, name: str, values: Sequence[Any], total: int, unit:
             table.add_row(name, found)
         return
     flat = np.concatenate([np.atleast_1d(np.asarray(value, dtype=float)) for value in values])
-    table.add_row(name, found, *(f"{x:.5g}" for x in (flat.min(), flat.mean(), flat.max())), unit)
+    table.add_row(name, found, *(f"{x:.6g}" for x in (flat.min(), flat.mean(), flat.max())), unit)
 
 
 def dataset_hash(structures: Iterable[Atoms]) -> str:
