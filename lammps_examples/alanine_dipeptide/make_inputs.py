@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 from ase.data import atomic_masses, atomic_numbers
-from ase.io import write
 from ase.optimize import BFGS
 
+from ubmd.data.structures import write_structures
 from ubmd.references import label, make_calculator
 from ubmd.settings import ReferenceSettings
 
@@ -124,7 +124,7 @@ def main() -> None:
     BFGS(atoms, logfile=None).run(fmax=1e-4, steps=2000)
     atoms.positions -= atoms.get_center_of_mass()
     write_pdb(HERE / "alanine_dipeptide.pdb", atoms)
-    write(HERE / "c7eq.extxyz", label(atoms, REFERENCE, HERE))
+    write_structures(HERE / "c7eq.extxyz", [label(atoms, REFERENCE, HERE)])
     write_lammps(HERE / "alanine.data", atoms, ("H", "C", "N", "O"))
     angles = [(atoms.get_dihedral(*torsion) + 180.0) % 360.0 - 180.0 for torsion in (PHI, PSI)]
     print(f"C7eq: phi = {angles[0]:.1f}, psi = {angles[1]:.1f} degrees, E = {atoms.get_potential_energy():.6f} eV")

@@ -1,6 +1,8 @@
 """Torsions, coverage, calibration numbers, pictures and the report of a run folder."""
 
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import matplotlib.image
@@ -22,7 +24,14 @@ from ubmd.errors import DataError
 from ubmd.export import export_model
 from ubmd.models import GaussianMomentNetwork
 from ubmd.references import sample
-from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, UncertaintySettings
+from ubmd.settings import (
+    ModelSettings,
+    ReferenceSettings,
+    RunSettings,
+    SamplingSettings,
+    UncertaintySettings,
+    load_settings,
+)
 
 EXAMPLE = Path(__file__).parents[2] / "lammps_examples" / "alanine_dipeptide"
 PHI, PSI = (4, 6, 8, 14), (6, 8, 14, 16)
@@ -275,3 +284,43 @@ def test_calibration_picture_counts_many_points(tmp_path):
     u = 10 ** rng.normal(size=3000)
     path = analysis.calibration_figure(u, u * rng.uniform(0.2, 1.1, size=3000), tmp_path / "calibration.png")
     assert path.stat().st_size > 10_000
+
+
+# --- the example that uses all this -------------------------------------------------------------------------------
+
+
+def test_comparison_of_runs_interpolates_at_equal_md_steps(run, tmp_path):
+    spec = importlib.util.spec_from_file_location("compare_bias", EXAMPLE / "compare_bias.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    shorter = tmp_path / "shorter_run"
+    shutil.copytree(run, shorter)
+    history = json.loads((shorter / "history.json").read_text())[:1]
+    (shorter / "history.json").write_text(json.dumps(history))
+    result = compare.summarise({"biased": [run, run], "unbiased": [run, shorter]})
+    assert result["md_steps"][-1] == 430  # the last frame of the shortest run
+    steps, share = read_frames(run).coverage_curve([PHI, PSI])
+    expected = np.interp(result["md_steps"], np.append(0, steps), np.append(0.0, share))
+    np.testing.assert_allclose(result["coverage"]["biased"][0], expected)
+    np.testing.assert_allclose(result["coverage"]["unbiased"][1], expected)  # equal up to there
+    assert result["final"]["force RMSE, eV/Å"] == {"biased": [0.25, 0.25], "unbiased": [0.25, 0.5]}
+    text = compare.table(result)
+    assert "coverage after 430 MD steps" in text
+    assert "0.375 ± 0.177" in text
+
+
+def test_example_settings_load_and_differ_in_the_bias_only():
+    settings = {
+        name: load_settings(EXAMPLE / f"{name}.toml", RunSettings)
+        for name in ("quickstart", "quickstart_unbiased", "paper")
+    }
+    biased, unbiased = settings["quickstart"].model_dump(), settings["quickstart_unbiased"].model_dump()
+    assert biased["bias"].pop("force") == 0.25
+    assert unbiased["bias"].pop("force") == 0.0
+    assert biased.pop("run_dir") != unbiased.pop("run_dir")
+    assert biased == unbiased
+    for one in settings.values():
+        assert (EXAMPLE / one.start.file).exists()
+        assert one.variables.torsions == {"phi": PHI, "psi": PSI}
+    paper = settings["paper"]
+    assert (paper.uncertainty.projections, paper.loop.labels, paper.bias.every) == (512, 512, 1)
