@@ -65,8 +65,6 @@ void PairUBMD::coeff(int narg, char **arg) {
   if (!allocated) allocate();
   if (narg < 3)
     error->all(FLERR, "pair_coeff of pair_style ubmd is: pair_coeff * * model.pt name-of-type-1 name-of-type-2 ...");
-  if (std::string(arg[0]) != "*" || std::string(arg[1]) != "*")
-    error->all(FLERR, "pair_coeff of pair_style ubmd must start with '* *': one model serves all types");
   if (narg - 3 != atom->ntypes)
     error->all(
         FLERR,
