@@ -330,7 +330,7 @@ def test_warm_start_goes_on_from_the_earlier_model(tmp_path, molecules):
     old = load_weights(tmp_path / "old" / "weights.pt")
     still = train(
         MODEL,
-        settings(warm_learning_rate_factor=1e-300),
+        settings(warm_learning_rate_factor=1e-300, warm_keep=1.0),
         molecules[:9],
         molecules[9:],
         tmp_path / "still",
@@ -353,6 +353,22 @@ def test_warm_start_goes_on_from_the_earlier_model(tmp_path, molecules):
     cold = train(MODEL, settings(), molecules[:9], molecules[9:], tmp_path / "cold", seed=1, epochs=10)
     assert torch.equal(warm.model.constant, old.constant)
     assert warm.best["valid_force_rmse_eV_per_A"] < cold.best["valid_force_rmse_eV_per_A"]
+
+
+def test_warm_start_forgets_a_share_of_the_weights(tmp_path, molecules):
+    """W and B become keep·old + sqrt(1 - keep^2)·fresh; c, sigma, mu and biases stay."""
+    train(MODEL, settings(epochs=3), molecules[:6], molecules[9:], tmp_path / "old", seed=0)
+    initial = tmp_path / "old" / "weights.pt"
+    chosen = settings(warm_learning_rate_factor=1e-300, warm_keep=0.6)
+    start = train(MODEL, chosen, molecules, molecules[9:], tmp_path / "new", seed=1, initial=initial, epochs=1).model
+    old = load_weights(initial)
+    fresh = GaussianMomentNetwork(old.elements, MODEL, seed=1).to_network_dtype(torch.float64)
+    for name, value in start.state_dict().items():
+        before = old.state_dict()[name]
+        mixed = "weight" in name or "radial" in name
+        expected = 0.6 * before + 0.8 * fresh.state_dict()[name] if mixed else before
+        torch.testing.assert_close(value, expected, rtol=1e-14, atol=1e-14)
+    assert not torch.equal(start.radial, old.radial)
 
 
 def test_warm_start_refuses_what_does_not_fit(tmp_path, molecules, crystals):

@@ -62,8 +62,8 @@ def train(
         training, validation: labelled structures (energy and forces; stress where there is one).
         folder: made if missing.
         seed: of the initial weights and the order of the mini-batches.
-        initial: weights file of an earlier model to start from; c, sigma and mu go on from there, Adam starts anew
-            with all learning rates times ``warm_learning_rate_factor``.
+        initial: weights file of an earlier model to start from; c, sigma and mu go on from there, the weights as
+            `_shrink_and_perturb` says, Adam starts anew with all learning rates times ``warm_learning_rate_factor``.
         epochs: instead of ``training_settings.epochs``.
         progress: called after every epoch with the row of the log (see `history.COLUMNS`) and ``epochs``.
         fresh: start again even if there is a checkpoint.
@@ -76,7 +76,8 @@ def train(
     check_labelled(validation, "validation set")
     epochs = epochs or training_settings.epochs
     folder.mkdir(parents=True, exist_ok=True)
-    model = _initial_model(model_settings, [*training, *validation], seed, initial)
+    keep = training_settings.warm_keep
+    model = _initial_model(model_settings, [*training, *validation], seed, initial, keep)
     identity = _identity(model, training_settings, training, validation, seed, initial, epochs)
     path = folder / "checkpoint.pt"
     if fresh:
@@ -308,9 +309,9 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _initial_model(
-    settings: ModelSettings, structures: Sequence[Atoms], seed: int, initial: Path | None
+    settings: ModelSettings, structures: Sequence[Atoms], seed: int, initial: Path | None, keep: float
 ) -> GaussianMomentNetwork:
-    """A new model, or the earlier one if it fits settings and data."""
+    """A new model, or the earlier one if it fits settings and data, partly forgotten."""
     found = {symbol for atoms in structures for symbol in atoms.symbols}
     model = checkpoint.load_weights(initial) if initial is not None else None
     elements = settings.elements or (model and model.elements) or sorted(found, key=ase.data.chemical_symbols.index)
@@ -329,7 +330,19 @@ def _initial_model(
                 f"{initial} has {key.removeprefix('settings.')} = {old_config.get(key)}, the settings want "
                 f"{new_config[key]}; train from scratch, or use the old settings."
             )
+    _shrink_and_perturb(model, GaussianMomentNetwork(model.elements, settings, seed), keep)
     return model
+
+
+def _shrink_and_perturb(model: GaussianMomentNetwork, fresh: GaussianMomentNetwork, keep: float) -> None:
+    """Replace W and B by keep·old + sqrt(1 - keep^2)·fresh, which keeps their variance; biases stay.
+
+    A network that went on from weights fitted to fewer data generalises worse than one trained from scratch; partly
+    forgetting them cures that (Ash & Adams, NeurIPS 2020, "On warm-starting neural network training").
+    """
+    with torch.no_grad():
+        for old, new in zip([*model.weights, model.radial], [*fresh.weights, fresh.radial], strict=True):
+            old.copy_(keep * old + math.sqrt(1.0 - keep**2) * new.to(old.dtype))
 
 
 def _identity(
