@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.lammps import Prism
 from ase.calculators.singlepoint import SinglePointCalculator
+
 from ubmd.calculator import Evaluator
 from ubmd.data.graph import build_graph
 from ubmd.export import export_model
@@ -38,11 +40,9 @@ def make_molecule(rng: np.random.Generator) -> Atoms:
 
 
 def make_crystal(cell: str, rng: np.random.Generator) -> Atoms:
-    """Shaken periodic cells of C, O and H: `cubic` 27 Å^3 per atom, `small` (shorter than the cutoff), `triclinic`."""
-    if cell == "small":
-        atoms = bulk("C", "sc", a=2.3).repeat((1, 1, 2))
-    else:
-        atoms = bulk("C", "sc", a=2.1).repeat((3, 2, 3))
+    """Shaken periodic cells of C, O and H: `small` is shorter than the cutoff, in all directions."""
+    small = cell == "small"
+    atoms = bulk("C", "sc", a=2.3 if small else 2.1).repeat((1, 1, 2) if small else (3, 2, 3))
     atoms.symbols[1::2] = "O"
     atoms.symbols[::5] = "H"
     if cell in ("triclinic", "left-handed"):
@@ -52,6 +52,12 @@ def make_crystal(cell: str, rng: np.random.Generator) -> Atoms:
         atoms.set_cell(atoms.cell.array[[1, 0, 2]], scale_atoms=False)
     atoms.positions += rng.uniform(-0.1, 0.1, (len(atoms), 3))
     return atoms
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small models are slowed down by a second thread."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +130,9 @@ class Lab:
         self.folder = folder
         shutil.copy(model, folder / "model.pt")
 
-    def head(self, atoms: Atoms, precision: str = "double", margin: tuple[float, float] = (5.0, 5.0), settings: str = "") -> str:
+    def head(
+        self, atoms: Atoms, precision: str = "double", margin: tuple[float, float] = (5.0, 5.0), settings: str = ""
+    ) -> str:
         """Write data.test; the script's first commands: box, atoms, pair style."""
         (self.folder / "data.test").write_text(data_file(atoms, margin))
         return f"""

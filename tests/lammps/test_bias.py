@@ -10,7 +10,10 @@ velocity all create 300.0 77 dist gaussian
 timestep 0.0002
 fix integrate all nve
 """
-DUMP = "dump d all custom 1 dump.test id x y z fx fy fz f_b[2] f_b[3] f_b[4] proc\ndump_modify d sort id format float %.17g\n"
+DUMP = """
+dump d all custom 1 dump.test id x y z fx fy fz f_b[2] f_b[3] f_b[4] proc
+dump_modify d sort id format float %.17g
+"""
 
 
 def columns(frame, names):
@@ -37,9 +40,11 @@ def measure(evaluator, atoms, frames):
 
 
 def test_window_scale_by_hand(lab, evaluator, structures):
-    """150 steps in five runs behind a thermostat: the scale of every step, from Python forces at the dumped positions."""
+    """150 steps in five runs behind a thermostat: every step's scale from Python forces at the dumped positions."""
     atoms = structures["molecule"]
-    script = lab.head(atoms) + DYNAMICS + "fix noise all langevin 300.0 300.0 0.1 99\nfix b all ubmd force 0.25 window 100\n"
+    script = (
+        lab.head(atoms) + DYNAMICS + "fix noise all langevin 300.0 300.0 0.1 99\nfix b all ubmd force 0.25 window 100\n"
+    )
     script += DUMP + lab.every_step("f_b[4]") + "run 1\nrun 40\nrun 0\nrun 59\nrun 50\n"
     scales = lab.by_step(lab.run(script), "f_b[4]")
     frames = lab.dump("dump.test")
@@ -70,7 +75,9 @@ def test_species_group_and_held_bias(lab, evaluator, structures, ranks):
     for step, frame in enumerate(frames):
         last = step - step % 4
         evaluated = [k for k in (last - 8, last - 4, last) if k >= 0]
-        scale = np.sqrt((forces[evaluated] ** 2).sum() / (gradients[evaluated] ** 2).sum()) if len(evaluated) == 3 else 0.0
+        scale = (
+            np.sqrt((forces[evaluated] ** 2).sum() / (gradients[evaluated] ** 2).sum()) if len(evaluated) == 3 else 0.0
+        )
         assert np.allclose(bias(frame), scale * strength[:, None] * gradients[last], rtol=1e-9, atol=1e-12)
         applied = columns(frame, ["fx", "fy", "fz"]) - forces[step]
         assert np.allclose(applied, bias(frame), rtol=1e-8, atol=1e-9)
@@ -109,7 +116,9 @@ def test_migrating_atoms_keep_their_bias(lab, structures):
     """Hot crystal on 1 and 4 ranks, bias held for 5 steps, neighbour lists rebuilt each step: same trajectory."""
     atoms = structures["triclinic"]
     dynamics = DYNAMICS.replace("300.0", "9000.0").replace("0.0002", "0.001")
-    script = lab.head(atoms) + dynamics.replace("gaussian", "gaussian loop all") + "neigh_modify every 1 delay 0 check no\n"
+    script = (
+        lab.head(atoms) + dynamics.replace("gaussian", "gaussian loop all") + "neigh_modify every 1 delay 0 check no\n"
+    )
     script += "fix b all ubmd force 0.3 window 2 every 5\n" + DUMP + "run 40\n"
     lab.run(script, 1)
     alone = lab.dump("dump.test")
@@ -180,7 +189,8 @@ def test_restart_continues_exactly(lab, structures, ranks):
     start = lab.head(atoms) + "velocity all create 800.0 5 dist gaussian\n" + settings + bias_fix
     lab.run(start + "run 20\nwrite_restart cut\n" + DUMP + "run 20\n", ranks)
     whole = lab.dump("dump.test")[-1]
-    pair = "units metal\natom_modify map array sort 0 0\nread_restart cut\nneighbor 1.0 bin\npair_style ubmd precision double\n"
+    pair = "units metal\natom_modify map array sort 0 0\nread_restart cut\nneighbor 1.0 bin\n"
+    pair += "pair_style ubmd precision double\n"
     lab.run(pair + "pair_coeff * * model.pt H C O\n" + settings + bias_fix + DUMP + "run 20\n", ranks)
     continued = lab.dump("dump.test")[-1]
     assert np.abs(bias(whole)).max() > 1e-3
@@ -204,3 +214,22 @@ def test_stress_bias_virial(lab, evaluator, structures, ranks):
     assert np.allclose(measured, 0.4 * scale * strain / atoms.get_volume(), rtol=1e-9, atol=1e-12)
     assert n["f_b[5]"][0] == pytest.approx(scale, rel=1e-9)
     assert n["f_b"] == n["f_b[4]"] == n["f_b[6]"] == [0.0]
+
+
+def test_npt_feels_the_stress_bias(lab, structures):
+    """The box of fix npt moves differently with a stress bias; `fix_modify virial no` takes the difference away."""
+    atoms = structures["triclinic"]
+    volumes = []
+    for fix in (
+        "",
+        "fix b all ubmd stress 0.5 window 5\n",
+        "fix b all ubmd stress 0.5 window 5\nfix_modify b virial no\n",
+    ):
+        script = lab.head(atoms) + DYNAMICS.replace(
+            "fix integrate all nve", "fix box all npt temp 300 300 0.1 tri 0 0 1"
+        )
+        with lab.session(script + fix + "run 40\n") as lammps:
+            volumes.append(lammps.get_thermo("vol"))
+            assert not fix or lammps.extract_fix("b", 0, 1, 4) > 0.0
+    assert abs(volumes[1] - volumes[0]) > 1e-5 * volumes[0]
+    assert volumes[2] == pytest.approx(volumes[0], rel=1e-9)

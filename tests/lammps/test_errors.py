@@ -45,9 +45,17 @@ PROBLEMS = {
     "save folder": ("#fix", "fix b all ubmd save 0 absent/frames.extxyz", "cannot write absent/frames.extxyz"),
     "stress without cell": ("#fix", "fix b all ubmd stress 1", "periodic in all directions"),
     "atomic": ("#fix", "fix b all ubmd uncertainty atomic", "'uncertainty atomic' is not available"),
-    "no pair style": (f"{PAIR}\n            {COEFF}", "pair_style zero 4\npair_coeff * *\nfix b all ubmd", "fix ubmd needs one pair_style ubmd"),
+    "no pair style": (
+        f"{PAIR}\n            {COEFF}",
+        "pair_style zero 4\npair_coeff * *\nfix b all ubmd",
+        "fix ubmd needs one pair_style ubmd",
+    ),
     "respa": ("#fix", "fix b all ubmd\nrun_style respa 2 2 pair 2", "use run_style verlet"),
-    "overlapping atoms": ("#fix", "displace_atoms all move 1e300 0 0\nset atom * x 0 y 0 z 0", "energy of atom 1 is not a number"),
+    "overlapping atoms": (
+        "#fix",
+        "displace_atoms all move 1e300 0 0\nset atom * x 0 y 0 z 0",
+        "energy of atom 1 is not a number",
+    ),
 }
 
 
@@ -107,7 +115,10 @@ class Other(torch.nn.Module):
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (json.dumps({"format": 99, "elements": ["H"], "cutoff": 4.0}), "has format 99 but this ubmd reads formats up to 1"),
+        (
+            json.dumps({"format": 99, "elements": ["H"], "cutoff": 4.0}),
+            "has format 99 but this ubmd reads formats up to 1",
+        ),
         ("no json", "are not a ubmd record"),
         (json.dumps({"format": 1, "elements": [], "cutoff": 4.0}), "names no elements"),
     ],

@@ -91,7 +91,9 @@ def test_atoms_without_neighbours(lab, evaluator, structures, ranks):
     """No pair within the cutoff: energies are those of free atoms, forces and bias are zero."""
     atoms = structures["molecule"][:3].copy()
     atoms.positions = [[0, 0, 0], [9, 0, 0], [0, 9, 0]]
-    script = lab.head(atoms) + "fix b all ubmd force 0.25 window 1\nrun 0\n" + lab.report("pe", "fmax", "f_b[1]", "f_b[6]")
+    script = (
+        lab.head(atoms) + "fix b all ubmd force 0.25 window 1\nrun 0\n" + lab.report("pe", "fmax", "f_b[1]", "f_b[6]")
+    )
     n = lab.run(script, ranks).numbers
     expected = evaluator.predict_one(atoms)
     assert close(n["pe"][0], expected.energy)
@@ -116,8 +118,12 @@ def test_null_types_are_ignored(lab, evaluator, structures):
     """With hybrid/overlay and NULL hydrogen has no energy and doesn't count in the mean feature."""
     atoms = structures["cubic"]
     script = lab.head(atoms).replace("pair_style ubmd", "pair_style hybrid/overlay lj/cut 3.0 ubmd")
-    script = script.replace("pair_coeff * * model.pt H C O", "pair_coeff * * ubmd model.pt NULL C O\npair_coeff * * lj/cut 0.0 1.0")
-    n = lab.run(script + "fix b all ubmd force 0.25 window 1\nrun 0\n" + lab.report("pe", "f_b[1]", "f_b[2]", "f_b[4]")).numbers
+    script = script.replace(
+        "pair_coeff * * model.pt H C O", "pair_coeff * * ubmd model.pt NULL C O\npair_coeff * * lj/cut 0.0 1.0"
+    )
+    n = lab.run(
+        script + "fix b all ubmd force 0.25 window 1\nrun 0\n" + lab.report("pe", "f_b[1]", "f_b[2]", "f_b[4]")
+    ).numbers
     rest = atoms[[symbol != "H" for symbol in atoms.symbols]]
     expected = evaluator.predict_one(rest)
     u, gradient, _ = evaluator.uncertainty_gradient(rest)
@@ -132,7 +138,9 @@ def test_pair_forces_equal_numerical_derivative(lab, structures):
     atoms = structures["small"]
     tail = "fix b all ubmd force 0.25 window 1\n"
     numdiff = "fix n all numdiff 1 1e-4\nfix v all numdiff/virial 1 1e-4\n"
-    dump = "dump d all custom 1 dump.test id fx fy fz f_b[2] f_b[3] f_b[4] {}\ndump_modify d sort id format float %.17g\n"
+    dump = (
+        "dump d all custom 1 dump.test id fx fy fz f_b[2] f_b[3] f_b[4] {}\ndump_modify d sort id format float %.17g\n"
+    )
     plain = lab.head(atoms) + tail + dump.format("") + "run 0\n" + lab.report("f_b[1]", "f_b[4]")
     lone = lab.run(plain).numbers
     reference = lab.dump("dump.test")[0]
@@ -154,7 +162,9 @@ def test_pair_forces_equal_numerical_derivative(lab, structures):
 def test_heat_flux_is_the_derivative_of_the_energy_moment(lab, structures):
     """J = d/dt sum_i r_i E_i on a cluster (NVE): true only if an edge's virial goes to its neighbour."""
     atoms = structures["molecule"]
-    script = lab.head(atoms) + """
+    script = (
+        lab.head(atoms)
+        + """
         velocity all create 600.0 4242 dist gaussian
         fix 1 all nve
         timestep 1e-5
@@ -170,6 +180,7 @@ def test_heat_flux_is_the_derivative_of_the_energy_moment(lab, structures):
         thermo 1
         run 0
         """
+    )
     step = "run 1\n"
     moments = lab.report("c_m[1]", "c_m[2]", "c_m[3]")
     fluxes = lab.report("c_j[1]", "c_j[2]", "c_j[3]")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ase.io import read
+
 from ubmd import _cpp
 
 
@@ -21,7 +22,9 @@ def test_window_against_a_plain_loop():
         physical, uncertainty = rng.uniform(0.1, 5.0, 2)
         window.add(step, physical, uncertainty)
         entries.append((physical, uncertainty))
-        expected = np.sqrt(sum(e[0] for e in entries)) / np.sqrt(sum(e[1] for e in entries)) if len(entries) == 7 else 0.0
+        expected = (
+            np.sqrt(sum(e[0] for e in entries)) / np.sqrt(sum(e[1] for e in entries)) if len(entries) == 7 else 0.0
+        )
         assert window.full == (len(entries) == 7)
         assert window.scale() == pytest.approx(expected, rel=1e-12)
 
@@ -55,15 +58,15 @@ def test_window_state_survives():
 def test_graph_against_numpy():
     """Brute force over all pairs, with ghosts and a type without element."""
     rng = np.random.default_rng(2)
-    x = rng.uniform(0, 4, (12, 3))
-    types = rng.integers(1, 4, 12)
+    x = rng.uniform(0, 4, (20, 3))
+    types = rng.integers(1, 4, 20)
     types[:3] = [1, 2, 3]
     species = [1, -1, 0]
-    n_local, cutoff = 7, 3.0
-    neighbours = [[j | (3 << 30 if j == 2 else 0) for j in range(12) if j != i] for i in range(n_local)]
+    n_local, cutoff = 12, 3.0
+    neighbours = [[j | (3 << 30 if j == 2 else 0) for j in range(20) if j != i] for i in range(n_local)]
     neighbours = [[np.int32(np.uint32(j & 0xFFFFFFFF)).item() for j in row] for row in neighbours]
     graph = _cpp.build_graph(x, types.tolist(), n_local, neighbours, species, cutoff)
-    mapped = [i for i in range(12) if species[types[i] - 1] >= 0]
+    mapped = [i for i in range(20) if species[types[i] - 1] >= 0]
     assert graph.atoms == mapped
     assert graph.n_local == sum(i < n_local for i in mapped)
     assert graph.species == [species[types[i] - 1] for i in mapped]
@@ -75,10 +78,12 @@ def test_graph_against_numpy():
 
 
 def test_metadata_and_names():
-    record = _cpp.parse_metadata(json.dumps({"format": 1, "elements": ["C", "H"], "cutoff": 4.5, "uncertainty": {"projections": 8}}), "m.pt")
+    record = _cpp.parse_metadata(
+        json.dumps({"format": 1, "elements": ["C", "H"], "cutoff": 4.5, "uncertainty": {"projections": 8}}), "m.pt"
+    )
     assert (record.elements, record.cutoff, record.projections) == (["C", "H"], 4.5, 8)
     assert _cpp.map_elements(record, ["H", "NULL", "C", "C"], "m.pt") == [1, -1, 0, 0]
-    with pytest.raises(_cpp.Error, match="element N is not in model file m.pt, which knows C H"):
+    with pytest.raises(_cpp.Error, match=r"element N is not in model file m\.pt, which knows C H"):
         _cpp.map_elements(record, ["N"], "m.pt")
 
 

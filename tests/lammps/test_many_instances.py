@@ -33,7 +33,9 @@ print(resident() - start)
 
 def growth(lab, pair):
     """Growth of the resident memory (MB) over 60 instances, after 10."""
-    process = subprocess.run([sys.executable, "-c", LOOP, pair], cwd=lab.folder, capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, "-c", LOOP, pair], cwd=lab.folder, capture_output=True, text=True, check=False
+    )
     assert process.returncode == 0, process.stderr[-2000:]
     return float(process.stdout.split()[-1])
 

@@ -40,7 +40,9 @@ def test_stops_at_first_exceeding_step(lab, structures, ranks):
 def test_setup_may_stop_already(lab, structures):
     """A structure that exceeds the limit at once runs no step; every later run command checks again."""
     script = lab.head(structures["molecule"]) + DYNAMICS
-    script += "fix b all ubmd stop 1e-9 save 0.0 frames.extxyz every 10\nrun 50\nrun 50\n" + lab.report("step", "f_b[7]")
+    script += "fix b all ubmd stop 1e-9 save 0.0 frames.extxyz every 10\nrun 50\nrun 50\n" + lab.report(
+        "step", "f_b[7]"
+    )
     script += "unfix b\nfix b all ubmd stop 1e9\nrun 7\n" + lab.report("step", "f_b[7]")
     n = lab.run(script).numbers
     assert n["step"] == [0.0, 7.0]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ubmd.errors import SettingsError
+from ubmd.settings import RunSettings, load_settings
 
 SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML).", show_default=False)]
 RunDir = Annotated[Path, typer.Argument(help="Folder of the run (run_dir of its settings).", show_default=False)]
@@ -37,10 +38,10 @@ def check(settings: SettingsFile, override: Override = None) -> None:
 
     Labels two structures, trains two epochs, runs ten biased MD steps, selects and labels one more.
     """
+    values = load_settings(settings, RunSettings, override or [])
     from ubmd.learning.check import check as check_settings
-    from ubmd.settings import RunSettings, load_settings
 
-    for line in check_settings(load_settings(settings, RunSettings, override or []), settings.parent):
+    for line in check_settings(values, settings.parent):
         print(line)
     print(f"All stages work. Start with: ubmd run {settings}")
 
@@ -52,13 +53,13 @@ def run(settings: SettingsFile, override: Override = None) -> None:
     in LAMMPS, selects the most informative frames, labels them. Kill it whenever you like: the same command goes on
     where it was. A finished run with a larger loop.labels goes on, too.
     """
+    values = load_settings(settings, RunSettings, override or [])
+    # After the settings: a mistake there shows at once, these take seconds.
     from rich.console import Console
 
     from ubmd.learning.loop import run as run_loop
     from ubmd.learning.progress import make_progress
-    from ubmd.settings import RunSettings, load_settings
 
-    values = load_settings(settings, RunSettings, override or [])
     with make_progress(Console()) as progress:
         folder = run_loop(values, settings.parent, progress)
     print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report'}")
@@ -75,10 +76,11 @@ def status(run_dir: RunDir) -> None:
 
 def report(run_dir: RunDir) -> None:
     """Make the report of a run, also of an unfinished one: learning curve, uncertainty against error, coverage."""
-    from ubmd.analysis import make_report
     from ubmd.learning.run_folder import RunFolder, read_settings
 
     read_settings(RunFolder(run_dir))  # says so if there is no run
+    from ubmd.analysis import make_report
+
     make_report(run_dir)
     print(f"Report: {RunFolder(run_dir).report}")
 
@@ -87,4 +89,7 @@ def doctor() -> None:
     """Check the installation: torch, LAMMPS, the plugin, one MD step."""
     from ubmd.lammps.doctor import diagnose
 
-    raise typer.Exit(0 if diagnose() else 1)
+    findings = diagnose()
+    for finding in findings:
+        print(f"{'ok    ' if finding.ok else 'WRONG '} {finding.check}: {finding.sentence}")
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
