@@ -8,6 +8,7 @@
 #include "graph.h"
 #include "metadata.h"
 #include "ubmd_error.h"
+#include "versions.h"
 #include "window.h"
 
 namespace py = pybind11;
@@ -63,6 +64,15 @@ PYBIND11_MODULE(_cpp, module) {
       .def_readonly("operators", &ubmd::Metadata::operators);
   module.def("parse_metadata", &ubmd::parse_metadata, py::arg("json"), py::arg("file"));
   module.def("map_elements", &ubmd::map_elements, py::arg("metadata"), py::arg("names"), py::arg("file"));
+
+  module.def(
+      "refusal",
+      [](int lammps, const std::string &torch, const std::string &mpi, const std::string &integer_sizes) {
+        return ubmd::refusal({UBMD_LAMMPS_VERSION, UBMD_TORCH_VERSION, "MPICH", "8 4 4"},
+                             {lammps, torch, mpi, integer_sizes});
+      },
+      py::arg("lammps"), py::arg("torch"), py::arg("mpi"), py::arg("integer_sizes"),
+      "Why this plugin can't run with these versions; empty if it can.");
 
   py::class_<ubmd::Graph>(module, "Graph", "Atoms and edges as a model file takes them.")
       .def_readonly("atoms", &ubmd::Graph::atoms)

@@ -92,10 +92,10 @@ void FixUBMD::parse(int narg, char **arg) {
     if (key == "stop") settings_.stop = positive("stop", arg[i + 1]);
     if (key == "window") settings_.window = count("window", arg[i + 1]);
     if (key == "every") settings_.every = count("every", arg[i + 1]);
-    if (key == "uncertainty" && std::strcmp(arg[i + 1], "energy") != 0) {
-      if (std::strcmp(arg[i + 1], "atomic") == 0)
-        error->all(FLERR, "fix ubmd: 'uncertainty atomic' is not available in this version: use 'uncertainty energy'");
-      error->all(FLERR, "fix ubmd: uncertainty is energy or atomic, not '{}'", arg[i + 1]);
+    if (key == "uncertainty") {
+      settings_.atomic = std::strcmp(arg[i + 1], "atomic") == 0;
+      if (!settings_.atomic && std::strcmp(arg[i + 1], "energy") != 0)
+        error->all(FLERR, "fix ubmd: uncertainty is energy or atomic, not '{}'", arg[i + 1]);
     }
     i += 2;
   }
@@ -242,7 +242,7 @@ void FixUBMD::post(int vflag) {
 void FixUBMD::evaluate() {
   try {
     std::vector<double> weight;
-    evaluate_uncertainty(biasing() ? &weight : nullptr);
+    evaluate_uncertainty(biasing() && !settings_.atomic ? &weight : nullptr);
     evaluate_atoms();
     if (biasing()) update_bias(evaluate_bias(weight));
   } catch (const ubmd::Error &problem) {
@@ -295,7 +295,7 @@ FixUBMD::Norms FixUBMD::evaluate_bias(const std::vector<double> &weight) {
   std::vector<double> forces(3 * (atom->nlocal + atom->nghost), 0.0), raw(forces.size(), 0.0);
   {
     const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::bias);
-    gradient = pair_->model().bias(weight);
+    gradient = settings_.atomic ? pair_->model().atomic_bias() : pair_->model().bias(weight);
     PairUBMD::scatter(kept.graph, kept.gradient, -1.0, forces.data());
     PairUBMD::scatter(kept.graph, gradient, 1.0, raw.data());
     work_.resize(2 * forces.size());
@@ -355,8 +355,9 @@ void FixUBMD::update_bias(const Norms &norms) {
   }
   MPI_Allreduce(&local, &sum, 1, MPI_DOUBLE, MPI_SUM, world);
   ratio_ = norms.forces > 0.0 ? std::sqrt(sum / norms.forces) : 0.0;
-  energy_ = 0.0 - settings_.force * force_scale_ * u_;  // not -0
-  static const int order[6] = {0, 4, 8, 1, 2, 5};       // xx yy zz xy xz yz
+  const double biased = settings_.atomic ? u_mean_ * static_cast<double>(n_atoms_) : u_;
+  energy_ = 0.0 - settings_.force * force_scale_ * biased;  // not -0
+  static const int order[6] = {0, 4, 8, 1, 2, 5};           // xx yy zz xy xz yz
   for (int k = 0; k < 6; ++k) bias_virial_[k] = settings_.stress * stress_scale_ * uncertainty_strain_[order[k]];
 }
 

@@ -52,6 +52,7 @@ class FixUBMD : public Fix {
     double force = 0.0;                     // tau
     double stress = 0.0;                    // tau_s
     std::map<std::string, double> species;  // factors on tau
+    bool atomic = false;                    // bias the sum of atomic uncertainties instead of u
     int window = 100;
     int every = 1;
     std::string save_file;    // empty: save nothing

@@ -170,13 +170,22 @@ void Model::forces_and_features(const Graph &graph, bool keep_graph, std::vector
 }
 
 std::vector<double> Model::feature_sum() const {
-  return to_vector(impl_->features.detach().to(torch::kFloat64).sum(0));
+  return guarded("the features of model file " + impl_->file + " are wrong",
+                 [&] { return to_vector(impl_->features.detach().to(torch::kFloat64).sum(0)); });
 }
 
 std::vector<double> Model::atomic_uncertainties() {
   return guarded("atomic uncertainties of model file " + impl_->file + " failed", [&] {
     torch::NoGradGuard no_gradients;
     return to_vector(impl_->module.get_method("atomic_uncertainties")({impl_->features.detach()}).toTensor());
+  });
+}
+
+std::vector<double> Model::atomic_uncertainties(const Graph &graph) {
+  return guarded("atomic uncertainties of model file " + impl_->file + " failed", [&] {
+    torch::NoGradGuard no_gradients;
+    const auto result = impl_->module.forward(impl_->arguments(graph, false)).toTuple();
+    return to_vector(impl_->module.get_method("atomic_uncertainties")({result->elements()[1]}).toTensor());
   });
 }
 
@@ -194,6 +203,17 @@ std::vector<double> Model::bias(const std::vector<double> &weight) {
     const auto &features = impl_->features;
     const auto cotangent = from_vector(weight).to(features.device(), features.scalar_type()).expand_as(features);
     const auto gradient = to_vector(impl_->gradient_of(features, cotangent, false));
+    release();
+    return gradient;
+  });
+}
+
+std::vector<double> Model::atomic_bias() {
+  return guarded("the bias of model file " + impl_->file + " failed", [&] {
+    const auto leaf = impl_->features.detach().requires_grad_(true);
+    const auto sum = impl_->module.get_method("atomic_uncertainties")({leaf}).toTensor().sum();
+    const auto cotangent = torch::autograd::grad({sum}, {leaf})[0];
+    const auto gradient = to_vector(impl_->gradient_of(impl_->features, cotangent, false));
     release();
     return gradient;
   });

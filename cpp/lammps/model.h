@@ -34,11 +34,17 @@ class Model {
   // Calibrated uncertainties of the owned atoms (eV/Å), of the last forces_and_features().
   std::vector<double> atomic_uncertainties();
 
+  // The same of any graph, from an evaluation of its own; leaves the kept one alone.
+  std::vector<double> atomic_uncertainties(const Graph &graph);
+
   // Calibrated u (eV/atom) of a mean feature [p], and its derivative [p] if `weight` is given.
   double uncertainty(const std::vector<double> &mean, std::vector<double> *weight);
 
   // d(sum_i weight·phi_i)/d(edge vector) [P, 3] of the kept evaluation, which is released.
   std::vector<double> bias(const std::vector<double> &weight);
+
+  // d(sum_i u_i)/d(edge vector) [P, 3] of the kept evaluation, which is released.
+  std::vector<double> atomic_bias();
 
   // Free the kept evaluation.
   void release();

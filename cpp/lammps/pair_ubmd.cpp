@@ -115,6 +115,7 @@ void PairUBMD::compute(int eflag, int vflag) {
   build(evaluation);
   evaluate(evaluation);
   check_finite(evaluation);
+  if (uncertainty_flag_ == 1) evaluate_atoms(evaluation);
   if (state_ == Kept::requested) state_ = Kept::done;
   scatter(evaluation.graph, evaluation.gradient, -1.0, atom->f[0]);
   tally(evaluation);
@@ -143,6 +144,32 @@ void PairUBMD::evaluate(Evaluation &evaluation) {
   } catch (const std::exception &problem) {
     error->one(FLERR, "pair_style ubmd: {}", problem.what());
   }
+}
+
+// Atomic uncertainties for fix pair: only in steps that ask, and once (fix numdiff calls compute() again).
+void PairUBMD::evaluate_atoms(const Evaluation &evaluation) {
+  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::uncertainty);
+  uncertainty_flag_ = 2;
+  uncertainties_.assign(atom->nmax, 0.0);
+  try {
+    const auto values = model_->atomic_uncertainties(evaluation.graph);
+    for (std::size_t i = 0; i < values.size(); ++i) uncertainties_[evaluation.graph.atoms[i]] = values[i];
+  } catch (const std::exception &problem) {
+    error->one(FLERR, "pair_style ubmd: {}", problem.what());
+  }
+}
+
+// `fix ID group pair N ubmd uncertainty 1` gives atomic uncertainties to dumps and computes.
+void *PairUBMD::extract(const char *name, int &dimension) {
+  dimension = 0;
+  return std::string(name) == "uncertainty_flag" ? &uncertainty_flag_ : nullptr;
+}
+
+void *PairUBMD::extract_peratom(const char *name, int &columns) {
+  if (std::string(name) != "uncertainty") return nullptr;
+  columns = 0;
+  if (uncertainties_.size() < static_cast<std::size_t>(atom->nmax)) uncertainties_.resize(atom->nmax, 0.0);
+  return uncertainties_.data();
 }
 
 void PairUBMD::check_finite(const Evaluation &evaluation) const {

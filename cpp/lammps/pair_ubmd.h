@@ -25,6 +25,8 @@ class PairUBMD : public Pair {
   void compute(int, int) override;
   void finish() override;
   double memory_usage() override;
+  void *extract(const char *, int &) override;
+  void *extract_peratom(const char *, int &) override;
 
   // ---- for fix ubmd ----
 
@@ -57,6 +59,7 @@ class PairUBMD : public Pair {
   void allocate();
   void read_option(const std::string &, const std::string &);
   void evaluate(Evaluation &);
+  void evaluate_atoms(const Evaluation &);
   void check_finite(const Evaluation &) const;
   void tally(const Evaluation &);
   void tally_virial(const Evaluation &);
@@ -73,6 +76,8 @@ class PairUBMD : public Pair {
   Evaluation scratch_, kept_;
   Kept state_ = Kept::nothing;
   bool keep_graph_ = false;
+  int uncertainty_flag_ = 0;           // set to 1 by fix pair; 2: computed
+  std::vector<double> uncertainties_;  // [nmax] for fix pair, eV/Å
   ubmd::Timer timer_;
 };
 

