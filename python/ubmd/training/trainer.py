@@ -337,8 +337,9 @@ def _initial_model(
 def _shrink_and_perturb(model: GaussianMomentNetwork, fresh: GaussianMomentNetwork, keep: float) -> None:
     """Replace W and B by keep·old + sqrt(1 - keep^2)·fresh, which keeps their variance; biases stay.
 
-    A network that went on from weights fitted to fewer data generalises worse than one trained from scratch; partly
-    forgetting them cures that (Ash & Adams, NeurIPS 2020, "On warm-starting neural network training").
+    Weights fitted to few data generalise worse when training goes on than fresh ones; partly forgetting them cures that
+    (Ash & Adams, NeurIPS 2020, "On warm-starting neural network training"). Seen on alanine dipeptide, 200 epochs per
+    8 new labels: keep = 0.6 has a quarter smaller force errors up to 32 labels, keep = 1 smaller ones from 48 on.
     """
     with torch.no_grad():
         for old, new in zip([*model.weights, model.radial], [*fresh.weights, fresh.radial], strict=True):
