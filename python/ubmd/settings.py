@@ -63,7 +63,7 @@ class TrainingSettings(Table):
         1.0, gt=0, description="factor on all learning rates when training starts from an earlier model (no unit)"
     )
     warm_keep: float = Field(
-        0.6,
+        1.0,
         ge=0,
         le=1,
         description="share k of earlier weights W in a warm start, k W + sqrt(1 - k^2) random (no unit)",
