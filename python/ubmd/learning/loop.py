@@ -98,12 +98,12 @@ class Loop:
         self._start()
         for iteration in itertools.count():
             folder = self.folder.iteration(iteration)
-            stages_ = Stages(folder, self.events, {"iteration": iteration, "labels": len(self.dataset)})
-            model = self._learn(iteration, stages_)
+            once = Stages(folder, self.events, {"iteration": iteration, "labels": len(self.dataset)})
+            model = self._learn(iteration, once)
             reason = self._why_finished()
             if not reason:
-                self._explore(iteration, model, stages_)
-            self._record(iteration, stages_, explored=not reason)
+                self._explore(iteration, model, once)
+            self._record(iteration, once, explored=not reason)
             if reason:
                 break
         self._report()
@@ -130,8 +130,8 @@ class Loop:
         candidates = stages.perturb(self.start_structures, self.settings.start, rng)
         for k, atoms in enumerate(candidates):
             atoms.info |= {"iteration": START, "replica": k, "step": 0}
-        stages_ = Stages(self.folder.path, self.events, {"iteration": START})
-        self._label(START, candidates, self.folder.path / "start", stages_)
+        once = Stages(self.folder.path, self.events, {"iteration": START})
+        self._label(START, candidates, self.folder.path / "start", once)
         if len(self.dataset) < 2:
             reasons = [atoms.info["reason"] for atoms in self.rejected]
             raise LabelError(
@@ -141,11 +141,11 @@ class Loop:
 
     # -------------------------------------------------------------------------------------- one iteration
 
-    def _learn(self, iteration: int, stages_: Stages) -> Path:
+    def _learn(self, iteration: int, once: Stages) -> Path:
         """Train, export and measure; returns the model file."""
         training, validation = self._split(iteration)
-        weights = self._train(iteration, stages_, training, validation)
-        model = stages_.folder / "model.pt"
+        weights = self._train(iteration, once, training, validation)
+        model = once.folder / "model.pt"
         options = self.settings.uncertainty
 
         def export() -> None:
@@ -157,8 +157,8 @@ class Loop:
             export_model(load_weights(weights), training, validation, options, model, provenance)
 
         sets = [dataset_hash(training), dataset_hash(validation)]
-        stages_.run("export", [file_hash(weights), sets, options.model_dump()], [model], export)
-        self._measure(stages_, model, training, validation)
+        once.run("export", [file_hash(weights), sets, options.model_dump()], [model], export)
+        self._measure(once, model, training, validation)
         copy_file(model, self.folder.model)
         self.weights = weights
         return model
@@ -172,7 +172,7 @@ class Loop:
         pairs = list(zip(self.dataset, sides, strict=True))
         return [a for a, side in pairs if side == "train"], [a for a, side in pairs if side == "valid"]
 
-    def _train(self, iteration: int, stages_: Stages, training: list[Atoms], validation: list[Atoms]) -> Path:
+    def _train(self, iteration: int, once: Stages, training: list[Atoms], validation: list[Atoms]) -> Path:
         """Train from scratch, or from the last weights; returns the new weights."""
         settings = self.settings
         initial = self.weights if settings.loop.warm_start else None
@@ -188,7 +188,7 @@ class Loop:
             epochs,
             seed,
         ]
-        folder = stages_.folder / "train"
+        folder = once.folder / "train"
 
         def work() -> None:
             stages.prepare_folder(folder, content_hash(inputs))
@@ -204,34 +204,34 @@ class Loop:
                 progress=lambda row: self.events.show("epoch", iteration=iteration, **row),
             )
 
-        stages_.run("train", inputs, [folder / "weights.pt"], work)
+        once.run("train", inputs, [folder / "weights.pt"], work)
         return folder / "weights.pt"
 
-    def _measure(self, stages_: Stages, model: Path, training: list[Atoms], validation: list[Atoms]) -> None:
+    def _measure(self, once: Stages, model: Path, training: list[Atoms], validation: list[Atoms]) -> None:
         """Errors on training, validation and test set (the last for the report only: nothing depends on it)."""
         test = read_structures(self.folder.test, labelled=True) if self.settings.test is not None else []
         sets = {"train": training, "valid": validation, "test": test}
-        target = stages_.folder / "errors.json"
+        target = once.folder / "errors.json"
 
         def measure() -> None:
             evaluator = Evaluator(model, self.settings.md.precision)
             write_json(target, {name: stages.errors_of(evaluator, atoms) for name, atoms in sets.items() if atoms})
 
         hashes = [dataset_hash(atoms) for atoms in sets.values()]
-        stages_.run("measure", [file_hash(model), hashes, self.settings.md.precision], [target], measure)
+        once.run("measure", [file_hash(model), hashes, self.settings.md.precision], [target], measure)
 
-    def _explore(self, iteration: int, model: Path, stages_: Stages) -> None:
+    def _explore(self, iteration: int, model: Path, once: Stages) -> None:
         """MD, selection, labels."""
-        self._run_replicas(iteration, model, stages_)
-        candidates = self._select(iteration, model, stages_)
+        self._run_replicas(iteration, model, once)
+        candidates = self._select(iteration, model, once)
         before = len(self.dataset)
-        self._label(iteration, candidates, stages_.folder / "labels", stages_)
+        self._label(iteration, candidates, once.folder / "labels", once)
         self._check_fruitful(len(self.dataset) - before)
 
-    def _run_replicas(self, iteration: int, model: Path, stages_: Stages) -> None:
+    def _run_replicas(self, iteration: int, model: Path, once: Stages) -> None:
         """Replicas in workers; leaves frames_RRR.extxyz and replicas.json."""
-        tasks = stages.replica_tasks(self.settings, iteration, model, self._start_files(stages_.folder))
-        target = stages_.folder / "replicas.json"
+        tasks = stages.replica_tasks(self.settings, iteration, model, self._start_files(once.folder))
+        target = once.folder / "replicas.json"
         settled = [task.model_dump(mode="json", exclude={"model", "start", "frames"}) for task in tasks]
         inputs = [settled, file_hash(model), [file_hash(task.start) for task in tasks]]
 
@@ -245,7 +245,7 @@ class Loop:
             results = stages.run_replicas(tasks, self.settings.md.timeout, self.workers, report, progress)
             write_json(target, [result.model_dump() for result in results])
 
-        stages_.run("md", inputs, [target, *(task.frames for task in tasks)], work)
+        once.run("md", inputs, [target, *(task.frames for task in tasks)], work)
 
     def _start_files(self, folder: Path) -> list[Path]:
         """Files with the structures that replicas start from."""
@@ -253,14 +253,13 @@ class Loop:
         starts = self.newest if labelled else self.start_structures[:1]
         files = [folder / "starts" / f"start_{k:03d}.extxyz" for k in range(len(starts))]
         for path, atoms in zip(files, starts, strict=True):
-            if not path.exists():
-                write_structures(path, [Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)])
+            write_structures(path, [Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)])
         return files
 
-    def _select(self, iteration: int, model: Path, stages_: Stages) -> list[Atoms]:
+    def _select(self, iteration: int, model: Path, once: Stages) -> list[Atoms]:
         """The batch to label next."""
-        target, record = stages_.folder / "selected.extxyz", stages_.folder / "selected.json"
-        frames = sorted(stages_.folder.glob("frames_*.extxyz"))
+        target, record = once.folder / "selected.extxyz", once.folder / "selected.json"
+        frames = sorted(once.folder.glob("frames_*.extxyz"))
         training, _ = self._split(iteration)
         options = [self.settings.selection.model_dump(), self.settings.uncertainty.lambda2, self.settings.seed]
         inputs = [[file_hash(path) for path in frames], dataset_hash(training), file_hash(model), options]
@@ -273,10 +272,10 @@ class Loop:
             write_structures(target, chosen)
             write_json(record, summary)
 
-        stages_.run("select", inputs, [target, record], work)
+        once.run("select", inputs, [target, record], work)
         return stages.read_frames(target)
 
-    def _label(self, iteration: int, candidates: list[Atoms], folder: Path, stages_: Stages) -> None:
+    def _label(self, iteration: int, candidates: list[Atoms], folder: Path, once: Stages) -> None:
         """Label a batch, split it, and append it to the data set."""
         reference = self.settings.reference
         inputs = [dataset_hash(candidates), reference.model_dump(mode="json")]
@@ -291,7 +290,7 @@ class Loop:
             stages.label_batch(candidates, folder, reference, self.base, self.workers, report)
             write_json(folder / "done.json", {"candidates": len(candidates)})
 
-        stages_.run("label", inputs, [folder / "done.json"], work)
+        once.run("label", inputs, [folder / "done.json"], work)
         labelled, rejected = stages.read_batch(folder)
         self._append(iteration, labelled, rejected)
 
@@ -317,19 +316,19 @@ class Loop:
 
     # -------------------------------------------------------------------------------------- after an iteration
 
-    def _record(self, iteration: int, stages_: Stages, explored: bool) -> None:
+    def _record(self, iteration: int, once: Stages, explored: bool) -> None:
         """One entry of the history; ``md_steps`` and ``coverage`` count all replicas so far, this iteration's too."""
-        replicas = read_json(stages_.folder / "replicas.json") if explored else []
+        replicas = read_json(once.folder / "replicas.json") if explored else []
         last = self.history[-1] if self.history else {"md_steps": 0}
         entry = {
             "iteration": iteration,
-            "labels": stages_.context["labels"],
+            "labels": once.context["labels"],
             "md_steps": last["md_steps"] + sum(result["steps"] for result in replicas),
-            **read_json(stages_.folder / "errors.json"),
-            "coverage": self._coverage(stages_.folder) if explored else last.get("coverage"),
+            **read_json(once.folder / "errors.json"),
+            "coverage": self._coverage(once.folder) if explored else last.get("coverage"),
             "max_u": max((result["max_u"] for result in replicas), default=None),
             "replicas": replicas,
-            "seconds": stages_.seconds(),
+            "seconds": once.seconds(),
         }
         self.history.append(entry)
         written = self.folder.read_history()
