@@ -121,7 +121,7 @@ void PairUBMD::compute(int eflag, int vflag) {
   tally(evaluation);
 }
 
-ubmd::Graph &PairUBMD::build(Evaluation &evaluation) {
+void PairUBMD::build(Evaluation &evaluation) {
   const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
   const int nall = atom->nlocal + atom->nghost;
   const ubmd::Atoms atoms{atom->nlocal, nall, nall ? atom->x[0] : nullptr, atom->type};
@@ -131,7 +131,6 @@ ubmd::Graph &PairUBMD::build(Evaluation &evaluation) {
                atom->tag[bad], update->ntimestep);
   const ubmd::Neighbours neighbours{list->inum, list->ilist, list->numneigh, list->firstneigh, NEIGHMASK};
   ubmd::build_graph(atoms, neighbours, species_, model_->metadata().cutoff, evaluation.graph);
-  return evaluation.graph;
 }
 
 void PairUBMD::evaluate(Evaluation &evaluation) {

@@ -63,7 +63,7 @@ class PairUBMD : public Pair {
   void check_finite(const Evaluation &) const;
   void tally(const Evaluation &);
   void tally_virial(const Evaluation &);
-  ubmd::Graph &build(Evaluation &);
+  void build(Evaluation &);
 
   enum class Kept { nothing, requested, done };
 
