@@ -8,6 +8,7 @@
 #include "graph.h"
 #include "metadata.h"
 #include "ubmd_error.h"
+#include "units.h"
 #include "versions.h"
 #include "window.h"
 
@@ -55,6 +56,14 @@ PYBIND11_MODULE(_cpp, module) {
       .def("state", &ubmd::Window::state)
       .def("restore", &ubmd::Window::restore, py::arg("state"))
       .def_property_readonly("full", &ubmd::Window::full);
+
+  module.def(
+      "energy_unit",
+      [](const std::string &style) {
+        const auto unit = ubmd::energy_unit(style);
+        return std::make_pair(unit.per_ev, unit.name);
+      },
+      py::arg("style"), "(one eV in the energy unit of a LAMMPS unit style, name of that unit).");
 
   py::class_<ubmd::Metadata>(module, "Metadata", "Checked metadata record of a model file.")
       .def_readonly("format", &ubmd::Metadata::format)

@@ -49,6 +49,7 @@ FixUBMD::FixUBMD(LAMMPS *lmp, int narg, char **arg) : Fix(lmp, narg, arg) {
   virial_global_flag = thermo_virial = 1;
   restart_global = restart_peratom = 1;
   dynamic_group_allow = 1;
+  create_attribute = 1;  // atoms created in a run start without bias
   comm_reverse = 6;
   maxexchange = n_columns;
 
@@ -112,7 +113,7 @@ int FixUBMD::parse_species(int i, int narg, char **arg) {
 int FixUBMD::parse_save(int i, int narg, char **arg) {
   if (i + 1 >= narg)
     error->all(FLERR,
-               "fix ubmd: save takes an uncertainty in eV/Å and a file name, as in 'save 0.5 frames.extxyz every 100'");
+               "fix ubmd: save takes an atomic uncertainty and a file name, as in 'save 0.5 frames.extxyz every 100'");
   settings_.save_above = positive("save", arg[i]);
   settings_.save_file = arg[i + 1];
   if (i + 3 < narg && std::strcmp(arg[i + 2], "every") == 0) {
@@ -194,7 +195,8 @@ bool FixUBMD::minimising() const {
   return update->whichflag == 2;
 }
 
-// Evaluations of an MD run lie at first + k * every, however many run commands it is split into.
+// Evaluations of an MD run lie at first + k * every, however many run commands it is split into. A monitor also looks
+// in every setup, so that `run 0` and `rerun` report the positions they are given.
 void FixUBMD::request(bool in_setup) {
   const bigint step = update->ntimestep;
   if (minimising()) {
@@ -202,7 +204,7 @@ void FixUBMD::request(bool in_setup) {
   } else {
     if (!has_first_) first_ = step;
     has_first_ = true;
-    due_ = (step - first_) % settings_.every == 0;
+    due_ = (step - first_) % settings_.every == 0 || (in_setup && !biasing());
   }
   if (due_) pair_->request(biasing());
 }
@@ -385,8 +387,8 @@ void FixUBMD::check_stop() {
   if (!stopped_) return;
   if (comm->me == 0 && !forced_timeout_)
     utils::logmesg(lmp,
-                   "fix {} ubmd: the largest atomic uncertainty {:.6g} eV/A passed {:.6g} at step {}, the run ends\n",
-                   id, u_max_, settings_.stop, update->ntimestep);
+                   "fix {} ubmd: the largest atomic uncertainty {:.6g} {}/A passed {:.6g} at step {}, the run ends\n",
+                   id, u_max_, pair_->unit().name, settings_.stop, update->ntimestep);
   timer->force_timeout();
   forced_timeout_ = true;
 }

@@ -56,16 +56,16 @@ class FixUBMD : public Fix {
     int window = 100;
     int every = 1;
     std::string save_file;    // empty: save nothing
-    double save_above = 0.0;  // eV/Å
+    double save_above = 0.0;  // on the largest u_i; in the run's units, as all energies and forces here
     int save_every = 1;
-    double stop = -1.0;  // eV/Å; negative: never
+    double stop = -1.0;  // on the largest u_i; negative: never
   };
 
   // Norms of the last evaluation, summed over all ranks.
   struct Norms {
-    double forces = 0.0;              // sum |F|^2, eV²/Å²
+    double forces = 0.0;              // sum |F|^2
     double uncertainty_forces = 0.0;  // sum |du/dx|^2
-    double stress = 0.0;              // |σ|^2, eV²/Å⁶
+    double stress = 0.0;              // |σ|^2
     double uncertainty_stress = 0.0;  // |σ_u|^2
   };
 
@@ -105,8 +105,8 @@ class FixUBMD : public Fix {
   bool has_first_ = false;
   bigint first_ = 0;                   // first evaluated MD step: evaluations are at first + k * every
   std::vector<double> work_;           // [nall, 6] forces and uncertainty forces
-  double uncertainty_strain_[9] = {};  // du/dstrain, eV/atom
-  double bias_virial_[6] = {};         // held, whole system, eV
+  double uncertainty_strain_[9] = {};  // du/dstrain
+  double bias_virial_[6] = {};         // held, whole system
 
   double u_ = 0.0, u_max_ = 0.0, u_mean_ = 0.0, energy_ = 0.0, ratio_ = 0.0;
   double force_scale_ = 0.0, stress_scale_ = 0.0;

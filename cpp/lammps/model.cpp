@@ -42,9 +42,9 @@ auto guarded(const std::string &what, Work work) -> decltype(work()) {
   }
 }
 
-// n numbers of any kind of tensor as double, on the CPU.
-std::vector<double> to_vector(const torch::Tensor &tensor) {
-  const auto flat = tensor.detach().to(torch::kCPU, torch::kFloat64).contiguous();
+// The numbers of any kind of tensor as double, on the CPU, times a factor.
+std::vector<double> to_vector(const torch::Tensor &tensor, double factor = 1.0) {
+  const auto flat = (tensor.detach().to(torch::kCPU, torch::kFloat64) * factor).contiguous();
   return {flat.data_ptr<double>(), flat.data_ptr<double>() + flat.numel()};
 }
 
@@ -86,6 +86,7 @@ struct Model::Implementation {
   std::string file;
   torch::Device device;
   torch::ScalarType dtype = torch::kFloat64;  // of the edge vectors
+  double unit = 1.0;                          // energy unit of the run: one eV in it
   torch::jit::Module module;
   torch::Tensor edge_vector;  // of the kept evaluation
   torch::Tensor features;     // [n_local, p]
@@ -116,11 +117,12 @@ torch::Tensor Model::Implementation::gradient_of(const torch::Tensor &output, co
   return gradients[0].defined() ? gradients[0] : torch::zeros_like(edge_vector);
 }
 
-Model::Model(const std::string &file, Precision precision, const std::string &device, int threads)
+Model::Model(const std::string &file, Precision precision, const std::string &device, int threads, double energy_unit)
     : impl_(std::make_unique<Implementation>(file)) {
   at::set_num_threads(threads);
   guarded("model file " + file + " cannot be used", [&] {
     auto &impl = *impl_;
+    impl.unit = energy_unit;
     impl.device = parse_device(device);
     impl.dtype = precision == Precision::single_ ? torch::kFloat32 : torch::kFloat64;
     impl.module = load(file, impl.device);
@@ -151,8 +153,8 @@ Model::~Model() = default;
 void Model::forces(const Graph &graph, std::vector<double> &energies, std::vector<double> &gradient) {
   guarded("model file " + impl_->file + " failed to evaluate", [&] {
     const auto result = impl_->module.get_method("forces")(impl_->arguments(graph, false)).toTuple();
-    energies = to_vector(result->elements()[0].toTensor());
-    gradient = to_vector(result->elements()[1].toTensor());
+    energies = to_vector(result->elements()[0].toTensor(), impl_->unit);
+    gradient = to_vector(result->elements()[1].toTensor(), impl_->unit);
   });
 }
 
@@ -163,8 +165,8 @@ void Model::forces_and_features(const Graph &graph, bool keep_graph, std::vector
     const auto result = impl_->module.forward(impl_->arguments(graph, true)).toTuple();
     const auto energy = result->elements()[0].toTensor();
     impl_->features = result->elements()[1].toTensor();
-    energies = to_vector(energy);
-    gradient = to_vector(impl_->gradient_of(energy, torch::ones_like(energy), keep_graph));
+    energies = to_vector(energy, impl_->unit);
+    gradient = to_vector(impl_->gradient_of(energy, torch::ones_like(energy), keep_graph), impl_->unit);
     if (!keep_graph) impl_->features = impl_->features.detach();
   });
 }
@@ -177,7 +179,8 @@ std::vector<double> Model::feature_sum() const {
 std::vector<double> Model::atomic_uncertainties() {
   return guarded("atomic uncertainties of model file " + impl_->file + " failed", [&] {
     torch::NoGradGuard no_gradients;
-    return to_vector(impl_->module.get_method("atomic_uncertainties")({impl_->features.detach()}).toTensor());
+    const auto values = impl_->module.get_method("atomic_uncertainties")({impl_->features.detach()}).toTensor();
+    return to_vector(values, impl_->unit);
   });
 }
 
@@ -185,7 +188,8 @@ std::vector<double> Model::atomic_uncertainties(const Graph &graph) {
   return guarded("atomic uncertainties of model file " + impl_->file + " failed", [&] {
     torch::NoGradGuard no_gradients;
     const auto result = impl_->module.forward(impl_->arguments(graph, false)).toTuple();
-    return to_vector(impl_->module.get_method("atomic_uncertainties")({result->elements()[1]}).toTensor());
+    const auto values = impl_->module.get_method("atomic_uncertainties")({result->elements()[1]}).toTensor();
+    return to_vector(values, impl_->unit);
   });
 }
 
@@ -193,8 +197,8 @@ double Model::uncertainty(const std::vector<double> &mean, std::vector<double> *
   return guarded("the uncertainty of model file " + impl_->file + " failed", [&] {
     const auto phi = from_vector(mean).to(impl_->device).requires_grad_(weight != nullptr);
     const auto u = impl_->module.get_method("uncertainty")({phi}).toTensor();
-    if (weight) *weight = to_vector(torch::autograd::grad({u}, {phi})[0]);
-    return u.item<double>();
+    if (weight) *weight = to_vector(torch::autograd::grad({u}, {phi})[0], impl_->unit);
+    return impl_->unit * u.item<double>();
   });
 }
 
@@ -213,7 +217,7 @@ std::vector<double> Model::atomic_bias() {
     const auto leaf = impl_->features.detach().requires_grad_(true);
     const auto sum = impl_->module.get_method("atomic_uncertainties")({leaf}).toTensor().sum();
     const auto cotangent = torch::autograd::grad({sum}, {leaf})[0];
-    const auto gradient = to_vector(impl_->gradient_of(impl_->features, cotangent, false));
+    const auto gradient = to_vector(impl_->gradient_of(impl_->features, cotangent, false), impl_->unit);
     release();
     return gradient;
   });

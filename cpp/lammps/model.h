@@ -15,8 +15,9 @@ enum class Precision { mixed, single_, double_ };
 
 class Model {
  public:
-  // Load, check and warm up; `device` is cpu, cuda or cuda:n. Throws Error (one sentence).
-  Model(const std::string &file, Precision precision, const std::string &device, int threads);
+  // Load, check and warm up; `device` is cpu, cuda or cuda:n. Throws Error (one sentence). All energies, forces and
+  // uncertainties below are in eV times `energy_unit`.
+  Model(const std::string &file, Precision precision, const std::string &device, int threads, double energy_unit = 1.0);
   ~Model();
 
   const Metadata &metadata() const { return metadata_; }

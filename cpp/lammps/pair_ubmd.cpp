@@ -72,7 +72,8 @@ void PairUBMD::coeff(int narg, char **arg) {
         narg - 3, atom->ntypes);
   names_.assign(arg + 3, arg + narg);
   try {
-    model_ = std::make_unique<ubmd::Model>(arg[2], precision_, device_, comm->nthreads);
+    unit_ = ubmd::energy_unit(update->unit_style);
+    model_ = std::make_unique<ubmd::Model>(arg[2], precision_, device_, comm->nthreads, unit_.per_ev);
     species_ = ubmd::map_elements(model_->metadata(), names_, arg[2]);
   } catch (const ubmd::Error &problem) {
     error->all(FLERR, "pair_style ubmd: {}", problem.what());
@@ -91,9 +92,6 @@ void PairUBMD::allocate() {
 }
 
 void PairUBMD::init_style() {
-  if (std::string(update->unit_style) != "metal")
-    error->all(FLERR, "pair_style ubmd works in eV and Å, not in units {}: put 'units metal' at the top of the input",
-               update->unit_style);
   if (!force->newton_pair)
     error->all(FLERR,
                "pair_style ubmd needs Newton's third law across processors: put 'newton on' before the box is made");

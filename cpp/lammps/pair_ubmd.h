@@ -10,6 +10,7 @@
 #include "model.h"
 #include "pair.h"
 #include "ubmd_timer.h"
+#include "units.h"
 
 namespace LAMMPS_NS {
 
@@ -33,8 +34,8 @@ class PairUBMD : public Pair {
   // What one evaluation leaves for the fix. Other calls of compute() (fix numdiff) don't touch it.
   struct Evaluation {
     ubmd::Graph graph;
-    std::vector<double> energies;  // [n_local] eV
-    std::vector<double> gradient;  // [P, 3] dE/d(edge vector), eV/Å
+    std::vector<double> energies;  // [n_local], in the run's unit as all below
+    std::vector<double> gradient;  // [P, 3] dE/d(edge vector)
   };
 
   // Ask the next compute() to keep its evaluation, and the model's graph too if a bias is to follow.
@@ -46,13 +47,15 @@ class PairUBMD : public Pair {
 
   ubmd::Model &model();
   ubmd::Timer &timer() { return timer_; }
+  // Energies, forces and uncertainties of this style are in it.
+  const ubmd::EnergyUnit &unit() const { return unit_; }
   // Element of a LAMMPS type, "" if it has none.
   std::string element(int type) const;
   bool has_element(int type) const { return species_[type - 1] >= 0; }
 
   // Add the edge gradients to f [nall, 3]: sign * dE/dx for E with this gradient (sign -1: forces). Ghosts included.
   static void scatter(const ubmd::Graph &, const std::vector<double> &gradient, double sign, double *f);
-  // Sum over edges of r ⊗ gradient (dE/dstrain of this rank), rows of r first: xx xy xz yx ... eV.
+  // Sum over edges of r ⊗ gradient (dE/dstrain of this rank), rows of r first: xx xy xz yx ...
   static void strain_derivative(const ubmd::Graph &, const std::vector<double> &gradient, double *derivative);
 
  private:
@@ -70,6 +73,7 @@ class PairUBMD : public Pair {
   ubmd::Precision precision_ = ubmd::Precision::mixed;
   std::string device_ = "cpu";
   bool timing_ = false;
+  ubmd::EnergyUnit unit_{1.0, "eV"};
   std::unique_ptr<ubmd::Model> model_;
   std::vector<std::string> names_;  // element of each type or NULL
   std::vector<int> species_;        // species index of each type, -1 for NULL
@@ -77,7 +81,7 @@ class PairUBMD : public Pair {
   Kept state_ = Kept::nothing;
   bool keep_graph_ = false;
   int uncertainty_flag_ = 0;           // set to 1 by fix pair; 2: computed
-  std::vector<double> uncertainties_;  // [nmax] for fix pair, eV/Å
+  std::vector<double> uncertainties_;  // [nmax] for fix pair
   ubmd::Timer timer_;
 };
 

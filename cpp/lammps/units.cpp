@@ -1,0 +1,13 @@
+#include "units.h"
+
+#include "ubmd_error.h"
+
+namespace ubmd {
+
+EnergyUnit energy_unit(const std::string &style) {
+  if (style == "metal") return {1.0, "eV"};
+  if (style == "real") return {23.060549, "kcal/mol"};  // LAMMPS's own factor (utils::get_conversion_factor)
+  throw Error("it works in units metal or real, not in units " + style + ": put 'units metal' at the top of the input");
+}
+
+}  // namespace ubmd
