@@ -25,14 +25,14 @@ PAIRS = {"ubmd": "pair_style ubmd\\npair_coeff * * model.pt H C O\\nfix b all ub
 for _ in range(10):
     once(PAIRS[sys.argv[1]])
 start = resident()
-for _ in range(60):
+for _ in range(200):
     once(PAIRS[sys.argv[1]])
 print(resident() - start)
 """
 
 
 def growth(lab, pair):
-    """Growth of the resident memory (MB) over 60 instances, after 10."""
+    """Growth of the resident memory (MB) over 200 instances, after 10."""
     process = subprocess.run(
         [sys.executable, "-c", LOOP, pair], cwd=lab.folder, capture_output=True, text=True, check=False
     )
@@ -40,7 +40,7 @@ def growth(lab, pair):
     return float(process.stdout.split()[-1])
 
 
-def test_sixty_instances_keep_their_memory(lab, structures):
+def test_200_instances_keep_their_memory(lab, structures):
     head = lab.head(structures["molecule"], settings="")
     head = head.split("pair_style")[0]
     (lab.folder / "in.test").write_text(head + "PAIR\nfix 1 all nve\nrun 5\n")
