@@ -1,4 +1,4 @@
-"""From a trained network to the one file that LAMMPS runs: fit the posterior, calibrate, script, write."""
+"""From a trained network to the one file that LAMMPS runs: fit the uncertainty, calibrate, script, write."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from ase import Atoms
 from ubmd import __version__
 from ubmd.data.graph import Batch, Graph, build_graph, collate, scatter_forces
 from ubmd.errors import DataError, ModelError
-from ubmd.models.deployed import DeployedModel
+from ubmd.models.deployed import DeployedModel, LastLayerModel
 from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.settings import UncertaintySettings
-from ubmd.uncertainty import ConformalScale, conformal_scale, make_sketch
+from ubmd.uncertainty import ConformalScale, LastLayerSketch, conformal_scale, make_sketch
 
 FORMAT = 1  # of the model file; raised when an older plugin could not read it
 PAIRS_PER_CHUNK = 20_000  # bounds the memory of one evaluation
@@ -36,8 +36,8 @@ def export_model(
 ) -> dict[str, Any]:
     """Write ``path``: energies, forces, sketched features and calibrated uncertainties of ``model``.
 
-    The posterior is fitted on the features of ``training``, the conformal scales on the errors of ``calibration``; both
-    in float64. ``provenance`` (e.g. training_set_hash, settings) joins the metadata, which is returned.
+    The uncertainty is fitted on the features of ``training``, the conformal scales on the errors of ``calibration``;
+    both in float64. ``provenance`` (e.g. training_set_hash, settings) joins the metadata, which is returned.
 
     Raises:
         DataError: a calibration structure without energy or forces.
@@ -45,11 +45,8 @@ def export_model(
     original_dtype = model.radial.dtype
     try:
         model.to_network_dtype(torch.float64)
-        sketch = make_sketch(model.network, settings.projections, settings.seed)
-        deployed = DeployedModel(model, sketch)
-        fit_posterior(
-            deployed, (build_graph(atoms, model.elements, model.cutoff) for atoms in training), settings.lambda2
-        )
+        deployed = make_deployed(model, settings)
+        fit_uncertainty(deployed, (build_graph(atoms, model.elements, model.cutoff) for atoms in training), settings)
         energy, forces = calibrate(
             deployed, [build_graph(atoms, model.elements, model.cutoff) for atoms in calibration], settings
         )
@@ -61,22 +58,51 @@ def export_model(
     return metadata
 
 
+def make_deployed(model: GaussianMomentNetwork, settings: UncertaintySettings) -> DeployedModel:
+    """The module of the file, its uncertainty not yet fitted."""
+    if settings.kind == "last-layer":
+        width = model.network.weight3.size(1)
+        return LastLayerModel(model, LastLayerSketch(width, settings.projections, settings.seed))
+    sketch = make_sketch(model.network, settings.projections, settings.seed)
+    return DeployedModel(model, sketch, kind=settings.kind)
+
+
+def fit_uncertainty(deployed: DeployedModel, graphs: Iterable[Graph], settings: UncertaintySettings) -> None:
+    """Fit both uncertainties of the settings' kind on the training structures."""
+    if settings.kind == "distance":
+        fit_distance(deployed, graphs, settings.references, settings.seed)
+    else:
+        fit_posterior(deployed, graphs, settings.lambda2)
+
+
 def fit_posterior(deployed: DeployedModel, graphs: Iterable[Graph], lambda2: float) -> None:
     """Fit both posteriors: structures from their mean features, atoms from all atomic features (float64 sums)."""
     p = deployed.n_features
     structure_gram = torch.zeros(p, p, dtype=torch.float64)
     atom_gram = torch.zeros(p, p, dtype=torch.float64)
     n_structures = n_atoms = 0
-    with torch.no_grad():
-        for batch in chunks(graphs):
-            phi = deployed(batch.species, batch.edge_index, batch.edge_vector, len(batch.species))[1].double()
-            means = structure_means(phi, batch)
-            structure_gram += means.T @ means
-            atom_gram += phi.T @ phi
-            n_structures += batch.n_structures
-            n_atoms += len(batch.species)
+    for means, phi in _training_features(deployed, graphs):
+        structure_gram += means.T @ means
+        atom_gram += phi.T @ phi
+        n_structures += len(means)
+        n_atoms += len(phi)
     deployed.structure_uncertainty.fit(structure_gram, n_structures, lambda2)
     deployed.atom_uncertainty.fit(atom_gram, n_atoms, lambda2)
+
+
+def fit_distance(deployed: DeployedModel, graphs: Iterable[Graph], references: int, seed: int) -> None:
+    """Keep the features of all structures, and ``references`` atomic features that lie far from each other."""
+    means, phi = zip(*_training_features(deployed, graphs), strict=True)
+    deployed.structure_uncertainty.fit(torch.cat(means))
+    deployed.atom_uncertainty.fit(torch.cat(phi), references, seed)
+
+
+def _training_features(deployed: DeployedModel, graphs: Iterable[Graph]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Mean features [S, p] and atomic features [N, p] (float64), batch by batch."""
+    for batch in chunks(graphs):
+        with torch.no_grad():
+            phi = deployed(batch.species, batch.edge_index, batch.edge_vector, len(batch.species))[1].double()
+        yield structure_means(phi, batch), phi
 
 
 def calibrate(

@@ -74,7 +74,12 @@ class TrainingSettings(Table):
 class UncertaintySettings(Table):
     """Gradient-feature uncertainty and its conformal calibration."""
 
-    kind: Literal["posterior"] = Field("posterior", description="distance, ensemble and last-layer are planned")
+    kind: Literal["posterior", "last-layer", "distance"] = Field(
+        "posterior", description="posterior or distance (of gradient features), last-layer (posterior, cheap features)"
+    )
+    references: int = Field(
+        256, ge=1, description="atomic training features that kind = 'distance' keeps (structures: all)"
+    )
     projections: int = Field(512, ge=1, description="random projections p of the gradient-feature sketch")
     lambda2: float = Field(1e-4, gt=0, description="ridge lambda^2 of the posterior, in rescaled-feature units")
     alpha: float = Field(0.05, gt=0, lt=1, description="miscoverage of conformal calibration: 0.05 = 95 % confidence")
@@ -139,7 +144,9 @@ class BiasSettings(Table):
 class SelectionSettings(Table):
     """Which frames of the pool are labelled."""
 
-    method: Literal["max_det", "max_diag", "random"] = Field("max_det", description="batch selection rule")
+    method: Literal["max_det", "max_dist", "max_diag", "random"] = Field(
+        "max_det", description="batch selection rule; max_det for posterior and last-layer, max_dist for distance"
+    )
     batch: int = Field(8, ge=1, description="structures labelled per iteration")
     noise: float = Field(0.0, ge=0, description="noise of max_det: 0 = determinant, lambda2 = refit with the pick")
     duplicate_tolerance: float = Field(
@@ -197,6 +204,14 @@ class WorkerSettings(Table):
     processes: int | None = Field(None, ge=1, description="worker processes; default: all cores")
 
 
+# Selection methods that make sense with each kind of uncertainty, the one that the method was published with first.
+FITTING_METHODS = {
+    "posterior": ("max_det", "max_dist", "max_diag", "random"),
+    "last-layer": ("max_det", "max_dist", "max_diag", "random"),
+    "distance": ("max_dist", "max_diag", "random"),
+}
+
+
 class RunSettings(Table):
     """Everything that `ubmd run` needs: one settings file is one run."""
 
@@ -219,6 +234,16 @@ class RunSettings(Table):
     def _labels_cover_start(self) -> RunSettings:
         if self.loop.labels < self.start.count:
             raise ValueError(f"loop.labels = {self.loop.labels} is less than start.count = {self.start.count}")
+        return self
+
+    @model_validator(mode="after")
+    def _selection_fits_uncertainty(self) -> RunSettings:
+        kind, method = self.uncertainty.kind, self.selection.method
+        if method not in FITTING_METHODS[kind]:
+            wanted = FITTING_METHODS[kind][0]
+            raise ValueError(
+                f"selection.method = '{method}' does not go with uncertainty.kind = '{kind}'; use '{wanted}'"
+            )
         return self
 
 

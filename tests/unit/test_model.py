@@ -8,6 +8,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from scipy.spatial.transform import Rotation
+from small_model import ELEMENTS, SETTINGS, central, labelled, triclinic
 
 from ubmd.calculator import Calculator
 from ubmd.data.graph import build_graph, collate
@@ -17,19 +18,6 @@ from ubmd.models import GaussianMomentNetwork
 from ubmd.models.gaussian_moments import GaussianMoments, count_invariants
 from ubmd.settings import ModelSettings, UncertaintySettings
 
-ELEMENTS = ["H", "C", "N", "O"]
-SETTINGS = ModelSettings(cutoff=4.0, n_radial=3, n_basis=4, hidden=(16, 12))
-
-
-def labelled(atoms: Atoms, seed: int) -> Atoms:
-    from ase.calculators.singlepoint import SinglePointCalculator
-
-    rng = np.random.default_rng(seed)
-    atoms = atoms.copy()
-    atoms.positions += rng.normal(0, 0.05, atoms.positions.shape)
-    atoms.calc = SinglePointCalculator(atoms, energy=rng.normal(), forces=rng.normal(size=(len(atoms), 3)))
-    return atoms
-
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory: pytest.TempPathFactory):
@@ -38,12 +26,6 @@ def model_file(tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("model") / "model.pt"
     export_model(model, structures[:5], structures[5:], UncertaintySettings(projections=16), path)
     return path
-
-
-def triclinic(scale: float = 1.0) -> Atoms:
-    """A triclinic cell that is smaller than the cutoff."""
-    cell = np.array([[3.1, 0.2, 0.0], [0.7, 3.3, 0.1], [-0.4, 0.5, 2.9]]) * scale
-    return Atoms("OHC", positions=[[0, 0, 0], [1.1, 0.3, 0.2], [1.4, 1.7, 1.5]], cell=cell, pbc=True)
 
 
 def slow_invariants(descriptor: GaussianMoments, atoms: Atoms, cutoff: float) -> np.ndarray:
@@ -148,18 +130,6 @@ def test_left_handed_cell(model_file) -> None:
         np.testing.assert_allclose(after, before, rtol=0, atol=1e-11 * np.abs(before).max())
     atoms.calc, swapped.calc = Calculator(model_file), Calculator(model_file)
     np.testing.assert_allclose(swapped.get_stress(), atoms.get_stress(), rtol=0, atol=1e-12)
-
-
-def central(function, x: np.ndarray, h: float) -> np.ndarray:
-    """Fourth-order central differences of a scalar function."""
-    gradient = np.zeros_like(x)
-    for index in np.ndindex(x.shape):
-        step = np.zeros_like(x)
-        step[index] = h
-        gradient[index] = (
-            8 * (function(x + step) - function(x - step)) - (function(x + 2 * step) - function(x - 2 * step))
-        ) / (12 * h)
-    return gradient
 
 
 @pytest.mark.parametrize("atoms", [molecule("CH3CONH2"), triclinic()], ids=["molecule", "cell"])

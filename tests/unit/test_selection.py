@@ -95,6 +95,18 @@ def test_max_diag_takes_the_largest_uncertainties():
     assert run("max_diag", pool, training, 4, u=u) == list(np.argsort(-u)[:4])
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_max_dist_takes_the_farthest_from_training_and_picks(seed):
+    pool, training = features(seed)
+    picks: list[int] = []
+    for _ in range(6):
+        known = [*training, *(pool[k] for k in picks)]
+        nearest = [min(np.linalg.norm(row - other) for other in known) for row in pool]
+        picks.append(int(np.argmax(nearest)))
+    assert run("max_dist", pool, training, 6) == picks
+    assert run("max_dist", pool, training[:0], 1) != picks[:1] or picks[0] == 0  # the training set counts
+
+
 def test_random_depends_on_its_generator_only_and_reaches_every_structure():
     pool, training = features(0)
     assert run("random", pool, training, 5, seed=4) == run("random", pool, training, 5, seed=4)
@@ -135,5 +147,5 @@ def test_structures_without_finite_values_are_never_picked(method):
 
 def test_empty_pool_and_unknown_method():
     assert run("max_det", np.zeros((0, 8)), np.zeros((0, 8)), 3) == []
-    with pytest.raises(SettingsError, match="choose one of max_det, max_diag, random"):
+    with pytest.raises(SettingsError, match="choose one of max_det, max_dist, max_diag, random"):
         run("best", np.ones((2, 3)), np.ones((2, 3)), 1)

@@ -76,6 +76,19 @@ def test_mistakes_are_named(run_file, change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "method", "wanted"),
+    [("distance", "max_det", "max_dist"), ("distance", "max_dist", None), ("last-layer", "max_det", None)],
+)
+def test_selection_must_fit_the_uncertainty(run_file, kind, method, wanted):
+    overrides = [f"uncertainty.kind={kind}", f"selection.method={method}"]
+    if wanted is None:
+        assert load_settings(run_file, RunSettings, overrides).selection.method == method
+        return
+    with pytest.raises(SettingsError, match=rf"'{method}' does not go with .*'{kind}'; use '{wanted}'"):
+        load_settings(run_file, RunSettings, overrides)
+
+
 def test_typo_of_a_required_key_is_reported_as_a_typo(tmp_path):
     (tmp_path / "t.toml").write_text('training_fil = "a.extxyz"\noutput_dir = "out"\n')
     with pytest.raises(SettingsError, match=r"unknown key 'training_fil'; did you mean 'training_file'\?"):

@@ -11,7 +11,7 @@ from ubmd.errors import DataError
 from ubmd.models import GaussianMomentNetwork
 from ubmd.models.deployed import DeployedModel
 from ubmd.settings import ModelSettings
-from ubmd.uncertainty import GradientSketch, PosteriorUncertainty, conformal_scale
+from ubmd.uncertainty import DistanceUncertainty, GradientSketch, PosteriorUncertainty, conformal_scale
 
 ELEMENTS = ["H", "C", "N", "O"]
 
@@ -64,6 +64,41 @@ def test_posterior_matches_the_direct_inverse() -> None:
     u_train, u_outside = posterior(raw).numpy(), float(posterior(torch.from_numpy(outside[None])))
     assert u_outside == pytest.approx(1.0, rel=1e-9)
     assert u_train.max() < 0.02
+
+
+def test_distance_is_the_naive_minimum() -> None:
+    rng = np.random.default_rng(4)
+    features, tests = rng.normal(size=(30, 6)) * 4.0, rng.normal(size=(9, 6)) * 4.0
+    tests[0] = features[11]
+    distance = DistanceUncertainty(6)
+    distance.fit(torch.from_numpy(features))
+    scale = np.sqrt(np.mean([f @ f for f in features]))
+    expected = [max(min(np.sum((t - f) ** 2) for f in features) / scale**2, 1e-8) ** 0.5 for t in tests]
+    assert expected[0] == 1e-4
+    np.testing.assert_allclose(distance(torch.from_numpy(tests)).numpy(), expected, rtol=1e-12)
+    assert float(distance.feature_scale) == pytest.approx(scale, rel=1e-12)
+
+
+def test_distance_keeps_features_that_lie_far_from_each_other() -> None:
+    """Farthest points from a drawn one on; their scale is that of all features, and the seed decides."""
+    features = np.random.default_rng(5).normal(size=(40, 3))
+    scale = np.sqrt(np.mean([f @ f for f in features]))
+    drawn = set()
+    for seed in range(4):
+        distance = DistanceUncertainty(3)
+        distance.fit(torch.from_numpy(features), 7, seed)
+        kept = distance.references.numpy() * scale
+        indices = [int(np.argmin(np.abs(features - row).sum(1))) for row in kept]
+        drawn.add(indices[0])
+        chosen = indices[:1]
+        while len(chosen) < 7:
+            nearest = [min(np.linalg.norm(f - features[k]) for k in chosen) for f in features]
+            chosen.append(int(np.argmax(nearest)))
+        assert indices == chosen
+        np.testing.assert_allclose(kept, features[chosen], rtol=1e-12)
+    assert len(drawn) > 1
+    distance.fit(torch.from_numpy(features), 99, 0)
+    assert len(distance.references) == 40
 
 
 def test_conformal_scale_is_the_inverted_cdf_quantile() -> None:

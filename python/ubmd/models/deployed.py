@@ -4,12 +4,13 @@ Rule of precision: *parameters* follow the precision that the user of the file a
 double: float64); *buffers* (energy shifts, posterior factors, calibration) stay float64.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ubmd.models.gmnn import GaussianMomentNetwork
-from ubmd.uncertainty.posterior import PosteriorUncertainty
-from ubmd.uncertainty.sketch import GradientSketch
+from ubmd.uncertainty import DistanceUncertainty, GradientSketch, LastLayerSketch, PosteriorUncertainty
 
 
 class DeployedModel(nn.Module):
@@ -23,16 +24,22 @@ class DeployedModel(nn.Module):
     energy_scale: Tensor
     energy_shift: Tensor
 
-    def __init__(self, model: GaussianMomentNetwork, sketch: GradientSketch, metadata: str = "{}") -> None:
+    def __init__(
+        self,
+        model: GaussianMomentNetwork,
+        sketch: GradientSketch | LastLayerSketch,
+        metadata: str = "{}",
+        kind: str = "posterior",
+    ) -> None:
         super().__init__()
         self.descriptor = model.descriptor
         self.network = model.network
         self.sketch = sketch
-        self.structure_uncertainty = PosteriorUncertainty(sketch.inner1.size(0))
-        self.atom_uncertainty = PosteriorUncertainty(sketch.inner1.size(0))
+        self.structure_uncertainty = _make_uncertainty(kind, sketch.projections)
+        self.atom_uncertainty = _make_uncertainty(kind, sketch.projections)
         self.register_buffer("energy_scale", (model.constant * model.scale).detach().clone())
         self.register_buffer("energy_shift", (model.constant * model.shift).detach().clone())
-        self.n_features = int(sketch.inner1.size(0))
+        self.n_features = sketch.projections
         self.description = metadata
 
     def forward(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
@@ -41,9 +48,13 @@ class DeployedModel(nn.Module):
         y, x1, x2, s1, s2 = self.network(x0)
         scale = self.energy_scale.index_select(0, species[:n_local])
         delta3 = scale.to(y.dtype).unsqueeze(1)
-        delta1, delta2 = self.network.gradient_factors(s1, s2, delta3)
         energy = scale * y.to(scale.dtype) + self.energy_shift.index_select(0, species[:n_local])
-        return energy, self.sketch(x0, x1, x2, delta1, delta2, delta3)
+        return energy, self.features(x0, x1, x2, s1, s2, delta3)
+
+    def features(self, x0: Tensor, x1: Tensor, x2: Tensor, s1: Tensor, s2: Tensor, delta3: Tensor) -> Tensor:
+        """phi [n, p] from the layers' inputs, the activation slopes and delta^3 = c sigma_Z [n, 1]."""
+        delta1, delta2 = self.network.gradient_factors(s1, s2, delta3)
+        return self.sketch(x0, x1, x2, delta1, delta2, delta3)
 
     @torch.jit.export
     def forces(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
@@ -77,6 +88,19 @@ class DeployedModel(nn.Module):
     def metadata(self) -> str:
         """The JSON record of the file."""
         return self.description
+
+
+class LastLayerModel(DeployedModel):
+    """The same with features of the last layer only."""
+
+    def features(self, x0: Tensor, x1: Tensor, x2: Tensor, s1: Tensor, s2: Tensor, delta3: Tensor) -> Tensor:
+        """phi [n, p] from the last hidden state and delta^3."""
+        return self.sketch(x2, delta3)
+
+
+def _make_uncertainty(kind: str, projections: int) -> Any:
+    """The module of a kind; Any, because each kind is fitted in its own way."""
+    return DistanceUncertainty(projections) if kind == "distance" else PosteriorUncertainty(projections)
 
 
 def edge_gradient(output: Tensor, edge: Tensor, cotangent: Tensor) -> Tensor:

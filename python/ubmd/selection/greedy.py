@@ -48,7 +48,8 @@ def select(
     """Indices of at most ``count`` structures of the pool, in the order of the picks.
 
     Args:
-        method: ``max_det`` (largest determinant of the posterior kernel), ``max_diag`` (largest u) or ``random``.
+        method: ``max_det`` (largest determinant of the posterior kernel), ``max_dist`` (farthest from the training set
+            and the picks), ``max_diag`` (largest u) or ``random``.
         pool_features: structure features [N, p].
         training_features: structure features of the training set [T, p]; T may be 0.
         pool_u: structure uncertainties [N]; only their order matters.
@@ -108,6 +109,7 @@ def _make_rule(
 ) -> _Rule:
     rules: dict[str, Callable[[], _Rule]] = {
         "max_det": lambda: _MaxDeterminant(pool, training, lambda2, noise),
+        "max_dist": lambda: _MaxDistance(pool, training),
         "max_diag": lambda: _Fixed(u),
         "random": lambda: _Fixed(rng.permutation(len(pool)).astype(np.float64)),
     }
@@ -124,6 +126,23 @@ class _Fixed:
 
     def picked(self, index: int) -> None:
         """Nothing to update."""
+
+
+class _MaxDistance:
+    """Squared distances to the nearest of training set and picks."""
+
+    def __init__(self, pool: Array, training: Array) -> None:
+        self._pool = pool
+        self.scores = np.full(len(pool), np.inf)
+        for known in training:
+            self._approach(known)
+
+    def picked(self, index: int) -> None:
+        """The structure ``index`` is known from now on."""
+        self._approach(self._pool[index])
+
+    def _approach(self, known: Array) -> None:
+        self.scores = np.minimum(self.scores, np.sum((self._pool - known) ** 2, axis=1))
 
 
 class _MaxDeterminant:

@@ -1,10 +1,18 @@
-"""Uncertainties: gradient features, posterior, conformal calibration.
+"""Uncertainties: gradient features, posterior, distance, conformal calibration."""
 
-Distance, ensemble and last-layer uncertainties will join as siblings of ``posterior``.
-"""
-
+from ubmd.uncertainty.base import Uncertainty
 from ubmd.uncertainty.conformal import ConformalScale, conformal_scale
+from ubmd.uncertainty.distance import DistanceUncertainty
 from ubmd.uncertainty.posterior import PosteriorUncertainty
-from ubmd.uncertainty.sketch import GradientSketch, make_sketch
+from ubmd.uncertainty.sketch import GradientSketch, LastLayerSketch, make_sketch
 
-__all__ = ["ConformalScale", "GradientSketch", "PosteriorUncertainty", "conformal_scale", "make_sketch"]
+__all__ = [
+    "ConformalScale",
+    "DistanceUncertainty",
+    "GradientSketch",
+    "LastLayerSketch",
+    "PosteriorUncertainty",
+    "Uncertainty",
+    "conformal_scale",
+    "make_sketch",
+]

@@ -1,12 +1,12 @@
 """Posterior uncertainty of Bayesian linear regression in (sketched) gradient features."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-TINY = 1e-40  # keeps sqrt differentiable at zero without changing any float64 result
+from ubmd.uncertainty.base import Uncertainty
 
 
-class PosteriorUncertainty(nn.Module):
+class PosteriorUncertainty(Uncertainty):
     """u^2 = lambda^2 phi^T (Phi^T Phi + lambda^2 I)^-1 phi, for features divided by one scalar.
 
     The scalar makes the mean of |phi|^2 over the training features 1. Stored is the eigen-factor M with u = |M phi| for
@@ -14,15 +14,10 @@ class PosteriorUncertainty(nn.Module):
     """
 
     factor: Tensor
-    feature_scale: Tensor
-    calibration: Tensor
 
     def __init__(self, projections: int) -> None:
         super().__init__()
-        self.tiny = TINY
         self.register_buffer("factor", torch.zeros(projections, projections, dtype=torch.float64))
-        self.register_buffer("feature_scale", torch.ones((), dtype=torch.float64))
-        self.register_buffer("calibration", torch.ones((), dtype=torch.float64))
 
     def fit(self, gram: Tensor, count: int, lambda2: float) -> None:
         """Fit from the Gram matrix Phi^T Phi [p, p] (float64) of ``count`` raw training features."""

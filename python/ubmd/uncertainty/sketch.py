@@ -27,15 +27,11 @@ class GradientSketch(nn.Module):
 
     def set_projections(self, inner: list[Tensor], outer: list[Tensor]) -> None:
         """Use these matrices; the factors of x~ are folded into them once."""
-
-        def fixed(tensor: Tensor) -> nn.Parameter:
-            return nn.Parameter(tensor.contiguous(), requires_grad=False)
-
-        inner_weights = [fixed(matrix[:, :-1] / (matrix.size(1) - 1) ** 0.5) for matrix in inner]
-        inner_biases = [fixed(BIAS_SCALE * matrix[:, -1]) for matrix in inner]
-        self.inner1, self.inner2, self.inner3 = inner_weights
-        self.inner_bias1, self.inner_bias2, self.inner_bias3 = inner_biases
-        self.outer1, self.outer2 = (fixed(matrix) for matrix in outer)
+        self.projections = len(inner[0])
+        (self.inner1, self.inner_bias1), (self.inner2, self.inner_bias2), (self.inner3, self.inner_bias3) = (
+            _inner_parameters(matrix) for matrix in inner
+        )
+        self.outer1, self.outer2 = (_fixed(matrix) for matrix in outer)
 
     def forward(self, x0: Tensor, x1: Tensor, x2: Tensor, delta1: Tensor, delta2: Tensor, delta3: Tensor) -> Tensor:
         """phi [n, p] from the inputs x^{l-1} [n, d_{l-1}] and gradient factors delta^l [n, d_l] of the three layers."""
@@ -43,6 +39,30 @@ class GradientSketch(nn.Module):
         layer2 = F.linear(x1, self.inner2, self.inner_bias2) * F.linear(delta2, self.outer2)
         layer3 = F.linear(x2, self.inner3, self.inner_bias3) * delta3
         return layer1 + layer2 + layer3
+
+
+class LastLayerSketch(nn.Module):
+    """The third layer's part of the sketch alone: cheap, because it needs no gradient factors of hidden layers."""
+
+    def __init__(self, size: int, projections: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        inner = torch.randn(projections, size + 1, generator=generator, dtype=torch.float64)
+        self.projections = projections
+        self.inner3, self.inner_bias3 = _inner_parameters(inner)
+
+    def forward(self, x2: Tensor, delta3: Tensor) -> Tensor:
+        """phi [n, p] from the last hidden state [n, d_2] and delta^3 [n, 1]."""
+        return F.linear(x2, self.inner3, self.inner_bias3) * delta3
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.contiguous(), requires_grad=False)
+
+
+def _inner_parameters(matrix: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weights [p, d] and biases [p] of P_in [p, d + 1], with the factors of x~ folded in."""
+    return _fixed(matrix[:, :-1] / (matrix.size(1) - 1) ** 0.5), _fixed(BIAS_SCALE * matrix[:, -1])
 
 
 def make_sketch(network: NeuralTangentNetwork, projections: int, seed: int) -> GradientSketch:

@@ -1,0 +1,39 @@
+"""A small model, structures for it, and numerical derivatives: shared by the tests of this folder."""
+
+from collections.abc import Callable
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from ubmd.settings import ModelSettings
+
+ELEMENTS = ["H", "C", "N", "O"]
+SETTINGS = ModelSettings(cutoff=4.0, n_radial=3, n_basis=4, hidden=(16, 12))
+
+
+def labelled(atoms: Atoms, seed: int) -> Atoms:
+    """Shaken by 0.05 Å, with random labels."""
+    rng = np.random.default_rng(seed)
+    atoms = atoms.copy()
+    atoms.positions += rng.normal(0, 0.05, atoms.positions.shape)
+    atoms.calc = SinglePointCalculator(atoms, energy=rng.normal(), forces=rng.normal(size=(len(atoms), 3)))
+    return atoms
+
+
+def triclinic(scale: float = 1.0) -> Atoms:
+    """A triclinic cell that is smaller than the cutoff."""
+    cell = np.array([[3.1, 0.2, 0.0], [0.7, 3.3, 0.1], [-0.4, 0.5, 2.9]]) * scale
+    return Atoms("OHC", positions=[[0, 0, 0], [1.1, 0.3, 0.2], [1.4, 1.7, 1.5]], cell=cell, pbc=True)
+
+
+def central(function: Callable[[np.ndarray], float], x: np.ndarray, h: float) -> np.ndarray:
+    """Fourth-order central differences of a scalar function."""
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[index] = h
+        gradient[index] = (
+            8 * (function(x + step) - function(x - step)) - (function(x + 2 * step) - function(x - 2 * step))
+        ) / (12 * h)
+    return gradient
