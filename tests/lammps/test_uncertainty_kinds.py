@@ -1,0 +1,97 @@
+"""Every kind of uncertainty: LAMMPS against Python (1e-10, double), on one and two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from ubmd.calculator import Evaluator
+from ubmd.data.graph import build_graph
+from ubmd.export import export_model
+from ubmd.models import GaussianMomentNetwork
+from ubmd.settings import ModelSettings, UncertaintySettings
+
+ELEMENTS = ["H", "C", "O"]
+KINDS = ["last-layer", "distance"]
+
+MEASURE = """
+compute virial all pressure NULL pair
+compute bias all pressure NULL fix
+fix b all ubmd force 0.25 stress 0.4 window 1
+fix_modify b virial yes
+fix u all pair 1 ubmd uncertainty 1
+thermo_style custom step pe c_virial[1] c_bias[1]
+dump d all custom 1 dump.test id fx fy fz f_b[1] f_b[2] f_b[3] f_b[4] f_u
+dump_modify d sort id format float %.17g
+run 0
+"""
+VIRIAL, BIAS_VIRIAL = ([f"c_{name}[{k}]" for k in range(1, 7)] for name in ("virial", "bias"))
+
+
+@pytest.fixture(scope="module")
+def files(structures, tmp_path_factory) -> dict[str, Path]:
+    """A small model with random weights and labels, in a file of every kind."""
+    rng = np.random.default_rng(21)
+    labelled = []
+    for kind in ["molecule"] * 5 + ["triclinic"] * 4:
+        atoms = structures[kind].copy()
+        atoms.positions += rng.uniform(-0.05, 0.05, (len(atoms), 3))
+        atoms.calc = SinglePointCalculator(atoms, energy=rng.normal(), forces=rng.normal(size=(len(atoms), 3)))
+        labelled.append(atoms)
+    folder = tmp_path_factory.mktemp("kinds")
+    for kind in KINDS:
+        model = GaussianMomentNetwork(ELEMENTS, ModelSettings(hidden=(16, 12), cutoff=4.0), seed=5)
+        model.initialise_energies([build_graph(atoms, ELEMENTS, 4.0) for atoms in labelled])
+        settings = UncertaintySettings(kind=kind, projections=20, references=30, alpha=0.3)
+        export_model(model, labelled[:6], labelled[6:], settings, folder / f"{kind}.pt")
+    return {kind: folder / f"{kind}.pt" for kind in KINDS}
+
+
+def close(value, expected):
+    """Relative to the largest component."""
+    expected = np.asarray(expected)
+    assert np.abs(expected).max() > 0.0
+    return np.abs(np.asarray(value) - expected).max() <= 1e-10 * np.abs(expected).max()
+
+
+def script_of(lab, atoms, file: Path) -> str:
+    """Box, atoms and pair style with this model file."""
+    (lab.folder / "model.pt").write_bytes(file.read_bytes())
+    return lab.head(atoms)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("structure", ["molecule", "triclinic"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_python(lab, files, structures, kind, structure, ranks):
+    atoms = structures[structure]
+    evaluator = Evaluator(files[kind], "double")
+    periodic = atoms.pbc.all()
+    measure = MEASURE if periodic else MEASURE.replace("stress 0.4 ", "")
+    names = ["pe", *VIRIAL, *(BIAS_VIRIAL if periodic else []), *(f"f_b[{k}]" for k in range(1, 6))]
+    numbers = lab.run(script_of(lab, atoms, files[kind]) + measure + lab.report(*names), ranks).numbers
+    n = {name: values[0] for name, values in numbers.items()}
+    frame = lab.dump("dump.test")[0]
+    expected = evaluator.predict_one(atoms)
+    u, gradient, strain = evaluator.uncertainty_gradient(atoms)
+    total = lab.to_ase(atoms, np.stack([frame[f"f{k}"] for k in "xyz"], 1))
+    bias = lab.to_ase(atoms, np.stack([frame[f"f_b[{k}]"] for k in (2, 3, 4)], 1))
+    scale = np.linalg.norm(expected.forces) / np.linalg.norm(gradient)
+
+    assert close(n["pe"], expected.energy)
+    assert close(total - bias, expected.forces)
+    assert close(bias, 0.25 * scale * gradient)
+    assert close(frame["f_b[1]"], expected.atomic_u)
+    assert close(frame["f_u"], expected.atomic_u)
+    assert close([n[f"f_b[{k}]"] for k in range(1, 5)], [u, expected.atomic_u.max(), expected.atomic_u.mean(), scale])
+    if periodic:
+        stress = expected.stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]].reshape(3, 3)
+        bias_stress = strain / atoms.get_volume()
+        stress_scale = np.linalg.norm(stress) / np.linalg.norm(bias_stress)
+        assert close(n["f_b[5]"], stress_scale)
+        assert close(lab.tensor_to_ase(atoms, [-n[name] / lab.bar for name in VIRIAL]), stress)
+        applied = lab.tensor_to_ase(atoms, [n[name] / lab.bar for name in BIAS_VIRIAL])
+        assert close(applied, 0.4 * stress_scale * bias_stress)
