@@ -16,6 +16,7 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
 from ubmd.data.graph import VOIGT, Graph, build_graph, collate, scatter_forces, strain_gradient
 from ubmd.export import load_model, structure_means
+from ubmd.models.evaluation import atomic_uncertainty_sum, evaluate, is_ensemble
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,20 @@ class Evaluator:
     def predict_one(self, atoms: Atoms) -> Prediction:
         """Prediction for one structure."""
         batch = collate([self.graph(atoms)])
-        n = len(atoms)
         edge = batch.edge_vector.to(self.edge_dtype)
         with torch.jit.optimized_execution(False):
-            atomic_energy, gradient = self.module.forces(batch.species, batch.edge_index, edge, n)
+            result = evaluate(self.module, batch.species, batch.edge_index, edge)
+            mean = structure_means(result.phi, batch)[0]
             with torch.no_grad():
-                phi = self.module(batch.species, batch.edge_index, edge, n)[1]
-                mean = structure_means(phi.double(), batch)[0]
                 u = self.module.uncertainty(mean)
-                atomic_u = self.module.atomic_uncertainties(phi)
+        if is_ensemble(self.module):
+            mean = mean - mean.mean()  # how the members differ: their common energy says nothing about uncertainty
         return Prediction(
-            energy=float(atomic_energy.double().sum()),
-            forces=scatter_forces(batch.edge_index, gradient.double(), n).numpy(),
-            stress=_stress(batch.edge_vector, gradient, atoms),
+            energy=float(result.energy.sum()),
+            forces=scatter_forces(batch.edge_index, result.gradient, len(atoms)).numpy(),
+            stress=_stress(batch.edge_vector, result.gradient, atoms),
             u=float(u),
-            atomic_u=atomic_u.double().numpy(),
+            atomic_u=result.atomic_u.numpy(),
             feature=mean.numpy() / self.feature_scale,
         )
 
@@ -90,9 +90,25 @@ class Evaluator:
             u = self.module.uncertainty(mean)
             (w,) = torch.autograd.grad(u, mean)
             gradient = self.module.bias(graph.species, graph.edge_index, edge, n, w / n).double()
-        owner = torch.zeros(len(edge), dtype=torch.int64)
-        strain = strain_gradient(graph.edge_vector, gradient, owner, 1)[0]
-        return float(u.detach()), -scatter_forces(graph.edge_index, gradient, n).numpy(), strain.numpy()
+        return float(u.detach()), *_gradients(graph, gradient)
+
+    def atomic_uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
+        """(U eV/Å, dU/dr [n, 3] eV/Å^2, dU/d(strain) [3, 3] eV/Å) of the sum U of the atomic uncertainties."""
+        graph = self.graph(atoms)
+        edge = graph.edge_vector.to(self.edge_dtype).detach().requires_grad_(True)
+        with torch.jit.optimized_execution(False):
+            total = atomic_uncertainty_sum(self.module, graph.species, graph.edge_index, edge)
+            gradient = torch.zeros_like(edge)
+            if len(edge):
+                (gradient,) = torch.autograd.grad(total, edge)
+        return float(total.detach()), *_gradients(graph, gradient.double())
+
+
+def _gradients(graph: Graph, edge_gradient: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Derivatives with respect to positions [n, 3] and strain [3, 3] from those with respect to edge vectors [P, 3]."""
+    owner = torch.zeros(len(edge_gradient), dtype=torch.int64)
+    strain = strain_gradient(graph.edge_vector, edge_gradient, owner, 1)[0]
+    return -scatter_forces(graph.edge_index, edge_gradient, graph.n_atoms).numpy(), strain.numpy()
 
 
 def _stress(edge_vector: torch.Tensor, gradient: torch.Tensor, atoms: Atoms) -> np.ndarray | None:
@@ -100,7 +116,7 @@ def _stress(edge_vector: torch.Tensor, gradient: torch.Tensor, atoms: Atoms) -> 
     if atoms.cell.rank < 3:
         return None
     owner = torch.zeros(len(edge_vector), dtype=torch.int64)
-    virial = strain_gradient(edge_vector, gradient.double(), owner, 1)[0].numpy()
+    virial = strain_gradient(edge_vector, gradient, owner, 1)[0].numpy()
     return virial[VOIGT] / atoms.get_volume()
 
 

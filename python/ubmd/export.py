@@ -17,7 +17,8 @@ from ase import Atoms
 from ubmd import __version__
 from ubmd.data.graph import Batch, Graph, build_graph, collate, scatter_forces
 from ubmd.errors import DataError, ModelError
-from ubmd.models.deployed import DeployedModel, LastLayerModel
+from ubmd.models.deployed import Deployed, DeployedEnsemble, DeployedModel, LastLayerModel
+from ubmd.models.evaluation import evaluate as evaluate_atoms
 from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import ConformalScale, LastLayerSketch, conformal_scale, make_sketch
@@ -27,39 +28,58 @@ PAIRS_PER_CHUNK = 20_000  # bounds the memory of one evaluation
 
 
 def export_model(
-    model: GaussianMomentNetwork,
+    model: GaussianMomentNetwork | Sequence[GaussianMomentNetwork],
     training: Sequence[Atoms],
     calibration: Sequence[Atoms],
     settings: UncertaintySettings,
     path: Path,
     provenance: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write ``path``: energies, forces, sketched features and calibrated uncertainties of ``model``.
+    """Write ``path``: energies, forces, features and calibrated uncertainties of ``model`` (several: an ensemble).
 
     The uncertainty is fitted on the features of ``training``, the conformal scales on the errors of ``calibration``;
     both in float64. ``provenance`` (e.g. training_set_hash, settings) joins the metadata, which is returned.
 
     Raises:
         DataError: a calibration structure without energy or forces.
+        ModelError: the number of networks doesn't fit the settings, or their elements or cutoffs differ.
     """
-    original_dtype = model.radial.dtype
+    models = [model] if isinstance(model, GaussianMomentNetwork) else list(model)
+    _check_models(models, settings)
+    elements, cutoff, dtype = models[0].elements, models[0].cutoff, models[0].radial.dtype
+    dtypes = [member.radial.dtype for member in models]
     try:
-        model.to_network_dtype(torch.float64)
-        deployed = make_deployed(model, settings)
-        fit_uncertainty(deployed, (build_graph(atoms, model.elements, model.cutoff) for atoms in training), settings)
-        energy, forces = calibrate(
-            deployed, [build_graph(atoms, model.elements, model.cutoff) for atoms in calibration], settings
-        )
-        metadata = _metadata(model, deployed, settings, energy, forces, len(training), original_dtype, provenance or {})
+        for member in models:
+            member.to_network_dtype(torch.float64)
+        deployed = make_deployed(models, settings)
+        fit_uncertainty(deployed, (build_graph(atoms, elements, cutoff) for atoms in training), settings)
+        energy, forces = calibrate(deployed, [build_graph(atoms, elements, cutoff) for atoms in calibration], settings)
+        metadata = _metadata(models[0], deployed, settings, energy, forces, len(training), dtype, provenance or {})
         deployed.description = json.dumps(metadata)
         write_model(deployed, path)
     finally:
-        model.to_network_dtype(original_dtype)
+        for member, original in zip(models, dtypes, strict=True):
+            member.to_network_dtype(original)
     return metadata
 
 
-def make_deployed(model: GaussianMomentNetwork, settings: UncertaintySettings) -> DeployedModel:
+def _check_models(models: Sequence[GaussianMomentNetwork], settings: UncertaintySettings) -> None:
+    """Refuse networks that don't fit the kind of uncertainty or each other."""
+    if len(models) != settings.networks:
+        raise ModelError(
+            f"uncertainty.kind = '{settings.kind}' needs {settings.networks} trained networks (kind and members of "
+            f"[uncertainty]), but {len(models)} were given."
+        )
+    for member in models[1:]:
+        if (member.elements, member.cutoff) != (models[0].elements, models[0].cutoff):
+            raise ModelError("The networks of an ensemble need the same elements and cutoff; train them together.")
+
+
+def make_deployed(models: Sequence[GaussianMomentNetwork], settings: UncertaintySettings) -> Deployed:
     """The module of the file, its uncertainty not yet fitted."""
+    if settings.kind == "ensemble":
+        return DeployedEnsemble(models)
+    model = models[0]
     if settings.kind == "last-layer":
         width = model.network.weight3.size(1)
         return LastLayerModel(model, LastLayerSketch(width, settings.projections, settings.seed))
@@ -67,15 +87,17 @@ def make_deployed(model: GaussianMomentNetwork, settings: UncertaintySettings) -
     return DeployedModel(model, sketch, kind=settings.kind)
 
 
-def fit_uncertainty(deployed: DeployedModel, graphs: Iterable[Graph], settings: UncertaintySettings) -> None:
+def fit_uncertainty(deployed: Deployed, graphs: Iterable[Graph], settings: UncertaintySettings) -> None:
     """Fit both uncertainties of the settings' kind on the training structures."""
     if settings.kind == "distance":
         fit_distance(deployed, graphs, settings.references, settings.seed)
+    elif settings.kind == "ensemble":
+        deployed.structure_uncertainty.fit(torch.cat([means for means, _ in _training_features(deployed, graphs)]))
     else:
         fit_posterior(deployed, graphs, settings.lambda2)
 
 
-def fit_posterior(deployed: DeployedModel, graphs: Iterable[Graph], lambda2: float) -> None:
+def fit_posterior(deployed: Deployed, graphs: Iterable[Graph], lambda2: float) -> None:
     """Fit both posteriors: structures from their mean features, atoms from all atomic features (float64 sums)."""
     p = deployed.n_features
     structure_gram = torch.zeros(p, p, dtype=torch.float64)
@@ -90,14 +112,14 @@ def fit_posterior(deployed: DeployedModel, graphs: Iterable[Graph], lambda2: flo
     deployed.atom_uncertainty.fit(atom_gram, n_atoms, lambda2)
 
 
-def fit_distance(deployed: DeployedModel, graphs: Iterable[Graph], references: int, seed: int) -> None:
+def fit_distance(deployed: Deployed, graphs: Iterable[Graph], references: int, seed: int) -> None:
     """Keep the features of all structures, and ``references`` atomic features that lie far from each other."""
     means, phi = zip(*_training_features(deployed, graphs), strict=True)
     deployed.structure_uncertainty.fit(torch.cat(means))
     deployed.atom_uncertainty.fit(torch.cat(phi), references, seed)
 
 
-def _training_features(deployed: DeployedModel, graphs: Iterable[Graph]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _training_features(deployed: Deployed, graphs: Iterable[Graph]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Mean features [S, p] and atomic features [N, p] (float64), batch by batch."""
     for batch in chunks(graphs):
         with torch.no_grad():
@@ -106,7 +128,7 @@ def _training_features(deployed: DeployedModel, graphs: Iterable[Graph]) -> Iter
 
 
 def calibrate(
-    deployed: DeployedModel, graphs: Sequence[Graph], settings: UncertaintySettings
+    deployed: Deployed, graphs: Sequence[Graph], settings: UncertaintySettings
 ) -> tuple[ConformalScale, ConformalScale]:
     """Set the conformal factors from |energy error|/n of structures and RMSE over xyz of atomic forces.
 
@@ -135,14 +157,11 @@ def calibrate(
 
 def evaluate(module: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Energies [S], forces [N, 3], structure u [S] and atomic u [N] of a batch, through the model file's interface."""
-    n = len(batch.species)
-    atomic_energy, gradient = module.forces(batch.species, batch.edge_index, batch.edge_vector, n)
+    result = evaluate_atoms(module, batch.species, batch.edge_index, batch.edge_vector)
     with torch.no_grad():
-        phi = module(batch.species, batch.edge_index, batch.edge_vector, n)[1]
-        u = torch.stack([module.uncertainty(mean) for mean in structure_means(phi.double(), batch)])
-        atomic_u = module.atomic_uncertainties(phi)
-    energy = torch.zeros(batch.n_structures, dtype=torch.float64).index_add(0, batch.structure, atomic_energy.double())
-    return energy, scatter_forces(batch.edge_index, gradient, n), u, atomic_u
+        u = torch.stack([module.uncertainty(mean) for mean in structure_means(result.phi, batch)])
+    energy = torch.zeros(batch.n_structures, dtype=torch.float64).index_add(0, batch.structure, result.energy)
+    return energy, scatter_forces(batch.edge_index, result.gradient, len(batch.species)), u, result.atomic_u
 
 
 def structure_means(phi: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -166,7 +185,7 @@ def chunks(graphs: Iterable[Graph]) -> Iterable[Batch]:
         yield collate(waiting)
 
 
-def write_model(deployed: DeployedModel, path: Path) -> None:
+def write_model(deployed: Deployed, path: Path) -> None:
     """Script the module and write it atomically (temporary file, fsync, rename)."""
     for parameter in deployed.parameters():
         parameter.requires_grad_(False)
@@ -221,7 +240,7 @@ def load_model(path: Path, precision: str = "double") -> Any:
 
 def _metadata(
     model: GaussianMomentNetwork,
-    deployed: DeployedModel,
+    deployed: Deployed,
     settings: UncertaintySettings,
     energy: ConformalScale,
     forces: ConformalScale,
@@ -246,8 +265,10 @@ def _metadata(
         "cutoff": model.cutoff,
         "units": {"energy": "eV", "length": "Å", "force": "eV/Å", "stress": "eV/Å^3"},
         "precision": str(dtype).removeprefix("torch."),
+        # projections: the length of the features, which is the number of members in an ensemble
         "uncertainty": {
             **settings.model_dump(),
+            "projections": deployed.n_features,
             "energy": calibrated(energy, deployed.structure_uncertainty.feature_scale),
             "forces": calibrated(forces, deployed.atom_uncertainty.feature_scale),
         },

@@ -74,9 +74,12 @@ class TrainingSettings(Table):
 class UncertaintySettings(Table):
     """Gradient-feature uncertainty and its conformal calibration."""
 
-    kind: Literal["posterior", "last-layer", "distance"] = Field(
-        "posterior", description="posterior or distance (of gradient features), last-layer (posterior, cheap features)"
+    kind: Literal["posterior", "last-layer", "distance", "ensemble"] = Field(
+        "posterior",
+        description="posterior or distance of gradient features, last-layer (posterior of cheap features) or "
+        "ensemble (spread of several networks)",
     )
+    members: int = Field(3, ge=2, description="networks that kind = 'ensemble' trains")
     references: int = Field(
         256, ge=1, description="atomic training features that kind = 'distance' keeps (structures: all)"
     )
@@ -87,6 +90,11 @@ class UncertaintySettings(Table):
     atoms_by: Literal["atom", "structure"] = Field(
         "atom", description="calibrate atomic uncertainties by atoms, or by the maximum of each structure"
     )
+
+    @property
+    def networks(self) -> int:
+        """Number of networks to train."""
+        return self.members if self.kind == "ensemble" else 1
 
 
 class StartSettings(Table):
@@ -145,7 +153,9 @@ class SelectionSettings(Table):
     """Which frames of the pool are labelled."""
 
     method: Literal["max_det", "max_dist", "max_diag", "random"] = Field(
-        "max_det", description="batch selection rule; max_det for posterior and last-layer, max_dist for distance"
+        "max_det",
+        description="batch selection rule; max_det for posterior and last-layer, max_dist for distance, "
+        "max_diag for ensemble",
     )
     batch: int = Field(8, ge=1, description="structures labelled per iteration")
     noise: float = Field(0.0, ge=0, description="noise of max_det: 0 = determinant, lambda2 = refit with the pick")
@@ -209,6 +219,7 @@ FITTING_METHODS = {
     "posterior": ("max_det", "max_dist", "max_diag", "random"),
     "last-layer": ("max_det", "max_dist", "max_diag", "random"),
     "distance": ("max_dist", "max_diag", "random"),
+    "ensemble": ("max_diag", "random"),
 }
 
 

@@ -112,6 +112,19 @@ def test_more_labels_continue_a_finished_run(inputs: Path) -> None:
     assert len(read_structures(folder.dataset)) == 5
 
 
+@pytest.mark.parametrize(("kind", "method"), [("distance", "max_dist")])
+def test_loop_with_other_uncertainties(inputs: Path, kind: str, method: str) -> None:
+    """Trained, exported, biased, selected and labelled with this kind; an ensemble's members start warm one by one."""
+    tables = {"uncertainty": {"kind": kind, "members": 2, "references": 20}, "selection": {"method": method}}
+    folder = RunFolder(run(make_settings(inputs / kind, **tables, loop={"labels": 6}, test=None), inputs))
+    assert len(read_structures(folder.dataset, labelled=True)) == 6
+    assert Evaluator(folder.model).metadata["uncertainty"]["kind"] == kind
+    assert all(0.1 < replica["bias_share"] < 1.0 for replica in folder.read_history()[0]["replicas"])
+    for iteration in (0, 1):
+        weights = sorted(path.parent.name for path in folder.iteration(iteration).rglob("weights.pt"))
+        assert weights == (["member_0", "member_1"] if kind == "ensemble" else ["train"])
+
+
 # ------------------------------------------------------------------------------------------ kills
 
 KILLS = [

@@ -136,6 +136,27 @@ def test_export_again_with_another_confidence(folder, tmp_path):
     assert low.predict_one(atoms).energy == high.predict_one(atoms).energy
 
 
+def test_ensemble_is_trained_and_exported_again(folder, tmp_path):
+    data = folder / "data" / "train.extxyz"
+    changes = [f'training_file="{data}"', f"output_dir={tmp_path / 'out'}", "uncertainty.kind=ensemble"]
+    (tmp_path / "train.toml").write_text((folder / "train.toml").read_text())
+    overrides = [part for change in [*changes, "uncertainty.members=2"] for part in ("--set", change)]
+    code, out, err = ubmd("train", tmp_path / "train.toml", *overrides)
+    assert code == 0, err
+    assert "epoch 8 of 8" in out
+    weights = [tmp_path / "out" / f"member_{m}" / "weights.pt" for m in (0, 1)]
+    evaluator = Evaluator(tmp_path / "out" / "model.pt", "double")
+    assert evaluator.metadata["uncertainty"]["members"] == evaluator.metadata["uncertainty"]["projections"] == 2
+    arguments = ["export", weights[0], data, folder / "test.extxyz", "-o", tmp_path / "new.pt"]
+    arguments += ["--set", "kind=ensemble", "--set", "members=2"]
+    code, _, err = ubmd(*arguments)
+    assert code == 1
+    assert "needs 2 trained networks" in err
+    assert ubmd(*arguments, "--member", weights[1])[0] == 0
+    atoms = read_structures(folder / "test.extxyz")[0]
+    assert Evaluator(tmp_path / "new.pt", "double").predict_one(atoms).energy == evaluator.predict_one(atoms).energy
+
+
 def test_resume_is_the_default_and_fresh_starts_again(folder, tmp_path):
     (tmp_path / "train.toml").write_text((folder / "train.toml").read_text())
     data = f'training_file="{folder / "data" / "train.extxyz"}"'

@@ -11,13 +11,15 @@ from ase import Atoms
 from ase.build import molecule
 from small_model import ELEMENTS, SETTINGS, central, labelled, triclinic
 
-from ubmd.calculator import Calculator, Evaluator
+from ubmd.calculator import Calculator, Evaluator, Prediction
+from ubmd.data.graph import build_graph, collate
+from ubmd.errors import ModelError
 from ubmd.export import export_model
 from ubmd.models import GaussianMomentNetwork
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import LastLayerSketch, conformal_scale
 
-KINDS = ["last-layer", "distance"]
+KINDS = ["last-layer", "distance", "ensemble"]
 TRAINING = [labelled(molecule("CH3CONH2"), k) for k in range(5)]
 CALIBRATION = [labelled(molecule("CH3CONH2"), k) for k in range(5, 9)]
 
@@ -31,6 +33,7 @@ def network(seed: int) -> GaussianMomentNetwork:
     with torch.no_grad():
         model.scale.copy_(torch.tensor([1.1, 0.8, 1.3, 0.9], dtype=torch.float64))
         model.constant.fill_(0.7)
+        model.shift.copy_(torch.linspace(-1.0, 2.0, 4) + 0.1 * seed)
     return model
 
 
@@ -38,7 +41,9 @@ def network(seed: int) -> GaussianMomentNetwork:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("kinds")
     for kind in KINDS:
-        export_model(network(3), TRAINING, CALIBRATION, settings_of(kind), folder / f"{kind}.pt")
+        settings = settings_of(kind)
+        models = [network(3 + m) for m in range(settings.networks)]
+        export_model(models, TRAINING, CALIBRATION, settings, folder / f"{kind}.pt")
     return {kind: folder / f"{kind}.pt" for kind in KINDS}
 
 
@@ -107,23 +112,65 @@ def test_atomic_distances_use_far_features_of_the_training_set(files: dict[str, 
     np.testing.assert_allclose(evaluator.predict_one(new).atomic_u, factor * np.array(raw), rtol=1e-10)
 
 
+def energy_and_forces(model: GaussianMomentNetwork, atoms: Atoms) -> tuple[float, np.ndarray]:
+    """By the trainable model."""
+    model.to_network_dtype(torch.float64)
+    energy, forces, _ = model.energy_forces_virial(collate([build_graph(atoms, ELEMENTS, model.cutoff)]))
+    return float(energy.detach()), forces.detach().numpy()
+
+
+@pytest.mark.parametrize("atoms", [molecule("CH3CONH2"), triclinic()], ids=["molecule", "cell"])
+def test_ensemble_uncertainties_are_spreads_of_separate_models(files: dict[str, Path], atoms: Atoms) -> None:
+    """u = std of E/n, u_i = sqrt(mean over xyz of Var F_i), population variances, times the calibration."""
+    evaluator = Evaluator(files["ensemble"], "double")
+    factors = evaluator.metadata["uncertainty"]
+    results = [energy_and_forces(network(3 + m), atoms) for m in range(3)]
+    prediction = evaluator.predict_one(atoms)
+    spread = np.std([energy for energy, _ in results]) / len(atoms)
+    assert prediction.u == pytest.approx(factors["energy"]["scale"] * spread, rel=1e-9)
+    atomic = np.sqrt(np.var([forces for _, forces in results], axis=0).mean(1))
+    np.testing.assert_allclose(prediction.atomic_u, factors["forces"]["scale"] * atomic, rtol=1e-9)
+
+
+def test_ensemble_is_calibrated_on_its_own_errors(files: dict[str, Path]) -> None:
+    scales = json.loads(Evaluator(files["ensemble"]).module.metadata())["uncertainty"]
+    energy_errors, energy_u, force_errors, force_u = [], [], [], []
+    for atoms in CALIBRATION:
+        energies, forces = zip(*[energy_and_forces(network(3 + m), atoms) for m in range(3)], strict=True)
+        energy_errors.append((np.mean(energies) - atoms.get_potential_energy()) / len(atoms))
+        energy_u.append(np.std(energies) / len(atoms))
+        force_errors.extend(np.sqrt(((np.mean(forces, 0) - atoms.get_forces()) ** 2).mean(1)))
+        force_u.extend(np.sqrt(np.var(forces, axis=0).mean(1)))
+    assert scales["energy"]["scale"] == pytest.approx(conformal_scale(energy_errors, energy_u, 0.3).scale, rel=1e-8)
+    assert scales["forces"]["scale"] == pytest.approx(conformal_scale(force_errors, force_u, 0.3).scale, rel=1e-8)
+
+
+def test_networks_must_fit_the_kind(tmp_path: Path) -> None:
+    def export(models: list[GaussianMomentNetwork], kind: str) -> None:
+        export_model(models, TRAINING, CALIBRATION, settings_of(kind), tmp_path / "model.pt")
+
+    with pytest.raises(ModelError, match=r"'ensemble' needs 3 trained networks .* but 1 were given"):
+        export([network(0)], "ensemble")
+    with pytest.raises(ModelError, match="'distance' needs 1 trained networks"):
+        export([network(0), network(1)], "distance")
+    other = GaussianMomentNetwork([*ELEMENTS, "F"], SETTINGS)
+    with pytest.raises(ModelError, match="same elements and cutoff"):
+        export([network(0), network(1), other], "ensemble")
+
+
 # ------------------------------------------------------------------------------------------ properties
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_file_carries_its_kind_and_energies(files: dict[str, Path], kind: str) -> None:
     evaluator = Evaluator(files[kind], "double")
+    atoms = triclinic()
+    results = [energy_and_forces(network(3 + m), atoms) for m in range(settings_of(kind).networks)]
+    prediction = evaluator.predict_one(atoms)
     assert evaluator.metadata["uncertainty"]["kind"] == kind
-    reference = network(3)
-    assert evaluator.predict_one(TRAINING[0]).energy == pytest.approx(energy_of(reference, TRAINING[0]), rel=1e-12)
-
-
-def energy_of(model: GaussianMomentNetwork, atoms: Atoms) -> float:
-    from ubmd.data.graph import build_graph, collate
-
-    model.to_network_dtype(torch.float64)
-    batch = collate([build_graph(atoms, ELEMENTS, model.cutoff)])
-    return float(model.energy_forces_virial(batch)[0].detach())
+    assert evaluator.metadata["uncertainty"]["projections"] == (3 if kind == "ensemble" else 16)
+    assert prediction.energy == pytest.approx(np.mean([energy for energy, _ in results]), rel=1e-12)
+    np.testing.assert_allclose(prediction.forces, np.mean([forces for _, forces in results], 0), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,28 +186,36 @@ def test_forces_and_bias_forces_are_derivatives(files: dict[str, Path], kind: st
 
     forces = evaluator.predict_one(atoms).forces
     gradient = evaluator.uncertainty_gradient(atoms)[1]
+    total, summed, _ = evaluator.atomic_uncertainty_gradient(atoms)
+    assert total == pytest.approx(evaluator.predict_one(atoms).atomic_u.sum(), rel=1e-12)
     for analytic, numeric in (
         (-forces, central(lambda x: evaluator.predict_one(moved(x)).energy, atoms.positions, 5e-4)),
         (gradient, central(lambda x: evaluator.predict_one(moved(x)).u, atoms.positions, 5e-4)),
+        (summed, central(lambda x: evaluator.predict_one(moved(x)).atomic_u.sum(), atoms.positions, 5e-4)),
     ):
         assert np.abs(analytic).max() > 1e-4
         assert np.abs(analytic - numeric).max() < 1e-6 * np.abs(analytic).max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strain_gradient_of_u_is_a_derivative(files: dict[str, Path], kind: str) -> None:
+def test_strain_gradients_are_derivatives(files: dict[str, Path], kind: str) -> None:
     evaluator = Evaluator(files[kind], "double")
     atoms = triclinic()
 
-    def u(epsilon: np.ndarray) -> float:
+    def strained(epsilon: np.ndarray) -> Prediction:
         moved = atoms.copy()
         moved.set_cell(atoms.cell.array @ (np.eye(3) + 0.5 * (epsilon + epsilon.T)), scale_atoms=True)
-        return evaluator.predict_one(moved).u
+        return evaluator.predict_one(moved)
 
-    numeric = central(u, np.zeros((3, 3)), 1e-4)
-    analytic = evaluator.uncertainty_gradient(atoms)[2]
-    assert np.abs(analytic).max() > 1e-4
-    assert np.abs(analytic - numeric).max() < 1e-6 * np.abs(analytic).max()
+    for analytic, numeric in (
+        (evaluator.uncertainty_gradient(atoms)[2], central(lambda e: strained(e).u, np.zeros((3, 3)), 1e-4)),
+        (
+            evaluator.atomic_uncertainty_gradient(atoms)[2],
+            central(lambda e: strained(e).atomic_u.sum(), np.zeros((3, 3)), 1e-4),
+        ),
+    ):
+        assert np.abs(analytic).max() > 1e-4
+        assert np.abs(analytic - numeric).max() < 1e-6 * np.abs(analytic).max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,6 +229,7 @@ def test_supercells_and_lone_atoms(files: dict[str, Path], kind: str) -> None:
     assert np.isfinite([lone.energy, lone.u, *lone.atomic_u]).all()
     assert not lone.forces.any()
     assert not evaluator.uncertainty_gradient(Atoms("C"))[1].any()
+    assert not evaluator.atomic_uncertainty_gradient(Atoms("C"))[1].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

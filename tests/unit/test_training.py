@@ -19,7 +19,7 @@ from ubmd.data.structures import labels_of, write_structures
 from ubmd.errors import DataError, ModelError, TrainingError
 from ubmd.models import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, TrainingSettings
-from ubmd.training import load_weights, split, train
+from ubmd.training import load_weights, member_folders, split, train, train_members
 from ubmd.training.history import COLUMNS
 from ubmd.training.loss import ErrorSums, differences, loss
 
@@ -235,6 +235,29 @@ def test_log_and_picture(tmp_path, molecules):
         "log.csv",
         "weights.pt",
     ]
+
+
+def test_members_differ_by_their_seeds_only(tmp_path, molecules):
+    """The first member is the network that one trains alone; a finished member is kept; warm starts pair up."""
+    data = molecules[:6], molecules[9:]
+    rows = []
+    cold = train_members(3, MODEL, settings(epochs=2), *data, tmp_path / "cold", 4, progress=rows.append)
+    assert [(row["epoch"], row["epochs"]) for row in rows] == [(k, 6) for k in range(1, 7)]
+    assert same_weights(cold[0].model, train(MODEL, settings(epochs=2), *data, tmp_path / "alone", 4).model)
+    assert not same_weights(cold[1].model, cold[2].model)
+    assert not same_weights(cold[0].model, cold[1].model)
+    weights = [folder / "weights.pt" for folder in member_folders(tmp_path / "cold", 3)]
+    for path, result in zip(weights, cold, strict=True):
+        assert same_weights(load_weights(path), result.model)
+    (tmp_path / "cold" / "member_2" / "checkpoint.pt").unlink()
+    rows.clear()
+    again = train_members(3, MODEL, settings(epochs=2), *data, tmp_path / "cold", 4, progress=rows.append)
+    assert [row["epoch"] for row in rows] == [5, 6]
+    assert all(same_weights(a.model, b.model) for a, b in zip(cold, again, strict=True))
+    warm = train_members(3, MODEL, settings(epochs=1), *data, tmp_path / "warm", 5, initial=weights)
+    alone = train(MODEL, settings(epochs=1), *data, tmp_path / "warm0", 5, initial=weights[0])
+    assert same_weights(warm[0].model, alone.model)
+    assert member_folders(tmp_path, 1) == [tmp_path]
 
 
 def test_one_validation_structure_and_one_epoch(tmp_path, molecules):

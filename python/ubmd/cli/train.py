@@ -78,7 +78,8 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     console.print(describe(training_set, "training set"))
     console.print(describe(validation_set, "validation set"))
     with _progress(console) as report:
-        result = training.train(
+        results = training.train_members(
+            settings.uncertainty.networks,
             settings.model,
             settings.training,
             training_set,
@@ -89,10 +90,12 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
             fresh=fresh,
         )
     path = settings.output_dir / "model.pt"
-    _export(result.model, training_set, validation_set, settings.uncertainty, path, settings.model_dump(mode="json"))
-    console.print(_training_summary(result.best, len(result.history)))
+    models = [result.model for result in results]
+    _export(models, training_set, validation_set, settings.uncertainty, path, settings.model_dump(mode="json"))
+    for result, folder in zip(results, training.member_folders(settings.output_dir, len(results)), strict=True):
+        console.print(_training_summary(result.best, len(result.history)))
+        console.print(f"log and picture: {folder / 'log.csv'}, learning_curve.png", soft_wrap=True)
     console.print(f"model: {path}", soft_wrap=True)
-    console.print(f"log and picture: {settings.output_dir / 'log.csv'}, learning_curve.png", soft_wrap=True)
 
 
 def _load_sets(settings: TrainSettings, base: Path) -> tuple[list[Atoms], list[Atoms]]:
@@ -107,7 +110,7 @@ def _load_sets(settings: TrainSettings, base: Path) -> tuple[list[Atoms], list[A
 
 
 def _export(
-    model: Any,
+    models: Sequence[Any],
     training_set: Sequence[Atoms],
     calibration_set: Sequence[Atoms],
     uncertainty: UncertaintySettings,
@@ -118,7 +121,7 @@ def _export(
     from ubmd.export import export_model
 
     provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings}
-    return export_model(model, training_set, calibration_set, uncertainty, path, provenance)
+    return export_model(models, training_set, calibration_set, uncertainty, path, provenance)
 
 
 @contextmanager
@@ -295,6 +298,9 @@ def export(
     calibration_file: Annotated[Path, typer.Argument(help="Labelled structures for the calibration.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path("model.pt"),
     overrides: SetOption = None,
+    member: Annotated[
+        list[Path] | None, typer.Option("--member", help="weights.pt of each other member, with --set kind=ensemble.")
+    ] = None,
 ) -> None:
     """Make a model file from trained weights, e.g. with another confidence: --set alpha=0.5."""
     from ubmd.data.structures import read_structures
@@ -302,11 +308,11 @@ def export(
 
     with user_errors():
         uncertainty = make_settings(UncertaintySettings, {}, overrides or [], "--set")
-        model = load_weights(weights)
+        models = [load_weights(path) for path in [weights, *(member or [])]]
         training_set = read_structures(training_file, labelled=True)
         calibration_set = read_structures(calibration_file, labelled=True)
         settings = {"uncertainty": uncertainty.model_dump(mode="json")}
-        metadata = _export(model, training_set, calibration_set, uncertainty, output, settings)
+        metadata = _export(models, training_set, calibration_set, uncertainty, output, settings)
         attainable = metadata["uncertainty"]["energy"]["attainable"]
         print(f"wrote {output}: uncertainties of structures hold at {100 * attainable:.4g} % confidence")
 

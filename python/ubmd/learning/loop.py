@@ -38,7 +38,7 @@ from ubmd.learning.run_folder import (
 from ubmd.learning.stages import Stage, random_generator
 from ubmd.learning.workers import Workers
 from ubmd.settings import RunSettings
-from ubmd.training import load_weights, train
+from ubmd.training import load_weights, member_folders, train_members
 
 _LARGEST_FRUITLESS = 3  # iterations in a row without one new label, after which the loop gives up
 
@@ -85,7 +85,7 @@ class Loop:
         self.rejected: list[Atoms] = []
         self.history: list[dict[str, Any]] = []
         self.newest: list[Atoms] = []  # labels of the last batch
-        self.weights: Path | None = None  # of the last model
+        self.weights: list[Path] | None = None  # of the networks of the last model
         self._fruitless = 0
         self._dataset_bytes = 0
         self._torsions: list[np.ndarray] = []
@@ -154,10 +154,11 @@ class Loop:
                 "settings": self.settings.model_dump(mode="json"),
                 "iteration": iteration,
             }
-            export_model(load_weights(weights), training, validation, options, model, provenance)
+            networks = [load_weights(path) for path in weights]
+            export_model(networks, training, validation, options, model, provenance)
 
         sets = [dataset_hash(training), dataset_hash(validation)]
-        once.run("export", [file_hash(weights), sets, options.model_dump()], [model], export)
+        once.run("export", [[file_hash(path) for path in weights], sets, options.model_dump()], [model], export)
         self._measure(once, model, training, validation)
         copy_file(model, self.folder.model)
         self.weights = weights
@@ -172,9 +173,10 @@ class Loop:
         pairs = list(zip(self.dataset, sides, strict=True))
         return [a for a, side in pairs if side == "train"], [a for a, side in pairs if side == "valid"]
 
-    def _train(self, iteration: int, once: Stages, training: list[Atoms], validation: list[Atoms]) -> Path:
-        """Train from scratch, or from the last weights; returns the new weights."""
+    def _train(self, iteration: int, once: Stages, training: list[Atoms], validation: list[Atoms]) -> list[Path]:
+        """Train from scratch, or from the last weights; returns the new weights, one file per network."""
         settings = self.settings
+        count = settings.uncertainty.networks
         initial = self.weights if settings.loop.warm_start else None
         epochs = settings.training.epochs if initial is None else settings.loop.warm_epochs
         options = settings.training.model_copy(update={"threads": self.threads})
@@ -182,17 +184,20 @@ class Loop:
         inputs = [
             dataset_hash(training),
             dataset_hash(validation),
-            file_hash(initial) if initial else None,
+            [file_hash(path) for path in initial] if initial else None,
             settings.model.model_dump(mode="json"),
             options.model_dump(mode="json", exclude={"checkpoint_every"}),
             epochs,
             seed,
+            count,
         ]
         folder = once.folder / "train"
+        weights = [path / "weights.pt" for path in member_folders(folder, count)]
 
         def work() -> None:
             stages.prepare_folder(folder, content_hash(inputs))
-            train(
+            train_members(
+                count,
                 settings.model,
                 options,
                 training,
@@ -204,8 +209,8 @@ class Loop:
                 progress=lambda row: self.events.show("epoch", iteration=iteration, **row),
             )
 
-        once.run("train", inputs, [folder / "weights.pt"], work)
-        return folder / "weights.pt"
+        once.run("train", inputs, weights, work)
+        return weights
 
     def _measure(self, once: Stages, model: Path, training: list[Atoms], validation: list[Atoms]) -> None:
         """Errors on training, validation and test set (the last for the report only: nothing depends on it)."""

@@ -1,0 +1,75 @@
+"""Training of the networks that a kind of uncertainty needs: one, or the members of an ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+
+from ubmd.settings import ModelSettings, TrainingSettings
+from ubmd.training.history import Row
+from ubmd.training.trainer import TrainedModel, train
+
+
+def train_members(
+    count: int,
+    model_settings: ModelSettings,
+    training_settings: TrainingSettings,
+    training: Sequence[Atoms],
+    validation: Sequence[Atoms],
+    folder: Path,
+    seed: int,
+    initial: Sequence[Path] | None = None,
+    epochs: int | None = None,
+    progress: Callable[[Row], None] | None = None,
+    fresh: bool = False,
+) -> list[TrainedModel]:
+    """Train ``count`` networks on the same data, one after the other, each with its own seed and folder.
+
+    The arguments are those of `trainer.train`, with one weights file per network in ``initial``; ``progress`` counts
+    the epochs of all of them. Networks that an interrupted call has finished are not trained again.
+    """
+    folders, seeds = member_folders(folder, count), [member_seed(seed, m) for m in range(count)]
+    starts: Sequence[Path | None] = initial or [None] * count
+    results = []
+    for m, (where, own_seed, start) in enumerate(zip(folders, seeds, starts, strict=True)):
+        report = _counting(progress, m, count)
+        results.append(
+            train(
+                model_settings,
+                training_settings,
+                training,
+                validation,
+                where,
+                own_seed,
+                initial=start,
+                epochs=epochs,
+                progress=report,
+                fresh=fresh,
+            )
+        )
+    return results
+
+
+def member_folders(folder: Path, count: int) -> list[Path]:
+    """Where each network's weights, log and picture are: the folder itself if there is only one."""
+    return [folder] if count == 1 else [folder / f"member_{m}" for m in range(count)]
+
+
+def member_seed(seed: int, member: int) -> int:
+    """Seed of a member; the first has the seed itself, so that it is the network one would train alone."""
+    return seed if member == 0 else int(np.random.SeedSequence([seed, 3, member]).generate_state(1)[0])
+
+
+def _counting(progress: Callable[[Row], None] | None, member: int, count: int) -> Callable[[Row], None] | None:
+    """A callback that counts the epochs of all members."""
+    if progress is None:
+        return None
+
+    def report(row: Row) -> None:
+        epochs = row["epochs"]
+        progress({**row, "epoch": row["epoch"] + member * epochs, "epochs": count * epochs})
+
+    return report
