@@ -12,6 +12,7 @@
 #include "force.h"
 #include "frames.h"
 #include "memory.h"
+#include "modify.h"
 #include "pair_ubmd.h"
 #include "timer.h"
 #include "ubmd_error.h"
@@ -140,6 +141,8 @@ int FixUBMD::setmask() {
 }
 
 void FixUBMD::init() {
+  if (modify->get_fix_by_style("^ubmd$").size() > 1)
+    error->all(FLERR, "only one fix ubmd can be used at a time: put all keywords into one fix, or unfix the other");
   check_pair();
   prepare_species();
   open_file();

@@ -171,6 +171,26 @@ def test_overlay_with_zbl(lab, structures):
     assert scales[0] == pytest.approx(scales[1], rel=1e-12)
 
 
+def test_fix_pair_of_a_sub_style(lab, structures):
+    """fix pair finds the sub-style of hybrid/overlay; atoms without element have no uncertainty."""
+    script = lab.head(structures["cubic"]).replace("pair_style ubmd", "pair_style hybrid/overlay lj/cut 3.0 ubmd")
+    script = script.replace("* * model.pt H", "* * lj/cut 0.0 1.0\npair_coeff * * ubmd model.pt NULL")
+    script += "fix u all pair 1 ubmd uncertainty 1\nfix b all ubmd\nrun 0\n"
+    with lab.session(script) as lammps:
+        u = lammps.numpy.extract_fix("u", 1, 1)[:18]
+        assert np.array_equal(u, lammps.numpy.extract_fix("b", 1, 2)[:18, 0])
+        assert np.array_equal(u == 0.0, lammps.numpy.extract_atom("type")[:18] == 1)
+
+
+def test_stop_ends_a_minimisation(lab, structures):
+    """And the next run is a normal one."""
+    script = lab.head(structures["triclinic"]) + "fix b all ubmd stop 1e-9\nminimize 0.0 1e-4 20 100\n"
+    script += lab.report("step") + "unfix b\nfix move all nve\nrun 3\n" + lab.report("step")
+    steps = lab.run(script).numbers["step"]
+    assert steps[0] <= 1.0
+    assert steps[1] == steps[0] + 3.0
+
+
 def test_fix_modify_energy_and_virial(lab, structures):
     """The bias energy is in pe only with `energy yes`, the bias virial in press unless `virial no`."""
     script = lab.head(structures["triclinic"]) + "fix b all ubmd force 0.2 stress 0.3 window 1\n"
