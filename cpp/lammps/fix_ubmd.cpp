@@ -209,7 +209,8 @@ void FixUBMD::request(bool in_setup) {
     has_first_ = true;
     due_ = (step - first_) % settings_.every == 0 || (in_setup && !biasing());
   }
-  if (due_) pair_->request(biasing());
+  if (due_)
+    pair_->request(!biasing() ? ubmd::Keep::nothing : settings_.atomic ? ubmd::Keep::second_order : ubmd::Keep::graph);
 }
 
 void FixUBMD::setup_pre_force(int) {
@@ -279,7 +280,7 @@ void FixUBMD::evaluate_uncertainty(std::vector<double> *weight) {
 
 void FixUBMD::evaluate_atoms() {
   const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::uncertainty);
-  const auto values = pair_->model().atomic_uncertainties();
+  const auto values = pair_->atomic_uncertainties();
   const auto &atoms = pair_->kept().graph.atoms;
   double sum = 0.0, largest = 0.0;
   for (int i = 0; i < atom->nlocal; ++i) array_atom[i][0] = 0.0;
@@ -300,7 +301,7 @@ FixUBMD::Norms FixUBMD::evaluate_bias(const std::vector<double> &weight) {
   std::vector<double> forces(3 * (atom->nlocal + atom->nghost), 0.0), raw(forces.size(), 0.0);
   {
     const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::bias);
-    gradient = settings_.atomic ? pair_->model().atomic_bias() : pair_->model().bias(weight);
+    gradient = settings_.atomic ? pair_->atomic_bias() : pair_->model().bias(weight);
     PairUBMD::scatter(kept.graph, kept.gradient, -1.0, forces.data());
     PairUBMD::scatter(kept.graph, gradient, 1.0, raw.data());
     work_.resize(2 * forces.size());

@@ -70,6 +70,16 @@ torch::jit::Module load(const std::string &file, const torch::Device &device) {
   }
 }
 
+// Vector-Jacobian product; zeros where the outputs don't depend on the input.
+torch::Tensor vector_jacobian(const std::vector<torch::Tensor> &outputs, const torch::Tensor &input,
+                              const std::vector<torch::Tensor> &cotangents, bool keep_graph, bool create_graph) {
+  bool depends = input.numel() > 0;
+  for (const auto &output : outputs) depends = depends && output.requires_grad();
+  if (!depends) return torch::zeros_like(input);
+  const auto gradients = torch::autograd::grad(outputs, {input}, cotangents, keep_graph, create_graph, true);
+  return gradients[0].defined() ? gradients[0] : torch::zeros_like(input);
+}
+
 }  // namespace
 
 struct Model::Implementation {
@@ -77,17 +87,19 @@ struct Model::Implementation {
 
   std::vector<torch::jit::IValue> arguments(const Graph &graph, bool requires_grad);
   torch::Tensor gradient_of(const torch::Tensor &output, const torch::Tensor &cotangent, bool keep_graph);
+  std::vector<torch::Tensor> member_gradients(const torch::Tensor &features, const torch::Tensor &edges, Keep keep);
 
   std::string file;
   torch::Device device;
   torch::ScalarType dtype = torch::kFloat64;  // of the edge vectors
   double unit = 1.0;                          // energy unit of the run: one eV in it
   torch::jit::Module module;
-  torch::Tensor edge_vector;  // of the kept evaluation
-  torch::Tensor features;     // [n_local, p]
+  torch::Tensor edge_vector;           // of the kept evaluation
+  torch::Tensor features;              // [n_local, p]
+  std::vector<torch::Tensor> members;  // of an ensemble: [M] gradients [P, 3]
 };
 
-// Inputs of a model's forward(); the edge vectors become `edge_vector`.
+// Inputs of a model's forward().
 std::vector<torch::jit::IValue> Model::Implementation::arguments(const Graph &graph, bool requires_grad) {
   const auto integers = [&](const std::vector<std::int64_t> &values, at::IntArrayRef shape) {
     return torch::from_blob(const_cast<std::int64_t *>(values.data()), shape, torch::kInt64)
@@ -96,20 +108,26 @@ std::vector<torch::jit::IValue> Model::Implementation::arguments(const Graph &gr
   const auto vectors =
       torch::from_blob(const_cast<double *>(graph.vectors.data()), {graph.n_edges(), 3}, torch::kFloat64);
   const auto copy = vectors.to(device, dtype, false, true);
-  if (requires_grad) {
-    copy.requires_grad_(true);
-    edge_vector = copy;
-  }
+  copy.requires_grad_(requires_grad);
   const auto n = static_cast<std::int64_t>(graph.species.size());
   return {integers(graph.species, {n}), integers(graph.edges, {2, graph.n_edges()}), copy, graph.n_local};
 }
 
-// Vector-Jacobian product with respect to the edge vectors; zeros where the output doesn't depend on them.
+// Vector-Jacobian product with respect to the kept edge vectors.
 torch::Tensor Model::Implementation::gradient_of(const torch::Tensor &output, const torch::Tensor &cotangent,
                                                  bool keep_graph) {
-  if (edge_vector.numel() == 0 || !output.requires_grad()) return torch::zeros_like(edge_vector);
-  const auto gradients = torch::autograd::grad({output}, {edge_vector}, {cotangent}, keep_graph, false, true);
-  return gradients[0].defined() ? gradients[0] : torch::zeros_like(edge_vector);
+  return vector_jacobian({output}, edge_vector, {cotangent}, keep_graph, false);
+}
+
+// Gradients of the columns of an ensemble's features, which are the members' energies up to a constant.
+std::vector<torch::Tensor> Model::Implementation::member_gradients(const torch::Tensor &features,
+                                                                   const torch::Tensor &edges, Keep keep) {
+  std::vector<torch::Tensor> gradients;
+  for (std::int64_t m = 0; m < features.size(1); ++m) {
+    const auto energy = features.select(1, m).sum();
+    gradients.push_back(vector_jacobian({energy}, edges, {torch::ones_like(energy)}, true, keep == Keep::second_order));
+  }
+  return gradients;
 }
 
 Model::Model(const std::string &file, Precision precision, const std::string &device, int threads, double energy_unit)
@@ -128,7 +146,9 @@ Model::Model(const std::string &file, Precision precision, const std::string &de
       parameter.set_data(parameter.detach().to(parameter_type));
       parameter.requires_grad_(false);
     }
-    for (const char *method : {"metadata", "forces", "forward", "uncertainty", "atomic_uncertainties"})
+    is_ensemble_ = impl.module.find_method("force_uncertainties").has_value();
+    const char *atoms = is_ensemble_ ? "force_uncertainties" : "atomic_uncertainties";
+    for (const char *method : {"metadata", "forces", "forward", "uncertainty", atoms})
       if (!impl.module.find_method(method))
         throw Error("file " + file + " is TorchScript but has no method " + method + ": it is not a ubmd model file");
     metadata_ = parse_metadata(impl.module.get_method("metadata")({}).toStringRef(), file);
@@ -153,16 +173,24 @@ void Model::forces(const Graph &graph, std::vector<double> &energies, std::vecto
   });
 }
 
-void Model::forces_and_features(const Graph &graph, bool keep_graph, std::vector<double> &energies,
+void Model::forces_and_features(const Graph &graph, Keep keep, std::vector<double> &energies,
                                 std::vector<double> &gradient) {
   guarded("model file " + impl_->file + " failed to evaluate", [&] {
     release();
-    const auto result = impl_->module.forward(impl_->arguments(graph, true)).toTuple();
+    auto &impl = *impl_;
+    const auto inputs = impl.arguments(graph, true);
+    impl.edge_vector = inputs[2].toTensor();
+    const auto result = impl.module.forward(inputs).toTuple();
     const auto energy = result->elements()[0].toTensor();
-    impl_->features = result->elements()[1].toTensor();
-    energies = to_vector(energy, impl_->unit);
-    gradient = to_vector(impl_->gradient_of(energy, torch::ones_like(energy), keep_graph), impl_->unit);
-    if (!keep_graph) impl_->features = impl_->features.detach();
+    impl.features = result->elements()[1].toTensor();
+    energies = to_vector(energy, impl.unit);
+    if (is_ensemble_) {
+      impl.members = impl.member_gradients(impl.features, impl.edge_vector, keep);
+      gradient = to_vector(torch::stack(impl.members).mean(0), impl.unit);
+    } else {
+      gradient = to_vector(impl.gradient_of(energy, torch::ones_like(energy), keep != Keep::nothing), impl.unit);
+    }
+    if (keep == Keep::nothing) impl.features = impl.features.detach();
   });
 }
 
@@ -185,6 +213,48 @@ std::vector<double> Model::atomic_uncertainties(const Graph &graph) {
     const auto result = impl_->module.forward(impl_->arguments(graph, false)).toTuple();
     const auto values = impl_->module.get_method("atomic_uncertainties")({result->elements()[1]}).toTensor();
     return to_vector(values, impl_->unit);
+  });
+}
+
+std::vector<std::vector<double>> Model::member_gradients() const {
+  std::vector<std::vector<double>> gradients;
+  for (const auto &gradient : impl_->members) gradients.push_back(to_vector(gradient));
+  return gradients;
+}
+
+std::vector<std::vector<double>> Model::member_gradients(const Graph &graph) {
+  return guarded("the members' forces of model file " + impl_->file + " failed", [&] {
+    const auto inputs = impl_->arguments(graph, true);
+    const auto features = impl_->module.forward(inputs).toTuple()->elements()[1].toTensor();
+    std::vector<std::vector<double>> gradients;
+    for (const auto &gradient : impl_->member_gradients(features, inputs[2].toTensor(), Keep::nothing))
+      gradients.push_back(to_vector(gradient));
+    return gradients;
+  });
+}
+
+std::vector<double> Model::force_uncertainties(const std::vector<double> &forces, std::vector<double> *derivative) {
+  return guarded("atomic uncertainties of model file " + impl_->file + " failed", [&] {
+    const auto n_members = static_cast<std::int64_t>(metadata_.projections);
+    const auto leaf = from_vector(forces)
+                          .view({static_cast<std::int64_t>(forces.size()) / (3 * n_members), 3, n_members})
+                          .to(impl_->device)
+                          .requires_grad_(derivative != nullptr);
+    const auto u = impl_->module.get_method("force_uncertainties")({leaf}).toTensor();
+    if (derivative) *derivative = to_vector(torch::autograd::grad({u.sum()}, {leaf})[0]);
+    return to_vector(u, impl_->unit);
+  });
+}
+
+std::vector<double> Model::member_bias(const std::vector<std::vector<double>> &cotangents) {
+  return guarded("the bias of model file " + impl_->file + " failed", [&] {
+    const auto &edges = impl_->edge_vector;
+    std::vector<torch::Tensor> tensors;
+    for (const auto &cotangent : cotangents)
+      tensors.push_back(from_vector(cotangent).to(edges.device(), edges.scalar_type()).view_as(edges));
+    const auto gradient = to_vector(vector_jacobian(impl_->members, edges, tensors, false, false), impl_->unit);
+    release();
+    return gradient;
   });
 }
 
@@ -221,6 +291,7 @@ std::vector<double> Model::atomic_bias() {
 void Model::release() {
   impl_->edge_vector = torch::Tensor();
   impl_->features = torch::Tensor();
+  impl_->members.clear();
 }
 
 std::string loaded_torch_version() {

@@ -24,6 +24,7 @@ PairUBMD::PairUBMD(LAMMPS *lmp) : Pair(lmp) {
   manybody_flag = 1;
   no_virial_fdotr_compute = 1;  // the virial is summed over edges, as is the per-atom one
   centroidstressflag = CENTROID_AVAIL;
+  comm_forward = comm_reverse = 3;  // a member of an ensemble at a time
 }
 
 PairUBMD::~PairUBMD() {
@@ -135,7 +136,7 @@ void PairUBMD::evaluate(Evaluation &evaluation) {
   const ubmd::Timer::Scope scope(timer_, ubmd::Timer::network);
   try {
     if (state_ == Kept::requested)
-      model_->forces_and_features(evaluation.graph, keep_graph_, evaluation.energies, evaluation.gradient);
+      model_->forces_and_features(evaluation.graph, keep_, evaluation.energies, evaluation.gradient);
     else
       model_->forces(evaluation.graph, evaluation.energies, evaluation.gradient);
   } catch (const std::exception &problem) {
@@ -149,7 +150,13 @@ void PairUBMD::evaluate_atoms(const Evaluation &evaluation) {
   uncertainty_flag_ = 2;
   uncertainties_.assign(atom->nmax, 0.0);
   try {
-    const auto values = model_->atomic_uncertainties(evaluation.graph);
+    std::vector<double> values;
+    if (model_->is_ensemble()) {
+      sum_member_forces(evaluation.graph, model_->member_gradients(evaluation.graph));
+      values = model_->force_uncertainties(member_forces_, nullptr);
+    } else {
+      values = model_->atomic_uncertainties(evaluation.graph);
+    }
     for (std::size_t i = 0; i < values.size(); ++i) uncertainties_[evaluation.graph.atoms[i]] = values[i];
   } catch (const std::exception &problem) {
     error->one(FLERR, "pair_style ubmd: {}", problem.what());
@@ -229,15 +236,78 @@ void PairUBMD::tally_virial(const Evaluation &evaluation) {
   }
 }
 
-void PairUBMD::request(bool keep_graph) {
+void PairUBMD::request(ubmd::Keep keep) {
   state_ = Kept::requested;
-  keep_graph_ = keep_graph;
+  keep_ = keep;
 }
 
 const PairUBMD::Evaluation &PairUBMD::kept() const {
   if (state_ != Kept::done)
     error->all(FLERR, "fix ubmd found no forces of pair_style ubmd in this step: remove 'pair_modify compute no'");
   return kept_;
+}
+
+std::vector<double> PairUBMD::atomic_uncertainties() {
+  if (!model().is_ensemble()) return model_->atomic_uncertainties();
+  sum_member_forces(kept_.graph, model_->member_gradients());
+  return model_->force_uncertainties(member_forces_, nullptr);
+}
+
+// For an ensemble the derivatives of u_i with respect to the members' forces go to the ghosts, whose edges may be
+// owned by other ranks; then follows the second-order product.
+std::vector<double> PairUBMD::atomic_bias() {
+  if (!model().is_ensemble()) return model_->atomic_bias();
+  std::vector<double> derivative;
+  model_->force_uncertainties(member_forces_, &derivative);
+  const auto &graph = kept_.graph;
+  const auto n = graph.n_edges();
+  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
+  std::vector<std::vector<double>> cotangents(n_members, std::vector<double>(3 * n));
+  for (std::size_t m = 0; m < n_members; ++m) {
+    exchanged_.assign(3 * (atom->nlocal + atom->nghost), 0.0);
+    for (std::int64_t i = 0; i < graph.n_local; ++i)
+      for (int k = 0; k < 3; ++k) exchanged_[3 * graph.atoms[i] + k] = derivative[(3 * i + k) * n_members + m];
+    comm->forward_comm(this);
+    for (std::int64_t e = 0; e < n; ++e)
+      for (int k = 0; k < 3;
+           ++k)  // an edge's gradient is added to the force of its centre and taken from its neighbour
+        cotangents[m][3 * e + k] =
+            exchanged_[3 * graph.atoms[graph.edges[e]] + k] - exchanged_[3 * graph.atoms[graph.edges[n + e]] + k];
+  }
+  return model_->member_bias(cotangents);
+}
+
+// Forces of each member of an ensemble on the owned atoms, with the shares of other ranks.
+void PairUBMD::sum_member_forces(const ubmd::Graph &graph, const std::vector<std::vector<double>> &gradients) {
+  const auto n_members = gradients.size();
+  member_forces_.assign(3 * graph.n_local * n_members, 0.0);
+  for (std::size_t m = 0; m < n_members; ++m) {
+    exchanged_.assign(3 * (atom->nlocal + atom->nghost), 0.0);
+    scatter(graph, gradients[m], -1.0, exchanged_.data());
+    comm->reverse_comm(this);
+    for (std::int64_t i = 0; i < graph.n_local; ++i)
+      for (int k = 0; k < 3; ++k) member_forces_[(3 * i + k) * n_members + m] = exchanged_[3 * graph.atoms[i] + k];
+  }
+}
+
+int PairUBMD::pack_forward_comm(int n, int *list, double *buffer, int, int *) {
+  for (int i = 0; i < n; ++i)
+    for (int k = 0; k < 3; ++k) buffer[3 * i + k] = exchanged_[3 * list[i] + k];
+  return 3 * n;
+}
+
+void PairUBMD::unpack_forward_comm(int n, int first, double *buffer) {
+  for (int m = 0; m < 3 * n; ++m) exchanged_[3 * first + m] = buffer[m];
+}
+
+int PairUBMD::pack_reverse_comm(int n, int first, double *buffer) {
+  for (int m = 0; m < 3 * n; ++m) buffer[m] = exchanged_[3 * first + m];
+  return 3 * n;
+}
+
+void PairUBMD::unpack_reverse_comm(int n, int *list, double *buffer) {
+  for (int i = 0; i < n; ++i)
+    for (int k = 0; k < 3; ++k) exchanged_[3 * list[i] + k] += buffer[3 * i + k];
 }
 
 void PairUBMD::release() {

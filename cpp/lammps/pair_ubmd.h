@@ -28,6 +28,10 @@ class PairUBMD : public Pair {
   double memory_usage() override;
   void *extract(const char *, int &) override;
   void *extract_peratom(const char *, int &) override;
+  int pack_forward_comm(int, int *, double *, int, int *) override;
+  void unpack_forward_comm(int, int, double *) override;
+  int pack_reverse_comm(int, int, double *) override;
+  void unpack_reverse_comm(int, int *, double *) override;
 
   // ---- for fix ubmd ----
 
@@ -38,10 +42,14 @@ class PairUBMD : public Pair {
     std::vector<double> gradient;  // [P, 3] dE/d(edge vector)
   };
 
-  // Ask the next compute() to keep its evaluation, and the model's graph too if a bias is to follow.
-  void request(bool keep_graph);
+  // Ask the next compute() to keep its evaluation, and of the model's graph what the bias needs that is to follow.
+  void request(ubmd::Keep keep);
   // The kept evaluation; an error if compute() didn't run since request().
   const Evaluation &kept() const;
+  // Uncertainties of the owned atoms (graph order) of the kept evaluation. Ranks must call it together.
+  std::vector<double> atomic_uncertainties();
+  // d(sum of all atomic uncertainties)/d(edge vector) [P, 3] of the kept evaluation, after atomic_uncertainties().
+  std::vector<double> atomic_bias();
   // Free what was kept.
   void release();
 
@@ -63,6 +71,7 @@ class PairUBMD : public Pair {
   void read_option(const std::string &, const std::string &);
   void evaluate(Evaluation &);
   void evaluate_atoms(const Evaluation &);
+  void sum_member_forces(const ubmd::Graph &, const std::vector<std::vector<double>> &);
   void check_finite(const Evaluation &) const;
   void tally(const Evaluation &);
   void tally_virial(const Evaluation &);
@@ -79,9 +88,11 @@ class PairUBMD : public Pair {
   std::vector<int> species_;        // species index of each type, -1 for NULL
   Evaluation scratch_, kept_;
   Kept state_ = Kept::nothing;
-  bool keep_graph_ = false;
+  ubmd::Keep keep_ = ubmd::Keep::nothing;
   int uncertainty_flag_ = 0;           // set to 1 by fix pair; 2: computed
   std::vector<double> uncertainties_;  // [nmax] for fix pair
+  std::vector<double> member_forces_;  // [n_local, 3, M] of an ensemble, eV/Å
+  std::vector<double> exchanged_;      // [nall, 3] what one communication moves
   ubmd::Timer timer_;
 };
 

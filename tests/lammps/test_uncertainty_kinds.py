@@ -15,7 +15,7 @@ from ubmd.models import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, UncertaintySettings
 
 ELEMENTS = ["H", "C", "O"]
-KINDS = ["last-layer", "distance"]
+KINDS = ["posterior", "last-layer", "distance", "ensemble"]
 
 MEASURE = """
 compute virial all pressure NULL pair
@@ -43,10 +43,14 @@ def files(structures, tmp_path_factory) -> dict[str, Path]:
         labelled.append(atoms)
     folder = tmp_path_factory.mktemp("kinds")
     for kind in KINDS:
-        model = GaussianMomentNetwork(ELEMENTS, ModelSettings(hidden=(16, 12), cutoff=4.0), seed=5)
-        model.initialise_energies([build_graph(atoms, ELEMENTS, 4.0) for atoms in labelled])
         settings = UncertaintySettings(kind=kind, projections=20, references=30, alpha=0.3)
-        export_model(model, labelled[:6], labelled[6:], settings, folder / f"{kind}.pt")
+        models = [
+            GaussianMomentNetwork(ELEMENTS, ModelSettings(hidden=(16, 12), cutoff=4.0), seed=5 + m)
+            for m in range(settings.networks)
+        ]
+        for m, model in enumerate(models):
+            model.initialise_energies([build_graph(atoms, ELEMENTS, 4.0) for atoms in labelled[m:]])
+        export_model(models, labelled[:6], labelled[6:], settings, folder / f"{kind}.pt")
     return {kind: folder / f"{kind}.pt" for kind in KINDS}
 
 
@@ -95,3 +99,80 @@ def test_equals_python(lab, files, structures, kind, structure, ranks):
         assert close(lab.tensor_to_ase(atoms, [-n[name] / lab.bar for name in VIRIAL]), stress)
         applied = lab.tensor_to_ase(atoms, [n[name] / lab.bar for name in BIAS_VIRIAL])
         assert close(applied, 0.4 * stress_scale * bias_stress)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("structure", ["molecule", "triclinic"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bias_of_summed_atomic_uncertainties_equals_python(lab, files, structures, kind, structure, ranks):
+    atoms = structures[structure]
+    evaluator = Evaluator(files[kind], "double")
+    measure = MEASURE.replace("force 0.25", "uncertainty atomic force 0.25")
+    if not atoms.pbc.all():
+        measure = measure.replace("stress 0.4 ", "")
+    names = ["f_b", "f_b[1]", "f_b[4]", *BIAS_VIRIAL]
+    numbers = lab.run(script_of(lab, atoms, files[kind]) + measure + lab.report(*names), ranks).numbers
+    n = {name: values[0] for name, values in numbers.items()}
+    frame = lab.dump("dump.test")[0]
+    expected = evaluator.predict_one(atoms)
+    total, gradient, strain = evaluator.atomic_uncertainty_gradient(atoms)
+    scale = np.linalg.norm(expected.forces) / np.linalg.norm(gradient)
+    bias = lab.to_ase(atoms, np.stack([frame[f"f_b[{k}]"] for k in (2, 3, 4)], 1))
+
+    assert close(total, expected.atomic_u.sum())
+    assert close(n["f_b[1]"], expected.u)
+    assert close(n["f_b[4]"], scale)
+    assert close(n["f_b"], -0.25 * scale * total)
+    assert close(bias, 0.25 * scale * gradient)
+    if atoms.pbc.all():
+        stress = expected.stress[[0, 5, 4, 5, 1, 3, 4, 3, 2]].reshape(3, 3)
+        applied = lab.tensor_to_ase(atoms, [n[name] / lab.bar for name in BIAS_VIRIAL])
+        assert close(applied, 0.4 * np.linalg.norm(stress) / np.linalg.norm(strain) * strain)
+
+
+@pytest.mark.parametrize("uncertainty", ["energy", "atomic"])
+def test_ensemble_with_a_rank_without_atoms(lab, files, structures, uncertainty):
+    """The molecule lies at one end of a long box: a rank that owns nothing joins every communication."""
+    atoms = structures["molecule"]
+    evaluator = Evaluator(files["ensemble"], "double")
+    (lab.folder / "model.pt").write_bytes(files["ensemble"].read_bytes())
+    script = lab.head(atoms, settings="processors 2 1 1", margin=(5.0, 60.0))
+    script += f"fix b all ubmd force 0.25 uncertainty {uncertainty} window 1\nrun 0\n"
+    outcome = lab.run(script + lab.report("f_b[1]", "f_b[2]", "f_b[4]"), 2)
+    assert outcome.text.split("Nlocal:")[1].split("min")[0].split()[-1] == "0"
+    expected = evaluator.predict_one(atoms)
+    atomic = uncertainty == "atomic"
+    gradient = (evaluator.atomic_uncertainty_gradient if atomic else evaluator.uncertainty_gradient)(atoms)[1]
+    scale = np.linalg.norm(expected.forces) / np.linalg.norm(gradient)
+    n = outcome.numbers
+    assert close([n["f_b[1]"][0], n["f_b[2]"][0], n["f_b[4]"][0]], [expected.u, expected.atomic_u.max(), scale])
+
+
+def test_ensemble_trajectories_do_not_depend_on_the_ranks(lab, files, structures):
+    """Held bias of summed atomic uncertainties over 20 steps: one and two ranks, and a monitor beside fix pair."""
+    atoms = structures["triclinic"]
+    script = script_of(lab, atoms, files["ensemble"]) + "velocity all create 2000.0 4 loop all\nfix 1 all nve\n"
+    script += "timestep 0.0005\nfix b all ubmd force 0.3 uncertainty atomic window 4 every 2\n"
+    script += "fix u all pair 1 ubmd uncertainty 1\nvariable d atom abs(f_u-f_b[1])\ncompute d all reduce max v_d\n"
+    script += "dump d all custom 1 dump.test id x y z f_b[2] f_u\ndump_modify d sort id format float %.17g\n"
+    frames = []
+    for ranks in (1, 2):
+        n = lab.run(script + "thermo_style custom step c_d\nthermo 20\nrun 20\n" + lab.report("c_d"), ranks).numbers
+        assert n["c_d"][0] < 1e-10
+        frames.append(lab.dump("dump.test")[-1])
+    assert np.abs(frames[0]["f_b[2]"]).max() > 1e-3
+    for name in ("x", "y", "z", "f_b[2]"):
+        assert np.allclose(frames[0][name], frames[1][name], rtol=0, atol=1e-9)
+
+
+def test_ensemble_in_mixed_precision(lab, files, structures):
+    atoms = structures["triclinic"]
+    (lab.folder / "model.pt").write_bytes(files["ensemble"].read_bytes())
+    script = lab.head(atoms, "mixed") + "fix b all ubmd force 0.25 window 1\nrun 0\n"
+    n = lab.run(script + lab.report("f_b[1]", "f_b[2]", "f_b[4]")).numbers
+    evaluator = Evaluator(files["ensemble"], "double")
+    expected = evaluator.predict_one(atoms)
+    gradient = evaluator.uncertainty_gradient(atoms)[1]
+    scale = np.linalg.norm(expected.forces) / np.linalg.norm(gradient)
+    found = [n["f_b[1]"][0], n["f_b[2]"][0], n["f_b[4]"][0]]
+    assert found == pytest.approx([expected.u, expected.atomic_u.max(), scale], rel=1e-3)

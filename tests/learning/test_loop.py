@@ -112,7 +112,7 @@ def test_more_labels_continue_a_finished_run(inputs: Path) -> None:
     assert len(read_structures(folder.dataset)) == 5
 
 
-@pytest.mark.parametrize(("kind", "method"), [("distance", "max_dist")])
+@pytest.mark.parametrize(("kind", "method"), [("distance", "max_dist"), ("ensemble", "max_diag")])
 def test_loop_with_other_uncertainties(inputs: Path, kind: str, method: str) -> None:
     """Trained, exported, biased, selected and labelled with this kind; an ensemble's members start warm one by one."""
     tables = {"uncertainty": {"kind": kind, "members": 2, "references": 20}, "selection": {"method": method}}
