@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
-from ubmd.data.graph import VOIGT, Graph, build_graph, collate, scatter_forces, strain_gradient
+from ubmd.data.graph import VOIGT, Batch, Graph, build_graph, chunks, scatter_forces, strain_gradient
 from ubmd.export import load_model, structure_means
 
 
@@ -51,29 +51,40 @@ class Evaluator:
         return build_graph(atoms, self.elements, self.cutoff)
 
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
-        """One prediction per structure."""
-        return [self.predict_one(atoms) for atoms in structures]
+        """One prediction per structure; structures share evaluations of bounded size."""
+        batches = chunks(self.graph(atoms) for atoms in structures)
+        return [prediction for batch in batches for prediction in self._predict_batch(batch)]
 
     def predict_one(self, atoms: Atoms) -> Prediction:
         """Prediction for one structure."""
-        batch = collate([self.graph(atoms)])
-        n = len(atoms)
+        return self.predict([atoms])[0]
+
+    def _predict_batch(self, batch: Batch) -> list[Prediction]:
+        n = len(batch.species)
         edge = batch.edge_vector.to(self.edge_dtype)
         with torch.jit.optimized_execution(False):
             atomic_energy, gradient = self.module.forces(batch.species, batch.edge_index, edge, n)
             with torch.no_grad():
                 phi = self.module(batch.species, batch.edge_index, edge, n)[1]
-                mean = structure_means(phi.double(), batch)[0]
-                u = self.module.uncertainty(mean)
-                atomic_u = self.module.atomic_uncertainties(phi)
-        return Prediction(
-            energy=float(atomic_energy.double().sum()),
-            forces=scatter_forces(batch.edge_index, gradient.double(), n).numpy(),
-            stress=_stress(batch.edge_vector, gradient, atoms),
-            u=float(u),
-            atomic_u=atomic_u.double().numpy(),
-            feature=mean.numpy() / self.feature_scale,
-        )
+                means = structure_means(phi.double(), batch)
+                u = [float(self.module.uncertainty(mean)) for mean in means]
+                atomic_u = self.module.atomic_uncertainties(phi).double()
+        gradient, sizes = gradient.double(), batch.counts.tolist()
+        owner = batch.structure.index_select(0, batch.edge_index[0])
+        strain = strain_gradient(batch.edge_vector, gradient, owner, batch.n_structures).numpy()
+        forces = scatter_forces(batch.edge_index, gradient, n).split(sizes)
+        energies = atomic_energy.double().split(sizes)
+        return [
+            Prediction(
+                energy=float(energies[k].sum()),
+                forces=forces[k].numpy(),
+                stress=strain[k][VOIGT] / volume if volume > 0.0 else None,
+                u=u[k],
+                atomic_u=atom_u.numpy(),
+                feature=means[k].numpy() / self.feature_scale,
+            )
+            for k, (volume, atom_u) in enumerate(zip(batch.volume.tolist(), atomic_u.split(sizes), strict=True))
+        ]
 
     def uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
         """(u eV/atom, du/dr [n, 3] 1/atom·eV/Å, du/d(strain) [3, 3] eV/atom) of the structure uncertainty.
@@ -93,15 +104,6 @@ class Evaluator:
         owner = torch.zeros(len(edge), dtype=torch.int64)
         strain = strain_gradient(graph.edge_vector, gradient, owner, 1)[0]
         return float(u.detach()), -scatter_forces(graph.edge_index, gradient, n).numpy(), strain.numpy()
-
-
-def _stress(edge_vector: torch.Tensor, gradient: torch.Tensor, atoms: Atoms) -> np.ndarray | None:
-    """(1/V) dE/d(strain) in ASE's Voigt order, or None for a structure without a three-dimensional cell."""
-    if atoms.cell.rank < 3:
-        return None
-    owner = torch.zeros(len(edge_vector), dtype=torch.int64)
-    virial = strain_gradient(edge_vector, gradient.double(), owner, 1)[0].numpy()
-    return virial[VOIGT] / atoms.get_volume()
 
 
 class Calculator(AseCalculator):
