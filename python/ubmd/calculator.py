@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
-from ubmd.data.graph import VOIGT, Graph, build_graph, collate, scatter_forces, strain_gradient
+from ubmd.data.graph import VOIGT, Batch, Graph, build_graph, chunks, scatter_forces, strain_gradient
 from ubmd.export import load_model, structure_means
 from ubmd.models.evaluation import atomic_uncertainty_sum, evaluate, is_ensemble
 
@@ -52,28 +52,40 @@ class Evaluator:
         return build_graph(atoms, self.elements, self.cutoff)
 
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
-        """One prediction per structure."""
-        return [self.predict_one(atoms) for atoms in structures]
+        """One prediction per structure; structures share evaluations of bounded size."""
+        batches = chunks(self.graph(atoms) for atoms in structures)
+        return [prediction for batch in batches for prediction in self._predict_batch(batch)]
 
     def predict_one(self, atoms: Atoms) -> Prediction:
         """Prediction for one structure."""
-        batch = collate([self.graph(atoms)])
+        return self.predict([atoms])[0]
+
+    def _predict_batch(self, batch: Batch) -> list[Prediction]:
         edge = batch.edge_vector.to(self.edge_dtype)
         with torch.jit.optimized_execution(False):
             result = evaluate(self.module, batch.species, batch.edge_index, edge)
-            mean = structure_means(result.phi, batch)[0]
+            means = structure_means(result.phi, batch)
             with torch.no_grad():
-                u = self.module.uncertainty(mean)
+                u = [float(self.module.uncertainty(mean)) for mean in means]
         if is_ensemble(self.module):
-            mean = mean - mean.mean()  # how the members differ: their common energy says nothing about uncertainty
-        return Prediction(
-            energy=float(result.energy.sum()),
-            forces=scatter_forces(batch.edge_index, result.gradient, len(atoms)).numpy(),
-            stress=_stress(batch.edge_vector, result.gradient, atoms),
-            u=float(u),
-            atomic_u=result.atomic_u.numpy(),
-            feature=mean.numpy() / self.feature_scale,
-        )
+            # how the members differ: their common energy says nothing about uncertainty
+            means = means - means.mean(1, keepdim=True)
+        sizes = batch.counts.tolist()
+        owner = batch.structure.index_select(0, batch.edge_index[0])
+        strain = strain_gradient(batch.edge_vector, result.gradient, owner, batch.n_structures).numpy()
+        forces = scatter_forces(batch.edge_index, result.gradient, len(batch.species)).split(sizes)
+        energies, atomic_u = result.energy.split(sizes), result.atomic_u.split(sizes)
+        return [
+            Prediction(
+                energy=float(energies[k].sum()),
+                forces=forces[k].numpy(),
+                stress=strain[k][VOIGT] / volume if volume > 0.0 else None,
+                u=u[k],
+                atomic_u=atomic_u[k].numpy(),
+                feature=means[k].numpy() / self.feature_scale,
+            )
+            for k, volume in enumerate(batch.volume.tolist())
+        ]
 
     def uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
         """(u eV/atom, du/dr [n, 3] 1/atom·eV/Å, du/d(strain) [3, 3] eV/atom) of the structure uncertainty.
@@ -109,15 +121,6 @@ def _gradients(graph: Graph, edge_gradient: torch.Tensor) -> tuple[np.ndarray, n
     owner = torch.zeros(len(edge_gradient), dtype=torch.int64)
     strain = strain_gradient(graph.edge_vector, edge_gradient, owner, 1)[0]
     return -scatter_forces(graph.edge_index, edge_gradient, graph.n_atoms).numpy(), strain.numpy()
-
-
-def _stress(edge_vector: torch.Tensor, gradient: torch.Tensor, atoms: Atoms) -> np.ndarray | None:
-    """(1/V) dE/d(strain) in ASE's Voigt order, or None for a structure without a three-dimensional cell."""
-    if atoms.cell.rank < 3:
-        return None
-    owner = torch.zeros(len(edge_vector), dtype=torch.int64)
-    virial = strain_gradient(edge_vector, gradient, owner, 1)[0].numpy()
-    return virial[VOIGT] / atoms.get_volume()
 
 
 class Calculator(AseCalculator):

@@ -15,7 +15,7 @@ import torch
 from ase import Atoms
 
 from ubmd import __version__
-from ubmd.data.graph import Batch, Graph, build_graph, collate, scatter_forces
+from ubmd.data.graph import Batch, Graph, build_graph, chunks, scatter_forces
 from ubmd.errors import DataError, ModelError
 from ubmd.models.deployed import Deployed, DeployedEnsemble, DeployedModel, LastLayerModel
 from ubmd.models.evaluation import evaluate as evaluate_atoms
@@ -24,7 +24,6 @@ from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import ConformalScale, LastLayerSketch, conformal_scale, make_sketch
 
 FORMAT = 1  # of the model file; raised when an older plugin could not read it
-PAIRS_PER_CHUNK = 20_000  # bounds the memory of one evaluation
 
 
 def export_model(
@@ -168,21 +167,6 @@ def structure_means(phi: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Mean features [S, p] of the structures of a batch from atomic features [N, p]."""
     sums = torch.zeros(batch.n_structures, phi.size(1), dtype=phi.dtype).index_add(0, batch.structure, phi)
     return sums / batch.counts.unsqueeze(1)
-
-
-def chunks(graphs: Iterable[Graph]) -> Iterable[Batch]:
-    """Collate graphs into batches of at most PAIRS_PER_CHUNK pairs (a larger graph is a batch of its own)."""
-    waiting: list[Graph] = []
-    pairs = 0
-    for graph in graphs:
-        size = graph.edge_index.size(1)
-        if waiting and pairs + size > PAIRS_PER_CHUNK:
-            yield collate(waiting)
-            waiting, pairs = [], 0
-        waiting.append(graph)
-        pairs += size
-    if waiting:
-        yield collate(waiting)
 
 
 def write_model(deployed: Deployed, path: Path) -> None:

@@ -271,3 +271,20 @@ def test_bad_structures_and_files_are_refused_with_a_sentence(model_file, tmp_pa
         load_model(damaged)
     with pytest.raises(ModelError, match="mixed, single or double"):
         load_model(model_file, "half")
+
+
+def test_predictions_do_not_depend_on_how_structures_are_batched(model_file, monkeypatch) -> None:
+    evaluator = Calculator(model_file).evaluator
+    structures = [molecule("H2O"), triclinic(), molecule("CH3CONH2"), Atoms("C")]
+    together = evaluator.predict(structures)
+    monkeypatch.setattr("ubmd.data.graph.PAIRS_PER_CHUNK", 40)
+    apart = [evaluator.predict_one(atoms) for atoms in structures]
+    for one, other in zip(together, apart, strict=True):
+        assert one.energy == pytest.approx(other.energy, rel=1e-12)
+        assert one.u == pytest.approx(other.u, rel=1e-10)
+        np.testing.assert_allclose(one.forces, other.forces, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(one.atomic_u, other.atomic_u, rtol=1e-10)
+        np.testing.assert_allclose(one.feature, other.feature, rtol=0, atol=1e-11)
+        assert (one.stress is None) == (other.stress is None)
+        if one.stress is not None and other.stress is not None:
+            np.testing.assert_allclose(one.stress, other.stress, rtol=0, atol=1e-12)

@@ -443,7 +443,7 @@ def test_chunks_of_a_mini_batch_add_up(tmp_path, molecules, monkeypatch):
     """Gradients of the chunks are summed: the same training as in one piece, up to rounding."""
     results = []
     for pairs in (10**9, 40):
-        monkeypatch.setattr("ubmd.export.PAIRS_PER_CHUNK", pairs)
+        monkeypatch.setattr("ubmd.data.graph.PAIRS_PER_CHUNK", pairs)
         results.append(train(MODEL, settings(epochs=3), molecules[:9], molecules[9:], tmp_path / str(pairs), seed=0))
     whole, pieces = (result.history[-1] for result in results)
     assert whole["loss"] == pytest.approx(pieces["loss"], rel=1e-8)

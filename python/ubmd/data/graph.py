@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from ubmd.errors import DataError
 
 # ASE's Voigt order xx yy zz yz xz xy as row and column of the 3 x 3 tensor
 VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
+PAIRS_PER_CHUNK = 20_000  # bounds the memory of one evaluation
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,21 @@ def collate(graphs: Sequence[Graph]) -> Batch:
         forces=torch.cat([graph.forces for graph in graphs]),
         stress=torch.stack([graph.stress for graph in graphs]),
     )
+
+
+def chunks(graphs: Iterable[Graph]) -> Iterator[Batch]:
+    """Collate graphs into batches of at most PAIRS_PER_CHUNK pairs (a larger graph is a batch of its own)."""
+    waiting: list[Graph] = []
+    pairs = 0
+    for graph in graphs:
+        size = graph.edge_index.size(1)
+        if waiting and pairs + size > PAIRS_PER_CHUNK:
+            yield collate(waiting)
+            waiting, pairs = [], 0
+        waiting.append(graph)
+        pairs += size
+    if waiting:
+        yield collate(waiting)
 
 
 def scatter_forces(edge_index: Tensor, edge_gradient: Tensor, n_atoms: int) -> Tensor:

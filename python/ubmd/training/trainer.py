@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ubmd.data.graph import Graph, build_graph
+from ubmd.data.graph import Graph, build_graph, chunks
 from ubmd.data.structures import check_labelled, dataset_hash
 from ubmd.errors import DataError, ModelError, TrainingError
-from ubmd.export import chunks
 from ubmd.models import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, TrainingSettings
 from ubmd.training import checkpoint
