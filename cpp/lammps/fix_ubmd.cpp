@@ -16,6 +16,7 @@
 #include "pair_ubmd.h"
 #include "timer.h"
 #include "ubmd_error.h"
+#include "universe.h"
 #include "update.h"
 #include "utils.h"
 
@@ -423,7 +424,8 @@ void FixUBMD::save_frame() {
                     u_max_,
                     {domain->xperiodic != 0, domain->yperiodic != 0, domain->zperiodic != 0},
                     {domain->xprd, 0, 0, domain->xy, domain->yprd, 0, domain->xz, domain->yz, domain->zprd},
-                    {}};
+                    {},
+                    universe->nworlds > 1 ? universe->iworld : -1};
   for (std::size_t k = 0; k + 5 < values.size(); k += 6) {
     const std::string name = pair_->element(static_cast<int>(values[k + 1]));
     frame.atoms.push_back({static_cast<std::int64_t>(values[k]),

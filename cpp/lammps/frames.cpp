@@ -22,6 +22,7 @@ std::string header(const Frame &frame) {
   text += "Properties=species:S:1:pos:R:3:id:I:1:atomic_uncertainty:R:1";
   text += " step=" + std::to_string(frame.step);
   text += " uncertainty=" + number(frame.uncertainty) + " max_uncertainty=" + number(frame.max_uncertainty);
+  if (frame.replica >= 0) text += " replica=" + std::to_string(frame.replica);
   text += " pbc=\"";
   for (int k = 0; k < 3; ++k) text += std::string(k ? " " : "") + (frame.periodic[k] ? "T" : "F");
   return text + "\"";

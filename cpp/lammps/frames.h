@@ -21,6 +21,7 @@ struct Frame {
   bool periodic[3];
   double cell[9];  // rows are the cell vectors, Å; written only if a direction is periodic
   std::vector<FrameAtom> atoms;
+  int replica = -1;  // partition of a run with several; negative: one only
 };
 
 // Text of one frame, atoms sorted by id, numbers with 17 significant digits (they read back exactly).

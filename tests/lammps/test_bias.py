@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ase.io import read
 
 from ubmd.data.graph import scatter_forces
 
@@ -258,7 +259,9 @@ def test_bias_of_atomic_uncertainties(lab, evaluator, structures, kind, ranks):
 def test_partitions_are_independent(lab, structures):
     """Two partitions in one mpiexec: all communication stays in the partition's own world."""
     script = lab.head(structures["molecule"]) + "variable tau world 0.1 0.3\n"
-    script += "fix b all ubmd force ${tau} window 1\nrun 0\n" + 'print "RESULT share $(f_b[6]:%.17g)"\n'
+    script += "fix b all ubmd force ${tau} window 1 save 0.0 frames.${tau}.extxyz\nrun 0\n"
+    script += 'print "RESULT share $(f_b[6]:%.17g)"\n'
     lab.run(script, 2, partition="2x1")
     shares = [float((lab.folder / f"screen.{k}").read_text().split("RESULT share ")[-1].split()[0]) for k in (0, 1)]
     assert shares == pytest.approx([0.1, 0.3], rel=1e-9)
+    assert [read(f"frames.{tau}.extxyz").info["replica"] for tau in ("0.1", "0.3")] == [0, 1]
