@@ -25,6 +25,14 @@ from ubmd.uncertainty import ConformalScale, LastLayerSketch, conformal_scale, m
 
 FORMAT = 1  # of the model file; raised when an older plugin could not read it
 
+# Settings that a kind of uncertainty doesn't use: they would only mislead in its file.
+WITHOUT_EFFECT = {
+    "posterior": {"members", "references"},
+    "last-layer": {"members", "references"},
+    "distance": {"members", "lambda2"},
+    "ensemble": {"references", "lambda2", "seed"},
+}
+
 
 def export_model(
     model: GaussianMomentNetwork | Sequence[GaussianMomentNetwork],
@@ -251,7 +259,7 @@ def _metadata(
         "precision": str(dtype).removeprefix("torch."),
         # projections: the length of the features, which is the number of members in an ensemble
         "uncertainty": {
-            **settings.model_dump(),
+            **settings.model_dump(exclude=WITHOUT_EFFECT[settings.kind]),
             "projections": deployed.n_features,
             "energy": calibrated(energy, deployed.structure_uncertainty.feature_scale),
             "forces": calibrated(forces, deployed.atom_uncertainty.feature_scale),

@@ -176,3 +176,17 @@ def test_ensemble_in_mixed_precision(lab, files, structures):
     scale = np.linalg.norm(expected.forces) / np.linalg.norm(gradient)
     found = [n["f_b[1]"][0], n["f_b[2]"][0], n["f_b[4]"][0]]
     assert found == pytest.approx([expected.u, expected.atomic_u.max(), scale], rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["energy", "atomic"])
+def test_ensemble_in_real_units(lab, files, structures, mode):
+    """u, u_i and the bias force scale with the energy unit."""
+    script = script_of(lab, structures["triclinic"], files["ensemble"])
+    script += f"fix b all ubmd force 0.25 uncertainty {mode} window 1\nrun 0\n"
+    found = {}
+    for units in ("metal", "real"):
+        with lab.session(script.replace("units metal", f"units {units}")) as lammps:
+            order = np.argsort(lammps.numpy.extract_atom("id")[: lammps.get_natoms()])
+            array = np.array(lammps.numpy.extract_fix("b", 1, 2))[: len(order)][order]
+            found[units] = [lammps.extract_fix("b", 0, 1, 0), *array.ravel()]
+    assert close(found["real"], 23.060549 * np.array(found["metal"]))

@@ -168,7 +168,9 @@ def test_file_carries_its_kind_and_energies(files: dict[str, Path], kind: str) -
     results = [energy_and_forces(network(3 + m), atoms) for m in range(settings_of(kind).networks)]
     prediction = evaluator.predict_one(atoms)
     assert evaluator.metadata["uncertainty"]["kind"] == kind
-    assert evaluator.metadata["uncertainty"]["projections"] == (3 if kind == "ensemble" else 16)
+    record = evaluator.metadata["uncertainty"]
+    assert record["projections"] == (3 if kind == "ensemble" else 16)
+    assert ("members" in record, "references" in record) == (kind == "ensemble", kind == "distance")
     assert prediction.energy == pytest.approx(np.mean([energy for energy, _ in results]), rel=1e-12)
     np.testing.assert_allclose(prediction.forces, np.mean([forces for _, forces in results], 0), rtol=0, atol=1e-12)
 
