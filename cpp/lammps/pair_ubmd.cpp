@@ -268,9 +268,9 @@ std::vector<double> PairUBMD::atomic_bias() {
     for (std::int64_t i = 0; i < graph.n_local; ++i)
       for (int k = 0; k < 3; ++k) exchanged_[3 * graph.atoms[i] + k] = derivative[(3 * i + k) * n_members + m];
     comm->forward_comm(this);
+    // an edge's gradient is added to the force of its centre and taken from that of its neighbour
     for (std::int64_t e = 0; e < n; ++e)
-      for (int k = 0; k < 3;
-           ++k)  // an edge's gradient is added to the force of its centre and taken from its neighbour
+      for (int k = 0; k < 3; ++k)
         cotangents[m][3 * e + k] =
             exchanged_[3 * graph.atoms[graph.edges[e]] + k] - exchanged_[3 * graph.atoms[graph.edges[n + e]] + k];
   }
