@@ -68,7 +68,7 @@ def script_of(lab, atoms, file: Path) -> str:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("structure", ["molecule", "triclinic"])
+@pytest.mark.parametrize("structure", ["molecule", "small", "triclinic"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_python(lab, files, structures, kind, structure, ranks):
     atoms = structures[structure]
@@ -102,7 +102,7 @@ def test_equals_python(lab, files, structures, kind, structure, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("structure", ["molecule", "triclinic"])
+@pytest.mark.parametrize("structure", ["molecule", "small", "triclinic"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bias_of_summed_atomic_uncertainties_equals_python(lab, files, structures, kind, structure, ranks):
     atoms = structures[structure]
@@ -149,20 +149,21 @@ def test_ensemble_with_a_rank_without_atoms(lab, files, structures, uncertainty)
 
 
 def test_ensemble_trajectories_do_not_depend_on_the_ranks(lab, files, structures):
-    """Held bias of summed atomic uncertainties over 20 steps: one and two ranks, and a monitor beside fix pair."""
+    """Held bias of summed atomic uncertainties over 20 steps: one, two and four ranks, and fix pair beside it."""
     atoms = structures["triclinic"]
     script = script_of(lab, atoms, files["ensemble"]) + "velocity all create 2000.0 4 loop all\nfix 1 all nve\n"
     script += "timestep 0.0005\nfix b all ubmd force 0.3 uncertainty atomic window 4 every 2\n"
     script += "fix u all pair 1 ubmd uncertainty 1\nvariable d atom abs(f_u-f_b[1])\ncompute d all reduce max v_d\n"
     script += "dump d all custom 1 dump.test id x y z f_b[2] f_u\ndump_modify d sort id format float %.17g\n"
     frames = []
-    for ranks in (1, 2):
+    for ranks in (1, 2, 4):
         n = lab.run(script + "thermo_style custom step c_d\nthermo 20\nrun 20\n" + lab.report("c_d"), ranks).numbers
         assert n["c_d"][0] < 1e-10
         frames.append(lab.dump("dump.test")[-1])
     assert np.abs(frames[0]["f_b[2]"]).max() > 1e-3
     for name in ("x", "y", "z", "f_b[2]"):
-        assert np.allclose(frames[0][name], frames[1][name], rtol=0, atol=1e-9)
+        for other in frames[1:]:
+            assert np.allclose(frames[0][name], other[name], rtol=0, atol=1e-9)
 
 
 def test_ensemble_in_mixed_precision(lab, files, structures):

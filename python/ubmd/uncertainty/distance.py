@@ -14,6 +14,7 @@ class DistanceUncertainty(Uncertainty):
     """u^2 = min over stored features of |phi - phi_t|^2, at least 1e-8, for features divided by one scalar.
 
     The scalar makes the mean of |phi|^2 over the training features 1; ``references`` are divided by it already.
+    The gradient jumps where another reference becomes the nearest.
     """
 
     references: Tensor
