@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
 KINDS = ["molecule", "cubic", "small", "triclinic", "left-handed"]
 
 MEASURE = """
@@ -72,7 +75,9 @@ def check_virials(lab, n, atoms, expected):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_python(lab, evaluator, structures, kind, ranks):
+@pytest.mark.parametrize("device", DEVICES)
+def test_equals_python(lab, evaluator, structures, device, kind, ranks):
+    lab.device = device
     check_against_python(lab, evaluator, structures[kind], ranks)
 
 
