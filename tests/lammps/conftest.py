@@ -128,7 +128,7 @@ class Lab:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
-        self.device = "cpu"
+        self.device = ""  # ' device cuda' puts the model on a GPU
         shutil.copy(model, folder / "model.pt")
 
     def head(
@@ -144,7 +144,7 @@ class Lab:
             {settings}
             read_data data.test
             neighbor 1.0 bin
-            pair_style ubmd precision {precision} device {self.device}
+            pair_style ubmd precision {precision}{self.device}
             pair_coeff * * model.pt {" ".join(ELEMENTS)}
             """
 

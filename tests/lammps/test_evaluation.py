@@ -7,7 +7,7 @@ import pytest
 import torch
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
-DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]
+DEVICES = ["", pytest.param(" device cuda", marks=NO_GPU)]
 KINDS = ["molecule", "cubic", "small", "triclinic", "left-handed"]
 
 MEASURE = """
