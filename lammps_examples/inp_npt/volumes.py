@@ -34,12 +34,13 @@ from ubmd.errors import LabelError
 from ubmd.export import export_model
 from ubmd.references import label
 from ubmd.selection import select
-from ubmd.settings import TrainSettings, load_settings
+from ubmd.settings import TrainSettings
 from ubmd.training import split, train
 
 HERE = Path(__file__).resolve().parent
 DATASET = Path("inp_run/dataset.extxyz").resolve()
 TIMESTEP = 0.002  # ps, as in in.npt
+TEMPERATURE = 600.0  # K, as in in.npt
 COLOURS = {"biased": "tab:red", "unbiased": "tab:blue"}
 
 
@@ -98,8 +99,8 @@ def reference_path(folder: Path) -> tuple[np.ndarray, list[Atoms]]:
 
 def explore(name: str, plan: Plan, folder: Path) -> Path:
     """All rounds of one arm; returns the last model."""
-    settings = load_settings(HERE / "train.toml", TrainSettings)
     model, weights = DATASET.with_name("model.pt"), DATASET.with_name("weights.pt")
+    settings = TrainSettings.model_validate(Evaluator(model).metadata["settings"])  # those that make_model.py used
     training, calibration = split(read_structures(DATASET), settings.validation_share, settings.seed)
     for number in range(plan.rounds):
         here = folder / name / f"round{number}"
@@ -136,6 +137,14 @@ def label_frames(folder: Path, model: Path, training: list[Atoms], plan: Plan) -
         except LabelError as error:
             print(f"{folder}: {error}", flush=True)
     return labelled
+
+
+def mean_pressure(path: Path, model: Path) -> float:
+    """Mean of the model's own pressure over the saved frames, GPa: without the bias stress, which the barostat adds."""
+    frames = read(path, ":")
+    stress = np.array([p.stress for p in Evaluator(model).predict(frames)])
+    kinetic = np.array([len(atoms) * units.kB * TEMPERATURE / atoms.get_volume() for atoms in frames])
+    return float((kinetic - stress[:, :3].mean(axis=1)).mean() / units.GPa)
 
 
 def most_compressed(path: Path, model: Path) -> dict[str, float]:
@@ -196,6 +205,7 @@ def arm_round(folder: Path, name: str, number: int, plan: Plan, known: float, de
                 "smallest": smallest,
                 "largest": largest,
                 "reached": float(np.clip((known - smallest) / (known - dense), 0, 1)),
+                "pressure": mean_pressure(here / f"seed{seed}.extxyz", model),
                 "frame": most_compressed(here / f"seed{seed}.extxyz", model),
             }
         )
@@ -224,17 +234,20 @@ def table(result: dict[str, Any]) -> str:
         f"volumes in the first training set: {known[0]:.2f} to {known[1]:.2f} Å^3/atom (zinc blende); "
         f"dense phase of the reference at 10 GPa: {result['dense']:.2f}",
         "",
-        f"{'round':6s}{'arm':10s}{'steps':>14s}{'smallest V':>16s}{'largest V':>16s}{'share of new range':>20s}",
+        f"{'round':6s}{'arm':10s}{'steps':>12s}{'smallest V':>15s}{'largest V':>15s}{'new range':>15s}{'mean p':>13s}",
+        f"{'':28s}{'Å^3/atom':>15s}{'Å^3/atom':>15s}{'share':>15s}{'GPa':>13s}",
     ]
     for number in range(plan["rounds"]):
         for name, rounds in result["arms"].items():
             cells = [mean(rounds[number], key, digits) for key, digits in FIELDS]
-            lines.append(f"{number:<6d}{name:10s}{cells[0]:>14s}{cells[1]:>16s}{cells[2]:>16s}{cells[3]:>20s}")
+            lines.append(
+                f"{number:<6d}{name:10s}{cells[0]:>12s}{cells[1]:>15s}{cells[2]:>15s}{cells[3]:>15s}{cells[4]:>13s}"
+            )
     lines += ["", *frame_table(result), "", *test_table(result), ""]
     return "\n".join(lines)
 
 
-FIELDS = (("steps", 0), ("smallest", 2), ("largest", 2), ("reached", 2))
+FIELDS = (("steps", 0), ("smallest", 2), ("largest", 2), ("reached", 2), ("pressure", 1))
 
 
 def mean(entries: list[dict[str, Any]], key: str, digits: int) -> str:
@@ -294,7 +307,7 @@ def draw(folder: Path, result: dict[str, Any]) -> None:
         axis.set(xlabel="time (ps)", title=f"round {number}")
     axes[0].set_ylabel("volume (Å³/atom)")
     axes[0].legend(fontsize=7, loc="lower left")
-    figure.savefig(folder / "volumes.png", dpi=150)
+    figure.savefig(folder / "volumes.png", dpi=110)
 
 
 def main() -> None:
