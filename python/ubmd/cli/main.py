@@ -12,8 +12,8 @@ from typer.core import TyperGroup
 import ubmd
 from ubmd.errors import UbmdError
 
-# Idle OpenMP threads spin briefly, then sleep: read when torch is loaded, which commands do later. Threads that spin for
-# long slowed training and prediction down up to 25 times where other programs used the cores too.
+# Idle OpenMP threads spin briefly, then sleep: read when torch is loaded, which commands do later. Long spinning slowed
+# training and prediction down up to 25 times where other programs used the cores too.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 _HELP = """Uncertainty-biased molecular dynamics: learn interatomic potentials that are accurate everywhere.
