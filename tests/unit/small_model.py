@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ubmd.settings import ModelSettings
@@ -18,6 +19,16 @@ def labelled(atoms: Atoms, seed: int) -> Atoms:
     atoms = atoms.copy()
     atoms.positions += rng.normal(0, 0.05, atoms.positions.shape)
     atoms.calc = SinglePointCalculator(atoms, energy=rng.normal(), forces=rng.normal(size=(len(atoms), 3)))
+    return atoms
+
+
+def with_emt_labels(atoms: Atoms) -> Atoms:
+    """The same structure with EMT energy and forces, and stress for cells; returns it."""
+    atoms.calc = EMT()
+    labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+    if atoms.pbc.all():
+        labels["stress"] = atoms.get_stress()
+    atoms.calc = SinglePointCalculator(atoms, **labels)
     return atoms
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
-from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from rich.console import Console
+from small_model import with_emt_labels
 
 from ubmd.data.structures import (
     append_structures,
@@ -28,12 +28,7 @@ def labelled(atoms: Atoms, seed: int) -> Atoms:
     """A shaken copy with EMT labels (stress for cells)."""
     atoms = atoms.copy()
     atoms.positions += np.random.default_rng(seed).normal(0, 0.1, (len(atoms), 3))
-    atoms.calc = EMT()
-    labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
-    if atoms.pbc.all():
-        labels["stress"] = atoms.get_stress()
-    atoms.calc = SinglePointCalculator(atoms, **labels)
-    return atoms
+    return with_emt_labels(atoms)
 
 
 @pytest.fixture

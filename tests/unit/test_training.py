@@ -11,8 +11,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
-from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
+from small_model import with_emt_labels
 
 from ubmd.data.graph import build_graph, collate
 from ubmd.data.structures import labels_of, write_structures
@@ -37,12 +37,7 @@ def labelled(atoms: Atoms, seed: int, shift: float = 0.05) -> Atoms:
     if atoms.pbc.all():
         atoms.set_cell(np.asarray(atoms.cell) @ (np.eye(3) + generator.uniform(-0.04, 0.04, (3, 3))), scale_atoms=True)
     atoms.positions += generator.uniform(-shift, shift, (len(atoms), 3))
-    atoms.calc = EMT()
-    labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
-    if atoms.pbc.all():
-        labels["stress"] = atoms.get_stress()
-    atoms.calc = SinglePointCalculator(atoms, **labels)
-    return atoms
+    return with_emt_labels(atoms)
 
 
 @pytest.fixture(scope="module")

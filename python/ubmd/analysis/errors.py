@@ -10,6 +10,7 @@ from ase import Atoms
 from numpy.typing import ArrayLike, NDArray
 
 from ubmd.calculator import Prediction
+from ubmd.data.structures import EV_PER_A3_IN_MPA, labels_of
 
 Array = NDArray[np.float64]
 
@@ -65,6 +66,36 @@ def calibration_data(structures: Sequence[Atoms], predictions: Sequence[Predicti
 def share_covered(error: ArrayLike, u: ArrayLike) -> float:
     """Share of errors that do not exceed their uncertainty: 1 - alpha, if the calibration transfers."""
     return float(np.mean(np.asarray(error) <= np.asarray(u)))
+
+
+def accuracy(predictions: Sequence[Prediction], structures: Sequence[Atoms]) -> dict[str, float | int | None]:
+    """Errors of predictions against the labels of the structures (energy and forces; stress where there is one).
+
+    Returns:
+        ``structures``, ``atoms``, then RMSE and MAE of energy (meV/atom), force components (eV/Å) and stress
+        components (MPa; None without stress labels), and the shares of errors that are at most the calibrated
+        uncertainty: ``energy_share_below_u`` (|ΔE|/n against u), ``force_share_below_u`` (every atom's RMSE over xyz
+        against u_i) and ``max_force_share_below_u`` (largest error against largest u_i of each structure).
+    """
+    data = calibration_data(structures, predictions)
+    pairs = [(p, labels_of(atoms)) for p, atoms in zip(predictions, structures, strict=True)]
+    forces = np.concatenate([p.forces - found["forces"] for p, found in pairs])
+    stress = [p.stress - found["stress"] for p, found in pairs if p.stress is not None and "stress" in found]
+    return {
+        "structures": len(structures),
+        "atoms": len(data.atom_error),
+        **_errors("energy", "meV_per_atom", 1000 * data.energy_error),
+        **_errors("force", "eV_per_A", forces),
+        **_errors("stress", "MPa", EV_PER_A3_IN_MPA * np.array(stress)),
+        "energy_share_below_u": share_covered(data.energy_error, data.energy_u),
+        "force_share_below_u": share_covered(data.atom_error, data.atom_u),
+        "max_force_share_below_u": share_covered(data.largest_error, data.largest_u),
+    }
+
+
+def _errors(name: str, unit: str, errors: np.ndarray) -> dict[str, float | None]:
+    rmse, mae = (float(np.sqrt(np.mean(errors**2))), float(np.mean(np.abs(errors)))) if errors.size else (None, None)
+    return {f"{name}_rmse_{unit}": rmse, f"{name}_mae_{unit}": mae}
 
 
 def pearson(x: ArrayLike, y: ArrayLike) -> float:

@@ -205,9 +205,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare a model with labelled structures: errors, and how often they stay below the uncertainty."""
+    from ubmd.analysis.errors import accuracy
     from ubmd.calculator import Evaluator
     from ubmd.data.structures import describe, read_structures
-    from ubmd.training.evaluation import accuracy
 
     with user_errors():
         evaluator = Evaluator(model, precision)

@@ -6,7 +6,6 @@ piece of it leaves its own file behind, so that a resumed stage only does what i
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -17,8 +16,9 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from ubmd.analysis import calibration_data
 from ubmd.calculator import Evaluator, Prediction
-from ubmd.data.structures import append_structures, labels_of, read_structures, write_structures
+from ubmd.data.structures import append_structures, read_structures, write_structures
 from ubmd.errors import DataError, LabelError, SimulationError, UbmdError
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask, progress_file, run_replica, salvage
 from ubmd.learning.run_folder import content_hash, file_hash, read_json, write_json
@@ -395,13 +395,9 @@ def _selected_structure(frame: Atoms, iteration: int, record: dict[str, Any]) ->
 
 def errors_of(evaluator: Evaluator, structures: Sequence[Atoms]) -> dict[str, float]:
     """Root mean square errors: energy per atom (meV/atom), force components (eV/Å); their number of structures."""
-    predictions = evaluator.predict(structures)
-    labels = [labels_of(atoms) for atoms in structures]
-    pairs = list(zip(structures, predictions, labels, strict=True))
-    energy = [(p.energy - found["energy"]) / len(atoms) for atoms, p, found in pairs]
-    forces = np.concatenate([(p.forces - found["forces"]).ravel() for _, p, found in pairs])
+    data = calibration_data(structures, evaluator.predict(structures))
     return {
-        "energy_rmse_mev_per_atom": 1000.0 * math.sqrt(np.mean(np.square(energy))),
-        "force_rmse": math.sqrt(np.mean(np.square(forces))),
+        "energy_rmse_mev_per_atom": data.energy_rmse,
+        "force_rmse": data.force_rmse,
         "structures": len(structures),
     }
