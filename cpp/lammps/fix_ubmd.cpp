@@ -299,18 +299,12 @@ void FixUBMD::evaluate_atoms() {
 FixUBMD::Norms FixUBMD::evaluate_bias(const std::vector<double> &weight) {
   const auto &kept = pair_->kept();
   std::vector<double> gradient;
-  std::vector<double> forces(3 * (atom->nlocal + atom->nghost), 0.0), raw(forces.size(), 0.0);
   {
     const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::bias);
     gradient = settings_.atomic ? pair_->atomic_bias() : pair_->model().bias(weight);
-    PairUBMD::scatter(kept.graph, kept.gradient, -1.0, forces.data());
-    PairUBMD::scatter(kept.graph, gradient, 1.0, raw.data());
-    work_.resize(2 * forces.size());
-    for (std::size_t i = 0; i < forces.size() / 3; ++i)
-      for (int k = 0; k < 3; ++k) {
-        work_[6 * i + k] = forces[3 * i + k];
-        work_[6 * i + 3 + k] = raw[3 * i + k];
-      }
+    work_.assign(6 * (atom->nlocal + atom->nghost), 0.0);
+    PairUBMD::scatter(kept.graph, kept.gradient, -1.0, work_.data(), 6);
+    PairUBMD::scatter(kept.graph, gradient, 1.0, work_.data() + 3, 6);
   }
   const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::communication);
   comm->reverse_comm(this);

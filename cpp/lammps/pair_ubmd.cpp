@@ -183,11 +183,12 @@ void PairUBMD::check_finite(const Evaluation &evaluation) const {
                  atom->tag[evaluation.graph.atoms[i]], update->ntimestep);
 }
 
-void PairUBMD::scatter(const ubmd::Graph &graph, const std::vector<double> &gradient, double sign, double *f) {
+void PairUBMD::scatter(const ubmd::Graph &graph, const std::vector<double> &gradient, double sign, double *f,
+                       int stride) {
   const auto n = graph.n_edges();
   for (std::int64_t e = 0; e < n; ++e) {
-    double *centre = f + 3 * graph.atoms[graph.edges[e]];
-    double *neighbour = f + 3 * graph.atoms[graph.edges[n + e]];
+    double *centre = f + stride * graph.atoms[graph.edges[e]];
+    double *neighbour = f + stride * graph.atoms[graph.edges[n + e]];
     for (int k = 0; k < 3; ++k) {
       const double g = sign * gradient[3 * e + k];  // the vector is x_neighbour - x_centre
       neighbour[k] += g;

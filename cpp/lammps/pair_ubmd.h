@@ -61,8 +61,9 @@ class PairUBMD : public Pair {
   std::string element(int type) const;
   bool has_element(int type) const { return species_[type - 1] >= 0; }
 
-  // Add the edge gradients to f [nall, 3]: sign * dE/dx for E with this gradient (sign -1: forces). Ghosts included.
-  static void scatter(const ubmd::Graph &, const std::vector<double> &gradient, double sign, double *f);
+  // Add the edge gradients to f [nall, stride], its first three columns: sign * dE/dx for E with this gradient (sign
+  // -1: forces). Ghosts included.
+  static void scatter(const ubmd::Graph &, const std::vector<double> &gradient, double sign, double *f, int stride = 3);
   // Sum over edges of r ⊗ gradient (dE/dstrain of this rank), rows of r first: xx xy xz yx ...
   static void strain_derivative(const ubmd::Graph &, const std::vector<double> &gradient, double *derivative);
 
