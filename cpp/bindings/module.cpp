@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "device.h"
 #include "frames.h"
 #include "graph.h"
@@ -19,10 +21,10 @@ namespace {
 
 using Positions = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
-// Graph of n_local owned atoms (and ghosts behind them) with a neighbour list given per centre.
-ubmd::Graph build_graph(const Positions &positions, const std::vector<int> &types, int n_local,
-                        const std::vector<std::vector<int>> &neighbours, const std::vector<int> &species,
-                        double cutoff) {
+// Blocks of n_local owned atoms (and ghosts behind them) with a neighbour list given per centre; `size` centres each.
+std::vector<ubmd::Block> build_blocks(const Positions &positions, const std::vector<int> &types, int n_local,
+                                      const std::vector<std::vector<int>> &neighbours, const std::vector<int> &species,
+                                      double cutoff, std::size_t size) {
   if (positions.ndim() != 2 || positions.shape(1) != 3 || static_cast<std::size_t>(positions.shape(0)) != types.size())
     throw ubmd::Error("positions must be [n, 3] with one type per atom");
   std::vector<int> centres, numbers(types.size(), 0);
@@ -32,12 +34,37 @@ ubmd::Graph build_graph(const Positions &positions, const std::vector<int> &type
     numbers[i] = static_cast<int>(neighbours[i].size());
     first[i] = neighbours[i].data();
   }
-  ubmd::Graph graph;
   const ubmd::Atoms atoms{n_local, static_cast<int>(types.size()), positions.data(), types.data()};
   const ubmd::Neighbours list{static_cast<int>(centres.size()), centres.data(), numbers.data(), first.data(),
                               0x1FFFFFFF};
-  ubmd::build_graph(atoms, list, species, cutoff, graph);
-  return graph;
+  ubmd::Participants who;
+  who.read(atoms, list, species);
+  std::vector<ubmd::Block> blocks;
+  for (std::size_t begin = 0; begin < who.centres.size(); begin += size) {
+    blocks.emplace_back();
+    blocks.back().build(atoms, list, who, begin, std::min(begin + size, who.centres.size()), cutoff);
+  }
+  return blocks;
+}
+
+// The pairs' part of an array with `width` numbers per pair.
+template <typename Number>
+py::array_t<Number> of_pairs(const ubmd::Block &block, const std::vector<Number> &values, py::ssize_t width) {
+  return width > 1 ? py::array_t<Number>({py::ssize_t(block.n_pairs()), width}, values.data())
+                   : py::array_t<Number>(py::ssize_t(block.n_pairs()), values.data());
+}
+
+// dSum/dx [n_all, 3] and dSum/dstrain [3, 3] of a gradient [P, 3] with respect to a block's vectors.
+std::pair<py::array_t<double>, py::array_t<double>> scatter(const ubmd::Block &block, const Positions &gradient,
+                                                            int n_all) {
+  if (gradient.ndim() != 2 || gradient.shape(0) != block.n_pairs() || gradient.shape(1) != 3)
+    throw ubmd::Error("the gradient must be [P, 3] with one row per pair");
+  py::array_t<double> of_atoms({py::ssize_t(n_all), py::ssize_t(3)}), strain({py::ssize_t(3), py::ssize_t(3)});
+  std::fill_n(of_atoms.mutable_data(), 3 * n_all, 0.0);
+  std::fill_n(strain.mutable_data(), 9, 0.0);
+  ubmd::add_gradient(block, gradient.data(), 1.0, of_atoms.mutable_data(), 3);
+  ubmd::add_strain_derivative(block, gradient.data(), strain.mutable_data());
+  return {of_atoms, strain};
 }
 
 }  // namespace
@@ -86,20 +113,18 @@ PYBIND11_MODULE(_cpp, module) {
       py::arg("lammps"), py::arg("torch"), py::arg("mpi"), py::arg("integer_sizes"),
       "Why this plugin can't run with these versions; empty if it can.");
 
-  py::class_<ubmd::Graph>(module, "Graph", "Atoms and edges as a model file takes them.")
-      .def_readonly("atoms", &ubmd::Graph::atoms)
-      .def_readonly("species", &ubmd::Graph::species)
-      .def_readonly("n_local", &ubmd::Graph::n_local)
-      .def_property_readonly("edge_index",
-                             [](const ubmd::Graph &graph) {
-                               return py::array_t<std::int64_t>({py::ssize_t(2), py::ssize_t(graph.n_edges())},
-                                                                graph.edges.data());
-                             })
-      .def_property_readonly("edge_vector", [](const ubmd::Graph &graph) {
-        return py::array_t<double>({py::ssize_t(graph.n_edges()), py::ssize_t(3)}, graph.vectors.data());
-      });
-  module.def("build_graph", &build_graph, py::arg("positions"), py::arg("types"), py::arg("n_local"),
-             py::arg("neighbours"), py::arg("species"), py::arg("cutoff"));
+  py::class_<ubmd::Block>(module, "Block", "Consecutive centres with their pairs, as a model file takes them.")
+      .def_readonly("centres", &ubmd::Block::centres)
+      .def_readonly("species", &ubmd::Block::species)
+      .def_readonly("first", &ubmd::Block::first)
+      .def_property_readonly("neighbours",
+                             [](const ubmd::Block &block) { return of_pairs(block, block.neighbours, 1); })
+      .def_property_readonly("ends", [](const ubmd::Block &block) { return of_pairs(block, block.ends, 1); })
+      .def_property_readonly("vectors", [](const ubmd::Block &block) { return of_pairs(block, block.vectors, 3); })
+      .def("scatter", &scatter, py::arg("gradient"), py::arg("n_all"),
+           "(dSum/dx [n_all, 3], dSum/dstrain [3, 3]) of a gradient [P, 3] with respect to the vectors.");
+  module.def("build_blocks", &build_blocks, py::arg("positions"), py::arg("types"), py::arg("n_local"),
+             py::arg("neighbours"), py::arg("species"), py::arg("cutoff"), py::arg("size"));
 
   py::class_<ubmd::FrameAtom>(module, "FrameAtom")
       .def(py::init([](std::int64_t id, std::string name, std::array<double, 3> x, double u) {

@@ -29,7 +29,7 @@ namespace {
 constexpr int n_columns = 4;  // per-atom array: u_i, fbias_x, fbias_y, fbias_z
 
 bool is_keyword(const char *word) {
-  for (const char *keyword : {"force", "stress", "uncertainty", "species", "window", "every", "save", "stop"})
+  for (const char *keyword : {"force", "stress", "uncertainty", "species", "window", "every", "atoms", "save", "stop"})
     if (std::strcmp(word, keyword) == 0) return true;
   return false;
 }
@@ -72,15 +72,16 @@ FixUBMD::~FixUBMD() {
 // ---- settings ----
 
 // fix ID group ubmd [force TAU] [stress TAU_S] [uncertainty energy|atomic] [species H 0.0 ...] [window N] [every K]
-//                   [save U file every M] [stop U]
+//                   [atoms yes|no] [save U file every M] [stop U]
 void FixUBMD::parse(int narg, char **arg) {
   int i = 3;
   while (i < narg) {
     const std::string key = arg[i];
     if (!is_keyword(arg[i]))
-      error->all(FLERR,
-                 "fix ubmd has no keyword '{}': use force, stress, uncertainty, species, window, every, save or stop",
-                 key);
+      error->all(
+          FLERR,
+          "fix ubmd has no keyword '{}': use force, stress, uncertainty, species, window, every, atoms, save or stop",
+          key);
     if (i + 1 >= narg) error->all(FLERR, "fix ubmd: keyword '{}' has no value", key);
     if (key == "species") {
       i = parse_species(i + 1, narg, arg);
@@ -95,6 +96,7 @@ void FixUBMD::parse(int narg, char **arg) {
     if (key == "stop") settings_.stop = positive("stop", arg[i + 1]);
     if (key == "window") settings_.window = count("window", arg[i + 1]);
     if (key == "every") settings_.every = count("every", arg[i + 1]);
+    if (key == "atoms") settings_.atoms = utils::logical(FLERR, arg[i + 1], false, lmp) == 1;
     if (key == "uncertainty") {
       settings_.atomic = std::strcmp(arg[i + 1], "atomic") == 0;
       if (!settings_.atomic && std::strcmp(arg[i + 1], "energy") != 0)
@@ -102,6 +104,11 @@ void FixUBMD::parse(int narg, char **arg) {
     }
     i += 2;
   }
+  if (!settings_.atoms && (settings_.stop >= 0.0 || !settings_.save_file.empty() || settings_.atomic))
+    error->all(
+        FLERR,
+        "fix ubmd: 'atoms no' leaves out the atomic uncertainties that stop, save and 'uncertainty atomic' need: "
+        "remove it");
 }
 
 int FixUBMD::parse_species(int i, int narg, char **arg) {
@@ -210,8 +217,12 @@ void FixUBMD::request(bool in_setup) {
     has_first_ = true;
     due_ = (step - first_) % settings_.every == 0 || (in_setup && !biasing());
   }
-  if (due_)
-    pair_->request(!biasing() ? ubmd::Keep::nothing : settings_.atomic ? ubmd::Keep::second_order : ubmd::Keep::graph);
+  if (!due_) return;
+  ubmd::Request request;
+  request.structure = true;
+  request.atoms = settings_.atoms;
+  if (biasing()) request.bias = settings_.atomic ? ubmd::Bias::atomic : ubmd::Bias::structure;
+  pair_->request(request);
 }
 
 void FixUBMD::setup_pre_force(int) {
@@ -247,11 +258,13 @@ void FixUBMD::post(int vflag) {
 // ---- evaluation: two phases, because u is a non-linear function of a sum over all ranks ----
 
 void FixUBMD::evaluate() {
+  pair_->check_evaluated();
   try {
     std::vector<double> weight;
-    evaluate_uncertainty(biasing() && !settings_.atomic ? &weight : nullptr);
-    evaluate_atoms();
-    if (biasing()) update_bias(evaluate_bias(weight));
+    const bool of_structure = biasing() && !settings_.atomic;
+    evaluate_uncertainty(of_structure ? &weight : nullptr);
+    if (settings_.atoms) collect_atoms();
+    if (biasing()) update_bias(evaluate_bias(of_structure ? &weight : nullptr));
   } catch (const ubmd::Error &problem) {
     error->one(FLERR, "fix ubmd: {}", problem.what());
   }
@@ -262,12 +275,18 @@ void FixUBMD::evaluate() {
 
 // Phase 1: u of the mean feature over all atoms, and the cotangent of each atom's feature.
 void FixUBMD::evaluate_uncertainty(std::vector<double> *weight) {
-  const auto &kept = pair_->kept();
+  std::vector<double> local, mean;
+  {
+    const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::uncertainty);
+    local = pair_->model().feature_sum();
+  }
+  local.push_back(static_cast<double>(pair_->n_atoms()));
+  mean.resize(local.size());
+  {
+    const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::communication);
+    MPI_Allreduce(local.data(), mean.data(), static_cast<int>(local.size()), MPI_DOUBLE, MPI_SUM, world);
+  }
   const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::uncertainty);
-  std::vector<double> local = pair_->model().feature_sum();
-  local.push_back(static_cast<double>(kept.graph.n_local));
-  std::vector<double> mean(local.size());
-  MPI_Allreduce(local.data(), mean.data(), static_cast<int>(local.size()), MPI_DOUBLE, MPI_SUM, world);
   n_atoms_ = static_cast<bigint>(mean.back());
   mean.pop_back();
   if (n_atoms_ == 0) error->all(FLERR, "fix ubmd: no atom has an element of the model: check the names of pair_coeff");
@@ -279,33 +298,27 @@ void FixUBMD::evaluate_uncertainty(std::vector<double> *weight) {
     for (double &component : *weight) component /= static_cast<double>(n_atoms_);
 }
 
-void FixUBMD::evaluate_atoms() {
-  const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::uncertainty);
-  const auto values = pair_->atomic_uncertainties();
-  const auto &atoms = pair_->kept().graph.atoms;
+// The atomic uncertainties, which the pair style computed with the forces.
+void FixUBMD::collect_atoms() {
+  const double *values = pair_->uncertainties();
   double sum = 0.0, largest = 0.0;
-  for (int i = 0; i < atom->nlocal; ++i) array_atom[i][0] = 0.0;
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    array_atom[atoms[i]][0] = values[i];
+  for (int i = 0; i < atom->nlocal; ++i) {
+    array_atom[i][0] = values[i];
     sum += values[i];
     largest = std::max(largest, values[i]);
   }
+  const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::communication);
   MPI_Allreduce(&largest, &u_max_, 1, MPI_DOUBLE, MPI_MAX, world);
   MPI_Allreduce(&sum, &u_mean_, 1, MPI_DOUBLE, MPI_SUM, world);
   u_mean_ /= static_cast<double>(n_atoms_);
 }
 
 // Phase 2: forces and uncertainty forces of this pair style on the owned atoms (work_), and their norms.
-FixUBMD::Norms FixUBMD::evaluate_bias(const std::vector<double> &weight) {
-  const auto &kept = pair_->kept();
-  std::vector<double> gradient;
-  {
-    const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::bias);
-    gradient = settings_.atomic ? pair_->atomic_bias() : pair_->model().bias(weight);
-    work_.assign(6 * (atom->nlocal + atom->nghost), 0.0);
-    PairUBMD::scatter(kept.graph, kept.gradient, -1.0, work_.data(), 6);
-    PairUBMD::scatter(kept.graph, gradient, 1.0, work_.data() + 3, 6);
-  }
+FixUBMD::Norms FixUBMD::evaluate_bias(const std::vector<double> *weight) {
+  double strain[18] = {};  // dE/dstrain and d(what is biased)/dstrain of this rank
+  pair_->set_bias(weight);
+  work_.assign(6 * (atom->nlocal + atom->nghost), 0.0);
+  for (std::size_t k = 0; k < pair_->n_pieces(); ++k) add_piece(k, strain);
   const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::communication);
   comm->reverse_comm(this);
   double local[2] = {0.0, 0.0}, sums[2];
@@ -314,16 +327,29 @@ FixUBMD::Norms FixUBMD::evaluate_bias(const std::vector<double> &weight) {
   Norms norms;
   norms.forces = sums[0];
   norms.uncertainty_forces = sums[1];
-  if (settings_.stress > 0.0) sum_strain_derivatives(gradient, norms);
+  if (settings_.stress > 0.0) sum_strain_derivatives(strain, norms);
   return norms;
 }
 
-// dE/dstrain and du/dstrain of the whole system; stresses are these divided by the volume.
-void FixUBMD::sum_strain_derivatives(const std::vector<double> &gradient, Norms &norms) {
-  const auto &kept = pair_->kept();
-  double local[18], sums[18];
-  PairUBMD::strain_derivative(kept.graph, kept.gradient, local);
-  PairUBMD::strain_derivative(kept.graph, gradient, local + 9);
+// A block's part of the forces and uncertainty forces, and of both derivatives with respect to strain.
+void FixUBMD::add_piece(std::size_t k, double *strain) {
+  const auto &piece = pair_->piece(k);
+  ubmd::Values gradient;
+  {
+    const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::bias);
+    gradient = pair_->bias(k);
+  }
+  const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::graph);
+  ubmd::add_gradient(piece.block, piece.result.gradient.data(), -1.0, work_.data(), 6);
+  ubmd::add_gradient(piece.block, gradient.data(), 1.0, work_.data() + 3, 6);
+  if (settings_.stress == 0.0) return;
+  ubmd::add_strain_derivative(piece.block, piece.result.gradient.data(), strain);
+  ubmd::add_strain_derivative(piece.block, gradient.data(), strain + 9);
+}
+
+// Stresses of the whole system are derivatives with respect to strain divided by the volume.
+void FixUBMD::sum_strain_derivatives(const double *local, Norms &norms) {
+  double sums[18];
   MPI_Allreduce(local, sums, 18, MPI_DOUBLE, MPI_SUM, world);
   const double volume = domain->xprd * domain->yprd * domain->zprd;
   for (int k = 0; k < 9; ++k) {

@@ -53,6 +53,7 @@ class FixUBMD : public Fix {
     double stress = 0.0;                    // tau_s
     std::map<std::string, double> species;  // factors on tau
     bool atomic = false;                    // bias the sum of atomic uncertainties instead of u
+    bool atoms = true;                      // evaluate atomic uncertainties
     int window = 100;
     int every = 1;
     std::string save_file;    // empty: save nothing
@@ -84,9 +85,10 @@ class FixUBMD : public Fix {
   void post(int);
   void evaluate();
   void evaluate_uncertainty(std::vector<double> *);
-  void evaluate_atoms();
-  Norms evaluate_bias(const std::vector<double> &);
-  void sum_strain_derivatives(const std::vector<double> &, Norms &);
+  void collect_atoms();
+  Norms evaluate_bias(const std::vector<double> *);
+  void add_piece(std::size_t, double *);
+  void sum_strain_derivatives(const double *, Norms &);
   void update_bias(const Norms &);
   void clear_bias();
   void apply();

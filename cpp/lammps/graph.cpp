@@ -5,46 +5,87 @@
 namespace ubmd {
 namespace {
 
-// Number the atoms that have an element, owned ones first; returns atom index -> graph index (-1: none).
-std::vector<std::int64_t> number_atoms(const Atoms &atoms, const std::vector<int> &species, Graph &graph) {
-  std::vector<std::int64_t> slots(atoms.n_all, -1);
-  graph.atoms.clear();
-  graph.species.clear();
-  for (int i = 0; i < atoms.n_all; ++i) {
-    if (i == atoms.n_local) graph.n_local = static_cast<std::int64_t>(graph.atoms.size());
-    const int element = species[atoms.types[i] - 1];
-    if (element < 0) continue;
-    slots[i] = static_cast<std::int64_t>(graph.atoms.size());
-    graph.atoms.push_back(i);
-    graph.species.push_back(element);
-  }
-  if (atoms.n_local == atoms.n_all) graph.n_local = static_cast<std::int64_t>(graph.atoms.size());
-  return slots;
+// Room for at least n entries. Never shrinks, so that steady steps neither allocate nor clear memory.
+template <typename Number>
+void reserve(std::vector<Number> &values, std::size_t n) {
+  if (values.size() < n) values.resize(n + n / 8);
 }
 
 }  // namespace
 
-void build_graph(const Atoms &atoms, const Neighbours &list, const std::vector<int> &species, double cutoff,
-                 Graph &graph) {
-  const auto slots = number_atoms(atoms, species, graph);
+void Participants::read(const Atoms &atoms, const Neighbours &list, const std::vector<int> &element_of_type) {
+  elements.resize(atoms.n_all);
+  for (int i = 0; i < atoms.n_all; ++i) elements[i] = element_of_type[atoms.types[i] - 1];
+  centres.clear();
+  for (int k = 0; k < list.count; ++k)
+    if (elements[list.centres[k]] >= 0) centres.push_back(list.centres[k]);
+}
+
+void Block::build(const Atoms &atoms, const Neighbours &list, const Participants &who, std::size_t begin,
+                  std::size_t end, double cutoff) {
+  centres.assign(who.centres.begin() + begin, who.centres.begin() + end);
+  species.resize(centres.size());
+  first.resize(centres.size() + 1);
+  std::size_t candidates = 0;
+  for (int i : centres) candidates += list.numbers[i];
+  reserve(neighbours, candidates);
+  reserve(ends, candidates);
+  reserve(vectors, 3 * candidates);
+
   const double *x = atoms.positions;
-  std::vector<std::int64_t> ends;
-  graph.edges.clear();
-  graph.vectors.clear();
-  for (int k = 0; k < list.count; ++k) {
-    const int i = list.centres[k];
-    if (slots[i] < 0) continue;
-    for (int n = 0; n < list.numbers[i]; ++n) {
-      const int j = list.neighbours[i][n] & list.mask;
-      if (slots[j] < 0) continue;
-      const double d[3] = {x[3 * j] - x[3 * i], x[3 * j + 1] - x[3 * i + 1], x[3 * j + 2] - x[3 * i + 2]};
-      if (d[0] * d[0] + d[1] * d[1] + d[2] * d[2] >= cutoff * cutoff) continue;
-      graph.edges.push_back(slots[i]);
-      ends.push_back(slots[j]);
-      graph.vectors.insert(graph.vectors.end(), d, d + 3);
+  const double limit = cutoff * cutoff;
+  std::int64_t n = 0;
+  first[0] = 0;
+  for (std::size_t k = 0; k < centres.size(); ++k) {
+    const int i = centres[k];
+    const int *row = list.neighbours[i];
+    const double centre[3] = {x[3 * i], x[3 * i + 1], x[3 * i + 2]};
+    species[k] = who.elements[i];
+    for (int m = 0; m < list.numbers[i]; ++m) {
+      // every candidate is written, the next one over it if it is too far: cheaper than an unpredictable branch
+      const int j = row[m] & list.mask;
+      const double dx = x[3 * j] - centre[0], dy = x[3 * j + 1] - centre[1], dz = x[3 * j + 2] - centre[2];
+      const int element = who.elements[j];
+      ends[n] = j;
+      neighbours[n] = element;
+      vectors[3 * n] = dx;
+      vectors[3 * n + 1] = dy;
+      vectors[3 * n + 2] = dz;
+      const bool far = dx * dx + dy * dy + dz * dz >= limit;  // false for NaN, which must reach the energy
+      n += static_cast<int>(!far) & static_cast<int>(element >= 0);
     }
+    first[k + 1] = n;
   }
-  graph.edges.insert(graph.edges.end(), ends.begin(), ends.end());
+}
+
+double Block::bytes() const {
+  return static_cast<double>((centres.capacity() + ends.capacity()) * sizeof(int) +
+                             (species.capacity() + first.capacity() + neighbours.capacity()) * sizeof(std::int64_t) +
+                             vectors.capacity() * sizeof(double));
+}
+
+void add_gradient(const Block &block, const double *gradient, double sign, double *f, int stride) {
+  for (std::size_t k = 0; k < block.centres.size(); ++k) {
+    double sum[3] = {0.0, 0.0, 0.0};
+    for (std::int64_t e = block.first[k]; e < block.first[k + 1]; ++e) {
+      double *neighbour = f + static_cast<std::ptrdiff_t>(stride) * block.ends[e];
+      for (int a = 0; a < 3; ++a) {
+        const double g = sign * gradient[3 * e + a];  // the vector is x_neighbour - x_centre
+        neighbour[a] += g;
+        sum[a] += g;
+      }
+    }
+    double *centre = f + static_cast<std::ptrdiff_t>(stride) * block.centres[k];
+    for (int a = 0; a < 3; ++a) centre[a] -= sum[a];
+  }
+}
+
+void add_strain_derivative(const Block &block, const double *gradient, double *derivative) {
+  double sum[9] = {};
+  for (std::int64_t e = 0; e < block.n_pairs(); ++e)
+    for (int a = 0; a < 3; ++a)
+      for (int b = 0; b < 3; ++b) sum[3 * a + b] += block.vectors[3 * e + a] * gradient[3 * e + b];
+  for (int k = 0; k < 9; ++k) derivative[k] += sum[k];
 }
 
 int find_non_finite(const Atoms &atoms) {

@@ -1,6 +1,7 @@
-// Atoms and edges in the arrays that a model file takes.
+// From LAMMPS's neighbour list to the arrays that a model file takes, in blocks of centres, and back to the atoms.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -23,21 +24,40 @@ struct Atoms {
   const int *types;         // [n_all], from 1
 };
 
-// The model's view: only atoms whose type has an element, owned ones first.
-struct Graph {
-  std::vector<int> atoms;             // atom index of each graph atom
-  std::vector<std::int64_t> species;  // [n]
-  std::vector<std::int64_t> edges;    // [2, P] row 0: centres, row 1: neighbours (graph atoms)
-  std::vector<double> vectors;        // [P, 3] x_neighbour - x_centre, Å
-  std::int64_t n_local = 0;           // owned graph atoms
+// Who takes part: only atoms whose type has an element. Read anew at every evaluation, because types may change
+// between two rebuilds of the list (fix atom/swap).
+struct Participants {
+  std::vector<int> centres;   // atom index of each centre, in the order of the list
+  std::vector<int> elements;  // [n_all] element index of each atom, -1: none
 
-  std::int64_t n_edges() const { return static_cast<std::int64_t>(vectors.size() / 3); }
+  void read(const Atoms &atoms, const Neighbours &list, const std::vector<int> &element_of_type);
 };
 
-// Fill `graph` with the edges shorter than `cutoff`; `species` gives the element of each type (index type - 1), -1:
-// none.
-void build_graph(const Atoms &atoms, const Neighbours &list, const std::vector<int> &species, double cutoff,
-                 Graph &graph);
+// Consecutive centres with their pairs, sorted by centre. `neighbours`, `ends` and `vectors` may be longer than the
+// pairs: they keep their size from one evaluation to the next.
+struct Block {
+  std::vector<int> centres;              // [n] atom index
+  std::vector<std::int64_t> species;     // [n] element index
+  std::vector<std::int64_t> first;       // [n + 1] pairs of centre i: first[i] to first[i + 1] - 1
+  std::vector<std::int64_t> neighbours;  // [P] element index of a pair's neighbour
+  std::vector<int> ends;                 // [P] atom index of a pair's neighbour
+  std::vector<double> vectors;           // [P, 3] x_neighbour - x_centre, Å
+
+  std::int64_t n_centres() const { return static_cast<std::int64_t>(centres.size()); }
+  std::int64_t n_pairs() const { return first.empty() ? 0 : first.back(); }
+
+  // Take centres begin to end - 1 and their pairs shorter than `cutoff`.
+  void build(const Atoms &atoms, const Neighbours &list, const Participants &who, std::size_t begin, std::size_t end,
+             double cutoff);
+  double bytes() const;
+};
+
+// Add to f [n_all, stride], its first three columns, sign * dE/dx for the energy with this gradient [P, 3] with respect
+// to the vectors (sign -1: forces). Ghosts included.
+void add_gradient(const Block &block, const double *gradient, double sign, double *f, int stride);
+
+// Add the sum over pairs of r ⊗ gradient (dE/dstrain of this rank), rows of r first: xx xy xz yx ...
+void add_strain_derivative(const Block &block, const double *gradient, double *derivative);
 
 // Index of the first owned atom with a position that is not finite; -1 if all are.
 int find_non_finite(const Atoms &atoms);

@@ -1,7 +1,9 @@
-// A model file: loading, checking, evaluating. No torch type appears here, so that only model.cpp compiles against
-// torch.
+// A model file: loading, checking, evaluating. No torch type appears here, so that only the files named *model.cpp
+// compile against torch.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,67 +15,106 @@ namespace ubmd {
 
 enum class Precision { mixed, single_, double_ };
 
-// What an evaluation keeps for a bias that may follow: nothing, the graph of the features, or second derivatives too,
-// which only the sum of an ensemble's atomic uncertainties needs.
-enum class Keep { nothing, graph, second_order };
+enum class Bias { none, structure, atomic };
 
+// What an evaluation gives besides energies and gradient.
+struct Request {
+  bool structure = false;    // features of the structure, for u
+  bool atoms = false;        // atomic uncertainties, or what an ensemble needs for them
+  Bias bias = Bias::none;    // which bias follows: it needs the evaluations of all blocks to be kept
+  std::int64_t n_atoms = 0;  // owned atoms with an element
+};
+
+// Numbers that a model computed. They are not copied: they live as long as this object.
+class Values {
+ public:
+  Values() = default;
+  Values(std::shared_ptr<const void> owner, const double *data, std::size_t size)
+      : owner_(std::move(owner)), data_(data), size_(size) {}
+
+  const double *data() const { return data_; }
+  std::size_t size() const { return size_; }
+  double operator[](std::size_t k) const { return data_[k]; }
+  const double *begin() const { return data_; }
+  const double *end() const { return data_ + size_; }
+
+ private:
+  std::shared_ptr<const void> owner_;
+  const double *data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+struct Forces {
+  Values energies;  // [n]
+  Values gradient;  // [P, 3] dSum(E)/d(vector)
+};
+
+// The order of calls: start(); for each block evaluate(), then what was requested of it; when all blocks were
+// evaluated, feature_sum() and the bias of each kept block. All energies, forces and uncertainties are in eV times
+// `energy_unit`, features and numbers of an ensemble's members in eV and eV/Å.
 class Model {
  public:
-  // Load, check and warm up; `device` is cpu, cuda or cuda:n. Throws Error (one sentence). All energies, forces and
-  // uncertainties below are in eV times `energy_unit`.
-  Model(const std::string &file, Precision precision, const std::string &device, int threads, double energy_unit = 1.0);
-  ~Model();
+  virtual ~Model() = default;
 
   const Metadata &metadata() const { return metadata_; }
 
-  // energies [n_local] (eV) and gradient dSum(E)/d(edge vector) [P, 3] (eV/Å).
-  void forces(const Graph &graph, std::vector<double> &energies, std::vector<double> &gradient);
-
-  // The same from one evaluation that also keeps the features.
-  void forces_and_features(const Graph &graph, Keep keep, std::vector<double> &energies, std::vector<double> &gradient);
-
-  // Sum of the features over the owned atoms [p], of the last forces_and_features().
-  std::vector<double> feature_sum() const;
-
-  // Calibrated uncertainties of the owned atoms (eV/Å), of the last forces_and_features().
-  std::vector<double> atomic_uncertainties();
-
-  // The same of any graph, from an evaluation of its own; leaves the kept one alone.
-  std::vector<double> atomic_uncertainties(const Graph &graph);
-
-  // Whether atomic uncertainties come from the forces of an ensemble's members, that is from the functions below and
-  // not from those above; all numbers of members are in eV and eV/Å.
+  // Whether atomic uncertainties come from the forces of an ensemble's members.
   bool is_ensemble() const { return is_ensemble_; }
 
-  // Gradients [M][P, 3] of the members' energies, of the last forces_and_features() or of an evaluation of its own.
-  std::vector<std::vector<double>> member_gradients() const;
-  std::vector<std::vector<double>> member_gradients(const Graph &graph);
+  // Blocks may have any size up to this one.
+  virtual std::size_t largest_block() const = 0;
+
+  // One evaluation of everything, as at the steps that come: the first of them then isn't slower than the others.
+  virtual void warm_up(const Request &request) = 0;
+
+  // Begin an evaluation. One with `structure` takes the place of the last such one; others leave it alone.
+  virtual void start(const Request &request) = 0;
+
+  virtual Forces evaluate(const Block &block) = 0;
+
+  // Enter the features of the block evaluated last into the sum over all blocks.
+  virtual void add_features() = 0;
+
+  // Calibrated uncertainties [n] of the block evaluated last (not of an ensemble).
+  virtual Values atomic_uncertainties() = 0;
+
+  // Gradients [M, P, 3] of the members' energies of the block evaluated last (ensemble only).
+  virtual Values member_gradients() = 0;
+
+  // Sum of the features over all blocks, [p].
+  virtual std::vector<double> feature_sum() = 0;
+
+  // Calibrated u (per atom) of a mean feature [p], and its derivative [p] if `weight` is given.
+  virtual double uncertainty(const std::vector<double> &mean, std::vector<double> *weight) = 0;
 
   // Calibrated uncertainties of n atoms from the members' forces [n, 3, M], and the derivative of their sum with
   // respect to these forces if `derivative` is given.
-  std::vector<double> force_uncertainties(const std::vector<double> &forces, std::vector<double> *derivative);
+  virtual Values force_uncertainties(const std::vector<double> &forces, std::vector<double> *derivative) = 0;
 
-  // d(sum_m cotangent_m·gradient_m)/d(edge vector) [P, 3] of the kept evaluation, which is released.
-  std::vector<double> member_bias(const std::vector<std::vector<double>> &cotangents);
+  // The weight of the bias of all blocks that follows.
+  virtual void set_weight(const std::vector<double> &weight) = 0;
 
-  // Calibrated u (eV/atom) of a mean feature [p], and its derivative [p] if `weight` is given.
-  double uncertainty(const std::vector<double> &mean, std::vector<double> *weight);
+  // Of block number k (from 0): d(sum_i weight·phi_i)/d(vector) [P, 3] for the weight that was set.
+  virtual Values bias(std::size_t k) = 0;
 
-  // d(sum_i weight·phi_i)/d(edge vector) [P, 3] of the kept evaluation, which is released.
-  std::vector<double> bias(const std::vector<double> &weight);
+  // d(sum_i u_i)/d(vector) [P, 3] of block number k (not of an ensemble).
+  virtual Values atomic_bias(std::size_t k) = 0;
 
-  // d(sum_i u_i)/d(edge vector) [P, 3] of the kept evaluation, which is released.
-  std::vector<double> atomic_bias();
+  // d(sum_m cotangent_m·gradient_m)/d(vector) [P, 3] of block number k for cotangents [M, P, 3] (ensemble only).
+  virtual Values member_bias(std::size_t k, const Block &block, const std::vector<double> &cotangents) = 0;
 
-  // Free the kept evaluation.
-  void release();
+  // Forget what is kept of the blocks.
+  virtual void release() = 0;
 
- private:
-  struct Implementation;
-  std::unique_ptr<Implementation> impl_;
+ protected:
   Metadata metadata_;
   bool is_ensemble_ = false;
 };
+
+// Load and check; `device` is cpu, cuda or cuda:n, `block_size` the largest block of the fast path. Throws Error (one
+// sentence).
+std::unique_ptr<Model> load_model(const std::string &file, Precision precision, const std::string &device, int threads,
+                                  double energy_unit, std::size_t block_size);
 
 // Version of the torch library that is loaded, e.g. 2.13.0; empty if it doesn't say.
 std::string loaded_torch_version();

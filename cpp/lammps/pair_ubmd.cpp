@@ -17,6 +17,15 @@
 
 namespace LAMMPS_NS {
 
+namespace {
+
+double bytes_of(const PairUBMD::Piece &piece) {
+  return piece.block.bytes() +
+         static_cast<double>((piece.result.energies.size() + piece.result.gradient.size()) * sizeof(double));
+}
+
+}  // namespace
+
 PairUBMD::PairUBMD(LAMMPS *lmp) : Pair(lmp) {
   single_enable = 0;
   restartinfo = 0;
@@ -33,7 +42,7 @@ PairUBMD::~PairUBMD() {
   memory->destroy(cutsq);
 }
 
-// pair_style ubmd [precision mixed|single|double] [device cpu|cuda[:n]] [timing yes|no]
+// pair_style ubmd [precision mixed|single|double] [device cpu|cuda[:n]] [timing yes|no] [chunk N]
 void PairUBMD::settings(int narg, char **arg) {
   if (narg % 2)
     error->all(FLERR, "pair_style ubmd takes pairs of a keyword and a value, but '{}' has no value", arg[narg - 1]);
@@ -56,8 +65,12 @@ void PairUBMD::read_option(const std::string &keyword, const std::string &value)
     device_ = value;
   } else if (keyword == "timing") {
     timing_ = utils::logical(FLERR, value, false, lmp) == 1;
+  } else if (keyword == "chunk") {
+    const int atoms = utils::inumeric(FLERR, value, false, lmp);
+    if (atoms < 1) error->all(FLERR, "pair_style ubmd: chunk must be 1 or more, not {}", value);
+    chunk_ = static_cast<std::size_t>(atoms);
   } else {
-    error->all(FLERR, "pair_style ubmd has no keyword '{}': use precision, device or timing", keyword);
+    error->all(FLERR, "pair_style ubmd has no keyword '{}': use precision, device, timing or chunk", keyword);
   }
 }
 
@@ -74,8 +87,11 @@ void PairUBMD::coeff(int narg, char **arg) {
   names_.assign(arg + 3, arg + narg);
   try {
     unit_ = ubmd::energy_unit(update->unit_style);
-    model_ = std::make_unique<ubmd::Model>(arg[2], precision_, device_, comm->nthreads, unit_.per_ev);
+    model_ = ubmd::load_model(arg[2], precision_, device_, comm->nthreads, unit_.per_ev, chunk_);
     species_ = ubmd::map_elements(model_->metadata(), names_, arg[2]);
+    ubmd::Request plain;
+    plain.n_atoms = atom->nlocal;
+    model_->warm_up(plain);
   } catch (const ubmd::Error &problem) {
     error->all(FLERR, "pair_style ubmd: {}", problem.what());
   }
@@ -110,57 +126,82 @@ double PairUBMD::init_one(int, int) {
 
 void PairUBMD::compute(int eflag, int vflag) {
   ev_init(eflag, vflag);
-  Evaluation &evaluation = state_ == Kept::requested ? kept_ : scratch_;
-  build(evaluation);
-  evaluate(evaluation);
-  check_finite(evaluation);
-  if (uncertainty_flag_ == 1) evaluate_atoms(evaluation);
+  read_atoms();
+  ubmd::Request request = state_ == Kept::requested ? request_ : ubmd::Request();
+  request.n_atoms = n_atoms();
+  if (uncertainty_flag_ == 1) request.atoms = true;  // of fix pair: once, because fix numdiff calls compute() again
+  try {
+    evaluate(request);
+  } catch (const ubmd::Error &problem) {
+    error->one(FLERR, "pair_style ubmd: {}", problem.what());
+  }
+  if (uncertainty_flag_ == 1) uncertainty_flag_ = 2;
   if (state_ == Kept::requested) state_ = Kept::done;
-  scatter(evaluation.graph, evaluation.gradient, -1.0, atom->f[0]);
-  tally(evaluation);
 }
 
-void PairUBMD::build(Evaluation &evaluation) {
-  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
+ubmd::Atoms PairUBMD::atoms() const {
   const int nall = atom->nlocal + atom->nghost;
-  const ubmd::Atoms atoms{atom->nlocal, nall, nall ? atom->x[0] : nullptr, atom->type};
-  const int bad = ubmd::find_non_finite(atoms);
+  return {atom->nlocal, nall, nall ? atom->x[0] : nullptr, atom->type};
+}
+
+ubmd::Neighbours PairUBMD::neighbours() const {
+  return {list->inum, list->ilist, list->numneigh, list->firstneigh, NEIGHMASK};
+}
+
+void PairUBMD::read_atoms() {
+  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
+  const int bad = ubmd::find_non_finite(atoms());
   if (bad >= 0)
     error->one(FLERR, "the position of atom {} is not a number at step {}: use a shorter time step or a better start",
                atom->tag[bad], update->ntimestep);
-  const ubmd::Neighbours neighbours{list->inum, list->ilist, list->numneigh, list->firstneigh, NEIGHMASK};
-  ubmd::build_graph(atoms, neighbours, species_, model_->metadata().cutoff, evaluation.graph);
+  who_.read(atoms(), neighbours(), species_);
 }
 
-void PairUBMD::evaluate(Evaluation &evaluation) {
-  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::network);
-  try {
-    if (state_ == Kept::requested)
-      model_->forces_and_features(evaluation.graph, keep_, evaluation.energies, evaluation.gradient);
-    else
-      model_->forces(evaluation.graph, evaluation.energies, evaluation.gradient);
-  } catch (const std::exception &problem) {
-    error->one(FLERR, "pair_style ubmd: {}", problem.what());
+// Block by block, of equal sizes.
+void PairUBMD::evaluate(const ubmd::Request &request) {
+  if (request.structure) n_kept_ = 0;
+  if (request.atoms) uncertainties_.assign(atom->nmax, 0.0);
+  if (request.atoms && model_->is_ensemble()) start_members();
+  model_->start(request);
+  const std::size_t n = who_.centres.size(), limit = model_->largest_block();
+  const std::size_t n_blocks = n / limit + (n % limit != 0);
+  for (std::size_t k = 0; k < n_blocks; ++k) evaluate_piece(request, k * n / n_blocks, (k + 1) * n / n_blocks);
+  if (request.atoms && model_->is_ensemble()) finish_members();
+}
+
+void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, std::size_t end) {
+  const bool keep = request.bias != ubmd::Bias::none;
+  if (keep && kept_.size() == n_kept_) kept_.emplace_back();
+  Piece &piece = keep ? kept_[n_kept_++] : scratch_;
+  {
+    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
+    piece.block.build(atoms(), neighbours(), who_, begin, end, model_->metadata().cutoff);
   }
+  {
+    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::network);
+    piece.result = {};
+    piece.result = model_->evaluate(piece.block);
+  }
+  {
+    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
+    check_finite(piece);
+    ubmd::add_gradient(piece.block, piece.result.gradient.data(), -1.0, atom->f[0], 3);
+    tally(piece);
+  }
+  evaluate_uncertainties(request, piece);
 }
 
-// Atomic uncertainties for fix pair: only in steps that ask, and once (fix numdiff calls compute() again).
-void PairUBMD::evaluate_atoms(const Evaluation &evaluation) {
+// What the request asks of the block that was just evaluated.
+void PairUBMD::evaluate_uncertainties(const ubmd::Request &request, const Piece &piece) {
   const ubmd::Timer::Scope scope(timer_, ubmd::Timer::uncertainty);
-  uncertainty_flag_ = 2;
-  uncertainties_.assign(atom->nmax, 0.0);
-  try {
-    std::vector<double> values;
-    if (model_->is_ensemble()) {
-      sum_member_forces(evaluation.graph, model_->member_gradients(evaluation.graph));
-      values = model_->force_uncertainties(member_forces_, nullptr);
-    } else {
-      values = model_->atomic_uncertainties(evaluation.graph);
-    }
-    for (std::size_t i = 0; i < values.size(); ++i) uncertainties_[evaluation.graph.atoms[i]] = values[i];
-  } catch (const std::exception &problem) {
-    error->one(FLERR, "pair_style ubmd: {}", problem.what());
+  if (request.structure) model_->add_features();
+  if (!request.atoms) return;
+  if (model_->is_ensemble()) {
+    add_members(piece.block);
+    return;
   }
+  const auto values = model_->atomic_uncertainties();
+  for (std::size_t i = 0; i < values.size(); ++i) uncertainties_[piece.block.centres[i]] = values[i];
 }
 
 // `fix ID group pair N ubmd uncertainty 1` gives atomic uncertainties to dumps and computes.
@@ -176,60 +217,38 @@ void *PairUBMD::extract_peratom(const char *name, int &columns) {
   return uncertainties_.data();
 }
 
-void PairUBMD::check_finite(const Evaluation &evaluation) const {
-  for (std::size_t i = 0; i < evaluation.energies.size(); ++i)
-    if (!std::isfinite(evaluation.energies[i]))
+void PairUBMD::check_finite(const Piece &piece) const {
+  for (std::size_t i = 0; i < piece.result.energies.size(); ++i)
+    if (!std::isfinite(piece.result.energies[i]))
       error->one(FLERR, "the energy of atom {} is not a number at step {}: two atoms may lie on top of each other",
-                 atom->tag[evaluation.graph.atoms[i]], update->ntimestep);
-}
-
-void PairUBMD::scatter(const ubmd::Graph &graph, const std::vector<double> &gradient, double sign, double *f,
-                       int stride) {
-  const auto n = graph.n_edges();
-  for (std::int64_t e = 0; e < n; ++e) {
-    double *centre = f + stride * graph.atoms[graph.edges[e]];
-    double *neighbour = f + stride * graph.atoms[graph.edges[n + e]];
-    for (int k = 0; k < 3; ++k) {
-      const double g = sign * gradient[3 * e + k];  // the vector is x_neighbour - x_centre
-      neighbour[k] += g;
-      centre[k] -= g;
-    }
-  }
-}
-
-void PairUBMD::strain_derivative(const ubmd::Graph &graph, const std::vector<double> &gradient, double *derivative) {
-  for (int k = 0; k < 9; ++k) derivative[k] = 0.0;
-  for (std::int64_t e = 0; e < graph.n_edges(); ++e)
-    for (int a = 0; a < 3; ++a)
-      for (int b = 0; b < 3; ++b) derivative[3 * a + b] += graph.vectors[3 * e + a] * gradient[3 * e + b];
+                 atom->tag[piece.block.centres[i]], update->ntimestep);
 }
 
 // Energies and virials, global and per atom.
-void PairUBMD::tally(const Evaluation &evaluation) {
-  for (std::size_t i = 0; i < evaluation.energies.size(); ++i) {
-    if (eflag_global) eng_vdwl += evaluation.energies[i];
-    if (eflag_atom) eatom[evaluation.graph.atoms[i]] += evaluation.energies[i];
-  }
+void PairUBMD::tally(const Piece &piece) {
+  if (eflag_global)
+    for (double energy : piece.result.energies) eng_vdwl += energy;
+  if (eflag_atom)
+    for (std::size_t i = 0; i < piece.result.energies.size(); ++i)
+      eatom[piece.block.centres[i]] += piece.result.energies[i];
   if (vflag_global) {
-    double d[9];
-    strain_derivative(evaluation.graph, evaluation.gradient, d);
+    double d[9] = {};
+    ubmd::add_strain_derivative(piece.block, piece.result.gradient.data(), d);
     const double lammps_order[6] = {d[0], d[4], d[8], d[1], d[2], d[5]};
     for (int k = 0; k < 6; ++k) virial[k] -= lammps_order[k];
   }
-  if (vflag_atom || cvflag_atom) tally_virial(evaluation);
+  if (vflag_atom || cvflag_atom) tally_virial(piece);
 }
 
 // An edge gives all of -r ⊗ dE_centre/dr to its neighbour: only this split makes the heat flux right, because the
 // energy E_centre moves through the motion of the neighbour.
-void PairUBMD::tally_virial(const Evaluation &evaluation) {
+void PairUBMD::tally_virial(const Piece &piece) {
   static const int rows[9] = {0, 1, 2, 0, 0, 1, 1, 2, 2};
   static const int columns[9] = {0, 1, 2, 1, 2, 2, 0, 0, 1};
-  const auto &graph = evaluation.graph;
-  const auto n = graph.n_edges();
-  for (std::int64_t e = 0; e < n; ++e) {
-    const int j = graph.atoms[graph.edges[n + e]];
-    const double *r = &graph.vectors[3 * e];
-    const double *g = &evaluation.gradient[3 * e];
+  for (std::int64_t e = 0; e < piece.block.n_pairs(); ++e) {
+    const int j = piece.block.ends[e];
+    const double *r = piece.block.vectors.data() + 3 * e;
+    const double *g = piece.result.gradient.data() + 3 * e;
     if (vflag_atom)
       for (int k = 0; k < 6; ++k) vatom[j][k] -= r[rows[k]] * g[columns[k]];
     if (cvflag_atom)
@@ -237,83 +256,126 @@ void PairUBMD::tally_virial(const Evaluation &evaluation) {
   }
 }
 
-void PairUBMD::request(ubmd::Keep keep) {
+void PairUBMD::request(const ubmd::Request &request) {
   state_ = Kept::requested;
-  keep_ = keep;
+  request_ = request;
 }
 
-const PairUBMD::Evaluation &PairUBMD::kept() const {
+void PairUBMD::check_evaluated() const {
   if (state_ != Kept::done)
     error->all(FLERR, "fix ubmd found no forces of pair_style ubmd in this step: remove 'pair_modify compute no'");
-  return kept_;
 }
 
-std::vector<double> PairUBMD::atomic_uncertainties() {
-  if (!model().is_ensemble()) return model_->atomic_uncertainties();
-  sum_member_forces(kept_.graph, model_->member_gradients());
-  return model_->force_uncertainties(member_forces_, nullptr);
+void PairUBMD::set_bias(const std::vector<double> *weight) {
+  bias_of_atoms_ = weight == nullptr;
+  if (weight) model_->set_weight(*weight);
+  if (bias_of_atoms_ && model_->is_ensemble()) send_derivatives();
 }
 
-// For an ensemble the derivatives of u_i with respect to the members' forces go to the ghosts, whose edges may be
-// owned by other ranks; then follows the second-order product.
-std::vector<double> PairUBMD::atomic_bias() {
-  if (!model().is_ensemble()) return model_->atomic_bias();
-  std::vector<double> derivative;
-  model_->force_uncertainties(member_forces_, &derivative);
-  const auto &graph = kept_.graph;
-  const auto n = graph.n_edges();
-  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
-  std::vector<std::vector<double>> cotangents(n_members, std::vector<double>(3 * n));
-  for (std::size_t m = 0; m < n_members; ++m) {
-    exchanged_.assign(3 * (atom->nlocal + atom->nghost), 0.0);
-    for (std::int64_t i = 0; i < graph.n_local; ++i)
-      for (int k = 0; k < 3; ++k) exchanged_[3 * graph.atoms[i] + k] = derivative[(3 * i + k) * n_members + m];
-    comm->forward_comm(this);
-    // an edge's gradient is added to the force of its centre and taken from that of its neighbour
-    for (std::int64_t e = 0; e < n; ++e)
-      for (int k = 0; k < 3; ++k)
-        cotangents[m][3 * e + k] =
-            exchanged_[3 * graph.atoms[graph.edges[e]] + k] - exchanged_[3 * graph.atoms[graph.edges[n + e]] + k];
-  }
-  return model_->member_bias(cotangents);
-}
-
-// Forces of each member of an ensemble on the owned atoms, with the shares of other ranks.
-void PairUBMD::sum_member_forces(const ubmd::Graph &graph, const std::vector<std::vector<double>> &gradients) {
-  const auto n_members = gradients.size();
-  member_forces_.assign(3 * graph.n_local * n_members, 0.0);
-  for (std::size_t m = 0; m < n_members; ++m) {
-    exchanged_.assign(3 * (atom->nlocal + atom->nghost), 0.0);
-    scatter(graph, gradients[m], -1.0, exchanged_.data());
-    comm->reverse_comm(this);
-    for (std::int64_t i = 0; i < graph.n_local; ++i)
-      for (int k = 0; k < 3; ++k) member_forces_[(3 * i + k) * n_members + m] = exchanged_[3 * graph.atoms[i] + k];
-  }
-}
-
-int PairUBMD::pack_forward_comm(int n, int *list, double *buffer, int, int *) {
-  for (int i = 0; i < n; ++i)
-    for (int k = 0; k < 3; ++k) buffer[3 * i + k] = exchanged_[3 * list[i] + k];
-  return 3 * n;
-}
-
-void PairUBMD::unpack_forward_comm(int n, int first, double *buffer) {
-  for (int m = 0; m < 3 * n; ++m) exchanged_[3 * first + m] = buffer[m];
-}
-
-int PairUBMD::pack_reverse_comm(int n, int first, double *buffer) {
-  for (int m = 0; m < 3 * n; ++m) buffer[m] = exchanged_[3 * first + m];
-  return 3 * n;
-}
-
-void PairUBMD::unpack_reverse_comm(int n, int *list, double *buffer) {
-  for (int i = 0; i < n; ++i)
-    for (int k = 0; k < 3; ++k) exchanged_[3 * list[i] + k] += buffer[3 * i + k];
+ubmd::Values PairUBMD::bias(std::size_t k) {
+  if (!bias_of_atoms_) return model_->bias(k);
+  if (!model_->is_ensemble()) return model_->atomic_bias(k);
+  return model_->member_bias(k, kept_[k].block, member_cotangents(kept_[k].block));
 }
 
 void PairUBMD::release() {
   state_ = Kept::nothing;
+  for (auto &piece : kept_) piece.result = {};
+  n_kept_ = 0;
   model().release();
+}
+
+// ---- ensembles: atomic uncertainties come from the members' forces, to which other ranks add their shares ----
+
+void PairUBMD::start_members() {
+  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
+  exchanged_.assign(3 * n_members * (atom->nlocal + atom->nghost), 0.0);
+}
+
+void PairUBMD::add_members(const ubmd::Block &block) {
+  const auto gradients = model_->member_gradients();
+  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
+  const std::size_t nall = atom->nlocal + atom->nghost;
+  for (std::size_t m = 0; m < n_members; ++m)
+    ubmd::add_gradient(block, gradients.data() + 3 * m * block.n_pairs(), -1.0, exchanged_.data() + 3 * m * nall, 3);
+}
+
+void PairUBMD::finish_members() {
+  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
+  const std::size_t nall = atom->nlocal + atom->nghost;
+  member_forces_.resize(3 * who_.centres.size() * n_members);
+  for (member_ = 0; member_ < n_members; ++member_) {
+    {
+      const ubmd::Timer::Scope scope(timer_, ubmd::Timer::communication);
+      comm->reverse_comm(this);
+    }
+    const double *forces = exchanged_.data() + 3 * member_ * nall;
+    for (std::size_t i = 0; i < who_.centres.size(); ++i)
+      for (int k = 0; k < 3; ++k) member_forces_[(3 * i + k) * n_members + member_] = forces[3 * who_.centres[i] + k];
+  }
+  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::uncertainty);
+  const auto values = model_->force_uncertainties(member_forces_, nullptr);
+  for (std::size_t i = 0; i < values.size(); ++i) uncertainties_[who_.centres[i]] = values[i];
+}
+
+// The derivatives of u_i with respect to the members' forces go to the ghosts, whose pairs other ranks may own.
+void PairUBMD::send_derivatives() {
+  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
+  const std::size_t nall = atom->nlocal + atom->nghost;
+  std::vector<double> derivative;
+  {
+    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::bias);
+    model_->force_uncertainties(member_forces_, &derivative);
+  }
+  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::communication);
+  exchanged_.assign(3 * n_members * nall, 0.0);
+  for (member_ = 0; member_ < n_members; ++member_) {
+    double *target = exchanged_.data() + 3 * member_ * nall;
+    for (std::size_t i = 0; i < who_.centres.size(); ++i)
+      for (int k = 0; k < 3; ++k) target[3 * who_.centres[i] + k] = derivative[(3 * i + k) * n_members + member_];
+    comm->forward_comm(this);
+  }
+}
+
+// Cotangents [M, P, 3] of the members' gradients: one is added to the force of the centre and taken from that of the
+// neighbour.
+std::vector<double> PairUBMD::member_cotangents(const ubmd::Block &block) const {
+  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
+  const std::size_t nall = atom->nlocal + atom->nghost;
+  std::vector<double> cotangents;
+  cotangents.reserve(3 * n_members * block.n_pairs());
+  for (std::size_t m = 0; m < n_members; ++m) {
+    const double *of_atom = exchanged_.data() + 3 * m * nall;
+    for (std::size_t k = 0; k < block.centres.size(); ++k)
+      for (std::int64_t e = block.first[k]; e < block.first[k + 1]; ++e)
+        for (int a = 0; a < 3; ++a)
+          cotangents.push_back(of_atom[3 * block.centres[k] + a] - of_atom[3 * block.ends[e] + a]);
+  }
+  return cotangents;
+}
+
+int PairUBMD::pack_forward_comm(int n, int *list, double *buffer, int, int *) {
+  const double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
+  for (int i = 0; i < n; ++i)
+    for (int k = 0; k < 3; ++k) buffer[3 * i + k] = values[3 * list[i] + k];
+  return 3 * n;
+}
+
+void PairUBMD::unpack_forward_comm(int n, int first, double *buffer) {
+  double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
+  for (int m = 0; m < 3 * n; ++m) values[3 * first + m] = buffer[m];
+}
+
+int PairUBMD::pack_reverse_comm(int n, int first, double *buffer) {
+  const double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
+  for (int m = 0; m < 3 * n; ++m) buffer[m] = values[3 * first + m];
+  return 3 * n;
+}
+
+void PairUBMD::unpack_reverse_comm(int n, int *list, double *buffer) {
+  double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
+  for (int i = 0; i < n; ++i)
+    for (int k = 0; k < 3; ++k) values[3 * list[i] + k] += buffer[3 * i + k];
 }
 
 ubmd::Model &PairUBMD::model() {
@@ -336,12 +398,11 @@ void PairUBMD::finish() {
 }
 
 double PairUBMD::memory_usage() {
-  double bytes = Pair::memory_usage();
-  for (const auto *evaluation : {&scratch_, &kept_})
-    bytes += static_cast<double>(evaluation->graph.edges.capacity() + evaluation->graph.vectors.capacity() +
-                                 evaluation->gradient.capacity() + evaluation->energies.capacity()) *
-             sizeof(double);
-  return bytes;
+  double bytes = Pair::memory_usage() + bytes_of(scratch_);
+  for (const auto &piece : kept_) bytes += bytes_of(piece);
+  return bytes + static_cast<double>((uncertainties_.capacity() + member_forces_.capacity() + exchanged_.capacity()) *
+                                         sizeof(double) +
+                                     (who_.centres.capacity() + who_.elements.capacity()) * sizeof(int));
 }
 
 }  // namespace LAMMPS_NS

@@ -2,6 +2,7 @@
 // bias.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -35,21 +36,29 @@ class PairUBMD : public Pair {
 
   // ---- for fix ubmd ----
 
-  // What one evaluation leaves for the fix. Other calls of compute() (fix numdiff) don't touch it.
-  struct Evaluation {
-    ubmd::Graph graph;
-    std::vector<double> energies;  // [n_local], in the run's unit as all below
-    std::vector<double> gradient;  // [P, 3] dE/d(edge vector)
+  // A block of an evaluation, with its gradient; the energies are in the run's unit as all below.
+  struct Piece {
+    ubmd::Block block;
+    ubmd::Forces result;
   };
 
-  // Ask the next compute() to keep its evaluation, and of the model's graph what the bias needs that is to follow.
-  void request(ubmd::Keep keep);
-  // The kept evaluation; an error if compute() didn't run since request().
-  const Evaluation &kept() const;
-  // Uncertainties of the owned atoms (graph order) of the kept evaluation. Ranks must call it together.
-  std::vector<double> atomic_uncertainties();
-  // d(sum of all atomic uncertainties)/d(edge vector) [P, 3] of the kept evaluation, after atomic_uncertainties().
-  std::vector<double> atomic_bias();
+  // Ask the next compute() for features, and for what the bias needs that is to follow. Other calls of compute() (fix
+  // numdiff) don't touch what it leaves.
+  void request(const ubmd::Request &request);
+  // An error if compute() didn't run since request().
+  void check_evaluated() const;
+  // Owned atoms with an element.
+  std::int64_t n_atoms() const { return static_cast<std::int64_t>(who_.centres.size()); }
+  // Uncertainties of the last evaluation that was asked for them, by atom index; 0 for atoms without element.
+  const double *uncertainties() const { return uncertainties_.data(); }
+  // The kept blocks: all of this rank if the request named a bias, else none.
+  std::size_t n_pieces() const { return n_kept_; }
+  const Piece &piece(std::size_t k) const { return kept_[k]; }
+  // Prepare the bias along weight·phi, or (without a weight) along the sum of all atomic uncertainties. Ranks call it
+  // together.
+  void set_bias(const std::vector<double> *weight);
+  // d(what is biased)/d(vector) [P, 3] of a kept block.
+  ubmd::Values bias(std::size_t k);
   // Free what was kept.
   void release();
 
@@ -61,22 +70,23 @@ class PairUBMD : public Pair {
   std::string element(int type) const;
   bool has_element(int type) const { return species_[type - 1] >= 0; }
 
-  // Add the edge gradients to f [nall, stride], its first three columns: sign * dE/dx for E with this gradient (sign
-  // -1: forces). Ghosts included.
-  static void scatter(const ubmd::Graph &, const std::vector<double> &gradient, double sign, double *f, int stride = 3);
-  // Sum over edges of r ⊗ gradient (dE/dstrain of this rank), rows of r first: xx xy xz yx ...
-  static void strain_derivative(const ubmd::Graph &, const std::vector<double> &gradient, double *derivative);
-
  private:
   void allocate();
   void read_option(const std::string &, const std::string &);
-  void evaluate(Evaluation &);
-  void evaluate_atoms(const Evaluation &);
-  void sum_member_forces(const ubmd::Graph &, const std::vector<std::vector<double>> &);
-  void check_finite(const Evaluation &) const;
-  void tally(const Evaluation &);
-  void tally_virial(const Evaluation &);
-  void build(Evaluation &);
+  void read_atoms();
+  ubmd::Atoms atoms() const;
+  ubmd::Neighbours neighbours() const;
+  void evaluate(const ubmd::Request &);
+  void evaluate_piece(const ubmd::Request &, std::size_t begin, std::size_t end);
+  void evaluate_uncertainties(const ubmd::Request &, const Piece &);
+  void start_members();
+  void add_members(const ubmd::Block &);
+  void finish_members();
+  void send_derivatives();
+  std::vector<double> member_cotangents(const ubmd::Block &) const;
+  void check_finite(const Piece &) const;
+  void tally(const Piece &);
+  void tally_virial(const Piece &);
 
   enum class Kept { nothing, requested, done };
 
@@ -87,13 +97,19 @@ class PairUBMD : public Pair {
   std::unique_ptr<ubmd::Model> model_;
   std::vector<std::string> names_;  // element of each type or NULL
   std::vector<int> species_;        // species index of each type, -1 for NULL
-  Evaluation scratch_, kept_;
+  std::size_t chunk_ = 512;         // largest block
+  ubmd::Participants who_;
+  Piece scratch_;            // the block at hand, if it isn't kept
+  std::vector<Piece> kept_;  // n_kept_ of them in use: the others keep their memory
+  std::size_t n_kept_ = 0;
   Kept state_ = Kept::nothing;
-  ubmd::Keep keep_ = ubmd::Keep::nothing;
+  ubmd::Request request_;
   int uncertainty_flag_ = 0;           // set to 1 by fix pair; 2: computed
-  std::vector<double> uncertainties_;  // [nmax] for fix pair
-  std::vector<double> member_forces_;  // [n_local, 3, M] of an ensemble, eV/Å
-  std::vector<double> exchanged_;      // [nall, 3] what one communication moves
+  std::vector<double> uncertainties_;  // [nmax]
+  bool bias_of_atoms_ = false;
+  std::vector<double> member_forces_;  // [n_atoms, 3, M] of an ensemble, eV/Å
+  std::vector<double> exchanged_;      // [M, nall, 3] of an ensemble: forces, or derivatives of u with respect to them
+  std::size_t member_ = 0;             // the one that communication moves
   ubmd::Timer timer_;
 };
 

