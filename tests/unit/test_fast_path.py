@@ -15,6 +15,7 @@ from ubmd.data.graph import Graph, build_graph
 from ubmd.export import export_model, load_model
 from ubmd.models import GaussianMomentNetwork
 from ubmd.settings import UncertaintySettings
+from ubmd.uncertainty import GradientSketch
 
 KINDS = ["posterior", "last-layer", "distance", "ensemble"]
 SKETCHED = KINDS[:3]
@@ -208,13 +209,16 @@ def test_mixed_and_single_stay_close_to_double(files: dict[str, Path], kind: str
 
 
 def test_paths_are_chosen_by_their_multiply_adds(files: dict[str, Path]) -> None:
-    """Small systems atom by atom; large ones by structure where there are more projections than that pays for."""
-    module = load_model(files["posterior"])
-    inputs, (hidden1, hidden2), p = module.potential.network.weight1.size(1), SETTINGS.hidden, module.n_features
-    layers, hidden = inputs * hidden1 + hidden1 * hidden2, hidden1 * hidden2
-    per_atom = 4 * layers + hidden - (layers + hidden + p * (2 * inputs + 4 * hidden1 + 3 * hidden2))
-    choices = {n: module.by_structure(n) for n in (1, 10, 100, 1000)}
-    assert choices == {n: n * per_atom + 2 * p * layers < 0 for n in choices}
-    assert set(choices.values()) == {False, True}
+    """By structure pays for large systems, where there are more projections than a tangent pass costs."""
+    inputs, hidden1, hidden2 = 360, 512, 512
+    for p, expected in ((512, {100: False, 2000: True}), (128, {100: False, 2000: False})):
+        sketch = GradientSketch((inputs, hidden1, hidden2), p, seed=0)
+        for n, choice in expected.items():
+            forward = inputs * hidden1 + hidden1 * hidden2
+            tangent = 3 * inputs * hidden1 + 4 * hidden1 * hidden2
+            by_structure = n * (forward + tangent) + 2 * p * forward
+            sketched = p * (inputs + 2 * hidden1 + 2 * hidden2)
+            pulled = p * (inputs + 2 * hidden1 + hidden2) + inputs * hidden1 + 2 * hidden1 * hidden2
+            assert sketch.by_structure(n) == (by_structure < n * (sketched + pulled)) == choice
     assert load_model(files["last-layer"]).by_structure(1)
     assert not load_model(files["ensemble"]).by_structure(10**6)
