@@ -1,5 +1,6 @@
 """Gradients of the loss in closed form against automatic differentiation of the plain descriptor and network."""
 
+import resource
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,7 @@ from small_model import labelled, with_emt_labels
 from torch import Tensor
 
 from ubmd.data.graph import Batch, build_graph, collate
+from ubmd.memory import keep_freed_memory
 from ubmd.models import GaussianMomentNetwork
 from ubmd.models.gaussian_moments import GaussianMoments
 from ubmd.settings import ModelSettings, TrainingSettings
@@ -209,3 +211,18 @@ def test_training_curves_agree(tmp_path, closed_forms, monkeypatch):
         result = train(MODEL, chosen, structures[:6], structures[6:], tmp_path / name, seed=0)
         curves.append([[row["loss"], row["valid_force_rmse_eV_per_A"]] for row in result.history])
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-7)
+
+
+def test_memory_of_a_step_is_kept_for_the_next():
+    """With glibc: steps with tensors of megabytes cause no page faults once the first ones have fetched the memory."""
+    if not keep_freed_memory():
+        pytest.skip("the C library has no mallopt")
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(1 << 20) for _ in range(8)]
+        del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert min(faults() for _ in range(5)) < 100, "32 MB are 8192 pages"

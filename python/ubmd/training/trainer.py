@@ -22,6 +22,7 @@ from ase import Atoms
 from ubmd.data.graph import Batch, build_graph, chunks
 from ubmd.data.structures import check_labelled, dataset_hash
 from ubmd.errors import DataError, ModelError, TrainingError
+from ubmd.memory import keep_freed_memory
 from ubmd.models import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, TrainingSettings
 from ubmd.training import checkpoint
@@ -87,6 +88,7 @@ def train(
         _check_identity(saved["identity"], identity, path)
         if saved["finished"]:
             return _result(saved["best"], saved["history"])
+    keep_freed_memory()
     with _threads(training_settings.threads):
         trainer = _Trainer(model, training_settings, training, validation, epochs, seed, initial is not None)
         if saved is not None:
