@@ -14,6 +14,7 @@ from small_model import ELEMENTS, SETTINGS, labelled, triclinic
 from ubmd.data.graph import Graph, build_graph
 from ubmd.export import export_model, load_model
 from ubmd.models import GaussianMomentNetwork
+from ubmd.models.evaluation import Evaluation, FastEvaluation, evaluation
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import GradientSketch
 
@@ -174,6 +175,23 @@ def test_members_of_an_ensemble(files: dict[str, Path], graph: Graph) -> None:
     arguments = by_centre(graph)
     assert_close(module.member_gradients(module.evaluate(*arguments, True)[2]), gradients.detach())
     assert_close(module.member_bias(*arguments, cotangents), bias)
+
+
+def test_generic_and_fast_evaluation_agree(module: Any, graph: Graph) -> None:
+    """What Python uses: files without the fast part go through the generic one."""
+    fast, generic = (kind(module, graph, graph.edge_vector) for kind in (FastEvaluation, Evaluation))
+    w = weights(module.n_features)
+    assert type(evaluation(module, graph, graph.edge_vector)) is FastEvaluation
+    for value in (
+        lambda e: e.energy,
+        lambda e: e.gradient,
+        lambda e: e.phi,
+        lambda e: e.feature_gradient(w),
+        lambda e: e.atomic_uncertainties(),
+        lambda e: e.atomic_uncertainty_gradient()[0],
+        lambda e: e.atomic_uncertainty_gradient()[1],
+    ):
+        assert_close(value(fast), value(generic), 1e-9)
 
 
 def test_works_in_every_grad_mode_and_leaves_it_alone(module: Any) -> None:
