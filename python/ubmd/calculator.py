@@ -14,9 +14,9 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
-from ubmd.data.graph import VOIGT, Batch, Graph, build_graph, chunks, scatter_forces, strain_gradient
+from ubmd.data.graph import VOIGT, Batch, Graph, build_graph, chunks, collate, scatter_forces, strain_gradient
 from ubmd.export import load_model, structure_means
-from ubmd.models.evaluation import atomic_uncertainty_sum, evaluate, is_ensemble
+from ubmd.models.evaluation import Evaluation, evaluation, is_ensemble
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,23 @@ class Evaluator:
         return self.predict([atoms])[0]
 
     def _predict_batch(self, batch: Batch) -> list[Prediction]:
-        edge = batch.edge_vector.to(self.edge_dtype)
         with torch.jit.optimized_execution(False):
-            result = evaluate(self.module, batch.species, batch.edge_index, edge)
-            means = structure_means(result.phi, batch)
-            with torch.no_grad():
-                u = [float(self.module.uncertainty(mean)) for mean in means]
+            return self._predictions(batch, self._evaluation(batch))
+
+    def _evaluation(self, pairs: Graph | Batch) -> Evaluation:
+        return evaluation(self.module, pairs, pairs.edge_vector.to(self.edge_dtype))
+
+    def _predictions(self, batch: Batch, result: Evaluation) -> list[Prediction]:
+        means = structure_means(result.phi.double(), batch)
+        with torch.no_grad():
+            u = [float(self.module.uncertainty(mean)) for mean in means]
         if is_ensemble(self.module):
             # how the members differ: their common energy says nothing about uncertainty
             means = means - means.mean(1, keepdim=True)
         sizes = batch.counts.tolist()
-        owner = batch.structure.index_select(0, batch.edge_index[0])
-        strain = strain_gradient(batch.edge_vector, result.gradient, owner, batch.n_structures).numpy()
-        forces = scatter_forces(batch.edge_index, result.gradient, len(batch.species)).split(sizes)
-        energies, atomic_u = result.energy.split(sizes), result.atomic_u.split(sizes)
+        strain = batch.virials_from(result.gradient).numpy()
+        forces = batch.forces_from(result.gradient).split(sizes)
+        energies, atomic_u = result.energy.split(sizes), result.atomic_uncertainties().split(sizes)
         return [
             Prediction(
                 energy=float(energies[k].sum()),
@@ -87,40 +90,45 @@ class Evaluator:
             for k, volume in enumerate(batch.volume.tolist())
         ]
 
+    def predict_with_gradient(self, atoms: Atoms) -> tuple[Prediction, np.ndarray, np.ndarray]:
+        """Prediction for one structure and, as in ``uncertainty_gradient``, the derivatives of u: one evaluation."""
+        batch = collate([self.graph(atoms)])
+        with torch.jit.optimized_execution(False):
+            result = self._evaluation(batch)
+            (prediction,) = self._predictions(batch, result)
+            _, gradient = self._uncertainty_gradient(result)
+        return prediction, *_gradients(batch, gradient)
+
     def uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
-        """(u eV/atom, du/dr [n, 3] 1/atom·eV/Å, du/d(strain) [3, 3] eV/atom) of the structure uncertainty.
+        """(u eV/atom, du/dr [n, 3] 1/atom·eV/Å, du/d(strain) [3, 3] eV/atom) of the structure uncertainty."""
+        graph = self.graph(atoms)
+        with torch.jit.optimized_execution(False):
+            u, gradient = self._uncertainty_gradient(self._evaluation(graph))
+        return u, *_gradients(graph, gradient)
+
+    def _uncertainty_gradient(self, result: Evaluation) -> tuple[float, torch.Tensor]:
+        """u and its gradient with respect to the edge vectors [P, 3] of one structure.
 
         Phase 1 gives phi and w = du/d(mean phi), phase 2 the vector-Jacobian product with w/n.
         """
-        graph = self.graph(atoms)
-        n = len(atoms)
-        edge = graph.edge_vector.to(self.edge_dtype)
-        with torch.jit.optimized_execution(False):
-            with torch.no_grad():
-                phi = self.module(graph.species, graph.edge_index, edge, n)[1]
-            mean = phi.double().mean(0).requires_grad_(True)
-            u = self.module.uncertainty(mean)
-            (w,) = torch.autograd.grad(u, mean)
-            gradient = self.module.bias(graph.species, graph.edge_index, edge, n, w / n).double()
-        return float(u.detach()), *_gradients(graph, gradient)
+        mean = result.phi.double().mean(0).requires_grad_(True)
+        u = self.module.uncertainty(mean)
+        (w,) = torch.autograd.grad(u, mean)
+        return float(u.detach()), result.feature_gradient(w / result.n_atoms)
 
     def atomic_uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
         """(U eV/Å, dU/dr [n, 3] eV/Å^2, dU/d(strain) [3, 3] eV/Å) of the sum U of the atomic uncertainties."""
         graph = self.graph(atoms)
-        edge = graph.edge_vector.to(self.edge_dtype).detach().requires_grad_(True)
         with torch.jit.optimized_execution(False):
-            total = atomic_uncertainty_sum(self.module, graph.species, graph.edge_index, edge)
-            gradient = torch.zeros_like(edge)
-            if len(edge):
-                (gradient,) = torch.autograd.grad(total, edge)
-        return float(total.detach()), *_gradients(graph, gradient.double())
+            total, gradient = self._evaluation(graph).atomic_uncertainty_gradient()
+        return float(total), *_gradients(graph, gradient)
 
 
-def _gradients(graph: Graph, edge_gradient: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _gradients(pairs: Graph | Batch, edge_gradient: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Derivatives with respect to positions [n, 3] and strain [3, 3] from those with respect to edge vectors [P, 3]."""
     owner = torch.zeros(len(edge_gradient), dtype=torch.int64)
-    strain = strain_gradient(graph.edge_vector, edge_gradient, owner, 1)[0]
-    return -scatter_forces(graph.edge_index, edge_gradient, graph.n_atoms).numpy(), strain.numpy()
+    strain = strain_gradient(pairs.edge_vector, edge_gradient, owner, 1)[0]
+    return -scatter_forces(pairs.edge_index, edge_gradient, len(pairs.species)).numpy(), strain.numpy()
 
 
 class Calculator(AseCalculator):
@@ -156,11 +164,13 @@ class Calculator(AseCalculator):
     ) -> None:
         super().calculate(atoms, list(properties), list(system_changes))
         assert self.atoms is not None
-        prediction = self.evaluator.predict_one(self.atoms)
+        if self.bias_force:
+            prediction, gradient, strain = self.evaluator.predict_with_gradient(self.atoms)
+        else:
+            prediction = self.evaluator.predict_one(self.atoms)
         energy, forces, stress = prediction.energy, prediction.forces, prediction.stress
         if self.bias_force:
-            u, gradient, strain = self.evaluator.uncertainty_gradient(self.atoms)
-            energy -= self.bias_force * u
+            energy -= self.bias_force * prediction.u
             forces = forces + self.bias_force * gradient
             if stress is not None:
                 stress = stress - self.bias_force * strain[VOIGT] / self.atoms.get_volume()

@@ -14,10 +14,10 @@ import torch
 from ase import Atoms
 
 from ubmd import __version__
-from ubmd.data.graph import Batch, Graph, build_graph, chunks, scatter_forces
+from ubmd.data.graph import Batch, Graph, build_graph, chunks
 from ubmd.errors import DataError, ModelError
 from ubmd.models.deployed import Deployed, DeployedEnsemble, DeployedModel, LastLayerModel
-from ubmd.models.evaluation import evaluate as evaluate_atoms
+from ubmd.models.evaluation import evaluation
 from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import ConformalScale, LastLayerSketch, conformal_scale, make_sketch
@@ -163,11 +163,11 @@ def calibrate(
 
 def evaluate(module: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Energies [S], forces [N, 3], structure u [S] and atomic u [N] of a batch, through the model file's interface."""
-    result = evaluate_atoms(module, batch.species, batch.edge_index, batch.edge_vector)
+    result = evaluation(module, batch, batch.edge_vector)
     with torch.no_grad():
-        u = torch.stack([module.uncertainty(mean) for mean in structure_means(result.phi, batch)])
+        u = torch.stack([module.uncertainty(mean) for mean in structure_means(result.phi.double(), batch)])
     energy = torch.zeros(batch.n_structures, dtype=torch.float64).index_add(0, batch.structure, result.energy)
-    return energy, scatter_forces(batch.edge_index, result.gradient, len(batch.species)), u, result.atomic_u
+    return energy, batch.forces_from(result.gradient), u, result.atomic_uncertainties()
 
 
 def structure_means(phi: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -4,13 +4,15 @@ Rule of precision: *parameters* follow the precision that the user of the file a
 double: float64); *buffers* (energy shifts, posterior factors, calibration) stay float64.
 """
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.models.network import Layers
 from ubmd.uncertainty import (
     DistanceUncertainty,
     EnsembleUncertainty,
@@ -21,16 +23,25 @@ from ubmd.uncertainty import (
 )
 
 
+def with_operators(module: nn.Module, operators: bool) -> Any:
+    """The same module (parameters shared) with or without the operator library."""
+    twin: Any = copy.copy(module)
+    twin.operators = operators
+    return twin
+
+
 class Potential(nn.Module):
     """One trained network and its energy scales."""
 
+    operators: Final[bool]
     energy_scale: Tensor
     energy_shift: Tensor
 
-    def __init__(self, model: GaussianMomentNetwork) -> None:
+    def __init__(self, model: GaussianMomentNetwork, operators: bool = False) -> None:
         super().__init__()
-        self.descriptor = model.descriptor
-        self.network = model.network
+        self.operators = operators
+        self.descriptor = with_operators(model.descriptor, operators)
+        self.network = with_operators(model.network, operators)
         self.register_buffer("energy_scale", (model.constant * model.scale).detach().clone())
         self.register_buffer("energy_shift", (model.constant * model.shift).detach().clone())
 
@@ -40,8 +51,7 @@ class Potential(nn.Module):
 
     def energies(self, y: Tensor, species: Tensor) -> Tensor:
         """Energies [n] (float64, eV) from the network's output [n]."""
-        scale = self.scales(species)
-        return scale * y.to(scale.dtype) + self.energy_shift.index_select(0, species)
+        return torch.addcmul(self.energy_shift.index_select(0, species), self.scales(species), y)
 
     def atomic_energies(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> Tensor:
         """Energies [n_local] (float64, eV), attached to the graph of edge_vector."""
@@ -59,17 +69,103 @@ class Potential(nn.Module):
         delta1, _ = self.network.gradient_factors(s1, s2, self.scales(local).to(y.dtype).unsqueeze(1))
         return self.energies(y, local).detach(), edge_gradient(x0, edge, self.network.input_gradient(delta1))
 
+    def evaluate(
+        self, species: Tensor, first: Tensor, neighbours: Tensor, edge_vector: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """As in `Deployed`; the tape is that of `layers` and the descriptor's state."""
+        x0, state = self.descriptor.evaluate(species, first, neighbours, edge_vector)
+        delta3 = self.scales(species).to(x0.dtype).unsqueeze(1)
+        if keep:
+            y, layers = self.network.evaluate(x0, delta3)
+            gradient = self.descriptor.pull(state, self.network.input_gradient(layers.delta1))
+            return self.energies(y, species), gradient, self.tape(layers) + state
+        y, slope = self.network.energies(x0, delta3)
+        empty: list[Tensor] = []
+        return self.energies(y, species), self.descriptor.pull(state, slope), empty
+
+    def tape(self, kept: Layers) -> list[Tensor]:
+        """A network's layers as a list."""
+        return [
+            kept.x0,
+            kept.x1,
+            kept.x2,
+            kept.s1,
+            kept.s2,
+            kept.delta1,
+            kept.delta2,
+            kept.delta3,
+            kept.curvature1,
+            kept.curvature2,
+        ]
+
+    def layers(self, tape: list[Tensor]) -> Layers:
+        """And back."""
+        return Layers(tape[0], tape[1], tape[2], tape[3], tape[4], tape[5], tape[6], tape[7], tape[8], tape[9])
+
+    def pull(self, tape: list[Tensor], cotangent: Tensor) -> Tensor:
+        """d(sum cotangent·G)/d edge_vector [P, 3] (float64) at the evaluation of a tape."""
+        return self.descriptor.pull(tape[10:], cotangent)
+
+    def second_derivative(
+        self, species: Tensor, first: Tensor, neighbours: Tensor, edge_vector: Tensor, direction: Tensor
+    ) -> Tensor:
+        """d(direction · d sum(E)/d edge_vector)/d edge_vector [P, 3] (float64) for a direction [P, 3]."""
+        if self.operators and edge_vector.is_cpu:
+            return self._second_derivative(species, first, neighbours, edge_vector, direction)
+        if edge_vector.size(0) == 0:
+            return torch.zeros_like(edge_vector, dtype=torch.float64)
+        gradients = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        edge = edge_vector.detach().requires_grad_(True)
+        x0 = self.descriptor.attached(species, first, neighbours, edge)
+        energy = self.energies(self.network(x0)[0], species).sum()
+        gradient = torch.autograd.grad([energy], [edge], create_graph=True)[0]
+        assert gradient is not None
+        torch.set_grad_enabled(gradients)
+        return edge_gradient(gradient, edge, direction.to(gradient.dtype)).to(torch.float64)
+
+    def _second_derivative(
+        self, species: Tensor, first: Tensor, neighbours: Tensor, edge_vector: Tensor, direction: Tensor
+    ) -> Tensor:
+        """The same in closed form: a tangent pass along the direction, and one reverse pass."""
+        x0, state = self.descriptor.evaluate(species, first, neighbours, edge_vector)
+        layers = self.network.evaluate(x0, self.scales(species).to(x0.dtype).unsqueeze(1))[1]
+        xdot0, change = self.descriptor.push(state, direction)
+        cotangent = self.network.input_tangent(layers, xdot0)
+        return self.descriptor.pull_second(
+            state, direction, change, cotangent, self.network.input_gradient(layers.delta1)
+        )
+
 
 class Deployed(nn.Module):
-    """The interface of a model file.
+    """The interface of a model file. Energies in eV (float64), vectors in Å.
 
-    Arguments of every evaluation: species int64 [n_local + n_ghost] (indices into metadata's ``elements``),
-    edge_index int64 [2, P] (row 0 the centre i < n_local, row 1 the neighbour), edge_vector [P, 3] = x_j - x_i in Å,
-    n_local. Energies in eV (float64). Besides what this class names, a file has ``forces`` and one of
+    Generic part, for any model, with autograd. Arguments of ``forward``, ``forces`` and ``bias``: species int64
+    [n_local + n_ghost] (indices into metadata's ``elements``), edge_index int64 [2, P] (row 0 the centre i < n_local,
+    row 1 the neighbour), edge_vector [P, 3] = x_j - x_i, n_local. Besides what this class names, a file has ``forces``
+    and one of
 
     - ``atomic_uncertainties(phi [n_local, p])`` -> u_i [n_local]: of each atom's own features;
     - ``force_uncertainties(forces [n, 3, p])`` -> u_i [n]: column m of phi is then the atomic energy of member m of an
       ensemble (up to a constant), and ``forces`` are the members' forces.
+
+    Fast part (optional: a file without ``evaluate`` has none of it), every derivative in closed form and all results
+    detached. Pairs are sorted by centre: species int64 [n] of the centres, first int64 [n + 1] (the pairs of centre i
+    are first[i] .. first[i + 1] - 1), neighbours int64 [P] (the *element index* of each pair's neighbour), edge_vector
+    [P, 3]. A structure may be evaluated in chunks of centres, each with its tape:
+
+    - ``evaluate(species, first, neighbours, edge_vector, keep)`` -> (E [n], dSum(E)/d edge_vector [P, 3] float64,
+      tape); the tape is empty unless ``keep``, which everything below needs.
+    - ``by_structure(n)``: whether sums and gradient of the structure's features are cheaper by the two identities
+      (weight gradient; tangent along one direction of the weights) than atom by atom, for n atoms on this process. What
+      follows takes its answer, or False where features of atoms are needed.
+    - ``features(tape, by_structure)`` -> (sums, phi [n, p] (no rows by structure), factors). The sums of chunks are
+      added tensor by tensor; ``feature_sum(sums)`` then is sum_i phi_i [p] (float64).
+    - ``directions(w [p], by_structure)``: what ``feature_gradient`` needs of w, the same for all chunks.
+    - ``feature_gradient(tape, factors, directions, w)`` -> d(sum_i w·phi_i)/d edge_vector [P, 3] float64. With no
+      directions w is [n, p], different from atom to atom.
+    - ensembles: ``member_gradients(tape)`` -> [M, P, 3] float64; ``member_bias(species, first, neighbours, edge_vector,
+      cotangents [M, P, 3])`` -> d(sum_m cotangents_m·gradient_m)/d edge_vector [P, 3] float64.
     """
 
     def __init__(self, n_features: int, metadata: str) -> None:
@@ -110,10 +206,11 @@ class DeployedModel(Deployed):
         sketch: GradientSketch | LastLayerSketch,
         metadata: str = "{}",
         kind: str = "posterior",
+        operators: bool = False,
     ) -> None:
         super().__init__(sketch.projections, metadata)
-        self.potential = Potential(model)
-        self.sketch = sketch
+        self.potential = Potential(model, operators)
+        self.sketch: Any = sketch
         uncertainty = DistanceUncertainty if kind == "distance" else PosteriorUncertainty
         self.structure_uncertainty = uncertainty(sketch.projections)
         self.atom_uncertainty = uncertainty(sketch.projections)
@@ -123,9 +220,9 @@ class DeployedModel(Deployed):
         x0 = self.potential.descriptor(species, edge_index, edge_vector, n_local)
         y, x1, x2, s1, s2 = self.potential.network(x0)
         delta3 = self.potential.scales(species[:n_local]).to(y.dtype).unsqueeze(1)
-        return self.potential.energies(y, species[:n_local]), self.features(x0, x1, x2, s1, s2, delta3)
+        return self.potential.energies(y, species[:n_local]), self.sketched(x0, x1, x2, s1, s2, delta3)
 
-    def features(self, x0: Tensor, x1: Tensor, x2: Tensor, s1: Tensor, s2: Tensor, delta3: Tensor) -> Tensor:
+    def sketched(self, x0: Tensor, x1: Tensor, x2: Tensor, s1: Tensor, s2: Tensor, delta3: Tensor) -> Tensor:
         """phi [n, p] from the layers' inputs, the activation slopes and delta^3 = c sigma_Z [n, 1]."""
         delta1, delta2 = self.potential.network.gradient_factors(s1, s2, delta3)
         return self.sketch(x0, x1, x2, delta1, delta2, delta3)
@@ -140,13 +237,67 @@ class DeployedModel(Deployed):
         """Calibrated atomic uncertainties [n_local], eV/Å, of atomic features [n_local, p]."""
         return self.atom_uncertainty(phi)
 
+    @torch.jit.export
+    def evaluate(
+        self, species: Tensor, first: Tensor, neighbours: Tensor, edge_vector: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Energies [n], their gradient [P, 3] and the tape (see `Deployed`)."""
+        with torch.no_grad():
+            return self.potential.evaluate(species, first, neighbours, edge_vector, keep)
+
+    @torch.jit.export
+    def by_structure(self, n: int) -> bool:
+        """Whether n atoms cost fewer multiply-adds by structure than atom by atom (`GradientSketch.by_structure`)."""
+        return self.sketch.by_structure(n)
+
+    @torch.jit.export
+    def features(self, tape: list[Tensor], by_structure: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """(sums, phi, factors) of an evaluation that kept its tape (see `Deployed`)."""
+        with torch.no_grad():
+            return self.sketch.features(self.potential.layers(tape), by_structure)
+
+    @torch.jit.export
+    def feature_sum(self, sums: list[Tensor]) -> Tensor:
+        """Sum of the raw features over all atoms [p] (float64) from the sums of all chunks."""
+        with torch.no_grad():
+            return self.sketch.feature_sum(sums)
+
+    @torch.jit.export
+    def directions(self, w: Tensor, by_structure: bool) -> list[Tensor]:
+        """What ``feature_gradient`` needs of w [p]."""
+        with torch.no_grad():
+            return self.sketch.directions(w, by_structure)
+
+    @torch.jit.export
+    def feature_gradient(
+        self, tape: list[Tensor], factors: list[Tensor], directions: list[Tensor], w: Tensor
+    ) -> Tensor:
+        """d(sum_i w·phi_i)/d edge_vector [P, 3] (float64)."""
+        with torch.no_grad():
+            layers = self.potential.layers(tape)
+            zdot1, base2, top, base1, base0 = self.sketch.tangents(layers, factors, directions, w)
+            return self.potential.pull(tape, self.potential.network.tangent(layers, zdot1, base2, top, base1, base0))
+
 
 class LastLayerModel(DeployedModel):
     """The same with features of the last layer only."""
 
-    def features(self, x0: Tensor, x1: Tensor, x2: Tensor, s1: Tensor, s2: Tensor, delta3: Tensor) -> Tensor:
+    def sketched(self, x0: Tensor, x1: Tensor, x2: Tensor, s1: Tensor, s2: Tensor, delta3: Tensor) -> Tensor:
         """phi [n, p] from the last hidden state and delta^3."""
         return self.sketch(x2, delta3)
+
+    @torch.jit.export
+    def feature_gradient(
+        self, tape: list[Tensor], factors: list[Tensor], directions: list[Tensor], w: Tensor
+    ) -> Tensor:
+        """d(sum_i w·phi_i)/d edge_vector [P, 3] (float64)."""
+        with torch.no_grad():
+            layers = self.potential.layers(tape)
+            network = self.potential.network
+            # A gradient like that of the energy, with another derivative with respect to x2.
+            zbar2 = layers.s2 * self.sketch.last_gradient(layers.delta3, directions, w)
+            zbar1 = layers.s1 * network.hidden1_gradient(zbar2)
+            return self.potential.pull(tape, network.input_gradient(zbar1))
 
 
 class DeployedEnsemble(Deployed):
@@ -159,9 +310,9 @@ class DeployedEnsemble(Deployed):
 
     mean_shift: Tensor
 
-    def __init__(self, models: Sequence[GaussianMomentNetwork], metadata: str = "{}") -> None:
+    def __init__(self, models: Sequence[GaussianMomentNetwork], metadata: str = "{}", operators: bool = False) -> None:
         super().__init__(len(models), metadata)
-        potentials = [Potential(model) for model in models]
+        potentials = [Potential(model, operators) for model in models]
         self.members: Any = nn.ModuleList(potentials)
         self.structure_uncertainty = EnsembleUncertainty()
         self.atom_uncertainty = ForceSpreadUncertainty()
@@ -173,7 +324,11 @@ class DeployedEnsemble(Deployed):
         for member in self.members:
             columns.append(member.atomic_energies(species, edge_index, edge_vector, n_local))
         energies = torch.stack(columns, 1)
-        return energies.mean(1), energies - self.mean_shift.index_select(0, species[:n_local]).unsqueeze(1)
+        return energies.mean(1), self.deviations(energies, species[:n_local])
+
+    def deviations(self, energies: Tensor, species: Tensor) -> Tensor:
+        """phi [n, M] from the members' energies [n, M]."""
+        return energies - self.mean_shift.index_select(0, species).unsqueeze(1)
 
     @torch.jit.export
     def forces(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
@@ -190,6 +345,66 @@ class DeployedEnsemble(Deployed):
     def force_uncertainties(self, forces: Tensor) -> Tensor:
         """Calibrated atomic uncertainties [n], eV/Å, of the members' forces [n, 3, M]."""
         return self.atom_uncertainty(forces)
+
+    @torch.jit.export
+    def evaluate(
+        self, species: Tensor, first: Tensor, neighbours: Tensor, edge_vector: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Mean energies [n], their gradient [P, 3] and the tape: phi [n, M] and the members' gradients [M, P, 3]."""
+        energies: list[Tensor] = []
+        gradients: list[Tensor] = []
+        with torch.no_grad():
+            for member in self.members:
+                energy, gradient, _ = member.evaluate(species, first, neighbours, edge_vector, False)
+                energies.append(energy)
+                gradients.append(gradient)
+            energy, gradient = torch.stack(energies, 1), torch.stack(gradients)
+            tape = [self.deviations(energy, species), gradient] if keep else gradients[:0]
+            return energy.mean(1), gradient.mean(0), tape
+
+    @torch.jit.export
+    def by_structure(self, n: int) -> bool:
+        """Never: the members' gradients are there for every atom."""
+        return False
+
+    @torch.jit.export
+    def features(self, tape: list[Tensor], by_structure: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """(sums, phi, factors) of an evaluation that kept its tape (see `Deployed`)."""
+        factors: list[Tensor] = []
+        return [tape[0].sum(0)], tape[0], factors
+
+    @torch.jit.export
+    def feature_sum(self, sums: list[Tensor]) -> Tensor:
+        """Sum of phi over all atoms [M] (float64)."""
+        return sums[0]
+
+    @torch.jit.export
+    def directions(self, w: Tensor, by_structure: bool) -> list[Tensor]:
+        """What ``feature_gradient`` needs of w [M]."""
+        return [w]
+
+    @torch.jit.export
+    def feature_gradient(
+        self, tape: list[Tensor], factors: list[Tensor], directions: list[Tensor], w: Tensor
+    ) -> Tensor:
+        """sum_m w_m gradient_m [P, 3] (float64) for w [M]; different weights for different atoms have no use here."""
+        return torch.tensordot(w.to(torch.float64), tape[1], dims=([0], [0]))
+
+    @torch.jit.export
+    def member_gradients(self, tape: list[Tensor]) -> Tensor:
+        """d sum(E_m)/d edge_vector [M, P, 3] (float64)."""
+        return tape[1]
+
+    @torch.jit.export
+    def member_bias(
+        self, species: Tensor, first: Tensor, neighbours: Tensor, edge_vector: Tensor, cotangents: Tensor
+    ) -> Tensor:
+        """d(sum_m cotangents_m·gradient_m)/d edge_vector [P, 3] (float64) for cotangents [M, P, 3]."""
+        total = torch.zeros_like(edge_vector, dtype=torch.float64)
+        with torch.no_grad():
+            for m, member in enumerate(self.members):
+                total += member.second_derivative(species, first, neighbours, edge_vector, cotangents[m])
+        return total
 
 
 def edge_gradient(output: Tensor, edge: Tensor, cotangent: Tensor) -> Tensor:

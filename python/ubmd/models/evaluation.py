@@ -1,20 +1,22 @@
-"""Evaluate any module with a model file's interface: energies, gradients, features, atomic uncertainties."""
+"""Evaluate any module with a model file's interface: energies, gradients, features, uncertainties and their gradients.
 
-from typing import Any, NamedTuple
+Each graph goes through descriptor and network once where the module has the fast interface (`Deployed.evaluate`), and
+through its generic part otherwise.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ubmd.data.graph import scatter_forces
+from ubmd.data.graph import Batch, Graph, scatter_forces
 
 
-class Evaluation(NamedTuple):
-    """energy [n] eV; gradient dSum(E)/d(edge_vector) [P, 3] eV/Å; phi [n, p] float64; atomic_u [n] eV/Å."""
-
-    energy: Tensor
-    gradient: Tensor
-    phi: Tensor
-    atomic_u: Tensor
+def evaluation(module: Any, pairs: Graph | Batch, edge_vector: Tensor) -> "Evaluation":
+    """Everything about the atoms of one graph or batch; ``edge_vector`` [P, 3] in the precision that is wanted."""
+    if hasattr(module, "evaluate"):
+        return FastEvaluation(module, pairs, edge_vector)
+    return Evaluation(module, pairs, edge_vector)
 
 
 def is_ensemble(module: Any) -> bool:
@@ -22,35 +24,102 @@ def is_ensemble(module: Any) -> bool:
     return hasattr(module, "force_uncertainties")
 
 
-def evaluate(module: Any, species: Tensor, edge_index: Tensor, edge_vector: Tensor) -> Evaluation:
-    """Everything about the atoms of one graph, or of several side by side."""
-    n = len(species)
-    energy, gradient = module.forces(species, edge_index, edge_vector, n)
-    if is_ensemble(module):
-        edge = edge_vector.detach().requires_grad_(True)
-        phi = module(species, edge_index, edge, n)[1]
-        atomic_u = module.force_uncertainties(member_forces(phi, edge_index, edge))
-    else:
+class Evaluation:
+    """One evaluation by the generic part of the interface, which any model file has.
+
+    energy [n] eV; gradient dSum(E)/d(edge_vector) [P, 3] eV/Å; phi [n, p] as the module returns it; all detached.
+    """
+
+    def __init__(self, module: Any, pairs: Graph | Batch, edge_vector: Tensor) -> None:
+        self.module, self.pairs = module, pairs
+        self.edge_vector = edge_vector.detach()
+        self.n_atoms = len(pairs.species)
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        arguments = self._arguments(self.edge_vector)
+        energy, gradient = self.module.forces(*arguments)
         with torch.no_grad():
-            phi = module(species, edge_index, edge_vector, n)[1]
-            atomic_u = module.atomic_uncertainties(phi)
-    return Evaluation(energy.double(), gradient.double(), phi.detach().double(), atomic_u.double())
+            self.phi = self.module(*arguments)[1]
+        self.energy, self.gradient = energy.double(), gradient.double()
+
+    def _arguments(self, edge: Tensor) -> tuple[Any, ...]:
+        return self.pairs.species, self.pairs.edge_index, edge, self.n_atoms
+
+    def feature_gradient(self, w: Tensor) -> Tensor:
+        """d(sum_i w·phi_i)/d(edge_vector) [P, 3] (float64) for w [p]."""
+        return self.module.bias(*self._arguments(self.edge_vector), w).double()
+
+    def member_gradients(self) -> Tensor:
+        """Gradients [M, P, 3] (float64) of the energies of an ensemble's members."""
+        edge = self.edge_vector.clone().requires_grad_(True)
+        return self._member_gradients(edge, create_graph=False).detach()
+
+    def _member_gradients(self, edge: Tensor, create_graph: bool) -> Tensor:
+        phi = self.module(*self._arguments(edge))[1]
+        if len(edge) == 0:
+            return edge.new_zeros(phi.size(1), 0, 3, dtype=torch.float64)
+        columns = [
+            torch.autograd.grad(column.sum(), edge, retain_graph=True, create_graph=create_graph)[0].double()
+            for column in phi.unbind(1)
+        ]
+        return torch.stack(columns)
+
+    def member_bias(self, cotangents: Tensor) -> Tensor:
+        """d(sum_m cotangents_m·gradient_m)/d(edge_vector) [P, 3] (float64) for cotangents [M, P, 3]."""
+        edge = self.edge_vector.clone().requires_grad_(True)
+        if len(edge) == 0:
+            return torch.zeros_like(edge, dtype=torch.float64)
+        gradients = self._member_gradients(edge, create_graph=True)
+        return torch.autograd.grad((cotangents * gradients).sum(), edge)[0].double()
+
+    def atomic_feature_gradient(self, w: Tensor) -> Tensor:
+        """The same as ``feature_gradient`` for weights [n, p] that differ from atom to atom."""
+        return self.feature_gradient(w)
+
+    def atomic_uncertainties(self) -> Tensor:
+        """u_i [n] (float64, eV/Å)."""
+        if is_ensemble(self.module):
+            return self.module.force_uncertainties(self._member_forces(self.member_gradients()))
+        with torch.no_grad():
+            return self.module.atomic_uncertainties(self.phi)
+
+    def atomic_uncertainty_gradient(self) -> tuple[Tensor, Tensor]:
+        """(sum of the atomic uncertainties, its gradient with respect to edge_vector [P, 3] (float64))."""
+        ensemble = is_ensemble(self.module)
+        source = (self.member_gradients() if ensemble else self.phi).detach().requires_grad_(True)
+        with torch.enable_grad():
+            if ensemble:
+                total = self.module.force_uncertainties(self._member_forces(source)).sum()
+            else:
+                total = self.module.atomic_uncertainties(source).sum()
+        (cotangent,) = torch.autograd.grad(total, source)
+        pull = self.member_bias if ensemble else self.atomic_feature_gradient
+        return total.detach(), pull(cotangent)
+
+    def _member_forces(self, gradients: Tensor) -> Tensor:
+        """Forces [n, 3, M] from the gradients [M, P, 3]."""
+        return torch.stack([scatter_forces(self.pairs.edge_index, one, self.n_atoms) for one in gradients], 2)
 
 
-def member_forces(phi: Tensor, edge_index: Tensor, edge: Tensor, create_graph: bool = False) -> Tensor:
-    """Forces [n, 3, M] of the members of an ensemble from phi [n, M], attached to the graph of ``edge`` if asked."""
-    columns = []
-    for m in range(phi.size(1)):
-        gradient = torch.zeros_like(edge)
-        if len(edge):
-            (gradient,) = torch.autograd.grad(phi[:, m].sum(), edge, retain_graph=True, create_graph=create_graph)
-        columns.append(scatter_forces(edge_index, gradient.double(), len(phi)))
-    return torch.stack(columns, 2)
+class FastEvaluation(Evaluation):
+    """The same by the fast part: one pass through the network, derivatives in closed form."""
 
+    def _evaluate(self) -> None:
+        self.energy, self.gradient, self._tape = self.module.evaluate(*self._arguments_by_centre(), True)
+        _, self.phi, self._factors = self.module.features(self._tape, False)
 
-def atomic_uncertainty_sum(module: Any, species: Tensor, edge_index: Tensor, edge: Tensor) -> Tensor:
-    """Sum of the atomic uncertainties, attached to the graph of ``edge`` (which requires a gradient)."""
-    phi = module(species, edge_index, edge, len(species))[1]
-    if is_ensemble(module):
-        return module.force_uncertainties(member_forces(phi, edge_index, edge, create_graph=True)).sum()
-    return module.atomic_uncertainties(phi).sum()
+    def _arguments_by_centre(self) -> tuple[Tensor, ...]:
+        return self.pairs.species, self.pairs.first, self.pairs.neighbours, self.edge_vector
+
+    def feature_gradient(self, w: Tensor) -> Tensor:
+        return self.module.feature_gradient(self._tape, self._factors, self.module.directions(w, False), w)
+
+    def atomic_feature_gradient(self, w: Tensor) -> Tensor:
+        return self.module.feature_gradient(self._tape, self._factors, [], w)
+
+    def member_gradients(self) -> Tensor:
+        return self.module.member_gradients(self._tape)
+
+    def member_bias(self, cotangents: Tensor) -> Tensor:
+        return self.module.member_bias(*self._arguments_by_centre(), cotangents)

@@ -5,6 +5,7 @@ Zaverkin & Kaestner, J. Chem. Theory Comput. 16, 5410 (2020); Zaverkin et al., n
 
 import math
 from itertools import combinations_with_replacement
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,16 @@ def count_invariants(n_radial: int) -> int:
 class GaussianMoments(nn.Module):
     """Invariants G_i [n_local, F] of the neighbourhood of every local atom.
 
-    The parameter ``radial`` is B[Z_i, Z_j, s, b]; everything runs in its precision.
+    The parameter ``radial`` is B[Z_i, Z_j, s, b]; everything runs in its precision. With ``operators`` the operator
+    library does the work wherever it can (on the CPU), and plain torch elsewhere.
+
+    Besides ``forward`` there is a form without autograd at the caller's side, for pairs sorted by centre: ``evaluate``
+    and ``pull`` (and, only with operators, ``push`` and ``pull_second`` for second derivatives). Its arguments are
+    species int64 [n] of the centres, first int64 [n + 1] (the pairs of centre i are first[i] .. first[i + 1] - 1),
+    neighbours int64 [P] (element index of each pair's neighbour) and vectors [P, 3] = x_j - x_i, Å, of any precision.
     """
 
+    operators: Final[bool]
     centres: Tensor
     square_left: Tensor
     square_right: Tensor
@@ -45,12 +53,16 @@ class GaussianMoments(nn.Module):
     pair_second: Tensor
     triple: Tensor
 
-    def __init__(self, n_elements: int, cutoff: float, n_radial: int, n_basis: int, r_min: float) -> None:
+    def __init__(
+        self, n_elements: int, cutoff: float, n_radial: int, n_basis: int, r_min: float, operators: bool = False
+    ) -> None:
         super().__init__()
+        self.operators = operators
         self.n_elements = n_elements
         self.cutoff = float(cutoff)
         self.n_radial = n_radial
         self.n_basis = n_basis
+        self.r_min = float(r_min)
         beta = n_basis**2 / cutoff**2
         self.beta = float(beta)
         # (2 beta / pi)^(1/4) of g_b, times N_b^(-1/2) of R_s
@@ -85,18 +97,100 @@ class GaussianMoments(nn.Module):
         species: int64 [n] element indices (local atoms first, ghosts after them); edge_index: int64 [2, P], centres in
         row 0; edge_vector: [P, 3] = x_j - x_i, Å.
         """
-        return self.invariants(self.moments(species, edge_index, edge_vector, n_local))
+        local, centre = species[:n_local], edge_index[0]
+        neighbours = species.index_select(0, edge_index[1])
+        if self.operators and edge_vector.is_cpu and bool((centre[1:] >= centre[:-1]).all()):
+            first = torch.searchsorted(centre, torch.arange(n_local + 1))
+            return torch.ops.ubmd.gaussian_moments(
+                local, first, neighbours, edge_vector, self.radial, self.cutoff, self.r_min
+            )
+        return self.invariants(self.moments(local, centre, neighbours, edge_vector))
 
-    def moments(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> Tensor:
-        """Packed moments T^L_{i,s} [n_local, N_r, 20] = sum_j R_s(r_ij; Z_i, Z_j) u^{(x) L}, L = 0..3."""
-        vector = edge_vector.to(self.radial.dtype)
+    def evaluate(
+        self, species: Tensor, first: Tensor, neighbours: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Invariants [n, F], detached, and the state for ``pull``."""
+        if self.operators and vectors.is_cpu:
+            moments = torch.ops.ubmd.moments(species, first, neighbours, vectors, self.radial, self.cutoff, self.r_min)
+            invariants = torch.ops.ubmd.invariants(moments, self.n_radial)
+            return invariants, [species, first, neighbours, vectors, moments]
+        # A leaf of its own graph, whatever the caller's mode is. (TorchScript has no torch.enable_grad.)
+        gradients = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        leaf = vectors.detach().requires_grad_(True)
+        invariants = self.attached(species, first, neighbours, leaf)
+        torch.set_grad_enabled(gradients)
+        return invariants.detach(), [leaf, invariants]
+
+    def attached(self, species: Tensor, first: Tensor, neighbours: Tensor, vectors: Tensor) -> Tensor:
+        """Invariants [n, F], attached to the graph of the vectors, by plain torch."""
+        atoms = torch.arange(species.size(0), device=species.device)
+        centre = torch.repeat_interleave(atoms, first[1:] - first[:-1])
+        return self.invariants(self.moments(species, centre, neighbours, vectors))
+
+    def pull(self, state: list[Tensor], cotangent: Tensor) -> Tensor:
+        """d(sum cotangent·G)/d vectors [P, 3] (float64) for a cotangent [n, F]; may be called several times."""
+        if self.operators and len(state) > 2:
+            species, first, neighbours, vectors, moments = state
+            cotangent = torch.ops.ubmd.invariants_vjp(moments, self.n_radial, cotangent)
+            return torch.ops.ubmd.moments_vjp(
+                species, first, neighbours, vectors, self.radial, self.cutoff, self.r_min, cotangent
+            )
+        leaf, invariants = state
+        if leaf.size(0) == 0:
+            return torch.zeros_like(leaf, dtype=torch.float64)
+        cotangents: list[Tensor | None] = [cotangent]
+        gradient = torch.autograd.grad([invariants], [leaf], cotangents, retain_graph=True)[0]
+        assert gradient is not None
+        return gradient.to(torch.float64)
+
+    def push(self, state: list[Tensor], direction: Tensor) -> tuple[Tensor, Tensor]:
+        """Directional derivatives of invariants [n, F] and moments along a direction [P, 3] of the vectors."""
+        species, first, neighbours, vectors, moments = state
+        change = torch.ops.ubmd.moments_jvp(
+            species, first, neighbours, vectors, self.radial, self.cutoff, self.r_min, direction
+        )
+        return torch.ops.ubmd.invariants_jvp(moments, self.n_radial, change), change
+
+    def pull_second(
+        self, state: list[Tensor], direction: Tensor, change: Tensor, cotangent: Tensor, change_cotangent: Tensor
+    ) -> Tensor:
+        """d/d vectors [P, 3] (float64) of sum cotangent·G + sum change_cotangent·(dG along the direction).
+
+        ``change``: of the moments, from ``push``.
+        """
+        species, first, neighbours, vectors, moments = state
+        moments_bar = torch.ops.ubmd.invariants_second(moments, self.n_radial, change, cotangent, change_cotangent)
+        change_bar = torch.ops.ubmd.invariants_vjp(moments, self.n_radial, change_cotangent)
+        return torch.ops.ubmd.moments_second(
+            species,
+            first,
+            neighbours,
+            vectors,
+            self.radial,
+            self.cutoff,
+            self.r_min,
+            direction,
+            moments_bar,
+            change_bar,
+            True,
+            False,
+        )[0]
+
+    def moments(self, species: Tensor, centre: Tensor, neighbours: Tensor, vectors: Tensor) -> Tensor:
+        """Packed moments T^L_{i,s} [n, N_r, 20] = sum_j R_s(r_ij; Z_i, Z_j) u^{(x) L}, L = 0..3.
+
+        species [n] of the centres; centre [P], neighbours [P] (element index) and vectors [P, 3] of the pairs.
+        """
+        n = species.size(0)
+        vector = vectors.to(self.radial.dtype)
         distance = torch.sqrt((vector * vector).sum(1, keepdim=True))
         # Neighbours are summed per (centre, neighbour element, Gaussian) first: B then acts on atoms, not on pairs.
         products = (self.basis(distance).unsqueeze(2) * self.monomials(vector / distance).unsqueeze(1)).flatten(1)
-        slot = edge_index[0] * self.n_elements + species.index_select(0, edge_index[1])
-        sums = torch.zeros(n_local * self.n_elements, self.n_basis * 20, dtype=products.dtype, device=products.device)
-        sums = sums.index_add(0, slot, products).view(n_local, self.n_elements * self.n_basis, 20)
-        coefficients = self.radial.permute(0, 2, 1, 3).flatten(2).index_select(0, species[:n_local])
+        slot = centre * self.n_elements + neighbours
+        sums = torch.zeros(n * self.n_elements, self.n_basis * 20, dtype=products.dtype, device=products.device)
+        sums = sums.index_add(0, slot, products).view(n, self.n_elements * self.n_basis, 20)
+        coefficients = self.radial.permute(0, 2, 1, 3).flatten(2).index_select(0, species)
         return torch.bmm(coefficients, sums)
 
     def basis(self, distance: Tensor) -> Tensor:

@@ -1,23 +1,52 @@
-"""The feed-forward network on top of the invariants, with the closed form of its gradient factors."""
+"""The feed-forward network on top of the invariants, with its derivatives in closed form.
+
+Notation: a_l = d_l^(-1/2); z^l = a_{l-1} W^l x^{l-1} + 0.1 b^l; s, t the first two derivatives of the activation.
+"""
 
 import math
+from typing import Final, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 ACTIVATION_SCALE = 1.6765324703310907  # unit second moment of SiLU under N(0, 1)
 BIAS_SCALE = 0.1
 
 
+class Layers(NamedTuple):
+    """What one evaluation leaves behind for features and derivatives, for n atoms.
+
+    x0 [n, F], x1, x2 [n, d_l]: inputs of the three layers; s1, s2 [n, d_l]: slopes of the activation;
+    delta1, delta2 [n, d_l], delta3 [n, 1]: dE/dz^l; curvature1, curvature2 [n, d_l]: t^l dE/dx^l.
+    """
+
+    x0: Tensor
+    x1: Tensor
+    x2: Tensor
+    s1: Tensor
+    s2: Tensor
+    delta1: Tensor
+    delta2: Tensor
+    delta3: Tensor
+    curvature1: Tensor
+    curvature2: Tensor
+
+
 class NeuralTangentNetwork(nn.Module):
     """y = NN(G): two hidden layers in the neural-tangent parameterisation.
 
     z^l = d_{l-1}^(-1/2) W^l x^{l-1} + 0.1 b^l,  x^l = 1.6765 SiLU(z^l),  y = z^3.
+
+    ``forward``, ``gradient_factors`` and ``input_gradient`` can be differentiated by autograd; ``energies``,
+    ``evaluate``, ``tangent`` and ``input_tangent`` are closed forms for callers that need no autograd graph.
+    ``operators``: whether their activations are those of the operator library.
     """
 
-    def __init__(self, n_inputs: int, hidden: tuple[int, int]) -> None:
+    operators: Final[bool]
+
+    def __init__(self, n_inputs: int, hidden: tuple[int, int], operators: bool = False) -> None:
         super().__init__()
+        self.operators = operators
         self.bias_scale = BIAS_SCALE
         self.input_scale = 1.0 / math.sqrt(n_inputs)
         self.scale1 = 1.0 / math.sqrt(hidden[0])
@@ -31,26 +60,109 @@ class NeuralTangentNetwork(nn.Module):
 
     def forward(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x0 [n, F] -> y [n], hidden states x1, x2 [n, d_l] and activation slopes s1, s2 [n, d_l]."""
-        z1 = F.linear(x0 * self.input_scale, self.weight1, self.bias_scale * self.bias1)
-        x1, s1 = activation(z1)
-        z2 = F.linear(x1 * self.scale1, self.weight2, self.bias_scale * self.bias2)
-        x2, s2 = activation(z2)
-        y = F.linear(x2 * self.scale2, self.weight3, self.bias_scale * self.bias3)
-        return y.squeeze(1), x1, x2, s1, s2
+        layer1 = activation(self.hidden1(x0), 1)
+        layer2 = activation(self.hidden2(layer1[0]), 1)
+        return self.output(layer2[0]), layer1[0], layer2[0], layer1[1], layer2[1]
+
+    def hidden1(self, x0: Tensor) -> Tensor:
+        """z^1 [n, d_1]."""
+        return torch.addmm(self.bias1, x0, self.weight1.t(), beta=self.bias_scale, alpha=self.input_scale)
+
+    def hidden2(self, x1: Tensor) -> Tensor:
+        """z^2 [n, d_2]."""
+        return torch.addmm(self.bias2, x1, self.weight2.t(), beta=self.bias_scale, alpha=self.scale1)
+
+    def output(self, x2: Tensor) -> Tensor:
+        """y [n]."""
+        return torch.addmv(self.bias3, x2, self.weight3[0], beta=self.bias_scale, alpha=self.scale2)
 
     def gradient_factors(self, s1: Tensor, s2: Tensor, delta3: Tensor) -> tuple[Tensor, Tensor]:
         """delta^1, delta^2 [n, d_l] of dE/dz^l = d_l^(-1/2) (W^{l+1}^T delta^{l+1}) act'(z^l), from delta^3 [n, 1]."""
-        delta2 = (delta3 * (self.scale2 * self.weight3)) * s2
-        delta1 = torch.mm(delta2 * self.scale1, self.weight2) * s1
-        return delta1, delta2
+        delta2 = self.hidden2_gradient(delta3) * s2
+        return self.hidden1_gradient(delta2) * s1, delta2
+
+    def hidden2_gradient(self, delta3: Tensor) -> Tensor:
+        """dE/dx2 [n, d_2] from delta^3 [n, 1]."""
+        return delta3 * (self.scale2 * self.weight3)
+
+    def hidden1_gradient(self, delta2: Tensor) -> Tensor:
+        """dE/dx1 [n, d_1] from delta^2."""
+        return torch.addmm(self.bias1, delta2, self.weight2, beta=0.0, alpha=self.scale1)
 
     def input_gradient(self, delta1: Tensor) -> Tensor:
         """dE/dx0 [n, F] from delta^1."""
-        return torch.mm(delta1 * self.input_scale, self.weight1)
+        return torch.addmm(self.weight1[:1], delta1, self.weight1, beta=0.0, alpha=self.input_scale)
+
+    def activation(self, z: Tensor, order: int) -> list[Tensor]:
+        """`activation`, in one pass where there are operators; then without autograd."""
+        if self.operators and z.is_cpu:
+            return torch.ops.ubmd.activation(z, order)
+        return activation(z, order)
+
+    def energies(self, x0: Tensor, delta3: Tensor) -> tuple[Tensor, Tensor]:
+        """y [n] and dE/dx0 [n, F]; delta3 = dE/dy [n, 1]."""
+        layer1 = self.activation(self.hidden1(x0), 1)
+        layer2 = self.activation(self.hidden2(layer1[0]), 1)
+        delta2 = layer2[1].mul_(self.hidden2_gradient(delta3))
+        delta1 = self.hidden1_gradient(delta2).mul_(layer1[1])
+        return self.output(layer2[0]), self.input_gradient(delta1)
+
+    def evaluate(self, x0: Tensor, delta3: Tensor) -> tuple[Tensor, Layers]:
+        """y [n] and what features and second derivatives need; delta3 = dE/dy [n, 1]."""
+        layer1 = self.activation(self.hidden1(x0), 2)
+        layer2 = self.activation(self.hidden2(layer1[0]), 2)
+        back2 = self.hidden2_gradient(delta3)
+        curvature2 = layer2[2].mul_(back2)
+        delta2 = back2.mul_(layer2[1])
+        back1 = self.hidden1_gradient(delta2)
+        curvature1 = layer1[2].mul_(back1)
+        delta1 = back1.mul_(layer1[1])
+        layers = Layers(
+            x0=x0,
+            x1=layer1[0],
+            x2=layer2[0],
+            s1=layer1[1],
+            s2=layer2[1],
+            delta1=delta1,
+            delta2=delta2,
+            delta3=delta3,
+            curvature1=curvature1,
+            curvature2=curvature2,
+        )
+        return self.output(layer2[0]), layers
+
+    def tangent(
+        self, layers: Layers, zdot1: Tensor, base2: Tensor, top: Tensor, base1: Tensor, base0: Tensor
+    ) -> Tensor:
+        """dD/dx0 [n, F] of a directional derivative D of the energies.
+
+        A direction in the weights moves z^1 by zdot1 and z^2 by base2 + a_1 W^2 (s^1 zdot^1). D depends on x^l by
+        base_l [n, d_l] (top for the last one) directly, and through the layers above it:
+        zbar^2 = s^2 top + t^2 zdot^2 dE/dx^2,  zbar^1 = s^1 (base1 + a_1 W^2^T zbar^2) + t^1 zdot^1 dE/dx^1,
+        dD/dx0 = base0 + a_0 W^1^T zbar^1. The arguments are written over.
+        """
+        zdot2 = base2.addmm_(layers.s1 * zdot1, self.weight2.t(), alpha=self.scale1)
+        zbar2 = zdot2.mul_(layers.curvature2).addcmul_(layers.s2, top)
+        xbar1 = base1.addmm_(zbar2, self.weight2, alpha=self.scale1)
+        zbar1 = zdot1.mul_(layers.curvature1).addcmul_(layers.s1, xbar1)
+        return base0.addmm_(zbar1, self.weight1, alpha=self.input_scale)
+
+    def input_tangent(self, layers: Layers, xdot0: Tensor) -> Tensor:
+        """d(dE/dx0 · xdot0)/dx0 [n, F]: the network's Hessian times xdot0 [n, F]."""
+        zdot1 = torch.addmm(self.bias1, xdot0, self.weight1.t(), beta=0.0, alpha=self.input_scale)
+        xdot1 = layers.s1 * zdot1
+        zdot2 = torch.addmm(self.bias2, xdot1, self.weight2.t(), beta=0.0, alpha=self.scale1)
+        zbar2 = zdot2.mul_(layers.curvature2)
+        zbar1 = zdot1.mul_(layers.curvature1).addcmul_(layers.s1, self.hidden1_gradient(zbar2))
+        return self.input_gradient(zbar1)
 
 
-def activation(z: Tensor, scale: float = ACTIVATION_SCALE) -> tuple[Tensor, Tensor]:
-    """Scaled SiLU and its derivative: c z s, c s (1 + z (1 - s)) with s = sigmoid(z)."""
+def activation(z: Tensor, order: int, scale: float = ACTIVATION_SCALE) -> list[Tensor]:
+    """Scaled SiLU c z sigma(z), its derivative (order 1) and its second derivative (order 2), differentiable."""
     sigmoid = torch.sigmoid(z)
     x = z * sigmoid
-    return scale * x, scale * (sigmoid + x * (1.0 - sigmoid))
+    rest = 1.0 - sigmoid
+    results = [scale * x, scale * (sigmoid + x * rest)]
+    if order > 1:
+        results.append((scale * sigmoid * rest) * (2.0 + z * (1.0 - 2.0 * sigmoid)))
+    return results

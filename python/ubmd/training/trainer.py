@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,16 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ubmd.data.graph import Graph, build_graph, chunks
+from ubmd.data.graph import Batch, build_graph, chunks
 from ubmd.data.structures import check_labelled, dataset_hash
 from ubmd.errors import DataError, ModelError, TrainingError
+from ubmd.memory import keep_freed_memory
 from ubmd.models import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, TrainingSettings
 from ubmd.training import checkpoint
+from ubmd.training.gradient import loss_and_gradients, max_pairs, prediction_errors
 from ubmd.training.history import Log, Row, draw
-from ubmd.training.loss import ErrorSums, differences, loss
+from ubmd.training.loss import ErrorSums
 
 WITHOUT_EFFECT = {"threads", "checkpoint_every"}  # settings that a resumed training may change
 
@@ -86,6 +88,7 @@ def train(
         _check_identity(saved["identity"], identity, path)
         if saved["finished"]:
             return _result(saved["best"], saved["history"])
+    keep_freed_memory()
     with _threads(training_settings.threads):
         trainer = _Trainer(model, training_settings, training, validation, epochs, seed, initial is not None)
         if saved is not None:
@@ -164,12 +167,13 @@ class _Trainer:
         self.settings = settings
         self.epochs = epochs
         self.graphs = [build_graph(atoms, model.elements, model.cutoff) for atoms in training]
-        self.validation = list(chunks(build_graph(atoms, model.elements, model.cutoff) for atoms in validation))
+        self.max_pairs = max_pairs(model)
+        held_out = (build_graph(atoms, model.elements, model.cutoff) for atoms in validation)
+        self.validation = list(chunks(held_out, self.max_pairs))
         if not warm:
             model.initialise_energies(self.graphs)
         self.base_rates = _learning_rates(settings, settings.warm_learning_rate_factor if warm else 1.0)
         groups = _parameter_groups(model)
-        self.parameters = [parameter for group in groups.values() for parameter in group]
         self.optimiser = torch.optim.Adam(
             [{"params": groups[name], "lr": rate} for name, rate in self.base_rates.items()],
             betas=(0.9, 0.999),
@@ -180,6 +184,8 @@ class _Trainer:
         self.epoch = 0
         self.history: list[Row] = []
         self.best: dict[str, Any] | None = None
+        # one mini-batch per epoch: always the same one, whatever the order
+        self.whole = list(chunks(self.graphs, self.max_pairs)) if self.steps_per_epoch == 1 else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -192,7 +198,8 @@ class _Trainer:
         order = torch.randperm(len(self.graphs), generator=self.generator).tolist()
         for step in range(self.steps_per_epoch):
             chosen = order[step * self.settings.batch_size : (step + 1) * self.settings.batch_size]
-            total += self._step([self.graphs[k] for k in chosen], self.epoch * self.steps_per_epoch + step, sums)
+            batches = self.whole or chunks((self.graphs[k] for k in chosen), self.max_pairs)
+            total += self._step(batches, self.epoch * self.steps_per_epoch + step, sums)
         self.epoch += 1
         row: Row = {"epoch": self.epoch, "loss": total, **sums.columns("train"), "best": 0}
         if self.epoch % self.settings.validation_every == 0 or self.epoch == self.epochs:
@@ -201,22 +208,19 @@ class _Trainer:
         self.history.append(row)
         return row
 
-    def _step(self, graphs: Sequence[Graph], step: int, sums: ErrorSums) -> float:
+    def _step(self, batches: Iterable[Batch], step: int, sums: ErrorSums) -> float:
         """One Adam step with the learning rates of this step; returns the loss before it and adds to the errors.
 
-        The loss is a sum, so a mini-batch may be worked off in chunks, which bounds the memory.
+        The loss is a sum, so a mini-batch may come in several batches, which bounds the memory.
         """
         decay = 1.0 - step / (self.epochs * self.steps_per_epoch)
         for group, rate in zip(self.optimiser.param_groups, self.base_rates.values(), strict=True):
             group["lr"] = rate * decay
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad(set_to_none=False)
         total = 0.0
-        for batch in chunks(graphs):
-            errors = differences(batch, *self.model.energy_forces_virial(batch, create_graph=True))
-            value = loss(errors, self.settings)
-            # only the parameters: derivatives with respect to the edge vectors would cost a third more
-            value.backward(inputs=self.parameters)
-            total += float(value.detach())
+        for batch in batches:
+            errors, loss = loss_and_gradients(self.model, batch, self.settings)
+            total += loss
             sums.add(batch, errors)
         if not math.isfinite(total):
             raise TrainingError(
@@ -230,7 +234,7 @@ class _Trainer:
         """Validation errors; keeps a copy of the weights if they are the best so far."""
         sums = ErrorSums()
         for batch in self.validation:
-            sums.add(batch, differences(batch, *self.model.energy_forces_virial(batch)))
+            sums.add(batch, prediction_errors(self.model, batch))
         criterion = sums.criterion()
         if not math.isfinite(criterion):
             raise TrainingError(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ubmd.models.network import BIAS_SCALE, NeuralTangentNetwork
+from ubmd.models.network import BIAS_SCALE, Layers, NeuralTangentNetwork
 
 
 class GradientSketch(nn.Module):
@@ -40,6 +40,96 @@ class GradientSketch(nn.Module):
         layer3 = F.linear(x2, self.inner3, self.inner_bias3) * delta3
         return layer1 + layer2 + layer3
 
+    def by_structure(self, n: int) -> bool:
+        """Whether the sum of the features and its gradient cost fewer multiply-adds by structure than atom by atom.
+
+        With the layers' sizes F, d_1, d_2, M = F d_1 + d_1 d_2 and H = d_1 d_2: by structure
+        n (4 M + H) + 2 p M (weight gradient M, tangent pass 3 M + H, and twice p M for the whole structure);
+        atom by atom n (M + H + p (2 F + 4 d_1 + 3 d_2)).
+        """
+        p, d0, d1, d2 = self.projections, self.inner1.size(1), self.outer1.size(1), self.outer2.size(1)
+        layers, hidden = d0 * d1 + d1 * d2, d1 * d2
+        return n * (4 * layers + hidden) + 2 * p * layers < n * (layers + hidden + p * (2 * d0 + 4 * d1 + 3 * d2))
+
+    def features(self, layers: Layers, by_structure: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """(sums, phi [n, p], factors). By structure the sums are weight gradients, and phi has no rows."""
+        if by_structure:
+            return self.weight_gradients(layers), layers.x0.new_zeros(0, self.projections), []
+        inner1 = F.linear(layers.x0, self.inner1, self.inner_bias1)
+        outer1 = F.linear(layers.delta1, self.outer1)
+        inner2 = F.linear(layers.x1, self.inner2, self.inner_bias2)
+        outer2 = F.linear(layers.delta2, self.outer2)
+        inner3 = F.linear(layers.x2, self.inner3, self.inner_bias3)
+        phi = inner3.mul_(layers.delta3).addcmul_(inner1, outer1).addcmul_(inner2, outer2)
+        return [phi.sum(0, dtype=torch.float64)], phi, [inner1, outer1, inner2, outer2]
+
+    def weight_gradients(self, layers: Layers) -> list[Tensor]:
+        """sum_i delta_i^l x_i^{l-1}^T and sum_i delta_i^l of the three layers."""
+        return [
+            torch.mm(layers.delta1.t(), layers.x0),
+            layers.delta1.sum(0),
+            torch.mm(layers.delta2.t(), layers.x1),
+            layers.delta2.sum(0),
+            torch.mm(layers.delta3.t(), layers.x2),
+            layers.delta3.sum(0),
+        ]
+
+    def feature_sum(self, sums: list[Tensor]) -> Tensor:
+        """sum_i phi_i [p] (float64) from the sums of ``features``."""
+        if len(sums) == 1:
+            return sums[0]
+        weight1, bias1, weight2, bias2, weight3, bias3 = sums
+        layer1 = (
+            contracted(torch.mm(self.outer1, weight1), self.inner1) + torch.mv(self.outer1, bias1) * self.inner_bias1
+        )
+        layer2 = (
+            contracted(torch.mm(self.outer2, weight2), self.inner2) + torch.mv(self.outer2, bias2) * self.inner_bias2
+        )
+        layer3 = torch.mv(self.inner3, weight3[0]) + bias3 * self.inner_bias3
+        return (layer1 + layer2 + layer3).to(torch.float64)
+
+    def directions(self, w: Tensor, by_structure: bool) -> list[Tensor]:
+        """By structure the direction in the weights and biases along which E_i changes by w·phi_i; else w and v^3."""
+        w = w.to(self.inner3.dtype)
+        last = torch.mv(self.inner3.t(), w)
+        if not by_structure:
+            return [w, last]
+        outer1, outer2 = (self.outer1 * w.unsqueeze(1)).t(), (self.outer2 * w.unsqueeze(1)).t()
+        return [
+            torch.mm(outer1, self.inner1),
+            torch.mv(outer1, self.inner_bias1),
+            torch.mm(outer2, self.inner2),
+            torch.mv(outer2, self.inner_bias2),
+            last,
+        ]
+
+    def tangents(
+        self, layers: Layers, factors: list[Tensor], directions: list[Tensor], w: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """zdot1, base2, top, base1, base0 of `NeuralTangentNetwork.tangent` for D = sum_i w·phi_i; w [p] or [n, p]."""
+        if len(directions) == 5:
+            weight1, bias1, weight2, bias2, last = directions
+            return (
+                torch.addmm(bias1, layers.x0, weight1.t()),
+                torch.addmm(bias2, layers.x1, weight2.t()),
+                layers.delta3 * last,
+                torch.mm(layers.delta2, weight2),
+                torch.mm(layers.delta1, weight1),
+            )
+        inner1, outer1, inner2, outer2 = factors
+        if len(directions) == 2:
+            w, last = directions
+        else:
+            w = w.to(self.inner3.dtype)
+            last = torch.mm(w, self.inner3)
+        return (
+            torch.mm(inner1 * w, self.outer1),
+            torch.mm(inner2 * w, self.outer2),
+            layers.delta3 * last,
+            torch.mm(outer2 * w, self.inner2),
+            torch.mm(outer1 * w, self.inner1),
+        )
+
 
 class LastLayerSketch(nn.Module):
     """The third layer's part of the sketch alone: cheap, because it needs no gradient factors of hidden layers."""
@@ -54,6 +144,40 @@ class LastLayerSketch(nn.Module):
     def forward(self, x2: Tensor, delta3: Tensor) -> Tensor:
         """phi [n, p] from the last hidden state [n, d_2] and delta^3 [n, 1]."""
         return F.linear(x2, self.inner3, self.inner_bias3) * delta3
+
+    def by_structure(self, n: int) -> bool:
+        """Always: the sum over the atoms comes before the projection, and the gradient costs the same either way."""
+        return True
+
+    def features(self, layers: Layers, by_structure: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """(sums, phi [n, p], factors). By structure the sums are the layer's weight gradient, and phi has no rows."""
+        if by_structure:
+            sums = [torch.mm(layers.delta3.t(), layers.x2), layers.delta3.sum(0)]
+            return sums, layers.x2.new_zeros(0, self.projections), sums[:0]
+        phi = self.forward(layers.x2, layers.delta3)
+        sums = [phi.sum(0, dtype=torch.float64)]
+        return sums, phi, sums[:0]
+
+    def feature_sum(self, sums: list[Tensor]) -> Tensor:
+        """sum_i phi_i [p] (float64) from the sums of ``features``."""
+        if len(sums) == 1:
+            return sums[0]
+        return (torch.mv(self.inner3, sums[0][0]) + sums[1] * self.inner_bias3).to(torch.float64)
+
+    def directions(self, w: Tensor, by_structure: bool) -> list[Tensor]:
+        """The direction in the last layer's weights along which E_i changes by w·phi_i."""
+        return [torch.mv(self.inner3.t(), w.to(self.inner3.dtype))]
+
+    def last_gradient(self, delta3: Tensor, directions: list[Tensor], w: Tensor) -> Tensor:
+        """d(w·phi)/dx2 [n, d_2]; without directions w is [n, p]."""
+        if len(directions) == 0:
+            return delta3 * torch.mm(w.to(self.inner3.dtype), self.inner3)
+        return delta3 * directions[0]
+
+
+def contracted(left: Tensor, right: Tensor) -> Tensor:
+    """Sums over the rows of a product, [p, d] -> [p]."""
+    return torch.linalg.vecdot(left, right)
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
