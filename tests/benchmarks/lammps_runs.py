@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-WINDOW = 2  # evaluations until the bias is on: no longer than the warm-up
 SAMPLE = 0.25  # s, shortest time of one measurement
 
 
@@ -35,6 +34,7 @@ class Case:
     potential: str
     bias: str = ""
     every: int = 1
+    window: int = 2  # evaluations until the bias is on: few, as the warm-up has to reach them
     timestep: float = 0.0005  # ps
     tether: float = 0.0  # eV/Å^2, springs to the first positions: they hold what random weights don't
     periodic: bool = True
@@ -42,7 +42,7 @@ class Case:
     def script(self) -> str:
         """All commands before `run`."""
         boundary = "p p p" if self.periodic else "f f f"
-        fix = f"fix b all ubmd {self.bias} every {self.every} window {WINDOW}\n" if self.bias else ""
+        fix = f"fix b all ubmd {self.bias} every {self.every} window {self.window}\n" if self.bias else ""
         springs = "fix tether all spring/self $K\nfix_modify tether energy yes\n".replace("$K", str(self.tether))
         return (
             f"units metal\natom_style atomic\natom_modify map yes\nnewton on\nboundary {boundary}\n{self.atoms}\n"
@@ -54,7 +54,7 @@ class Case:
     @property
     def warm_up(self) -> int:
         """Steps until the bias is on and TorchScript has compiled everything."""
-        return (WINDOW + 2) * self.every + 2
+        return (self.window + 2) * self.every + 2
 
 
 class Instance:
@@ -229,7 +229,7 @@ def drift(case: Case, steps: int, tau: float) -> float:
     """
     instance = Instance(case)
     instance.first()
-    instance.step(case.every * 20)
+    instance.step(case.warm_up - case.warm_up % case.every)
     every, records = case.every, []
     for _ in range(steps // every):
         instance.step(every)

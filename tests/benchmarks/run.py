@@ -207,7 +207,7 @@ class Suite:
         potential = self.potential("alanine", "light128", scale=0.1)
         kinds = {"none": ("", 1), "every1": (DEFAULT, 1), "every4": (DEFAULT, 4), "every10": (DEFAULT, 10)}
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:  # not timed
-            cases = [Case(k, 22, atoms, potential, *kinds[k], tether=5.0, periodic=False) for k in kinds]
+            cases = [Case(k, 22, atoms, potential, *kinds[k], 25, tether=5.0, periodic=False) for k in kinds]
             for case, job in [(case, pool.submit(lammps_runs.drift, case, steps, TAU)) for case in cases]:
                 self.figures[f"drift_{case.name}"] = job.result()
 
