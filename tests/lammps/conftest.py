@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,6 +85,58 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class GenericModel(torch.nn.Module):
+    """A model file with the generic methods only, as a model of another kind may have them."""
+
+    def __init__(self, inner: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(
+        self, species: torch.Tensor, edge_index: torch.Tensor, edge_vector: torch.Tensor, n_local: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inner.forward(species, edge_index, edge_vector, n_local)
+
+    @torch.jit.export
+    def forces(
+        self, species: torch.Tensor, edge_index: torch.Tensor, edge_vector: torch.Tensor, n_local: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inner.forces(species, edge_index, edge_vector, n_local)
+
+    @torch.jit.export
+    def uncertainty(self, phi_mean: torch.Tensor) -> torch.Tensor:
+        return self.inner.uncertainty(phi_mean)
+
+    @torch.jit.export
+    def metadata(self) -> str:
+        return self.inner.metadata()
+
+
+class GenericSketch(GenericModel):
+    """With uncertainties of atoms from their features."""
+
+    @torch.jit.export
+    def atomic_uncertainties(self, phi: torch.Tensor) -> torch.Tensor:
+        return self.inner.atomic_uncertainties(phi)
+
+
+class GenericEnsemble(GenericModel):
+    """With uncertainties of atoms from the members' forces."""
+
+    @torch.jit.export
+    def force_uncertainties(self, forces: torch.Tensor) -> torch.Tensor:
+        return self.inner.force_uncertainties(forces)
+
+
+def make_generic(path: Path) -> None:
+    """Take the fast methods out of a model file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        inner = torch.jit.load(path)
+        wrapper = GenericEnsemble if hasattr(inner, "force_uncertainties") else GenericSketch
+        torch.jit.script(wrapper(inner)).save(path)
+
+
 @pytest.fixture(scope="session")
 def evaluator(model_file: Path) -> Evaluator:
     """The same model in Python, double precision."""
@@ -129,7 +182,14 @@ class Lab:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
         self.device = ""  # ' device cuda' puts the model on a GPU
+        self.options = ""  # further keywords of the pair style
         shutil.copy(model, folder / "model.pt")
+
+    def set_path(self, path: str) -> None:
+        """How the model is evaluated from now on: in blocks of a few atoms, all at once, or by its generic methods."""
+        self.options = " chunk 3" if path == "blocks" else ""
+        if path == "generic":
+            make_generic(self.folder / "model.pt")
 
     def head(
         self, atoms: Atoms, precision: str = "double", margin: tuple[float, float] = (5.0, 5.0), settings: str = ""
@@ -144,7 +204,7 @@ class Lab:
             {settings}
             read_data data.test
             neighbor 1.0 bin
-            pair_style ubmd precision {precision}{self.device}
+            pair_style ubmd precision {precision}{self.device}{self.options}
             pair_coeff * * model.pt {" ".join(ELEMENTS)}
             """
 

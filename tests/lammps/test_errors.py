@@ -49,6 +49,14 @@ PROBLEMS = {
     "two of them": ("#fix", "fix b all ubmd\nfix c all ubmd", "only one fix ubmd can be used at a time"),
     "no forces": ("#fix", "fix b all ubmd\npair_modify compute no", "remove 'pair_modify compute no'"),
     "uncertainty": ("#fix", "fix b all ubmd uncertainty total", "uncertainty is energy or atomic, not 'total'"),
+    "stop without atoms": (
+        "#fix",
+        "fix b all ubmd atoms no stop 1.0",
+        "'atoms no' leaves out the atomic uncertainties",
+    ),
+    "save without atoms": ("#fix", "fix b all ubmd save 1.0 f.extxyz atoms no", "'atoms no' leaves out"),
+    "bias without atoms": ("#fix", "fix b all ubmd force 1 uncertainty atomic atoms no", "'atoms no' leaves out"),
+    "chunk": (PAIR, "pair_style ubmd chunk 0", "chunk must be 1 or more, not 0"),
     "no pair style": (
         f"{PAIR}\n            {COEFF}",
         "pair_style zero 4\npair_coeff * *\nfix b all ubmd",

@@ -81,6 +81,15 @@ def test_equals_python(lab, evaluator, structures, device, kind, ranks):
     check_against_python(lab, evaluator, structures[kind], ranks)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["molecule", "triclinic"])
+@pytest.mark.parametrize("path", ["blocks", "generic"])
+def test_other_paths_equal_python(lab, evaluator, structures, path, kind, ranks):
+    """Many small blocks of atoms; a model file of another kind, which has the generic methods only."""
+    lab.set_path(path)
+    check_against_python(lab, evaluator, structures[kind], ranks)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_without_atoms(lab, evaluator, structures, ranks):
     """The molecule lies at the low end of a long box, so that at least one rank owns nothing."""
@@ -119,8 +128,10 @@ def test_mixed_and_single_precision(lab, evaluator, structures):
         assert close(n["f_b[1]"][0], expected.u, 1e-3)
 
 
-def test_null_types_are_ignored(lab, evaluator, structures):
+@pytest.mark.parametrize("path", ["all at once", "blocks", "generic"])
+def test_null_types_are_ignored(lab, evaluator, structures, path):
     """With hybrid/overlay and NULL hydrogen has no energy and doesn't count in the mean feature."""
+    lab.set_path(path)
     atoms = structures["cubic"]
     script = lab.head(atoms).replace("pair_style ubmd", "pair_style hybrid/overlay lj/cut 3.0 ubmd")
     script = script.replace(
@@ -138,8 +149,10 @@ def test_null_types_are_ignored(lab, evaluator, structures):
     assert close(n["f_b[4]"][0], np.linalg.norm(expected.forces) / np.linalg.norm(gradient))
 
 
-def test_pair_forces_equal_numerical_derivative(lab, structures):
+@pytest.mark.parametrize("path", ["blocks", "generic"])
+def test_pair_forces_equal_numerical_derivative(lab, structures, path):
     """fix numdiff and numdiff/virial agree, and their 6N evaluations disturb neither u nor bias of the same step."""
+    lab.set_path(path)
     atoms = structures["small"]
     tail = "fix b all ubmd force 0.25 window 1\n"
     numdiff = "fix n all numdiff 1 1e-4\nfix v all numdiff/virial 1 1e-4\n"
@@ -196,12 +209,15 @@ def test_heat_flux_is_the_derivative_of_the_energy_moment(lab, structures):
         assert abs(derivative) > 0.1
 
 
-def test_fix_pair_reads_atomic_uncertainties(lab, evaluator, structures):
+@pytest.mark.parametrize("path", ["all at once", "blocks", "generic"])
+def test_fix_pair_reads_atomic_uncertainties(lab, evaluator, structures, path):
     """Without fix ubmd and beside it, also while fix numdiff evaluates displaced atoms in the same step."""
+    lab.set_path(path)
     atoms = structures["small"]
     expected = evaluator.predict_one(atoms).atomic_u
-    pair, bias, numdiff = "fix u all pair 1 ubmd uncertainty 1\n", "fix b all ubmd\n", "fix n all numdiff 1 1e-2\n"
-    for fixes in (pair, bias + pair, numdiff + bias + pair):
+    pair, numdiff = "fix u all pair 1 ubmd uncertainty 1\n", "fix n all numdiff 1 1e-2\n"
+    bias, other = "fix b all ubmd force 0.1 window 100\n", "fix b all ubmd atoms no\n"
+    for fixes in (pair, bias + pair, other + pair, numdiff + bias + pair):
         with lab.session(lab.head(atoms) + fixes + "run 0\nrun 1\n") as lammps:
             order = np.argsort(lammps.numpy.extract_atom("id")[: len(atoms)])
             assert close(lammps.numpy.extract_fix("u", 1, 1)[: len(atoms)][order], expected)

@@ -62,22 +62,26 @@ def close(value, expected):
     return np.abs(np.asarray(value) - expected).max() <= 1e-10 * np.abs(expected).max()
 
 
-def script_of(lab, atoms, file: Path) -> str:
-    """Box, atoms and pair style with this model file."""
+def script_of(lab, atoms, file: Path, path: str = "all at once") -> str:
+    """Box, atoms and pair style with this model file, evaluated in this way."""
     (lab.folder / "model.pt").write_bytes(file.read_bytes())
+    lab.set_path(path)
     return lab.head(atoms)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+PATHS = pytest.mark.parametrize(("path", "ranks"), [("all at once", 1), ("blocks", 2), ("generic", 2)])
+
+
+@PATHS
 @pytest.mark.parametrize("structure", ["molecule", "small", "triclinic"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_python(lab, files, structures, kind, structure, ranks):
+def test_equals_python(lab, files, structures, kind, structure, path, ranks):
     atoms = structures[structure]
     evaluator = Evaluator(files[kind], "double")
     periodic = atoms.pbc.all()
     measure = MEASURE if periodic else MEASURE.replace("stress 0.4 ", "")
     names = ["pe", *VIRIAL, *(BIAS_VIRIAL if periodic else []), *(f"f_b[{k}]" for k in range(1, 6))]
-    numbers = lab.run(script_of(lab, atoms, files[kind]) + measure + lab.report(*names), ranks).numbers
+    numbers = lab.run(script_of(lab, atoms, files[kind], path) + measure + lab.report(*names), ranks).numbers
     n = {name: values[0] for name, values in numbers.items()}
     frame = lab.dump("dump.test")[0]
     expected = evaluator.predict_one(atoms)
@@ -102,17 +106,17 @@ def test_equals_python(lab, files, structures, kind, structure, ranks):
         assert close(applied, 0.4 * stress_scale * bias_stress)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@PATHS
 @pytest.mark.parametrize("structure", ["molecule", "small", "triclinic"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bias_of_summed_atomic_uncertainties_equals_python(lab, files, structures, kind, structure, ranks):
+def test_bias_of_summed_atomic_uncertainties_equals_python(lab, files, structures, kind, structure, path, ranks):
     atoms = structures[structure]
     evaluator = Evaluator(files[kind], "double")
     measure = MEASURE.replace("force 0.25", "uncertainty atomic force 0.25")
     if not atoms.pbc.all():
         measure = measure.replace("stress 0.4 ", "")
     names = ["f_b", "f_b[1]", "f_b[4]", *BIAS_VIRIAL]
-    numbers = lab.run(script_of(lab, atoms, files[kind]) + measure + lab.report(*names), ranks).numbers
+    numbers = lab.run(script_of(lab, atoms, files[kind], path) + measure + lab.report(*names), ranks).numbers
     n = {name: values[0] for name, values in numbers.items()}
     frame = lab.dump("dump.test")[0]
     expected = evaluator.predict_one(atoms)
@@ -129,6 +133,53 @@ def test_bias_of_summed_atomic_uncertainties_equals_python(lab, files, structure
         stress = voigt_6_to_full_3x3_stress(expected.stress)
         applied = lab.tensor_to_ase(atoms, [n[name] / lab.bar for name in BIAS_VIRIAL])
         assert close(applied, 0.4 * np.linalg.norm(stress) / np.linalg.norm(strain) * strain)
+
+
+@pytest.fixture(scope="module")
+def wide_file(structures, tmp_path_factory) -> Path:
+    """So many features that 36 atoms are quicker by the structure's identities than atom by atom."""
+    rng = np.random.default_rng(22)
+    labelled = []
+    for _ in range(4):
+        atoms = structures["cubic"].copy()
+        atoms.positions += rng.uniform(-0.05, 0.05, (len(atoms), 3))
+        atoms.calc = SinglePointCalculator(atoms, energy=rng.normal(), forces=rng.normal(size=(len(atoms), 3)))
+        labelled.append(atoms)
+    model = GaussianMomentNetwork(ELEMENTS, ModelSettings(hidden=(16, 12), cutoff=4.0), seed=5)
+    model.initialise_energies([build_graph(atoms, ELEMENTS, 4.0) for atoms in labelled])
+    path = tmp_path_factory.mktemp("wide") / "wide.pt"
+    export_model(model, labelled[:2], labelled[2:], UncertaintySettings(projections=80), path)
+    return path
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("path", ["all at once", "blocks", "generic"])
+@pytest.mark.parametrize("kind", [*KINDS, "wide"])
+def test_without_atomic_uncertainties(lab, files, wide_file, structures, kind, path, ranks):
+    """`atoms no`: the same u and bias on the path that the model then prefers, zeros for what is left out."""
+    file = wide_file if kind == "wide" else files[kind]
+    module = Evaluator(file, "double").module
+    assert module.by_structure(36) == (kind in ("last-layer", "wide"))
+    results = []
+    for keyword in ("yes", "no"):
+        script = (
+            script_of(lab, structures["cubic"], file, path)
+            + "replicate 4 1 1\ndisplace_atoms all random 0.1 0.1 0.1 5\n"
+        )
+        script += "fix 1 all nve\ntimestep 0.0005\n"
+        script += f"fix b all ubmd force 0.25 stress 0.3 window 2 every 2 atoms {keyword}\n"
+        script += (
+            "dump d all custom 4 dump.test id x f_b[1] f_b[2] f_b[3] f_b[4]\ndump_modify d sort id format float %.17g\n"
+        )
+        n = lab.run(script + "run 4\n" + lab.report(*(f"f_b[{k}]" for k in range(1, 7))), ranks).numbers
+        results.append((np.array([n[f"f_b[{k}]"][0] for k in range(1, 7)]), lab.dump("dump.test")[-1]))
+    (numbers, frame), (others, other) = results
+    assert close(others[[0, 3, 4, 5]], numbers[[0, 3, 4, 5]])
+    assert not others[[1, 2]].any()
+    assert numbers[[1, 2]].all()
+    assert not other["f_b[1]"].any()
+    for name in ("x", "f_b[2]", "f_b[3]", "f_b[4]"):
+        assert np.allclose(frame[name], other[name], rtol=0, atol=1e-9 * np.abs(frame[name]).max())
 
 
 @pytest.mark.parametrize("uncertainty", ["energy", "atomic"])
