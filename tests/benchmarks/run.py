@@ -2,8 +2,8 @@
 
 python tests/benchmarks/run.py [--quick] [--json out.json]
 
-Times are wall-clock times of LAMMPS's loop on one thread (ranks: one thread each). What is compared is measured in
-turn within one process, and the shortest time of several counts; quote the ratios. A busy machine still spoils them:
+Times are processor times of LAMMPS's loop on one thread (of two ranks: wall-clock times). What is compared is measured
+in turn within one process, and the shortest time of several counts; quote the ratios. A busy machine still spoils them:
 the last line says how much the matrix products varied.
 """
 
