@@ -8,7 +8,9 @@
 namespace ubmd {
 namespace {
 
-// Number of neighbours of a warm-up atom: that of ordinary matter at the usual cutoffs.
+// Size of a warm-up: atoms enough for the kernels of large matrices, and the neighbours of ordinary matter at the usual
+// cutoffs.
+constexpr std::size_t usual_atoms = 64;
 constexpr int usual_neighbours = 60;
 
 class BlockModel : public TorchModel {
@@ -74,7 +76,7 @@ BlockModel::BlockModel(Loaded loaded, std::size_t block_size)
       // the operators have closed derivatives on the CPU; elsewhere, and without them, the descriptor uses autograd
       inference_(!metadata_.operators.empty() && loaded_.device.is_cpu()) {}
 
-// A block of the largest size that will occur, with neighbours in all directions.
+// A block of atoms with neighbours in all directions.
 Block sample_block(std::size_t n, std::int64_t n_elements, double cutoff) {
   Block block;
   block.first.push_back(0);
@@ -96,7 +98,7 @@ Block sample_block(std::size_t n, std::int64_t n_elements, double cutoff) {
 }
 
 void BlockModel::warm_up(const Request &request) {
-  const auto n = std::clamp<std::size_t>(static_cast<std::size_t>(request.n_atoms), 1, block_size_);
+  const auto n = std::clamp<std::size_t>(static_cast<std::size_t>(request.n_atoms), 1, usual_atoms);
   const auto block = sample_block(n, static_cast<std::int64_t>(metadata_.elements.size()), metadata_.cutoff);
   start(request);
   evaluate(block);

@@ -160,6 +160,20 @@ void FixUBMD::init() {
     error->all(FLERR,
                "fix ubmd: a stress bias needs a box that is periodic in all directions: use 'boundary p p p' or remove "
                "'stress'");
+  warm_up();
+}
+
+// So that the first step takes no longer than the others; once, though every run begins with init().
+void FixUBMD::warm_up() {
+  if (warm_) return;
+  warm_ = true;
+  try {
+    auto what = request_of_evaluation();
+    what.n_atoms = atom->nlocal;
+    pair_->model().warm_up(what);
+  } catch (const ubmd::Error &problem) {
+    error->one(FLERR, "fix ubmd: {}", problem.what());
+  }
 }
 
 void FixUBMD::check_pair() {
@@ -217,12 +231,15 @@ void FixUBMD::request(bool in_setup) {
     has_first_ = true;
     due_ = (step - first_) % settings_.every == 0 || (in_setup && !biasing());
   }
-  if (!due_) return;
+  if (due_) pair_->request(request_of_evaluation());
+}
+
+ubmd::Request FixUBMD::request_of_evaluation() const {
   ubmd::Request request;
   request.structure = true;
   request.atoms = settings_.atoms;
   if (biasing()) request.bias = settings_.atomic ? ubmd::Bias::atomic : ubmd::Bias::structure;
-  pair_->request(request);
+  return request;
 }
 
 void FixUBMD::setup_pre_force(int) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "fix.h"
+#include "model.h"
 #include "window.h"
 
 namespace LAMMPS_NS {
@@ -78,10 +79,12 @@ class FixUBMD : public Fix {
   void check_pair();
   void prepare_species();
   void open_file();
+  void warm_up();
 
   bool minimising() const;
   bool biasing() const { return (settings_.force > 0.0 || settings_.stress > 0.0) && !minimising(); }
   void request(bool);
+  ubmd::Request request_of_evaluation() const;
   void post(int);
   void evaluate();
   void evaluate_uncertainty(std::vector<double> *);
@@ -103,6 +106,7 @@ class FixUBMD : public Fix {
   std::vector<char> mapped_;      // whether a type has an element
   ubmd::Window force_window_{1}, stress_window_{1};
 
+  bool warm_ = false;
   bool due_ = false;  // this step is evaluated
   bool has_first_ = false;
   bigint first_ = 0;                   // first evaluated MD step: evaluations are at first + k * every

@@ -87,7 +87,7 @@ void PairUBMD::coeff(int narg, char **arg) {
   names_.assign(arg + 3, arg + narg);
   try {
     unit_ = ubmd::energy_unit(update->unit_style);
-    model_ = ubmd::load_model(arg[2], precision_, device_, comm->nthreads, unit_.per_ev, chunk_);
+    model_ = ubmd::load_model(arg[2], precision_, device_, comm->nthreads, unit_.per_ev, block_size());
     species_ = ubmd::map_elements(model_->metadata(), names_, arg[2]);
     ubmd::Request plain;
     plain.n_atoms = atom->nlocal;
@@ -97,6 +97,12 @@ void PairUBMD::coeff(int narg, char **arg) {
   }
   for (int i = 1; i <= atom->ntypes; ++i)
     for (int j = 1; j <= atom->ntypes; ++j) setflag[i][j] = has_element(i) && has_element(j);
+}
+
+// Large matrix products, little memory; a GPU needs more atoms to be busy.
+std::size_t PairUBMD::block_size() const {
+  if (chunk_ > 0) return chunk_;
+  return device_ == "cpu" ? 512 : 4096;
 }
 
 void PairUBMD::allocate() {

@@ -73,6 +73,7 @@ class PairUBMD : public Pair {
  private:
   void allocate();
   void read_option(const std::string &, const std::string &);
+  std::size_t block_size() const;
   void read_atoms();
   ubmd::Atoms atoms() const;
   ubmd::Neighbours neighbours() const;
@@ -97,7 +98,7 @@ class PairUBMD : public Pair {
   std::unique_ptr<ubmd::Model> model_;
   std::vector<std::string> names_;  // element of each type or NULL
   std::vector<int> species_;        // species index of each type, -1 for NULL
-  std::size_t chunk_ = 512;         // largest block
+  std::size_t chunk_ = 0;           // largest block; 0: as the device needs it
   ubmd::Participants who_;
   Piece scratch_;            // the block at hand, if it isn't kept
   std::vector<Piece> kept_;  // n_kept_ of them in use: the others keep their memory
