@@ -3,9 +3,13 @@
 Every test runs on files in plain torch and on files that call the compiled operators.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -48,11 +52,28 @@ def network(seed: int) -> GaussianMomentNetwork:
     return model
 
 
+class Pair(NamedTuple):
+    """A module under test, and the same one in plain torch."""
+
+    module: Any
+    plain: Any
+
+
 class Files:
-    """Model files of every kind, with or without operators, made when they are needed."""
+    """Model files of every kind, with or without operators, made and loaded when they are needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.modules: dict[Path, Any] = {}
+
+    def pair(self, kind: str, operators: bool) -> Pair:
+        return Pair(self.module(kind, operators), self.module(kind, False))
+
+    def module(self, kind: str, operators: bool) -> Any:
+        path = self.path(kind, operators)
+        if path not in self.modules:
+            self.modules[path] = load_model(path)
+        return self.modules[path]
 
     def path(self, kind: str, operators: bool) -> Path:
         path = self.folder / f"{kind}-{operators}.pt"
@@ -61,13 +82,6 @@ class Files:
             models = [network(3 + m) for m in range(settings.networks)]
             export_model(models, TRAINING, CALIBRATION, settings, path, operators=operators)
         return path
-
-
-class Pair(NamedTuple):
-    """A module under test, and the same one in plain torch."""
-
-    module: Any
-    plain: Any
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +96,14 @@ def no_optimiser() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "operators"])
-def operators(request: pytest.FixtureRequest) -> bool:
-    if request.param and not available():
-        pytest.skip("the compiled operators are not installed")
-    return request.param
-
-
-def load(files: Files, kind: str, operators: bool) -> Pair:
-    return Pair(load_model(files.path(kind, operators)), load_model(files.path(kind, False)))
-
-
 @pytest.fixture(params=KINDS)
 def pair(request: pytest.FixtureRequest, files: Files, operators: bool) -> Pair:
-    return load(files, request.param, operators)
+    return files.pair(request.param, operators)
 
 
 @pytest.fixture(params=SKETCHED)
 def sketched(request: pytest.FixtureRequest, files: Files, operators: bool) -> Pair:
-    return load(files, request.param, operators)
+    return files.pair(request.param, operators)
 
 
 @pytest.fixture(params=list(STRUCTURES))
@@ -199,7 +202,7 @@ def test_chunks_add_up(pair: Pair, by_structure: bool) -> None:
 
 
 def test_members_of_an_ensemble(files: Files, operators: bool, graph: Graph) -> None:
-    module, plain = load(files, "ensemble", operators)
+    module, plain = files.pair("ensemble", operators)
     cotangents = weights(3, len(graph.edge_vector), 3)
     edge = graph.edge_vector.clone().requires_grad_(True)
     phi = plain(graph.species, graph.edge_index, edge, graph.n_atoms)[1]
@@ -264,7 +267,7 @@ def test_mixed_and_single_stay_close_to_double(
     files: Files, operators: bool, kind: str, edge_dtype: torch.dtype
 ) -> None:
     graph = build_graph(STRUCTURES["molecule"], ELEMENTS, SETTINGS.cutoff)
-    exact, rough = load(files, kind, operators).plain, load_model(files.path(kind, operators), "mixed")
+    exact, rough = files.module(kind, False), load_model(files.path(kind, operators), "mixed")
     *arguments, edge = by_centre(graph)
     for by_structure in (False, True):
         results = []
@@ -293,5 +296,38 @@ def test_paths_are_chosen_by_their_multiply_adds(files: Files) -> None:
             sketched = p * (inputs + 2 * hidden1 + 2 * hidden2)
             pulled = p * (inputs + 2 * hidden1 + hidden2) + inputs * hidden1 + 2 * hidden1 * hidden2
             assert sketch.by_structure(n) == (by_structure < n * (sketched + pulled)) == choice
-    assert load(files, "last-layer", False).module.by_structure(1)
-    assert not load(files, "ensemble", False).module.by_structure(10**6)
+    assert files.module("last-layer", False).by_structure(1)
+    assert not files.module("ensemble", False).by_structure(10**6)
+
+
+def test_files_say_whether_they_need_operators(files: Files, operators: bool) -> None:
+    for kind in KINDS:
+        path = files.path(kind, operators)
+        with ZipFile(path) as archive:
+            code = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".py"))
+        assert json.loads(files.module(kind, operators).metadata())["operators"] == (["ubmd"] if operators else [])
+        assert ("ops.ubmd." in code) == operators
+
+
+def test_file_that_needs_missing_operators_says_so(files: Files) -> None:
+    """In a process of its own, since operators stay registered."""
+    if not available():
+        pytest.skip("the compiled operators are not installed")
+    program = """
+import sys
+from pathlib import Path
+from ubmd import operators
+operators.library_file = lambda: Path("/nowhere/libubmd_ops.so")
+from ubmd.errors import ModelError
+from ubmd.export import load_model
+load_model(Path(sys.argv[2]))
+try:
+    load_model(Path(sys.argv[1]))
+except ModelError as error:
+    print(error)
+"""
+    paths = [str(files.path("posterior", operators)) for operators in (True, False)]
+    result = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True)
+    assert result.stdout.count("\n") == 1
+    assert "needs ubmd's compiled operators" in result.stdout
+    assert "ubmd export --no-operators" in result.stdout
