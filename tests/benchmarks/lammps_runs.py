@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from clock import now
 
-WINDOW = 2  # evaluations until the bias is on: no longer than the warm-up
 SAMPLE = 0.25  # s, shortest time of one measurement
 
 
@@ -35,6 +35,7 @@ class Case:
     potential: str
     bias: str = ""
     every: int = 1
+    window: int = 2  # evaluations until the bias is on: few, as the warm-up has to reach them
     timestep: float = 0.0005  # ps
     tether: float = 0.0  # eV/Å^2, springs to the first positions: they hold what random weights don't
     periodic: bool = True
@@ -42,7 +43,7 @@ class Case:
     def script(self) -> str:
         """All commands before `run`."""
         boundary = "p p p" if self.periodic else "f f f"
-        fix = f"fix b all ubmd {self.bias} every {self.every} window {WINDOW}\n" if self.bias else ""
+        fix = f"fix b all ubmd {self.bias} every {self.every} window {self.window}\n" if self.bias else ""
         springs = "fix tether all spring/self $K\nfix_modify tether energy yes\n".replace("$K", str(self.tether))
         return (
             f"units metal\natom_style atomic\natom_modify map yes\nnewton on\nboundary {boundary}\n{self.atoms}\n"
@@ -54,7 +55,7 @@ class Case:
     @property
     def warm_up(self) -> int:
         """Steps until the bias is on and TorchScript has compiled everything."""
-        return (WINDOW + 2) * self.every + 2
+        return (self.window + 2) * self.every + 2
 
 
 class Instance:
@@ -69,16 +70,21 @@ class Instance:
 
     def first(self) -> float:
         """Seconds of the first evaluation, with everything LAMMPS sets up before it."""
-        return self._timed("run 0 post no")
+        return self._timed("run 0 post no")[0]
 
     def step(self, count: int) -> float:
         """Seconds per step."""
-        return self._timed(f"run {count} pre no post no") / count
+        return self._timed(f"run {count} pre no post no")[0] / count
 
-    def _timed(self, command: str) -> float:
-        start = time.perf_counter()
+    def wall_step(self, count: int) -> float:
+        """Seconds of wall-clock time per step: for several ranks."""
+        return self._timed(f"run {count} pre no post no")[1] / count
+
+    def _timed(self, command: str) -> tuple[float, float]:
+        """Processor time of this process and wall-clock time of a command, s."""
+        start, wall = now(), time.perf_counter()
         self.lammps.command(command)
-        return time.perf_counter() - start
+        return now() - start, time.perf_counter() - wall
 
     def warm(self) -> int:
         """Get ready; returns the number of steps of one measurement, a multiple of `every`."""
@@ -229,7 +235,7 @@ def drift(case: Case, steps: int, tau: float) -> float:
     """
     instance = Instance(case)
     instance.first()
-    instance.step(case.every * 20)
+    instance.step(case.warm_up - case.warm_up % case.every)
     every, records = case.every, []
     for _ in range(steps // every):
         instance.step(every)
@@ -265,7 +271,7 @@ def main(text: str) -> None:
     instance = Instance(Case(**arguments))
     instance.first()
     instance.step(min(steps, instance.case.warm_up))
-    best = min(instance.step(steps) for _ in range(repeats))
+    best = min(instance.wall_step(steps) for _ in range(repeats))
     instance.close()
     # one write, so that the lines of ranks don't mix
     sys.stdout.write(json.dumps({"seconds": best, "bytes": peak_bytes()}) + "\n")

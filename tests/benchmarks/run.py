@@ -2,8 +2,8 @@
 
 python tests/benchmarks/run.py [--quick] [--json out.json]
 
-Times are wall-clock times of LAMMPS's loop on one thread (ranks: one thread each). What is compared is measured in
-turn within one process, and the shortest time of several counts; quote the ratios. A busy machine still spoils them:
+Times are processor times of LAMMPS's loop on one thread (of two ranks: wall-clock times). What is compared is measured
+in turn within one process, and the shortest time of several counts; quote the ratios. A busy machine still spoils them:
 the last line says how much the matrix products varied.
 """
 
@@ -207,7 +207,7 @@ class Suite:
         potential = self.potential("alanine", "light128", scale=0.1)
         kinds = {"none": ("", 1), "every1": (DEFAULT, 1), "every4": (DEFAULT, 4), "every10": (DEFAULT, 10)}
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:  # not timed
-            cases = [Case(k, 22, atoms, potential, *kinds[k], tether=5.0, periodic=False) for k in kinds]
+            cases = [Case(k, 22, atoms, potential, *kinds[k], 25, tether=5.0, periodic=False) for k in kinds]
             for case, job in [(case, pool.submit(lammps_runs.drift, case, steps, TAU)) for case in cases]:
                 self.figures[f"drift_{case.name}"] = job.result()
 

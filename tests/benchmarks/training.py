@@ -6,10 +6,12 @@ import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from clock import now
 from systems import ROOT, SYSTEMS
 
 BATCH = 32
@@ -32,8 +34,10 @@ def labelled(name: str, count: int) -> list[Atoms]:
 
 
 def plain_path() -> AbstractContextManager[object]:
-    """Training inside this context doesn't use the compiled operators."""
-    return nullcontext()
+    """Training inside this context uses plain torch and autograd instead of the compiled operators."""
+    from ubmd.training import gradient
+
+    return patch.object(gradient, "fused_operators", lambda model: None)
 
 
 def step_seconds(structures: list[Atoms], epochs: int, path: AbstractContextManager[object]) -> float:
@@ -42,13 +46,19 @@ def step_seconds(structures: list[Atoms], epochs: int, path: AbstractContextMana
     from ubmd.training import train
 
     settings = TrainingSettings(batch_size=BATCH, threads=1, validation_every=10**6, learning_rate=0.001)
+    ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder, path:
-        result = train(
-            ModelSettings(), settings, structures, structures[:1], Path(folder), seed=0, epochs=epochs, fresh=True
+        train(
+            ModelSettings(),
+            settings,
+            structures,
+            structures[:1],
+            Path(folder),
+            seed=0,
+            epochs=epochs + 2,
+            progress=lambda row: ends.append(now()),
         )
-    steps = -(-len(structures) // BATCH)
-    seconds = [float(row["seconds"]) for row in result.history[:-1]]  # type: ignore[arg-type]
-    return min(seconds) / steps
+    return float(np.diff(ends)[:-1].min()) / -(-len(structures) // BATCH)
 
 
 def time_training(name: str, count: int, epochs: int, rounds: int) -> dict[str, float]:
@@ -62,8 +72,8 @@ def time_training(name: str, count: int, epochs: int, rounds: int) -> dict[str, 
     times: dict[str, list[float]] = {"gemm": [], "fused": [], "plain": []}
     for _ in range(rounds):
         times["gemm"].append(gemm.seconds(products))
-        times["fused"].append(step_seconds(structures, epochs + 1, nullcontext()))
-        times["plain"].append(step_seconds(structures, 2, plain_path()))
+        times["fused"].append(step_seconds(structures, epochs, nullcontext()))
+        times["plain"].append(step_seconds(structures, 1, plain_path()))
     times["gemm"].append(gemm.seconds(products))
     return {key: min(values) for key, values in times.items()}
 
@@ -74,14 +84,16 @@ def time_training(name: str, count: int, epochs: int, rounds: int) -> dict[str, 
 def warm_start(epochs: int, seeds: int) -> dict[str, float]:
     """Time of a warm start to the accuracy of a training from scratch, over the time of that; median over seeds.
 
-    As in the learning loop: a model of 64 structures of alanine dipeptide (300 K, OpenMM's ff19SB), then eight more.
+    As in the learning loop: a model of 64 structures of alanine dipeptide at 300 K (OpenMM's ff19SB), then eight new
+    ones from where it has not been (600 K). Half of the 16 structures for validation are from there, too.
     """
-    structures = _molecular_dynamics(64 + 8 + 16)
-    ratios = [_warm_ratio(structures, epochs, seed) for seed in range(seeds)]
+    cold, hot = _molecular_dynamics(64 + 8, 300.0), _molecular_dynamics(8 + 8, 600.0)
+    sets = (cold[8:], cold[8:] + hot[8:], cold[:8] + hot[:8])
+    ratios = [_warm_ratio(*sets, epochs, seed) for seed in range(seeds)]
     return {"ratio": float(np.median(ratios)), "largest": max(ratios)}
 
 
-def _molecular_dynamics(count: int) -> list[Atoms]:
+def _molecular_dynamics(count: int, temperature: float) -> list[Atoms]:
     """Labelled frames of reference dynamics, in random order."""
     from ubmd.references import sample
     from ubmd.settings import ReferenceSettings, SamplingSettings
@@ -89,39 +101,46 @@ def _molecular_dynamics(count: int) -> list[Atoms]:
     folder = ROOT / "lammps_examples/alanine_dipeptide"
     arguments = {"pdb": "alanine_dipeptide.pdb", "forcefield": ["amber19/protein.ff19SB.xml"]}
     reference = ReferenceSettings(calculator="openmm", arguments=arguments)
-    sampling = SamplingSettings(temperature=300.0, frames=count, stride=100, equilibration=500, trajectories=1)
+    sampling = SamplingSettings(temperature=temperature, frames=count, stride=100, equilibration=500, trajectories=1)
     frames = sample(SYSTEMS["alanine"].make(), reference, sampling, folder)
     return [frames[k] for k in np.random.default_rng(0).permutation(len(frames))]
 
 
-def _warm_ratio(structures: list[Atoms], epochs: int, seed: int) -> float:
+def _warm_ratio(old: list[Atoms], grown: list[Atoms], validation: list[Atoms], epochs: int, seed: int) -> float:
     """Of one seed: the shortest warm start that gets there counts, with the schedule of its own length."""
-    validation, old, everything = structures[:16], structures[16:80], structures[16:]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _train(old, validation, folder / "old", epochs, seed)
-        scratch = _train(everything, validation, folder / "scratch", epochs, seed + 100)
-        goal, total = min(_criterion(scratch)), sum(row["seconds"] for row in scratch)
-        for share in (20, 10, 5, 3, 2, 1):
-            warm = _train(
-                everything, validation, folder / f"warm{share}", max(1, epochs // share), seed, folder / "old"
-            )
-            for k, criterion in enumerate(_criterion(warm)):
+        scratch = _train(grown, validation, folder / "scratch", epochs, seed + 100)
+        goal, total = min(_criterion(scratch)), scratch[-1]["time"]
+        for share in (40, 20, 10, 7, 5, 3, 2, 1):
+            warm = _train(grown, validation, folder / f"warm{share}", max(1, epochs // share), seed, folder / "old")
+            for row, criterion in zip(warm, _criterion(warm), strict=True):
                 if criterion <= goal:
-                    return float(sum(row["seconds"] for row in warm[: k + 1]) / total)
+                    return float(row["time"] / total)
     return float("inf")
 
 
 def _train(
     training: list[Atoms], validation: list[Atoms], folder: Path, epochs: int, seed: int, initial: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Rows of the log of a training; `initial` is the folder of an earlier one."""
+    """Rows of the log of a training, with the time so far, s; `initial` is the folder of an earlier one."""
     from ubmd.settings import ModelSettings, TrainingSettings
     from ubmd.training import train
 
-    settings = TrainingSettings(threads=1, checkpoint_every=10**6)
-    start = initial / "weights.pt" if initial else None
-    return list(train(ModelSettings(), settings, training, validation, folder, seed, start, epochs).history)
+    start, rows = now(), []
+    train(
+        ModelSettings(),
+        TrainingSettings(threads=1, checkpoint_every=10**6),
+        training,
+        validation,
+        folder,
+        seed,
+        initial / "weights.pt" if initial else None,
+        epochs,
+        progress=lambda row: rows.append({**row, "time": now() - start}),
+    )
+    return rows
 
 
 def _criterion(rows: list[dict[str, Any]]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -164,17 +165,21 @@ def collate(graphs: Sequence[Graph]) -> Batch:
     )
 
 
-def chunks(graphs: Iterable[Graph], max_pairs: int | None = None) -> Iterator[Batch]:
-    """Collate graphs into batches of at most ``max_pairs`` pairs (PAIRS_PER_CHUNK); a larger graph is a batch alone."""
-    limit = PAIRS_PER_CHUNK if max_pairs is None else max_pairs
+def chunks(graphs: Iterable[Graph], max_pairs: int | None = None, max_atoms: int | None = None) -> Iterator[Batch]:
+    """Collate graphs into batches of at most so many pairs (None: PAIRS_PER_CHUNK) and atoms (None: any number).
+
+    A graph with more is a batch of its own.
+    """
+    limits = PAIRS_PER_CHUNK if max_pairs is None else max_pairs, math.inf if max_atoms is None else max_atoms
     waiting: list[Graph] = []
-    pairs = 0
+    pairs = atoms = 0
     for graph in graphs:
-        if waiting and pairs + graph.n_pairs > limit:
+        if waiting and (pairs + graph.n_pairs > limits[0] or atoms + graph.n_atoms > limits[1]):
             yield collate(waiting)
-            waiting, pairs = [], 0
+            waiting, pairs, atoms = [], 0, 0
         waiting.append(graph)
         pairs += graph.n_pairs
+        atoms += graph.n_atoms
     if waiting:
         yield collate(waiting)
 

@@ -21,7 +21,9 @@ from ubmd.models.network import BIAS_SCALE
 from ubmd.settings import TrainingSettings
 from ubmd.training.loss import Differences, differences, loss
 
-PAIRS_PER_CHUNK = 200_000  # with the fused operators, which keep some 100 bytes per pair
+# With the fused operators one evaluation keeps some 200 bytes per pair and 20 to 40 kilobytes per atom; larger ones
+# would not be faster.
+PAIRS_PER_CHUNK, ATOMS_PER_CHUNK = 200_000, 2_000
 
 
 def loss_and_gradients(
@@ -47,9 +49,9 @@ def prediction_errors(model: GaussianMomentNetwork, batch: Batch) -> Differences
         return _ClosedForms(operators, model, batch).errors()
 
 
-def max_pairs(model: GaussianMomentNetwork) -> int | None:
-    """How many pairs one batch should have at most, which bounds the memory; None: the default of `data.graph`."""
-    return None if fused_operators(model) is None else PAIRS_PER_CHUNK
+def chunk_limits(model: GaussianMomentNetwork) -> tuple[int | None, int | None]:
+    """How many pairs and atoms one batch should have at most, as `data.graph.chunks` takes them."""
+    return (None, None) if fused_operators(model) is None else (PAIRS_PER_CHUNK, ATOMS_PER_CHUNK)
 
 
 def fused_operators(model: GaussianMomentNetwork) -> Any | None:

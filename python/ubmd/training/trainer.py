@@ -26,10 +26,11 @@ from ubmd.memory import keep_freed_memory
 from ubmd.models import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, TrainingSettings
 from ubmd.training import checkpoint
-from ubmd.training.gradient import loss_and_gradients, max_pairs, prediction_errors
+from ubmd.training.gradient import chunk_limits, loss_and_gradients, prediction_errors
 from ubmd.training.history import Log, Row, draw
 from ubmd.training.loss import ErrorSums
 
+SECONDS_BETWEEN_PICTURES = 30.0  # one takes half a second, as long as many an epoch of a small data set
 WITHOUT_EFFECT = {"threads", "checkpoint_every"}  # settings that a resumed training may change
 
 
@@ -121,6 +122,7 @@ def _run(
 ) -> TrainedModel:
     """Epochs until the end, with log, picture and checkpoints."""
     log = Log(folder / "log.csv", trainer.history)
+    last_picture = time.monotonic()
     try:
         while trainer.epoch < trainer.epochs:
             row = trainer.run_epoch()
@@ -129,7 +131,9 @@ def _run(
                 progress({**row, "epochs": trainer.epochs})
             if trainer.epoch % trainer.settings.checkpoint_every == 0 and trainer.epoch < trainer.epochs:
                 checkpoint.save_atomically({**_header(identity, False), **trainer.state()}, folder / "checkpoint.pt")
+            if time.monotonic() - last_picture > SECONDS_BETWEEN_PICTURES and trainer.epoch < trainer.epochs:
                 draw(trainer.history, folder / "learning_curve.png")
+                last_picture = time.monotonic()
     finally:
         log.close()
     draw(trainer.history, folder / "learning_curve.png")
@@ -167,9 +171,9 @@ class _Trainer:
         self.settings = settings
         self.epochs = epochs
         self.graphs = [build_graph(atoms, model.elements, model.cutoff) for atoms in training]
-        self.max_pairs = max_pairs(model)
+        self.limits = chunk_limits(model)
         held_out = (build_graph(atoms, model.elements, model.cutoff) for atoms in validation)
-        self.validation = list(chunks(held_out, self.max_pairs))
+        self.validation = list(chunks(held_out, *self.limits))
         if not warm:
             model.initialise_energies(self.graphs)
         self.base_rates = _learning_rates(settings, settings.warm_learning_rate_factor if warm else 1.0)
@@ -185,7 +189,7 @@ class _Trainer:
         self.history: list[Row] = []
         self.best: dict[str, Any] | None = None
         # one mini-batch per epoch: always the same one, whatever the order
-        self.whole = list(chunks(self.graphs, self.max_pairs)) if self.steps_per_epoch == 1 else None
+        self.whole = list(chunks(self.graphs, *self.limits)) if self.steps_per_epoch == 1 else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -198,7 +202,7 @@ class _Trainer:
         order = torch.randperm(len(self.graphs), generator=self.generator).tolist()
         for step in range(self.steps_per_epoch):
             chosen = order[step * self.settings.batch_size : (step + 1) * self.settings.batch_size]
-            batches = self.whole or chunks((self.graphs[k] for k in chosen), self.max_pairs)
+            batches = self.whole or chunks((self.graphs[k] for k in chosen), *self.limits)
             total += self._step(batches, self.epoch * self.steps_per_epoch + step, sums)
         self.epoch += 1
         row: Row = {"epoch": self.epoch, "loss": total, **sums.columns("train"), "best": 0}

@@ -1,0 +1,193 @@
+// The operators torch.ops.ubmd.*, and the differentiable one.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "operators.h"
+
+namespace ubmd::ops {
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+// A tensor that was computed without autograd: it depends on `sources`, but can't be differentiated any further.
+class Undifferentiable : public Function<Undifferentiable> {
+ public:
+  static Tensor forward(AutogradContext *, const Tensor &value, const Tensor &, const Tensor &, const Tensor &,
+                        const Tensor &) {
+    return value.alias();
+  }
+  static variable_list backward(AutogradContext *, const variable_list &) {
+    TORCH_CHECK(false,
+                "ubmd::gaussian_moments can't be differentiated once more: only second derivatives with at most "
+                "one with respect to radial are implemented; use the plain torch descriptor for others");
+  }
+};
+
+Tensor end_of_derivatives(const Tensor &value, const variable_list &sources) {
+  if (!value.defined() || !at::GradMode::is_enabled()) return value;
+  return Undifferentiable::apply(value, sources[0], sources[1], sources[2], sources[3]);
+}
+
+Pairs pairs_of(const variable_list &saved, AutogradContext *context) {
+  return Pairs(saved[0], saved[1], saved[2], saved[3], saved[4], context->saved_data["cutoff"].toDouble(),
+               context->saved_data["r_min"].toDouble());
+}
+
+void save(AutogradContext *context, const variable_list &tensors, double cutoff, double r_min) {
+  context->save_for_backward(tensors);
+  context->saved_data["cutoff"] = cutoff;
+  context->saved_data["r_min"] = r_min;
+}
+
+// Gradient of sum(cotangent * G) with respect to the vectors, [P, 3] in their type.
+class VectorGradient : public Function<VectorGradient> {
+ public:
+  static Tensor forward(AutogradContext *context, const Tensor &species, const Tensor &first, const Tensor &neighbours,
+                        const Tensor &vectors, const Tensor &radial, double cutoff, double r_min, const Tensor &moments,
+                        const Tensor &cotangent) {
+    save(context, {species, first, neighbours, vectors, radial, moments, cotangent}, cutoff, r_min);
+    const Pairs pairs(species, first, neighbours, vectors, radial, cutoff, r_min);
+    return moments_vjp(pairs, invariants_vjp(moments, radial.size(2), cotangent)).to(vectors.scalar_type());
+  }
+
+  // With q the cotangent of this gradient: q * gradient = cotangent * dG(q), which is differentiated.
+  static variable_list backward(AutogradContext *context, const variable_list &outputs) {
+    const variable_list saved = context->get_saved_variables();
+    const Tensor &q = outputs[0], &vectors = saved[3], &radial = saved[4], &moments = saved[5], &cotangent = saved[6];
+    const bool want_vectors = context->needs_input_grad(3), want_radial = context->needs_input_grad(4),
+               want_cotangent = context->needs_input_grad(6);  // counted among the tensors
+    Tensor vectors_bar, radial_bar, cotangent_bar;
+    {
+      at::NoGradGuard no_grad;
+      const std::int64_t n_radial = radial.size(2);
+      const Pairs pairs = pairs_of(saved, context);
+      const Tensor tangent = moments_jvp(pairs, q);
+      if (want_cotangent) cotangent_bar = invariants_jvp(moments, n_radial, tangent);
+      if (want_vectors || want_radial) {
+        const Tensor first = invariants_second(moments, n_radial, tangent, at::zeros_like(cotangent), cotangent);
+        const Tensor second = invariants_vjp(moments, n_radial, cotangent);
+        std::tie(vectors_bar, radial_bar) = moments_second(pairs, q, first, second, want_vectors, want_radial);
+      }
+    }
+    const variable_list sources = {q, vectors, radial, cotangent};
+    if (want_vectors) vectors_bar = end_of_derivatives(vectors_bar.to(vectors.scalar_type()), sources);
+    return {Variable(),
+            Variable(),
+            Variable(),
+            want_vectors ? vectors_bar : Variable(),
+            want_radial ? end_of_derivatives(radial_bar, sources) : Variable(),
+            Variable(),
+            Variable(),
+            Variable(),
+            want_cotangent ? end_of_derivatives(cotangent_bar, sources) : Variable()};
+  }
+};
+
+class GaussianMoments : public Function<GaussianMoments> {
+ public:
+  static Tensor forward(AutogradContext *context, const Tensor &species, const Tensor &first, const Tensor &neighbours,
+                        const Tensor &vectors, const Tensor &radial, double cutoff, double r_min) {
+    const Tensor moments = ops::moments(Pairs(species, first, neighbours, vectors, radial, cutoff, r_min));
+    save(context, {species, first, neighbours, vectors, radial, moments}, cutoff, r_min);
+    return invariants(moments, radial.size(2));
+  }
+
+  static variable_list backward(AutogradContext *context, const variable_list &outputs) {
+    const variable_list saved = context->get_saved_variables();
+    const Tensor &cotangent = outputs[0], &vectors = saved[3], &radial = saved[4], &moments = saved[5];
+    const double cutoff = context->saved_data["cutoff"].toDouble(), r_min = context->saved_data["r_min"].toDouble();
+    Tensor vectors_bar, radial_bar;
+    if (context->needs_input_grad(3))
+      vectors_bar =
+          VectorGradient::apply(saved[0], saved[1], saved[2], vectors, radial, cutoff, r_min, moments, cotangent);
+    if (context->needs_input_grad(4)) {
+      {
+        at::NoGradGuard no_grad;
+        const Tensor bar = invariants_vjp(moments, radial.size(2), cotangent);
+        radial_bar =
+            std::get<1>(moments_second(pairs_of(saved, context), at::empty({0}), bar, at::empty({0}), false, true));
+      }
+      radial_bar = end_of_derivatives(radial_bar, {cotangent, vectors, radial, radial});
+    }
+    return {Variable(), Variable(), Variable(), vectors_bar, radial_bar, Variable(), Variable()};
+  }
+};
+
+Tensor gaussian_moments(const Tensor &species, const Tensor &first, const Tensor &neighbours, const Tensor &vectors,
+                        const Tensor &radial, double cutoff, double r_min) {
+  return GaussianMoments::apply(species, first, neighbours, vectors, radial, cutoff, r_min);
+}
+
+Tensor gaussian_moments_plain(const Tensor &species, const Tensor &first, const Tensor &neighbours,
+                              const Tensor &vectors, const Tensor &radial, double cutoff, double r_min) {
+  return invariants(moments(Pairs(species, first, neighbours, vectors, radial, cutoff, r_min)), radial.size(2));
+}
+
+#define UBMD_PAIRS                                                                                                   \
+  const Tensor &species, const Tensor &first, const Tensor &neighbours, const Tensor &vectors, const Tensor &radial, \
+      double cutoff, double r_min
+#define UBMD_PAIRS_GIVEN Pairs(species, first, neighbours, vectors, radial, cutoff, r_min)
+
+Tensor call_moments(UBMD_PAIRS) {
+  return moments(UBMD_PAIRS_GIVEN);
+}
+Tensor call_moments_vjp(UBMD_PAIRS, const Tensor &cotangent) {
+  return moments_vjp(UBMD_PAIRS_GIVEN, cotangent);
+}
+Tensor call_moments_jvp(UBMD_PAIRS, const Tensor &tangent) {
+  return moments_jvp(UBMD_PAIRS_GIVEN, tangent);
+}
+std::tuple<Tensor, Tensor> call_moments_second(UBMD_PAIRS, const Tensor &tangent, const Tensor &cotangent,
+                                               const Tensor &tangent_cotangent, bool want_vectors, bool want_radial) {
+  return moments_second(UBMD_PAIRS_GIVEN, tangent, cotangent, tangent_cotangent, want_vectors, want_radial);
+}
+
+std::string on_pairs(const std::string &name, const std::string &more, const std::string &result) {
+  return name + "(Tensor species, Tensor first, Tensor neighbours, Tensor vectors, Tensor radial, float cutoff, " +
+         "float r_min" + more + ") -> " + result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(ubmd, library) {
+  library.def(on_pairs("moments", "", "Tensor").c_str());
+  library.def(on_pairs("moments_vjp", ", Tensor cotangent", "Tensor").c_str());
+  library.def(on_pairs("moments_jvp", ", Tensor tangent", "Tensor").c_str());
+  library.def(
+      on_pairs("moments_second",
+               ", Tensor tangent, Tensor cotangent, Tensor tangent_cotangent, bool want_vectors, bool want_radial",
+               "(Tensor, Tensor)")
+          .c_str());
+  library.def(on_pairs("gaussian_moments", "", "Tensor").c_str());
+  library.def("invariants(Tensor moments, int n_radial) -> Tensor");
+  library.def("invariants_vjp(Tensor moments, int n_radial, Tensor cotangent) -> Tensor");
+  library.def("invariants_jvp(Tensor moments, int n_radial, Tensor tangent) -> Tensor");
+  library.def(
+      "invariants_second(Tensor moments, int n_radial, Tensor tangent, Tensor cotangent, Tensor tangent_cotangent) -> "
+      "Tensor");
+  library.def("activation(Tensor z, int order) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(ubmd, CPU, library) {
+  library.impl("moments", call_moments);
+  library.impl("moments_vjp", call_moments_vjp);
+  library.impl("moments_jvp", call_moments_jvp);
+  library.impl("moments_second", call_moments_second);
+  library.impl("gaussian_moments", gaussian_moments_plain);
+  library.impl("invariants", invariants);
+  library.impl("invariants_vjp", invariants_vjp);
+  library.impl("invariants_jvp", invariants_jvp);
+  library.impl("invariants_second", invariants_second);
+  library.impl("activation", activation);
+}
+
+TORCH_LIBRARY_IMPL(ubmd, Autograd, library) {
+  library.impl("gaussian_moments", gaussian_moments);
+}
+
+}  // namespace ubmd::ops
