@@ -34,7 +34,7 @@ def loss_and_gradients(
     if operators is None:
         return _by_autograd(model, batch, settings)
     with torch.no_grad():
-        forms = _ClosedForms(operators, model, batch)
+        forms = _ClosedForms(operators, model, batch, second=True)
         errors = forms.errors()
         forms.add_gradients(*_cotangents(batch, errors, settings))
         return errors, float(loss(errors, settings))
@@ -46,7 +46,7 @@ def prediction_errors(model: GaussianMomentNetwork, batch: Batch) -> Differences
     if operators is None:
         return differences(batch, *model.energy_forces_virial(batch))
     with torch.no_grad():
-        return _ClosedForms(operators, model, batch).errors()
+        return _ClosedForms(operators, model, batch, second=False).errors()
 
 
 def chunk_limits(model: GaussianMomentNetwork) -> tuple[int | None, int | None]:
@@ -84,12 +84,12 @@ def _cotangents(batch: Batch, errors: Differences, settings: TrainingSettings) -
 
 
 class _ClosedForms:
-    """A batch's energies and forces, and what remains of them for the second pass, `add_gradients`.
+    """A batch's energies and forces, and (``second``) what remains of them for the second pass, `add_gradients`.
 
-    Notation of `models.network`; moments [n, 20, S], their and the invariants' energy gradients included.
+    Notation of `models.network`; moments [n, 20, S], and ``_bar`` for energy gradients of moments and invariants.
     """
 
-    def __init__(self, operators: Any, model: GaussianMomentNetwork, batch: Batch) -> None:
+    def __init__(self, operators: Any, model: GaussianMomentNetwork, batch: Batch, second: bool) -> None:
         self.operators, self.model, self.batch = operators, model, batch
         descriptor = model.descriptor
         self.n_radial = descriptor.n_radial
@@ -104,8 +104,12 @@ class _ClosedForms:
         )
         self.moments = operators.moments(*self.pairs)
         delta3 = (model.constant * model.scale).index_select(0, batch.species).to(model.radial.dtype).unsqueeze(1)
-        self.y, self.layers = model.network.evaluate(operators.invariants(self.moments, self.n_radial), delta3)
-        self.invariants_bar = model.network.input_gradient(self.layers.delta1)
+        x0 = operators.invariants(self.moments, self.n_radial)
+        if second:
+            self.y, self.layers = model.network.evaluate(x0, delta3)
+            self.invariants_bar = model.network.input_gradient(self.layers.delta1)
+        else:
+            self.y, self.invariants_bar = model.network.energies(x0, delta3)
         self.moments_bar = operators.invariants_vjp(self.moments, self.n_radial, self.invariants_bar)
 
     def errors(self) -> Differences:
