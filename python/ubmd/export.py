@@ -53,8 +53,8 @@ def export_model(
 
     Raises:
         DataError: a calibration structure without energy or forces.
-        InstallationError: operators are wanted, and their library can't be loaded.
-        ModelError: the number of networks doesn't fit the settings, or their elements or cutoffs differ.
+        ModelError: the number of networks doesn't fit the settings, their elements or cutoffs differ, or operators are
+            wanted that can't be loaded.
     """
     if operators:
         load_operators()
