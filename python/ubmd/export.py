@@ -100,9 +100,7 @@ def make_deployed(
     model = models[0]
     if settings.kind == "last-layer":
         width = model.network.weight3.size(1)
-        return LastLayerModel(
-            model, LastLayerSketch(width, settings.projections, settings.seed), operators=operators
-        )
+        return LastLayerModel(model, LastLayerSketch(width, settings.projections, settings.seed), operators=operators)
     sketch = make_sketch(model.network, settings.projections, settings.seed)
     return DeployedModel(model, sketch, kind=settings.kind, operators=operators)
 
