@@ -19,6 +19,8 @@ from ubmd.errors import DataError, ModelError
 from ubmd.models.deployed import Deployed, DeployedEnsemble, DeployedModel, LastLayerModel
 from ubmd.models.evaluation import evaluation
 from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.operators import available
+from ubmd.operators import load as load_operators
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import ConformalScale, LastLayerSketch, conformal_scale, make_sketch
 
@@ -40,16 +42,23 @@ def export_model(
     settings: UncertaintySettings,
     path: Path,
     provenance: dict[str, Any] | None = None,
+    operators: bool | None = None,
 ) -> dict[str, Any]:
     """Write ``path``: energies, forces, features and calibrated uncertainties of ``model`` (several: an ensemble).
 
     The uncertainty is fitted on the features of ``training``, the conformal scales on the errors of ``calibration``;
     both in float64. ``provenance`` (e.g. training_set_hash, settings) joins the metadata, which is returned.
+    ``operators``: whether the file calls the operator library (None: if it can be loaded here). Files without run
+    anywhere, but much slower on the CPU.
 
     Raises:
         DataError: a calibration structure without energy or forces.
-        ModelError: the number of networks doesn't fit the settings, or their elements or cutoffs differ.
+        ModelError: the number of networks doesn't fit the settings, their elements or cutoffs differ, or operators are
+            wanted that can't be loaded.
     """
+    if operators:
+        load_operators()
+    operators = available() if operators is None else operators
     models = [model] if isinstance(model, GaussianMomentNetwork) else list(model)
     _check_models(models, settings)
     elements, cutoff, dtype = models[0].elements, models[0].cutoff, models[0].radial.dtype
@@ -57,10 +66,11 @@ def export_model(
     try:
         for member in models:
             member.to_network_dtype(torch.float64)
-        deployed = make_deployed(models, settings)
+        deployed = make_deployed(models, settings, operators)
         fit_uncertainty(deployed, (build_graph(atoms, elements, cutoff) for atoms in training), settings)
         energy, forces = calibrate(deployed, [build_graph(atoms, elements, cutoff) for atoms in calibration], settings)
-        metadata = _metadata(models[0], deployed, settings, energy, forces, len(training), dtype, provenance or {})
+        metadata = _metadata(models[0], deployed, settings, energy, forces, len(training), dtype)
+        metadata |= {"operators": ["ubmd"] if operators else [], **(provenance or {})}
         deployed.description = json.dumps(metadata)
         write_model(deployed, path)
     finally:
@@ -81,16 +91,18 @@ def _check_models(models: Sequence[GaussianMomentNetwork], settings: Uncertainty
             raise ModelError("The networks of an ensemble need the same elements and cutoff; train them together.")
 
 
-def make_deployed(models: Sequence[GaussianMomentNetwork], settings: UncertaintySettings) -> Deployed:
+def make_deployed(
+    models: Sequence[GaussianMomentNetwork], settings: UncertaintySettings, operators: bool = False
+) -> Deployed:
     """The module of the file, its uncertainty not yet fitted."""
     if settings.kind == "ensemble":
-        return DeployedEnsemble(models)
+        return DeployedEnsemble(models, operators=operators)
     model = models[0]
     if settings.kind == "last-layer":
         width = model.network.weight3.size(1)
-        return LastLayerModel(model, LastLayerSketch(width, settings.projections, settings.seed))
+        return LastLayerModel(model, LastLayerSketch(width, settings.projections, settings.seed), operators=operators)
     sketch = make_sketch(model.network, settings.projections, settings.seed)
-    return DeployedModel(model, sketch, kind=settings.kind)
+    return DeployedModel(model, sketch, kind=settings.kind, operators=operators)
 
 
 def fit_uncertainty(deployed: Deployed, graphs: Iterable[Graph], settings: UncertaintySettings) -> None:
@@ -200,19 +212,25 @@ def load_model(path: Path, precision: str = "double") -> Any:
     """Load a model file in a precision: mixed and single run the network in float32, double in float64.
 
     Raises:
-        ModelError: missing or corrupt file, newer format, or unknown precision.
+        ModelError: missing or corrupt file, newer format, unknown precision, or operators that can't be loaded.
     """
     path = Path(path)
     if precision not in ("mixed", "single", "double"):
         raise ModelError(f"Precision must be mixed, single or double, not {precision!r}.")
     if not path.is_file():
         raise ModelError(f"There is no model file {path}.")
+    operators = available()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             module = torch.jit.load(str(path), map_location="cpu")
         metadata = json.loads(module.metadata())
-    except (RuntimeError, AttributeError, ValueError):
+    except (RuntimeError, AttributeError, ValueError) as error:
+        if not operators and "ubmd::" in str(error):
+            raise ModelError(
+                f"{path} needs ubmd's compiled operators, which can't be loaded here: reinstall ubmd, or make the file "
+                "with 'ubmd export --no-operators'."
+            ) from None
         raise ModelError(
             f"{path} is not a ubmd model file (or it is damaged); make one with 'ubmd train' or 'ubmd run'."
         ) from None
@@ -237,7 +255,6 @@ def _metadata(
     forces: ConformalScale,
     n_training: int,
     dtype: torch.dtype,
-    provenance: dict[str, Any],
 ) -> dict[str, Any]:
     """The JSON record of the file."""
 
@@ -265,8 +282,6 @@ def _metadata(
         },
         "n_training": n_training,
         "network": model.settings.model_dump(),
-        "operators": [],
         "package_version": __version__,
         "torch_version": torch.__version__,
-        **provenance,
     }

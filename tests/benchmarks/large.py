@@ -1,6 +1,6 @@
 """Large systems: a biased run of 10^5 and an unbiased run of 10^6 atoms of MgO, a few steps on two ranks.
 
-python tests/benchmarks/large.py [--ranks 2] [--steps 8] [--json out.json]
+python tests/benchmarks/large.py [--ranks 2] [--steps 4] [--json out.json]
 
 Prints time and memory per atom (the peak of all ranks together, less that of a small run). The biased run has the
 defaults of the learning loop: light network, p = 128, every 4 steps, with atomic uncertainties. 10^6 atoms take some
@@ -66,7 +66,7 @@ def print_line(name: str, result: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="MPI ranks (default 2)")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps (default 8)")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps (default 4)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ubmd_benchmarks_") as folder:

@@ -73,15 +73,15 @@ class Suite:
     def prepare(self) -> None:
         """Data and model files; which keywords the plugin knows."""
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-            jobs = [pool.submit(systems.write_data, self.folder, name) for name in systems.SYSTEMS]
-            jobs += [
+            jobs = [
                 pool.submit(systems.write_model, self.folder, name, model)
                 for name in systems.SYSTEMS
                 for model in systems.MODELS
             ]
             jobs.append(pool.submit(systems.write_model, self.folder, "alanine", "light128", 0.1))
-            for job in jobs:
-                job.result()
+            for name in systems.SYSTEMS:
+                systems.write_data(self.folder, name)
+            self.figures["operators"], *_ = [job.result() for job in jobs]
         if in_fresh_process(lammps_runs.fix_takes, f"{DEFAULT} atoms no"):
             self.without_atoms = " atoms no"
 
@@ -100,7 +100,7 @@ class Suite:
         return Case(name, 76, box, self.potential("framework", model), bias, every, tether=2.0)
 
     def potential(self, system: str, model: str, options: str = "", scale: float = systems.ENERGY_SCALE) -> str:
-        file = self.folder / f"{system}_{model}_{scale:g}.pt"
+        file = systems.model_file(self.folder, system, model, scale)
         return f"pair_style ubmd {options}\npair_coeff * * {file} {' '.join(systems.SYSTEMS[system].elements)}"
 
     # ---- groups
@@ -286,6 +286,7 @@ def main() -> int:
     print(report.table(suite.figures))
     print(f"\n{report.profile_table(suite.profiles)}\n")
     print(", ".join(f"{key}: {value}" for key, value in meta.items()))
+    print(f"operator libraries of the model files: {suite.figures.get('operators') or 'none'}")
     print(f"matrix products: median / shortest time = {report.number(suite.figures.get('gemm_variation'))}")
     for failure in suite.failures:
         print(f"FAILED {failure}")

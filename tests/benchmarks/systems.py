@@ -96,8 +96,16 @@ def write_data(folder: Path, name: str) -> Path:
     return path
 
 
-def write_model(folder: Path, name: str, model_name: str, energy_scale: float = ENERGY_SCALE) -> Path:
-    """Model file of a system: random weights, uncertainty fitted on six rattled structures."""
+def model_file(folder: Path, name: str, model_name: str, energy_scale: float = ENERGY_SCALE) -> Path:
+    """Path of the model file that `write_model` writes."""
+    return folder / f"{name}_{model_name}_{energy_scale:g}.pt"
+
+
+def write_model(folder: Path, name: str, model_name: str, energy_scale: float = ENERGY_SCALE) -> list[str]:
+    """Model file of a system: random weights, uncertainty fitted on six rattled structures.
+
+    Returns the operator libraries that the file uses.
+    """
     from ubmd.data.graph import build_graph
     from ubmd.export import export_model
     from ubmd.models import GaussianMomentNetwork
@@ -108,6 +116,6 @@ def write_model(folder: Path, name: str, model_name: str, energy_scale: float = 
     structures = rattled(system.make().repeat(system.repeat_for_fit), 8, energy_scale, seed=1)
     model = GaussianMomentNetwork(list(system.elements), ModelSettings(size=size, cutoff=CUTOFF), seed=0)
     model.initialise_energies([build_graph(atoms, list(system.elements), CUTOFF) for atoms in structures])
-    path = folder / f"{name}_{model_name}_{energy_scale:g}.pt"
-    export_model(model, structures[:6], structures[6:], UncertaintySettings(projections=projections), path)
-    return path
+    settings = UncertaintySettings(projections=projections)
+    path = model_file(folder, name, model_name, energy_scale)
+    return list(export_model(model, structures[:6], structures[6:], settings, path)["operators"])

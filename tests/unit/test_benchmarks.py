@@ -132,7 +132,8 @@ def test_a_small_suite_of_lammps_runs(module, tmp_path):
     """A small crystal: timed, profiled, its energy conserved but for the held bias."""
     systems, runs = module("systems"), module("lammps_runs")
     systems.write_data(tmp_path, "alanine")
-    model = systems.write_model(tmp_path, "alanine", "light128", 0.1)
+    systems.write_model(tmp_path, "alanine", "light128", 0.1)
+    model = systems.model_file(tmp_path, "alanine", "light128", 0.1)
     potential = f"pair_style ubmd timing yes\npair_coeff * * {model} H C N O"
     case = runs.Case(
         "biased", 22, f"read_data {tmp_path / 'alanine.data'}", potential, "force 0.25", 2, tether=5.0, periodic=False

@@ -136,6 +136,21 @@ def test_export_again_with_another_confidence(folder, tmp_path):
     assert low.predict_one(atoms).energy == high.predict_one(atoms).energy
 
 
+def test_export_with_and_without_operators(folder, tmp_path):
+    weights, data = folder / "out" / "weights.pt", folder / "data" / "train.extxyz"
+    predictions = []
+    for option, operators in (("--no-operators", []), ("--operators", ["ubmd"])):
+        path = tmp_path / "model.pt"
+        code, _, err = ubmd("export", weights, data, folder / "test.extxyz", "-o", path, option)
+        assert code == 0, err
+        evaluator = Evaluator(path, "double")
+        assert evaluator.metadata["operators"] == operators
+        predictions.append(evaluator.predict_one(read_structures(folder / "test.extxyz")[0]))
+    plain, fused = predictions
+    assert fused.energy == pytest.approx(plain.energy, rel=1e-12)
+    assert fused.u == pytest.approx(plain.u, rel=1e-6)
+
+
 def test_ensemble_is_trained_and_exported_again(folder, tmp_path):
     data = folder / "data" / "train.extxyz"
     changes = [f'training_file="{data}"', f"output_dir={tmp_path / 'out'}", "uncertainty.kind=ensemble"]

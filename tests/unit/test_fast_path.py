@@ -1,8 +1,15 @@
-"""The closed-form interface of model files against their differentiable forward and autograd."""
+"""The closed-form interface of model files against the differentiable forward in plain torch and autograd.
 
+Every test runs on files in plain torch and on files that call the compiled operators.
+"""
+
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -15,6 +22,7 @@ from ubmd.data.graph import Graph, build_graph
 from ubmd.export import export_model, load_model
 from ubmd.models import GaussianMomentNetwork
 from ubmd.models.evaluation import Evaluation, FastEvaluation, evaluation
+from ubmd.operators import available
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import GradientSketch
 
@@ -44,14 +52,41 @@ def network(seed: int) -> GaussianMomentNetwork:
     return model
 
 
+class Pair(NamedTuple):
+    """A module under test, and the same one in plain torch."""
+
+    module: Any
+    plain: Any
+
+
+class Files:
+    """Model files of every kind, with or without operators, made and loaded when they are needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.modules: dict[Path, Any] = {}
+
+    def pair(self, kind: str, operators: bool) -> Pair:
+        return Pair(self.module(kind, operators), self.module(kind, False))
+
+    def module(self, kind: str, operators: bool) -> Any:
+        path = self.path(kind, operators)
+        if path not in self.modules:
+            self.modules[path] = load_model(path)
+        return self.modules[path]
+
+    def path(self, kind: str, operators: bool) -> Path:
+        path = self.folder / f"{kind}-{operators}.pt"
+        if not path.exists():
+            settings = UncertaintySettings(kind=kind, projections=16, references=20, seed=3, alpha=0.3)
+            models = [network(3 + m) for m in range(settings.networks)]
+            export_model(models, TRAINING, CALIBRATION, settings, path, operators=operators)
+        return path
+
+
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("fast")
-    for kind in KINDS:
-        settings = UncertaintySettings(kind=kind, projections=16, references=20, seed=3, alpha=0.3)
-        models = [network(3 + m) for m in range(settings.networks)]
-        export_model(models, TRAINING, CALIBRATION, settings, folder / f"{kind}.pt")
-    return {kind: folder / f"{kind}.pt" for kind in KINDS}
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("fast"))
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +97,13 @@ def no_optimiser() -> Iterator[None]:
 
 
 @pytest.fixture(params=KINDS)
-def module(request: pytest.FixtureRequest, files: dict[str, Path]) -> Any:
-    return load_model(files[request.param])
+def pair(request: pytest.FixtureRequest, files: Files, operators: bool) -> Pair:
+    return files.pair(request.param, operators)
 
 
 @pytest.fixture(params=SKETCHED)
-def sketched(request: pytest.FixtureRequest, files: dict[str, Path]) -> Any:
-    return load_model(files[request.param])
+def sketched(request: pytest.FixtureRequest, files: Files, operators: bool) -> Pair:
+    return files.pair(request.param, operators)
 
 
 @pytest.fixture(params=list(STRUCTURES))
@@ -112,8 +147,9 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * size)
 
 
-def test_energies_and_gradients(module: Any, graph: Graph) -> None:
-    energy, _, gradient = reference(module, graph, lambda e, phi: e.sum())
+def test_energies_and_gradients(pair: Pair, graph: Graph) -> None:
+    module, plain = pair
+    energy, _, gradient = reference(plain, graph, lambda e, phi: e.sum())
     for keep in (False, True):
         fast, slope, tape = module.evaluate(*by_centre(graph), keep)
         assert_close(fast, energy)
@@ -123,9 +159,10 @@ def test_energies_and_gradients(module: Any, graph: Graph) -> None:
 
 
 @pytest.mark.parametrize("by_structure", [False, True])
-def test_feature_sums_and_their_gradients(module: Any, graph: Graph, by_structure: bool) -> None:
+def test_feature_sums_and_their_gradients(pair: Pair, graph: Graph, by_structure: bool) -> None:
+    module, plain = pair
     w = weights(module.n_features)
-    _, phi, gradient = reference(module, graph, lambda e, phi: (phi @ w).sum())
+    _, phi, gradient = reference(plain, graph, lambda e, phi: (phi @ w).sum())
     tape = module.evaluate(*by_centre(graph), True)[2]
     sums, rows, factors = module.features(tape, by_structure)
     if len(rows) or not by_structure:
@@ -134,19 +171,21 @@ def test_feature_sums_and_their_gradients(module: Any, graph: Graph, by_structur
     assert_close(module.feature_gradient(tape, factors, module.directions(w, by_structure), w), gradient)
 
 
-def test_gradients_with_different_weights_for_every_atom(sketched: Any, graph: Graph) -> None:
-    w = weights(graph.n_atoms, sketched.n_features)
-    gradient = reference(sketched, graph, lambda e, phi: (phi * w).sum())[2]
-    tape = sketched.evaluate(*by_centre(graph), True)[2]
-    factors = sketched.features(tape, False)[2]
-    assert_close(sketched.feature_gradient(tape, factors, [], w), gradient)
+def test_gradients_with_different_weights_for_every_atom(sketched: Pair, graph: Graph) -> None:
+    module, plain = sketched
+    w = weights(graph.n_atoms, module.n_features)
+    gradient = reference(plain, graph, lambda e, phi: (phi * w).sum())[2]
+    tape = module.evaluate(*by_centre(graph), True)[2]
+    factors = module.features(tape, False)[2]
+    assert_close(module.feature_gradient(tape, factors, [], w), gradient)
 
 
 @pytest.mark.parametrize("by_structure", [False, True])
-def test_chunks_add_up(module: Any, by_structure: bool) -> None:
+def test_chunks_add_up(pair: Pair, by_structure: bool) -> None:
+    module, plain = pair
     graph = build_graph(STRUCTURES["molecule"], ELEMENTS, SETTINGS.cutoff)
     w = weights(module.n_features)
-    energy, phi, gradient = reference(module, graph, lambda e, phi: (phi @ w).sum())
+    energy, phi, gradient = reference(plain, graph, lambda e, phi: (phi @ w).sum())
     blocks = [(0, 4), (4, 4), (4, 9)]
     assert blocks[-1][1] == graph.n_atoms
     tapes = [module.evaluate(*by_centre(graph, *block), True) for block in blocks]
@@ -162,11 +201,11 @@ def test_chunks_add_up(module: Any, by_structure: bool) -> None:
     assert_close(torch.cat(slopes), gradient)
 
 
-def test_members_of_an_ensemble(files: dict[str, Path], graph: Graph) -> None:
-    module = load_model(files["ensemble"])
+def test_members_of_an_ensemble(files: Files, operators: bool, graph: Graph) -> None:
+    module, plain = files.pair("ensemble", operators)
     cotangents = weights(3, len(graph.edge_vector), 3)
     edge = graph.edge_vector.clone().requires_grad_(True)
-    phi = module(graph.species, graph.edge_index, edge, graph.n_atoms)[1]
+    phi = plain(graph.species, graph.edge_index, edge, graph.n_atoms)[1]
     gradients, bias = torch.zeros_like(cotangents), torch.zeros_like(edge)
     if len(edge):
         columns = [torch.autograd.grad(phi[:, m].sum(), edge, create_graph=True)[0] for m in range(3)]
@@ -177,9 +216,10 @@ def test_members_of_an_ensemble(files: dict[str, Path], graph: Graph) -> None:
     assert_close(module.member_bias(*arguments, cotangents), bias)
 
 
-def test_generic_and_fast_evaluation_agree(module: Any, graph: Graph) -> None:
+def test_generic_and_fast_evaluation_agree(pair: Pair, graph: Graph) -> None:
     """What Python uses: files without the fast part go through the generic one."""
-    fast, generic = (kind(module, graph, graph.edge_vector) for kind in (FastEvaluation, Evaluation))
+    module, plain = pair
+    fast, generic = FastEvaluation(module, graph, graph.edge_vector), Evaluation(plain, graph, graph.edge_vector)
     w = weights(module.n_features)
     assert type(evaluation(module, graph, graph.edge_vector)) is FastEvaluation
     for value in (
@@ -194,12 +234,28 @@ def test_generic_and_fast_evaluation_agree(module: Any, graph: Graph) -> None:
         assert_close(value(fast), value(generic), 1e-9)
 
 
-def test_works_in_every_grad_mode_and_leaves_it_alone(module: Any) -> None:
+def test_generic_part_agrees_with_plain_torch(pair: Pair, graph: Graph) -> None:
+    """forward with its graph, forces and bias, for programs that don't know the fast part."""
+    module, plain = pair
+    w = weights(module.n_features)
+    arguments = (graph.species, graph.edge_index, graph.edge_vector, graph.n_atoms)
+
+    def value(energy: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+        return energy.square().sum() + (phi @ w).sum()
+
+    for a, b in zip(reference(module, graph, value), reference(plain, graph, value), strict=True):
+        assert_close(a, b)
+    for a, b in zip(module.forces(*arguments), plain.forces(*arguments), strict=True):
+        assert_close(a, b)
+    assert_close(module.bias(*arguments, w), plain.bias(*arguments, w))
+
+
+def test_works_in_every_grad_mode_and_leaves_it_alone(pair: Pair) -> None:
     graph = build_graph(STRUCTURES["molecule"], ELEMENTS, SETTINGS.cutoff)
     results = []
     for mode in (True, False):
         with torch.set_grad_enabled(mode):
-            results.append(module.evaluate(*by_centre(graph), True)[:2])
+            results.append(pair.module.evaluate(*by_centre(graph), True)[:2])
             assert torch.is_grad_enabled() == mode
     for a, b in zip(*results, strict=True):
         assert_close(a, b, 1e-14)
@@ -207,9 +263,11 @@ def test_works_in_every_grad_mode_and_leaves_it_alone(module: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("edge_dtype", [torch.float64, torch.float32])
-def test_mixed_and_single_stay_close_to_double(files: dict[str, Path], kind: str, edge_dtype: torch.dtype) -> None:
+def test_mixed_and_single_stay_close_to_double(
+    files: Files, operators: bool, kind: str, edge_dtype: torch.dtype
+) -> None:
     graph = build_graph(STRUCTURES["molecule"], ELEMENTS, SETTINGS.cutoff)
-    exact, rough = load_model(files[kind]), load_model(files[kind], "mixed")
+    exact, rough = files.module(kind, False), load_model(files.path(kind, operators), "mixed")
     *arguments, edge = by_centre(graph)
     for by_structure in (False, True):
         results = []
@@ -226,7 +284,7 @@ def test_mixed_and_single_stay_close_to_double(files: dict[str, Path], kind: str
             assert_close(b, a, tolerance)
 
 
-def test_paths_are_chosen_by_their_multiply_adds(files: dict[str, Path]) -> None:
+def test_paths_are_chosen_by_their_multiply_adds(files: Files) -> None:
     """By structure pays for large systems, where there are more projections than a tangent pass costs."""
     inputs, hidden1, hidden2 = 360, 512, 512
     for p, expected in ((512, {100: False, 2000: True}), (128, {100: False, 2000: False})):
@@ -238,5 +296,38 @@ def test_paths_are_chosen_by_their_multiply_adds(files: dict[str, Path]) -> None
             sketched = p * (inputs + 2 * hidden1 + 2 * hidden2)
             pulled = p * (inputs + 2 * hidden1 + hidden2) + inputs * hidden1 + 2 * hidden1 * hidden2
             assert sketch.by_structure(n) == (by_structure < n * (sketched + pulled)) == choice
-    assert load_model(files["last-layer"]).by_structure(1)
-    assert not load_model(files["ensemble"]).by_structure(10**6)
+    assert files.module("last-layer", False).by_structure(1)
+    assert not files.module("ensemble", False).by_structure(10**6)
+
+
+def test_files_say_whether_they_need_operators(files: Files, operators: bool) -> None:
+    for kind in KINDS:
+        path = files.path(kind, operators)
+        with ZipFile(path) as archive:
+            code = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".py"))
+        assert json.loads(files.module(kind, operators).metadata())["operators"] == (["ubmd"] if operators else [])
+        assert ("ops.ubmd." in code) == operators
+
+
+def test_file_that_needs_missing_operators_says_so(files: Files) -> None:
+    """In a process of its own, since operators stay registered."""
+    if not available():
+        pytest.skip("the compiled operators are not installed")
+    program = """
+import sys
+from pathlib import Path
+from ubmd import operators
+operators.library_file = lambda: Path("/nowhere/libubmd_ops.so")
+from ubmd.errors import ModelError
+from ubmd.export import load_model
+load_model(Path(sys.argv[2]))
+try:
+    load_model(Path(sys.argv[1]))
+except ModelError as error:
+    print(error)
+"""
+    paths = [str(files.path("posterior", operators)) for operators in (True, False)]
+    result = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True)
+    assert result.stdout.count("\n") == 1
+    assert "needs ubmd's compiled operators" in result.stdout
+    assert "ubmd export --no-operators" in result.stdout

@@ -32,7 +32,7 @@ def atoms_from(record: dict) -> Atoms:
     return Atoms(record["symbols"], positions=record["positions"], cell=cell, pbc=cell is not None)
 
 
-def golden_model() -> GaussianMomentNetwork:
+def golden_model(operators: bool) -> GaussianMomentNetwork:
     settings = ModelSettings(
         cutoff=GOLDEN["r_c"],
         n_radial=GOLDEN["N_r"],
@@ -40,7 +40,7 @@ def golden_model() -> GaussianMomentNetwork:
         r_min=GOLDEN["r_min"],
         hidden=tuple(GOLDEN["hidden"]),
     )
-    model = GaussianMomentNetwork(GOLDEN["elements"], settings).to_network_dtype(torch.float64)
+    model = GaussianMomentNetwork(GOLDEN["elements"], settings, operators=operators).to_network_dtype(torch.float64)
     h1, h2 = GOLDEN["hidden"]
     d0, z = model.network.weight1.size(1), len(GOLDEN["elements"])
     shapes = [(h1, d0), (h1,), (h2, h1), (h2,), (1, h2), (1,)]
@@ -55,9 +55,9 @@ def golden_model() -> GaussianMomentNetwork:
     return model
 
 
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = golden_model()
+@pytest.fixture
+def model_file(tmp_path: Path, operators: bool) -> Path:
+    model = golden_model(operators)
     h1, h2 = GOLDEN["hidden"]
     d0, p = model.network.weight1.size(1), GOLDEN["p"]
     sketch = GradientSketch((d0, h1, h2), p, seed=0)
@@ -69,10 +69,10 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "cutoff": GOLDEN["r_c"],
         "uncertainty": {"energy": {"feature_scale": 1.0}},
     }
-    deployed = DeployedModel(model, sketch, json.dumps(metadata))
+    deployed = DeployedModel(model, sketch, json.dumps(metadata), operators=operators)
     graphs = [build_graph(atoms_from(record), GOLDEN["elements"], GOLDEN["r_c"]) for record in GOLDEN["train"]]
     fit_posterior(deployed, graphs, GOLDEN["lambda2"])
-    path = tmp_path_factory.mktemp("golden") / "model.pt"
+    path = tmp_path / "model.pt"
     write_model(deployed, path)
     return path
 
@@ -107,9 +107,9 @@ def test_model_file_reproduces_golden_numbers(record: dict, model_file: Path) ->
 
 
 @pytest.mark.parametrize("record", GOLDEN["structures"], ids=lambda record: record["name"])
-def test_invariants_and_training_path(record: dict) -> None:
+def test_invariants_and_training_path(record: dict, operators: bool) -> None:
     """The eager model that training uses gives the same numbers as the file."""
-    model = golden_model()
+    model = golden_model(operators)
     batch = collate([build_graph(atoms_from(record), GOLDEN["elements"], GOLDEN["r_c"])])
     invariants = model.descriptor(batch.species, batch.edge_index, batch.edge_vector, len(batch.species))
     energy, forces, _ = model.energy_forces_virial(batch)

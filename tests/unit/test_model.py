@@ -69,8 +69,8 @@ def slow_invariants(descriptor: GaussianMoments, atoms: Atoms, cutoff: float) ->
 
 
 @pytest.mark.parametrize("atoms", [molecule("CH3CONH2"), triclinic()], ids=["molecule", "small triclinic cell"])
-def test_invariants_match_slow_einsum(atoms: Atoms) -> None:
-    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=1).to_network_dtype(torch.float64)
+def test_invariants_match_slow_einsum(atoms: Atoms, operators: bool) -> None:
+    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=1, operators=operators).to_network_dtype(torch.float64)
     graph = build_graph(atoms, ELEMENTS, model.cutoff)
     fast = model.descriptor(graph.species, graph.edge_index, graph.edge_vector, len(atoms)).detach().numpy()
     slow = slow_invariants(model.descriptor, atoms, model.cutoff)
@@ -196,8 +196,8 @@ def test_zero_neighbour_atoms_have_the_isolated_energy(model_file) -> None:
     np.testing.assert_allclose(both[0], 2 * energy, rtol=1e-13)
 
 
-def test_batch_composition_does_not_change_results() -> None:
-    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=2).to_network_dtype(torch.float64)
+def test_batch_composition_does_not_change_results(operators: bool) -> None:
+    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=2, operators=operators).to_network_dtype(torch.float64)
     graphs = [build_graph(a, ELEMENTS, model.cutoff) for a in (molecule("H2O"), triclinic(), molecule("CH3CONH2"))]
     energies, forces, virial = model.energy_forces_virial(collate(graphs))
     for k, graph in enumerate(graphs):
@@ -208,9 +208,9 @@ def test_batch_composition_does_not_change_results() -> None:
         torch.testing.assert_close(forces[start : start + graph.n_atoms], force, rtol=1e-10, atol=1e-13)
 
 
-def test_training_loss_gradient_is_a_derivative() -> None:
+def test_training_loss_gradient_is_a_derivative(operators: bool) -> None:
     """The double backward through forces: d(sum F^2)/d(parameter) against central differences."""
-    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=2).to_network_dtype(torch.float64)
+    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=2, operators=operators).to_network_dtype(torch.float64)
     batch = collate([build_graph(molecule("CH3CONH2"), ELEMENTS, model.cutoff)])
 
     def loss() -> torch.Tensor:

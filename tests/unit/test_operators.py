@@ -71,17 +71,14 @@ class Plain:
     def __init__(self, graph: Graph) -> None:
         n_elements, _, n_radial, n_basis = graph.radial.shape
         self.descriptor = GaussianMoments(n_elements, graph.cutoff, n_radial, n_basis, graph.r_min)
-        self.n = graph.species.numel()
-        # the plain descriptor looks elements up by atom: every pair's neighbour becomes an atom of its own
-        self.species = torch.cat([graph.species, graph.neighbours])
-        centres = torch.repeat_interleave(torch.arange(self.n), graph.first.diff())
-        self.edge_index = torch.stack([centres, self.n + torch.arange(graph.neighbours.numel())])
+        self.species, self.neighbours = graph.species, graph.neighbours
+        self.centres = torch.repeat_interleave(torch.arange(graph.species.numel()), graph.first.diff())
 
     def moments(self, vectors: Tensor, radial: Tensor) -> Tensor:
         """T in the layout of the operators without padding, [n, 20, N_r]."""
         del self.descriptor.radial  # a parameter can't be replaced by a tensor that carries gradients
         self.descriptor.radial = radial.double()  # type: ignore[assignment]
-        return self.descriptor.moments(self.species, self.edge_index, vectors.double(), self.n).transpose(1, 2)
+        return self.descriptor.moments(self.species, self.centres, self.neighbours, vectors.double()).transpose(1, 2)
 
     def invariants(self, moments: Tensor) -> Tensor:
         return self.descriptor.invariants(moments[:, :, : self.descriptor.n_radial].double().transpose(1, 2))

@@ -14,7 +14,7 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from small_model import with_emt_labels
 
-from ubmd.data.graph import build_graph, collate
+from ubmd.data.graph import Batch, Graph, build_graph, collate
 from ubmd.data.structures import labels_of, write_structures
 from ubmd.errors import DataError, ModelError, TrainingError
 from ubmd.models import GaussianMomentNetwork
@@ -443,3 +443,18 @@ def test_chunks_of_a_mini_batch_add_up(tmp_path, molecules, monkeypatch):
     whole, pieces = (result.history[-1] for result in results)
     assert whole["loss"] == pytest.approx(pieces["loss"], rel=1e-8)
     assert whole["valid_force_rmse_eV_per_A"] == pytest.approx(pieces["valid_force_rmse_eV_per_A"], rel=1e-8)
+
+
+def test_the_only_mini_batch_is_collated_once(tmp_path, molecules, monkeypatch):
+    """If all structures are one mini-batch, it is the same in every epoch; otherwise each has its own."""
+    sizes: list[int] = []
+
+    def counting(graphs: list[Graph]) -> Batch:
+        sizes.append(len(graphs))
+        return collate(graphs)
+
+    monkeypatch.setattr("ubmd.data.graph.collate", counting)
+    train(MODEL, settings(epochs=3, batch_size=9), molecules[:9], molecules[9:], tmp_path / "one", seed=0)
+    assert sizes == [3, 9]
+    train(MODEL, settings(epochs=2, batch_size=8), molecules[:9], molecules[9:], tmp_path / "two", seed=0)
+    assert sizes[2:] == [3, 8, 1, 8, 1]

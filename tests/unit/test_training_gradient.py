@@ -1,7 +1,8 @@
 """Gradients of the loss in closed form against automatic differentiation of the plain descriptor and network."""
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from ase.build import bulk, molecule
 from small_model import labelled, with_emt_labels
 from torch import Tensor
 
-from ubmd.data.graph import Batch, build_graph, collate
+from ubmd.data.graph import Batch, build_graph, chunks, collate, scatter_forces, strain_gradient
 from ubmd.memory import keep_freed_memory
 from ubmd.models import GaussianMomentNetwork
 from ubmd.models.gaussian_moments import GaussianMoments
+from ubmd.operators import available
 from ubmd.settings import ModelSettings, TrainingSettings
 from ubmd.training import gradient, train
 
@@ -91,10 +93,25 @@ def leaf(values: Tensor) -> Tensor:
     return values.detach().requires_grad_(True)
 
 
-@pytest.fixture
-def closed_forms(monkeypatch) -> None:
-    """Training by closed forms, whether or not the library is there."""
+@pytest.fixture(params=["stand-in", "library"])
+def closed_forms(request, monkeypatch) -> None:
+    """Closed forms with the stand-in, whether or not there is a library, and with the library."""
+    if request.param == "library":
+        if not available():
+            pytest.skip("the operator library is not installed")
+        assert gradient.fused_operators(GaussianMomentNetwork(ELEMENTS, MODEL)) is torch.ops.ubmd
+        return
+    monkeypatch.setattr("ubmd.models.gmnn.available", lambda: False)
     monkeypatch.setattr(gradient, "fused_operators", lambda model: Operators(model.descriptor))
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Models made in here have nothing but the plain descriptor and autograd."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ubmd.models.gmnn.available", lambda: False)
+        patch.setattr(gradient, "fused_operators", lambda model: None)
+        yield
 
 
 # ---------------------------------------------------------------------------------------------- tests
@@ -143,10 +160,10 @@ def gradients(model: GaussianMomentNetwork, batch: Batch, settings: TrainingSett
     return {name: parameter.grad for name, parameter in model.named_parameters()}, loss, errors
 
 
-def by_autograd(model: GaussianMomentNetwork, batch: Batch, settings: TrainingSettings) -> tuple[dict, float, object]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradient, "fused_operators", lambda model: None)
-        return gradients(model, batch, settings)
+def by_autograd(dtype: torch.dtype, batch: Batch, settings: TrainingSettings) -> tuple[dict, float, object]:
+    """The same from the plain path."""
+    with plain_torch():
+        return gradients(model_of(dtype), batch, settings)
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
@@ -160,7 +177,7 @@ def test_gradients_are_those_of_autograd(closed_forms, name, weights):
     """Every parameter, the errors and the loss; energies, forces and stresses together and alone."""
     chosen = TrainingSettings(**dict(zip(("energy_weight", "force_weight", "stress_weight"), weights, strict=True)))
     model, batch = model_of(torch.float64), batch_of(name)
-    expected, expected_loss, expected_errors = by_autograd(model, batch, chosen)
+    expected, expected_loss, expected_errors = by_autograd(torch.float64, batch, chosen)
     found, loss, errors = gradients(model, batch, chosen)
     assert loss == pytest.approx(expected_loss, rel=1e-12)
     for field in ("energy", "forces", "virial", "has_stress"):
@@ -183,7 +200,7 @@ def test_gradients_add_up(closed_forms):
 def test_float32_network(closed_forms):
     """Within the rounding of float32 of the float64 gradients."""
     batch, chosen = batch_of("cells and molecules"), TrainingSettings()
-    expected, *_ = by_autograd(model_of(torch.float64), batch, chosen)
+    expected, *_ = by_autograd(torch.float64, batch, chosen)
     found, *_ = gradients(model_of(torch.float32), batch, chosen)
     for name, value in expected.items():
         assert relative(found[name].double(), value) < 1e-4, name
@@ -192,7 +209,7 @@ def test_float32_network(closed_forms):
 def test_errors_without_gradients(closed_forms):
     """The errors of a validation are those of a training step."""
     model, batch = model_of(torch.float64), batch_of("cells and molecules")
-    _, _, expected = by_autograd(model, batch, TrainingSettings())
+    _, _, expected = by_autograd(torch.float64, batch, TrainingSettings())
     model.zero_grad(set_to_none=True)
     errors = gradient.prediction_errors(model, batch)
     for field in ("energy", "forces", "virial"):
@@ -200,17 +217,43 @@ def test_errors_without_gradients(closed_forms):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_training_curves_agree(tmp_path, closed_forms, monkeypatch):
+@pytest.mark.parametrize("name", BATCHES)
+def test_pairs_of_a_batch(name):
+    """Pairs by centre and by structure; sums of pair gradients like those that autograd can follow."""
+    batch = batch_of(name)
+    centres, neighbours = batch.edge_index
+    assert torch.equal(centres, torch.repeat_interleave(torch.arange(len(batch.species)), batch.first.diff()))
+    assert torch.equal(batch.neighbours, batch.species[neighbours])
+    owner = batch.structure[centres]
+    assert batch.pair_counts == torch.bincount(owner, minlength=batch.n_structures).tolist()
+    values = torch.randn(len(centres), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        batch.forces_from(values), scatter_forces(batch.edge_index, values, len(batch.species)), rtol=0, atol=1e-12
+    )
+    expected = strain_gradient(batch.edge_vector, values, owner, batch.n_structures)
+    torch.testing.assert_close(batch.virials_from(values), expected, rtol=0, atol=1e-10)
+
+
+def test_chunks_are_bounded():
+    """By atoms and by pairs; a structure that is too large comes alone, and none gets lost."""
+    graphs = [build_graph(molecule(name), ELEMENTS, 4.0) for name in ("H2O", "CH3OH", "H2O", "H2O", "H2O")]
+    assert [batch.counts.tolist() for batch in chunks(graphs, max_atoms=6)] == [[3], [6], [3, 3], [3]]
+    assert [batch.counts.tolist() for batch in chunks(graphs, max_pairs=12)] == [[3], [6], [3, 3], [3]]
+    assert [batch.counts.tolist() for batch in chunks(graphs, max_atoms=2)] == [[3], [6], [3], [3], [3]]
+
+
+def test_training_curves_agree(tmp_path, closed_forms):
     """Closed forms and autograd train alike."""
     structures = [shaken(molecule("CH3OH"), seed) for seed in range(9)]
     chosen = TrainingSettings(epochs=4, batch_size=3, precision="float64", threads=1)
-    curves = []
-    for name in ("closed forms", "autograd"):
-        if name == "autograd":
-            monkeypatch.setattr(gradient, "fused_operators", lambda model: None)
-        result = train(MODEL, chosen, structures[:6], structures[6:], tmp_path / name, seed=0)
-        curves.append([[row["loss"], row["valid_force_rmse_eV_per_A"]] for row in result.history])
-    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-7)
+
+    def curve(name: str) -> list[list[float]]:
+        history = train(MODEL, chosen, structures[:6], structures[6:], tmp_path / name, seed=0).history
+        return [[row["loss"], row["valid_force_rmse_eV_per_A"]] for row in history]
+
+    found = curve("closed forms")
+    with plain_torch():
+        np.testing.assert_allclose(found, curve("autograd"), rtol=1e-7)
 
 
 def test_memory_of_a_step_is_kept_for_the_next():

@@ -116,12 +116,13 @@ def _export(
     uncertainty: UncertaintySettings,
     path: Path,
     settings: dict[str, Any],
+    operators: bool | None = None,
 ) -> dict[str, Any]:
     from ubmd.data.structures import dataset_hash
     from ubmd.export import export_model
 
     provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings}
-    return export_model(models, training_set, calibration_set, uncertainty, path, provenance)
+    return export_model(models, training_set, calibration_set, uncertainty, path, provenance, operators)
 
 
 @contextmanager
@@ -301,6 +302,13 @@ def export(
     member: Annotated[
         list[Path] | None, typer.Option("--member", help="weights.pt of each other member, with --set kind=ensemble.")
     ] = None,
+    operators: Annotated[
+        bool | None,
+        typer.Option(
+            "--operators/--no-operators",
+            help="Use the compiled operators (default where they are), or plain PyTorch: slower, runs anywhere.",
+        ),
+    ] = None,
 ) -> None:
     """Make a model file from trained weights, e.g. with another confidence: --set alpha=0.5."""
     from ubmd.data.structures import read_structures
@@ -312,7 +320,7 @@ def export(
         training_set = read_structures(training_file, labelled=True)
         calibration_set = read_structures(calibration_file, labelled=True)
         settings = {"uncertainty": uncertainty.model_dump(mode="json")}
-        metadata = _export(models, training_set, calibration_set, uncertainty, output, settings)
+        metadata = _export(models, training_set, calibration_set, uncertainty, output, settings, operators)
         attainable = metadata["uncertainty"]["energy"]["attainable"]
         print(f"wrote {output}: uncertainties of structures hold at {100 * attainable:.4g} % confidence")
 

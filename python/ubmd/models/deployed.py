@@ -1,7 +1,7 @@
 """The model as LAMMPS sees it: one TorchScript module with networks, features, uncertainty and metadata.
 
 Rule of precision: *parameters* follow the precision that the user of the file asks for (mixed and single: float32,
-double: float64); *buffers* (energy shifts, posterior factors, calibration) stay float64.
+double: float64); *buffers* (energy shifts, the structures' posterior factor, calibration) stay float64.
 """
 
 import copy
@@ -211,9 +211,12 @@ class DeployedModel(Deployed):
         super().__init__(sketch.projections, metadata)
         self.potential = Potential(model, operators)
         self.sketch: Any = sketch
-        uncertainty = DistanceUncertainty if kind == "distance" else PosteriorUncertainty
-        self.structure_uncertainty = uncertainty(sketch.projections)
-        self.atom_uncertainty = uncertainty(sketch.projections)
+        self.structure_uncertainty, self.atom_uncertainty = (
+            DistanceUncertainty(sketch.projections)
+            if kind == "distance"
+            else PosteriorUncertainty(sketch.projections, many=atoms)
+            for atoms in (False, True)
+        )
 
     def forward(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
         """(E [n_local], phi [n_local, p]), both attached to the graph of edge_vector."""
