@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -34,5 +35,6 @@ at::Tensor invariants_jvp(const at::Tensor &moments, std::int64_t n_radial, cons
 at::Tensor invariants_second(const at::Tensor &moments, std::int64_t n_radial, const at::Tensor &tangent,
                              const at::Tensor &cotangent, const at::Tensor &tangent_cotangent);
 std::vector<at::Tensor> activation(const at::Tensor &z, std::int64_t order);
+at::Tensor product(const at::Tensor &left, const at::Tensor &right, const std::optional<at::Tensor> &add);
 
 }  // namespace ubmd::ops

@@ -171,6 +171,7 @@ TORCH_LIBRARY(ubmd, library) {
       "invariants_second(Tensor moments, int n_radial, Tensor tangent, Tensor cotangent, Tensor tangent_cotangent) -> "
       "Tensor");
   library.def("activation(Tensor z, int order) -> Tensor[]");
+  library.def("product(Tensor left, Tensor right, Tensor? add=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ubmd, CPU, library) {
@@ -184,6 +185,7 @@ TORCH_LIBRARY_IMPL(ubmd, CPU, library) {
   library.impl("invariants_jvp", invariants_jvp);
   library.impl("invariants_second", invariants_second);
   library.impl("activation", activation);
+  library.impl("product", product);
 }
 
 TORCH_LIBRARY_IMPL(ubmd, Autograd, library) {

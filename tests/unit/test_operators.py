@@ -507,3 +507,30 @@ CHECK = "import torch; assert torch.ops.ubmd.activation(torch.ones(3), 1)[0].num
 def test_plugin_and_python_share_the_operators(code: str) -> None:
     result = in_subprocess(code)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 22, 300])
+def test_products(rows: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Any strides, with and without something to add, whichever library multiplies."""
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, right, bias, matrix = (
+        torch.randn(shape, generator=generator, dtype=dtype)
+        for shape in ((rows, 90), (70, 90), (90, 70), (70,), (rows, 70))
+    )
+    for left, other, add in (
+        (x, weight.t(), None),
+        (x, weight.t(), bias),
+        (x, weight.t(), matrix),
+        (x, right, matrix.t().contiguous().t()),
+        (matrix.t(), x, None),
+        (matrix.t(), x, weight),
+        (x[:, ::2], right[::2], bias),
+    ):
+        exact = left.double() @ other.double() + (0.0 if add is None else add.double())
+        assert_close(ops.product(left, other, add).double(), exact, tolerance)
+
+
+def test_products_of_matrices_that_do_not_fit() -> None:
+    with pytest.raises(RuntimeError, match="product needs matrices"):
+        ops.product(torch.zeros(3, 4), torch.zeros(3, 4))

@@ -41,7 +41,7 @@ class Potential(nn.Module):
         super().__init__()
         self.operators = operators
         self.descriptor = with_operators(model.descriptor, operators)
-        self.network = with_operators(model.network, operators)
+        self.network = model.network.folded(operators)
         self.register_buffer("energy_scale", (model.constant * model.scale).detach().clone())
         self.register_buffer("energy_shift", (model.constant * model.shift).detach().clone())
 
@@ -77,7 +77,7 @@ class Potential(nn.Module):
         delta3 = self.scales(species).to(x0.dtype).unsqueeze(1)
         if keep:
             y, layers = self.network.evaluate(x0, delta3)
-            gradient = self.descriptor.pull(state, self.network.input_gradient(layers.delta1))
+            gradient = self.descriptor.pull(state, self.network.product(layers.delta1, self.network.weight1))
             return self.energies(y, species), gradient, self.tape(layers) + state
         y, slope = self.network.energies(x0, delta3)
         empty: list[Tensor] = []
@@ -133,7 +133,7 @@ class Potential(nn.Module):
         xdot0, change = self.descriptor.push(state, direction)
         cotangent = self.network.input_tangent(layers, xdot0)
         return self.descriptor.pull_second(
-            state, direction, change, cotangent, self.network.input_gradient(layers.delta1)
+            state, direction, change, cotangent, self.network.product(layers.delta1, self.network.weight1)
         )
 
 
@@ -210,11 +210,11 @@ class DeployedModel(Deployed):
     ) -> None:
         super().__init__(sketch.projections, metadata)
         self.potential = Potential(model, operators)
-        self.sketch: Any = sketch
+        self.sketch: Any = with_operators(sketch, operators)
         self.structure_uncertainty, self.atom_uncertainty = (
             DistanceUncertainty(sketch.projections)
             if kind == "distance"
-            else PosteriorUncertainty(sketch.projections, many=atoms)
+            else PosteriorUncertainty(sketch.projections, many=atoms, operators=operators)
             for atoms in (False, True)
         )
 
@@ -299,8 +299,8 @@ class LastLayerModel(DeployedModel):
             network = self.potential.network
             # A gradient like that of the energy, with another derivative with respect to x2.
             zbar2 = layers.s2 * self.sketch.last_gradient(layers.delta3, directions, w)
-            zbar1 = layers.s1 * network.hidden1_gradient(zbar2)
-            return self.potential.pull(tape, network.input_gradient(zbar1))
+            zbar1 = network.product(zbar2, network.weight2).mul_(layers.s1)
+            return self.potential.pull(tape, network.product(zbar1, network.weight1))
 
 
 class DeployedEnsemble(Deployed):

@@ -32,21 +32,43 @@ class Layers(NamedTuple):
     curvature2: Tensor
 
 
-class NeuralTangentNetwork(nn.Module):
-    """y = NN(G): two hidden layers in the neural-tangent parameterisation.
+class Products(nn.Module):
+    """Matrix products and activations of closed forms: those of the operator library where it is used.
 
-    z^l = d_{l-1}^(-1/2) W^l x^{l-1} + 0.1 b^l,  x^l = 1.6765 SiLU(z^l),  y = z^3.
-
-    ``forward``, ``gradient_factors`` and ``input_gradient`` can be differentiated by autograd; ``energies``,
-    ``evaluate``, ``tangent`` and ``input_tangent`` are closed forms for callers that need no autograd graph.
-    ``operators``: whether their activations are those of the operator library.
+    The library's operators have no autograd.
     """
 
     operators: Final[bool]
 
-    def __init__(self, n_inputs: int, hidden: tuple[int, int], operators: bool = False) -> None:
+    def __init__(self, operators: bool = False) -> None:
         super().__init__()
         self.operators = operators
+
+    def product(self, left: Tensor, right: Tensor, add: Tensor | None = None) -> Tensor:
+        """left @ right [n, m], plus ``add`` ([m] or [n, m]) if given."""
+        if self.operators and left.is_cpu:
+            return torch.ops.ubmd.product(left, right, add)
+        return torch.mm(left, right) if add is None else torch.addmm(add, left, right)
+
+    def activation(self, z: Tensor, order: int) -> list[Tensor]:
+        """`activation`, in one pass where there are operators."""
+        if self.operators and z.is_cpu:
+            return torch.ops.ubmd.activation(z, order)
+        return activation(z, order)
+
+
+class NeuralTangentNetwork(Products):
+    """y = NN(G): two hidden layers in the neural-tangent parameterisation.
+
+    z^l = d_{l-1}^(-1/2) W^l x^{l-1} + 0.1 b^l,  x^l = 1.6765 SiLU(z^l),  y = z^3.
+
+    ``forward``, ``gradient_factors`` and ``input_gradient`` can be differentiated by autograd. ``energies``,
+    ``evaluate``, ``tangent`` and ``input_tangent`` are closed forms for callers that need no autograd graph; they are
+    methods of the `folded` network.
+    """
+
+    def __init__(self, n_inputs: int, hidden: tuple[int, int], operators: bool = False) -> None:
+        super().__init__(operators)
         self.bias_scale = BIAS_SCALE
         self.input_scale = 1.0 / math.sqrt(n_inputs)
         self.scale1 = 1.0 / math.sqrt(hidden[0])
@@ -57,6 +79,18 @@ class NeuralTangentNetwork(nn.Module):
         self.bias2 = nn.Parameter(torch.empty(hidden[1]))
         self.weight3 = nn.Parameter(torch.empty(1, hidden[1]))
         self.bias3 = nn.Parameter(torch.empty(1))
+
+    def folded(self, operators: bool) -> "NeuralTangentNetwork":
+        """The same function with the factors a_l and 0.1 inside its weights (copies), so that products need none."""
+        twin = NeuralTangentNetwork(self.weight1.size(1), (self.weight1.size(0), self.weight2.size(0)), operators)
+        twin.weight1 = _fixed(self.input_scale * self.weight1)
+        twin.weight2 = _fixed(self.scale1 * self.weight2)
+        twin.weight3 = _fixed(self.scale2 * self.weight3)
+        twin.bias1, twin.bias2, twin.bias3 = (
+            _fixed(self.bias_scale * bias) for bias in (self.bias1, self.bias2, self.bias3)
+        )
+        twin.bias_scale = twin.input_scale = twin.scale1 = twin.scale2 = 1.0
+        return twin
 
     def forward(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x0 [n, F] -> y [n], hidden states x1, x2 [n, d_l] and activation slopes s1, s2 [n, d_l]."""
@@ -93,28 +127,22 @@ class NeuralTangentNetwork(nn.Module):
         """dE/dx0 [n, F] from delta^1."""
         return torch.addmm(self.weight1[:1], delta1, self.weight1, beta=0.0, alpha=self.input_scale)
 
-    def activation(self, z: Tensor, order: int) -> list[Tensor]:
-        """`activation`, in one pass where there are operators; then without autograd."""
-        if self.operators and z.is_cpu:
-            return torch.ops.ubmd.activation(z, order)
-        return activation(z, order)
-
     def energies(self, x0: Tensor, delta3: Tensor) -> tuple[Tensor, Tensor]:
         """y [n] and dE/dx0 [n, F]; delta3 = dE/dy [n, 1]."""
-        layer1 = self.activation(self.hidden1(x0), 1)
-        layer2 = self.activation(self.hidden2(layer1[0]), 1)
-        delta2 = layer2[1].mul_(self.hidden2_gradient(delta3))
-        delta1 = self.hidden1_gradient(delta2).mul_(layer1[1])
-        return self.output(layer2[0]), self.input_gradient(delta1)
+        layer1 = self.activation(self.product(x0, self.weight1.t(), self.bias1), 1)
+        layer2 = self.activation(self.product(layer1[0], self.weight2.t(), self.bias2), 1)
+        delta2 = layer2[1].mul_(delta3 * self.weight3)
+        delta1 = self.product(delta2, self.weight2).mul_(layer1[1])
+        return self.output(layer2[0]), self.product(delta1, self.weight1)
 
     def evaluate(self, x0: Tensor, delta3: Tensor) -> tuple[Tensor, Layers]:
         """y [n] and what features and second derivatives need; delta3 = dE/dy [n, 1]."""
-        layer1 = self.activation(self.hidden1(x0), 2)
-        layer2 = self.activation(self.hidden2(layer1[0]), 2)
-        back2 = self.hidden2_gradient(delta3)
+        layer1 = self.activation(self.product(x0, self.weight1.t(), self.bias1), 2)
+        layer2 = self.activation(self.product(layer1[0], self.weight2.t(), self.bias2), 2)
+        back2 = delta3 * self.weight3
         curvature2 = layer2[2].mul_(back2)
         delta2 = back2.mul_(layer2[1])
-        back1 = self.hidden1_gradient(delta2)
+        back1 = self.product(delta2, self.weight2)
         curvature1 = layer1[2].mul_(back1)
         delta1 = back1.mul_(layer1[1])
         layers = Layers(
@@ -139,22 +167,26 @@ class NeuralTangentNetwork(nn.Module):
         A direction in the weights moves z^1 by zdot1 and z^2 by base2 + a_1 W^2 (s^1 zdot^1). D depends on x^l by
         base_l [n, d_l] (top for the last one) directly, and through the layers above it:
         zbar^2 = s^2 top + t^2 zdot^2 dE/dx^2,  zbar^1 = s^1 (base1 + a_1 W^2^T zbar^2) + t^1 zdot^1 dE/dx^1,
-        dD/dx0 = base0 + a_0 W^1^T zbar^1. The arguments are written over.
+        dD/dx0 = base0 + a_0 W^1^T zbar^1. ``zdot1`` is written over.
         """
-        zdot2 = base2.addmm_(layers.s1 * zdot1, self.weight2.t(), alpha=self.scale1)
+        zdot2 = self.product(layers.s1 * zdot1, self.weight2.t(), base2)
         zbar2 = zdot2.mul_(layers.curvature2).addcmul_(layers.s2, top)
-        xbar1 = base1.addmm_(zbar2, self.weight2, alpha=self.scale1)
+        xbar1 = self.product(zbar2, self.weight2, base1)
         zbar1 = zdot1.mul_(layers.curvature1).addcmul_(layers.s1, xbar1)
-        return base0.addmm_(zbar1, self.weight1, alpha=self.input_scale)
+        return self.product(zbar1, self.weight1, base0)
 
     def input_tangent(self, layers: Layers, xdot0: Tensor) -> Tensor:
         """d(dE/dx0 · xdot0)/dx0 [n, F]: the network's Hessian times xdot0 [n, F]."""
-        zdot1 = torch.addmm(self.bias1, xdot0, self.weight1.t(), beta=0.0, alpha=self.input_scale)
+        zdot1 = self.product(xdot0, self.weight1.t())
         xdot1 = layers.s1 * zdot1
-        zdot2 = torch.addmm(self.bias2, xdot1, self.weight2.t(), beta=0.0, alpha=self.scale1)
+        zdot2 = self.product(xdot1, self.weight2.t())
         zbar2 = zdot2.mul_(layers.curvature2)
-        zbar1 = zdot1.mul_(layers.curvature1).addcmul_(layers.s1, self.hidden1_gradient(zbar2))
-        return self.input_gradient(zbar1)
+        zbar1 = zdot1.mul_(layers.curvature1).addcmul_(layers.s1, self.product(zbar2, self.weight2))
+        return self.product(zbar1, self.weight1)
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def activation(z: Tensor, order: int, scale: float = ACTIVATION_SCALE) -> list[Tensor]:

@@ -102,14 +102,15 @@ class _ClosedForms:
             descriptor.cutoff,
             descriptor.r_min,
         )
+        self.network = model.network.folded(model.network.operators)
         self.moments = operators.moments(*self.pairs)
         delta3 = (model.constant * model.scale).index_select(0, batch.species).to(model.radial.dtype).unsqueeze(1)
         x0 = operators.invariants(self.moments, self.n_radial)
         if second:
-            self.y, self.layers = model.network.evaluate(x0, delta3)
-            self.invariants_bar = model.network.input_gradient(self.layers.delta1)
+            self.y, self.layers = self.network.evaluate(x0, delta3)
+            self.invariants_bar = self.network.product(self.layers.delta1, self.network.weight1)
         else:
-            self.y, self.invariants_bar = model.network.energies(x0, delta3)
+            self.y, self.invariants_bar = self.network.energies(x0, delta3)
         self.moments_bar = operators.invariants_vjp(self.moments, self.n_radial, self.invariants_bar)
 
     def errors(self) -> Differences:
@@ -126,47 +127,41 @@ class _ClosedForms:
 
         ``_dot``: derivative along q; ``_bar``: derivative of S with respect to that quantity.
         """
-        layers, network, operators = self.layers, self.model.network, self.operators
+        layers, network, operators = self.layers, self.network, self.operators
         moments_dot = operators.moments_jvp(*self.pairs, q)
         x0_dot = operators.invariants_jvp(self.moments, self.n_radial, moments_dot)
-        z1_dot = _product(x0_dot, network.weight1.t(), network.input_scale)
+        z1_dot = network.product(x0_dot, network.weight1.t())
         x1_dot = layers.s1 * z1_dot
-        z2_dot = _product(x1_dot, network.weight2.t(), network.scale1)
+        z2_dot = network.product(x1_dot, network.weight2.t())
         x2_dot = layers.s2 * z2_dot
         e_column = e.to(x2_dot.dtype).unsqueeze(1)
         z2_bar = z2_dot.mul_(layers.curvature2).addcmul_(e_column, layers.delta2)
-        z1_bar = z1_dot.mul_(layers.curvature1).addcmul_(layers.s1, network.hidden1_gradient(z2_bar))
+        z1_bar = z1_dot.mul_(layers.curvature1).addcmul_(layers.s1, network.product(z2_bar, network.weight2))
 
-        _add_to_layer(network.weight1, network.bias1, network.input_scale, z1_bar, layers.x0, layers.delta1, x0_dot)
-        _add_to_layer(network.weight2, network.bias2, network.scale1, z2_bar, layers.x1, layers.delta2, x1_dot)
-        _add_to_layer(
-            network.weight3, network.bias3, network.scale2, e_column * layers.delta3, layers.x2, layers.delta3, x2_dot
-        )
-        self._add_to_energies(e, torch.mv(x2_dot, network.weight3[0]) * network.scale2)
+        self._add_to_layer(1, z1_bar, layers.x0, layers.delta1, x0_dot)
+        self._add_to_layer(2, z2_bar, layers.x1, layers.delta2, x1_dot)
+        self._add_to_layer(3, e_column * layers.delta3, layers.x2, layers.delta3, x2_dot)
+        self._add_to_energies(e, torch.mv(x2_dot, network.weight3[0]))
 
-        x0_bar = network.input_gradient(z1_bar)
+        x0_bar = network.product(z1_bar, network.weight1)
         moments_bar = operators.invariants_second(self.moments, self.n_radial, moments_dot, x0_bar, self.invariants_bar)
         _, radial = operators.moments_second(*self.pairs, q, moments_bar, self.moments_bar, False, True)
         _gradient(self.model.radial).add_(radial)
+
+    def _add_to_layer(self, number: int, z_bar: Tensor, x: Tensor, delta: Tensor, x_dot: Tensor) -> None:
+        """Gradients of layer z = a·W x + 0.1 b, from z_bar and delta [n, d_out], x and x_dot [n, d_in]."""
+        model = self.model
+        scale = (model.network.input_scale, model.network.scale1, model.network.scale2)[number - 1]
+        gradient = self.network.product(z_bar.t(), x)
+        gradient = self.network.product(delta.t(), x_dot, gradient)
+        _gradient(model.weights[number - 1]).add_(gradient, alpha=scale)
+        _gradient(model.biases[number - 1]).add_(z_bar.sum(0), alpha=BIAS_SCALE)
 
     def _add_to_energies(self, e: Tensor, y_dot: Tensor) -> None:
         """Gradients of the scales and shifts of the elements."""
         model, species = self.model, self.batch.species
         _gradient(model.scale).index_add_(0, species, model.constant * (e * self.y + y_dot))
         _gradient(model.shift).index_add_(0, species, model.constant * e)
-
-
-def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale · left @ right."""
-    return torch.addmm(left.new_empty(1), left, right, beta=0.0, alpha=scale)
-
-
-def _add_to_layer(
-    weight: nn.Parameter, bias: nn.Parameter, scale: float, z_bar: Tensor, x: Tensor, delta: Tensor, x_dot: Tensor
-) -> None:
-    """Gradients of a layer z = scale·W x + 0.1 b from z_bar and delta [n, d_out], x and x_dot [n, d_in]."""
-    _gradient(weight).addmm_(z_bar.t(), x, alpha=scale).addmm_(delta.t(), x_dot, alpha=scale)
-    _gradient(bias).add_(z_bar.sum(0), alpha=BIAS_SCALE)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

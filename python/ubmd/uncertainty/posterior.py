@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ubmd.models.network import Products
 from ubmd.uncertainty.base import Uncertainty
 
 
@@ -19,8 +20,9 @@ class PosteriorUncertainty(Uncertainty):
 
     factor: Tensor
 
-    def __init__(self, projections: int, many: bool = False) -> None:
+    def __init__(self, projections: int, many: bool = False, operators: bool = False) -> None:
         super().__init__()
+        self.products = Products(operators)
         factor = torch.zeros(projections, projections, dtype=torch.float64)
         if many:
             self.factor = nn.Parameter(factor, requires_grad=False)
@@ -37,5 +39,8 @@ class PosteriorUncertainty(Uncertainty):
 
     def forward(self, phi: Tensor) -> Tensor:
         """Calibrated u [n] (float64) of raw features [n, p] of any precision."""
-        projected = torch.mm(phi.to(self.factor.dtype), self.factor.t())
+        phi = phi.to(self.factor.dtype)
+        factor = self.factor.t()
+        # the operators have no derivatives
+        projected = torch.mm(phi, factor) if phi.requires_grad else self.products.product(phi, factor)
         return self.calibration * torch.sqrt((projected * projected).sum(1, dtype=torch.float64) + self.tiny)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ubmd.models.network import BIAS_SCALE, Layers, NeuralTangentNetwork
+from ubmd.models.network import BIAS_SCALE, Layers, NeuralTangentNetwork, Products
 
 
-class GradientSketch(nn.Module):
+class GradientSketch(Products):
     """The fixed projections; parameters that are never trained, so that they follow the network's precision.
 
     ``inner`` holds P_in^l (p x (d_{l-1} + 1), last column for the bias) and ``outer`` P_out^l (p x d_l); the layer with
@@ -55,20 +55,20 @@ class GradientSketch(nn.Module):
         """(sums, phi [n, p], factors). By structure the sums are weight gradients, and phi has no rows."""
         if by_structure:
             return self.weight_gradients(layers), layers.x0.new_zeros(0, self.projections), []
-        inner1 = F.linear(layers.x0, self.inner1, self.inner_bias1)
-        outer1 = F.linear(layers.delta1, self.outer1)
-        inner2 = F.linear(layers.x1, self.inner2, self.inner_bias2)
-        outer2 = F.linear(layers.delta2, self.outer2)
-        inner3 = F.linear(layers.x2, self.inner3, self.inner_bias3)
+        inner1 = self.product(layers.x0, self.inner1.t(), self.inner_bias1)
+        outer1 = self.product(layers.delta1, self.outer1.t())
+        inner2 = self.product(layers.x1, self.inner2.t(), self.inner_bias2)
+        outer2 = self.product(layers.delta2, self.outer2.t())
+        inner3 = self.product(layers.x2, self.inner3.t(), self.inner_bias3)
         phi = inner3.mul_(layers.delta3).addcmul_(inner1, outer1).addcmul_(inner2, outer2)
         return [phi.sum(0, dtype=torch.float64)], phi, [inner1, outer1, inner2, outer2]
 
     def weight_gradients(self, layers: Layers) -> list[Tensor]:
         """sum_i delta_i^l x_i^{l-1}^T and sum_i delta_i^l of the three layers."""
         return [
-            torch.mm(layers.delta1.t(), layers.x0),
+            self.product(layers.delta1.t(), layers.x0),
             layers.delta1.sum(0),
-            torch.mm(layers.delta2.t(), layers.x1),
+            self.product(layers.delta2.t(), layers.x1),
             layers.delta2.sum(0),
             torch.mm(layers.delta3.t(), layers.x2),
             layers.delta3.sum(0),
@@ -80,10 +80,12 @@ class GradientSketch(nn.Module):
             return sums[0]
         weight1, bias1, weight2, bias2, weight3, bias3 = sums
         layer1 = (
-            contracted(torch.mm(self.outer1, weight1), self.inner1) + torch.mv(self.outer1, bias1) * self.inner_bias1
+            contracted(self.product(self.outer1, weight1), self.inner1)
+            + torch.mv(self.outer1, bias1) * self.inner_bias1
         )
         layer2 = (
-            contracted(torch.mm(self.outer2, weight2), self.inner2) + torch.mv(self.outer2, bias2) * self.inner_bias2
+            contracted(self.product(self.outer2, weight2), self.inner2)
+            + torch.mv(self.outer2, bias2) * self.inner_bias2
         )
         layer3 = torch.mv(self.inner3, weight3[0]) + bias3 * self.inner_bias3
         return (layer1 + layer2 + layer3).to(torch.float64)
@@ -96,9 +98,9 @@ class GradientSketch(nn.Module):
             return [w, last]
         outer1, outer2 = (self.outer1 * w.unsqueeze(1)).t(), (self.outer2 * w.unsqueeze(1)).t()
         return [
-            torch.mm(outer1, self.inner1),
+            self.product(outer1, self.inner1),
             torch.mv(outer1, self.inner_bias1),
-            torch.mm(outer2, self.inner2),
+            self.product(outer2, self.inner2),
             torch.mv(outer2, self.inner_bias2),
             last,
         ]
@@ -110,28 +112,28 @@ class GradientSketch(nn.Module):
         if len(directions) == 5:
             weight1, bias1, weight2, bias2, last = directions
             return (
-                torch.addmm(bias1, layers.x0, weight1.t()),
-                torch.addmm(bias2, layers.x1, weight2.t()),
+                self.product(layers.x0, weight1.t(), bias1),
+                self.product(layers.x1, weight2.t(), bias2),
                 layers.delta3 * last,
-                torch.mm(layers.delta2, weight2),
-                torch.mm(layers.delta1, weight1),
+                self.product(layers.delta2, weight2),
+                self.product(layers.delta1, weight1),
             )
         inner1, outer1, inner2, outer2 = factors
         if len(directions) == 2:
             w, last = directions
         else:
             w = w.to(self.inner3.dtype)
-            last = torch.mm(w, self.inner3)
+            last = self.product(w, self.inner3)
         return (
-            torch.mm(inner1 * w, self.outer1),
-            torch.mm(inner2 * w, self.outer2),
+            self.product(inner1 * w, self.outer1),
+            self.product(inner2 * w, self.outer2),
             layers.delta3 * last,
-            torch.mm(outer2 * w, self.inner2),
-            torch.mm(outer1 * w, self.inner1),
+            self.product(outer2 * w, self.inner2),
+            self.product(outer1 * w, self.inner1),
         )
 
 
-class LastLayerSketch(nn.Module):
+class LastLayerSketch(Products):
     """The third layer's part of the sketch alone: cheap, because it needs no gradient factors of hidden layers."""
 
     def __init__(self, size: int, projections: int, seed: int) -> None:

@@ -1,0 +1,58 @@
+// Matrix products of the network. They are most of the work, so the fastest library at hand does them.
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "operators.h"
+
+namespace ubmd::ops {
+
+using at::Tensor;
+
+namespace {
+
+using Linear = Tensor(const Tensor &, const Tensor &, const std::optional<Tensor> &, std::string_view,
+                      c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+using LinearAdd = Tensor(const Tensor &, const Tensor &, const Tensor &, const std::optional<Tensor> &,
+                         std::string_view);
+
+// On processors with AVX-512 that are not Intel's, torch's own products (oneMKL) use half the width of the vector
+// units: measured on an AMD EPYC 110 GFLOP/s in float32, oneDNN 235. torch offers oneDNN for float32 as an operator of
+// its own, which is no part of the public interface: without it, or elsewhere, the products are torch's.
+bool wide_vectors_elsewhere() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+std::optional<c10::OperatorHandle> find(const char *overload) {
+  if (!wide_vectors_elsewhere()) return std::nullopt;
+  return c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", overload});
+}
+
+// Below this number of rows the fixed cost of oneDNN is larger than its gain.
+constexpr std::int64_t fewest_rows = 8;
+
+}  // namespace
+
+// left [M, K] @ right [K, N], plus `add` [N] or [M, N] if given. Any strides.
+Tensor product(const Tensor &left, const Tensor &right, const std::optional<Tensor> &add) {
+  TORCH_CHECK(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0),
+              "ubmd operators: product needs matrices [M, K] and [K, N], not ", left.sizes(), " and ", right.sizes());
+  static const auto linear = find(""), linear_add = find("binary");
+  const bool wide = left.scalar_type() == at::kFloat && right.scalar_type() == at::kFloat && left.is_cpu() &&
+                    left.size(0) >= fewest_rows && left.size(1) > 0 && right.size(1) > 0;
+  if (wide && linear && linear_add) {
+    if (add && add->dim() == 2)
+      return linear_add->typed<LinearAdd>().call(left, add->contiguous(), right.t(), std::nullopt, "add");
+    return linear->typed<Linear>().call(left, right.t(), add, "none", c10::List<std::optional<at::Scalar>>(), "");
+  }
+  if (left.scalar_type() == at::kDouble && left.is_cpu()) {
+    // as a batch of one: the BLAS function for single products may be a slow one that the LAMMPS library exports, too
+    const Tensor result = at::bmm(left.unsqueeze(0), right.unsqueeze(0)).squeeze(0);
+    return add ? at::add(result, *add) : result;
+  }
+  return add ? at::addmm(*add, left, right) : at::mm(left, right);
+}
+
+}  // namespace ubmd::ops
