@@ -12,7 +12,22 @@ HIDDEN = 512
 INPUTS = {"light": 360, "paper": 910}
 
 
-def inference_products(n_atoms: int, size: str) -> tuple[Callable[[], None], float]:
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
+
+def multiplications() -> dict[str, Multiply]:
+    """torch's own product, and the fastest at hand (the operator library's, where it is built)."""
+    from ubmd import operators
+    from ubmd.memory import keep_freed_memory
+
+    keep_freed_memory()  # as model and training do: results of products cost no page faults
+    if not operators.available():
+        return {"torch": torch.mm, "fastest": torch.mm}
+    operators.load()
+    return {"torch": torch.mm, "fastest": torch.ops.ubmd.product}
+
+
+def inference_products(n_atoms: int, size: str, multiply: Multiply) -> tuple[Callable[[], None], float]:
     """The four products of energies and forces of n atoms, float32, and their floating-point operations.
 
     Forward: [n, F] x [F, 512], [n, 512] x [512, 512]; input gradient: [n, 512] x [512, 512], [n, 512] x [512, F].
@@ -20,25 +35,23 @@ def inference_products(n_atoms: int, size: str) -> tuple[Callable[[], None], flo
     inputs = INPUTS[size]
     x, hidden = torch.randn(n_atoms, inputs), torch.randn(n_atoms, HIDDEN)
     weight1, weight2 = torch.randn(HIDDEN, inputs), torch.randn(HIDDEN, HIDDEN)
-    to_hidden, to_inputs = torch.empty(n_atoms, HIDDEN), torch.empty(n_atoms, inputs)
 
     def run() -> None:
-        torch.mm(x, weight1.T, out=to_hidden)
-        torch.mm(hidden, weight2.T, out=to_hidden)
-        torch.mm(hidden, weight2, out=to_hidden)
-        torch.mm(hidden, weight1, out=to_inputs)
+        multiply(x, weight1.T)
+        multiply(hidden, weight2.T)
+        multiply(hidden, weight2)
+        multiply(hidden, weight1)
 
     return run, 2.0 * n_atoms * 2 * (inputs * HIDDEN + HIDDEN * HIDDEN)
 
 
-def training_products(n_atoms: int, size: str) -> Callable[[], None]:
+def training_products(n_atoms: int, size: str, multiply: Multiply) -> Callable[[], None]:
     """The twelve products of a training step on energies and forces of n atoms, float32: six times a forward.
 
     Per layer (d_in x d_out = F x 512, 512 x 512): forward, input gradient, tangent, second input gradient, each
     n x d_in x d_out, and two weight gradients d_out x n x d_in.
     """
-    inputs = INPUTS[size]
-    layers = [_layer_products(n_atoms, inputs), _layer_products(n_atoms, HIDDEN)]
+    layers = [_layer_products(n_atoms, width, multiply) for width in (INPUTS[size], HIDDEN)]
 
     def run() -> None:
         for layer in layers:
@@ -47,23 +60,17 @@ def training_products(n_atoms: int, size: str) -> Callable[[], None]:
     return run
 
 
-def _layer_products(n: int, width: int) -> Callable[[], None]:
+def _layer_products(n: int, width: int, multiply: Multiply) -> Callable[[], None]:
     """Six products of one layer [n, width] -> [n, 512]."""
-    x, z = torch.randn(n, width), torch.randn(n, HIDDEN)
-    weight, gradient = torch.randn(HIDDEN, width), torch.empty(HIDDEN, width)
-    to_z, to_x = torch.empty(n, HIDDEN), torch.empty(n, width)
+    x, z, weight = torch.randn(n, width), torch.randn(n, HIDDEN), torch.randn(HIDDEN, width)
 
     def run() -> None:
         for _ in range(2):
-            torch.mm(x, weight.T, out=to_z)
-            torch.mm(z, weight, out=to_x)
-            _weight_gradient(z, x, gradient)
+            multiply(x, weight.T)
+            multiply(z, weight)
+            multiply(z.T, x)
 
     return run
-
-
-def _weight_gradient(z: Tensor, x: Tensor, gradient: Tensor) -> None:
-    torch.mm(z.T, x, out=gradient)
 
 
 def seconds(run: Callable[[], None], repeats: int = 10) -> float:

@@ -126,15 +126,20 @@ def interleave(measurements: dict[str, Callable[[], float]], seconds: float, rou
     return results
 
 
-def time_cases(cases: list[Case], products: dict[str, tuple[int, str]], seconds: float) -> dict[str, list[float]]:
-    """Seconds per step of every case, and of bare products (name -> atoms, model size), measured in turn."""
+def time_cases(cases: list[Case], products: dict[tuple[str, str], int], seconds: float) -> dict[str, list[float]]:
+    """Seconds per step of every case, measured in turn.
+
+    And of bare products: (multiplication, model size) -> atoms; their results are named "multiplication size".
+    """
     import gemm
     import torch
 
     torch.set_num_threads(1)
     measurements: dict[str, Callable[[], float]] = {}
-    for name, (n_atoms, size) in products.items():
-        measurements[name] = partial(gemm.seconds, gemm.inference_products(n_atoms, size)[0])
+    multiply = gemm.multiplications() if products else {}
+    for (kind, size), n_atoms in products.items():
+        run = gemm.inference_products(n_atoms, size, multiply[kind])[0]
+        measurements[f"{kind} {size}"] = partial(gemm.seconds, run)
     instances = [Instance(case) for case in cases]
     for instance in instances:
         measurements[instance.case.name] = partial(instance.step, instance.warm())

@@ -68,13 +68,16 @@ def time_training(name: str, count: int, epochs: int, rounds: int) -> dict[str, 
 
     torch.set_num_threads(1)
     structures = labelled(name, count)
-    products = gemm.training_products(BATCH * len(structures[0]), "light")
-    times: dict[str, list[float]] = {"gemm": [], "fused": [], "plain": []}
+    n_atoms = BATCH * len(structures[0])
+    products = {
+        kind: gemm.training_products(n_atoms, "light", multiply) for kind, multiply in gemm.multiplications().items()
+    }
+    times: dict[str, list[float]] = {"torch": [], "fastest": [], "fused": [], "plain": []}
     for _ in range(rounds):
-        times["gemm"].append(gemm.seconds(products))
+        for kind, run in products.items():
+            times[kind].append(gemm.seconds(run))
         times["fused"].append(step_seconds(structures, epochs, nullcontext()))
         times["plain"].append(step_seconds(structures, 1, plain_path()))
-    times["gemm"].append(gemm.seconds(products))
     return {key: min(values) for key, values in times.items()}
 
 
