@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import accuracy
 import gemm
 import lammps_runs
 import peers
@@ -69,6 +70,7 @@ class Suite:
             self.large,
             self.ranks,
             self.drift,
+            self.accuracy,
             self.train,
         )
         for group in (*groups, self.warm_start, self.profile):
@@ -235,6 +237,18 @@ class Suite:
             cases = [Case(k, 22, atoms, potential, *kinds[k], 25, tether=5.0, periodic=False) for k in kinds]
             for case, job in [(case, pool.submit(lammps_runs.drift, case, steps, TAU)) for case in cases]:
                 self.figures[f"drift_{case.name}"] = job.result()
+
+    def accuracy(self) -> None:
+        """Mixed precision against double: the larger errors of a crystal and a molecule."""
+        errors = []
+        for name, model in (("mgo", "light512"), ("alanine", "light128")):
+            atoms = systems.SYSTEMS[name].make()
+            atoms = atoms * (3, 3, 3) if name == "mgo" else atoms
+            structures = [rattled for seed in range(3) for rattled in systems.rattled(atoms, 1, 1.0, seed)]
+            file = systems.model_file(self.folder, name, model)
+            errors.append(in_fresh_process(accuracy.mixed_against_double, file, structures))
+        for key in errors[0]:
+            self.figures[f"mixed_error_{key}"] = max(values[key] for values in errors)
 
     def train(self) -> None:
         """A step of training: 22-atom molecules, 76-atom cells."""
