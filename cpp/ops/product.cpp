@@ -33,6 +33,17 @@ std::optional<c10::OperatorHandle> find(const char *overload) {
 // Below this number of rows the fixed cost of oneDNN is larger than its gain.
 constexpr std::int64_t fewest_rows = 8;
 
+// The rows of `left` in two halves, as a batch. The LAMMPS library exports a dgemm_ of its own, which under the program
+// lmp replaces the one in torch, and is some ten times slower; products in batches have another name.
+Tensor by_halves(const Tensor &left, const Tensor &right) {
+  const auto rows = left.size(0), half = (rows + 1) / 2;  // they share a row if the number is odd
+  const Tensor halves =
+      left.as_strided({2, half, left.size(1)}, {(rows - half) * left.stride(0), left.stride(0), left.stride(1)});
+  const Tensor result = at::bmm(halves, right.unsqueeze(0).expand({2, right.size(0), right.size(1)}));
+  if (rows % 2 == 0) return result.reshape({rows, right.size(1)});
+  return at::cat({result.select(0, 0), result.select(0, 1).slice(0, 1)});
+}
+
 }  // namespace
 
 // left [M, K] @ right [K, N], plus `add` [N] or [M, N] if given. Any strides.
@@ -47,9 +58,8 @@ Tensor product(const Tensor &left, const Tensor &right, const std::optional<Tens
       return linear_add->typed<LinearAdd>().call(left, add->contiguous(), right.t(), std::nullopt, "add");
     return linear->typed<Linear>().call(left, right.t(), add, "none", c10::List<std::optional<at::Scalar>>(), "");
   }
-  if (left.scalar_type() == at::kDouble && left.is_cpu()) {
-    // as a batch of one: the BLAS function for single products may be a slow one that the LAMMPS library exports, too
-    const Tensor result = at::bmm(left.unsqueeze(0), right.unsqueeze(0)).squeeze(0);
+  if (left.scalar_type() == at::kDouble && left.is_cpu() && left.size(0) > 1) {
+    const Tensor result = by_halves(left, right);
     return add ? at::add(result, *add) : result;
   }
   return add ? at::addmm(*add, left, right) : at::mm(left, right);
