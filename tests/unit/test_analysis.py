@@ -1,27 +1,32 @@
 """Torsions, coverage, calibration numbers, pictures and the report of a run folder."""
 
+import base64
 import importlib.util
 import json
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
-import tomli_w
 import torch
+from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
+from ase.units import GPa
 from scipy import stats
 
 from ubmd import analysis
-from ubmd.analysis.errors import pearson, share_covered, spearman
+from ubmd.analysis.errors import parity_data, pearson, share_covered, spearman
 from ubmd.analysis.figures import mean_curve
-from ubmd.analysis.run_data import read_frames
-from ubmd.calculator import Evaluator
+from ubmd.analysis.run_data import Frames, read_frames
+from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.graph import build_graph
 from ubmd.data.structures import write_structures
 from ubmd.errors import DataError
 from ubmd.export import export_model
+from ubmd.learning.run_folder import RunFolder, open_run
 from ubmd.models import GaussianMomentNetwork
 from ubmd.references import sample
 from ubmd.settings import (
@@ -179,15 +184,26 @@ def run(frames, tmp_path_factory):
         "variables": {"torsions": TORSIONS},
     }
     folder.mkdir()
-    (folder / "settings.toml").write_text(tomli_w.dumps(settings))
+    resolved = RunSettings.model_validate(settings)
+    open_run(RunFolder(folder), resolved, {"start.file": "0" * 64})
     history = []
     for iteration, md_steps in [(0, 440), (1, 900)]:
         entry = {"iteration": iteration, "labels": 8 + 8 * iteration, "md_steps": md_steps, "coverage": 0.1}
         entry["test"] = {"energy_rmse_mev_per_atom": 20.0 / (iteration + 1), "force_rmse": 0.5 / (iteration + 1)}
+        entry["replicas"] = [
+            {"replica": 0, "steps": 240, "stopped": "step limit", "reason": "", "seconds": 0.24},
+            {"replica": 1, "steps": 190, "stopped": "failed", "reason": "It exploded at step 190.", "seconds": 0.2},
+        ]
+        entry["seconds"] = {"train": 10.0 + iteration, "md": 1.5, "label": 0.5}
         history.append(entry)
         _write_replicas(folder / "iterations" / f"iter_{iteration:03d}", frames[12 * iteration : 12 * iteration + 12])
     (folder / "history.json").write_text(json.dumps(history))
     write_structures(folder / "test.extxyz", frames)
+    rejected = [frames[0].copy() for _ in range(3)]
+    for atoms, iteration, reason in zip(rejected, (-1, 0, 0), ("25.1 eV/Å", "21.3 eV/Å", "no <b>"), strict=True):
+        atoms.calc = None
+        atoms.info = {"iteration": iteration, "reason": f"The force is {reason}."}
+    write_structures(folder / "rejected.extxyz", rejected)
     small_model(frames, folder / "model.pt")
     return folder
 
@@ -235,41 +251,130 @@ def test_calibration_data_is_about_the_same_atoms(run, frames):
     assert data.largest_u == pytest.approx(data.atom_u.reshape(24, 22).max(axis=1))
 
 
+PICTURES = [
+    "learning_curve.png",
+    "learning_curve_steps.png",
+    "parity.png",
+    "calibration.png",
+    "ramachandran.png",
+    "coverage.png",
+    "uncertainty.png",
+    "replicas.png",
+    "time.png",
+]
+
+
+def check_picture(path: Path) -> None:
+    image = matplotlib.image.imread(path)
+    assert min(image.shape[:2]) > 400
+    assert image.shape[1] <= 1300  # not larger than what a page shows
+    assert image[..., :3].std() > 0.03  # something is drawn
+    border = np.concatenate([image[:3].ravel(), image[-3:].ravel(), image[:, :3].ravel(), image[:, -3:].ravel()])
+    assert border.min() > 0.9  # and nothing is clipped by the edge
+
+
 def test_report_has_readable_pictures_and_tables(run):
     files = analysis.make_report(run)
-    names = [path.name for path in files]
-    assert names == [
-        "learning_curve.png",
-        "calibration.png",
-        "ramachandran.png",
-        "coverage.png",
-        "uncertainty.png",
-        "report.md",
-    ]
-    for path in files[:-1]:
-        image = matplotlib.image.imread(path)
-        assert min(image.shape[:2]) > 400
-        assert image[..., :3].std() > 0.03  # something is drawn
-        border = np.concatenate([image[:3].ravel(), image[-3:].ravel(), image[:, :3].ravel(), image[:, -3:].ravel()])
-        assert border.min() > 0.9  # and nothing is clipped by the edge
-    text = files[-1].read_text()
-    assert "| 1         | 16     | 900      | 10.00" in text
+    assert [path.name for path in files] == [*PICTURES, "report.md", "report.html"]
+    for path in files[:-2]:
+        check_picture(path)
+    text = files[-2].read_text()
+    assert "| 1         | 16     |          | 900      | 10.00" in text
     assert "promised share" in text
     assert "22 stored frames" in text
-    for name in names[:-1]:
+    assert "| 2     | start to 0 | The force is 21.3 eV/Å." in text  # two reasons that differ in a number
+    assert "| 2     | 0 to 1     | It exploded at step 190." in text
+    assert "| train      | 21.0 s    | 84.0 % | 10.5 s per training" in text
+    assert "| md.frames_every" in text
+    assert "| seed " in text
+    for name in PICTURES:
         assert f"]({name})" in text
 
 
+class Page(HTMLParser):
+    """Tags of an HTML page; the standard library's parser closes nothing by itself, so their balance is checked."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_html_report_needs_no_other_file(run):
+    path = next(path for path in analysis.make_report(run) if path.suffix == ".html")
+    text = path.read_text()
+    page = Page(text)
+    assert page.open == []
+    pictures = [source for source in page.sources if source.startswith("data:image/png;base64,")]
+    assert len(pictures) == len(PICTURES)
+    embedded = base64.b64decode(pictures[0].partition(",")[2])
+    assert embedded == (run / "report" / PICTURES[0]).read_bytes()
+    assert all(source.startswith(("data:", "#")) for source in page.sources)
+    assert "The force is no &lt;b&gt;." in text
+
+
+def test_without_a_test_set_new_labels_stand_in(run, frames, tmp_path):
+    folder = tmp_path / "no_test"
+    shutil.copytree(run, folder)
+    (folder / "test.extxyz").unlink()
+    labels = [frame.copy() for frame in frames[:6]]
+    for k, atoms in enumerate(labels):
+        atoms.calc, atoms.info = frames[k].calc, {"label": k, "iteration": k // 3 - 1}
+    write_structures(folder / "dataset.extxyz", labels)
+    shutil.copy(folder / "model.pt", folder / "iterations" / "iter_000" / "model.pt")
+    text = analysis.make_report(folder)[-2].read_text()
+    assert "The run has no test set. So these are 3 labels" in text
+    predictions = Evaluator(folder / "model.pt").predict(frames[3:6])
+    expected = analysis.calibration_data(frames[3:6], predictions).force_rmse
+    assert f"force RMSE {expected:.4f} eV/Å." in text
+
+
+def test_parity_has_stress_in_mpa_where_there_are_labels():
+    atoms = bulk("Cu", cubic=True)
+    stress = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) * 1e-3
+    atoms.calc = SinglePointCalculator(atoms, energy=-2.0, forces=np.full((4, 3), 0.5), stress=stress)
+    other = atoms.copy()
+    other.calc = SinglePointCalculator(other, energy=-4.0, forces=np.zeros((4, 3)))
+    prediction = Prediction(-3.0, np.ones((4, 3)), 2 * stress, 0.1, np.ones(4), np.ones(2))
+    data = parity_data([atoms, other], [prediction, prediction])
+    assert data.energy_label.tolist() == [-0.5, -1.0]
+    assert data.energy.tolist() == [-0.75, -0.75]
+    assert (data.force - data.force_label).tolist() == [0.5] * 12 + [1.0] * 12
+    np.testing.assert_allclose(data.stress_label, stress / GPa * 1000)
+    np.testing.assert_allclose(data.stress, 2 * data.stress_label)
+
+
 def test_report_of_an_unfinished_run_and_of_no_run(run, tmp_path):
-    with pytest.raises(DataError, match=r"There is no run in .* no settings.toml"):
+    with pytest.raises(DataError, match=r"There is no run in .* no manifest.json"):
         analysis.make_report(tmp_path)
-    (tmp_path / "settings.toml").write_text((run / "settings.toml").read_text())
-    assert [path.name for path in analysis.make_report(tmp_path)] == ["report.md"]
+    for name in ("settings.toml", "manifest.json"):
+        shutil.copy(run / name, tmp_path)
+    assert [path.name for path in analysis.make_report(tmp_path)] == ["report.md", "report.html"]
     assert "No iteration has finished" in (tmp_path / "report" / "report.md").read_text()
     entry = {"iteration": 0, "labels": 8, "md_steps": 10, "test": None, "coverage": None}
     (tmp_path / "history.json").write_text(json.dumps([entry]))
-    assert [path.name for path in analysis.make_report(tmp_path)] == ["report.md"]
-    assert "| 0         | 8      | 10       | -" in (tmp_path / "report" / "report.md").read_text()
+    assert [path.name for path in analysis.make_report(tmp_path)] == ["report.md", "report.html"]
+    assert "| 0         | 8      | 10 " in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_volumes_count_where_cells_change(tmp_path):
+    cells = [bulk("Cu") for _ in range(30)]
+    for k, atoms in enumerate(cells):
+        atoms.set_cell(atoms.cell[:] * (1 + 0.001 * k), scale_atoms=True)
+    numbers = np.arange(30)
+    frames = Frames(cells, numbers // 10, numbers * 0, numbers, 100 * numbers, numbers / 10)
+    np.testing.assert_allclose(frames.volumes(), [atoms.get_volume() for atoms in cells])
+    assert Frames(cells[:1] * 3, *[np.zeros(3, int)] * 4, np.zeros(3)).volumes() is None
+    check_picture(analysis.volume_figure(frames.md_steps, frames.volumes(), frames.iteration, tmp_path / "v.png"))
 
 
 def test_coverage_picture_compares_groups_of_runs(tmp_path):
@@ -282,8 +387,9 @@ def test_coverage_picture_compares_groups_of_runs(tmp_path):
 def test_calibration_picture_counts_many_points(tmp_path):
     rng = np.random.default_rng(0)
     u = 10 ** rng.normal(size=3000)
-    path = analysis.calibration_figure(u, u * rng.uniform(0.2, 1.1, size=3000), tmp_path / "calibration.png")
-    assert path.stat().st_size > 10_000
+    panels = {"many": (u, u * rng.uniform(0.2, 1.1, size=3000)), "few": (u[:9], np.zeros(9))}
+    path = analysis.calibration_figure(panels, tmp_path / "calibration.png", [("u", "error"), ("u", "error")])
+    check_picture(path)
 
 
 # --- the example that uses all this -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from ubmd.analysis.figures import (
     learning_curve_figure,
     ramachandran_figure,
     uncertainty_figure,
+    volume_figure,
 )
 from ubmd.analysis.report import make_report
 from ubmd.analysis.run_data import Frames, read_frames
@@ -29,4 +30,5 @@ __all__ = [
     "read_frames",
     "torsions",
     "uncertainty_figure",
+    "volume_figure",
 ]

@@ -114,3 +114,35 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 def _ranks(values: ArrayLike) -> Array:
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
+
+
+@dataclass(frozen=True)
+class ParityData:
+    """Predictions beside labels: per structure, per force component, per stress component (those with a label)."""
+
+    energy_label: Array
+    """[S] eV/atom"""
+    energy: Array
+    """[S] eV/atom"""
+    force_label: Array
+    """[3A] eV/Å"""
+    force: Array
+    """[3A] eV/Å"""
+    stress_label: Array
+    """[6T] MPa, empty without stress labels"""
+    stress: Array
+    """[6T] MPa"""
+
+
+def parity_data(structures: Sequence[Atoms], predictions: Sequence[Prediction]) -> ParityData:
+    """What `figures.parity_figure` draws, for predictions of the same structures."""
+    pairs = [(p, labels_of(atoms), len(atoms)) for p, atoms in zip(predictions, structures, strict=True)]
+    stresses = [(p.stress, found["stress"]) for p, found, _ in pairs if p.stress is not None and "stress" in found]
+    return ParityData(
+        energy_label=np.array([float(found["energy"]) / n for _, found, n in pairs]),
+        energy=np.array([p.energy / n for p, _, n in pairs]),
+        force_label=np.concatenate([np.ravel(found["forces"]) for _, found, _ in pairs]),
+        force=np.concatenate([p.forces.ravel() for p, _, _ in pairs]),
+        stress_label=EV_PER_A3_IN_MPA * np.ravel([label for _, label in stresses]),
+        stress=EV_PER_A3_IN_MPA * np.ravel([value for value, _ in stresses]),
+    )

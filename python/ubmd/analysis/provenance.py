@@ -1,0 +1,76 @@
+"""Where a run comes from: versions, machine, seeds, hashes, and the settings that are not defaults."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ubmd.analysis.document import Document
+from ubmd.learning.run_folder import RunFolder, file_hash, read_json, read_settings
+from ubmd.settings import RunSettings, Table
+
+_FILES = ("dataset", "test", "model")
+
+
+def provenance_rows(folder: RunFolder) -> list[list[str]]:
+    """(what, value) of a run: manifest, and hashes of what it has made so far."""
+    manifest = read_json(folder.manifest)
+    packages = ", ".join(f"{name} {found}" for name, found in manifest["packages"].items() if found)
+    machine = manifest["machine"]
+    rows = [
+        ["started", manifest["created"]],
+        ["ubmd", manifest["ubmd"]],
+        ["python", manifest["python"]],
+        ["packages", packages],
+        ["machine", ", ".join(f"{value} {key}" if key == "cores" else str(value) for key, value in machine.items())],
+        ["seed", f"{manifest['seed']}; {manifest['seeds']}"],
+        ["threads of the training", str(manifest["threads"])],
+        *([f"SHA-256 of {name}", value] for name, value in manifest["inputs"].items()),
+    ]
+    for name in _FILES:
+        path = getattr(folder, name)
+        if path.exists():
+            rows.append([f"SHA-256 of {path.name}", file_hash(path)])
+    return rows
+
+
+def changed_settings(settings: RunSettings) -> list[list[str]]:
+    """(key, value, default) of every setting that is not its default."""
+    return [
+        [key, _shown(value), "(none)" if default is _REQUIRED else _shown(default)]
+        for key, value, default in _pairs(settings, "")
+        if default is _REQUIRED or value != default
+    ]
+
+
+def add_provenance(report: Document, folder: RunFolder) -> None:
+    """Sections with changed settings, all settings, and where everything comes from."""
+    settings = read_settings(folder)
+    section = report.section("Settings that are not defaults")
+    section.table(["key", "value", "default"], changed_settings(settings))
+    section = report.section("All settings", folded=True)
+    section.table(["key", "value"], [[key, _shown(value)] for key, value, _ in _pairs(settings, "")])
+    section = report.section("Provenance")
+    section.table(["what", "value"], provenance_rows(folder))
+    section.text("The same settings, seed, versions and number of threads repeat the run on the same kind of machine.")
+
+
+_REQUIRED = object()
+
+
+def _pairs(table: Table, prefix: str) -> list[tuple[str, Any, Any]]:
+    """(dotted key, value, default) of a table and those inside it."""
+    pairs: list[tuple[str, Any, Any]] = []
+    for name, field in type(table).model_fields.items():
+        value = getattr(table, name)
+        if isinstance(value, Table):
+            pairs += _pairs(value, f"{prefix}{name}.")
+        else:
+            default = _REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
+            pairs.append((prefix + name, value, default))
+    return pairs
+
+
+def _shown(value: Any) -> str:
+    """A value as one would write it in the settings file."""
+    return "not set" if value is None else json.dumps(value, default=str, ensure_ascii=False)
