@@ -110,13 +110,26 @@ class ReferenceSettings(Table):
     """Who labels structures: a ready-made reference or any ASE calculator by import path."""
 
     calculator: str = Field(
-        description="'openmm' or the import path of an ASE calculator, e.g. 'ase.calculators.emt:EMT'"
+        description="'openmm', 'lammps', 'quickff_mil53', 'tblite', 'cp2k', 'espresso', or the import path of an ASE "
+        "calculator, e.g. 'ase.calculators.emt:EMT'"
     )
     arguments: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments of the calculator; 'openmm': pdb, forcefield, cmap"
+        default_factory=dict,
+        description="keyword arguments of the calculator, e.g. 'openmm': pdb, forcefield, cmap; 'lammps': commands, "
+        "elements, units; 'tblite': method; 'cp2k', 'espresso': launcher, threads and the program's settings",
+    )
+    environment: dict[str, str] = Field(
+        default_factory=dict,
+        description='environment variables while the reference runs, e.g. {OMP_NUM_THREADS = "4"} (else 1 per worker)',
     )
     timeout: float = Field(600.0, gt=0, description="longest time for one label, s")
     force_limit: float = Field(20.0, gt=0, description="labels with a larger |F| are rejected, eV/Å")
+    energy_limit: float = Field(
+        5.0,
+        gt=0,
+        description="labels whose energy is further than this from the median of those before it (of the same "
+        "composition) are rejected, eV per atom",
+    )
     min_distance: float = Field(
         0.5, ge=0, description="reject structures with atoms closer than this share of their covalent radii"
     )

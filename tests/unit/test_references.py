@@ -228,7 +228,7 @@ def test_rejects_failed_calculations(fault, message, calculator_module):
 @pytest.mark.parametrize(
     ("calculator", "message"),
     [
-        ("emt", r"neither a ready-made reference \(openmm\) nor an import path"),
+        ("emt", r"neither a ready-made reference \(cp2k, .*openmm.*\) nor an import path"),
         ("ase.calculators.emt:EMTT", "has no 'EMTT'"),
         ("no_such_code.ase:Code", "pip install no_such_code"),
     ],
