@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -33,6 +34,22 @@ def torch_threads() -> int:
 
 def wait_forever(started: Path) -> None:
     started.write_text(str(os.getpid()))
+    time.sleep(1000)
+
+
+def start_programs(folder: Path) -> None:
+    """Programs as a reference may start them: a child, a grandchild, one in a session of its own, a forked Python."""
+    programs = [
+        subprocess.Popen(["sleep", "1000"]),
+        subprocess.Popen(["setsid", "sleep", "1000"], start_new_session=True),
+        subprocess.Popen(["mpiexec", "-n", "2", "sleep", "1000"], stdin=subprocess.DEVNULL),
+    ]
+    forked = os.fork()
+    if forked == 0:
+        time.sleep(1000)
+        os._exit(0)
+    (folder / "pids.tmp").write_text(" ".join(map(str, [os.getpid(), forked, *(p.pid for p in programs)])))
+    (folder / "pids.tmp").rename(folder / "pids")
     time.sleep(1000)
 
 
