@@ -20,7 +20,7 @@ from ubmd.errors import SettingsError
 class Table(BaseModel):
     """A table of the settings file: unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 T = TypeVar("T", bound="Table")
@@ -189,6 +189,15 @@ class LoopSettings(Table):
     validation_share: float = Field(0.1, gt=0, lt=1, description="share of labels kept for validation and calibration")
     warm_start: bool = Field(True, description="train from the last model (else from scratch) in every iteration")
     warm_epochs: int = Field(200, ge=1, description="epochs of a warm start")
+    asynchronous: bool = Field(
+        False,
+        alias="async",
+        description="also written 'async': select as soon as asynchronous_share of the replicas are done; the others "
+        "go on and join the next iteration's pool. Faster where replicas differ in length, but a seed no longer repeats",
+    )
+    asynchronous_share: float = Field(
+        0.5, gt=0, le=1, description="share of the replicas that asynchronous waits for (no unit)"
+    )
 
 
 class SamplingSettings(Table):
@@ -222,9 +231,24 @@ class VariablesSettings(Table):
 
 
 class WorkerSettings(Table):
-    """Processes on this machine."""
+    """Where labels and replicas run. Nothing here changes a result: a run may go on with other workers."""
 
-    processes: int | None = Field(None, ge=1, description="worker processes; default: all cores")
+    processes: int | None = Field(
+        None, ge=1, description="tasks at the same time (parsl: per node); default: all cores that this process may use"
+    )
+    executor: Literal["pebble", "parsl", "executorlib"] = Field(
+        "pebble",
+        description="pebble: processes of this machine; parsl or executorlib (pip install 'ubmd[parallel]'): clusters, "
+        "with a file system that all nodes share",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keyword arguments of parsl's HighThroughputExecutor (and in a table 'provider' its name, launcher "
+        "and keyword arguments), or of the executorlib class that 'name' gives; not used by pebble",
+    )
+    retries: int = Field(
+        1, ge=0, description="how often a task is tried again whose process was killed or crashed (time-outs never are)"
+    )
 
 
 # Selection methods that make sense with each kind of uncertainty, the one that the method was published with first.

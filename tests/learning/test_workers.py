@@ -26,7 +26,6 @@ from unkind import (
 from ubmd.errors import LabelError
 from ubmd.learning.workers import TaskFailed, Workers, outcome
 
-
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, needs PR_SET_PDEATHSIG")
 
 

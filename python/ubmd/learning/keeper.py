@@ -7,6 +7,7 @@ UBMD_WORKER = COOKIE are killed. Imports nothing of ubmd, so that it starts in m
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -64,10 +65,8 @@ def main(worker: int, cookie: str) -> None:
     """Wait, then clean up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wait_for_end(worker)
-    try:
+    with contextlib.suppress(OSError):
         os.killpg(worker, signal.SIGKILL)  # where there is no /proc, this is all
-    except OSError:
-        pass
     end_all(worker, f"UBMD_WORKER={cookie}".encode())
 
 
