@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -26,7 +28,7 @@ from ubmd.data.graph import build_graph
 from ubmd.data.structures import write_structures
 from ubmd.errors import DataError
 from ubmd.export import export_model
-from ubmd.learning.run_folder import RunFolder, open_run
+from ubmd.learning.run_folder import RunFolder, open_run, read_settings
 from ubmd.models import GaussianMomentNetwork
 from ubmd.references import sample
 from ubmd.settings import (
@@ -395,24 +397,86 @@ def test_calibration_picture_counts_many_points(tmp_path):
 # --- the example that uses all this -------------------------------------------------------------------------------
 
 
-def test_comparison_of_runs_interpolates_at_equal_md_steps(run, tmp_path):
-    spec = importlib.util.spec_from_file_location("compare_bias", EXAMPLE / "compare_bias.py")
-    compare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compare)
-    shorter = tmp_path / "shorter_run"
-    shutil.copytree(run, shorter)
-    history = json.loads((shorter / "history.json").read_text())[:1]
-    (shorter / "history.json").write_text(json.dumps(history))
-    result = compare.summarise({"biased": [run, run], "unbiased": [run, shorter]})
-    assert result["md_steps"][-1] == 430  # the last frame of the shortest run
+def copy_run(run: Path, folder: Path, entries: int = 2, **changes) -> Path:
+    """A copy with other settings, and perhaps fewer iterations."""
+    shutil.copytree(run, folder)
+    settings = read_settings(RunFolder(run)).model_dump(mode="json", exclude_none=True)
+    settings |= {"run_dir": str(folder)} | changes
+    (folder / "settings.toml").write_text(tomli_w.dumps(settings))
+    history = json.loads((run / "history.json").read_text())[:entries]
+    for entry in history:
+        entry["valid"] = {"energy_rmse_mev_per_atom": 7.0, "force_rmse": 0.125}
+    (folder / "history.json").write_text(json.dumps(history))
+    return folder
+
+
+def test_comparison_groups_by_seed_and_interpolates_at_equal_md_steps(run, tmp_path):
+    biased = [copy_run(run, tmp_path / f"biased_seed{k}", seed=k) for k in (0, 1)]
+    unbiased = [copy_run(run, tmp_path / f"plain{k}", 2 - k, seed=k, bias={"force": 0.0}) for k in (0, 1)]
+    rows, files = analysis.compare([biased[0], *unbiased, biased[1]], tmp_path / "out")
+    values = {row.title: row.values for row in rows}
     steps, share = read_frames(run).coverage_curve([PHI, PSI])
-    expected = np.interp(result["md_steps"], np.append(0, steps), np.append(0.0, share))
-    np.testing.assert_allclose(result["coverage"]["biased"][0], expected)
-    np.testing.assert_allclose(result["coverage"]["unbiased"][1], expected)  # equal up to there
-    assert result["final"]["force RMSE, eV/Å"] == {"biased": [0.25, 0.25], "unbiased": [0.25, 0.5]}
-    text = compare.table(result)
-    assert "coverage after 430 MD steps" in text
-    assert "0.375 ± 0.177" in text
+    for mark in (108, 215, 322, 430):  # quarters of the last frame of the shortest run
+        expected = np.interp(mark, np.append(0, steps), np.append(0.0, share))
+        assert values[f"coverage after {mark} MD steps"] == {"biased": [expected] * 2, "plain": [expected] * 2}
+    assert values["force RMSE at 8 labels, eV/Å"]["plain"] == [0.5, 0.5]
+    assert values["force RMSE at the end, eV/Å"] == {"biased": [0.25, 0.25], "plain": [0.25, 0.5]}
+    assert next(row for row in rows if row.title.startswith("force RMSE at the end")).cells()[1] == "0.375 ± 0.177"
+    names = [path.name for path in files]
+    assert names == [
+        "learning_curves.png",
+        "coverage.png",
+        "calibration.png",
+        *(f"comparison.{x}" for x in ("md", "html", "json")),
+    ]
+    for path in files[:3]:
+        check_picture(path)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| bias.force | 0.25   | 0.0   |" in text
+    assert "| biased | 2    | 0, 1  | biased_seed0, biased_seed1 |" in text
+    assert "those on the test set" in text
+    assert "Careful" not in text
+    assert Page((tmp_path / "out" / "comparison.html").read_text()).open == []
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == values
+
+
+def test_comparison_without_a_common_test_set(run, tmp_path):
+    runs = [copy_run(run, tmp_path / name, selection={"method": name}) for name in ("random", "max_det")]
+    history = json.loads((runs[0] / "history.json").read_text())
+    (runs[0] / "history.json").write_text(json.dumps([entry | {"test": None} for entry in history]))
+    rows, files = analysis.compare(runs, tmp_path / "out")
+    assert {row.title: row.values for row in rows}["force RMSE at the end, eV/Å"] == {
+        "random": [0.125],
+        "max_det": [0.125],
+    }
+    assert "each run's own validation labels" in files[-3].read_text()
+    assert [path.name for path in files][:2] == ["learning_curves.png", "coverage.png"]
+    with pytest.raises(DataError, match="1 names for 2 groups"):
+        analysis.compare(runs, tmp_path / "out", ["one"])
+    (runs[1] / "history.json").unlink()
+    with pytest.raises(DataError, match=r"No iteration of the run in .*max_det has finished"):
+        analysis.compare(runs, tmp_path / "out")
+
+
+def test_comparison_says_when_test_sets_differ(run, frames, tmp_path):
+    runs = [copy_run(run, tmp_path / f"run_{k}", seed=k) for k in range(2)]
+    write_structures(runs[1] / "test.extxyz", frames[:5])
+    _, files = analysis.compare(runs, tmp_path / "out")
+    assert "Careful: the runs have different test sets" in files[-3].read_text()
+
+
+def test_example_script_compares_finished_runs(run, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("compare_bias", EXAMPLE / "compare_bias.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name, force in (("biased", 0.25), ("unbiased", 0.0)):
+        for seed in (3, 4):
+            copy_run(run, tmp_path / f"{name}_seed{seed}", seed=seed, bias={"force": force})
+    options = ["--seeds", "3", "4", "--folder", str(tmp_path), "--set", "loop.labels=16"]
+    monkeypatch.setattr("sys.argv", ["compare_bias.py", *options])
+    script.main()
+    assert re.search(r"\| coverage at the end +\| 0\.100 ± 0\.000 \| 0\.100 ± 0\.000 \|", capsys.readouterr().out)
+    check_picture(tmp_path / "coverage.png")
 
 
 def test_example_settings_load_and_differ_in_the_bias_only():

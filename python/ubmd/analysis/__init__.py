@@ -1,5 +1,6 @@
 """What a run has learnt and explored: torsions, coverage, calibration, pictures, report."""
 
+from ubmd.analysis.compare import compare
 from ubmd.analysis.coverage import coverage, coverage_growth
 from ubmd.analysis.errors import CalibrationData, calibration_data
 from ubmd.analysis.figures import (
@@ -20,6 +21,7 @@ __all__ = [
     "amide_torsions",
     "calibration_data",
     "calibration_figure",
+    "compare",
     "count_cis",
     "coverage",
     "coverage_figure",

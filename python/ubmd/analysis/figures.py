@@ -112,11 +112,13 @@ def calibration_figure(
     return save(figure, path)
 
 
-def draw_calibration(figure: Figure, axes: Axes, uncertainty: ArrayLike, error: ArrayLike) -> None:
-    """One panel of `calibration_figure`."""
+def draw_calibration(
+    figure: Figure, axes: Axes, uncertainty: ArrayLike, error: ArrayLike, limits: tuple[float, float] | None = None
+) -> None:
+    """One panel of `calibration_figure`; ``limits`` of both axes."""
     u, e = np.asarray(uncertainty, dtype=float), np.asarray(error, dtype=float)
     positive = np.concatenate([u[u > 0], e[e > 0]])
-    low, high = (0.8 * positive.min(), 1.25 * positive.max()) if len(positive) else (0.1, 1.0)
+    low, high = limits or ((0.8 * positive.min(), 1.25 * positive.max()) if len(positive) else (0.1, 1.0))
     # A handful of tiny errors would stretch the axes: they are drawn at the edge.
     low = max(low, high / 1e4)
     _cloud(figure, axes, np.clip(u, low, None), np.clip(e, low, None), (low, high, low, high), "Count", log=True)
@@ -316,6 +318,72 @@ def time_figure(names: Sequence[str], seconds: Mapping[str, ArrayLike], path: Pa
     _stack(axes, names, {key: np.asarray(v) / factor for key, v in seconds.items()}, _STAGE_COLOURS)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
     axes.set_ylabel(f"Wall time ({unit})")
+    return save(figure, path)
+
+
+def group_learning_figure(groups: Mapping[str, Sequence[NDArray[np.float64]]], path: Path) -> Path:
+    """Errors of groups of runs against labels and against MD steps; bars are standard deviations in a group.
+
+    Args:
+        groups: name -> one array [K, 4] per run: labels, MD steps, energy RMSE (meV/atom), force RMSE (eV/Å).
+        path: of the picture.
+    """
+    figure = new_figure(8.0, 6.4)
+    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    shapes = list(zip(COLOURS, MARKERS, strict=True))
+    for k, (name, runs) in enumerate(groups.items()):
+        colour, marker = shapes[k % len(shapes)]
+        mean, deviation = _at_equal_labels(runs)
+        for row, quantity in enumerate((2, 3)):
+            for column, x in enumerate((0, 1)):
+                scale = 1000.0 if x == 1 else 1.0
+                style = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2.5, "linewidth": 1.5}
+                bars = {"yerr": deviation[:, quantity], "xerr": deviation[:, x] / scale} if len(runs) > 1 else {}
+                label = f"{name} ({len(runs)} runs)" if len(runs) > 1 else name
+                axes = panels[row, column]
+                axes.errorbar(mean[:, x] / scale, mean[:, quantity], **bars, **style, elinewidth=0.9, label=label)
+    for row, unit in enumerate(("Energy RMSE (meV/atom)", "Force RMSE (eV/Å)")):
+        panels[row, 0].set_ylabel(unit)
+        panels[row, 0].set_yscale("log")
+        log_ticks(panels[row, 0], x=False)
+        for axes in panels[row]:
+            axes.grid(alpha=0.25, which="both")
+    panels[1, 0].set_xlabel("Labels")
+    panels[1, 1].set_xlabel("MD steps of all replicas (thousands)")
+    panels[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    panels[1, 1].xaxis.set_major_locator(MaxNLocator(nbins=7))
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    return save(figure, path)
+
+
+def _at_equal_labels(runs: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and sample standard deviation [K, 4] over runs, at the numbers of labels that all of them have."""
+    common = sorted(set.intersection(*({float(x) for x in run[:, 0]} for run in runs)))
+    values = np.array([[run[run[:, 0] == labels][0] for labels in common] for run in runs]).reshape(len(runs), -1, 4)
+    deviation = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(values.shape[1:])
+    return values.mean(axis=0), deviation
+
+
+def group_calibration_figure(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path) -> Path:
+    """Largest uncertainty against largest error of structures, one panel per group, on equal axes.
+
+    Args:
+        groups: name -> (max_i u_i [S], max_i RMSE(F_i) [S]), eV/Å.
+        path: of the picture.
+    """
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = new_figure(2.5 * columns + 0.5 if columns > 1 else 4.0, 2.6 * rows + 0.5)
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    everything = np.concatenate([np.ravel(values) for pair in groups.values() for values in pair])
+    limits = (0.8 * float(everything[everything > 0].min()), 1.25 * float(everything.max()))
+    for axes, (name, pair) in zip(panels, groups.items(), strict=False):
+        draw_calibration(figure, axes, *pair, limits=limits)
+        axes.set_title(name, fontsize=10)
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    figure.supxlabel("max $u_i$ (eV/Å)", fontsize=10.5)
+    figure.supylabel("max RMSE($F_i$) (eV/Å)", fontsize=10.5)
     return save(figure, path)
 
 

@@ -49,10 +49,15 @@ def add_provenance(report: Document, folder: RunFolder) -> None:
     section = report.section("Settings that are not defaults")
     section.table(["key", "value", "default"], changed_settings(settings))
     section = report.section("All settings", folded=True)
-    section.table(["key", "value"], [[key, _shown(value)] for key, value, _ in _pairs(settings, "")])
+    section.table(["key", "value"], [list(pair) for pair in setting_texts(settings).items()])
     section = report.section("Provenance")
     section.table(["what", "value"], provenance_rows(folder))
     section.text("The same settings, seed, versions and number of threads repeat the run on the same kind of machine.")
+
+
+def setting_texts(settings: RunSettings) -> dict[str, str]:
+    """Dotted key -> value as text, of every setting."""
+    return {key: _shown(value) for key, value, _ in _pairs(settings, "")}
 
 
 _REQUIRED = object()

@@ -1,4 +1,4 @@
-"""Commands of the loop: init, check, run, status, report; and doctor."""
+"""Commands of the loop: init, check, run, status, report, compare; and doctor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Override = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for function in (init, check, run, status, report, doctor):
+    for function in (init, check, run, status, report, compare, doctor):
         app.command()(function)
 
 
@@ -59,30 +59,61 @@ def run(settings: SettingsFile, override: Override = None) -> None:
 
     from ubmd.learning.loop import run as run_loop
     from ubmd.learning.progress import make_progress
+    from ubmd.learning.run_folder import RunFolder
+    from ubmd.learning.timeline import Timeline
 
-    with make_progress(Console()) as progress:
+    timeline = Timeline(values, RunFolder(values.run_dir).read_events())
+    with make_progress(Console(), timeline) as progress:
         folder = run_loop(values, settings.parent, progress)
-    print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report'}")
+    print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")
 
 
 def status(run_dir: RunDir) -> None:
     """Show where a run stands."""
-    from rich.console import Console
-
+    from ubmd.cli.console import make_console
     from ubmd.learning.status import status as describe_run
 
-    Console().print(describe_run(run_dir))
+    make_console().print(describe_run(run_dir))
 
 
 def report(run_dir: RunDir) -> None:
-    """Make the report of a run, also of an unfinished one: learning curve, uncertainty against error, coverage."""
-    from ubmd.learning.run_folder import RunFolder, read_settings
+    """Make the report of a run, also of an unfinished one: one HTML page with all tables and pictures.
 
-    read_settings(RunFolder(run_dir))  # says so if there is no run
+    Learning curves, model against reference, uncertainty against error, what was explored, how replicas ended, rejected
+    labels, time per stage, settings and versions. The same as report.md, with the pictures as PNG files, for papers.
+    """
     from ubmd.analysis import make_report
 
-    make_report(run_dir)
-    print(f"Report: {RunFolder(run_dir).report}")
+    print(f"Report: {make_report(run_dir)[-1]}")
+
+
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Folders of two or more runs.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the comparison.")] = Path("comparison"),
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="Name of a group, in order of the runs; may be repeated.")
+    ] = None,
+) -> None:
+    """Compare runs: errors against labels and MD steps, what was explored, calibration.
+
+    Runs that differ in their seed only are one group, shown as mean and standard deviation.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ubmd.analysis import compare as compare_runs
+    from ubmd.cli.console import make_console
+
+    rows, files = compare_runs(run_dirs, out, name)
+    table = Table(caption="mean ± standard deviation over the runs of a group")
+    table.add_column("")
+    for group in rows[0].values:
+        table.add_column(escape(group), justify="right")
+    for row in rows:
+        table.add_row(row.title, *row.cells())
+    make_console().print(table)
+    page = next(path for path in files if path.suffix == ".html")
+    print(f"Tables and pictures: {page}")
 
 
 def doctor() -> None:
