@@ -36,7 +36,7 @@ class ModelSettings(Table):
     n_radial: int | None = Field(None, ge=1, description="radial functions per element pair; overrides size")
     n_basis: int | None = Field(None, ge=1, description="Gaussian basis functions; overrides size")
     r_min: float = Field(0.5, ge=0, description="centre of the first Gaussian, Å")
-    hidden: tuple[int, int] = Field((512, 512), description="widths of the two hidden layers")
+    hidden: tuple[int, int] = Field((512, 512), description="neurons of the two hidden layers")
     elements: tuple[str, ...] | None = Field(
         None, description="element names; default: those found in the training data, sorted by number"
     )
@@ -50,10 +50,10 @@ class TrainingSettings(Table):
     energy_weight: float = Field(1.0, ge=0, description="w_E, weight of squared energy errors, 1/eV^2")
     force_weight: float = Field(4.0, ge=0, description="w_F, weight of squared force errors, Å^2/eV^2")
     stress_weight: float = Field(0.01, ge=0, description="w_S, weight of squared errors of V·stress, 1/eV^2")
-    learning_rate: float = Field(0.03, gt=0, description="Adam step of the layers, decays linearly to 0")
-    learning_rate_radial: float = Field(0.02, gt=0, description="Adam step of the radial coefficients B")
-    learning_rate_shift: float = Field(0.05, gt=0, description="Adam step of the shifts mu")
-    learning_rate_scale: float = Field(0.001, gt=0, description="Adam step of the scales sigma")
+    learning_rate: float = Field(0.03, gt=0, description="Adam step of the layers, decays linearly to 0 (no unit)")
+    learning_rate_radial: float = Field(0.02, gt=0, description="Adam step of the radial coefficients B (no unit)")
+    learning_rate_shift: float = Field(0.05, gt=0, description="Adam step of the shifts mu (no unit)")
+    learning_rate_scale: float = Field(0.001, gt=0, description="Adam step of the scales sigma (no unit)")
     precision: Literal["float32", "float64"] = Field(
         "float32", description="precision of the network; energies are always summed in float64"
     )
@@ -84,8 +84,10 @@ class UncertaintySettings(Table):
         256, ge=1, description="atomic training features that kind = 'distance' keeps (structures: all)"
     )
     projections: int = Field(512, ge=1, description="random projections p of the gradient-feature sketch")
-    lambda2: float = Field(1e-4, gt=0, description="ridge lambda^2 of the posterior, in rescaled-feature units")
-    alpha: float = Field(0.05, gt=0, lt=1, description="miscoverage of conformal calibration: 0.05 = 95 % confidence")
+    lambda2: float = Field(1e-4, gt=0, description="ridge lambda^2 of the posterior, for rescaled features (no unit)")
+    alpha: float = Field(
+        0.05, gt=0, lt=1, description="miscoverage of conformal calibration: 0.05 = 95 % confidence (no unit)"
+    )
     seed: int = Field(0, ge=0, description="seed of the random projections (stored in the model file)")
     atoms_by: Literal["atom", "structure"] = Field(
         "atom", description="calibrate atomic uncertainties by atoms, or by the maximum of each structure"
@@ -131,7 +133,7 @@ class ReferenceSettings(Table):
         "composition) are rejected, eV per atom",
     )
     min_distance: float = Field(
-        0.5, ge=0, description="reject structures with atoms closer than this share of their covalent radii"
+        0.5, ge=0, description="reject structures with atoms closer than this share of their covalent radii (no unit)"
     )
 
 
@@ -140,8 +142,8 @@ class MDSettings(Table):
 
     replicas: int = Field(8, ge=1, description="independent replicas per iteration")
     steps: int = Field(20000, ge=1, description="longest run of one replica, steps")
-    timestep: float = Field(0.5, gt=0, description="fs")
-    temperature: float = Field(300.0, gt=0, description="K")
+    timestep: float = Field(0.5, gt=0, description="time step of the dynamics, fs")
+    temperature: float = Field(300.0, gt=0, description="temperature of the thermostat, K")
     damping: float = Field(0.51, gt=0, description="Langevin damping time, ps (friction 1.96 /ps = 0.51 ps)")
     frames_every: int = Field(200, ge=1, description="steps between frames that go to the pool")
     precision: Literal["mixed", "single", "double"] = Field("mixed", description="precision of pair_style ubmd")
@@ -171,7 +173,9 @@ class SelectionSettings(Table):
         "max_diag for ensemble",
     )
     batch: int = Field(8, ge=1, description="structures labelled per iteration")
-    noise: float = Field(0.0, ge=0, description="noise of max_det: 0 = determinant, lambda2 = refit with the pick")
+    noise: float = Field(
+        0.0, ge=0, description="noise of max_det: 0 = determinant, lambda2 = refit with the pick (no unit)"
+    )
     duplicate_tolerance: float = Field(
         1e-3, ge=0, description="feature distance below which two structures count as the same (no unit)"
     )
@@ -186,7 +190,9 @@ class LoopSettings(Table):
         3, ge=1, description="stop after this many successive iterations in which every replica reached the step limit"
     )
     stop_when_quiet: bool = Field(False, description="use the quiet_iterations rule at all")
-    validation_share: float = Field(0.1, gt=0, lt=1, description="share of labels kept for validation and calibration")
+    validation_share: float = Field(
+        0.1, gt=0, lt=1, description="share of labels kept for validation and calibration (no unit)"
+    )
     warm_start: bool = Field(True, description="train from the last model (else from scratch) in every iteration")
     warm_epochs: int = Field(200, ge=1, description="epochs of a warm start")
     asynchronous: bool = Field(
@@ -203,11 +209,11 @@ class LoopSettings(Table):
 class SamplingSettings(Table):
     """Reference MD (ASE Langevin) that makes a test set."""
 
-    temperature: float = Field(1200.0, gt=0, description="K")
+    temperature: float = Field(1200.0, gt=0, description="temperature of the thermostat, K")
     frames: int = Field(200, ge=1, description="frames in the test set")
     stride: int = Field(500, ge=1, description="steps between frames")
     equilibration: int = Field(2000, ge=0, description="steps before the first frame")
-    timestep: float = Field(0.5, gt=0, description="fs")
+    timestep: float = Field(0.5, gt=0, description="time step of the dynamics, fs")
     friction: float = Field(1.96, gt=0, description="Langevin friction, 1/ps")
     trajectories: int = Field(2, ge=1, description="independent trajectories that share the frames")
     seed: int = Field(12345, ge=0, description="fixed seed: the test set does not depend on the run's seed")
@@ -300,7 +306,9 @@ class TrainSettings(Table):
 
     training_file: Path = Field(description="extxyz with labels; relative to the settings file")
     validation_file: Path | None = Field(None, description="extxyz with labels; default: split from training_file")
-    validation_share: float = Field(0.1, gt=0, lt=1, description="share split off when there is no validation_file")
+    validation_share: float = Field(
+        0.1, gt=0, lt=1, description="share split off when there is no validation_file (no unit)"
+    )
     output_dir: Path = Field(description="folder for log, picture and model.pt; relative to the working directory")
     seed: int = Field(0, ge=0, description="seed of the initial weights, the split and the order of mini-batches")
     model: ModelSettings = Field(default_factory=ModelSettings)
