@@ -370,19 +370,62 @@ def _explain(error: ValidationError, kind: type[Table]) -> str:
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        names = _fields_at(kind, location[:-1])
-        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.0)
-        return f"unknown key '{key}'; did you mean '{near[0]}'?" if near else f"unknown key '{key}'."
+        return f"unknown key '{key}'; {_suggestion(kind, location)}"
+    if location and location[-1].isdigit():  # one of several values, e.g. the atoms of a torsion
+        key = ".".join(location[:-1])
+        if first["type"] == "missing":
+            return f"'{key}' has too few values (got {first['input']!r})."
     if first["type"] == "missing":
-        return f"the key '{key}' is missing."
+        return f"the key '{key}' is missing{_purpose(kind, location)}."
+    if first["type"] == "model_type":
+        return f"'{key}' is a table: write its keys below a line [{key}] (got {first['input']!r})."
     message = first["msg"].removeprefix("Value error, ")
     return f"'{key}': {message} (got {first['input']!r})." if location else f"{message}."
 
 
+def _suggestion(kind: type[Table], location: list[str]) -> str:
+    """What the user may have meant: a similar key of the same table, the same key of another one, or any of these."""
+    name, names = location[-1], _fields_at(kind, location[:-1])
+    same = [path for path in _paths(kind) if path.rpartition(".")[2] == name]
+    near = difflib.get_close_matches(name, names, n=1)
+    if near or not same:
+        near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        return f"did you mean '{near[0]}'?" if near else "this table has no keys."
+    return f"did you mean {' or '.join(repr(path) for path in same[:3])}?"
+
+
+def _purpose(kind: type[Table], location: list[str]) -> str:
+    """The description of a missing key, in brackets."""
+    try:
+        table = _table_at(kind, location[:-1])
+        text = table.model_fields[location[-1]].description or (_table_at(kind, location).__doc__ or "").rstrip(".")
+    except (KeyError, StopIteration):
+        return ""
+    return f" ({text})" if text else ""
+
+
 def _fields_at(kind: type[Table], location: list[str]) -> list[str]:
     """Field names of the table at a location inside the settings."""
+    return list(_table_at(kind, location).model_fields)
+
+
+def _table_at(kind: type[Table], location: list[str]) -> type[Table]:
+    """The table at a location inside the settings."""
     for part in location:
-        annotation: Any = kind.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        kind = next(c for c in candidates if isinstance(c, type) and issubclass(c, Table))
-    return list(kind.model_fields)
+        kind = next(iter(_tables_of(kind.model_fields[part].annotation)))
+    return kind
+
+
+def _tables_of(annotation: Any) -> list[type[Table]]:
+    """Tables that a field may hold."""
+    return [c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, Table)]
+
+
+def _paths(kind: type[Table], prefix: str = "") -> list[str]:
+    """Dotted names of all keys and tables."""
+    paths = []
+    for name, field in kind.model_fields.items():
+        paths.append(prefix + name)
+        for table in _tables_of(field.annotation)[:1]:
+            paths += _paths(table, f"{prefix}{name}.")
+    return paths
