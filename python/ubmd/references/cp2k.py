@@ -166,6 +166,7 @@ def _run(
                 charge=charge,
                 multiplicity=multiplicity,
                 uks=multiplicity not in (None, 1),
+                poisson_solver=None if "&POISSON" in source.upper() else "auto",
                 **dict.fromkeys(("xc", "basis_set", "basis_set_file", "potential_file", "pseudo_potential")),
                 cutoff=None,
                 max_scf=None,
@@ -174,6 +175,8 @@ def _run(
             results = dict(calculator.results)
             calculator.close()  # flushes the output
     except Exception as error:
+        if "already present" in str(error):  # ASE adds coordinates, cell and run type
+            raise SettingsError(f"reference.arguments.template: {error}; leave that keyword out.") from error
         raise failed("CP2K", error, output, _reason) from error
     finally:
         _end(calculator)

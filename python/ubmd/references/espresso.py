@@ -78,11 +78,11 @@ def _run(
     from ase.calculators.espresso import Espresso, EspressoProfile
     from ase.io.espresso import Namelist
 
+    if not atoms.pbc.all():
+        raise LabelError("Quantum ESPRESSO computes periodic cells; put the molecule into a cell with pbc.")
     missing = sorted(set(atoms.get_chemical_symbols()) - set(pseudopotentials))
     if missing:
         raise LabelError(f"Quantum ESPRESSO has no pseudopotential for {missing[0]} (reference.arguments).")
-    if not atoms.pbc.all():
-        raise LabelError("Quantum ESPRESSO computes periodic cells; put the molecule into a cell with pbc.")
     namelist = Namelist(deepcopy(data))
     namelist.to_nested("pw")
     namelist["control"].update({"tprnfor": True, "tstress": True, "outdir": "./scratch", "disk_io": "none"})

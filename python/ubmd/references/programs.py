@@ -35,7 +35,7 @@ Runner = Callable[[Atoms, Path], dict[str, Any]]
 
 
 class Program(Calculator):
-    """An ASE calculator that starts an external program afresh for every structure.
+    """An ASE calculator that starts a program (or a library) afresh for every structure.
 
     Nothing is carried over from the last structure: a label depends on its structure alone, whichever worker makes it.
     """
@@ -74,10 +74,15 @@ def scratch_folder() -> Iterator[Path]:
 
 def sweep_scratch() -> None:
     """Remove scratch folders whose process (of this machine, by this user) is gone."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_scratch_name()}*"):
+    for folder in scratch_folders():
         process = folder.name.removeprefix(_scratch_name()).partition("_")[0]
         if process.isdigit() and not _exists(int(process)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def scratch_folders() -> list[Path]:
+    """Scratch folders of this machine."""
+    return sorted(Path(tempfile.gettempdir()).glob(f"{_scratch_name()}*"))
 
 
 def _scratch_name() -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from ase.calculators.calculator import Calculator
+from ase import Atoms
+
+from ubmd.errors import SettingsError
+from ubmd.references.programs import Program
+
+METHODS = ("GFN1-xTB", "GFN2-xTB", "IPEA1-xTB")
 
 
-def tblite(method: str = "GFN1-xTB", accuracy: float = 0.1, **settings: Any) -> Calculator:
+def tblite(method: str = "GFN1-xTB", accuracy: float = 0.1, **settings: Any) -> Program:
     """GFN-xTB for molecules and periodic cells (Γ only): energy in eV, forces in eV/Å, stress in eV/Å^3.
 
     tblite starts the SCF from the last structure's solution, which moves forces by up to 1e-4 eV/Å at its default
@@ -16,14 +22,22 @@ def tblite(method: str = "GFN1-xTB", accuracy: float = 0.1, **settings: Any) -> 
     worker unless reference.environment says otherwise.
 
     Args:
-        method: 'GFN1-xTB', 'GFN2-xTB' (molecules) or 'IPEA1-xTB'.
+        method: 'GFN1-xTB', 'GFN2-xTB' or 'IPEA1-xTB'.
         accuracy: SCF threshold relative to tblite's default of 1; 0.1 leaves 1e-5 eV/Å in forces.
         settings: further keywords of tblite's ASE calculator (charge, multiplicity, max_iterations ...).
 
     Raises:
         ImportError: tblite is not installed.
+        SettingsError: unknown method.
     """
     from tblite.ase import TBLite
 
-    # cache_api=False drops the last solution whenever the atoms change
-    return TBLite(method=method, accuracy=accuracy, verbosity=0, cache_api=False, **settings)
+    if method not in METHODS:
+        raise SettingsError(f"reference.arguments.method = {method!r} is unknown; use {', '.join(METHODS)}.")
+
+    def run(atoms: Atoms, _: Path) -> dict[str, Any]:
+        calculator = TBLite(method=method, accuracy=accuracy, verbosity=0, **settings)
+        calculator.calculate(atoms)
+        return dict(calculator.results)
+
+    return Program(run)
