@@ -21,7 +21,7 @@ from rich.console import Console
 from system import make_settings, write_inputs
 from test_workers import is_alive, wait_for
 
-from ubmd.cli.template import run_template
+from ubmd.cli.template import run_template, short_template
 from ubmd.data.structures import write_structures
 from ubmd.learning.progress import ProgressLines, describe_event, make_progress
 from ubmd.learning.status import status
@@ -84,12 +84,24 @@ def test_the_template_is_valid_and_names_every_key_with_its_default() -> None:
     assert named == all_keys(RunSettings)
 
 
+def test_the_short_template_is_valid_and_has_the_defaults() -> None:
+    values = tomllib.loads(short_template("mine.toml"))
+    settings = RunSettings.model_validate(values)
+    required = {"run_dir": "x", "start": {"file": "x"}, "reference": {"calculator": "x"}}
+    defaults = RunSettings.model_validate(required)
+    for table in ("model", "md", "bias", "selection", "loop"):
+        assert getattr(settings, table) == getattr(defaults, table)
+    assert "ubmd check mine.toml" in short_template("mine.toml")
+
+
 def test_init_writes_once(tmp_path: Path) -> None:
     assert ubmd("init", cwd=tmp_path).returncode == 0
     assert (tmp_path / "settings.toml").read_text() == run_template()
     again = ubmd("init", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (1, "")
     assert again.stderr == "Error: settings.toml is already there; name another file.\n"
+    assert ubmd("init", "brief.toml", "--short", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "brief.toml").read_text() == short_template("brief.toml")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +109,18 @@ def test_init_writes_once(tmp_path: Path) -> None:
     [
         (["run", "nothing.toml"], "There is no settings file nothing.toml."),
         (["run", "settings.toml", "--set", "md.step=3"], "did you mean 'steps'"),
-        (["run", "settings.toml", "--set", "start.file='none.extxyz'"], "none.extxyz"),
+        (["run", "settings.toml", "--set", "start.file='none.extxyz'"], "start.file: there is no file none.extxyz"),
+        (["run", "settings.toml", "--set", "bias.species={H = 0.0}"], "start.extxyz holds only Cu, Au; remove it"),
+        (
+            ["check", "settings.toml", "--set", "bias.species={Cx = 0.0}"],
+            "bias.species names 'Cx', which is no element",
+        ),
+        (["check", "settings.toml", "--set", "model.elements=['Cu']"], "holds Au; add it to model.elements"),
+        (["check", "settings.toml", "--set", "variables.torsions.a=[0, 1, 2, 13]"], "start.extxyz has 13."),
+        (["check", "settings.toml", "--set", "reference.calculator=no_such.module:Thing"], "pip install no_such"),
+        (["init", "none/settings.toml"], "There is no folder none"),
+        (["compare", "."], "There is no run in .: it has no manifest.json."),
+        (["info", "."], "There is no run in .: it has no manifest.json."),
         (["status", "."], "There is no run in .: it has no manifest.json."),
         (["report", "."], "There is no run in .: it has no manifest.json."),
     ],
@@ -111,14 +134,41 @@ def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], sentenc
     assert "Traceback" not in result.stderr
 
 
-def test_check_does_every_stage(tmp_path: Path) -> None:
-    settings = write_inputs(tmp_path, tmp_path / "run")
-    result = ubmd("check", settings.name, cwd=tmp_path)
+OWN_CALCULATOR = """
+from ase.calculators.emt import EMT
+
+class Shifted(EMT):
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = shift
+
+    def calculate(self, *arguments, **named):
+        super().calculate(*arguments, **named)
+        self.results["energy"] += self.shift
+        self.results["free_energy"] = self.results["energy"]
+"""
+
+
+def test_check_explains_the_run_and_does_every_stage(tmp_path: Path) -> None:
+    """With a calculator in a file of the user's, beside the settings; called from another folder."""
+    (tmp_path / "mine").mkdir()
+    write_inputs(tmp_path / "mine", tmp_path / "run")
+    (tmp_path / "mine" / "own_calculator.py").write_text(OWN_CALCULATOR)
+    changes = ["--set", "reference.calculator=own_calculator:Shifted", "--set", "reference.arguments={shift=5.0}"]
+    result = ubmd("check", "mine/settings.toml", *changes, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
+    assert "Start: 1 structure in start.extxyz (Au2Cu11); 4 perturbed copies" in result.stdout
+    assert "Test set: reference MD, 15 reference calculations." in result.stdout  # 3 x 3 steps, and 3 before, twice
+    assert "Then about 2 iterations: train, 3 replicas of at most 40 steps (0.08 ps)" in result.stdout
+    assert "at most 240 MD steps" in result.stdout
     assert "Reference: 3 structures labelled." in result.stdout
-    assert "MD: 10 steps, step limit" in result.stdout
+    assert "MD: 50 steps, step limit" in result.stdout
     share = float(re.search(r"bias ([\d.e+-]+) of the forces", result.stdout)[1])
     assert share > 0.05
+    assert re.search(
+        r"Rough time on this machine \(2 processes\): labels \d+ s, MD at most \d+ s, training", result.stdout
+    )
+    assert re.search(r"Rough disk space: at most \d+ [kM]B\.$", result.stdout, re.MULTILINE)
     assert not (tmp_path / "run").exists()
 
 

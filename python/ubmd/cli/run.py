@@ -23,26 +23,32 @@ def register(app: typer.Typer) -> None:
         app.command()(function)
 
 
-def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("settings.toml")) -> None:
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("settings.toml"),
+    short: Annotated[bool, typer.Option("--short", help="Only the keys that most people set.")] = False,
+) -> None:
     """Write a settings file in which every key is explained."""
-    from ubmd.cli.template import run_template
+    from ubmd.cli.template import run_template, short_template
 
     if path.exists():
         raise SettingsError(f"{path} is already there; name another file.")
-    path.write_text(run_template())
+    if not path.parent.is_dir():
+        raise SettingsError(f"There is no folder {path.parent}; make it, or name another file.")
+    path.write_text((short_template if short else run_template)(path.name), encoding="utf-8")
     print(f"Wrote {path}. Set run_dir, start.file and the reference, then: ubmd check {path}")
 
 
 def check(settings: SettingsFile, override: Override = None) -> None:
-    """Do every stage once, in miniature: finds mistakes in a minute.
+    """Say what would be run, then do every stage once, in miniature: finds mistakes in a minute.
 
-    Labels two structures, trains two epochs, runs ten biased MD steps, selects and labels one more.
+    Labels two structures, trains a few epochs, runs 50 biased MD steps, selects and labels one more; from this it tells
+    roughly how long the whole run would take and how much it would write. Nothing is left behind.
     """
     values = load_settings(settings, RunSettings, override or [])
     from ubmd.learning.check import check as check_settings
 
     for line in check_settings(values, settings.parent):
-        print(line)
+        print(line, flush=True)
     print(f"All stages work. Start with: ubmd run {settings}")
 
 
@@ -57,11 +63,13 @@ def run(settings: SettingsFile, override: Override = None) -> None:
     # After the settings: a mistake there shows at once, these take seconds.
     from rich.console import Console
 
+    from ubmd.learning.check import verify
     from ubmd.learning.loop import run as run_loop
     from ubmd.learning.progress import make_progress
     from ubmd.learning.run_folder import RunFolder
     from ubmd.learning.timeline import Timeline
 
+    verify(values, settings.parent)
     timeline = Timeline(values, RunFolder(values.run_dir).read_events())
     with make_progress(Console(), timeline) as progress:
         folder = run_loop(values, settings.parent, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -33,8 +34,9 @@ def make_calculator(settings: ReferenceSettings, base: Path) -> GetPropertiesMix
 
     Args:
         settings: ``calculator`` is one of `READY_MADE` or an import path 'package.module:Class' of anything that
-            returns an ASE calculator; ``arguments`` are its keyword arguments. A text argument that names an existing
-            file under ``base`` becomes its full path. ``environment`` is set while the calculator is made.
+            returns an ASE calculator, also in a module beside the settings file; ``arguments`` are its keyword
+            arguments. A text argument that names an existing file under ``base`` becomes its full path.
+            ``environment`` is set while the calculator is made.
         base: folder of the settings file.
 
     Raises:
@@ -42,7 +44,7 @@ def make_calculator(settings: ReferenceSettings, base: Path) -> GetPropertiesMix
     """
     base = Path(base).resolve()
     with variables(settings.environment):
-        return _make(_import(settings.calculator), settings, base)
+        return _make(_import(settings.calculator, base), settings, base)
 
 
 @contextmanager
@@ -78,8 +80,8 @@ def _make(factory: Any, settings: ReferenceSettings, base: Path) -> GetPropertie
         raise SettingsError(message) from error
 
 
-def _import(name: str) -> Any:
-    """The class or function behind a short name or an import path 'package.module:Class'."""
+def _import(name: str, base: Path) -> Any:
+    """The class or function behind a short name or an import path; modules in the settings file's folder count, too."""
     path = READY_MADE.get(name, name)
     module_name, separator, attribute = path.partition(":")
     if not separator:
@@ -88,6 +90,9 @@ def _import(name: str) -> Any:
             f"reference.calculator = {name!r} is neither a ready-made reference ({names}) "
             "nor an import path like 'ase.calculators.emt:EMT'."
         )
+    top = module_name.partition(".")[0]
+    if ((base / f"{top}.py").is_file() or (base / top / "__init__.py").is_file()) and str(base) not in sys.path:
+        sys.path.append(str(base))  # at the end: a file of the user must not hide an installed package
     try:
         module = import_module(module_name)
     except ImportError as error:
