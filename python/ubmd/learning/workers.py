@@ -44,7 +44,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Reply = tuple[Any, str, str, str]
-"""(value, kind of error or empty text, reason, traceback): errors as text, since foreign ones may not survive pickle."""
+"""(value, kind of error or empty text, reason, traceback): errors as text: foreign ones may not survive pickle."""
 
 
 class TaskFailed(UbmdError):
