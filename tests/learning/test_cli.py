@@ -194,7 +194,7 @@ def test_interrupt_status_resume(tmp_path: Path) -> None:
     assert children
     assert wait_for(lambda: not any(is_alive(child) for child in children))
     afterwards = ubmd("status", "run", cwd=tmp_path).stdout
-    assert re.search(r"run: stopped.*; 'ubmd run' with the same settings resumes it", afterwards)
+    assert "run: stopped (interrupted); 'ubmd run' with the same settings resumes it" in afterwards
     assert "to go" not in afterwards
     refused = ubmd("run", settings.name, "--set", "md.steps=40", cwd=tmp_path)
     assert refused.stderr.startswith("Error: The run in ")
@@ -224,6 +224,15 @@ def test_lines_of_a_run_and_its_status(finished: tuple[Path, str]) -> None:
     assert f"{history[0]['test']['force_rmse']:.3f}" in row
     assert "3 lim" in row
     assert "to go" not in text
+
+
+def test_status_says_which_error_ended_a_run(tmp_path: Path) -> None:
+    settings = write_inputs(tmp_path, tmp_path / "run")
+    failed = ubmd("run", settings.name, "--set", "reference.force_limit=1e-6", cwd=tmp_path)
+    assert failed.returncode == 1
+    sentence = failed.stderr.removeprefix("Error: ").strip().rstrip(".")
+    assert "start structures could be labelled" in sentence
+    assert f"stopped ({sentence}); 'ubmd run'" in " ".join(ubmd("status", "run", cwd=tmp_path).stdout.split())
 
 
 def test_report_and_comparison_of_finished_runs(finished: tuple[Path, str], tmp_path: Path) -> None:

@@ -282,6 +282,7 @@ def test_report_has_readable_pictures_and_tables(run):
         check_picture(path)
     text = files[-2].read_text()
     assert "| 1         | 16     |          | 900      | 10.00" in text
+    assert "The run has not finished." in text
     assert "promised share" in text
     assert "22 stored frames" in text
     assert "| 2     | start to 0 | The force is 21.3 eV/Å." in text  # two reasons that differ in a number

@@ -75,13 +75,23 @@ class _Run:
 def _summary(data: _Run) -> str:
     last, settings = data.history[-1], data.settings
     bias = f"bias strength {settings.bias.force:g}" if settings.bias.force else "no bias (plain MD)"
-    done = next((e["reason"] for e in reversed(data.folder.read_events()) if e["event"] == "run_done"), None)
     return (
         f"{last['labels']} labels after {len(data.history)} iterations and {last['md_steps']:,} MD steps "
         f"({data.picoseconds(last['md_steps']):,.1f} ps) at {settings.md.temperature:g} K, {bias}; "
         f"uncertainty {settings.uncertainty.kind}, selection {settings.selection.method}, seed {settings.seed}. "
-        + (f"Finished: {done}" if done else "The run has not finished.")
+        + _ending(data)
     )
+
+
+def _ending(data: _Run) -> str:
+    """Why the run ended, if it did. Its last iteration has no replicas; the event comes after the report."""
+    last, wanted = data.history[-1], data.settings.loop.labels
+    if last.get("replicas"):
+        return "The run has not finished."
+    if last["labels"] >= wanted:
+        return f"Finished: the data set has {last['labels']} labels (loop.labels = {wanted})."
+    reason = next((e["reason"] for e in reversed(data.folder.read_events()) if e["event"] == "run_done"), "")
+    return f"Finished: {reason}" if reason else "Finished before loop.labels was reached."
 
 
 def _iterations(report: Document, data: _Run) -> None:
@@ -191,7 +201,7 @@ def _predictions(data: _Run) -> tuple[list[Atoms], list[Prediction], dict[str, A
         promise,
         (
             f"The run has no test set. So these are {len(structures)} labels of the newest iterations, as predicted by "
-            "the models that selected them and had not been trained on them: the hardest structures of the replicas"
+            "the models that selected them and had not been trained on them (so the hardest of the replicas)"
         ),
     )
 

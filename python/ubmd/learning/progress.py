@@ -117,6 +117,8 @@ def describe_event(event: Event) -> str:
             return f"Run to {event['labels_wanted']} labels."
         case "stage_started" if event["stage"] in ("test_set", "train", "md"):
             return f"{_place(event)}{_stage_name(event['stage'])} …"
+        case "stage_started" if event["stage"] == "label" and event.get("iteration", -1) < 0:
+            return f"{_place(event)}{_stage_name('label')} …"
         case "stage_done" if event["stage"] == "train":
             return f"{_place(event)}trained on {event['labels']} labels in {duration(event['seconds'])}."
         case "replica_done":

@@ -38,7 +38,10 @@ def status(run_dir: Path) -> RenderableType:
     lines = [f"{folder.path}: {_state(folder, timeline, running)}", _labels(timeline)]
     if running:
         lines += _now(folder, timeline, settings)
-    legend = "ended: replicas that passed the threshold (thr), reached the step limit (lim), or failed"
+    legend = (
+        "ended: replicas that passed the threshold (thr), reached the step limit (lim), or failed; "
+        "train, MD, label: wall time."
+    )
     parts: list[RenderableType] = [Text(line) for line in lines if line]
     if history:
         parts += [_table(folder, history[-_SHOWN:], settings), Text(legend)]
@@ -69,7 +72,7 @@ def _state(folder: RunFolder, timeline: Timeline, running: bool) -> str:
         return f"finished. {timeline.finished}"
     resume = "'ubmd run' with the same settings resumes it"
     if timeline.stopped:
-        return f"stopped ({timeline.stopped}); {resume}"
+        return f"stopped ({timeline.stopped.rstrip('.')}); {resume}"
     if timeline.last_event is None:
         return f"not started; {resume}"
     ago = duration(max(0.0, (datetime.now(UTC) - timeline.last_event).total_seconds()))
