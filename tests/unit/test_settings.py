@@ -71,11 +71,19 @@ def test_overrides_are_toml_values_and_win(run_file):
         ("variables.torsion.phi=[1, 2, 3, 4]", r"unknown key 'variables\.torsion'; did you mean 'torsions'\?"),
         (
             "temperature=300",
-            r"unknown key 'temperature'; did you mean 'md\.temperature' or 'test\.sampling\.temperature",
+            r"unknown key 'temperature'; did you mean 'md\.temperature' or .*'test\.sampling\.temperature",
         ),
         ("loop.batch=3", r"unknown key 'loop\.batch'; did you mean 'selection\.batch'\?"),
         ("md.tau=0.3", r"unknown key 'md\.tau'; did you mean '\w+'\?"),
         ("md=3", r"'md' is a table: write its keys below a line \[md\] \(got 3\)\."),
+        ("md.pressures=[250.0, -250.0]", r": a pressure needs a barostat: set md\.ensemble = 'npt'\.$"),
+        ("md.temperatures=[300.0, -1.0]", r": every value of md\.temperatures must be greater than 0, not -1\.$"),
+        ("md.coupling=xy", r"'md\.coupling': Input should be 'iso', 'aniso' or 'tri'"),
+        ("bias.stress=0.5", r": a bias stress needs a barostat: set md\.ensemble = 'npt', or bias\.stress = 0\.$"),
+        ("bias.ramp.stress=[0.0, 0.5]", r": a bias stress needs a barostat"),
+        ("bias.ramp.force=[0.1, -0.5]", r": every value of bias\.ramp\.force must be at least 0, not -0\.5\.$"),
+        ("bias.ramp.force=[0.1]", r"'bias\.ramp\.force' has too few values"),
+        ("bias.ramp.tau=[0.1, 0.2]", r"unknown key 'bias\.ramp\.tau'; did you mean '\w+'\?"),
         ("seed.x=1", r"--set seed\.x=1: 'seed' is a value, not a table\."),
         ("seed", r"--set needs key=value, got 'seed'\."),
         ("=1", r"--set needs key=value, got '=1'\."),
@@ -85,6 +93,12 @@ def test_mistakes_are_named(run_file, change, message):
     with pytest.raises(SettingsError, match=message) as caught:
         load_settings(run_file, RunSettings, [change])
     assert "\n" not in str(caught.value)
+
+
+def test_a_list_and_a_ramp_exclude_each_other(run_file):
+    changes = ["md.temperatures=[300.0, 600.0]", "md.ramp.temperature=[300.0, 600.0]"]
+    with pytest.raises(SettingsError, match=r"md\.temperatures and md\.ramp\.temperature cannot both be set"):
+        load_settings(run_file, RunSettings, changes)
 
 
 @pytest.mark.parametrize(

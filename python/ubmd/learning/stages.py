@@ -25,7 +25,7 @@ from ubmd.learning.run_folder import content_hash, file_hash, read_json, write_j
 from ubmd.learning.tasks import label_file
 from ubmd.learning.workers import TaskFailed, Workers, WorkersLost, outcome
 from ubmd.selection import select
-from ubmd.settings import ReferenceSettings, RunSettings, StartSettings
+from ubmd.settings import BiasRampSettings, MDRampSettings, ReferenceSettings, RunSettings, StartSettings
 
 _LARGEST_SEED = 900_000_000  # of LAMMPS's random-number generators
 _POLL = 1.0  # s between two looks at running replicas
@@ -234,8 +234,15 @@ def append_once(path: Path, offset: int, labels: Sequence[Atoms], report: Callab
 
 
 def replica_tasks(settings: RunSettings, iteration: int, model: Path, starts: Sequence[Path]) -> list[ReplicaTask]:
-    """The replicas of an iteration; replica r starts from ``starts[r % len]`` with its own random numbers."""
+    """The replicas of an iteration.
+
+    Replica r starts from ``starts[r % len]`` with its own random numbers; lists of temperatures and pressures are dealt
+    out in the same way. Ramps count iterations from 0.
+    """
     md, bias = settings.md, settings.bias
+    ramp, bias_ramp = md.ramp or MDRampSettings(), bias.ramp or BiasRampSettings()
+    temperatures = md.temperatures or [ramped(ramp.temperature, ramp.iterations, iteration, md.temperature)]
+    pressures = md.pressures or [ramped(ramp.pressure, ramp.iterations, iteration, md.pressure)]
     folder = model.parent
     tasks = []
     for r in range(md.replicas):
@@ -248,11 +255,18 @@ def replica_tasks(settings: RunSettings, iteration: int, model: Path, starts: Se
                 frames=folder / f"frames_{r:03d}.extxyz",
                 steps=md.steps,
                 timestep=md.timestep,
-                temperature=md.temperature,
+                temperature=temperatures[r % len(temperatures)],
                 damping=md.damping,
+                ensemble=md.ensemble,
+                pressure=pressures[r % len(pressures)],
+                pressure_damping=md.pressure_damping,
+                coupling=md.coupling,
+                cell_limit=md.cell_limit,
                 frames_every=md.frames_every,
                 precision=md.precision,
-                force=bias.force,
+                force=ramped(bias_ramp.force, bias_ramp.iterations, iteration, bias.force),
+                stress=ramped(bias_ramp.stress, bias_ramp.iterations, iteration, bias.stress),
+                uncertainty=bias.uncertainty,
                 species=bias.species,
                 window=bias.window,
                 every=bias.every,
@@ -263,6 +277,14 @@ def replica_tasks(settings: RunSettings, iteration: int, model: Path, starts: Se
             )
         )
     return tasks
+
+
+def ramped(ends: tuple[float, float] | None, length: int, iteration: int, constant: float) -> float:
+    """The value of an iteration: linear from ``ends[0]`` in iteration 0 to ``ends[1]`` from ``length`` on."""
+    if ends is None:
+        return constant
+    share = min(iteration / length, 1.0)
+    return (1.0 - share) * ends[0] + share * ends[1]
 
 
 def run_replicas(
