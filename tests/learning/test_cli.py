@@ -116,6 +116,10 @@ def test_init_writes_once(tmp_path: Path) -> None:
             "bias.species names 'Cx', which is no element",
         ),
         (["check", "settings.toml", "--set", "model.elements=['Cu']"], "holds Au; add it to model.elements"),
+        (
+            ["check", "settings.toml", "--set", "md.ensemble=npt"],
+            "needs structures that are periodic in three directions",
+        ),
         (["check", "settings.toml", "--set", "variables.torsions.a=[0, 1, 2, 13]"], "start.extxyz has 13."),
         (["check", "settings.toml", "--set", "reference.calculator=no_such.module:Thing"], "pip install no_such"),
         (["init", "none/settings.toml"], "There is no folder none"),

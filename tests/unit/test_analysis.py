@@ -22,6 +22,7 @@ from scipy import stats
 from ubmd import analysis
 from ubmd.analysis.errors import parity_data, pearson, share_covered, spearman
 from ubmd.analysis.figures import mean_curve
+from ubmd.analysis.provenance import conditions
 from ubmd.analysis.run_data import Frames, read_frames
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.graph import build_graph
@@ -393,6 +394,23 @@ def test_calibration_picture_counts_many_points(tmp_path):
     panels = {"many": (u, u * rng.uniform(0.2, 1.1, size=3000)), "few": (u[:9], np.zeros(9))}
     path = analysis.calibration_figure(panels, tmp_path / "calibration.png", [("u", "error"), ("u", "error")])
     check_picture(path)
+
+
+@pytest.mark.parametrize(
+    ("tables", "text"),
+    [
+        ({}, "NVT at 300 K, bias force 0.25"),
+        ({"bias": {"force": 0.0}}, "NVT at 300 K, no bias (plain MD)"),
+        ({"md": {"ramp": {"temperature": [300.0, 600.0]}}}, "NVT at 300 to 600 K (ramped), bias force 0.25"),
+        (
+            {"md": {"ensemble": "npt", "pressures": [250.0, -250.0]}, "bias": {"stress": 0.5}},
+            "NPT at 300 K and 250 and -250 MPa (in turn), bias force 0.25, bias stress 0.5",
+        ),
+    ],
+)
+def test_conditions_in_words(tables, text):
+    values = {"run_dir": "x", "start": {"file": "x"}, "reference": {"calculator": "x"}} | tables
+    assert conditions(RunSettings.model_validate(values)) == text
 
 
 # --- the example that uses all this -------------------------------------------------------------------------------

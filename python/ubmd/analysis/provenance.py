@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from ubmd.analysis.document import Document
@@ -58,6 +59,31 @@ def add_provenance(report: Document, folder: RunFolder) -> None:
 def setting_texts(settings: RunSettings) -> dict[str, str]:
     """Dotted key -> value as text, of every setting."""
     return {key: _shown(value) for key, value, _ in _pairs(settings, "")}
+
+
+def conditions(settings: RunSettings) -> str:
+    """Ensemble, temperature, pressure and bias in a few words."""
+    md, bias = settings.md, settings.bias
+    heat, press = (md.ramp.temperature, md.ramp.pressure) if md.ramp else (None, None)
+    force, stress = (bias.ramp.force, bias.ramp.stress) if bias.ramp else (None, None)
+    parts = [f"{md.ensemble.upper()} at {_range(md.temperature, ' K', md.temperatures, heat)}"]
+    if md.ensemble == "npt":
+        parts[0] += f" and {_range(md.pressure, ' MPa', md.pressures, press)}"
+    if not bias.is_biased:
+        return f"{parts[0]}, no bias (plain MD)"
+    parts.append(f"bias force {_range(bias.force, '', (), force)}")
+    if bias.has_stress:
+        parts.append(f"bias stress {_range(bias.stress, '', (), stress)}")
+    return ", ".join(parts)
+
+
+def _range(value: float, unit: str, several: Sequence[float], ramp: Sequence[float] | None) -> str:
+    """'300 K', '300 and 600 K (in turn)' or '300 to 600 K (ramped)'."""
+    if ramp:
+        return f"{ramp[0]:g} to {ramp[1]:g}{unit} (ramped)"
+    if len(set(several)) > 1:
+        return " and ".join(f"{x:g}" for x in several) + f"{unit} (in turn)"
+    return f"{(*several, value)[0]:g}{unit}"
 
 
 _REQUIRED = object()

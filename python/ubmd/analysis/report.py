@@ -17,7 +17,7 @@ from ubmd.analysis import figures
 from ubmd.analysis.coverage import coverage
 from ubmd.analysis.document import Document, Section, number
 from ubmd.analysis.errors import CalibrationData, calibration_data, parity_data, pearson, share_covered, spearman
-from ubmd.analysis.provenance import add_provenance
+from ubmd.analysis.provenance import add_provenance, conditions
 from ubmd.analysis.run_data import Frames, count_endings, read_frames, read_rejected, stage_seconds
 from ubmd.analysis.torsions import amide_torsions, count_cis, torsions
 from ubmd.calculator import Evaluator, Prediction
@@ -74,10 +74,9 @@ class _Run:
 
 def _summary(data: _Run) -> str:
     last, settings = data.history[-1], data.settings
-    bias = f"bias strength {settings.bias.force:g}" if settings.bias.force else "no bias (plain MD)"
     return (
         f"{last['labels']} labels after {len(data.history)} iterations and {last['md_steps']:,} MD steps "
-        f"({data.picoseconds(last['md_steps']):,.1f} ps) at {settings.md.temperature:g} K, {bias}; "
+        f"({data.picoseconds(last['md_steps']):,.1f} ps); {conditions(settings)}; "
         f"uncertainty {settings.uncertainty.kind}, selection {settings.selection.method}, seed {settings.seed}. "
         + _ending(data)
     )

@@ -64,7 +64,8 @@ def read_rejected(run: Path) -> list[Atoms]:
 def stage_seconds(run: Path, history: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, NDArray[np.float64]]]:
     """(names of the iterations, stage -> wall time of each, s); what came before the loop is called 'start'."""
     marks = sorted((Path(run) / ".stages").glob("*.json"))
-    start = {mark.stem: float(json.loads(mark.read_text()).get("seconds", 0.0)) for mark in marks}
+    records = {mark.stem: json.loads(mark.read_text()) for mark in marks}
+    start = {stage: float(record["seconds"]) for stage, record in records.items() if "seconds" in record}
     columns = [start, *(entry.get("seconds") or {} for entry in history)]
     found = {stage for column in columns for stage in column}
     order = [stage for stage in STAGES if stage in found] + sorted(found - set(STAGES))

@@ -13,6 +13,7 @@ from pathlib import Path
 from ase import Atoms
 from ase.data import atomic_numbers
 
+from ubmd.analysis.provenance import conditions
 from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
 from ubmd.learning.run_folder import Listener, RunFolder
@@ -50,6 +51,11 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
     for element in present:
         if settings.model.elements and element not in settings.model.elements:
             raise SettingsError(f"{settings.start.file} holds {element}; add it to model.elements.")
+    if settings.md.ensemble == "npt" and not all(atoms.pbc.all() for atoms in structures):
+        raise SettingsError(
+            f"md.ensemble = 'npt' needs structures that are periodic in three directions; {settings.start.file} holds "
+            "one that is not: use 'nvt', or give it a cell."
+        )
     smallest = min(len(atoms) for atoms in structures)
     for name, indices in settings.variables.torsions.items():
         if max(indices) >= smallest or min(indices) < 0 or len(set(indices)) < 4:
@@ -110,10 +116,9 @@ def plan(settings: RunSettings, base: Path, structures: list[Atoms]) -> Iterator
     if calls:
         yield f"Test set: reference MD, {calls:,} reference calculations."
     rounds = _iterations(settings)
-    bias = f"bias {settings.bias.force:g} of the forces" if settings.bias.force else "no bias"
     yield (
         f"Then about {rounds} iterations: train, {md.replicas} replicas of at most {md.steps:,} steps "
-        f"({md.steps * md.timestep / 1000:,.4g} ps) at {md.temperature:g} K with {bias}, each until max u passes "
+        f"({md.steps * md.timestep / 1000:,.4g} ps; {conditions(settings)}), each until max u passes "
         f"{loop.threshold:g} eV/Å; {settings.selection.batch} new labels ({settings.selection.method})."
     )
     yield f"It ends at {loop.labels} labels, after at most {rounds * md.replicas * md.steps:,} MD steps."
