@@ -289,13 +289,41 @@ class LoopSettings(Table):
     """When a replica stops, when the loop stops, how labels are split."""
 
     labels: int = Field(512, ge=2, description="stop when the data set has this many labels")
-    threshold: float = Field(1.5, gt=0, description="a replica stops when max_i u_i passes this, eV/Å")
+    label_budget: int | None = Field(
+        None,
+        ge=2,
+        description="stop when the reference was asked for this many structures, rejected ones and start structures "
+        "included (not the test set); default: no limit",
+    )
+    threshold: float = Field(
+        1.5, gt=0, description="a replica stops when max_i u_i passes this, eV/Å; inf: never, as for plain MD"
+    )
     quiet_iterations: int = Field(
         3, ge=1, description="stop after this many successive iterations in which every replica reached the step limit"
     )
     stop_when_quiet: bool = Field(False, description="use the quiet_iterations rule at all")
+    stop_at_plateau: bool = Field(
+        False, description="stop when new labels no longer change force error and calibration factor of held-out labels"
+    )
+    plateau_iterations: int = Field(
+        4, ge=1, description="successive iterations with new labels that stop_at_plateau looks at"
+    )
+    plateau_tolerance: float = Field(
+        0.1, gt=0, description="largest spread over them, relative to the mean, that is a plateau (no unit)"
+    )
     validation_share: float = Field(
-        0.1, gt=0, lt=1, description="share of labels kept for validation and calibration (no unit)"
+        0.1,
+        gt=0,
+        lt=1,
+        description="share of labels kept for validation (early stopping) and, if calibration_share is 0, for the "
+        "calibration of the uncertainty (no unit)",
+    )
+    calibration_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of labels that only calibrate: never trained on, not used for early stopping either, and "
+        "never moved to another side (no unit)",
     )
     warm_start: bool = Field(True, description="train from the last model (else from scratch) in every iteration")
     warm_epochs: int = Field(200, ge=1, description="epochs of a warm start")
@@ -390,8 +418,21 @@ class RunSettings(Table):
 
     @model_validator(mode="after")
     def _labels_cover_start(self) -> RunSettings:
-        if self.loop.labels < self.start.count:
-            raise ValueError(f"loop.labels = {self.loop.labels} is less than start.count = {self.start.count}")
+        for name, limit in (("labels", self.loop.labels), ("label_budget", self.loop.label_budget)):
+            if limit is not None and limit < self.start.count:
+                raise ValueError(f"loop.{name} = {limit} is less than start.count = {self.start.count}")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_leave_something_to_train_on(self) -> RunSettings:
+        held_out = self.loop.validation_share + self.loop.calibration_share
+        if held_out >= 1.0:
+            raise ValueError(
+                f"loop.validation_share and loop.calibration_share add up to {held_out:g}; they must leave a share "
+                "for training"
+            )
+        if self.loop.calibration_share > 0.0 and self.start.count < 3:
+            raise ValueError("training, validation and calibration need start.count = 3 at least")
         return self
 
     @model_validator(mode="after")
