@@ -2,9 +2,11 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -321,13 +323,35 @@ def test_a_full_disk_is_no_fault_of_the_structure(calculator_module):
 
 def test_command_line_of_a_program():
     line = command_line("sh -e", "nice -n 5", 3, "dash")
-    assert line == ["env", "OMP_NUM_THREADS=3", "nice", "-n", "5", "sh", "-e"]
+    assert line[line.index("env") :] == ["env", "OMP_NUM_THREADS=3", "nice", "-n", "5", "sh", "-e"]
     done = subprocess.run([*line, "-c", "echo $OMP_NUM_THREADS"], capture_output=True, text=True, check=True)
     assert done.stdout == "3\n"
     with pytest.raises(SettingsError, match=r"'no_such_program -s' is not installed .* apt-get install thing"):
         command_line("no_such_program -s", "", 1, "thing")
     with pytest.raises(SettingsError, match="launcher: there is no program 'no_mpiexec'"):
         command_line("sh", "no_mpiexec -n 2", 1, "dash")
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
+def test_programs_end_with_the_process_that_has_started_them(tmp_path):
+    script = (
+        "import subprocess; from ubmd.references.programs import command_line\n"
+        f"words = command_line('sh -c \"echo $$ > {tmp_path}/pid; sleep 60; true\"', '', 1, 'dash')\n"
+        "subprocess.run(words)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        time.sleep(0.02)
+    child = int((tmp_path / "pid").read_text())
+    os.kill(child, 0)  # it runs
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        if not Path(f"/proc/{child}/stat").exists() or ") Z " in Path(f"/proc/{child}/stat").read_text():
+            return
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the program is still running")
 
 
 # --- energies that jump -------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """External programs as references: each label runs in a folder of its own and leaves nothing behind.
 
-Programs start in the worker's process group with the worker's environment, so that whoever ends the worker can end
-them too.
+Programs start in the worker's session with the worker's environment, so that whoever ends the worker can end them
+too; on Linux the kernel also ends them with the process that has started them.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _exists(process: int) -> bool:
 
 
 def command_line(program: str, launcher: str, threads: int, package: str) -> list[str]:
-    """Words that start a program: ``env OMP_NUM_THREADS=… launcher program``.
+    """Words that start a program: ``setpriv --pdeathsig KILL env OMP_NUM_THREADS=… launcher program``.
 
     Args:
         program: name or path, perhaps with options.
@@ -121,7 +121,8 @@ def command_line(program: str, launcher: str, threads: int, package: str) -> lis
         )
     if before and shutil.which(before[0]) is None:
         raise SettingsError(f"reference.arguments.launcher: there is no program {before[0]!r} on the PATH.")
-    return ["env", f"OMP_NUM_THREADS={threads}", *before, *words]
+    tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []  # util-linux; elsewhere without
+    return [*tied, "env", f"OMP_NUM_THREADS={threads}", *before, *words]
 
 
 def tail(path: Path) -> str:
