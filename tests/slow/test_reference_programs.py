@@ -16,9 +16,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 
-from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import LabelError, SettingsError
-from ubmd.learning.tasks import label_file
 from ubmd.learning.workers import TaskFailed, Workers, outcome
 from ubmd.references import label, make_calculator
 from ubmd.references.programs import scratch_folders
@@ -283,29 +281,21 @@ def test_espresso_with_an_mpi_launcher_gives_the_same_label(silicon):
 
 
 @needs_espresso
-def test_espresso_in_workers_side_by_side_and_one_that_takes_too_long(silicon, tmp_path):
+def test_espresso_in_workers_side_by_side_and_one_that_takes_too_long(silicon):
     """No file of one label gets in the way of another; a time-out ends the program, too."""
     rng = np.random.default_rng(5)
-    for k in range(4):
-        atoms = bulk("Si", a=5.4)
+    structures = [bulk("Si", a=5.4) for _ in range(4)]
+    for atoms in structures:
         atoms.rattle(0.1, rng=rng)
-        write_structures(tmp_path / f"in_{k}.extxyz", [atoms])
     minutes = silicon({"ecutwfc": 60.0, "nosym": True}, kpts=[8, 8, 8])
     with Workers(2) as workers:
-        futures = [
-            workers.submit(
-                label_file, tmp_path / f"in_{k}.extxyz", tmp_path / f"out_{k}.extxyz", silicon(), HERE, timeout=120
-            )
-            for k in range(4)
-        ]
-        late = workers.submit(label_file, tmp_path / "in_0.extxyz", tmp_path / "late.extxyz", minutes, HERE, timeout=8)
-        for future in futures:
-            outcome(future)
+        futures = [workers.submit(label, atoms, silicon(), HERE, timeout=120) for atoms in structures]
+        late = workers.submit(label, structures[0], minutes, HERE, timeout=8)
+        labelled = [outcome(future) for future in futures]
         with pytest.raises(TaskFailed, match="longer than the limit"):
             outcome(late)
-    for k in range(4):
-        alone = label(read_structures(tmp_path / f"in_{k}.extxyz")[0], silicon(), HERE)
-        np.testing.assert_allclose(read_structures(tmp_path / f"out_{k}.extxyz")[0].get_forces(), alone.get_forces())
+    for atoms, ours in zip(structures, labelled, strict=True):
+        np.testing.assert_allclose(label(atoms, silicon(), HERE).get_forces(), ours.get_forces())
     assert_nothing_left("pw.x")
 
 
