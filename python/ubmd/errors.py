@@ -33,4 +33,4 @@ class TrainingError(UbmdError):
 
 
 class StorageError(UbmdError):
-    """A disk, a quota or a limit on file sizes is full: nothing is lost, the same command goes on once there is space."""
+    """A disk, a quota or a limit on file sizes is full: nothing is lost; with space, the same command goes on."""

@@ -331,7 +331,7 @@ class LoopSettings(Table):
         False,
         alias="async",
         description="also written 'async': select as soon as asynchronous_share of the replicas are done; the others "
-        "go on and join the next iteration's pool. Faster where replicas differ in length, but a seed no longer repeats",
+        "go on and join the next iteration's pool. Faster where replicas differ in length; a seed no longer repeats",
     )
     asynchronous_share: float = Field(
         0.5, gt=0, le=1, description="share of the replicas that asynchronous waits for (no unit)"
