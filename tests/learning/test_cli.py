@@ -67,6 +67,17 @@ def all_keys(kind: type[Table], prefix: str = "") -> set[str]:
     return keys
 
 
+def without_optional_tables(settings: Table) -> Table:
+    """The same settings, with None for every table that is off by default."""
+    update: dict[str, object] = {}
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Table):
+            off = field.default is None and not field.is_required()
+            update[name] = None if off else without_optional_tables(value)
+    return settings.model_copy(update=update)
+
+
 def test_the_template_is_valid_and_names_every_key_with_its_default() -> None:
     text = run_template()
     settings = RunSettings.model_validate(tomllib.loads(text))
@@ -74,7 +85,8 @@ def test_the_template_is_valid_and_names_every_key_with_its_default() -> None:
     # With every default uncommented it says the same.
     lines = [re.sub(r"^# (\[|\w+ = )", r"\1", line) for line in text.splitlines() if not line.endswith("= ...")]
     full = RunSettings.model_validate(tomllib.loads("\n".join(lines)))
-    assert full.model_copy(update={"test": None}) == settings
+    assert [table for table in (full.test, full.md.ramp, full.bias.ramp) if table is None] == []
+    assert without_optional_tables(full) == settings
     table, named = "", set()
     for line in text.splitlines():
         if match := re.match(r"^(?:# )?\[([\w.]+)\]$", line):
@@ -163,7 +175,10 @@ def test_check_explains_the_run_and_does_every_stage(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert "Start: 1 structure in start.extxyz (Au2Cu11); 4 perturbed copies" in result.stdout
     assert "Test set: reference MD, 15 reference calculations." in result.stdout  # 3 x 3 steps, and 3 before, twice
-    assert "Then about 2 iterations: train, 3 replicas of at most 40 steps (0.08 ps)" in result.stdout
+    assert (
+        "Then about 2 iterations: train, 3 replicas of at most 40 steps (0.08 ps; NVT at 300 K, bias force 0.5)"
+        in result.stdout
+    )
     assert "at most 240 MD steps" in result.stdout
     assert "Reference: 3 structures labelled." in result.stdout
     assert "MD: 50 steps, step limit" in result.stdout

@@ -184,6 +184,7 @@ def run(frames, tmp_path_factory):
         "start": {"file": "c7eq.extxyz"},
         "reference": REFERENCE,
         "md": {"frames_every": 40},
+        "loop": {"plateau_iterations": 1, "label_budget": 30},
         "variables": {"torsions": TORSIONS},
     }
     folder.mkdir()
@@ -197,6 +198,8 @@ def run(frames, tmp_path_factory):
             {"replica": 0, "steps": 240, "stopped": "step limit", "reason": "", "seconds": 0.24},
             {"replica": 1, "steps": 190, "stopped": "failed", "reason": "It exploded at step 190.", "seconds": 0.2},
         ]
+        entry["valid"] = {"energy_rmse_mev_per_atom": 7.0, "force_rmse": 0.2 + 0.1 * iteration}
+        entry["calibration"] = {"force_factor": 40.0}
         entry["seconds"] = {"train": 10.0 + iteration, "md": 1.5, "label": 0.5}
         history.append(entry)
         _write_replicas(folder / "iterations" / f"iter_{iteration:03d}", frames[12 * iteration : 12 * iteration + 12])
@@ -263,6 +266,7 @@ PICTURES = [
     "coverage.png",
     "uncertainty.png",
     "replicas.png",
+    "convergence.png",
     "time.png",
 ]
 
@@ -282,8 +286,11 @@ def test_report_has_readable_pictures_and_tables(run):
     for path in files[:-2]:
         check_picture(path)
     text = files[-2].read_text()
-    assert "| 1         | 16     |          | 900      | 10.00" in text
+    assert re.search(r"\| 1 +\| 16 +\| +\| 900 +\| 7.00 +\| 0.3000 +\| 10.00", text)
     assert "The run has not finished." in text
+    assert "force error of held-out labels spreads by 40 %, their calibration factor by 0 % (tolerance 10 %)" in text
+    assert re.search(r"\| label budget \| yes +\| 19 calls of the reference of 30", text)
+    assert "0 last iterations (of 3) in which every replica reached the step limit" in text
     assert "promised share" in text
     assert "22 stored frames" in text
     assert "| 2     | start to 0 | The force is 21.3 eV/Å." in text  # two reasons that differ in a number
@@ -424,7 +431,7 @@ def copy_run(run: Path, folder: Path, entries: int = 2, **changes) -> Path:
     (folder / "settings.toml").write_text(tomli_w.dumps(settings))
     history = json.loads((run / "history.json").read_text())[:entries]
     for entry in history:
-        entry["valid"] = {"energy_rmse_mev_per_atom": 7.0, "force_rmse": 0.125}
+        entry["valid"]["force_rmse"] = 0.125
     (folder / "history.json").write_text(json.dumps(history))
     return folder
 

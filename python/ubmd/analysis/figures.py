@@ -263,7 +263,8 @@ def uncertainty_figure(
             chosen = (numbers == number) & (owners == owner)
             colour = ENDINGS[(endings or {}).get((int(number), int(owner)), "step limit")]
             axes.plot(times[chosen], u[chosen], "-o", color=colour, alpha=0.55, linewidth=0.9, markersize=2.2)
-        axes.axhline(threshold, color="black", linewidth=1.0, linestyle="--")
+        if np.isfinite(threshold):
+            axes.axhline(threshold, color="black", linewidth=1.0, linestyle="--")
         axes.set_title(f"Iteration {number}", fontsize=10)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
@@ -275,8 +276,10 @@ def uncertainty_figure(
     figure.supylabel("max $u_i$ (eV/Å)", fontsize=10.5)
     used = [name for name in ENDINGS if not endings or name in endings.values()]
     lines = [Line2D([], [], color=ENDINGS[name], label=f"ended by: {name}") for name in used if endings]
-    lines.append(Line2D([], [], color="black", linestyle="--", label=f"threshold {threshold:g} eV/Å"))
-    figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False, fontsize=9)
+    if np.isfinite(threshold):
+        lines.append(Line2D([], [], color="black", linestyle="--", label=f"threshold {threshold:g} eV/Å"))
+    if lines:
+        figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False, fontsize=9)
     return save(figure, path)
 
 
@@ -299,6 +302,24 @@ def replicas_figure(
     right.set(xlabel="Iteration", ylabel="Mean time of a replica (ps)", ylim=(0.0, None))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.grid(alpha=0.25)
+    return save(figure, path)
+
+
+def convergence_figure(labels: ArrayLike, force_rmse: ArrayLike, factor: ArrayLike, path: Path) -> Path:
+    """What the plateau rule looks at, against the number of labels.
+
+    Args:
+        labels: [K]. force_rmse: [K] of held-out labels, eV/Å. factor: [K] from raw to calibrated force uncertainties.
+        path: of the picture.
+    """
+    figure = new_figure(8.0, 3.3)
+    panels = figure.subplots(1, 2)
+    names = ("Force RMSE, held-out labels (eV/Å)", "Calibration factor of $u_i$ (eV/Å)")
+    for axes, values, name, colour in zip(panels, (force_rmse, factor), names, (BLUE, ORANGE), strict=True):
+        axes.plot(np.asarray(labels), np.asarray(values), "-o", color=colour, markersize=4)
+        axes.set(xlabel="Labels", ylabel=name, ylim=(0.0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.grid(alpha=0.25)
     return save(figure, path)
 
 

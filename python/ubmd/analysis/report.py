@@ -22,10 +22,16 @@ from ubmd.analysis.run_data import Frames, count_endings, read_frames, read_reje
 from ubmd.analysis.torsions import amide_torsions, count_cis, torsions
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.structures import read_structures
+from ubmd.learning.convergence import plateau, quiet
 from ubmd.learning.run_folder import RunFolder, read_settings
 from ubmd.settings import RunSettings
 
-_SETS = {"test": "test set", "valid": "validation labels", "train": "training labels"}
+_SETS = {
+    "test": "test set",
+    "valid": "validation labels",
+    "calib": "calibration labels",
+    "train": "training labels",
+}
 _NEWEST = 8  # iterations whose new labels stand in for a test set
 
 
@@ -83,14 +89,15 @@ def _summary(data: _Run) -> str:
 
 
 def _ending(data: _Run) -> str:
-    """Why the run ended, if it did. Its last iteration has no replicas; the event comes after the report."""
+    """Why the run ended, if it did: its last iteration has no replicas."""
     last, wanted = data.history[-1], data.settings.loop.labels
+    if last.get("ended"):
+        return f"Finished: {last['ended']['reason']}"
     if last.get("replicas"):
         return "The run has not finished."
     if last["labels"] >= wanted:
         return f"Finished: the data set has {last['labels']} labels (loop.labels = {wanted})."
-    reason = next((e["reason"] for e in reversed(data.folder.read_events()) if e["event"] == "run_done"), "")
-    return f"Finished: {reason}" if reason else "Finished before loop.labels was reached."
+    return "Finished before loop.labels was reached."
 
 
 def _iterations(report: Document, data: _Run) -> None:
@@ -282,7 +289,7 @@ def _uncertainty(report: Document, data: _Run) -> None:
     if not len(frames):
         return
     endings = {
-        (entry["iteration"], result["replica"]): result["stopped"]
+        (result.get("iteration", entry["iteration"]), result["replica"]): result["stopped"]
         for entry in data.history
         for result in entry.get("replicas") or []
     }
@@ -319,7 +326,48 @@ def _replicas(report: Document, data: _Run) -> None:
 
 
 def _convergence(report: Document, data: _Run) -> None:
-    """What the stop rules looked at."""
+    """What the stop rules see, in use or not."""
+    loop, history = data.settings.loop, data.history
+    calls = history[-1]["labels"] + len(read_rejected(data.folder.path))
+    budget = loop.label_budget
+    explored = [entry for entry in history if entry.get("replicas")]
+    calm = next((n for n in range(len(explored), 0, -1) if quiet(explored, n)), 0)
+    seen = plateau(history, loop.plateau_iterations, float("inf"))
+    spreads = (
+        f"fewer than {loop.plateau_iterations + 1} models with new labels"
+        if seen is None
+        else f"over the last {loop.plateau_iterations + 1} models the force error of held-out labels spreads by "
+        f"{100 * seen.evidence['spread']['force_rmse']:.0f} %, their calibration factor by "
+        f"{100 * seen.evidence['spread']['force_factor']:.0f} % (tolerance {100 * loop.plateau_tolerance:g} %)"
+    )
+    rows = [
+        ["labels", "yes", f"{history[-1]['labels']} of {loop.labels}"],
+        [
+            "label budget",
+            "yes" if budget else "no",
+            f"{calls} calls of the reference" + (f" of {budget}" if budget else ""),
+        ],
+        [
+            "quiet",
+            "yes" if loop.stop_when_quiet else "no",
+            f"{calm} last iterations (of {loop.quiet_iterations}) in which every replica reached the step limit",
+        ],
+        ["plateau", "yes" if loop.stop_at_plateau else "no", spreads],
+    ]
+    section = report.section("Convergence")
+    section.table(["stop rule", "in use", "what it sees"], rows)
+    known = [entry for entry in history if (entry.get("calibration") or {}).get("force_factor")]
+    if len(known) > 1:
+        held_out = "calib" if all(entry.get("calib") for entry in known) else "valid"
+        path = figures.convergence_figure(
+            [entry["labels"] for entry in known],
+            [entry[held_out]["force_rmse"] for entry in known],
+            [entry["calibration"]["force_factor"] for entry in known],
+            data.picture("convergence.png"),
+        )
+        section.picture(path, "Force error and calibration factor of held-out labels; both settle when a run converges")
+    if history[-1].get("ended"):
+        section.text(f"The run ended by the rule '{history[-1]['ended']['rule']}'.")
 
 
 def _failures(report: Document, data: _Run) -> None:

@@ -93,7 +93,8 @@ def read_frames(run: Path) -> Frames:
             total = before + sum(min(step, end) for end in last.values())
             rows.append((entry["iteration"], replica, step, total, float(atoms.info.get("max_uncertainty", np.nan))))
         structures += found
-        before = int(entry["md_steps"])
+        # Replicas that outlive their iteration (asynchronous runs) count with the frames of where they began.
+        before = max(int(entry["md_steps"]), rows[-1][3] if rows else 0)
     table = np.array(rows, dtype=np.float64).reshape(-1, 5)
     whole = table[:, :4].astype(np.int64)
     return Frames(structures, whole[:, 0], whole[:, 1], whole[:, 2], whole[:, 3], table[:, 4])

@@ -35,7 +35,7 @@ def status(run_dir: Path) -> RenderableType:
     settings, history = read_settings(folder), folder.read_history()
     timeline = Timeline(settings, folder.read_events())
     running = is_running(folder)
-    lines = [f"{folder.path}: {_state(folder, timeline, running)}", _labels(timeline)]
+    lines = [f"{folder.path}: {_state(folder, timeline, running)}", _labels(timeline, folder)]
     if running:
         lines += _now(folder, timeline, settings)
     legend = (
@@ -89,8 +89,10 @@ def _seconds_since_life(folder: RunFolder) -> float:
     return max(0.0, datetime.now(UTC).timestamp() - max(times, default=0.0))
 
 
-def _labels(timeline: Timeline) -> str:
-    return f"{timeline.labels} of {timeline.wanted} labels, {timeline.rejected} rejected."
+def _labels(timeline: Timeline, folder: RunFolder) -> str:
+    # Events come at once, the file when a batch is complete; it also has labels that were rejected later.
+    rejected = max(timeline.rejected, _rejected(folder).total())
+    return f"{timeline.labels} of {timeline.wanted} labels, {rejected} rejected."
 
 
 # ------------------------------------------------------------------------------------------ now
@@ -157,9 +159,7 @@ def _replica_steps(folder: Path) -> dict[int, int]:
 
 def _table(folder: RunFolder, history: Sequence[dict[str, Any]], settings: RunSettings) -> Table:
     """One row per iteration; columns that no iteration has are left out."""
-    rejected = Counter(
-        event.get("iteration", -1) for event in folder.read_events() if event["event"] == "label_rejected"
-    )
+    rejected = _rejected(folder)
     tested = any(entry.get("test") for entry in history)  # then errors on validation labels say nothing more
     columns: dict[str, list[str]] = {
         "iter": [str(entry["iteration"]) for entry in history],
@@ -184,6 +184,12 @@ def _table(folder: RunFolder, history: Sequence[dict[str, Any]], settings: RunSe
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     return table
+
+
+def _rejected(folder: RunFolder) -> Counter[int]:
+    """Iteration -> structures without a label, from the file that keeps them."""
+    text = folder.rejected.read_text() if folder.rejected.exists() else ""
+    return Counter(int(found) for found in re.findall(r"\biteration=(-?\d+)", text))
 
 
 def _error(entry: dict[str, Any], name: str, key: str, form: str) -> str:
