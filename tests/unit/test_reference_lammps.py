@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import openmm
 import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.lj import LennardJones
+from ase.data import atomic_masses, atomic_numbers
+from ase.io import read
 from ase.optimize import BFGS
+from openmm import app, unit
 
 from ubmd.errors import LabelError, SettingsError
 from ubmd.references import label, make_calculator
@@ -15,6 +19,7 @@ from ubmd.references.lammps import LAMMPS
 from ubmd.settings import ReferenceSettings
 
 HERE = Path(__file__).parent
+ALANINE = HERE.parents[1] / "lammps_examples" / "alanine_dipeptide"
 # Independent of ase.units: CODATA 2018.
 EV_PER_KCAL_PER_MOL = 0.0433641153
 GPA = 1.0 / 160.2176634  # eV/Å^3
@@ -269,6 +274,76 @@ def test_labels_of_a_small_cell_whose_repetition_has_the_topology(tmp_path):
         atoms.calc = calculator
         assert atoms.get_potential_energy() == pytest.approx(energy_by_hand(atoms), rel=1e-6)
         assert_derivatives(atoms, [(0, 0), (4, 1), (2, 2)], 1e-6)
+
+
+def amber_data(system: openmm.System, symbols: list[str], positions: np.ndarray) -> str:
+    """A LAMMPS data file (units real) of an OpenMM system: one atom type per atom, one bonded type per term."""
+    kcal = unit.kilocalorie_per_mole
+    forces = {type(force).__name__: force for force in system.getForces()}
+    bonds, angles = forces["HarmonicBondForce"], forces["HarmonicAngleForce"]
+    torsions, nonbonded = forces["PeriodicTorsionForce"], forces["NonbondedForce"]
+    lines: dict[str, list[str]] = {name: [] for name in ("Masses", "Pair Coeffs", "Atoms")}
+    for k, (symbol, (x, y, z)) in enumerate(zip(symbols, positions, strict=True), start=1):
+        charge, sigma, epsilon = nonbonded.getParticleParameters(k - 1)
+        lines["Masses"].append(f"{k} {atomic_masses[atomic_numbers[symbol]]}")
+        lines["Pair Coeffs"].append(f"{k} {epsilon.value_in_unit(kcal):.17g} {sigma.value_in_unit(unit.angstrom):.17g}")
+        lines["Atoms"].append(f"{k} 1 {k} {charge.value_in_unit(unit.elementary_charge):.17g} {x} {y} {z}")
+    terms: dict[str, list[tuple[list[int], str]]] = {"Bond": [], "Angle": [], "Dihedral": []}
+    for b in range(bonds.getNumBonds()):
+        i, j, length, k = bonds.getBondParameters(b)
+        stiff = k.value_in_unit(kcal / unit.angstrom**2) / 2
+        terms["Bond"].append(([i, j], f"{stiff:.17g} {length.value_in_unit(unit.angstrom):.17g}"))
+    for a in range(angles.getNumAngles()):
+        *atoms, angle, k = angles.getAngleParameters(a)
+        stiff = k.value_in_unit(kcal / unit.radian**2) / 2
+        terms["Angle"].append((atoms, f"{stiff:.17g} {angle.value_in_unit(unit.degree):.17g}"))
+    for t in range(torsions.getNumTorsions()):
+        *atoms, n, phase, k = torsions.getTorsionParameters(t)
+        height = k.value_in_unit(kcal)
+        terms["Dihedral"].append((atoms, f"1 {height:.17g} {n} {phase.value_in_unit(unit.degree):.17g}"))
+    for name, listed in terms.items():
+        lines[f"{name} Coeffs"] = [f"{t} {words}" for t, (_, words) in enumerate(listed, start=1)]
+        lines[f"{name}s"] = [f"{t} {t} {' '.join(str(i + 1) for i in a)}" for t, (a, _) in enumerate(listed, start=1)]
+    counts = [f"{len(symbols)} atoms", f"{len(symbols)} atom types"]
+    for name, listed in terms.items():
+        counts += [f"{len(listed)} {name.lower()}s", f"{len(listed)} {name.lower()} types"]
+    box = [f"-40.0 40.0 {axis}lo {axis}hi" for axis in "xyz"]
+    sections = [f"{name}\n\n" + "\n".join(listed) for name, listed in lines.items()]
+    return "\n".join(["AMBER", "", *counts, *box, ""]) + "\n" + "\n\n".join(sections) + "\n"
+
+
+def test_amber_in_lammps_is_amber_in_openmm(tmp_path):
+    """ff19SB without its correction maps, computed by two programs: bonds, angles, torsions, 1-4 scaling, units."""
+    openmm_settings = ReferenceSettings(calculator="openmm", arguments={"pdb": "alanine_dipeptide.pdb", "cmap": False})
+    atoms = read(ALANINE / "c7eq.extxyz")
+    pdb = app.PDBFile(str(ALANINE / "alanine_dipeptide.pdb"))
+    system = app.ForceField("amber19/protein.ff19SB.xml").createSystem(pdb.topology, nonbondedMethod=app.NoCutoff)
+    (tmp_path / "alanine.data").write_text(amber_data(system, atoms.get_chemical_symbols(), atoms.positions))
+    lammps_settings = ReferenceSettings(
+        calculator="lammps",
+        arguments={
+            "data": "alanine.data",
+            "elements": atoms.get_chemical_symbols(),
+            "units": "real",
+            "atom_style": "full",
+            "styles": [
+                "special_bonds lj 0.0 0.0 0.5 coul 0.0 0.0 0.83333333333333333",
+                "pair_style lj/cut/coul/cut 60.0",
+                "pair_modify mix arithmetic",
+                "bond_style harmonic",
+                "angle_style harmonic",
+                "dihedral_style fourier",
+            ],
+            "commands": [],
+        },
+    )
+    for seed in range(3):
+        moved = atoms.copy()
+        moved.rattle(0.05, seed=seed)
+        moved.positions += 30.0 * seed  # a molecule in vacuum is nowhere in particular
+        ours, theirs = label(moved, lammps_settings, tmp_path), label(moved, openmm_settings, ALANINE)
+        assert ours.get_potential_energy() == pytest.approx(theirs.get_potential_energy(), abs=1e-6)
+        np.testing.assert_allclose(ours.get_forces(), theirs.get_forces(), atol=1e-6)
 
 
 def test_the_whole_cell_of_a_data_file(tmp_path):

@@ -270,6 +270,17 @@ def test_file_based_calculators_get_a_folder_per_label(calculator_module, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"folders", "mine"}
 
 
+def test_file_based_calculators_sample_in_a_folder_of_their_own(calculator_module, tmp_path, monkeypatch):
+    monkeypatch.setenv("UBMD_TEST_LOG", str(tmp_path / "folders"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    settings = ReferenceSettings(calculator=calculator_module(Copying), arguments={"command": "cp in.txt out.txt"})
+    short = SamplingSettings(frames=2, stride=3, equilibration=2, trajectories=1)
+    assert len(sample(Atoms("H", [[0, 0, 0]]), settings, short, tmp_path)) == 2
+    assert len(set((tmp_path / "folders").read_text().split())) >= 3
+    assert {path.name for path in tmp_path.iterdir()} == {"folders"}
+
+
 def test_folders_of_killed_processes_are_removed_and_those_of_living_ones_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     script = (
@@ -403,6 +414,13 @@ def test_missing_openmm_names_the_pip_command(monkeypatch):
     monkeypatch.delitem(sys.modules, "ubmd.references.openmm", raising=False)
     with pytest.raises(SettingsError, match=r"pip install 'ubmd\[openmm\]'"):
         make_calculator(ALANINE, EXAMPLE)
+
+
+def test_missing_tblite_names_the_pip_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tblite", None)
+    monkeypatch.setitem(sys.modules, "tblite.ase", None)
+    with pytest.raises(SettingsError, match=r"pip install 'ubmd\[tblite\]'"):
+        make_calculator(ReferenceSettings(calculator="tblite"), EXAMPLE)
 
 
 def test_bad_arguments(tmp_path):

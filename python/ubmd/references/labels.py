@@ -84,7 +84,7 @@ def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> dict[str,
     """Energy, forces and perhaps stress; whatever a foreign code raises becomes a LabelError."""
     calculator = cached_calculator(settings, base)
     try:
-        with variables(settings.environment), _own_directory(calculator):
+        with surroundings(calculator, settings):
             results = _evaluate(atoms, calculator)
     except (LabelError, SettingsError):
         raise
@@ -110,8 +110,15 @@ def _evaluate(atoms: Atoms, calculator: GetPropertiesMixin) -> dict[str, np.ndar
 
 
 @contextmanager
+def surroundings(calculator: GetPropertiesMixin, settings: ReferenceSettings) -> Iterator[None]:
+    """What a calculator finds while it computes: the variables of the settings, and a folder for its files."""
+    with variables(settings.environment), _own_directory(calculator):
+        yield
+
+
+@contextmanager
 def _own_directory(calculator: GetPropertiesMixin) -> Iterator[None]:
-    """A folder of its own for one label of a calculator that would write to the working directory.
+    """A folder of its own for a calculator that would write to the working directory.
 
     ASE's file-based calculators write to ``directory``, '.' by default, where several workers would overwrite each
     other's files. A directory in the settings is left alone.

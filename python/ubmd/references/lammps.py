@@ -104,6 +104,7 @@ class LAMMPS(Calculator):
         if data is not None:
             self._start += [_with_paths(line, Path(base)) for line in styles]
             self._start.append(f"read_data {_quoted(_existing(Path(base), data))} {read_data}".strip())
+            self._start.append("change_box all triclinic")
             self._repetition = Repetition(*_read_topology(self._start, self.elements), repeat)
         self._engine: _Engine | None = None
         self._system: tuple[list[str], list[bool]] | None = None
