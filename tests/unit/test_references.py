@@ -270,6 +270,11 @@ def test_file_based_calculators_get_a_folder_per_label(calculator_module, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"folders", "mine"}
 
 
+def test_calculators_in_memory_get_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    label(alanine(), ALANINE, EXAMPLE)
+
+
 def test_file_based_calculators_sample_in_a_folder_of_their_own(calculator_module, tmp_path, monkeypatch):
     monkeypatch.setenv("UBMD_TEST_LOG", str(tmp_path / "folders"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

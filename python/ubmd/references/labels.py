@@ -124,7 +124,7 @@ def _own_directory(calculator: GetPropertiesMixin) -> Iterator[None]:
     other's files. A directory in the settings is left alone.
     """
     before = getattr(calculator, "directory", None)
-    if str(before) != ".":
+    if str(before) != "." or not getattr(calculator, "writes_files", True):
         yield
         return
     kind: Any = type(before)  # GenericFileIOCalculator wants a Path, older calculators a text

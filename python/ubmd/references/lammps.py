@@ -51,6 +51,7 @@ class LAMMPS(Calculator):
     """
 
     implemented_properties = ["energy", "forces", "stress"]  # noqa: RUF012 (ASE declares it so)
+    writes_files = False
 
     def __init__(
         self,

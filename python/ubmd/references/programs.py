@@ -41,6 +41,7 @@ class Program(Calculator):
     """
 
     implemented_properties = list(_PROPERTIES)  # noqa: RUF012 (ASE declares it so)
+    writes_files = False  # to its directory: every structure has a scratch folder
 
     def __init__(self, run: Runner) -> None:
         """``run`` computes one structure in a folder."""
