@@ -282,6 +282,23 @@ def test_info_of_a_run_and_of_its_model(finished: tuple[Path, str]) -> None:
     assert "training_set_hash" in ubmd("info", "run/model.pt", cwd=folder).stdout
 
 
+def test_a_run_is_taken_back_with_other_settings(finished: tuple[Path, str], tmp_path: Path) -> None:
+    for name in ("settings.toml", "start.extxyz"):
+        shutil.copy(finished[0] / name, tmp_path)
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    changes = ["--set", "run_dir=run", "--set", "loop.labels=6", "--set", "bias.force=0.4"]
+    refused = ubmd("run", "settings.toml", *changes, cwd=tmp_path)
+    assert "bias.force = 0.5, now it is 0.4" in refused.stderr
+    result = ubmd("run", "settings.toml", *changes, "--from", "0", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "[  0] replica 0" in result.stdout
+    assert list((tmp_path / "run" / "aside").iterdir())
+    assert re.search(r"settings from iteration 0 +│ bias\.force = 0\.4", ubmd("info", "run", cwd=tmp_path).stdout)
+    assert "6 of 6 labels" in ubmd("status", "run", cwd=tmp_path).stdout
+    nowhere = ubmd("run", "settings.toml", *changes, "--from", "9", cwd=tmp_path)
+    assert re.fullmatch(r"Error: The run in .* has no iteration 9 .*\n", nowhere.stderr)
+
+
 def test_a_dead_driver_is_said_so(tmp_path: Path) -> None:
     settings = write_inputs(tmp_path, tmp_path / "run")
     command = [*UBMD, "run", settings.name, "--set", "md.steps=100000"]

@@ -28,11 +28,25 @@ def provenance_rows(folder: RunFolder) -> list[list[str]]:
         ["threads of the training", str(manifest["threads"])],
         *([f"SHA-256 of {name}", value] for name, value in manifest["inputs"].items()),
     ]
+    for phase in manifest.get("phases", []):
+        rows.append([f"settings from iteration {phase['from']}", _changes(manifest["settings"], phase["settings"])])
     for name in _FILES:
         path = getattr(folder, name)
         if path.exists():
             rows.append([f"SHA-256 of {path.name}", file_hash(path)])
     return rows
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """Settings of a later phase that are not those of the first."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found.append(_changes(before, after, f"{prefix}{key}."))
+        elif before != after:
+            found.append(f"{prefix}{key} = {_shown(after)}")
+    return ", ".join(text for text in found if text)
 
 
 def changed_settings(settings: RunSettings) -> list[list[str]]:

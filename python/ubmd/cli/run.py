@@ -52,7 +52,20 @@ def check(settings: SettingsFile, override: Override = None) -> None:
     print(f"All stages work. Start with: ubmd run {settings}")
 
 
-def run(settings: SettingsFile, override: Override = None) -> None:
+def run(
+    settings: SettingsFile,
+    override: Override = None,
+    from_iteration: Annotated[
+        int | None,
+        typer.Option(
+            "--from",
+            metavar="ITERATION",
+            min=0,
+            help="Take the run back to this iteration, perhaps with changed settings; labels from before stay, later "
+            "ones go to the folder 'aside'. Resume without it.",
+        ),
+    ] = None,
+) -> None:
     """Start or resume an active-learning run.
 
     Labels perturbed start structures; then again and again: trains, calibrates the uncertainty, runs biased MD replicas
@@ -72,7 +85,7 @@ def run(settings: SettingsFile, override: Override = None) -> None:
     verify(values, settings.parent)
     timeline = Timeline(values, RunFolder(values.run_dir).read_events())
     with make_progress(Console(), timeline) as progress:
-        folder = run_loop(values, settings.parent, progress)
+        folder = run_loop(values, settings.parent, progress, from_iteration=from_iteration)
     print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")
 
 

@@ -73,7 +73,7 @@ class Timeline:
                 done, total = self.work.get("label", (0, self._batch()))
                 self.work["label"] = (min(done + 1, total), total)
             case "label_appended":
-                self.labels = max(self.labels, event["label"] + 1)
+                self.labels = event["label"] + 1
             case "iteration_done":
                 self.labels = max(self.labels, event["labels"])
             case "run_stopped":
@@ -88,7 +88,8 @@ class Timeline:
         self.running[stage] = time
         self.work.pop(stage, None)
         if "labels" in event:
-            self._labels_of[self.iteration] = event["labels"]
+            # Also fewer than before, after `ubmd run --from`.
+            self.labels = self._labels_of[self.iteration] = event["labels"]
         if stage == "label":
             self.work["label"] = (0, self._batch())
 
