@@ -97,7 +97,7 @@ def make_progress(console: Console, timeline: Timeline) -> ProgressBars | Progre
 
 
 def _to_go(seconds: float | None, what: str) -> str:
-    return "" if seconds is None else f"{what}about {duration(seconds)} to go"
+    return "" if seconds is None or seconds < 0.5 else f"{what}about {duration(seconds)} to go"
 
 
 def _left(timeline: Timeline, stage: str) -> str:

@@ -14,7 +14,7 @@ STAGE_NAMES = {
     "test_set": "reference MD for the test set",
     "label": "labels",
     "train": "training",
-    "export": "calibration and export",
+    "export": "calibration",
     "measure": "errors",
     "md": "MD",
     "select": "selection",
@@ -121,7 +121,7 @@ class Timeline:
         if cycle[0] is None or self._training(1) is None:
             return None
         other = sum(seconds or 0.0 for seconds in cycle)
-        batch = self.settings.selection.batch * self._success()
+        batch = self._growth()
         begun = self._labels_of.get(self.iteration, self.labels)
         remaining = math.ceil(max(0.0, self.wanted - begun) / max(batch, 0.1))
         trained = sum(self._training(min(self.wanted, begun + k * batch)) or 0.0 for k in range(remaining + 1))
@@ -157,9 +157,13 @@ class Timeline:
         warm = self.settings.loop.warm_start and iteration > 0
         return self.settings.loop.warm_epochs if warm else self.settings.training.epochs
 
-    def _success(self) -> float:
-        """Share of structures that got their label."""
-        return self.labels / (self.labels + self.rejected) if self.labels else 1.0
+    def _growth(self) -> float:
+        """New labels per iteration, as in the last ones; before that, what a batch would give."""
+        sizes = [labels for _, labels in sorted(self._labels_of.items())][-_RECENT - 1 :]
+        if len(sizes) > 1 and sizes[-1] > sizes[0]:
+            return (sizes[-1] - sizes[0]) / (len(sizes) - 1)
+        share = self.labels / (self.labels + self.rejected) if self.labels else 1.0
+        return self.settings.selection.batch * share
 
 
 def _time(event: Mapping[str, Any]) -> datetime:
