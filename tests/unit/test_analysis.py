@@ -21,7 +21,7 @@ from scipy import stats
 
 from ubmd import analysis
 from ubmd.analysis.errors import parity_data, pearson, share_covered, spearman
-from ubmd.analysis.figures import mean_curve
+from ubmd.analysis.figures import group_learning_figure, mean_curve
 from ubmd.analysis.provenance import conditions
 from ubmd.analysis.run_data import Frames, read_frames
 from ubmd.calculator import Evaluator, Prediction
@@ -362,6 +362,10 @@ def test_parity_has_stress_in_mpa_where_there_are_labels():
     assert (data.force - data.force_label).tolist() == [0.5] * 12 + [1.0] * 12
     np.testing.assert_allclose(data.stress_label, stress / GPa * 1000)
     np.testing.assert_allclose(data.stress, 2 * data.stress_label)
+    summary = analysis.error_summary([atoms, other], [prediction, prediction])
+    assert summary["stress_rmse_mpa"] == pytest.approx(1000 / GPa * np.sqrt(np.mean(stress**2)))
+    assert summary["structures"] == 2
+    assert "stress_rmse_mpa" not in analysis.error_summary([other], [prediction])
 
 
 def test_report_of_an_unfinished_run_and_of_no_run(run, tmp_path):
@@ -375,6 +379,19 @@ def test_report_of_an_unfinished_run_and_of_no_run(run, tmp_path):
     (tmp_path / "history.json").write_text(json.dumps([entry]))
     assert [path.name for path in analysis.make_report(tmp_path)] == ["report.md", "report.html"]
     assert "| 0         | 8      | 10 " in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_learning_curves_have_a_panel_for_stress_where_there_is_one(tmp_path):
+    labels, errors = [8, 16, 24], [3.0, 2.0, 1.0]
+    sets = {"test set": (labels, errors, errors, errors), "training": (labels, errors, errors, [np.nan] * 3)}
+    with_stress = analysis.learning_curve_figure(sets, tmp_path / "stress.png")
+    without = analysis.learning_curve_figure({"training": sets["training"]}, tmp_path / "without.png")
+    for path in (with_stress, without):
+        check_picture(path)
+    assert matplotlib.image.imread(with_stress).shape != matplotlib.image.imread(without).shape
+    run = np.array([labels, [0, 100, 300], errors, errors, errors], dtype=float).T
+    groups = {"a": [run, 2 * run * [0.5, 1, 1, 1, 1]], "b": [run]}
+    check_picture(group_learning_figure(groups, tmp_path / "groups.png"))
 
 
 def test_volumes_count_where_cells_change(tmp_path):

@@ -2,7 +2,7 @@
 
 from ubmd.analysis.compare import compare
 from ubmd.analysis.coverage import coverage, coverage_growth
-from ubmd.analysis.errors import CalibrationData, calibration_data
+from ubmd.analysis.errors import CalibrationData, calibration_data, error_summary
 from ubmd.analysis.figures import (
     calibration_figure,
     coverage_figure,
@@ -26,6 +26,7 @@ __all__ = [
     "coverage",
     "coverage_figure",
     "coverage_growth",
+    "error_summary",
     "learning_curve_figure",
     "make_report",
     "ramachandran_figure",

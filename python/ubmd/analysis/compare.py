@@ -30,7 +30,11 @@ Curve = tuple[NDArray[Any], NDArray[Any]]
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the MD steps, and of the labels, that every run reached
 # Keys that don't make another group: where things are, how fast they are made, and the seed.
 _SAME = ("seed", "run_dir", "workers", "test", "start.file", "training.threads", "training.checkpoint_every")
-_ERRORS = {"energy RMSE": ("energy_rmse_mev_per_atom", "meV/atom"), "force RMSE": ("force_rmse", "eV/Å")}
+_ERRORS = {
+    "energy RMSE": ("energy_rmse_mev_per_atom", "meV/atom"),
+    "force RMSE": ("force_rmse", "eV/Å"),
+    "stress RMSE": ("stress_rmse_mpa", "MPa"),
+}
 
 
 @dataclass(frozen=True)
@@ -298,7 +302,7 @@ def _pictures(document: Document, comparison: Comparison, out: Path) -> None:
 
 
 def _learning_curve(run: Run, set_name: str) -> NDArray[np.float64]:
-    """[K, 4]: labels, MD steps before the training, energy RMSE (meV/atom), force RMSE (eV/Å)."""
+    """[K, 5]: labels, MD steps before the training, RMSE of energy (meV/atom), force (eV/Å) and stress (MPa)."""
     before = [0, *(entry["md_steps"] for entry in run.history)]
     rows = [
         [entry["labels"], before[k], *(_float((entry.get(set_name) or {}).get(key)) for key, _ in _ERRORS.values())]

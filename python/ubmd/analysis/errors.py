@@ -63,6 +63,21 @@ def calibration_data(structures: Sequence[Atoms], predictions: Sequence[Predicti
     )
 
 
+def error_summary(structures: Sequence[Atoms], predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Root mean square errors of predictions for the same structures.
+
+    Returns:
+        ``energy_rmse_mev_per_atom`` (meV/atom), ``force_rmse`` (components, eV/Å), ``stress_rmse_mpa`` (components,
+        MPa, only where there are stress labels), and ``structures``, their number.
+    """
+    data = calibration_data(structures, predictions)
+    errors = {"energy_rmse_mev_per_atom": data.energy_rmse, "force_rmse": data.force_rmse}
+    parity = parity_data(structures, predictions)
+    if len(parity.stress):
+        errors["stress_rmse_mpa"] = float(np.sqrt(np.mean((parity.stress - parity.stress_label) ** 2)))
+    return errors | {"structures": len(structures)}
+
+
 def share_covered(error: ArrayLike, u: ArrayLike) -> float:
     """Share of errors that do not exceed their uncertainty: 1 - alpha, if the calibration transfers."""
     return float(np.mean(np.asarray(error) <= np.asarray(u)))

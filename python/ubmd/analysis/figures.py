@@ -43,24 +43,28 @@ def learning_curve_figure(curves: Mapping[str, Sequence[ArrayLike]], path: Path,
     """Errors against the number of labels (or whatever ``x_name`` says).
 
     Args:
-        curves: name of the set -> (labels [K], energy RMSE [K] meV/atom, force RMSE [K] eV/Å).
+        curves: name of the set -> (labels [K], energy RMSE [K] meV/atom, force RMSE [K] eV/Å, stress RMSE [K] MPa); a
+            stress that is NaN in all sets has no panel.
         path: of the picture.
         x_name: label of the horizontal axes.
     """
-    figure = new_figure(8.0, 3.6)
-    panels = figure.subplots(1, 2)
-    for k, unit in ((1, "Energy RMSE (meV/atom)"), (2, "Force RMSE (eV/Å)")):
+    units = ["Energy RMSE (meV/atom)", "Force RMSE (eV/Å)"]
+    if any(np.isfinite(np.asarray(values[3], dtype=float)).any() for values in curves.values()):
+        units.append("Stress RMSE (MPa)")
+    figure = new_figure(8.0, 3.6 if len(units) == 2 else 3.2)
+    panels = figure.subplots(1, len(units))
+    for k, unit in enumerate(units, 1):
         axes = panels[k - 1]
         for (name, values), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
             shape = f"-{marker}"
             axes.plot(np.asarray(values[0]), np.asarray(values[k]), shape, color=colour, markersize=4, label=name)
         axes.set_yscale("log")
-        axes.set_xlabel(x_name)
         axes.set_ylabel(unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7 if len(units) == 2 else 4))
         axes.grid(alpha=0.25, which="both")
         log_ticks(axes, x=False)
-    panels[1].legend(frameon=False)
+    figure.supxlabel(x_name, fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return save(figure, path)
 
 
@@ -346,16 +350,20 @@ def group_learning_figure(groups: Mapping[str, Sequence[NDArray[np.float64]]], p
     """Errors of groups of runs against labels and against MD steps; bars are standard deviations in a group.
 
     Args:
-        groups: name -> one array [K, 4] per run: labels, MD steps, energy RMSE (meV/atom), force RMSE (eV/Å).
+        groups: name -> one array [K, 5] per run: labels, MD steps, RMSE of energy (meV/atom), force (eV/Å) and stress
+            (MPa; NaN without stress labels: then it has no row).
         path: of the picture.
     """
-    figure = new_figure(8.0, 6.4)
-    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    units = ["Energy RMSE (meV/atom)", "Force RMSE (eV/Å)"]
+    if any(np.isfinite(run[:, 4]).any() for runs in groups.values() for run in runs):
+        units.append("Stress RMSE (MPa)")
+    figure = new_figure(8.0, 0.8 + 2.8 * len(units))
+    panels = figure.subplots(len(units), 2, sharex="col", sharey="row")
     shapes = list(zip(COLOURS, MARKERS, strict=True))
     for k, (name, runs) in enumerate(groups.items()):
         colour, marker = shapes[k % len(shapes)]
         mean, deviation = _at_equal_labels(runs)
-        for row, quantity in enumerate((2, 3)):
+        for row, quantity in enumerate(range(2, 2 + len(units))):
             for column, x in enumerate((0, 1)):
                 scale = 1000.0 if x == 1 else 1.0
                 style = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2.5, "linewidth": 1.5}
@@ -363,24 +371,26 @@ def group_learning_figure(groups: Mapping[str, Sequence[NDArray[np.float64]]], p
                 label = f"{name} ({len(runs)} runs)" if len(runs) > 1 else name
                 axes = panels[row, column]
                 axes.errorbar(mean[:, x] / scale, mean[:, quantity], **bars, **style, elinewidth=0.9, label=label)
-    for row, unit in enumerate(("Energy RMSE (meV/atom)", "Force RMSE (eV/Å)")):
+    for row, unit in enumerate(units):
         panels[row, 0].set_ylabel(unit)
         panels[row, 0].set_yscale("log")
         log_ticks(panels[row, 0], x=False)
         for axes in panels[row]:
             axes.grid(alpha=0.25, which="both")
-    panels[1, 0].set_xlabel("Labels")
-    panels[1, 1].set_xlabel("MD steps of all replicas (thousands)")
-    panels[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    panels[1, 1].xaxis.set_major_locator(MaxNLocator(nbins=7))
+    panels[-1, 0].set_xlabel("Labels")
+    panels[-1, 1].set_xlabel("MD steps of all replicas (thousands)")
+    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    panels[-1, 1].xaxis.set_major_locator(MaxNLocator(nbins=7))
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return save(figure, path)
 
 
 def _at_equal_labels(runs: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and sample standard deviation [K, 4] over runs, at the numbers of labels that all of them have."""
+    """Mean and sample standard deviation [K, 5] over runs, at the numbers of labels that all of them have."""
     common = sorted(set.intersection(*({float(x) for x in run[:, 0]} for run in runs)))
-    values = np.array([[run[run[:, 0] == labels][0] for labels in common] for run in runs]).reshape(len(runs), -1, 4)
+    values = np.array([[run[run[:, 0] == labels][0] for labels in common] for run in runs]).reshape(
+        len(runs), -1, runs[0].shape[1]
+    )
     deviation = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(values.shape[1:])
     return values.mean(axis=0), deviation
 

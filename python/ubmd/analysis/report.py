@@ -116,18 +116,18 @@ def _iterations(report: Document, data: _Run) -> None:
         for entry in data.history
     ]
     head = ["iteration", "labels", "rejected", "MD steps"]
-    head += [f"{name} {what}" for name in ("valid", "test") for what in ("E (meV/atom)", "F (eV/Å)")]
+    head += [f"{name} {what}" for name in ("valid", "test") for what in ("E (meV/atom)", "F (eV/Å)", "S (MPa)")]
     head += ["max u (eV/Å)", "coverage"]
     keep = [k for k in range(len(head)) if any(row[k] not in ("", "-") for row in rows)]
     section = report.section("Iterations")
     section.table([head[k] for k in keep], [[row[k] for k in keep] for row in rows])
     section.text(
-        "Root mean square errors of energies (E) and force components (F). valid: labels that were held back from "
-        "training, for early stopping and calibration; test: the test set, which nothing depends on."
+        "Root mean square errors of energies (E), components of forces (F) and stress (S). valid: labels that were "
+        "held back from training, for early stopping and calibration; test: the test set, which nothing depends on."
     )
 
 
-_ERRORS = (("energy_rmse_mev_per_atom", ".2f"), ("force_rmse", ".4f"))
+_ERRORS = (("energy_rmse_mev_per_atom", ".2f"), ("force_rmse", ".4f"), ("stress_rmse_mpa", ".1f"))
 
 
 def _error(entry: dict[str, Any], name: str, key: str, form: str) -> str:
@@ -142,7 +142,7 @@ def _learning(report: Document, data: _Run) -> None:
         entries = [entry for entry in data.history if entry.get(key)]
         if not entries:
             continue
-        errors = [[entry[key][quantity] for entry in entries] for quantity, _ in _ERRORS]
+        errors = [[entry[key].get(quantity, np.nan) for entry in entries] for quantity, _ in _ERRORS]
         by_labels[name] = ([entry["labels"] for entry in entries], *errors)
         # A model has seen what the iterations before it found.
         before = [0, *(entry["md_steps"] for entry in data.history)]

@@ -17,7 +17,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from ubmd.analysis import calibration_data
+from ubmd.analysis import error_summary
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.structures import (
     append_structures,
@@ -513,13 +513,8 @@ def _selected_structure(frame: Atoms, iteration: int, record: dict[str, Any]) ->
 
 
 def errors_of(evaluator: Evaluator, structures: Sequence[Atoms]) -> dict[str, float]:
-    """Root mean square errors: energy per atom (meV/atom), force components (eV/Å); their number of structures."""
-    data = calibration_data(structures, evaluator.predict(structures))
-    return {
-        "energy_rmse_mev_per_atom": data.energy_rmse,
-        "force_rmse": data.force_rmse,
-        "structures": len(structures),
-    }
+    """Root mean square errors of a model, and their number of structures; see `ubmd.analysis.error_summary`."""
+    return error_summary(structures, evaluator.predict(structures))
 
 
 def calibration_of(evaluator: Evaluator) -> dict[str, Any]:

@@ -169,6 +169,7 @@ def _table(folder: RunFolder, history: Sequence[dict[str, Any]], settings: RunSe
         "valid F\neV/Å": [_error(entry, "valid", "force_rmse", ".3f") for entry in history if not tested],
         "test E\nmeV/atom": [_error(entry, "test", "energy_rmse_mev_per_atom", ".2f") for entry in history],
         "test F\neV/Å": [_error(entry, "test", "force_rmse", ".3f") for entry in history],
+        "test S\nMPa": [_error(entry, "test", "stress_rmse_mpa", ".1f") for entry in history],
         "max u\neV/Å": [_number(entry.get("max_u"), ".2f") for entry in history],
         "cov.": [_number(entry.get("coverage"), ".3f") for entry in history],
         "volume\nÅ³/atom": [_volumes(folder.iteration(entry["iteration"])) for entry in history],
