@@ -7,12 +7,13 @@ Every field states its unit in its description; ``ubmd schema`` prints the JSON 
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from ubmd.errors import SettingsError
 
@@ -336,6 +337,11 @@ class LoopSettings(Table):
     asynchronous_share: float = Field(
         0.5, gt=0, le=1, description="share of the replicas that asynchronous waits for (no unit)"
     )
+
+    @field_serializer("threshold", when_used="json")
+    def _infinity_as_text(self, value: float) -> float | str:
+        """JSON has no infinity, and readers of it in other languages refuse Python's."""
+        return "inf" if math.isinf(value) else value
 
 
 class SamplingSettings(Table):

@@ -95,6 +95,13 @@ def test_mistakes_are_named(run_file, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_no_threshold_is_plain_json_and_comes_back(run_file):
+    settings = load_settings(run_file, RunSettings, ["loop.threshold=inf"])
+    assert settings.loop.threshold == float("inf")
+    text = json.dumps(settings.model_dump(mode="json"), allow_nan=False)
+    assert RunSettings.model_validate(json.loads(text)) == settings
+
+
 def test_a_list_and_a_ramp_exclude_each_other(run_file):
     changes = ["md.temperatures=[300.0, 600.0]", "md.ramp.temperature=[300.0, 600.0]"]
     with pytest.raises(SettingsError, match=r"md\.temperatures and md\.ramp\.temperature cannot both be set"):

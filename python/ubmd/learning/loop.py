@@ -136,6 +136,7 @@ class Loop:
         self.folder = folder
         self.workers = workers
         self.start_structures = read_structures(base / settings.start.file)
+        stages.check_start(self.start_structures, settings)
         self.plan, changes = open_run(folder, settings, input_hashes(settings, base), from_iteration)
         self.settings = self.plan.at(START)
         self.events = EventLog(folder.events, listener)

@@ -27,7 +27,7 @@ from ubmd.data.structures import (
     repair_structures,
     write_structures,
 )
-from ubmd.errors import DataError, SimulationError, UbmdError
+from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask, progress_file, salvage
 from ubmd.learning.groups import TaskGroup, run_tasks
 from ubmd.learning.run_folder import (
@@ -67,6 +67,15 @@ def random_generator(seed: int, iteration: int, stage: Stage, replica: int = 0) 
 
 
 # ------------------------------------------------------------------------------------------ start
+
+
+def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
+    """SettingsError if the start structures don't fit the ensemble."""
+    if settings.md.ensemble == "npt" and not all(atoms.pbc.all() for atoms in structures):
+        raise SettingsError(
+            f"md.ensemble = 'npt' needs start structures that are periodic in all directions, but "
+            f"{settings.start.file} has one that is not; use 'nvt' for molecules."
+        )
 
 
 def perturb(structures: Sequence[Atoms], settings: StartSettings, rng: np.random.Generator) -> list[Atoms]:
