@@ -421,6 +421,16 @@ def test_files_in_commands_are_those_of_the_settings_folder_first(tmp_path):
     )
 
 
+def test_commands_as_text_and_from_a_file(argon, tmp_path):
+    atoms = crystal(0)
+    atoms.calc = argon
+    text = "# argon\n\n" + "\n".join(ARGON).replace("6.0", "6.0  # Å") + "\n"
+    (tmp_path / "argon.in").write_text(text)
+    for commands in (text, ["include argon.in"]):
+        settings = ReferenceSettings(calculator="lammps", arguments={"commands": commands, "elements": ["Ar"]})
+        assert label(atoms, settings, tmp_path).get_potential_energy() == atoms.get_potential_energy()
+
+
 def test_a_failed_label_costs_only_itself(argon):
     salt = LAMMPS(
         [*COULOMB, "kspace_style ewald 1e-6"],

@@ -55,12 +55,12 @@ class LAMMPS(Calculator):
 
     def __init__(
         self,
-        commands: Sequence[str],
+        commands: Sequence[str] | str,
         elements: Sequence[str],
         units: str = "metal",
         atom_style: str = "atomic",
         data: str | Path | None = None,
-        styles: Sequence[str] = (),
+        styles: Sequence[str] | str = (),
         read_data: str = "",
         repeat: Sequence[int] = (1, 1, 1),
         base: Path = Path(),
@@ -69,8 +69,9 @@ class LAMMPS(Calculator):
 
         Args:
             commands: LAMMPS commands that define the force field (pair_style, pair_coeff, kspace_style, set ...),
-                run once the atoms exist. Words that name a file in ``base``, or else one of the potentials that come
-                with LAMMPS, become its full path.
+                run once the atoms exist; a list, a text of several lines, or ["include force_field.in"] for a file of
+                them. Words that name a file in ``base``, or else one of the potentials that come with LAMMPS, become
+                its full path.
             elements: element of every LAMMPS atom type, in the order of the types (with a data file, several types
                 may have the same element).
             units: 'metal' or 'real'.
@@ -97,13 +98,13 @@ class LAMMPS(Calculator):
             raise SettingsError("reference.arguments.elements lists an element twice; that needs a data file ('data').")
         self.elements = list(elements)
         self._unit = ENERGY_UNITS[units]
-        self._commands = [_with_paths(line, Path(base)) for line in commands]
+        self._commands = _lines(commands, Path(base))
         # A new box is periodic and triclinic; every structure then brings its own.
         self._start = [f"units {units}", f"atom_style {atom_style}", "atom_modify map array sort 0 0"]
         self._start += ["boundary p p p", "box tilt large"]
         self._repetition: Repetition | None = None
         if data is not None:
-            self._start += [_with_paths(line, Path(base)) for line in styles]
+            self._start += _lines(styles, Path(base))
             self._start.append(f"read_data {_quoted(_existing(Path(base), data))} {read_data}".strip())
             self._start.append("change_box all triclinic")
             self._repetition = Repetition(*_read_topology(self._start, self.elements), repeat)
@@ -313,9 +314,11 @@ def _read_topology(lines: Sequence[str], elements: Sequence[str]) -> tuple[Atoms
     return Atoms(symbols, positions - np.array(low), cell=cell, pbc=True), bonds
 
 
-def _with_paths(line: str, base: Path) -> str:
-    """The command with full paths for words that name a file in ``base`` or among LAMMPS's potentials."""
-    return " ".join(_path_of(word, base) for word in line.split())
+def _lines(commands: Sequence[str] | str, base: Path) -> list[str]:
+    """Commands without comments; words that name a file in ``base`` or one of LAMMPS's potentials get full paths."""
+    lines = commands.splitlines() if isinstance(commands, str) else commands
+    words = [line.partition("#")[0].split() for line in lines]
+    return [" ".join(_path_of(word, base) for word in line) for line in words if line]
 
 
 def _path_of(word: str, base: Path) -> str:
