@@ -77,13 +77,17 @@ class TaskGroup:
             tick: called about once per second.
             enough: asked after each completion.
         """
+        self._collect(0.0, done)  # what has ended since the last call
         while self._running and not (enough is not None and enough()):
-            finished, _ = wait(self._running, timeout=_POLL, return_when=FIRST_COMPLETED)
-            for future in finished:
-                self._end(future, done)
-            self._fill()
+            self._collect(_POLL, done)
             if tick is not None:
                 tick()
+
+    def _collect(self, timeout: float, done: Done) -> None:
+        finished, _ = wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED)
+        for future in finished:
+            self._end(future, done)
+        self._fill()
 
     def _end(self, future: Future[Any], done: Done) -> None:
         key = self._running.pop(future)

@@ -271,16 +271,28 @@ class Loop:
 
     def _is_settled(self, turn: _Turn) -> bool:
         """Whether an iteration has ended and its labels are whole: then nothing else of it is needed any more."""
+        labels = turn.once.folder / "labels"
+        if labels.exists() and not stages.batch_is_whole(labels):
+            stages.mend_batch(labels, self._known_of(turn.iteration), self.settings.reference)
         return (
             turn.once.is_done("record", turn.keys["label"])
             and turn.once.is_done("label", turn.keys["label"])
-            and stages.batch_is_whole(turn.once.folder / "labels")
+            and stages.batch_is_whole(labels)
             and len(self.folder.read_history()) > turn.iteration
         )
+
+    def _known_of(self, iteration: int) -> list[Atoms]:
+        """Labels of an iteration that the data set had at the start of this walk."""
+        return [atoms for atoms in self.known if atoms.info["iteration"] == iteration]
 
     def _pass_over(self, turn: _Turn) -> None:
         """Take the results of a settled iteration; its models and frames may be gone."""
         self._weights = partial(self._train, turn, self._weights)
+        damaged = not turn.once.is_done("export", turn.keys["export"])
+        if damaged and (turn.once.folder / "model.pt").exists():  # the report may look at it
+            self._export(turn, self._weights())
+        for frames in filter(stages.frames_are_damaged, self._frame_files(turn)):
+            move_aside(frames, self.folder.path / "aside")
         self._left = self._read_left(turn)
         self.history.append(self.folder.read_history()[turn.iteration])
         self._append(turn.iteration, *stages.read_batch(turn.once.folder / "labels"))
@@ -426,7 +438,7 @@ class Loop:
             share = loop.asynchronous_share if loop.asynchronous else 1.0
             results = stages.run_replicas(tasks, self._replicas, model_keys, report, progress, share)
             running = self._replicas.running()
-            write_json(left, sorted(origin for origin in tasks if origin in running))
+            write_json(left, sorted(origin for origin in tasks if origin in running - set(results)))
             own = {origin: result.model_dump() for origin, result in results.items()}
             write_json(
                 target,
@@ -485,7 +497,7 @@ class Loop:
                 self.base,
                 self.workers,
                 report,
-                [atoms for atoms in self.known if atoms.info["iteration"] == iteration],
+                self._known_of(iteration),
                 settings.workers.retries,
             )
             write_json(done, {"candidates": len(batch)})

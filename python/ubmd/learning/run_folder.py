@@ -399,7 +399,7 @@ def _updated(old: dict[str, Any], now: RunSettings) -> RunSettings:
         table, _, key = name.partition(".")
         if key:
             values[table][key] = new[table][key]
-        elif table in new:
+        else:
             values[table] = new[table]
     return RunSettings.model_validate(values)
 

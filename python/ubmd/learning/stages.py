@@ -146,15 +146,12 @@ def label_batch(
     keys = [label_key(candidate, settings) for candidate in candidates]
     files = [(folder / f"candidate_{k:03d}.extxyz", folder / f"label_{k:03d}.extxyz") for k in range(len(candidates))]
     reasons = [folder / f"rejected_{k:03d}.json" for k in range(len(candidates))]
-    at = {_place(atoms): atoms for atoms in known}
-    missing = {}
-    for k, (candidate, (source, target)) in enumerate(zip(candidates, files, strict=True)):
+    for candidate, (source, _) in zip(candidates, files, strict=True):
         write_structures(source, [candidate])
+    mend_batch(folder, known, settings)
+    missing = {}
+    for k, (source, target) in enumerate(files):
         if is_sealed(target, keys[k]) or _read_reason(reasons[k], keys[k]):
-            continue
-        if _place(candidate) in at:
-            write_structures(target, [_with_labels_of(candidate, at[_place(candidate)])])
-            seal(target, keys[k])
             continue
         missing[k] = (source, target, keys[k], settings, base)
 
@@ -176,6 +173,23 @@ def label_key(candidate: Atoms, settings: ReferenceSettings) -> str:
 def reference_key(settings: ReferenceSettings) -> str:
     """Hash of the reference without what belongs to a machine rather than to the label."""
     return content_hash(settings.model_dump(mode="json", exclude={"timeout", "environment"}))
+
+
+def mend_batch(folder: Path, known: Sequence[Atoms], settings: ReferenceSettings) -> None:
+    """Write lost or damaged label files of a batch again from the labels that the data set has."""
+    at = {_place(atoms): atoms for atoms in known}
+    for source in folder.glob("candidate_*.extxyz"):
+        number = source.stem.removeprefix("candidate_")
+        target = folder / f"label_{number}.extxyz"
+        if is_intact(target) or (folder / f"rejected_{number}.json").exists():
+            continue
+        try:
+            candidate = read_structures(source)[0]
+        except DataError:
+            continue
+        if _place(candidate) in at:
+            write_structures(target, [_with_labels_of(candidate, at[_place(candidate)])])
+            seal(target, label_key(candidate, settings))
 
 
 def batch_is_whole(folder: Path) -> bool:
@@ -403,7 +417,11 @@ def run_replicas(
         StorageError: the disk is full.
     """
     keys = {origin: _task_key(task, model_keys[origin[0]]) for origin, task in tasks.items()}
-    results = {origin: kept for origin, task in tasks.items() if (kept := _read_finished(task, keys[origin]))}
+    results = {
+        origin: kept
+        for origin, task in tasks.items()
+        if origin not in group.running() and (kept := _read_finished(task, keys[origin]))
+    }
     enough = math.ceil(share * len(tasks))
 
     def done(origin: Origin, result: ReplicaResult | None, error: UbmdError | None) -> None:
@@ -437,6 +455,15 @@ def _read_finished(task: ReplicaTask, key: str) -> ReplicaResult | None:
         return ReplicaResult.model_validate(kept["result"]) if whole else None
     except (OSError, ValueError, KeyError):
         return None
+
+
+def frames_are_damaged(frames: Path) -> bool:
+    """Whether the frames of a finished replica are there, but not as it left them."""
+    try:
+        kept = read_json(frames.with_name(frames.stem.replace("frames", "replica") + ".json"))
+        return frames.exists() and kept["sha256"] != file_hash(frames)
+    except (OSError, ValueError, KeyError):
+        return frames.exists()
 
 
 def _finished_file(task: ReplicaTask) -> Path:
