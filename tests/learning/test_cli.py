@@ -181,7 +181,7 @@ def test_check_explains_the_run_and_does_every_stage(tmp_path: Path) -> None:
     )
     assert "at most 240 MD steps" in result.stdout
     assert "Reference: 3 structures labelled." in result.stdout
-    assert "MD: 50 steps, step limit" in result.stdout
+    assert "MD: 10 steps, step limit" in result.stdout
     share = float(re.search(r"bias ([\d.e+-]+) of the forces", result.stdout)[1])
     assert share > 0.05
     assert re.search(

@@ -201,7 +201,7 @@ def _explored(comparison: Comparison) -> dict[str, dict[str, list[Curve]]]:
         indices = list(torsions.values())[:2]
         found["coverage"] = comparison.each(lambda run: run.frames.coverage_curve(indices))
     if all(run.frames.volumes() is not None for run in runs):
-        found["volume range, Å³/atom,"] = comparison.each(_volume_curve)
+        found["volume range (Å³/atom)"] = comparison.each(_volume_curve)
     return found
 
 
@@ -290,7 +290,7 @@ def _pictures(document: Document, comparison: Comparison, out: Path) -> None:
         section = document.section("Exploration")
     for what, growth in explored.items():
         name, title = ("coverage.png", "Coverage of torsion space") if what == "coverage" else ("volumes.png", what)
-        path = figures.coverage_figure(growth, out / name, what=title.rstrip(",").capitalize())
+        path = figures.coverage_figure(growth, out / name, what=title[0].upper() + title[1:].rstrip(","))
         section.picture(path, f"{title.rstrip(',')} against MD steps, one thin line per run")
     if comparison.set_name == "test":
         section = document.section("Uncertainty against error")

@@ -71,12 +71,12 @@ def learning_curve_figure(curves: Mapping[str, Sequence[ArrayLike]], path: Path,
 def parity_figure(data: ParityData, path: Path) -> Path:
     """Model against reference: energies, force components and, where there are labels, stress components."""
     panels = [
-        ("Energy per atom", "eV/atom", data.energy_label, data.energy, 1000.0, "meV/atom"),
+        ("Energy", "eV/atom", data.energy_label, data.energy, 1000.0, "meV/atom"),
         ("Force components", "eV/Å", data.force_label, data.force, 1.0, "eV/Å"),
     ]
     if len(data.stress):
         panels.append(("Stress components", "GPa", data.stress_label / 1000, data.stress / 1000, 1000.0, "MPa"))
-    figure = new_figure(4.0 * len(panels) if len(panels) == 2 else 10.2, 3.9, square=True)
+    figure = new_figure(8.0, 3.9 if len(panels) == 2 else 3.1, square=True)
     for axes, (title, unit, label, value, factor, error_unit) in zip(
         figure.subplots(1, len(panels)), panels, strict=True
     ):
@@ -84,10 +84,10 @@ def parity_figure(data: ParityData, path: Path) -> Path:
         _cloud(figure, axes, label, value, (low, high, low, high), "Count", log=False)
         axes.plot([low, high], [low, high], color="black", linewidth=1)
         axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel(f"Reference ({unit})")
-        axes.set_ylabel(f"Model ({unit})")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.set_title(f"{title} ({unit})", fontsize=10.5)
+        axes.set_xlabel("Reference")
+        axes.set_ylabel("Model")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         rmse, mae = np.sqrt(np.mean((value - label) ** 2)), np.mean(np.abs(value - label))
         text = f"RMSE {factor * rmse:.3g} {error_unit}\nMAE {factor * mae:.3g} {error_unit}"
