@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +16,9 @@ from test_workers import is_alive, linux, wait_for
 from unkind import crash, double, environment, process_id, raise_sentence, start_programs, wait_forever
 
 from ubmd.errors import LabelError, SettingsError
-from ubmd.learning.executors import Adapter, make_executor
+from ubmd.learning.executors import Adapter, make_executor, parsl_config
 from ubmd.learning.workers import Executor, TaskCrashed, TaskTimeout, outcome
-from ubmd.settings import WorkerSettings
+from ubmd.settings import RunSettings, WorkerSettings, load_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the executors' own code
 
@@ -91,3 +93,27 @@ def test_wrong_options_are_one_sentence(settings: dict, words: str, tmp_path: Pa
     pytest.importorskip(settings["executor"])
     with pytest.raises(SettingsError, match=words):
         make_executor(WorkerSettings(**settings), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ the SLURM example
+
+SLURM = Path(__file__).parents[2] / "lammps_examples" / "slurm" / "slurm.toml"
+
+
+def test_the_slurm_example_is_what_parsl_wants(tmp_path: Path) -> None:
+    pytest.importorskip("parsl")
+    settings = load_settings(SLURM, RunSettings)
+    assert settings.loop.asynchronous
+    (executor,) = parsl_config(settings.workers, tmp_path).executors
+    assert executor.max_workers_per_node == 16
+    assert "--partition=standard" in executor.provider.scheduler_options
+    assert executor.provider.walltime == settings.workers.options["provider"]["walltime"]
+
+
+def test_check_of_the_slurm_example_with_local_workers(tmp_path: Path) -> None:
+    pytest.importorskip("openmm")
+    code = "from ubmd.cli.main import app; app()"
+    command = [sys.executable, "-c", code, "check", str(SLURM), "--set", "workers.executor=pebble"]
+    command += ["--set", "workers.processes=2", "--set", "training.threads=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -82,4 +83,16 @@ class UnkindEMT(EMT):
                 time.sleep(1000)
             case 103:
                 os.kill(os.getpid(), signal.SIGSEGV)
+        super().calculate(atoms, *args, **kwargs)
+
+
+class FlakyEMT(EMT):
+    """EMT that fails for a fifth of all structures, and hangs in a program for a few: always for the same ones."""
+
+    def calculate(self, atoms: Atoms, *args: object, **kwargs: object) -> None:
+        luck = hashlib.sha256(atoms.positions.tobytes()).digest()[0]
+        if luck < 51:
+            raise RuntimeError("The wind has changed.")
+        if luck < 64:
+            subprocess.run(["sleep", "1000"], check=False)
         super().calculate(atoms, *args, **kwargs)

@@ -93,9 +93,14 @@ def _stop_isolated() -> None:
 
 
 def _parsl(settings: WorkerSettings, folder: Path) -> StandardExecutor:
-    """A ParslPoolExecutor; options: those of HighThroughputExecutor, and of its provider with 'name' and 'launcher'."""
-    from parsl import Config
     from parsl.concurrent import ParslPoolExecutor
+
+    return ParslPoolExecutor(parsl_config(settings, folder))
+
+
+def parsl_config(settings: WorkerSettings, folder: Path) -> Any:
+    """A parsl Config; options: those of HighThroughputExecutor, and of its provider with 'name' and 'launcher'."""
+    from parsl import Config
     from parsl.executors import HighThroughputExecutor
 
     options = dict(settings.options)
@@ -109,9 +114,10 @@ def _parsl(settings: WorkerSettings, folder: Path) -> StandardExecutor:
         options.setdefault("max_workers_per_node", settings.processes)
     options.setdefault("label", "ubmd")
     executor = HighThroughputExecutor(provider=getattr(import_module("parsl.providers"), name)(**provider), **options)
-    config = Config(executors=[executor], run_dir=str(folder / "parsl"), strategy="simple")
-    config.initialize_logging = False
-    return ParslPoolExecutor(config)
+    # 'simple' would end idle jobs only when all are idle.
+    return Config(
+        executors=[executor], run_dir=str(folder / "parsl"), strategy="htex_auto_scale", initialize_logging=False
+    )
 
 
 def _executorlib(settings: WorkerSettings, folder: Path) -> StandardExecutor:
