@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ubmd.lammps.replica import ReplicaTask
 from ubmd.learning import RunFolder, run
 from ubmd.learning.stages import fresh_sides, ramped, replica_tasks, split_batch
 from ubmd.references import label
+from ubmd.settings import RunSettings, load_settings
 
 
 def tasks_of(iteration: int = 0, **tables: dict[str, Any]) -> list[ReplicaTask]:
@@ -68,6 +71,23 @@ def test_the_end_of_a_ramp_is_exact() -> None:
     assert ramped((0.1, 0.3), 3, 3, 9.0) == ramped((0.1, 0.3), 3, 99, 9.0) == 0.3
     assert ramped((0.1, 0.3), 3, 0, 9.0) == 0.1
     assert ramped(None, 3, 1, 9.0) == 9.0
+
+
+EXAMPLES = Path(__file__).parents[2] / "lammps_examples"
+
+
+@pytest.mark.parametrize("readme", ["alanine_dipeptide/README.md", "inp_npt/README.md"])
+def test_run_lines_of_the_examples_are_valid_settings(readme: str) -> None:
+    lines = [line for line in (EXAMPLES / readme).read_text().splitlines() if line.startswith("ubmd run ")]
+    assert lines
+    folders = set()
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        overrides = [value for option, value in itertools.pairwise(words) if option == "--set"]
+        settings = load_settings((EXAMPLES / readme).with_name(words[2]), RunSettings, overrides)
+        assert (EXAMPLES / readme).with_name(str(settings.start.file)).exists()
+        folders.add((words[2], settings.run_dir))
+    assert len(folders) == len(lines)
 
 
 # ------------------------------------------------------------------------------------------ calibration labels
