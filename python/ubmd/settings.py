@@ -103,7 +103,9 @@ class UncertaintySettings(Table):
 class StartSettings(Table):
     """What the loop starts from."""
 
-    file: Path = Field(description="extxyz with one or more structures; relative to the settings file")
+    file: Path = Field(
+        description="one or more structures, extxyz or any file that ASE reads; relative to the settings file"
+    )
     count: int = Field(8, ge=2, description="perturbed copies that are labelled first")
     displacement: float = Field(0.02, ge=0, description="uniform random shift of every coordinate, ± Å")
     strain: float = Field(0.0, ge=0, lt=0.5, description="uniform random strain of periodic cells, ± (no unit)")

@@ -122,6 +122,10 @@ def test_init_writes_once(tmp_path: Path) -> None:
         (["run", "nothing.toml"], "There is no settings file nothing.toml."),
         (["run", "settings.toml", "--set", "md.step=3"], "did you mean 'steps'"),
         (["run", "settings.toml", "--set", "start.file='none.extxyz'"], "start.file: there is no file none.extxyz"),
+        (
+            ["run", "settings.toml", "--set", "start.file='settings.toml'"],
+            "ASE does not know what kind of file settings.toml",
+        ),
         (["run", "settings.toml", "--set", "bias.species={H = 0.0}"], "start.extxyz holds only Cu, Au; remove it"),
         (
             ["check", "settings.toml", "--set", "bias.species={Cx = 0.0}"],
@@ -130,7 +134,7 @@ def test_init_writes_once(tmp_path: Path) -> None:
         (["check", "settings.toml", "--set", "model.elements=['Cu']"], "holds Au; add it to model.elements"),
         (
             ["check", "settings.toml", "--set", "md.ensemble=npt"],
-            "needs structures that are periodic in three directions",
+            "needs start structures that are periodic in all directions",
         ),
         (["check", "settings.toml", "--set", "variables.torsions.a=[0, 1, 2, 13]"], "start.extxyz has 13."),
         (["check", "settings.toml", "--set", "reference.calculator=no_such.module:Thing"], "pip install no_such"),

@@ -118,4 +118,6 @@ def _pairs(table: Table, prefix: str) -> list[tuple[str, Any, Any]]:
 
 def _shown(value: Any) -> str:
     """A value as one would write it in the settings file."""
-    return "not set" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    if value is None:
+        return "not set"
+    return "inf" if value == float("inf") else json.dumps(value, default=str, ensure_ascii=False)

@@ -41,8 +41,8 @@ def init(
 def check(settings: SettingsFile, override: Override = None) -> None:
     """Say what would be run, then do every stage once, in miniature: finds mistakes in a minute.
 
-    Labels two structures, trains a few epochs, runs ten biased MD steps, selects and labels one more; from this it tells
-    roughly how long the whole run would take and how much it would write. Nothing is left behind.
+    Labels two structures, trains a few epochs, runs ten biased MD steps, selects and labels one more. From this it
+    tells roughly how long the whole run would take and how much it would write. Nothing is left behind.
     """
     values = load_settings(settings, RunSettings, override or [])
     from ubmd.learning.check import check as check_settings

@@ -17,6 +17,7 @@ from ubmd.analysis.provenance import conditions
 from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
 from ubmd.learning.run_folder import Listener, RunFolder
+from ubmd.learning.stages import check_start
 from ubmd.learning.timeline import duration
 from ubmd.settings import RunSettings
 
@@ -51,11 +52,7 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
     for element in present:
         if settings.model.elements and element not in settings.model.elements:
             raise SettingsError(f"{settings.start.file} holds {element}; add it to model.elements.")
-    if settings.md.ensemble == "npt" and not all(atoms.pbc.all() for atoms in structures):
-        raise SettingsError(
-            f"md.ensemble = 'npt' needs structures that are periodic in three directions; {settings.start.file} holds "
-            "one that is not: use 'nvt', or give it a cell."
-        )
+    check_start(structures, settings)
     smallest = min(len(atoms) for atoms in structures)
     for name, indices in settings.variables.torsions.items():
         if max(indices) >= smallest or min(indices) < 0 or len(set(indices)) < 4:
