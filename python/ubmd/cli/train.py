@@ -353,4 +353,6 @@ def schema(
     with user_errors():
         if kind not in kinds:
             raise SettingsError(f"There is no schema of '{kind}'; choose run or train.")
-        print(json.dumps(kinds[kind].model_json_schema(), indent=2))
+        # By the names that the template has; a key may have a second one.
+        described = kinds[kind].model_json_schema(by_alias=False)
+        print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **described}, indent=2))
