@@ -326,7 +326,7 @@ class LoopSettings(Table):
         ge=0,
         lt=1,
         description="share of labels that only calibrate: never trained on, not used for early stopping either, and "
-        "never moved to another side (no unit)",
+        "never moved to another side; while there are none, validation labels calibrate (no unit)",
     )
     warm_start: bool = Field(True, description="train from the last model (else from scratch) in every iteration")
     warm_epochs: int = Field(200, ge=1, description="epochs of a warm start")
@@ -439,8 +439,6 @@ class RunSettings(Table):
                 f"loop.validation_share and loop.calibration_share add up to {held_out:g}; they must leave a share "
                 "for training"
             )
-        if self.loop.calibration_share > 0.0 and self.start.count < 3:
-            raise ValueError("training, validation and calibration need start.count = 3 at least")
         return self
 
     @model_validator(mode="after")

@@ -86,6 +86,8 @@ def test_overrides_are_toml_values_and_win(run_file):
         ("bias.ramp.force=[0.1, -0.5]", r": every value of bias\.ramp\.force must be at least 0, not -0\.5\.$"),
         ("bias.ramp.force=[0.1]", r"'bias\.ramp\.force' has too few values"),
         ("bias.ramp.tau=[0.1, 0.2]", r"unknown key 'bias\.ramp\.tau'; did you mean '\w+'\?"),
+        ("loop.label_budget=4", r"loop\.label_budget = 4 is less than start\.count = 8\."),
+        ("loop.calibration_share=0.95", r"loop\.validation_share and loop\.calibration_share add up to 1\.05"),
         ("seed.x=1", r"--set seed\.x=1: 'seed' is a value, not a table\."),
         ("seed", r"--set needs key=value, got 'seed'\."),
         ("=1", r"--set needs key=value, got '=1'\."),
