@@ -108,7 +108,7 @@ def _read_frames(path: Path) -> Iterable[Atoms]:
         try:
             return list(ase.io.iread(path, index=":"))
         except UnknownFileTypeError:
-            raise DataError(f"ASE does not know what kind of file {path} is; give structures as extxyz.") from None
+            raise DataError(f"ASE cannot read {path}: it is of no known kind; give structures as extxyz.") from None
         except Exception as error:  # ASE's readers raise anything from KeyError to AssertionError
             raise DataError(f"ASE cannot read {path}: {_sentence(error)}") from error
     content = path.read_bytes()
