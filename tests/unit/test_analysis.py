@@ -493,7 +493,7 @@ def test_comparison_without_a_common_test_set(run, tmp_path):
         "max_det": [0.125],
     }
     assert "each run's own validation labels" in files[-3].read_text()
-    assert [path.name for path in files][:2] == ["learning_curves.png", "coverage.png"]
+    assert [path.name for path in files][:3] == ["learning_curves.png", "coverage.png", "calibration.png"]
     with pytest.raises(DataError, match="1 names for 2 groups"):
         analysis.compare(runs, tmp_path / "out", ["one"])
     (runs[1] / "history.json").unlink()

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from ubmd.analysis import figures
 from ubmd.analysis.document import Document
 from ubmd.analysis.errors import CalibrationData, calibration_data
+from ubmd.analysis.predictions import predict_unseen
 from ubmd.analysis.provenance import setting_texts
 from ubmd.analysis.run_data import Frames, read_frames
-from ubmd.calculator import Evaluator
-from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.learning.run_folder import RunFolder, file_hash, read_settings
 from ubmd.settings import RunSettings
@@ -69,10 +68,10 @@ class Run:
         """All stored MD frames."""
         return read_frames(self.folder.path)
 
-    def test_errors(self) -> CalibrationData:
-        """Errors and uncertainties of the newest model on the test set."""
-        structures = read_structures(self.folder.test, labelled=True)
-        return calibration_data(structures, Evaluator(self.folder.model).predict(structures))
+    def errors(self) -> CalibrationData | None:
+        """Errors and uncertainties on structures that the models have not seen; None if there are none."""
+        found = predict_unseen(self.folder, self.history)
+        return calibration_data(found.structures, found.predictions) if found else None
 
 
 @dataclass(frozen=True)
@@ -292,13 +291,17 @@ def _pictures(document: Document, comparison: Comparison, out: Path) -> None:
         name, title = ("coverage.png", "Coverage of torsion space") if what == "coverage" else ("volumes.png", what)
         path = figures.coverage_figure(growth, out / name, what=title[0].upper() + title[1:].rstrip(","))
         section.picture(path, f"{title.rstrip(',')} against MD steps, one thin line per run")
-    if comparison.set_name == "test":
+    found = comparison.each(lambda run: run.errors())
+    panels = {name: _pooled(errors) for name, errors in found.items() if all(errors)}
+    if panels:
         section = document.section("Uncertainty against error")
-        panels = {name: _pooled(runs) for name, runs in comparison.groups.items()}
         path = figures.group_calibration_figure(panels, out / "calibration.png")
-        section.picture(
-            path, "Newest models on their test sets: largest uncertainty of a structure against its largest error"
+        what = (
+            "Newest models on their test sets"
+            if comparison.set_name == "test"
+            else "New labels, by the models that selected them (or test sets, where runs have one)"
         )
+        section.picture(path, f"{what}: largest uncertainty of a structure against its largest error")
 
 
 def _learning_curve(run: Run, set_name: str) -> NDArray[np.float64]:
@@ -311,7 +314,6 @@ def _learning_curve(run: Run, set_name: str) -> NDArray[np.float64]:
     return np.array(rows, dtype=np.float64)
 
 
-def _pooled(runs: Sequence[Run]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(largest u, largest error) of the test structures of all runs of a group."""
-    found = [run.test_errors() for run in runs]
-    return np.concatenate([f.largest_u for f in found]), np.concatenate([f.largest_error for f in found])
+def _pooled(errors: Sequence[CalibrationData]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(largest u, largest error) of the structures of all runs of a group."""
+    return np.concatenate([e.largest_u for e in errors]), np.concatenate([e.largest_error for e in errors])

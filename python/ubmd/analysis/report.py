@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase import Atoms
 
 from ubmd.analysis import figures
 from ubmd.analysis.coverage import coverage
 from ubmd.analysis.document import Document, Section, number
 from ubmd.analysis.errors import CalibrationData, calibration_data, parity_data, pearson, share_covered, spearman
+from ubmd.analysis.predictions import predict_unseen
 from ubmd.analysis.provenance import add_provenance, conditions
 from ubmd.analysis.run_data import Frames, count_endings, read_frames, read_rejected, stage_seconds
 from ubmd.analysis.torsions import amide_torsions, count_cis, torsions
-from ubmd.calculator import Evaluator, Prediction
-from ubmd.data.structures import read_structures
 from ubmd.learning.convergence import plateau, quiet
 from ubmd.learning.run_folder import RunFolder, read_settings
 from ubmd.settings import RunSettings
@@ -32,7 +30,6 @@ _SETS = {
     "calib": "calibration labels",
     "train": "training labels",
 }
-_NEWEST = 8  # iterations whose new labels stand in for a test set
 
 
 def make_report(run: Path) -> list[Path]:
@@ -160,10 +157,10 @@ def _learning(report: Document, data: _Run) -> None:
 
 def _accuracy(report: Document, data: _Run) -> None:
     """Parity and calibration of the newest model on the test set, or of earlier models on the labels they chose."""
-    found = _predictions(data)
+    found = predict_unseen(data.folder, data.history)
     if found is None:
         return
-    structures, predictions, promise, what = found
+    structures, predictions, promise, what = found.structures, found.predictions, found.promise, found.what
     errors = calibration_data(structures, predictions)
     section = report.section("Model against reference")
     section.text(f"{what}: energy RMSE {errors.energy_rmse:.2f} meV/atom, force RMSE {errors.force_rmse:.4f} eV/Å.")
@@ -180,49 +177,6 @@ def _accuracy(report: Document, data: _Run) -> None:
         [("$u_i$ (eV/Å)", "RMSE($F_i$) (eV/Å)"), ("max $u_i$ (eV/Å)", "max RMSE($F_i$) (eV/Å)")],
     )
     section.picture(path, "Calibrated uncertainty against error; in the green half the error is the smaller one")
-
-
-def _predictions(data: _Run) -> tuple[list[Atoms], list[Prediction], dict[str, Any], str] | None:
-    """(structures, predictions, calibration record of the model, what they are) or None if there is no model yet."""
-    if not data.folder.model.exists():
-        return None
-    newest = Evaluator(data.folder.model)
-    promise = newest.metadata["uncertainty"]
-    if data.folder.test.exists():
-        structures = read_structures(data.folder.test, labelled=True)
-        cis = count_cis(structures, amide_torsions(structures[0])) if amide_torsions(structures[0]) else None
-        note = "" if cis is None else f" ({cis} of them with a cis amide bond)"
-        return (
-            structures,
-            newest.predict(structures),
-            promise,
-            (f"Newest model on the {len(structures)} structures of the test set{note}"),
-        )
-    structures, predictions = _fresh_labels(data)
-    if not structures:
-        return None
-    return (
-        structures,
-        predictions,
-        promise,
-        (
-            f"The run has no test set. So these are {len(structures)} labels of the newest iterations, as predicted by "
-            "the models that selected them and had not been trained on them (so the hardest of the replicas)"
-        ),
-    )
-
-
-def _fresh_labels(data: _Run) -> tuple[list[Atoms], list[Prediction]]:
-    """Labels of the newest iterations, and what the models that selected them say."""
-    labels = read_structures(data.folder.dataset, labelled=True)
-    structures, predictions = [], []
-    for entry in data.history[-_NEWEST:]:
-        chosen = [atoms for atoms in labels if atoms.info.get("iteration") == entry["iteration"]]
-        model = data.folder.iteration(entry["iteration"]) / "model.pt"
-        if chosen and model.exists():
-            structures += chosen
-            predictions += Evaluator(model).predict(chosen)
-    return structures, predictions
 
 
 def _calibration_table(section: Section, data: CalibrationData, uncertainty: dict[str, Any]) -> None:

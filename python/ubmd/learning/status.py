@@ -111,7 +111,7 @@ def _now(folder: RunFolder, timeline: Timeline, settings: RunSettings) -> list[s
         elapsed = duration((datetime.now(UTC) - begin).total_seconds())
         parts = [f"{where}, {STAGE_NAMES.get(stage, stage)} since {elapsed}", describe_work(stage, work)]
         left = timeline.stage_left(stage)
-        parts.append(f"about {duration(left)} to go" if left is not None else "")
+        parts.append(f"about {duration(left)} to go" if left is not None and left >= 0.5 else "")
         lines.append("; ".join(part for part in parts if part) + ".")
         if stage == "md":
             lines += [f"  replica {k}: {steps} of {settings.md.steps} steps" for k, steps in replicas.items()]
