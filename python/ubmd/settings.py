@@ -197,6 +197,9 @@ class MDSettings(Table):
     ramp: MDRampSettings | None = Field(None, description="temperature and pressure that change over iterations")
     frames_every: int = Field(200, ge=1, description="steps between frames that go to the pool")
     precision: Literal["mixed", "single", "double"] = Field("mixed", description="precision of pair_style ubmd")
+    ranks: int = Field(
+        1, ge=1, description="MPI processes that share one replica's atoms; more than 1 pays for thousands of atoms"
+    )
     timeout: float = Field(7200.0, gt=0, description="longest time for one replica, s")
     start_from: Literal["start", "labelled"] = Field(
         "start", description="replicas start from the first structure, or from newly labelled ones"

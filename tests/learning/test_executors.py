@@ -23,12 +23,12 @@ from ubmd.settings import RunSettings, WorkerSettings, load_settings
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the executors' own code
 
 
-def threads(_: Path) -> Executor:
-    return Adapter(ThreadPoolExecutor(2), owned=True)
+def threads(folder: Path) -> Executor:
+    return Adapter(ThreadPoolExecutor(2), folder, owned=True)
 
 
-def processes(_: Path) -> Executor:
-    return Adapter(ProcessPoolExecutor(2, multiprocessing.get_context("spawn")), owned=True)
+def processes(folder: Path) -> Executor:
+    return Adapter(ProcessPoolExecutor(2, multiprocessing.get_context("spawn")), folder, owned=True)
 
 
 def parsl(folder: Path) -> Executor:
@@ -70,7 +70,7 @@ def test_crashes_and_time_outs_cost_one_task(executor: Executor, tmp_path: Path)
 
 
 @linux
-@pytest.mark.parametrize("make", [threads, parsl, executorlib], ids=lambda f: f.__name__)  # others are not ours to stop
+@pytest.mark.parametrize("make", [threads, processes, parsl, executorlib], ids=lambda f: f.__name__)
 def test_stop_ends_tasks_and_their_programs(make: Callable[[Path], Executor], tmp_path: Path) -> None:
     executor = make(tmp_path)
     executor.submit(start_programs, tmp_path)

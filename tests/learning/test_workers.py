@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,10 @@ def test_an_idle_worker_that_dies_does_not_end_the_pool() -> None:
 
 def descendants(process: int) -> list[int]:
     """A process's children, their children and so on."""
-    children = [int(n) for p in Path(f"/proc/{process}/task").glob("*/children") for n in p.read_text().split()]
+    children = []
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            children += [int(number) for number in path.read_text().split()]
     return children + [d for child in children for d in descendants(child)]
 
 

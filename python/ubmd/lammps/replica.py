@@ -10,6 +10,9 @@ whatever is computed from them later belong together, in the turned orientation.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +79,8 @@ class ReplicaTask(BaseModel):
     langevin_seed: int
     min_distance: float
     """share of the covalent radii; closer atoms end the replica"""
+    ranks: int = 1
+    """MPI processes that share the replica's atoms"""
 
 
 class ReplicaResult(BaseModel):
@@ -119,16 +124,55 @@ def run_replica(task: ReplicaTask) -> ReplicaResult:
     """
     task.frames.parent.mkdir(parents=True, exist_ok=True)
     _unfinished(task).unlink(missing_ok=True)
+    if task.ranks > 1:
+        return _run_under_mpi(task)
+    _, ended = _run_here(task)
+    return _finish(task, *ended)
+
+
+_Ended = tuple[Literal["threshold", "step limit", "failed"], str, int, float, float]
+"""(how, reason if it failed, steps, |F_bias| / |F|, wall time in s)"""
+
+
+def _run_here(task: ReplicaTask) -> tuple[int, _Ended]:
+    """(MPI rank of this process, how the replica ended); all ranks of a replica call this."""
     atoms = read_structures(task.start)[0]
     engine = _Engine(task, atoms)
     try:
         begin = time.monotonic()
         stopped, reason = _advance(engine, task, atoms)
         seconds = time.monotonic() - begin
-        steps, bias_share = engine.step(), engine.bias_share()
+        return engine.rank, (stopped, reason, engine.step(), engine.bias_share(), seconds)
     finally:
         engine.close()
-    return _finish(task, stopped, reason, steps, bias_share, seconds)
+
+
+def _run_under_mpi(task: ReplicaTask) -> ReplicaResult:
+    """Run a replica in processes of its own, which share its atoms; see `main`."""
+    given, found = task.frames.with_suffix(".task"), task.frames.with_suffix(".ended")
+    given.write_text(task.model_dump_json())
+    found.unlink(missing_ok=True)
+    beside = Path(sys.executable).with_name("mpiexec")
+    mpiexec = str(beside) if beside.exists() else "mpiexec"
+    command = [mpiexec, "-n", str(task.ranks), sys.executable, "-m", "ubmd.lammps.replica", str(given), str(found)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not found.exists():
+        said = [line for line in done.stderr.splitlines() if "Error" in line or "ERROR" in line]
+        last = said[-1].strip() if said else f"mpiexec ended with exit code {done.returncode}"
+        if not _count_frames(_unfinished(task)):
+            raise SimulationError(f"The replica could not be run on {task.ranks} MPI ranks: {last}")
+        return salvage(task, f"The MPI ranks of the replica failed: {last}")
+    ended: _Ended = tuple(json.loads(found.read_text()))
+    for path in (given, found):
+        path.unlink()
+    return _finish(task, *ended)
+
+
+def main(given: Path, found: Path) -> None:
+    """One MPI rank of a replica: the task from a JSON file, how it ended to another."""
+    rank, ended = _run_here(ReplicaTask.model_validate_json(given.read_text()))
+    if rank == 0:
+        found.write_text(json.dumps(ended))
 
 
 def salvage(task: ReplicaTask, reason: str) -> ReplicaResult:
@@ -147,6 +191,7 @@ class _Engine:
 
     def __init__(self, task: ReplicaTask, atoms: Atoms) -> None:
         self._lammps = _start_lammps(task.frames.with_suffix(".log"))
+        self.rank = int(self._lammps.extract_setting("world_rank"))
         try:
             for command in _system_commands(atoms, task):
                 self._lammps.command(command)
@@ -178,8 +223,8 @@ class _Engine:
         return float(self._lammps.extract_compute("thermo_temp", 0, 0))
 
     def positions(self) -> np.ndarray:
-        """Positions [n, 3] in LAMMPS's order, Å."""
-        return np.array(self._lammps.numpy.extract_atom("x"))[: self._lammps.extract_global("nlocal")]
+        """Positions [n, 3] of all ranks' atoms, Å."""
+        return np.array(self._lammps.gather_atoms("x", 1, 3)).reshape(-1, 3)
 
     def cell(self) -> np.ndarray:
         """Cell vectors as rows [3, 3], Å."""
@@ -207,7 +252,8 @@ def _advance(
         reason = _nonsense(engine, task, start)
         if reason:
             return "failed", reason
-        _report_progress(task, engine.step())
+        if engine.rank == 0:
+            _report_progress(task, engine.step())
         if engine.stopped():
             return "threshold", ""
     return "step limit", ""
@@ -454,3 +500,7 @@ def _message(error: Exception) -> str:
         return str(error)
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return text.removeprefix("ERROR: ").split(" (src/")[0].split(" (/")[0]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

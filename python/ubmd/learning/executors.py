@@ -5,9 +5,12 @@ They all need a file system that the driver and the tasks share, and the same in
 
 from __future__ import annotations
 
+import os
 import pickle
+import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor as StandardExecutor
 from concurrent.futures import Future
@@ -19,6 +22,7 @@ from ubmd.errors import SettingsError
 from ubmd.learning.workers import Executor, Pools, Reply, Workers, available_cores
 from ubmd.settings import WorkerSettings
 
+_LOOK = 2.0  # s between two looks for the file that says that tasks are wanted
 _pools: Pools | None = None  # of a process that an executor has started
 _lock = threading.Lock()
 
@@ -41,38 +45,49 @@ def make_executor(settings: WorkerSettings, folder: Path) -> Executor:
         ) from None
     except (TypeError, ValueError, AttributeError) as error:
         raise SettingsError(f"workers.options do not suit {settings.executor}: {error}") from error
-    return Adapter(executor, settings.processes, owned=True)
+    return Adapter(executor, folder, settings.processes, owned=True)
 
 
 class Adapter:
     """The interface of `ubmd.learning.workers.Executor` around a ``concurrent.futures.Executor``.
 
     Each task runs in a child process of where the executor puts it, so that crashes and time-outs cost one task there
-    as well.
+    as well. Few executors can stop a running task: ours look for a file, and end when it is gone.
     """
 
-    def __init__(self, executor: StandardExecutor, processes: int | None = None, owned: bool = False) -> None:
-        """``processes``: tasks at the same time; ``owned``: shut the executor down in the end."""
+    def __init__(
+        self, executor: StandardExecutor, folder: Path, processes: int | None = None, owned: bool = False
+    ) -> None:
+        """``folder``: seen by the tasks; ``processes``: tasks at once; ``owned``: shut the executor down in the end."""
         self.processes = processes or getattr(executor, "_max_workers", None) or available_cores()
         self._executor = executor
         self._owned = owned
+        self._wanted = folder / f".wanted-{secrets.token_hex(8)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._wanted.touch()
 
     def submit(self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None) -> Future[Any]:
         """Run ``function(*arguments)`` wherever the executor likes."""
         task = pickle.dumps((function, arguments))
-        return self._executor.submit(isolated, list(sys.path), task, timeout)
+        return self._executor.submit(isolated, list(sys.path), str(self._wanted), os.getpid(), task, timeout)
 
     def stop(self) -> None:
-        """Stop at once, if the executor is ours; one that was given may have other work."""
+        """Stop all tasks; the executor too, if it is ours: one that was given may have other work."""
+        self._wanted.unlink(missing_ok=True)
         _stop_isolated()  # threads of this very process
         if self._owned:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-def isolated(path: list[str], task: bytes, timeout: float | None) -> Reply:
+def isolated(path: list[str], wanted: str, driver: int, task: bytes, timeout: float | None) -> Reply:
     """Run a pickled task in a child process of the calling thread.
 
-    ``path`` is the driver's sys.path: modules of the user must be found before the task is unpickled.
+    Args:
+        path: the driver's sys.path; modules of the user must be found before the task is unpickled.
+        wanted: a file that is removed when the task is to stop.
+        driver: process id of the driver, on its machine.
+        task: pickled function and arguments.
+        timeout: s, or None.
     """
     global _pools
     sys.path += [entry for entry in path if entry not in sys.path]
@@ -81,7 +96,25 @@ def isolated(path: list[str], task: bytes, timeout: float | None) -> Reply:
         if _pools is None:
             _pools = Pools()
         pools = _pools
-    return pools.run(function, arguments, timeout)
+    return pools.run(function, arguments, timeout, _Unwanted(Path(wanted), driver))
+
+
+class _Unwanted:
+    """Asked often whether a task is to stop; looks for the file only now and then, since it may be far away."""
+
+    def __init__(self, wanted: Path, driver: int) -> None:
+        self._wanted = wanted
+        self._driver = driver
+        self._parent = os.getppid()
+        self._next = 0.0
+
+    def __call__(self) -> bool:
+        if os.getpid() != self._driver and os.getppid() != self._parent:
+            os._exit(1)  # what started this process was killed: nobody will fetch the result
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + _LOOK
+        return not self._wanted.exists()
 
 
 def _stop_isolated() -> None:

@@ -89,7 +89,8 @@ def run(
     with ExitStack() as stack:
         try:
             stack.enter_context(folder.locked())
-            workers = Adapter(executor) if executor is not None else make_executor(settings.workers, folder.path)
+            given = Adapter(executor, folder.path) if executor is not None else None
+            workers = given or make_executor(settings.workers, folder.path)
             stack.callback(workers.stop)
             if from_iteration is not None:
                 take_back(folder, from_iteration)
@@ -160,8 +161,11 @@ class Loop:
         self._torsions: list[np.ndarray] = []
 
     def _replicas_at_once(self, settings: RunSettings) -> int | None:
-        """In an asynchronous loop one worker is left for labels, and no replica waits for a worker."""
-        return max(1, self.workers.processes - 1) if settings.loop.asynchronous else None
+        """Replicas of several ranks take several workers' cores; an asynchronous loop keeps one worker for labels."""
+        if settings.md.ranks == 1 and not settings.loop.asynchronous:
+            return None  # the executor queues them
+        free = self.workers.processes - (1 if settings.loop.asynchronous else 0)
+        return max(1, free // settings.md.ranks)
 
     def run(self) -> None:
         """From the start structures to the report."""

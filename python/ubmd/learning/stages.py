@@ -373,6 +373,7 @@ def replica_tasks(settings: RunSettings, iteration: int, model: Path, starts: Se
                 velocity_seed=int(seeds[0]),
                 langevin_seed=int(seeds[1]),
                 min_distance=settings.reference.min_distance,
+                ranks=md.ranks,
             )
         )
     return tasks

@@ -119,14 +119,21 @@ class Pools:
         self._pools: dict[int, ProcessPool] = {}
         self._stopped = False
 
-    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float | None) -> Reply:
-        """Run a task in this thread's process and wait for it."""
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        timeout: float | None,
+        unwanted: Callable[[], bool] | None = None,
+    ) -> Reply:
+        """Run a task in this thread's process and wait for it, or until ``unwanted()``."""
         pool = self._pool()
         try:
             future = pool.schedule(guarded, args=(function, *arguments), timeout=timeout)
             # A pool that is stopped may leave its futures waiting.
             while not wait([future], timeout=_POLL).done:
-                if self._stopped:
+                if self._stopped or (unwanted is not None and unwanted()):
+                    self._discard(pool)
                     return None, "WorkersLost", "The worker process was stopped.", ""
             reply: Reply = future.result()
         except FutureTimeout:
