@@ -109,15 +109,19 @@ def calibration_figure(
     figure = new_figure(4.0 * len(panels), 4.1, square=True)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, pair), name in zip(row, panels.items(), names, strict=True):
-        draw_calibration(figure, axes, *pair)
-        axes.set_title(title, fontsize=11)
+        draw_calibration(figure, axes, title, *pair)
         axes.set_xlabel(name[0])
         axes.set_ylabel(name[1])
     return save(figure, path)
 
 
 def draw_calibration(
-    figure: Figure, axes: Axes, uncertainty: ArrayLike, error: ArrayLike, limits: tuple[float, float] | None = None
+    figure: Figure,
+    axes: Axes,
+    title: str,
+    uncertainty: ArrayLike,
+    error: ArrayLike,
+    limits: tuple[float, float] | None = None,
 ) -> None:
     """One panel of `calibration_figure`; ``limits`` of both axes."""
     u, e = np.asarray(uncertainty, dtype=float), np.asarray(error, dtype=float)
@@ -130,9 +134,8 @@ def draw_calibration(
     axes.fill_between([low, high], [low, low], [low, high], color=GREEN, alpha=0.08, linewidth=0)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     log_ticks(axes)
-    share = f"{100.0 * share_covered(e, u):.0f} % under the diagonal"
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 2}
-    axes.text(0.97, 0.04, share, transform=axes.transAxes, ha="right", fontsize=9.5, bbox=box)
+    # In the title: inside the axes it would hide points.
+    axes.set_title(f"{title}\n{100.0 * share_covered(e, u):.0f} % under the diagonal", fontsize=10)
 
 
 def ramachandran_figure(
@@ -404,13 +407,12 @@ def group_calibration_figure(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], 
     """
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    figure = new_figure(2.5 * columns + 0.5 if columns > 1 else 4.0, 2.6 * rows + 0.5)
+    figure = new_figure(2.5 * columns + 0.5 if columns > 1 else 4.0, 2.75 * rows + 0.5)
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     everything = np.concatenate([np.ravel(values) for pair in groups.values() for values in pair])
     limits = (0.8 * float(everything[everything > 0].min()), 1.25 * float(everything.max()))
     for axes, (name, pair) in zip(panels, groups.items(), strict=False):
-        draw_calibration(figure, axes, *pair, limits=limits)
-        axes.set_title(name, fontsize=10)
+        draw_calibration(figure, axes, name, *pair, limits=limits)
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
     figure.supxlabel("max $u_i$ (eV/Å)", fontsize=10.5)
