@@ -399,3 +399,8 @@ def test_constant_pressure_needs_a_cell(model: Path, tmp_path: Path) -> None:
 def test_no_threshold_is_no_stop(model: Path, tmp_path: Path) -> None:
     result = run_replica(make_task(tmp_path, model, threshold=float("inf")))
     assert (result.stopped, result.steps) == ("step limit", 40)
+
+
+def test_a_task_survives_json(tmp_path: Path) -> None:
+    task = make_task(tmp_path, Path("model.pt"), threshold=float("inf"))
+    assert ReplicaTask.model_validate_json(task.model_dump_json()) == task

@@ -38,7 +38,7 @@ _SPLIT_MARGIN = 10.0  # Å of empty space when the first box of a molecule is ma
 class ReplicaTask(BaseModel):
     """Everything that decides a replica's trajectory: the same task repeats it bit for bit on one machine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     replica: int
     model: Path
