@@ -321,7 +321,7 @@ def convergence_figure(labels: ArrayLike, force_rmse: ArrayLike, factor: ArrayLi
     """
     figure = new_figure(8.0, 3.3)
     panels = figure.subplots(1, 2)
-    names = ("Force RMSE, held-out labels (eV/Å)", "Calibration factor of $u_i$ (eV/Å)")
+    names = ("Force RMSE, held-out labels (eV/Å)", "Calibration factor, raw $u_i$ to eV/Å")
     for axes, values, name, colour in zip(panels, (force_rmse, factor), names, (BLUE, ORANGE), strict=True):
         axes.plot(np.asarray(labels), np.asarray(values), "-o", color=colour, markersize=4)
         axes.set(xlabel="Labels", ylabel=name, ylim=(0.0, None))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from ubmd.errors import SettingsError
 from ubmd.learning.run_folder import Listener, RunFolder
 from ubmd.learning.stages import check_start
 from ubmd.learning.timeline import duration
+from ubmd.learning.workers import available_cores
 from ubmd.settings import RunSettings
 
 _EPOCHS = 4  # of the miniature; the first is slow and not counted
@@ -153,13 +153,14 @@ def _findings(folder: RunFolder) -> Iterator[str]:
 
 def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -> Iterator[str]:
     """Time and disk of the whole run, from the miniature's speeds; rough, and MD as if no replica stopped early."""
-    processes = settings.workers.processes or len(os.sched_getaffinity(0))
+    processes = settings.workers.processes or available_cores()
     rounds, batch = _iterations(settings), settings.selection.batch
     history = folder.read_history()
     label = min(float(entry["seconds"]["label"]) for entry in history if "label" in entry["seconds"])
     reference = label * (math.ceil(settings.start.count / processes) + rounds * math.ceil(batch / processes))
     step = history[0]["replicas"][0]["ms_per_step"] / 1000.0
-    dynamics = step * settings.md.steps * rounds * math.ceil(settings.md.replicas / processes)
+    at_once = max(1, processes // settings.md.ranks)
+    dynamics = step * settings.md.steps * rounds * math.ceil(settings.md.replicas / at_once)
     training = _training_time(settings, folder)
     total = reference + dynamics + training
     yield (
