@@ -264,3 +264,17 @@ def test_a_molecule_has_no_pressure(tmp_path: Path) -> None:
     write_structures(tmp_path / "start.extxyz", [cluster()])
     with pytest.raises(SettingsError, match=r"md\.ensemble = 'npt' needs start structures that are periodic"):
         run(make_settings(tmp_path / "run", md={"ensemble": "npt"}), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_indium_phosphide_example_in_small(tmp_path: Path) -> None:
+    """lammps_examples/inp_npt/loop.toml with a smaller network, fewer steps and labels."""
+    small = {"model.hidden": [16, 16], "training.epochs": 20, "loop.warm_epochs": 5, "loop.labels": 32, "md.steps": 200}
+    small |= {"training.threads": 1}
+    overrides = [f"{key}={value}" for key, value in small.items()] + [f"run_dir={tmp_path / 'run'}"]
+    example = EXAMPLES / "inp_npt"
+    folder = RunFolder(run(load_settings(example / "loop.toml", RunSettings, overrides), example))
+    assert len(read_structures(folder.dataset, labelled=True)) == 32
+    assert (folder.report / "volumes.png").exists()
+    for replica in folder.read_history()[0]["replicas"]:
+        assert (replica["ensemble"], replica["stress"], replica["pressure"]) == ("npt", 0.25, 10000.0)
