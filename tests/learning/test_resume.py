@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,12 @@ def stages_since(folder: RunFolder, count: int) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def longer(finished: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """The same run to 10 labels, in one go and with another number of workers."""
+    """The same run to 10 labels, in one go and with an executor of our own."""
     base = tmp_path_factory.mktemp("longer")
     write_structures(base / "start.extxyz", [cluster()])
-    settings = make_settings(
-        base / "run", **LABELS | {"loop": LABELS["loop"] | {"labels": 10}}, workers={"processes": 1}
-    )
-    return RunFolder(run(settings, base))
+    settings = make_settings(base / "run", **LABELS | {"loop": LABELS["loop"] | {"labels": 10}})
+    with ThreadPoolExecutor(1) as executor:
+        return RunFolder(run(settings, base, executor=executor))
 
 
 def test_a_moved_run_goes_on_as_if_it_had_not_been_moved(moved: RunFolder, longer: RunFolder) -> None:

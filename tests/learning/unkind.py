@@ -93,6 +93,6 @@ class FlakyEMT(EMT):
         luck = hashlib.sha256(atoms.positions.tobytes()).digest()[0]
         if luck < 51:
             raise RuntimeError("The wind has changed.")
-        if luck < 64:
+        if 230 <= luck < 240:  # the fourth start structure of the soak test, and few others
             subprocess.run(["sleep", "1000"], check=False)
         super().calculate(atoms, *args, **kwargs)

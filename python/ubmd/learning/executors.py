@@ -11,6 +11,7 @@ import secrets
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor as StandardExecutor
 from concurrent.futures import Future
@@ -76,7 +77,8 @@ class Adapter:
         self._wanted.unlink(missing_ok=True)
         _stop_isolated()  # threads of this very process
         if self._owned:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+            with warnings.catch_warnings(action="ignore"):  # parsl says that it cannot cancel: we have done it
+                self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 def isolated(path: list[str], wanted: str, driver: int, task: bytes, timeout: float | None) -> Reply:
