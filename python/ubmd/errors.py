@@ -30,3 +30,7 @@ class SimulationError(UbmdError):
 
 class TrainingError(UbmdError):
     """A training diverged, or a checkpoint belongs to another training."""
+
+
+class StorageError(UbmdError):
+    """A disk, a quota or a limit on file sizes is full: nothing is lost; with space, the same command goes on."""

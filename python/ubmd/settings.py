@@ -7,12 +7,13 @@ Every field states its unit in its description; ``ubmd schema`` prints the JSON 
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from ubmd.errors import SettingsError
 
@@ -20,7 +21,7 @@ from ubmd.errors import SettingsError
 class Table(BaseModel):
     """A table of the settings file: unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 T = TypeVar("T", bound="Table")
@@ -36,7 +37,7 @@ class ModelSettings(Table):
     n_radial: int | None = Field(None, ge=1, description="radial functions per element pair; overrides size")
     n_basis: int | None = Field(None, ge=1, description="Gaussian basis functions; overrides size")
     r_min: float = Field(0.5, ge=0, description="centre of the first Gaussian, Å")
-    hidden: tuple[int, int] = Field((512, 512), description="widths of the two hidden layers")
+    hidden: tuple[int, int] = Field((512, 512), description="neurons of the two hidden layers")
     elements: tuple[str, ...] | None = Field(
         None, description="element names; default: those found in the training data, sorted by number"
     )
@@ -50,10 +51,10 @@ class TrainingSettings(Table):
     energy_weight: float = Field(1.0, ge=0, description="w_E, weight of squared energy errors, 1/eV^2")
     force_weight: float = Field(4.0, ge=0, description="w_F, weight of squared force errors, Å^2/eV^2")
     stress_weight: float = Field(0.01, ge=0, description="w_S, weight of squared errors of V·stress, 1/eV^2")
-    learning_rate: float = Field(0.03, gt=0, description="Adam step of the layers, decays linearly to 0")
-    learning_rate_radial: float = Field(0.02, gt=0, description="Adam step of the radial coefficients B")
-    learning_rate_shift: float = Field(0.05, gt=0, description="Adam step of the shifts mu")
-    learning_rate_scale: float = Field(0.001, gt=0, description="Adam step of the scales sigma")
+    learning_rate: float = Field(0.03, gt=0, description="Adam step of the layers, decays linearly to 0 (no unit)")
+    learning_rate_radial: float = Field(0.02, gt=0, description="Adam step of the radial coefficients B (no unit)")
+    learning_rate_shift: float = Field(0.05, gt=0, description="Adam step of the shifts mu (no unit)")
+    learning_rate_scale: float = Field(0.001, gt=0, description="Adam step of the scales sigma (no unit)")
     precision: Literal["float32", "float64"] = Field(
         "float32", description="precision of the network; energies are always summed in float64"
     )
@@ -84,8 +85,10 @@ class UncertaintySettings(Table):
         256, ge=1, description="atomic training features that kind = 'distance' keeps (structures: all)"
     )
     projections: int = Field(512, ge=1, description="random projections p of the gradient-feature sketch")
-    lambda2: float = Field(1e-4, gt=0, description="ridge lambda^2 of the posterior, in rescaled-feature units")
-    alpha: float = Field(0.05, gt=0, lt=1, description="miscoverage of conformal calibration: 0.05 = 95 % confidence")
+    lambda2: float = Field(1e-4, gt=0, description="ridge lambda^2 of the posterior, for rescaled features (no unit)")
+    alpha: float = Field(
+        0.05, gt=0, lt=1, description="miscoverage of conformal calibration: 0.05 = 95 % confidence (no unit)"
+    )
     seed: int = Field(0, ge=0, description="seed of the random projections (stored in the model file)")
     atoms_by: Literal["atom", "structure"] = Field(
         "atom", description="calibrate atomic uncertainties by atoms, or by the maximum of each structure"
@@ -100,7 +103,9 @@ class UncertaintySettings(Table):
 class StartSettings(Table):
     """What the loop starts from."""
 
-    file: Path = Field(description="extxyz with one or more structures; relative to the settings file")
+    file: Path = Field(
+        description="one or more structures, extxyz or any file that ASE reads; relative to the settings file"
+    )
     count: int = Field(8, ge=2, description="perturbed copies that are labelled first")
     displacement: float = Field(0.02, ge=0, description="uniform random shift of every coordinate, ± Å")
     strain: float = Field(0.0, ge=0, lt=0.5, description="uniform random strain of periodic cells, ± (no unit)")
@@ -110,43 +115,163 @@ class ReferenceSettings(Table):
     """Who labels structures: a ready-made reference or any ASE calculator by import path."""
 
     calculator: str = Field(
-        description="'openmm' or the import path of an ASE calculator, e.g. 'ase.calculators.emt:EMT'"
+        description="'openmm', 'lammps', 'quickff_mil53', 'tblite', 'cp2k', 'espresso', or the import path of an ASE "
+        "calculator, e.g. 'ase.calculators.emt:EMT'"
     )
     arguments: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments of the calculator; 'openmm': pdb, forcefield, cmap"
+        default_factory=dict,
+        description="keyword arguments of the calculator, e.g. 'openmm': pdb, forcefield, cmap; 'lammps': commands, "
+        "elements, units; 'tblite': method; 'cp2k', 'espresso': launcher, threads and the program's settings",
+    )
+    environment: dict[str, str] = Field(
+        default_factory=dict,
+        description='environment variables while the reference runs, e.g. {OMP_NUM_THREADS = "4"} (else 1 per worker)',
     )
     timeout: float = Field(600.0, gt=0, description="longest time for one label, s")
     force_limit: float = Field(20.0, gt=0, description="labels with a larger |F| are rejected, eV/Å")
+    energy_limit: float = Field(
+        5.0,
+        gt=0,
+        description="labels whose energy is further than this from the median of those before it (of the same "
+        "composition) are rejected, eV per atom",
+    )
     min_distance: float = Field(
-        0.5, ge=0, description="reject structures with atoms closer than this share of their covalent radii"
+        0.5, ge=0, description="reject structures with atoms closer than this share of their covalent radii (no unit)"
     )
 
 
+class MDRampSettings(Table):
+    """Temperature and pressure that change linearly over the first iterations and then stay."""
+
+    iterations: int = Field(5, ge=1, description="iterations until the last values are reached; they hold from then on")
+    temperature: tuple[float, float] | None = Field(
+        None, description="first and last temperature of all replicas, K, e.g. [300.0, 600.0]"
+    )
+    pressure: tuple[float, float] | None = Field(
+        None, description="first and last pressure of all replicas, MPa, e.g. [0.0, 250.0]"
+    )
+
+    @model_validator(mode="after")
+    def _temperatures_are_positive(self) -> MDRampSettings:
+        _check_each("md.ramp.temperature", self.temperature or (), above=0.0)
+        return self
+
+
 class MDSettings(Table):
-    """The replicas' dynamics in LAMMPS (NVT: fix nve + fix langevin)."""
+    """The replicas' dynamics in LAMMPS (NVT: fix nve + fix langevin; NPT: fix npt, Nosé-Hoover)."""
 
     replicas: int = Field(8, ge=1, description="independent replicas per iteration")
     steps: int = Field(20000, ge=1, description="longest run of one replica, steps")
-    timestep: float = Field(0.5, gt=0, description="fs")
-    temperature: float = Field(300.0, gt=0, description="K")
-    damping: float = Field(0.51, gt=0, description="Langevin damping time, ps (friction 1.96 /ps = 0.51 ps)")
+    timestep: float = Field(0.5, gt=0, description="time step of the dynamics, fs")
+    ensemble: Literal["nvt", "npt"] = Field(
+        "nvt", description="nvt: the cell, if any, stays as it is; npt: a barostat moves it (periodic structures only)"
+    )
+    temperature: float = Field(300.0, gt=0, description="temperature of the thermostat, K")
+    temperatures: tuple[float, ...] = Field(
+        (), description="temperatures that the replicas take in turn, K; default: 'temperature' for all"
+    )
+    damping: float = Field(
+        0.51,
+        gt=0,
+        description="damping time of the thermostat, ps (Langevin in nvt: friction 1.96 /ps = 0.51 ps; "
+        "Nosé-Hoover in npt, where 0.1 is usual)",
+    )
+    pressure: float = Field(0.0, description="pressure of the barostat (npt), MPa; negative: tension")
+    pressures: tuple[float, ...] = Field(
+        (),
+        description="pressures that the replicas take in turn (npt), MPa, e.g. [250.0, -250.0] for one half each; "
+        "default: 'pressure' for all",
+    )
+    pressure_damping: float = Field(1.0, gt=0, description="damping time of the barostat (npt), ps")
+    coupling: Literal["iso", "aniso", "tri"] = Field(
+        "tri",
+        description="what the barostat moves (npt): iso the volume, aniso the three lengths along the axes of LAMMPS, "
+        "tri lengths and angles",
+    )
+    cell_limit: float = Field(
+        2.5,
+        gt=1,
+        description="a replica fails when its volume, or a length in any direction, has grown or shrunk by more than "
+        "this factor, for npt (no unit)",
+    )
+    ramp: MDRampSettings | None = Field(None, description="temperature and pressure that change over iterations")
     frames_every: int = Field(200, ge=1, description="steps between frames that go to the pool")
     precision: Literal["mixed", "single", "double"] = Field("mixed", description="precision of pair_style ubmd")
+    ranks: int = Field(
+        1, ge=1, description="MPI processes that share one replica's atoms; more than 1 pays for thousands of atoms"
+    )
     timeout: float = Field(7200.0, gt=0, description="longest time for one replica, s")
     start_from: Literal["start", "labelled"] = Field(
         "start", description="replicas start from the first structure, or from newly labelled ones"
     )
 
+    @model_validator(mode="after")
+    def _conditions_fit(self) -> MDSettings:
+        _check_each("md.temperatures", self.temperatures, above=0.0)
+        ramp = self.ramp or MDRampSettings()
+        for name in ("temperature", "pressure"):
+            if getattr(self, f"{name}s") and getattr(ramp, name):
+                raise ValueError(f"md.{name}s and md.ramp.{name} cannot both be set; remove one of them")
+        if self.ensemble == "nvt" and (self.pressure or self.pressures or ramp.pressure):
+            raise ValueError("a pressure needs a barostat: set md.ensemble = 'npt'")
+        return self
+
+
+class BiasRampSettings(Table):
+    """Bias strengths that change linearly over the first iterations and then stay."""
+
+    iterations: int = Field(5, ge=1, description="iterations until the last values are reached; they hold from then on")
+    force: tuple[float, float] | None = Field(
+        None, description="first and last bias.force (no unit), e.g. [0.1, 0.25]; replaces bias.force"
+    )
+    stress: tuple[float, float] | None = Field(
+        None, description="first and last bias.stress (no unit); replaces bias.stress"
+    )
+
+    @model_validator(mode="after")
+    def _strengths_are_not_negative(self) -> BiasRampSettings:
+        _check_each("bias.ramp.force", self.force or (), least=0.0)
+        _check_each("bias.ramp.stress", self.stress or (), least=0.0)
+        return self
+
 
 class BiasSettings(Table):
-    """The uncertainty bias (fix ubmd); force = 0 runs plain MD with the uncertainty as a monitor."""
+    """The uncertainty bias (fix ubmd); force = 0 and stress = 0 run plain MD with the uncertainty as a monitor."""
 
     force: float = Field(0.25, ge=0, description="tau, bias strength as a share of the physical forces (no unit)")
+    stress: float = Field(
+        0.0, ge=0, description="bias strength as a share of the physical stress, for md.ensemble = 'npt' (no unit)"
+    )
+    uncertainty: Literal["energy", "atomic"] = Field(
+        "energy",
+        description="what the bias raises: the uncertainty of the total energy, or the sum of all atomic ones (stays "
+        "strong above about 1000 atoms)",
+    )
     species: dict[str, float] = Field(
         default_factory=dict, description="per-element factors on tau (no unit), e.g. {H = 0.0}"
     )
     window: int = Field(100, ge=1, description="evaluations in the moving window of the bias scale")
     every: int = Field(4, ge=1, description="steps between evaluations of uncertainty and bias")
+    ramp: BiasRampSettings | None = Field(None, description="bias strengths that change over iterations")
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether any replica of any iteration feels a bias."""
+        ramp = self.ramp or BiasRampSettings()
+        return any(x > 0.0 for x in (*(ramp.force or (self.force,)), *(ramp.stress or (self.stress,))))
+
+    @property
+    def has_stress(self) -> bool:
+        """Whether any replica of any iteration feels a bias stress."""
+        return any(x > 0.0 for x in ((self.ramp and self.ramp.stress) or (self.stress,)))
+
+
+def _check_each(name: str, values: Sequence[float], above: float | None = None, least: float | None = None) -> None:
+    """ValueError if one of several values is out of range."""
+    for value in values:
+        if (above is not None and not value > above) or (least is not None and not value >= least):
+            limit = f"greater than {above:g}" if above is not None else f"at least {least:g}"
+            raise ValueError(f"every value of {name} must be {limit}, not {value:g}")
 
 
 class SelectionSettings(Table):
@@ -158,7 +283,9 @@ class SelectionSettings(Table):
         "max_diag for ensemble",
     )
     batch: int = Field(8, ge=1, description="structures labelled per iteration")
-    noise: float = Field(0.0, ge=0, description="noise of max_det: 0 = determinant, lambda2 = refit with the pick")
+    noise: float = Field(
+        0.0, ge=0, description="noise of max_det: 0 = determinant, lambda2 = refit with the pick (no unit)"
+    )
     duplicate_tolerance: float = Field(
         1e-3, ge=0, description="feature distance below which two structures count as the same (no unit)"
     )
@@ -168,24 +295,68 @@ class LoopSettings(Table):
     """When a replica stops, when the loop stops, how labels are split."""
 
     labels: int = Field(512, ge=2, description="stop when the data set has this many labels")
-    threshold: float = Field(1.5, gt=0, description="a replica stops when max_i u_i passes this, eV/Å")
+    label_budget: int | None = Field(
+        None,
+        ge=2,
+        description="stop when the reference was asked for this many structures, rejected ones and start structures "
+        "included (not the test set); default: no limit",
+    )
+    threshold: float = Field(
+        1.5, gt=0, description="a replica stops when max_i u_i passes this, eV/Å; inf: never, as for plain MD"
+    )
     quiet_iterations: int = Field(
         3, ge=1, description="stop after this many successive iterations in which every replica reached the step limit"
     )
     stop_when_quiet: bool = Field(False, description="use the quiet_iterations rule at all")
-    validation_share: float = Field(0.1, gt=0, lt=1, description="share of labels kept for validation and calibration")
+    stop_at_plateau: bool = Field(
+        False, description="stop when new labels no longer change force error and calibration factor of held-out labels"
+    )
+    plateau_iterations: int = Field(
+        4, ge=1, description="successive iterations with new labels that stop_at_plateau looks at"
+    )
+    plateau_tolerance: float = Field(
+        0.1, gt=0, description="largest spread over them, relative to the mean, that is a plateau (no unit)"
+    )
+    validation_share: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="share of labels kept for validation (early stopping) and, if calibration_share is 0, for the "
+        "calibration of the uncertainty (no unit)",
+    )
+    calibration_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of labels that only calibrate: never trained on, not used for early stopping either, and "
+        "never moved to another side; while there are none, validation labels calibrate (no unit)",
+    )
     warm_start: bool = Field(True, description="train from the last model (else from scratch) in every iteration")
     warm_epochs: int = Field(200, ge=1, description="epochs of a warm start")
+    asynchronous: bool = Field(
+        False,
+        alias="async",
+        description="also written 'async': select as soon as asynchronous_share of the replicas are done; the others "
+        "go on and join the next iteration's pool. Faster where replicas differ in length; a seed no longer repeats",
+    )
+    asynchronous_share: float = Field(
+        0.5, gt=0, le=1, description="share of the replicas that asynchronous waits for (no unit)"
+    )
+
+    @field_serializer("threshold", when_used="json")
+    def _infinity_as_text(self, value: float) -> float | str:
+        """JSON has no infinity, and readers of it in other languages refuse Python's."""
+        return "inf" if math.isinf(value) else value
 
 
 class SamplingSettings(Table):
     """Reference MD (ASE Langevin) that makes a test set."""
 
-    temperature: float = Field(1200.0, gt=0, description="K")
+    temperature: float = Field(1200.0, gt=0, description="temperature of the thermostat, K")
     frames: int = Field(200, ge=1, description="frames in the test set")
     stride: int = Field(500, ge=1, description="steps between frames")
     equilibration: int = Field(2000, ge=0, description="steps before the first frame")
-    timestep: float = Field(0.5, gt=0, description="fs")
+    timestep: float = Field(0.5, gt=0, description="time step of the dynamics, fs")
     friction: float = Field(1.96, gt=0, description="Langevin friction, 1/ps")
     trajectories: int = Field(2, ge=1, description="independent trajectories that share the frames")
     seed: int = Field(12345, ge=0, description="fixed seed: the test set does not depend on the run's seed")
@@ -209,9 +380,24 @@ class VariablesSettings(Table):
 
 
 class WorkerSettings(Table):
-    """Processes on this machine."""
+    """Where labels and replicas run. Nothing here changes a result: a run may go on with other workers."""
 
-    processes: int | None = Field(None, ge=1, description="worker processes; default: all cores")
+    processes: int | None = Field(
+        None, ge=1, description="tasks at the same time (parsl: per node); default: all cores that this process may use"
+    )
+    executor: Literal["pebble", "parsl", "executorlib"] = Field(
+        "pebble",
+        description="pebble: processes of this machine; parsl or executorlib (pip install 'ubmd[parallel]'): clusters, "
+        "with a file system that all nodes share",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keyword arguments of parsl's HighThroughputExecutor (and in a table 'provider' its name, launcher "
+        "and keyword arguments), or of the executorlib class that 'name' gives; not used by pebble",
+    )
+    retries: int = Field(
+        1, ge=0, description="how often a task is tried again whose process was killed or crashed (time-outs never are)"
+    )
 
 
 # Selection methods that make sense with each kind of uncertainty, the one that the method was published with first.
@@ -243,8 +429,25 @@ class RunSettings(Table):
 
     @model_validator(mode="after")
     def _labels_cover_start(self) -> RunSettings:
-        if self.loop.labels < self.start.count:
-            raise ValueError(f"loop.labels = {self.loop.labels} is less than start.count = {self.start.count}")
+        for name, limit in (("labels", self.loop.labels), ("label_budget", self.loop.label_budget)):
+            if limit is not None and limit < self.start.count:
+                raise ValueError(f"loop.{name} = {limit} is less than start.count = {self.start.count}")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_leave_something_to_train_on(self) -> RunSettings:
+        held_out = self.loop.validation_share + self.loop.calibration_share
+        if held_out >= 1.0:
+            raise ValueError(
+                f"loop.validation_share and loop.calibration_share add up to {held_out:g}; they must leave a share "
+                "for training"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bias_stress_has_a_barostat(self) -> RunSettings:
+        if self.bias.has_stress and self.md.ensemble != "npt":
+            raise ValueError("a bias stress needs a barostat: set md.ensemble = 'npt', or bias.stress = 0")
         return self
 
     @model_validator(mode="after")
@@ -263,7 +466,9 @@ class TrainSettings(Table):
 
     training_file: Path = Field(description="extxyz with labels; relative to the settings file")
     validation_file: Path | None = Field(None, description="extxyz with labels; default: split from training_file")
-    validation_share: float = Field(0.1, gt=0, lt=1, description="share split off when there is no validation_file")
+    validation_share: float = Field(
+        0.1, gt=0, lt=1, description="share split off when there is no validation_file (no unit)"
+    )
     output_dir: Path = Field(description="folder for log, picture and model.pt; relative to the working directory")
     seed: int = Field(0, ge=0, description="seed of the initial weights, the split and the order of mini-batches")
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -325,19 +530,64 @@ def _explain(error: ValidationError, kind: type[Table]) -> str:
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        names = _fields_at(kind, location[:-1])
-        near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.0)
-        return f"unknown key '{key}'; did you mean '{near[0]}'?" if near else f"unknown key '{key}'."
+        return f"unknown key '{key}'; {_suggestion(kind, location)}"
+    if location and location[-1].isdigit():  # one of several values, e.g. the atoms of a torsion
+        key = ".".join(location[:-1])
+        if first["type"] == "missing":
+            return f"'{key}' has too few values (got {first['input']!r})."
     if first["type"] == "missing":
-        return f"the key '{key}' is missing."
+        return f"the key '{key}' is missing{_purpose(kind, location)}."
+    if first["type"] == "model_type":
+        return f"'{key}' is a table: write its keys below a line [{key}] (got {first['input']!r})."
     message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], dict):  # a rule on several keys, which its message names
+        return f"{message}."
     return f"'{key}': {message} (got {first['input']!r})." if location else f"{message}."
+
+
+def _suggestion(kind: type[Table], location: list[str]) -> str:
+    """What the user may have meant: a similar key of the same table, the same key of another one, or any of these."""
+    name, names = location[-1], _fields_at(kind, location[:-1])
+    same = [path for path in _paths(kind) if path.rpartition(".")[2] == name]
+    near = difflib.get_close_matches(name, names, n=1)
+    if near or not same:
+        near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        return f"did you mean '{near[0]}'?" if near else "this table has no keys."
+    return f"did you mean {' or '.join(repr(path) for path in same[:3])}?"
+
+
+def _purpose(kind: type[Table], location: list[str]) -> str:
+    """The description of a missing key, in brackets."""
+    try:
+        table = _table_at(kind, location[:-1])
+        text = table.model_fields[location[-1]].description or (_table_at(kind, location).__doc__ or "").rstrip(".")
+    except (KeyError, StopIteration):
+        return ""
+    return f" ({text})" if text else ""
 
 
 def _fields_at(kind: type[Table], location: list[str]) -> list[str]:
     """Field names of the table at a location inside the settings."""
+    return list(_table_at(kind, location).model_fields)
+
+
+def _table_at(kind: type[Table], location: list[str]) -> type[Table]:
+    """The table at a location inside the settings."""
     for part in location:
-        annotation: Any = kind.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        kind = next(c for c in candidates if isinstance(c, type) and issubclass(c, Table))
-    return list(kind.model_fields)
+        kind = next(iter(_tables_of(kind.model_fields[part].annotation)))
+    return kind
+
+
+def _tables_of(annotation: Any) -> list[type[Table]]:
+    """Tables that a field may hold."""
+    return [c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, Table)]
+
+
+def _paths(kind: type[Table], prefix: str = "") -> list[str]:
+    """Dotted names of all keys and tables."""
+    paths = []
+    for name, field in kind.model_fields.items():
+        paths.append(prefix + name)
+        for table in _tables_of(field.annotation)[:1]:
+            paths += _paths(table, f"{prefix}{name}.")
+    return paths

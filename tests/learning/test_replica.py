@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from ase.calculators.lammps import Prism
 from ase.calculators.singlepoint import SinglePointCalculator
 from system import cluster
 
@@ -18,7 +20,9 @@ from ubmd.errors import SimulationError
 from ubmd.export import export_model
 from ubmd.lammps import replica
 from ubmd.lammps.replica import ReplicaTask, run_replica, salvage
-from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
+from ubmd.learning.stages import perturb
+from ubmd.references import label
+from ubmd.settings import ModelSettings, ReferenceSettings, StartSettings, TrainingSettings, UncertaintySettings
 from ubmd.training import train
 
 
@@ -190,3 +194,213 @@ def test_what_cannot_start_is_one_sentence(model: Path, tmp_path: Path) -> None:
     slab.pbc = (True, True, False)
     with pytest.raises(SimulationError, match=r"periodic in some directions only"):
         run_replica(make_task(tmp_path, model, slab))
+
+
+# ------------------------------------------------------------------------------------------ constant pressure
+
+
+def crystal() -> Atoms:
+    """32 atoms of copper, nearly cubic, turned against LAMMPS's axes."""
+    atoms = bulk("Cu", a=3.65, cubic=True) * (2, 2, 2)
+    atoms.set_cell(atoms.cell[:] @ np.array([[1.0, 0.02, 0.0], [0.0, 1.0, 0.03], [0.01, 0.0, 1.0]]), scale_atoms=True)
+    atoms.rotate(40.0, (1.0, 2.0, 3.0), rotate_cell=True)
+    return atoms
+
+
+@pytest.fixture(scope="module")
+def crystal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of strained and shaken copper that knows stresses."""
+    folder = tmp_path_factory.mktemp("crystal_model")
+    copies = perturb([crystal()], StartSettings(file="x", count=20, displacement=0.25, strain=0.06), generator(0))
+    structures = [label(atoms, ReferenceSettings(calculator="ase.calculators.emt:EMT"), Path()) for atoms in copies]
+    network, training = ModelSettings(hidden=(16, 16), n_radial=2), TrainingSettings(epochs=80, batch_size=4, threads=1)
+    trained = train(network, training, structures[:16], structures[16:], folder, 0)
+    uncertainty = UncertaintySettings(projections=16)
+    export_model(trained.model, structures[:16], structures[16:], uncertainty, folder / "model.pt")
+    return folder / "model.pt"
+
+
+def generator(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+NPT = {
+    "ensemble": "npt",
+    "temperature": 500.0,
+    "damping": 0.1,
+    "pressure": 2000.0,
+    "pressure_damping": 0.3,
+    "force": 0.0,
+    "species": {},
+}
+
+
+def pressures(frames: list[Atoms], model: Path, temperature: float) -> np.ndarray:
+    """Virial of the model plus the kinetic part of the thermostat's temperature, MPa."""
+    stress = np.array([p.stress for p in Evaluator(model, "double").predict(frames)])
+    kinetic = np.array([(len(a) - 1) * units.kB * temperature / a.get_volume() for a in frames])
+    return (kinetic - stress[:, :3].mean(axis=1)) / units.GPa * 1000.0
+
+
+def test_constant_pressure_repeats_bit_for_bit_in_pieces_or_not(
+    crystal_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tmp_path, crystal_model, crystal(), **NPT | {"force": 0.2, "stress": 0.3})
+    result = run_replica(task)
+    assert (result.stopped, result.reason) == ("step limit", "")
+    assert (result.ensemble, result.temperature, result.pressure) == ("npt", 500.0, 2000.0)
+    assert (result.force, result.stress) == (0.2, 0.3)
+    whole = task.frames.read_bytes()
+    run_replica(task)
+    assert task.frames.read_bytes() == whole
+    monkeypatch.setattr(replica, "_PIECE", 7)
+    run_replica(task)
+    assert task.frames.read_bytes() == whole
+
+
+@pytest.mark.parametrize("coupling", ["iso", "aniso", "tri"])
+def test_the_barostat_moves_what_it_may(crystal_model: Path, tmp_path: Path, coupling: str) -> None:
+    task = make_task(tmp_path, crystal_model, crystal(), **NPT | {"coupling": coupling, "steps": 100})
+    assert run_replica(task).stopped == "step limit"
+    frames = read_structures(task.frames)
+    first, last = frames[0].cell[:], frames[-1].cell[:]
+    np.testing.assert_allclose(frames[0].cell.cellpar(), crystal().cell.cellpar(), rtol=1e-12)
+    np.testing.assert_array_equal(last[[0, 0, 1], [1, 2, 2]], 0.0)  # as LAMMPS turns cells
+    stretch = np.linalg.solve(first, last)
+    assert abs(frames[-1].get_volume() / frames[0].get_volume() - 1.0) > 1e-3
+    lengths = np.diag(stretch)
+    assert (np.ptp(lengths) < 1e-12) == (coupling == "iso")
+    sheared = np.abs(stretch - np.diag(lengths)).max()
+    assert (sheared < 1e-12) == (coupling == "iso") or coupling == "aniso"
+    assert np.isclose(last[1, 0] / first[1, 0], last[1, 1] / first[1, 1]) == (coupling != "tri")
+
+
+def test_frames_have_the_cell_of_the_run(crystal_model: Path, tmp_path: Path) -> None:
+    task = make_task(tmp_path, crystal_model, crystal(), **NPT)
+    engine = replica._Engine(task, crystal())
+    try:
+        np.testing.assert_allclose(engine.cell(), Prism(crystal().cell[:]).lammps_cell, atol=1e-12)
+        engine.run(task.steps, first=True)
+        cell, volume = engine.cell(), engine._lammps.get_thermo("vol")
+    finally:
+        engine.close()
+    *_, last = replica._sane_frames(task)
+    np.testing.assert_array_equal(last.cell[:], cell)
+    assert last.get_volume() == pytest.approx(volume, rel=1e-12)
+    assert volume != pytest.approx(crystal().get_volume(), rel=1e-4)
+
+
+def test_labels_of_frames_are_those_of_the_unturned_structure(crystal_model: Path, tmp_path: Path) -> None:
+    """Energy the same, forces and stress turned: frames carry LAMMPS's cell, and nothing mixes the two orientations."""
+    task = make_task(tmp_path, crystal_model, crystal(), **NPT | {"force": 0.2, "stress": 0.3, "steps": 100})
+    run_replica(task)
+    turn = Prism(crystal().cell[:]).rot_mat  # x_lammps = x @ turn
+    reference = ReferenceSettings(calculator="ase.calculators.emt:EMT")
+    for frame in read_structures(task.frames)[::5]:
+        turned_back = Atoms(frame.numbers, frame.positions @ turn.T, cell=frame.cell[:] @ turn.T, pbc=True)
+        here, there = label(frame, reference, Path()), label(turned_back, reference, Path())
+        assert here.get_potential_energy() == pytest.approx(there.get_potential_energy(), abs=1e-9)
+        np.testing.assert_allclose(here.get_forces(), there.get_forces() @ turn, atol=1e-9)
+        np.testing.assert_allclose(
+            here.get_stress(voigt=False), turn.T @ there.get_stress(voigt=False) @ turn, atol=1e-10
+        )
+        np.testing.assert_array_equal(frame.positions, here.positions)
+    # The first frame is the start structure: same label, turned.
+    start, first = (label(a, reference, Path()) for a in (crystal(), read_structures(task.frames)[0]))
+    np.testing.assert_allclose(first.get_forces(), start.get_forces() @ turn, atol=1e-8)
+    np.testing.assert_allclose(first.get_stress(voigt=False), turn.T @ start.get_stress(voigt=False) @ turn, atol=1e-9)
+    # and the model says of a frame what the fix said during the run, in a cell that has changed
+    last = read_structures(task.frames)[-1]
+    prediction = Evaluator(crystal_model, "double").predict_one(last)
+    assert last.info["uncertainty"] == pytest.approx(prediction.u, rel=1e-8)
+    np.testing.assert_allclose(last.arrays["atomic_uncertainty"], prediction.atomic_u, rtol=1e-8)
+
+
+def test_the_mean_pressure_is_that_of_the_barostat(crystal_model: Path, tmp_path: Path) -> None:
+    means = {}
+    for pressure in (-1000.0, 4000.0):
+        task = make_task(tmp_path, crystal_model, crystal(), **NPT | {"pressure": pressure, "steps": 800})
+        assert run_replica(task).stopped == "step limit"
+        frames = read_structures(task.frames)[30:]  # after 0.6 ps
+        means[pressure] = pressures(frames, crystal_model, 500.0).mean(), np.mean([a.get_volume() for a in frames])
+        assert means[pressure][0] == pytest.approx(pressure, abs=400.0)  # they fluctuate by 2500
+    # The bulk modulus of EMT copper is 134 GPa: 5 GPa are 3.7 %.
+    assert -0.05 < means[4000.0][1] / means[-1000.0][1] - 1.0 < -0.025
+
+
+def test_a_bias_stress_acts_through_the_barostat(crystal_model: Path, tmp_path: Path) -> None:
+    cells = {}
+    for stress in (0.0, 0.5):
+        task = make_task(tmp_path, crystal_model, crystal(), **NPT | {"stress": stress})
+        result = run_replica(task)
+        assert result.bias_share == 0.0  # of the forces
+        frames = read_structures(task.frames)
+        cells[stress] = np.array([frame.cell[:] for frame in frames])
+    np.testing.assert_array_equal(cells[0.0][0], cells[0.5][0])
+    assert np.abs(cells[0.0][-1] - cells[0.5][-1]).max() > 1e-4
+
+
+def test_atomic_uncertainty_biases_otherwise(crystal_model: Path, tmp_path: Path) -> None:
+    ends = []
+    for kind in ("energy", "atomic"):
+        task = make_task(tmp_path, crystal_model, crystal(), **NPT | {"force": 0.5, "uncertainty": kind})
+        assert 0.05 < run_replica(task).bias_share < 2.0
+        ends.append(read_structures(task.frames)[-1].positions)
+    assert np.abs(ends[0] - ends[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("pressure", "words"),
+    [(-15000.0, r"is [1-9][\d.]* times that of the start"), (30000.0, r"is 0\.\d+ times that of the start")],
+    ids=["blown up", "collapsed"],
+)
+def test_a_cell_out_of_bounds_ends_the_replica(
+    crystal_model: Path, tmp_path: Path, pressure: float, words: str
+) -> None:
+    change = {"pressure": pressure, "pressure_damping": 2.0, "cell_limit": 1.08, "steps": 2000, "frames_every": 5}
+    task = make_task(tmp_path, crystal_model, crystal(), **NPT | change | {"threshold": float("inf")})
+    result = run_replica(task)
+    assert result.stopped == "failed"
+    assert re.search(words, result.reason), result.reason
+    assert "beyond a factor of 1.08" in result.reason
+    frames = read_structures(task.frames)
+    assert 1 < len(frames) == result.frames < 200
+    assert result.steps <= frames[-1].info["step"] + 5
+    ratios = np.array([frame.get_volume() for frame in frames]) / crystal().get_volume()
+    assert all(1 / 1.08 < ratio < 1.08 for ratio in ratios)
+    assert np.abs(ratios - 1.0).max() > 0.02
+
+
+def test_a_sheared_cell_is_out_of_bounds() -> None:
+    start = bulk("Cu", cubic=True)
+    task = ReplicaTask.model_construct(ensemble="npt", cell_limit=2.5)
+    shear = np.eye(3)
+    for tilt, sane in ((0.6, True), (1.9, True), (2.3, False)):
+        shear[1, 0] = tilt
+        reason = replica._cell_out_of_bounds(start.cell[:] @ shear, start, task)
+        assert (reason == "") == sane
+    assert "in one direction, is 2.67 times that of the start" in reason
+    assert replica._cell_out_of_bounds(start.cell[:] @ shear, start, task.model_copy(update={"ensemble": "nvt"})) == ""
+
+
+def test_a_skewed_start_cell_runs(crystal_model: Path, tmp_path: Path) -> None:
+    """Tilts beyond half a length, which LAMMPS would refuse by default."""
+    atoms = crystal()
+    atoms.set_cell(np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1]]) @ atoms.cell[:])
+    task = make_task(tmp_path, crystal_model, atoms, **NPT)
+    assert run_replica(task).stopped == "step limit"
+
+
+def test_constant_pressure_needs_a_cell(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(SimulationError, match=r"md\.ensemble = 'npt' needs a periodic start structure"):
+        run_replica(make_task(tmp_path, model, **NPT))
+
+
+def test_no_threshold_is_no_stop(model: Path, tmp_path: Path) -> None:
+    result = run_replica(make_task(tmp_path, model, threshold=float("inf")))
+    assert (result.stopped, result.steps) == ("step limit", 40)
+
+
+def test_a_task_survives_json(tmp_path: Path) -> None:
+    task = make_task(tmp_path, Path("model.pt"), threshold=float("inf"))
+    assert ReplicaTask.model_validate_json(task.model_dump_json()) == task

@@ -133,14 +133,14 @@ def test_a_stage_runs_again_only_for_other_inputs_or_damaged_outputs(tmp_path: P
         calls.append("run")
         output.write_text("result")
 
-    for inputs in ([1], [1], [2], [2]):
-        stages.run("stage", inputs, [output], work)
+    for key in ("1", "1", "2", "2"):
+        stages.run("stage", key, [output], work)
     assert len(calls) == 2
     output.write_text("damaged")
-    stages.run("stage", [2], [output], work)
+    stages.run("stage", "2", [output], work)
     assert len(calls) == 3
     output.unlink()
-    stages.run("stage", [2], [output], work)
+    stages.run("stage", "2", [output], work)
     assert len(calls) == 4
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,15 @@ from unkind import (
     process_id,
     raise_sentence,
     raise_unpicklable,
+    start_programs,
     torch_threads,
     wait_forever,
 )
 
 from ubmd.errors import LabelError
 from ubmd.learning.workers import TaskFailed, Workers, outcome
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, needs PR_SET_PDEATHSIG")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,37 @@ def test_an_idle_worker_that_dies_does_not_end_the_pool() -> None:
         assert outcome(pool.submit(double, 4)) == 8
 
 
+def descendants(process: int) -> list[int]:
+    """A process's children, their children and so on."""
+    children = []
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            children += [int(number) for number in path.read_text().split()]
+    return children + [d for child in children for d in descendants(child)]
+
+
+@linux
+@pytest.mark.parametrize("how", ["time-out", "kill", "stop"])
+def test_programs_end_with_their_task(tmp_path: Path, how: str) -> None:
+    with Workers(1) as pool:
+        future = pool.submit(start_programs, tmp_path, timeout=4.0 if how == "time-out" else None)
+        assert wait_for((tmp_path / "pids").exists)
+        assert wait_for(lambda: len(sleeping(tmp_path)) >= 8)  # the ranks of mpiexec have been started
+        programs = sleeping(tmp_path)
+        if how == "kill":
+            os.kill(programs[0], signal.SIGKILL)
+        if how != "stop":
+            with pytest.raises(TaskFailed):
+                outcome(future)
+    assert wait_for(lambda: not any(is_alive(program) for program in programs)), how
+
+
+def sleeping(folder: Path) -> list[int]:
+    """The worker of `start_programs` and all that it started."""
+    worker, *programs = map(int, (folder / "pids").read_text().split())
+    return [worker, *(p for p in {*programs, *descendants(worker)} if is_alive(p))]
+
+
 def test_stop_ends_busy_workers(tmp_path: Path) -> None:
     started = tmp_path / "pid"
     with Workers(1) as pool:
@@ -100,23 +135,23 @@ def test_stop_ends_busy_workers(tmp_path: Path) -> None:
     assert not is_alive(int(started.read_text()))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is a Linux call")
-def test_workers_die_with_a_killed_driver(tmp_path: Path) -> None:
-    started = tmp_path / "pid"
+@linux
+def test_workers_and_their_programs_die_with_a_killed_driver(tmp_path: Path) -> None:
+    started = tmp_path / "pids"
     script = (
-        "from ubmd.learning.workers import Workers\nfrom unkind import wait_forever\nfrom pathlib import Path\n"
+        "from ubmd.learning.workers import Workers\nfrom unkind import start_programs\nfrom pathlib import Path\n"
         "if __name__ == '__main__':\n"
-        f"    with Workers(1) as pool: pool.submit(wait_forever, Path({str(started)!r})).result()\n"
+        f"    with Workers(1) as pool: pool.submit(start_programs, Path({str(tmp_path)!r})).result()\n"
     )
     (tmp_path / "driver.py").write_text(script)
     here = str(Path(__file__).parent)
     path = os.pathsep.join([here, *sys.path])
     driver = subprocess.Popen([sys.executable, tmp_path / "driver.py"], env=os.environ | {"PYTHONPATH": path})
     try:
-        assert wait_for(lambda: started.exists() and started.read_text() != "")
-        worker = int(started.read_text())
-        assert is_alive(worker)
+        assert wait_for(started.exists)
+        assert wait_for(lambda: len(sleeping(tmp_path)) >= 8)
+        programs = sleeping(tmp_path)
     finally:
         driver.kill()
         driver.wait()
-    assert wait_for(lambda: not is_alive(worker), 5.0)
+    assert wait_for(lambda: not any(is_alive(program) for program in programs))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -36,6 +38,22 @@ def wait_forever(started: Path) -> None:
     time.sleep(1000)
 
 
+def start_programs(folder: Path) -> None:
+    """Programs as a reference may start them: a child, a grandchild, one in a session of its own, a forked Python."""
+    programs = [
+        subprocess.Popen(["sleep", "1000"]),
+        subprocess.Popen(["setsid", "sleep", "1000"], start_new_session=True),
+        subprocess.Popen(["mpiexec", "-n", "2", "sleep", "1000"], stdin=subprocess.DEVNULL),
+    ]
+    forked = os.fork()
+    if forked == 0:
+        time.sleep(1000)
+        os._exit(0)
+    (folder / "pids.tmp").write_text(" ".join(map(str, [os.getpid(), forked, *(p.pid for p in programs)])))
+    (folder / "pids.tmp").rename(folder / "pids")
+    time.sleep(1000)
+
+
 def crash(number: int) -> None:
     os.kill(os.getpid(), number)
 
@@ -65,4 +83,16 @@ class UnkindEMT(EMT):
                 time.sleep(1000)
             case 103:
                 os.kill(os.getpid(), signal.SIGSEGV)
+        super().calculate(atoms, *args, **kwargs)
+
+
+class FlakyEMT(EMT):
+    """EMT that fails for a fifth of all structures, and hangs in a program for a few: always for the same ones."""
+
+    def calculate(self, atoms: Atoms, *args: object, **kwargs: object) -> None:
+        luck = hashlib.sha256(atoms.positions.tobytes()).digest()[0]
+        if luck < 51:
+            raise RuntimeError("The wind has changed.")
+        if 230 <= luck < 240:  # the fourth start structure of the soak test, and few others
+            subprocess.run(["sleep", "1000"], check=False)
         super().calculate(atoms, *args, **kwargs)

@@ -1,8 +1,11 @@
 """Torsions, coverage, calibration numbers, pictures and the report of a run folder."""
 
+import base64
 import importlib.util
 import json
+import re
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.image
@@ -10,18 +13,23 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
+from ase.units import GPa
 from scipy import stats
 
 from ubmd import analysis
-from ubmd.analysis.errors import pearson, share_covered, spearman
-from ubmd.analysis.figures import mean_curve
-from ubmd.analysis.run_data import read_frames
-from ubmd.calculator import Evaluator
+from ubmd.analysis.errors import parity_data, pearson, share_covered, spearman
+from ubmd.analysis.figures import group_learning_figure, mean_curve
+from ubmd.analysis.provenance import conditions
+from ubmd.analysis.run_data import Frames, read_frames
+from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.graph import build_graph
 from ubmd.data.structures import write_structures
 from ubmd.errors import DataError
 from ubmd.export import export_model
+from ubmd.learning.run_folder import RunFolder, open_run, read_settings
 from ubmd.models import GaussianMomentNetwork
 from ubmd.references import sample
 from ubmd.settings import (
@@ -176,18 +184,32 @@ def run(frames, tmp_path_factory):
         "start": {"file": "c7eq.extxyz"},
         "reference": REFERENCE,
         "md": {"frames_every": 40},
+        "loop": {"plateau_iterations": 1, "label_budget": 30},
         "variables": {"torsions": TORSIONS},
     }
     folder.mkdir()
-    (folder / "settings.toml").write_text(tomli_w.dumps(settings))
+    resolved = RunSettings.model_validate(settings)
+    open_run(RunFolder(folder), resolved, {"start.file": "0" * 64})
     history = []
     for iteration, md_steps in [(0, 440), (1, 900)]:
         entry = {"iteration": iteration, "labels": 8 + 8 * iteration, "md_steps": md_steps, "coverage": 0.1}
         entry["test"] = {"energy_rmse_mev_per_atom": 20.0 / (iteration + 1), "force_rmse": 0.5 / (iteration + 1)}
+        entry["replicas"] = [
+            {"replica": 0, "steps": 240, "stopped": "step limit", "reason": "", "seconds": 0.24},
+            {"replica": 1, "steps": 190, "stopped": "failed", "reason": "It exploded at step 190.", "seconds": 0.2},
+        ]
+        entry["valid"] = {"energy_rmse_mev_per_atom": 7.0, "force_rmse": 0.2 + 0.1 * iteration}
+        entry["calibration"] = {"force_factor": 40.0}
+        entry["seconds"] = {"train": 10.0 + iteration, "md": 1.5, "label": 0.5}
         history.append(entry)
         _write_replicas(folder / "iterations" / f"iter_{iteration:03d}", frames[12 * iteration : 12 * iteration + 12])
     (folder / "history.json").write_text(json.dumps(history))
     write_structures(folder / "test.extxyz", frames)
+    rejected = [frames[0].copy() for _ in range(3)]
+    for atoms, iteration, reason in zip(rejected, (-1, 0, 0), ("25.1 eV/Å", "21.3 eV/Å", "no <b>"), strict=True):
+        atoms.calc = None
+        atoms.info = {"iteration": iteration, "reason": f"The force is {reason}."}
+    write_structures(folder / "rejected.extxyz", rejected)
     small_model(frames, folder / "model.pt")
     return folder
 
@@ -235,41 +257,152 @@ def test_calibration_data_is_about_the_same_atoms(run, frames):
     assert data.largest_u == pytest.approx(data.atom_u.reshape(24, 22).max(axis=1))
 
 
+PICTURES = [
+    "learning_curve.png",
+    "learning_curve_steps.png",
+    "parity.png",
+    "calibration.png",
+    "ramachandran.png",
+    "coverage.png",
+    "uncertainty.png",
+    "replicas.png",
+    "convergence.png",
+    "time.png",
+]
+
+
+def check_picture(path: Path) -> None:
+    image = matplotlib.image.imread(path)
+    assert min(image.shape[:2]) > 400
+    assert image.shape[1] <= 1300  # not larger than what a page shows
+    assert image[..., :3].std() > 0.03  # something is drawn
+    border = np.concatenate([image[:3].ravel(), image[-3:].ravel(), image[:, :3].ravel(), image[:, -3:].ravel()])
+    assert border.min() > 0.9  # and nothing is clipped by the edge
+
+
 def test_report_has_readable_pictures_and_tables(run):
     files = analysis.make_report(run)
-    names = [path.name for path in files]
-    assert names == [
-        "learning_curve.png",
-        "calibration.png",
-        "ramachandran.png",
-        "coverage.png",
-        "uncertainty.png",
-        "report.md",
-    ]
-    for path in files[:-1]:
-        image = matplotlib.image.imread(path)
-        assert min(image.shape[:2]) > 400
-        assert image[..., :3].std() > 0.03  # something is drawn
-        border = np.concatenate([image[:3].ravel(), image[-3:].ravel(), image[:, :3].ravel(), image[:, -3:].ravel()])
-        assert border.min() > 0.9  # and nothing is clipped by the edge
-    text = files[-1].read_text()
-    assert "| 1         | 16     | 900      | 10.00" in text
+    assert [path.name for path in files] == [*PICTURES, "report.md", "report.html"]
+    for path in files[:-2]:
+        check_picture(path)
+    text = files[-2].read_text()
+    assert re.search(r"\| 1 +\| 16 +\| +\| 900 +\| 7.00 +\| 0.3000 +\| 10.00", text)
+    assert "The run has not finished." in text
+    assert "force error of held-out labels spreads by 40 %, their calibration factor by 0 % (tolerance 10 %)" in text
+    assert re.search(r"\| label budget \| yes +\| 19 calls of the reference of 30", text)
+    assert "0 last iterations (of 3) in which every replica reached the step limit" in text
     assert "promised share" in text
     assert "22 stored frames" in text
-    for name in names[:-1]:
+    assert "| 2     | start to 0 | The force is 21.3 eV/Å." in text  # two reasons that differ in a number
+    assert "| 2     | 0 to 1     | It exploded at step 190." in text
+    assert "| train      | 21.0 s    | 84.0 %  | 10.5 s per training" in text
+    assert "| md.frames_every" in text
+    assert "| seed " in text
+    for name in PICTURES:
         assert f"]({name})" in text
 
 
+class Page(HTMLParser):
+    """Tags of an HTML page; the standard library's parser closes nothing by itself, so their balance is checked."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_html_report_needs_no_other_file(run):
+    path = next(path for path in analysis.make_report(run) if path.suffix == ".html")
+    text = path.read_text()
+    page = Page(text)
+    assert page.open == []
+    pictures = [source for source in page.sources if source.startswith("data:image/png;base64,")]
+    assert len(pictures) == len(PICTURES)
+    embedded = base64.b64decode(pictures[0].partition(",")[2])
+    assert embedded == (run / "report" / PICTURES[0]).read_bytes()
+    assert all(source.startswith(("data:", "#")) for source in page.sources)
+    assert "The force is no &lt;b&gt;." in text
+
+
+def test_without_a_test_set_new_labels_stand_in(run, frames, tmp_path):
+    folder = tmp_path / "no_test"
+    shutil.copytree(run, folder)
+    (folder / "test.extxyz").unlink()
+    labels = [frame.copy() for frame in frames[:6]]
+    for k, atoms in enumerate(labels):
+        atoms.calc, atoms.info = frames[k].calc, {"label": k, "iteration": k // 3 - 1}
+    write_structures(folder / "dataset.extxyz", labels)
+    shutil.copy(folder / "model.pt", folder / "iterations" / "iter_000" / "model.pt")
+    text = analysis.make_report(folder)[-2].read_text()
+    assert "The run has no test set. So these are 3 labels" in text
+    predictions = Evaluator(folder / "model.pt").predict(frames[3:6])
+    expected = analysis.calibration_data(frames[3:6], predictions).force_rmse
+    assert f"force RMSE {expected:.4f} eV/Å." in text
+
+
+def test_parity_has_stress_in_mpa_where_there_are_labels():
+    atoms = bulk("Cu", cubic=True)
+    stress = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) * 1e-3
+    atoms.calc = SinglePointCalculator(atoms, energy=-2.0, forces=np.full((4, 3), 0.5), stress=stress)
+    other = atoms.copy()
+    other.calc = SinglePointCalculator(other, energy=-4.0, forces=np.zeros((4, 3)))
+    prediction = Prediction(-3.0, np.ones((4, 3)), 2 * stress, 0.1, np.ones(4), np.ones(2))
+    data = parity_data([atoms, other], [prediction, prediction])
+    assert data.energy_label.tolist() == [-0.5, -1.0]
+    assert data.energy.tolist() == [-0.75, -0.75]
+    assert (data.force - data.force_label).tolist() == [0.5] * 12 + [1.0] * 12
+    np.testing.assert_allclose(data.stress_label, stress / GPa * 1000)
+    np.testing.assert_allclose(data.stress, 2 * data.stress_label)
+    summary = analysis.error_summary([atoms, other], [prediction, prediction])
+    assert summary["stress_rmse_mpa"] == pytest.approx(1000 / GPa * np.sqrt(np.mean(stress**2)))
+    assert summary["structures"] == 2
+    assert "stress_rmse_mpa" not in analysis.error_summary([other], [prediction])
+
+
 def test_report_of_an_unfinished_run_and_of_no_run(run, tmp_path):
-    with pytest.raises(DataError, match=r"There is no run in .* no settings.toml"):
+    with pytest.raises(DataError, match=r"There is no run in .* no manifest.json"):
         analysis.make_report(tmp_path)
-    (tmp_path / "settings.toml").write_text((run / "settings.toml").read_text())
-    assert [path.name for path in analysis.make_report(tmp_path)] == ["report.md"]
+    for name in ("settings.toml", "manifest.json"):
+        shutil.copy(run / name, tmp_path)
+    assert [path.name for path in analysis.make_report(tmp_path)] == ["report.md", "report.html"]
     assert "No iteration has finished" in (tmp_path / "report" / "report.md").read_text()
     entry = {"iteration": 0, "labels": 8, "md_steps": 10, "test": None, "coverage": None}
     (tmp_path / "history.json").write_text(json.dumps([entry]))
-    assert [path.name for path in analysis.make_report(tmp_path)] == ["report.md"]
-    assert "| 0         | 8      | 10       | -" in (tmp_path / "report" / "report.md").read_text()
+    assert [path.name for path in analysis.make_report(tmp_path)] == ["report.md", "report.html"]
+    assert "| 0         | 8      | 10 " in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_learning_curves_have_a_panel_for_stress_where_there_is_one(tmp_path):
+    labels, errors = [8, 16, 24], [3.0, 2.0, 1.0]
+    sets = {"test set": (labels, errors, errors, errors), "training": (labels, errors, errors, [np.nan] * 3)}
+    with_stress = analysis.learning_curve_figure(sets, tmp_path / "stress.png")
+    without = analysis.learning_curve_figure({"training": sets["training"]}, tmp_path / "without.png")
+    for path in (with_stress, without):
+        check_picture(path)
+    assert matplotlib.image.imread(with_stress).shape != matplotlib.image.imread(without).shape
+    run = np.array([labels, [0, 100, 300], errors, errors, errors], dtype=float).T
+    groups = {"a": [run, 2 * run * [0.5, 1, 1, 1, 1]], "b": [run]}
+    check_picture(group_learning_figure(groups, tmp_path / "groups.png"))
+
+
+def test_volumes_count_where_cells_change(tmp_path):
+    cells = [bulk("Cu") for _ in range(30)]
+    for k, atoms in enumerate(cells):
+        atoms.set_cell(atoms.cell[:] * (1 + 0.001 * k), scale_atoms=True)
+    numbers = np.arange(30)
+    frames = Frames(cells, numbers // 10, numbers * 0, numbers, 100 * numbers, numbers / 10)
+    np.testing.assert_allclose(frames.volumes(), [atoms.get_volume() for atoms in cells])
+    assert Frames(cells[:1] * 3, *[np.zeros(3, int)] * 4, np.zeros(3)).volumes() is None
+    check_picture(analysis.volume_figure(frames.md_steps, frames.volumes(), frames.iteration, tmp_path / "v.png"))
 
 
 def test_coverage_picture_compares_groups_of_runs(tmp_path):
@@ -282,31 +415,111 @@ def test_coverage_picture_compares_groups_of_runs(tmp_path):
 def test_calibration_picture_counts_many_points(tmp_path):
     rng = np.random.default_rng(0)
     u = 10 ** rng.normal(size=3000)
-    path = analysis.calibration_figure(u, u * rng.uniform(0.2, 1.1, size=3000), tmp_path / "calibration.png")
-    assert path.stat().st_size > 10_000
+    panels = {"many": (u, u * rng.uniform(0.2, 1.1, size=3000)), "few": (u[:9], np.zeros(9))}
+    path = analysis.calibration_figure(panels, tmp_path / "calibration.png", [("u", "error"), ("u", "error")])
+    check_picture(path)
+
+
+@pytest.mark.parametrize(
+    ("tables", "text"),
+    [
+        ({}, "NVT at 300 K, bias force 0.25"),
+        ({"bias": {"force": 0.0}}, "NVT at 300 K, no bias (plain MD)"),
+        ({"md": {"ramp": {"temperature": [300.0, 600.0]}}}, "NVT at 300 to 600 K (ramped), bias force 0.25"),
+        (
+            {"md": {"ensemble": "npt", "pressures": [250.0, -250.0]}, "bias": {"stress": 0.5}},
+            "NPT at 300 K and 250 and -250 MPa (in turn), bias force 0.25, bias stress 0.5",
+        ),
+    ],
+)
+def test_conditions_in_words(tables, text):
+    values = {"run_dir": "x", "start": {"file": "x"}, "reference": {"calculator": "x"}} | tables
+    assert conditions(RunSettings.model_validate(values)) == text
 
 
 # --- the example that uses all this -------------------------------------------------------------------------------
 
 
-def test_comparison_of_runs_interpolates_at_equal_md_steps(run, tmp_path):
-    spec = importlib.util.spec_from_file_location("compare_bias", EXAMPLE / "compare_bias.py")
-    compare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compare)
-    shorter = tmp_path / "shorter_run"
-    shutil.copytree(run, shorter)
-    history = json.loads((shorter / "history.json").read_text())[:1]
-    (shorter / "history.json").write_text(json.dumps(history))
-    result = compare.summarise({"biased": [run, run], "unbiased": [run, shorter]})
-    assert result["md_steps"][-1] == 430  # the last frame of the shortest run
+def copy_run(run: Path, folder: Path, entries: int = 2, **changes) -> Path:
+    """A copy with other settings, and perhaps fewer iterations."""
+    shutil.copytree(run, folder)
+    settings = read_settings(RunFolder(run)).model_dump(mode="json", exclude_none=True)
+    settings |= {"run_dir": str(folder)} | changes
+    (folder / "settings.toml").write_text(tomli_w.dumps(settings))
+    history = json.loads((run / "history.json").read_text())[:entries]
+    for entry in history:
+        entry["valid"]["force_rmse"] = 0.125
+    (folder / "history.json").write_text(json.dumps(history))
+    return folder
+
+
+def test_comparison_groups_by_seed_and_interpolates_at_equal_md_steps(run, tmp_path):
+    biased = [copy_run(run, tmp_path / f"biased_seed{k}", seed=k) for k in (0, 1)]
+    unbiased = [copy_run(run, tmp_path / f"plain{k}", 2 - k, seed=k, bias={"force": 0.0}) for k in (0, 1)]
+    rows, files = analysis.compare([biased[0], *unbiased, biased[1]], tmp_path / "out")
+    values = {row.title: row.values for row in rows}
     steps, share = read_frames(run).coverage_curve([PHI, PSI])
-    expected = np.interp(result["md_steps"], np.append(0, steps), np.append(0.0, share))
-    np.testing.assert_allclose(result["coverage"]["biased"][0], expected)
-    np.testing.assert_allclose(result["coverage"]["unbiased"][1], expected)  # equal up to there
-    assert result["final"]["force RMSE, eV/Å"] == {"biased": [0.25, 0.25], "unbiased": [0.25, 0.5]}
-    text = compare.table(result)
-    assert "coverage after 430 MD steps" in text
-    assert "0.375 ± 0.177" in text
+    for mark in (108, 215, 322, 430):  # quarters of the last frame of the shortest run
+        expected = np.interp(mark, np.append(0, steps), np.append(0.0, share))
+        assert values[f"coverage after {mark} MD steps"] == {"biased": [expected] * 2, "plain": [expected] * 2}
+    assert values["force RMSE at 8 labels, eV/Å"]["plain"] == [0.5, 0.5]
+    assert values["force RMSE at the end, eV/Å"] == {"biased": [0.25, 0.25], "plain": [0.25, 0.5]}
+    assert next(row for row in rows if row.title.startswith("force RMSE at the end")).cells()[1] == "0.375 ± 0.177"
+    names = [path.name for path in files]
+    assert names == [
+        "learning_curves.png",
+        "coverage.png",
+        "calibration.png",
+        *(f"comparison.{x}" for x in ("md", "html", "json")),
+    ]
+    for path in files[:3]:
+        check_picture(path)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| bias.force | 0.25   | 0.0   |" in text
+    assert "| biased | 2    | 0, 1  | biased_seed0, biased_seed1 |" in text
+    assert "those on the test set" in text
+    assert "Careful" not in text
+    assert Page((tmp_path / "out" / "comparison.html").read_text()).open == []
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == values
+
+
+def test_comparison_without_a_common_test_set(run, tmp_path):
+    runs = [copy_run(run, tmp_path / name, selection={"method": name}) for name in ("random", "max_det")]
+    history = json.loads((runs[0] / "history.json").read_text())
+    (runs[0] / "history.json").write_text(json.dumps([entry | {"test": None} for entry in history]))
+    rows, files = analysis.compare(runs, tmp_path / "out")
+    assert {row.title: row.values for row in rows}["force RMSE at the end, eV/Å"] == {
+        "random": [0.125],
+        "max_det": [0.125],
+    }
+    assert "each run's own validation labels" in files[-3].read_text()
+    assert [path.name for path in files][:3] == ["learning_curves.png", "coverage.png", "calibration.png"]
+    with pytest.raises(DataError, match="1 names for 2 groups"):
+        analysis.compare(runs, tmp_path / "out", ["one"])
+    (runs[1] / "history.json").unlink()
+    with pytest.raises(DataError, match=r"No iteration of the run in .*max_det has finished"):
+        analysis.compare(runs, tmp_path / "out")
+
+
+def test_comparison_says_when_test_sets_differ(run, frames, tmp_path):
+    runs = [copy_run(run, tmp_path / f"run_{k}", seed=k) for k in range(2)]
+    write_structures(runs[1] / "test.extxyz", frames[:5])
+    _, files = analysis.compare(runs, tmp_path / "out")
+    assert "Careful: the runs have different test sets" in files[-3].read_text()
+
+
+def test_example_script_compares_finished_runs(run, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("compare_bias", EXAMPLE / "compare_bias.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name, force in (("biased", 0.25), ("unbiased", 0.0)):
+        for seed in (3, 4):
+            copy_run(run, tmp_path / f"{name}_seed{seed}", seed=seed, bias={"force": force})
+    options = ["--seeds", "3", "4", "--folder", str(tmp_path), "--set", "loop.labels=16"]
+    monkeypatch.setattr("sys.argv", ["compare_bias.py", *options])
+    script.main()
+    assert re.search(r"\| coverage at the end +\| 0\.100 ± 0\.000 \| 0\.100 ± 0\.000 \|", capsys.readouterr().out)
+    check_picture(tmp_path / "coverage.png")
 
 
 def test_example_settings_load_and_differ_in_the_bias_only():

@@ -1,6 +1,12 @@
 """References: OpenMM labels against OpenMM itself and finite differences, rejections, reference MD."""
 
+import errno
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -9,13 +15,15 @@ import openmm
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
-from ase.calculators.calculator import SCFError
+from ase.calculators.calculator import FileIOCalculator, SCFError
 from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
 from openmm import app, unit
 
 from ubmd.errors import LabelError, SettingsError
-from ubmd.references import label, make_calculator, sample, sample_trajectory
+from ubmd.references import energy_jumps, label, make_calculator, sample, sample_trajectory
+from ubmd.references.programs import command_line, scratch_folder, scratch_folders, sweep_scratch
 from ubmd.settings import ReferenceSettings, SamplingSettings
 
 EXAMPLE = Path(__file__).parents[2] / "lammps_examples" / "alanine_dipeptide"
@@ -222,13 +230,181 @@ def test_rejects_failed_calculations(fault, message, calculator_module):
         label(cell, settings, Path())
 
 
+# --- folders, environment, programs -------------------------------------------------------------------------------
+
+
+class Copying(FileIOCalculator):
+    """A file-based calculator as ASE makes them: a program runs in its directory, and what it leaves is read."""
+
+    implemented_properties = ["energy", "forces"]  # noqa: RUF012
+
+    def write_input(self, atoms, properties=None, system_changes=None):
+        super().write_input(atoms, properties, system_changes)
+        (Path(self.directory) / "in.txt").write_text(f"{atoms.positions[0, 0]}\n")
+
+    def read_results(self):
+        with Path(os.environ["UBMD_TEST_LOG"]).open("a") as log:
+            log.write(f"{Path(self.directory).resolve()}\n")
+        energy = float((Path(self.directory) / "out.txt").read_text())
+        self.results = {"energy": energy, "forces": np.zeros((1, 3))}
+
+
+def test_file_based_calculators_get_a_folder_per_label(calculator_module, tmp_path, monkeypatch):
+    """Otherwise workers overwrite each other's files in the working directory."""
+    monkeypatch.setenv("UBMD_TEST_LOG", str(tmp_path / "folders"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    command = "cp in.txt out.txt"
+    settings = ReferenceSettings(calculator=calculator_module(Copying), arguments={"command": command})
+    for x in (1.0, 2.0):
+        assert label(Atoms("H", [[x, 0, 0]]), settings, tmp_path).get_potential_energy() == x
+    first, second = (Path(line) for line in (tmp_path / "folders").read_text().split())
+    assert first != second
+    assert first.parent == second.parent == tmp_path
+    failing = settings.model_copy(update={"arguments": {"command": "touch rubbish && exit 3"}})
+    with pytest.raises(LabelError, match=r"failed .*code 3"):
+        label(Atoms("H", [[0, 0, 0]]), failing, tmp_path)
+    own = settings.model_copy(update={"arguments": {"command": command, "directory": "mine"}})
+    label(Atoms("H", [[3.0, 0, 0]]), own, tmp_path)
+    # nothing is left but what was asked for
+    assert {path.name for path in tmp_path.iterdir()} == {"folders", "mine"}
+
+
+def test_calculators_in_memory_get_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    label(alanine(), ALANINE, EXAMPLE)
+
+
+def test_file_based_calculators_sample_in_a_folder_of_their_own(calculator_module, tmp_path, monkeypatch):
+    monkeypatch.setenv("UBMD_TEST_LOG", str(tmp_path / "folders"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    settings = ReferenceSettings(calculator=calculator_module(Copying), arguments={"command": "cp in.txt out.txt"})
+    short = SamplingSettings(frames=2, stride=3, equilibration=2, trajectories=1)
+    assert len(sample(Atoms("H", [[0, 0, 0]]), settings, short, tmp_path)) == 2
+    assert len(set((tmp_path / "folders").read_text().split())) >= 3
+    assert {path.name for path in tmp_path.iterdir()} == {"folders"}
+
+
+def test_folders_of_killed_processes_are_removed_and_those_of_living_ones_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    script = (
+        "import os, signal, tempfile; from ubmd.references.programs import scratch_folder\n"
+        f"tempfile.tempdir = {str(tmp_path)!r}\n"
+        "with scratch_folder() as folder:\n"
+        "    (folder / 'wave').write_text('x')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    assert len(scratch_folders()) == 1
+    with scratch_folder() as ours, scratch_folder() as another:
+        assert scratch_folders() == sorted([ours, another])
+        sweep_scratch()
+        assert ours.is_dir()
+        assert another.is_dir()
+    assert scratch_folders() == []
+
+
+def test_environment_holds_while_the_reference_runs(calculator_module, monkeypatch):
+    monkeypatch.setenv("UBMD_TEST_CHANGED", "before")
+    monkeypatch.delenv("UBMD_TEST_NEW", raising=False)
+    seen = []
+
+    class Looking(EMT):
+        def __init__(self):
+            seen.append((os.environ["UBMD_TEST_CHANGED"], os.environ["UBMD_TEST_NEW"]))
+            super().__init__()
+
+        def calculate(self, *args, **kwargs):
+            seen.append((os.environ["UBMD_TEST_CHANGED"], os.environ["UBMD_TEST_NEW"]))
+            super().calculate(*args, **kwargs)
+
+    settings = ReferenceSettings(
+        calculator=calculator_module(Looking), environment={"UBMD_TEST_CHANGED": "during", "UBMD_TEST_NEW": "4"}
+    )
+    label(bulk("Cu", cubic=True), settings, Path())
+    assert set(seen) == {("during", "4")}
+    assert os.environ["UBMD_TEST_CHANGED"] == "before"
+    assert "UBMD_TEST_NEW" not in os.environ
+
+
+def test_a_full_disk_is_no_fault_of_the_structure(calculator_module):
+    class Full(EMT):
+        def calculate(self, *args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        label(bulk("Cu", cubic=True), ReferenceSettings(calculator=calculator_module(Full)), Path())
+
+
+def test_command_line_of_a_program():
+    line = command_line("sh -e", "nice -n 5", 3, "dash")
+    assert line[line.index("env") :] == ["env", "OMP_NUM_THREADS=3", "nice", "-n", "5", "sh", "-e"]
+    done = subprocess.run([*line, "-c", "echo $OMP_NUM_THREADS"], capture_output=True, text=True, check=True)
+    assert done.stdout == "3\n"
+    with pytest.raises(SettingsError, match=r"'no_such_program -s' is not installed .* apt-get install thing"):
+        command_line("no_such_program -s", "", 1, "thing")
+    with pytest.raises(SettingsError, match="launcher: there is no program 'no_mpiexec'"):
+        command_line("sh", "no_mpiexec -n 2", 1, "dash")
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
+def test_programs_end_with_the_process_that_has_started_them(tmp_path):
+    script = (
+        "import subprocess; from ubmd.references.programs import command_line\n"
+        f"words = command_line('sh -c \"echo $$ > {tmp_path}/pid; sleep 60; true\"', '', 1, 'dash')\n"
+        "subprocess.run(words)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        time.sleep(0.02)
+    child = int((tmp_path / "pid").read_text())
+    os.kill(child, 0)  # it runs
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        if not Path(f"/proc/{child}/stat").exists() or ") Z " in Path(f"/proc/{child}/stat").read_text():
+            return
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the program is still running")
+
+
+# --- energies that jump -------------------------------------------------------------------------------------------
+
+
+def with_energy(atoms: Atoms, energy_per_atom: float) -> Atoms:
+    copy = atoms.copy()
+    copy.calc = SinglePointCalculator(copy, energy=energy_per_atom * len(atoms))
+    return copy
+
+
+def test_energies_far_from_those_before_are_found():
+    copper, gold = bulk("Cu", cubic=True), bulk("Au", cubic=True)
+    known = [with_energy(copper, -3.5 + 0.1 * k) for k in range(5)]
+    new = [with_energy(copper, e) for e in (-3.0, -8.4, 1.6, -3.3 - 4.9)]
+    new.append(with_energy(copper * (2, 1, 1), -20.0))  # the same composition
+    new.append(with_energy(gold, -3000.0))  # nothing to compare with
+    reasons = energy_jumps(new, known, 5.0)
+    assert set(reasons) == {1, 4}
+    assert reasons[1].startswith("The energy is -5.10 eV/atom away from the median of 5 labels of the same composition")
+
+
+def test_a_first_batch_is_compared_with_itself():
+    copper = bulk("Cu", cubic=True)
+    new = [with_energy(copper, e) for e in (-3.0, -3.1, 200.0, -3.2)]
+    assert set(energy_jumps(new, [], 5.0)) == {2}
+    assert energy_jumps(new[1:3], [], 5.0) == {}  # which of two is wrong?
+    assert energy_jumps([], [], 5.0) == {}
+
+
 # --- settings that cannot work ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("calculator", "message"),
     [
-        ("emt", r"neither a ready-made reference \(openmm\) nor an import path"),
+        ("emt", r"neither a ready-made reference \(cp2k, .*openmm.*\) nor an import path"),
         ("ase.calculators.emt:EMTT", "has no 'EMTT'"),
         ("no_such_code.ase:Code", "pip install no_such_code"),
     ],
@@ -243,6 +419,13 @@ def test_missing_openmm_names_the_pip_command(monkeypatch):
     monkeypatch.delitem(sys.modules, "ubmd.references.openmm", raising=False)
     with pytest.raises(SettingsError, match=r"pip install 'ubmd\[openmm\]'"):
         make_calculator(ALANINE, EXAMPLE)
+
+
+def test_missing_tblite_names_the_pip_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tblite", None)
+    monkeypatch.setitem(sys.modules, "tblite.ase", None)
+    with pytest.raises(SettingsError, match=r"pip install 'ubmd\[tblite\]'"):
+        make_calculator(ReferenceSettings(calculator="tblite"), EXAMPLE)
 
 
 def test_bad_arguments(tmp_path):

@@ -1,7 +1,11 @@
 """Settings: every mistake is one sentence that names the key and what to write instead."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -64,7 +68,26 @@ def test_overrides_are_toml_values_and_win(run_file):
         ("md.steps=many", r"'md\.steps': Input should be a valid integer.* \(got 'many'\)\."),
         ("model.size=huge", r"'model\.size': Input should be 'light' or 'paper' \(got 'huge'\)\."),
         ("loop.labels=4", r"loop\.labels = 4 is less than start\.count = 8\."),
-        ("variables.torsions.phi=[1, 2]", r"'variables\.torsions\.phi\.2': Field required|torsions\.phi"),
+        ("variables.torsions.phi=[1, 2]", r"'variables\.torsions\.phi' has too few values \(got \[1, 2\]\)\."),
+        ("variables.torsions.phi=[1, 2, 3, 'x']", r"'variables\.torsions\.phi': Input should be a valid integer"),
+        ("variables.torsion.phi=[1, 2, 3, 4]", r"unknown key 'variables\.torsion'; did you mean 'torsions'\?"),
+        (
+            "temperature=300",
+            r"unknown key 'temperature'; did you mean 'md\.temperature' or .*'test\.sampling\.temperature",
+        ),
+        ("loop.batch=3", r"unknown key 'loop\.batch'; did you mean 'selection\.batch'\?"),
+        ("md.tau=0.3", r"unknown key 'md\.tau'; did you mean '\w+'\?"),
+        ("md=3", r"'md' is a table: write its keys below a line \[md\] \(got 3\)\."),
+        ("md.pressures=[250.0, -250.0]", r": a pressure needs a barostat: set md\.ensemble = 'npt'\.$"),
+        ("md.temperatures=[300.0, -1.0]", r": every value of md\.temperatures must be greater than 0, not -1\.$"),
+        ("md.coupling=xy", r"'md\.coupling': Input should be 'iso', 'aniso' or 'tri'"),
+        ("bias.stress=0.5", r": a bias stress needs a barostat: set md\.ensemble = 'npt', or bias\.stress = 0\.$"),
+        ("bias.ramp.stress=[0.0, 0.5]", r": a bias stress needs a barostat"),
+        ("bias.ramp.force=[0.1, -0.5]", r": every value of bias\.ramp\.force must be at least 0, not -0\.5\.$"),
+        ("bias.ramp.force=[0.1]", r"'bias\.ramp\.force' has too few values"),
+        ("bias.ramp.tau=[0.1, 0.2]", r"unknown key 'bias\.ramp\.tau'; did you mean '\w+'\?"),
+        ("loop.label_budget=4", r"loop\.label_budget = 4 is less than start\.count = 8\."),
+        ("loop.calibration_share=0.95", r"loop\.validation_share and loop\.calibration_share add up to 1\.05"),
         ("seed.x=1", r"--set seed\.x=1: 'seed' is a value, not a table\."),
         ("seed", r"--set needs key=value, got 'seed'\."),
         ("=1", r"--set needs key=value, got '=1'\."),
@@ -74,6 +97,19 @@ def test_mistakes_are_named(run_file, change, message):
     with pytest.raises(SettingsError, match=message) as caught:
         load_settings(run_file, RunSettings, [change])
     assert "\n" not in str(caught.value)
+
+
+def test_no_threshold_is_plain_json_and_comes_back(run_file):
+    settings = load_settings(run_file, RunSettings, ["loop.threshold=inf"])
+    assert settings.loop.threshold == float("inf")
+    text = json.dumps(settings.model_dump(mode="json"), allow_nan=False)
+    assert RunSettings.model_validate(json.loads(text)) == settings
+
+
+def test_a_list_and_a_ramp_exclude_each_other(run_file):
+    changes = ["md.temperatures=[300.0, 600.0]", "md.ramp.temperature=[300.0, 600.0]"]
+    with pytest.raises(SettingsError, match=r"md\.temperatures and md\.ramp\.temperature cannot both be set"):
+        load_settings(run_file, RunSettings, changes)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +130,16 @@ def test_typo_of_a_required_key_is_reported_as_a_typo(tmp_path):
     with pytest.raises(SettingsError, match=r"unknown key 'training_fil'; did you mean 'training_file'\?"):
         load_settings(tmp_path / "t.toml", TrainSettings)
     (tmp_path / "t.toml").write_text('output_dir = "out"\n')
-    with pytest.raises(SettingsError, match=r"t\.toml: the key 'training_file' is missing\."):
+    with pytest.raises(
+        SettingsError, match=r"t\.toml: the key 'training_file' is missing \(extxyz with labels; .*\)\."
+    ):
         load_settings(tmp_path / "t.toml", TrainSettings)
+    (tmp_path / "t.toml").write_text('run_dir = "out"\n')
+    with pytest.raises(SettingsError, match=r"the key 'start' is missing \(What the loop starts from\)\."):
+        load_settings(tmp_path / "t.toml", RunSettings)
+    (tmp_path / "t.toml").write_text('run_dir = "out"\nstart = {file = "a"}\n[reference]\n')
+    with pytest.raises(SettingsError, match=r"the key 'reference\.calculator' is missing \('openmm'"):
+        load_settings(tmp_path / "t.toml", RunSettings)
 
 
 def test_files_that_are_no_settings(tmp_path):
@@ -136,6 +180,51 @@ def test_every_key_is_described(kind):
     ]
     assert not undescribed
     assert len(tables(kind)) >= 4
+
+
+UNIT = re.compile(
+    r"Å|eV|\bps\b|(, | )(fs|s|K|MPa|GPa)\b|\(no unit\)|"  # what is measured, or that there is nothing to measure
+    r"\b(steps|epochs|labels|structures|frames|replicas|copies|iterations|evaluations|networks|members|neurons|threads|"
+    r"functions|projections|features|trajectories|atom indices|tasks|processes|ranks|cores|nodes|models|times|often|"
+    r"batches|seed)\b"  # what is counted
+)
+
+
+def numbers_in(annotation: object) -> set[object]:
+    """int and float, wherever they stand in a type."""
+    inner = [part for argument in get_args(annotation) for part in numbers_in(argument)]
+    return {annotation} & {int, float} | set(inner)
+
+
+@pytest.mark.parametrize("kind", [RunSettings, TrainSettings])
+def test_every_number_names_its_unit(kind):
+    """A unit, what it counts, or the words that it has none."""
+    fields = [(table, name, field) for table in tables(kind) for name, field in table.model_fields.items()]
+    numeric = [item for item in fields if numbers_in(item[2].annotation) and not tables_of(item[2].annotation)]
+    silent = [
+        f"{t.__name__}.{name}: {field.description}" for t, name, field in numeric if not UNIT.search(field.description)
+    ]
+    assert not silent
+    assert len(numeric) > 20
+    floats = [(t, name, f.description) for t, name, f in numeric if float in numbers_in(f.annotation)]
+    uncounted = re.compile(UNIT.pattern.partition(r"|\b(steps")[0])
+    assert not [item for item in floats if not uncounted.search(item[2])]
+
+
+def test_schema_tells_editors_every_key():
+    printed = subprocess.run(
+        [sys.executable, "-c", "from ubmd.cli.main import app; app()", "schema"], capture_output=True, check=True
+    )
+    schema = json.loads(printed.stdout)
+    assert schema_keys(schema) == {f"{t.__name__}.{name}" for t in tables(RunSettings) for name in t.model_fields}
+    assert schema["$defs"]["ModelSettings"]["properties"]["cutoff"]["description"] == "cutoff radius r_c, Å"
+    assert schema["additionalProperties"] is False
+
+
+def schema_keys(schema: dict) -> set[str]:
+    """Keys that a schema knows, by table."""
+    named = {"RunSettings": schema, **schema["$defs"]}
+    return {f"{table}.{key}" for table, part in named.items() for key in part["properties"]}
 
 
 def tables_of(annotation: object) -> list[type]:

@@ -63,6 +63,21 @@ def calibration_data(structures: Sequence[Atoms], predictions: Sequence[Predicti
     )
 
 
+def error_summary(structures: Sequence[Atoms], predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Root mean square errors of predictions for the same structures.
+
+    Returns:
+        ``energy_rmse_mev_per_atom`` (meV/atom), ``force_rmse`` (components, eV/Å), ``stress_rmse_mpa`` (components,
+        MPa, only where there are stress labels), and ``structures``, their number.
+    """
+    data = calibration_data(structures, predictions)
+    errors = {"energy_rmse_mev_per_atom": data.energy_rmse, "force_rmse": data.force_rmse}
+    parity = parity_data(structures, predictions)
+    if len(parity.stress):
+        errors["stress_rmse_mpa"] = float(np.sqrt(np.mean((parity.stress - parity.stress_label) ** 2)))
+    return errors | {"structures": len(structures)}
+
+
 def share_covered(error: ArrayLike, u: ArrayLike) -> float:
     """Share of errors that do not exceed their uncertainty: 1 - alpha, if the calibration transfers."""
     return float(np.mean(np.asarray(error) <= np.asarray(u)))
@@ -114,3 +129,35 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 def _ranks(values: ArrayLike) -> Array:
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
+
+
+@dataclass(frozen=True)
+class ParityData:
+    """Predictions beside labels: per structure, per force component, per stress component (those with a label)."""
+
+    energy_label: Array
+    """[S] eV/atom"""
+    energy: Array
+    """[S] eV/atom"""
+    force_label: Array
+    """[3A] eV/Å"""
+    force: Array
+    """[3A] eV/Å"""
+    stress_label: Array
+    """[6T] MPa, empty without stress labels"""
+    stress: Array
+    """[6T] MPa"""
+
+
+def parity_data(structures: Sequence[Atoms], predictions: Sequence[Prediction]) -> ParityData:
+    """What `figures.parity_figure` draws, for predictions of the same structures."""
+    pairs = [(p, labels_of(atoms), len(atoms)) for p, atoms in zip(predictions, structures, strict=True)]
+    stresses = [(p.stress, found["stress"]) for p, found, _ in pairs if p.stress is not None and "stress" in found]
+    return ParityData(
+        energy_label=np.array([float(found["energy"]) / n for _, found, n in pairs]),
+        energy=np.array([p.energy / n for p, _, n in pairs]),
+        force_label=np.concatenate([np.ravel(found["forces"]) for _, found, _ in pairs]),
+        force=np.concatenate([p.forces.ravel() for p, _, _ in pairs]),
+        stress_label=EV_PER_A3_IN_MPA * np.ravel([label for _, label in stresses]),
+        stress=EV_PER_A3_IN_MPA * np.ravel([value for value, _ in stresses]),
+    )

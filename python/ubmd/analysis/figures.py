@@ -1,4 +1,4 @@
-"""Pictures of a run: one function, one PNG file. No pyplot, so no global state and no display.
+"""Pictures of one run: one function, one PNG file. No pyplot, so no global state and no display.
 
 Every function takes plain arrays and the path of the picture, and returns the path.
 """
@@ -7,68 +7,135 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, LogNorm
+from matplotlib.colors import BoundaryNorm, Colormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from ubmd.analysis.errors import share_covered
+from ubmd.analysis.errors import ParityData, share_covered
+from ubmd.analysis.style import BLUE, COLOURS, GREEN, GREY, MARKERS, ORANGE, PINK, log_ticks, new_figure, save, symbol
 
-# Okabe and Ito's colours: told apart with every kind of colour vision.
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9")
-_HEXBIN_FROM = 2000  # more points than this are drawn as counts
+_HEXBIN_FROM = 1500  # more points than this are drawn as counts
+
+ENDINGS = {"step limit": BLUE, "threshold": ORANGE, "failed": PINK}
+"""How a replica can end, with its colour."""
+
+_STAGE_COLOURS = {
+    "test_set": GREY,
+    "train": BLUE,
+    "export": "#F0E442",
+    "measure": "#56B4E9",
+    "md": ORANGE,
+    "select": PINK,
+    "label": GREEN,
+}
 
 
-def learning_curve_figure(
-    labels: ArrayLike, energy_rmse: ArrayLike, force_rmse: ArrayLike, path: Path, title: str = "Test set"
+def learning_curve_figure(curves: Mapping[str, Sequence[ArrayLike]], path: Path, x_name: str = "Labels") -> Path:
+    """Errors against the number of labels (or whatever ``x_name`` says).
+
+    Args:
+        curves: name of the set -> (labels [K], energy RMSE [K] meV/atom, force RMSE [K] eV/Å, stress RMSE [K] MPa); a
+            stress that is NaN in all sets has no panel.
+        path: of the picture.
+        x_name: label of the horizontal axes.
+    """
+    units = ["Energy RMSE (meV/atom)", "Force RMSE (eV/Å)"]
+    if any(np.isfinite(np.asarray(values[3], dtype=float)).any() for values in curves.values()):
+        units.append("Stress RMSE (MPa)")
+    figure = new_figure(8.0, 3.6 if len(units) == 2 else 3.2)
+    panels = figure.subplots(1, len(units))
+    for k, unit in enumerate(units, 1):
+        axes = panels[k - 1]
+        for (name, values), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+            shape = f"-{marker}"
+            axes.plot(np.asarray(values[0]), np.asarray(values[k]), shape, color=colour, markersize=4, label=name)
+        axes.set_yscale("log")
+        axes.set_ylabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7 if len(units) == 2 else 4))
+        axes.grid(alpha=0.25, which="both")
+        log_ticks(axes, x=False)
+    figure.supxlabel(x_name, fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return save(figure, path)
+
+
+def parity_figure(data: ParityData, path: Path) -> Path:
+    """Model against reference: energies, force components and, where there are labels, stress components."""
+    panels = [
+        ("Energy", "eV/atom", data.energy_label, data.energy, 1000.0, "meV/atom"),
+        ("Force components", "eV/Å", data.force_label, data.force, 1.0, "eV/Å"),
+    ]
+    if len(data.stress):
+        panels.append(("Stress components", "GPa", data.stress_label / 1000, data.stress / 1000, 1000.0, "MPa"))
+    figure = new_figure(8.0, 3.9 if len(panels) == 2 else 3.1, square=True)
+    for axes, (title, unit, label, value, factor, error_unit) in zip(
+        figure.subplots(1, len(panels)), panels, strict=True
+    ):
+        low, high = _span(label, value)
+        _cloud(figure, axes, label, value, (low, high, low, high), "Count", log=False)
+        axes.plot([low, high], [low, high], color="black", linewidth=1)
+        axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+        axes.set_title(f"{title} ({unit})", fontsize=10.5)
+        axes.set_xlabel("Reference")
+        axes.set_ylabel("Model")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        rmse, mae = np.sqrt(np.mean((value - label) ** 2)), np.mean(np.abs(value - label))
+        text = f"RMSE {factor * rmse:.3g} {error_unit}\nMAE {factor * mae:.3g} {error_unit}"
+        axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top", fontsize=9)
+        axes.grid(alpha=0.25)
+    return save(figure, path)
+
+
+def calibration_figure(
+    panels: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path, names: Sequence[tuple[str, str]]
 ) -> Path:
-    """Test errors against the number of labels.
+    """Uncertainty against error, one panel each, with the share under the diagonal; there the model is safe.
 
     Args:
-        labels: [K] size of the data set.
-        energy_rmse: [K] meV/atom. force_rmse: [K] eV/Å.
+        panels: title -> (calibrated uncertainty [N], error [N]), both in the same unit.
+        path: of the picture.
+        names: (horizontal, vertical) axis label of each panel.
     """
-    figure = _figure(8.0, 3.6)
-    left, right = figure.subplots(1, 2)
-    _curve(left, labels, energy_rmse, BLUE, "Energy RMSE (meV/atom)")
-    _curve(right, labels, force_rmse, ORANGE, "Force RMSE (eV/Å)")
-    figure.suptitle(title, fontsize=11)
-    return _save(figure, path)
+    figure = new_figure(4.0 * len(panels), 4.1, square=True)
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, pair), name in zip(row, panels.items(), names, strict=True):
+        draw_calibration(figure, axes, title, *pair)
+        axes.set_xlabel(name[0])
+        axes.set_ylabel(name[1])
+    return save(figure, path)
 
 
-def calibration_figure(largest_u: ArrayLike, largest_error: ArrayLike, path: Path, title: str = "") -> Path:
-    """Largest atomic uncertainty against largest atomic force error of S structures; below the diagonal is safe.
-
-    Args:
-        largest_u: [S] max_i u_i, eV/Å, calibrated. largest_error: [S] max_i RMSE(F_i), eV/Å.
-    """
-    u, error = np.asarray(largest_u, dtype=float), np.asarray(largest_error, dtype=float)
-    figure = _figure(5.4, 4.8, square=True)
-    axes = figure.subplots()
-    low, high = 0.8 * min(u.min(), error.min()), 1.25 * max(u.max(), error.max())
-    if len(u) > _HEXBIN_FROM:
-        extent = tuple(np.log10([low, high, low, high]))
-        bins = axes.hexbin(u, error, gridsize=45, xscale="log", yscale="log", norm=LogNorm(), mincnt=1, extent=extent)
-        figure.colorbar(bins, ax=axes, label="Structures")
-    else:
-        axes.loglog(u, error, "o", color=BLUE, markersize=4, alpha=0.45, markeredgewidth=0)
+def draw_calibration(
+    figure: Figure,
+    axes: Axes,
+    title: str,
+    uncertainty: ArrayLike,
+    error: ArrayLike,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """One panel of `calibration_figure`; ``limits`` of both axes."""
+    u, e = np.asarray(uncertainty, dtype=float), np.asarray(error, dtype=float)
+    positive = np.concatenate([u[u > 0], e[e > 0]])
+    low, high = limits or ((0.8 * positive.min(), 1.25 * positive.max()) if len(positive) else (0.1, 1.0))
+    # A handful of tiny errors would stretch the axes: they are drawn at the edge.
+    low = max(low, high / 1e4)
+    _cloud(figure, axes, np.clip(u, low, None), np.clip(e, low, None), (low, high, low, high), "Count", log=True)
     axes.plot([low, high], [low, high], color="black", linewidth=1)
     axes.fill_between([low, high], [low, low], [low, high], color=GREEN, alpha=0.08, linewidth=0)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-    axes.set_title(title, fontsize=11)
-    _log_ticks(axes)
-    axes.set_xlabel("Largest atomic uncertainty, max $u_i$ (eV/Å)")
-    axes.set_ylabel("Largest atomic force error, max RMSE($F_i$) (eV/Å)")
-    share = 100.0 * share_covered(error, u)
-    axes.text(0.97, 0.04, f"{share:.0f} % under the diagonal", transform=axes.transAxes, ha="right")
-    return _save(figure, path)
+    log_ticks(axes)
+    # In the title: inside the axes it would hide points.
+    axes.set_title(f"{title}\n{100.0 * share_covered(e, u):.0f} % under the diagonal", fontsize=10)
 
 
 def ramachandran_figure(
@@ -78,55 +145,86 @@ def ramachandran_figure(
 
     Args:
         angles: [N, 2], rad. iteration: [N].
+        path: of the picture.
+        names: of the two torsions.
+        title: of the picture.
     """
     degrees = np.degrees(np.asarray(angles, dtype=float))
-    numbers = np.asarray(iteration, dtype=int)
-    figure = _figure(5.8, 4.8, square=True)
+    figure = new_figure(5.8, 4.8, square=True)
     axes = figure.subplots()
-    first, last = (int(numbers.min()), int(numbers.max())) if len(numbers) else (0, 0)
-    # one colour per iteration; the light end of the map would vanish on white
-    colours = colormaps["viridis"].resampled(256)(np.linspace(0.0, 0.93, last - first + 1))
-    map_ = matplotlib.colors.ListedColormap(colours)
-    norm = BoundaryNorm(np.arange(first - 0.5, last + 1.0), map_.N)
-    axes.scatter(degrees[:, 0], degrees[:, 1], c=numbers, cmap=map_, norm=norm, s=9, linewidths=0)
-    ticks = np.arange(first, last + 1, -(-(last - first + 1) // 10))
-    figure.colorbar(ScalarMappable(norm, map_), ax=axes, label="Iteration", ticks=ticks)
+    map_, norm = _iteration_colours(figure, axes, iteration)
+    axes.scatter(degrees[:, 0], degrees[:, 1], c=np.asarray(iteration), cmap=map_, norm=norm, s=9, linewidths=0)
     corners = np.arange(-180, 181, 60)
     axes.set(xlim=(-180, 180), ylim=(-180, 180), xticks=corners, yticks=corners, aspect="equal")
     axes.set_title(title, fontsize=11)
-    axes.set_xlabel(f"{_symbol(names[0])} (degrees)")
-    axes.set_ylabel(f"{_symbol(names[1])} (degrees)")
+    axes.set_xlabel(f"{symbol(names[0])} (degrees)")
+    axes.set_ylabel(f"{symbol(names[1])} (degrees)")
     axes.grid(alpha=0.25)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def coverage_figure(curves: Mapping[str, Sequence[tuple[ArrayLike, ArrayLike]]], path: Path, title: str = "") -> Path:
+def volume_figure(md_steps: ArrayLike, volume: ArrayLike, iteration: ArrayLike, path: Path) -> Path:
+    """Cell volumes that the replicas reached, in the order of the MD, and how often each was seen.
+
+    Args:
+        md_steps: [N] MD steps of all replicas up to the frame. volume: [N] Å³ per atom. iteration: [N].
+        path: of the picture.
+    """
+    figure = new_figure(8.0, 3.6)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    map_, norm = _iteration_colours(figure, right, iteration)
+    steps = np.asarray(md_steps, dtype=float) / 1000.0
+    left.scatter(steps, np.asarray(volume), c=np.asarray(iteration), cmap=map_, norm=norm, s=9, linewidths=0)
+    right.hist(np.asarray(volume), bins=40, orientation="horizontal", color=BLUE)
+    left.set_xlabel("MD steps of all replicas (thousands)")
+    left.set_ylabel("Volume (Å³/atom)")
+    right.set_xlabel("Frames")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+    return save(figure, path)
+
+
+def coverage_figure(
+    curves: Mapping[str, Sequence[tuple[ArrayLike, ArrayLike]]],
+    path: Path,
+    title: str = "",
+    what: str = "Coverage of torsion space",
+) -> Path:
     """Coverage against MD steps.
 
     Args:
         curves: name -> curves (MD steps [M], coverage [M]) of one or more runs. Several runs of one name are drawn
             thin, with their mean ± standard deviation over the steps that all of them reached.
+        path: of the picture.
+        title: of the picture.
+        what: label of the vertical axis.
     """
-    figure = _figure(6.0, 4.0)
+    figure = new_figure(6.0, 4.0)
     axes = figure.subplots()
+    draw_growth(axes, curves)
+    axes.set_title(title, fontsize=11)
+    axes.set_ylabel(what)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc="lower right")
+    return save(figure, path)
+
+
+def draw_growth(axes: Axes, curves: Mapping[str, Sequence[tuple[ArrayLike, ArrayLike]]]) -> None:
+    """Growing quantities of groups of runs against MD steps, in thousands."""
     end = 0.0
     for (name, runs), colour in zip(curves.items(), COLOURS, strict=False):
         pairs = [(np.asarray(x, dtype=float) / 1000.0, np.asarray(y, dtype=float)) for x, y in runs]
-        end = max([end, *(x[-1] for x, _ in pairs if len(x))])
+        pairs = [pair for pair in pairs if len(pair[0])]
+        end = max([end, *(x[-1] for x, _ in pairs)])
         alone = len(pairs) == 1
         for x, y in pairs:
             label = name if alone and len(curves) > 1 else None
             axes.plot(x, y, color=colour, linewidth=1.8 if alone else 0.7, alpha=1.0 if alone else 0.6, label=label)
-        if not alone:
+        if len(pairs) > 1:
             _mean_band(axes, pairs, colour, name)
     axes.set(xlim=(0.0, end or 1.0), ylim=(0.0, None))
-    axes.set_title(title, fontsize=11)
     axes.set_xlabel("MD steps of all replicas (thousands)")
-    axes.set_ylabel("Coverage of torsion space")
     axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, loc="lower right")
-    return _save(figure, path)
 
 
 def mean_curve(
@@ -144,82 +242,247 @@ def mean_curve(
 
 
 def uncertainty_figure(
-    iteration: ArrayLike, replica: ArrayLike, step: ArrayLike, max_u: ArrayLike, threshold: float, path: Path
+    iteration: ArrayLike,
+    replica: ArrayLike,
+    time: ArrayLike,
+    max_u: ArrayLike,
+    threshold: float,
+    path: Path,
+    endings: Mapping[tuple[int, int], str] | None = None,
 ) -> Path:
     """Largest atomic uncertainty along the replicas of up to six iterations, with the threshold.
 
     Args:
-        iteration, replica, step: [N] of each frame. max_u: [N] max_i u_i, eV/Å.
+        iteration, replica: [N] of each frame. time: [N] ps. max_u: [N] max_i u_i, eV/Å.
+        threshold: at which replicas stop, eV/Å.
+        path: of the picture.
+        endings: (iteration, replica) -> how it ended, a key of `ENDINGS`.
     """
-    numbers, owners, steps, u = (np.asarray(values) for values in (iteration, replica, step, max_u))
+    numbers, owners, times, u = (np.asarray(values) for values in (iteration, replica, time, max_u))
     all_numbers = np.unique(numbers)
     shown = np.unique(all_numbers[np.linspace(0, len(all_numbers) - 1, min(6, len(all_numbers))).round().astype(int)])
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure = _figure(2.7 * columns + 0.9, 2.3 * rows + 0.8)
+    figure = new_figure(8.0 if columns > 1 else 5.0, 2.3 * rows + 0.9)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, number in zip(panels.flat, shown, strict=False):
         for owner in np.unique(owners[numbers == number]):
             chosen = (numbers == number) & (owners == owner)
-            axes.plot(steps[chosen], u[chosen], "-o", color=BLUE, alpha=0.55, linewidth=0.9, markersize=2.2)
-        axes.axhline(threshold, color=ORANGE, linewidth=1.2, linestyle="--")
+            colour = ENDINGS[(endings or {}).get((int(number), int(owner)), "step limit")]
+            axes.plot(times[chosen], u[chosen], "-o", color=colour, alpha=0.55, linewidth=0.9, markersize=2.2)
+        if np.isfinite(threshold):
+            axes.axhline(threshold, color="black", linewidth=1.0, linestyle="--")
         axes.set_title(f"Iteration {number}", fontsize=10)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.grid(alpha=0.25)
-        _log_ticks(axes, x=False)
+        log_ticks(axes, x=False)
     for axes in list(panels.flat)[len(shown) :]:
         axes.set_axis_off()
-    figure.supxlabel("MD step of the replica", fontsize=10.5)
+    figure.supxlabel("Time of the replica (ps)", fontsize=10.5)
     figure.supylabel("max $u_i$ (eV/Å)", fontsize=10.5)
-    figure.suptitle(f"One line per replica; dashed: threshold {threshold:g} eV/Å", fontsize=10.5)
-    return _save(figure, path)
+    used = [name for name in ENDINGS if not endings or name in endings.values()]
+    lines = [Line2D([], [], color=ENDINGS[name], label=f"ended by: {name}") for name in used if endings]
+    if np.isfinite(threshold):
+        lines.append(Line2D([], [], color="black", linestyle="--", label=f"threshold {threshold:g} eV/Å"))
+    if lines:
+        figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False, fontsize=9)
+    return save(figure, path)
 
 
-def _curve(axes: Axes, x: ArrayLike, y: ArrayLike, colour: str, name: str) -> None:
-    axes.plot(np.asarray(x), np.asarray(y), "-o", color=colour, markersize=4)
-    axes.set_yscale("log")
-    axes.set_xlabel("Labels")
-    axes.set_ylabel(name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25, which="both")
-    _log_ticks(axes, x=False)
+def replicas_figure(
+    iterations: Sequence[int], counts: Mapping[str, ArrayLike], picoseconds: ArrayLike, path: Path
+) -> Path:
+    """How the replicas of each iteration ended, and how long they ran on average.
+
+    Args:
+        iterations: [K] numbers. counts: ending -> replicas [K]. picoseconds: [K] mean time of a replica.
+        path: of the picture.
+    """
+    figure = new_figure(8.0, 3.3)
+    left, right = figure.subplots(1, 2)
+    _stack(left, iterations, {name: counts[name] for name in ENDINGS if np.any(counts[name])}, ENDINGS)
+    left.set_ylabel("Replicas")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
+    right.plot(iterations, np.asarray(picoseconds), "-o", color=BLUE, markersize=4)
+    right.set(xlabel="Iteration", ylabel="Mean time of a replica (ps)", ylim=(0.0, None))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.grid(alpha=0.25)
+    return save(figure, path)
+
+
+def convergence_figure(labels: ArrayLike, force_rmse: ArrayLike, factor: ArrayLike, path: Path) -> Path:
+    """What the plateau rule looks at, against the number of labels.
+
+    Args:
+        labels: [K]. force_rmse: [K] of held-out labels, eV/Å. factor: [K] from raw to calibrated force uncertainties.
+        path: of the picture.
+    """
+    figure = new_figure(8.0, 3.3)
+    panels = figure.subplots(1, 2)
+    names = ("Force RMSE, held-out labels (eV/Å)", "Calibration factor, raw $u_i$ to eV/Å")
+    for axes, values, name, colour in zip(panels, (force_rmse, factor), names, (BLUE, ORANGE), strict=True):
+        axes.plot(np.asarray(labels), np.asarray(values), "-o", color=colour, markersize=4)
+        axes.set(xlabel="Labels", ylabel=name, ylim=(0.0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.grid(alpha=0.25)
+    return save(figure, path)
+
+
+def time_figure(names: Sequence[str], seconds: Mapping[str, ArrayLike], path: Path) -> Path:
+    """Wall time of every iteration, split by stage.
+
+    Args:
+        names: [K] of the iterations. seconds: stage -> [K] s.
+        path: of the picture.
+    """
+    largest = max(np.sum([np.asarray(v, dtype=float) for v in seconds.values()], axis=0), default=0.0)
+    factor, unit = next(
+        (f, u) for f, u, limit in ((1, "s", 180), (60, "min", 10800), (3600, "h", np.inf)) if largest <= limit
+    )
+    figure = new_figure(8.0, 3.5)
+    axes = figure.subplots()
+    _stack(axes, names, {key: np.asarray(v) / factor for key, v in seconds.items()}, _STAGE_COLOURS)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
+    axes.set_ylabel(f"Wall time ({unit})")
+    return save(figure, path)
+
+
+def group_learning_figure(groups: Mapping[str, Sequence[NDArray[np.float64]]], path: Path) -> Path:
+    """Errors of groups of runs against labels and against MD steps; bars are standard deviations in a group.
+
+    Args:
+        groups: name -> one array [K, 5] per run: labels, MD steps, RMSE of energy (meV/atom), force (eV/Å) and stress
+            (MPa; NaN without stress labels: then it has no row).
+        path: of the picture.
+    """
+    units = ["Energy RMSE (meV/atom)", "Force RMSE (eV/Å)"]
+    if any(np.isfinite(run[:, 4]).any() for runs in groups.values() for run in runs):
+        units.append("Stress RMSE (MPa)")
+    figure = new_figure(8.0, 0.8 + 2.8 * len(units))
+    panels = figure.subplots(len(units), 2, sharex="col", sharey="row")
+    shapes = list(zip(COLOURS, MARKERS, strict=True))
+    for k, (name, runs) in enumerate(groups.items()):
+        colour, marker = shapes[k % len(shapes)]
+        mean, deviation = _at_equal_labels(runs)
+        for row, quantity in enumerate(range(2, 2 + len(units))):
+            for column, x in enumerate((0, 1)):
+                scale = 1000.0 if x == 1 else 1.0
+                style = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2.5, "linewidth": 1.5}
+                bars = {"yerr": deviation[:, quantity], "xerr": deviation[:, x] / scale} if len(runs) > 1 else {}
+                label = f"{name} ({len(runs)} runs)" if len(runs) > 1 else name
+                axes = panels[row, column]
+                axes.errorbar(mean[:, x] / scale, mean[:, quantity], **bars, **style, elinewidth=0.9, label=label)
+    for row, unit in enumerate(units):
+        panels[row, 0].set_ylabel(unit)
+        panels[row, 0].set_yscale("log")
+        log_ticks(panels[row, 0], x=False)
+        for axes in panels[row]:
+            axes.grid(alpha=0.25, which="both")
+    panels[-1, 0].set_xlabel("Labels")
+    panels[-1, 1].set_xlabel("MD steps of all replicas (thousands)")
+    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    panels[-1, 1].xaxis.set_major_locator(MaxNLocator(nbins=7))
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    return save(figure, path)
+
+
+def _at_equal_labels(runs: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and sample standard deviation [K, 5] over runs, at the numbers of labels that all of them have."""
+    common = sorted(set.intersection(*({float(x) for x in run[:, 0]} for run in runs)))
+    values = np.array([[run[run[:, 0] == labels][0] for labels in common] for run in runs]).reshape(
+        len(runs), -1, runs[0].shape[1]
+    )
+    deviation = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(values.shape[1:])
+    return values.mean(axis=0), deviation
+
+
+def group_calibration_figure(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path) -> Path:
+    """Largest uncertainty against largest error of structures, one panel per group, on equal axes.
+
+    Args:
+        groups: name -> (max_i u_i [S], max_i RMSE(F_i) [S]), eV/Å.
+        path: of the picture.
+    """
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = new_figure(2.5 * columns + 0.5 if columns > 1 else 4.0, 2.75 * rows + 0.5)
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    everything = np.concatenate([np.ravel(values) for pair in groups.values() for values in pair])
+    limits = (0.8 * float(everything[everything > 0].min()), 1.25 * float(everything.max()))
+    for axes, (name, pair) in zip(panels, groups.items(), strict=False):
+        draw_calibration(figure, axes, name, *pair, limits=limits)
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    figure.supxlabel("max $u_i$ (eV/Å)", fontsize=10.5)
+    figure.supylabel("max RMSE($F_i$) (eV/Å)", fontsize=10.5)
+    return save(figure, path)
+
+
+def _stack(axes: Axes, names: Sequence[object], parts: Mapping[str, ArrayLike], colours: Mapping[str, str]) -> None:
+    """Stacked bars, one per name."""
+    positions, bottom = np.arange(len(names)), np.zeros(len(names))
+    for key, values in parts.items():
+        heights = np.asarray(values, dtype=float)
+        axes.bar(positions, heights, 0.8, bottom=bottom, color=colours.get(key, "#000000"), label=key)
+        bottom += heights
+    every = -(-len(names) // 12)
+    axes.set_xticks(positions[::every], [str(name) for name in names][::every])
+    axes.set_xlabel("Iteration")
+    axes.grid(alpha=0.25, axis="y")
+    axes.set_axisbelow(True)
+
+
+def _cloud(
+    figure: Figure,
+    axes: Axes,
+    x: ArrayLike,
+    y: ArrayLike,
+    extent: tuple[float, float, float, float],
+    what: str,
+    *,
+    log: bool,
+) -> None:
+    """Few points as dots, many as hexagons coloured by their number."""
+    if log:
+        axes.set(xscale="log", yscale="log")
+    if np.size(x) <= _HEXBIN_FROM:
+        axes.plot(np.asarray(x), np.asarray(y), "o", color=BLUE, markersize=3.5, alpha=0.45, markeredgewidth=0)
+        return
+    scale: Literal["linear", "log"] = "log" if log else "linear"
+    limits = tuple(np.log10(extent)) if log else extent
+    # The light end of the map would vanish on white.
+    colours = matplotlib.colors.ListedColormap(colormaps["viridis_r"](np.linspace(0.08, 1.0, 256)))
+    bins = axes.hexbin(
+        x, y, gridsize=45, xscale=scale, yscale=scale, norm=LogNorm(), mincnt=1, extent=limits, cmap=colours
+    )
+    bar = figure.colorbar(bins, ax=axes, label=what, shrink=0.85)
+    bar.ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _span(*values: ArrayLike) -> tuple[float, float]:
+    """Limits around all values."""
+    joined = np.concatenate([np.ravel(np.asarray(v, dtype=float)) for v in values])
+    low, high = float(joined.min()), float(joined.max())
+    margin = 0.05 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def _iteration_colours(figure: Figure, axes: Axes, iteration: ArrayLike) -> tuple[Colormap, BoundaryNorm]:
+    """One colour per iteration, and a colour bar beside the axes."""
+    numbers = np.asarray(iteration, dtype=int)
+    first, last = (int(numbers.min()), int(numbers.max())) if len(numbers) else (0, 0)
+    # The light end of the map would vanish on white.
+    colours = colormaps["viridis"].resampled(256)(np.linspace(0.0, 0.93, last - first + 1))
+    map_ = matplotlib.colors.ListedColormap(colours)
+    norm = BoundaryNorm(np.arange(first - 0.5, last + 1.0), map_.N)
+    ticks = np.arange(first, last + 1, -(-(last - first + 1) // 10))
+    figure.colorbar(ScalarMappable(norm, map_), ax=axes, label="Iteration", ticks=ticks)
+    return map_, norm
 
 
 def _mean_band(axes: Axes, pairs: Sequence[tuple[ArrayLike, ArrayLike]], colour: str, name: str) -> None:
     grid, mean, deviation = mean_curve(pairs)
     axes.plot(grid, mean, color=colour, linewidth=2.2, label=f"{name} (mean ± sd of {len(pairs)})")
     axes.fill_between(grid, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
-
-
-def _log_ticks(axes: Axes, x: bool = True) -> None:
-    """Plain numbers (0.05, 2, 100) on logarithmic axes; more of them if the axis spans little."""
-    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        if axis is axes.xaxis and not x:
-            continue
-        decades = np.log10(high / low) if low > 0 else 1.0
-        subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(np.arange(1.0, 10.0))
-        axis.set_major_locator(LogLocator(subs=subs, numticks=12))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-
-
-def _symbol(name: str) -> str:
-    """Greek letter of a torsion's name, if it has one."""
-    return rf"$\{name}$" if name in ("phi", "psi", "omega", "chi") else name
-
-
-def _figure(width: float, height: float, square: bool = False) -> Figure:
-    """A figure of this size in inches whose labels are never clipped; ``square``: for axes of equal aspect."""
-    figure = Figure(figsize=(width, height), layout="compressed" if square else "constrained", facecolor="white")
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.set(w_pad=0.1, h_pad=0.08)  # type: ignore[call-arg]
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, format="png")
-    return path

@@ -1,11 +1,12 @@
-"""The report folder of a run: pictures, and a text with tables that names them."""
+"""The report of a run: one HTML file with everything in it, the same as Markdown, and the pictures as PNG files."""
 
 from __future__ import annotations
 
-import math
-import tomllib
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,198 +14,382 @@ import numpy as np
 
 from ubmd.analysis import figures
 from ubmd.analysis.coverage import coverage
-from ubmd.analysis.errors import CalibrationData, calibration_data, pearson, share_covered, spearman
-from ubmd.analysis.run_data import Frames, read_frames, read_history
+from ubmd.analysis.document import Document, Section, number
+from ubmd.analysis.errors import CalibrationData, calibration_data, parity_data, pearson, share_covered, spearman
+from ubmd.analysis.predictions import predict_unseen
+from ubmd.analysis.provenance import add_provenance, conditions
+from ubmd.analysis.run_data import Frames, count_endings, read_frames, read_rejected, stage_seconds
 from ubmd.analysis.torsions import amide_torsions, count_cis, torsions
-from ubmd.calculator import Evaluator
-from ubmd.data.structures import read_structures
-from ubmd.errors import DataError
+from ubmd.learning.convergence import plateau, quiet
+from ubmd.learning.run_folder import RunFolder, read_settings
 from ubmd.settings import RunSettings
 
-
-@dataclass
-class _Report:
-    """Text and pictures, growing section by section."""
-
-    folder: Path
-    lines: list[str] = field(default_factory=list)
-    pictures: list[Path] = field(default_factory=list)
-
-    def section(self, title: str, *lines: str) -> None:
-        self.lines += [f"## {title}", "", *lines, ""]
-
-    def picture(self, path: Path, caption: str) -> None:
-        self.pictures.append(path)
-        self.lines += [f"![{caption}]({path.name})", ""]
+_SETS = {
+    "test": "test set",
+    "valid": "validation labels",
+    "calib": "calibration labels",
+    "train": "training labels",
+}
 
 
 def make_report(run: Path) -> list[Path]:
-    """Write report/*.png and report/report.md of a run folder from what is there; returns the files.
+    """Write report/*.png, report.md and report.html of a run folder from what is there; returns the files.
 
     Sections whose data the run does not have (no test set, no torsions, no finished iteration) are left out.
 
     Raises:
         DataError: the folder holds no run.
     """
-    run = Path(run)
-    settings = _read_settings(run)
-    history = read_history(run)
-    report = _Report(run / "report")
-    report.lines += [f"# Report of the run {run.resolve().name}", ""]
-    if not history:
-        report.lines += ["No iteration has finished yet.", ""]
+    data = _Run(RunFolder(Path(run)))
+    report = Document(f"Report of the run {data.folder.path.resolve().name}")
+    if not data.history:
+        report.introduction.append("No iteration has finished yet.")
     else:
-        _summary(report, settings, history)
-        _learning(report, history)
-        _calibration(report, run)
-        frames = read_frames(run)
-        if len(frames):
-            _exploration(report, settings, frames)
-    return [*report.pictures, _write(report)]
+        report.introduction.append(_summary(data))
+        for add in (_iterations, _learning, _accuracy, _exploration, _uncertainty, _replicas, _convergence):
+            add(report, data)
+    for add in (_failures, _times):
+        add(report, data)
+    add_provenance(report, data.folder)
+    return [*report.pictures(), *report.write(data.folder.report, "report")]
 
 
-def _read_settings(run: Path) -> RunSettings:
-    path = run / "settings.toml"
-    if not path.exists():
-        raise DataError(f"There is no run in {run}: it has no settings.toml.")
-    return RunSettings.model_validate(tomllib.loads(path.read_text()))
+@dataclass
+class _Run:
+    """What the sections read, each once."""
+
+    folder: RunFolder
+
+    def __post_init__(self) -> None:
+        self.settings: RunSettings = read_settings(self.folder)
+        self.history: list[dict[str, Any]] = self.folder.read_history()
+
+    @cached_property
+    def frames(self) -> Frames:
+        return read_frames(self.folder.path)
+
+    def picture(self, name: str) -> Path:
+        return self.folder.report / name
+
+    def picoseconds(self, steps: Any) -> Any:
+        return np.asarray(steps) * self.settings.md.timestep / 1000.0
 
 
-def _write(report: _Report) -> Path:
-    report.folder.mkdir(parents=True, exist_ok=True)
-    path = report.folder / "report.md"
-    path.write_text("\n".join(report.lines))
-    return path
+def _summary(data: _Run) -> str:
+    last, settings = data.history[-1], data.settings
+    return (
+        f"{last['labels']} labels after {len(data.history)} iterations and {last['md_steps']:,} MD steps "
+        f"({data.picoseconds(last['md_steps']):,.1f} ps); {conditions(settings)}; "
+        f"uncertainty {settings.uncertainty.kind}, selection {settings.selection.method}, seed {settings.seed}. "
+        + _ending(data)
+    )
 
 
-def _summary(report: _Report, settings: RunSettings, history: list[dict[str, Any]]) -> None:
-    """What was run, and one row per iteration."""
-    last = history[-1]
-    bias = f"strength {settings.bias.force:g}" if settings.bias.force else "none (plain MD)"
-    report.lines += [
-        f"{last['labels']} labels after {len(history)} iterations and {last['md_steps']:,} MD steps; "
-        f"{settings.md.temperature:g} K, bias {bias}, selection {settings.selection.method}, seed {settings.seed}.",
-        "",
-    ]
-    head = ["iteration", "labels", "MD steps", "energy RMSE (meV/atom)", "force RMSE (eV/Å)", "coverage"]
+def _ending(data: _Run) -> str:
+    """Why the run ended, if it did: its last iteration has no replicas."""
+    last, wanted = data.history[-1], data.settings.loop.labels
+    if last.get("ended"):
+        return f"Finished: {last['ended']['reason']}"
+    if last.get("replicas"):
+        return "The run has not finished."
+    if last["labels"] >= wanted:
+        return f"Finished: the data set has {last['labels']} labels (loop.labels = {wanted})."
+    return "Finished before loop.labels was reached."
+
+
+def _iterations(report: Document, data: _Run) -> None:
+    """One row per iteration."""
+    rejected = Counter(int(atoms.info.get("iteration", -1)) for atoms in read_rejected(data.folder.path))
     rows = [
         [
             str(entry["iteration"]),
             str(entry["labels"]),
+            str(rejected[entry["iteration"]] or ""),
             f"{entry['md_steps']:,}",
-            _number(_test(entry, "energy_rmse_mev_per_atom"), ".2f"),
-            _number(_test(entry, "force_rmse"), ".4f"),
-            _number(entry.get("coverage"), ".3f"),
+            *(_error(entry, name, key, form) for name in ("valid", "test") for key, form in _ERRORS),
+            number(entry.get("max_u"), ".2f"),
+            number(entry.get("coverage"), ".3f"),
         ]
-        for entry in history
+        for entry in data.history
     ]
-    report.section("Iterations", *_table(head, rows), "", "Errors are those of the held-out test set.")
+    head = ["iteration", "labels", "rejected", "MD steps"]
+    head += [f"{name} {what}" for name in ("valid", "test") for what in ("E (meV/atom)", "F (eV/Å)", "S (MPa)")]
+    head += ["max u (eV/Å)", "coverage"]
+    keep = [k for k in range(len(head)) if any(row[k] not in ("", "-") for row in rows)]
+    section = report.section("Iterations")
+    section.table([head[k] for k in keep], [[row[k] for k in keep] for row in rows])
+    section.text(
+        "Root mean square errors of energies (E), components of forces (F) and stress (S). valid: labels that were "
+        "held back from training, for early stopping and calibration; test: the test set, which nothing depends on."
+    )
 
 
-def _learning(report: _Report, history: list[dict[str, Any]]) -> None:
-    tested = [entry for entry in history if _test(entry, "force_rmse") is not None]
-    if not tested:
+_ERRORS = (("energy_rmse_mev_per_atom", ".2f"), ("force_rmse", ".4f"), ("stress_rmse_mpa", ".1f"))
+
+
+def _error(entry: dict[str, Any], name: str, key: str, form: str) -> str:
+    return number((entry.get(name) or {}).get(key), form)
+
+
+def _learning(report: Document, data: _Run) -> None:
+    """Errors against labels and against MD steps."""
+    by_labels: dict[str, Sequence[Any]] = {}
+    by_steps: dict[str, Sequence[Any]] = {}
+    for key, name in _SETS.items():
+        entries = [entry for entry in data.history if entry.get(key)]
+        if not entries:
+            continue
+        errors = [[entry[key].get(quantity, np.nan) for entry in entries] for quantity, _ in _ERRORS]
+        by_labels[name] = ([entry["labels"] for entry in entries], *errors)
+        # A model has seen what the iterations before it found.
+        before = [0, *(entry["md_steps"] for entry in data.history)]
+        by_steps[name] = ([before[entry["iteration"]] / 1000.0 for entry in entries], *errors)
+    if not by_labels:
         return
+    section = report.section("Learning curves")
+    path = figures.learning_curve_figure(by_labels, data.picture("learning_curve.png"))
+    section.picture(path, "Errors against the number of labels")
     path = figures.learning_curve_figure(
-        [entry["labels"] for entry in tested],
-        [entry["test"]["energy_rmse_mev_per_atom"] for entry in tested],
-        [entry["test"]["force_rmse"] for entry in tested],
-        report.folder / "learning_curve.png",
+        by_steps, data.picture("learning_curve_steps.png"), "MD steps of all replicas (thousands)"
     )
-    report.section("Learning curve", "Errors on the held-out test set against the number of labels.")
-    report.picture(path, "test errors against labels")
+    section.picture(path, "Errors against the MD steps before the training")
 
 
-def _calibration(report: _Report, run: Path) -> None:
-    """Uncertainty against error of the newest model on the test set."""
-    if not ((run / "model.pt").exists() and (run / "test.extxyz").exists()):
+def _accuracy(report: Document, data: _Run) -> None:
+    """Parity and calibration of the newest model on the test set, or of earlier models on the labels they chose."""
+    found = predict_unseen(data.folder, data.history)
+    if found is None:
         return
-    structures = read_structures(run / "test.extxyz", labelled=True)
-    evaluator = Evaluator(run / "model.pt")
-    data = calibration_data(structures, evaluator.predict(structures))
-    cis = count_cis(structures, amide_torsions(structures[0]))
-    report.section(
-        "Uncertainty against error",
-        f"Newest model on the {len(structures)} structures of the test set"
-        + (f" ({cis} of them with a cis amide bond)" if amide_torsions(structures[0]) else "")
-        + f": energy RMSE {data.energy_rmse:.2f} meV/atom, force RMSE {data.force_rmse:.4f} eV/Å.",
-        "",
-        *_calibration_table(data, evaluator.metadata["uncertainty"]),
+    structures, predictions, promise, what = found.structures, found.predictions, found.promise, found.what
+    errors = calibration_data(structures, predictions)
+    section = report.section("Model against reference")
+    section.text(f"{what}: energy RMSE {errors.energy_rmse:.2f} meV/atom, force RMSE {errors.force_rmse:.4f} eV/Å.")
+    path = figures.parity_figure(parity_data(structures, predictions), data.picture("parity.png"))
+    section.picture(path, "Model against reference; the line is perfect agreement")
+    section = report.section("Uncertainty against error")
+    _calibration_table(section, errors, promise)
+    path = figures.calibration_figure(
+        {
+            "Atoms": (errors.atom_u, errors.atom_error),
+            "Largest of each structure": (errors.largest_u, errors.largest_error),
+        },
+        data.picture("calibration.png"),
+        [("$u_i$ (eV/Å)", "RMSE($F_i$) (eV/Å)"), ("max $u_i$ (eV/Å)", "max RMSE($F_i$) (eV/Å)")],
     )
-    path = figures.calibration_figure(data.largest_u, data.largest_error, report.folder / "calibration.png")
-    report.picture(path, "largest uncertainty against largest error")
+    section.picture(path, "Calibrated uncertainty against error; in the green half the error is the smaller one")
 
 
-def _calibration_table(data: CalibrationData, uncertainty: dict[str, Any]) -> list[str]:
+def _calibration_table(section: Section, data: CalibrationData, uncertainty: dict[str, Any]) -> None:
     """Promised and found shares of errors under their uncertainty, and correlations."""
     rows = []
+    wanted = 1.0 - uncertainty["alpha"]
     for name, error, u, record in [
         ("structures: energy error, u (eV/atom)", data.energy_error, data.energy_u, uncertainty["energy"]),
         ("atoms: RMSE(F_i), u_i (eV/Å)", data.atom_error, data.atom_u, uncertainty["forces"]),
         ("structures: max RMSE(F_i), max u_i (eV/Å)", data.largest_error, data.largest_u, uncertainty["forces"]),
     ]:
         rows.append(
-            [name, f"{record['attainable']:.3f}", f"{share_covered(error, u):.3f}"]
-            + [_number(correlation(u, error), ".2f") for correlation in (pearson, spearman)]
+            [name, f"{min(record['attainable'], wanted):.3f}", f"{share_covered(error, u):.3f}"]
+            + [number(correlation(u, error), ".2f") for correlation in (pearson, spearman)]
         )
-    head = ["what", "promised share", "share found", "Pearson", "Spearman"]
-    return [
-        *_table(head, rows),
-        "",
+    section.table(["what", "promised share", "share found", "Pearson", "Spearman"], rows)
+    section.text(
         "The share counts errors that do not exceed their uncertainty. Calibrated on "
         f"{uncertainty['energy']['n_calibration']} structures like the training data: "
-        "a test set from another distribution may have another share.",
-    ]
+        "a test set from another distribution may have another share."
+    )
 
 
-def _exploration(report: _Report, settings: RunSettings, frames: Frames) -> None:
-    """Coverage, Ramachandran picture, and the uncertainty along the replicas."""
+def _exploration(report: Document, data: _Run) -> None:
+    """Torsions and volumes that the replicas have seen."""
+    frames, settings = data.frames, data.settings
+    if not len(frames):
+        return
     chosen = list(settings.variables.torsions.items())[:2]
+    volumes = frames.volumes()
+    if not chosen and volumes is None:
+        return
+    section = report.section("Exploration")
+    counted = (
+        f"{len(frames)} stored frames (every {settings.md.frames_every} steps, and the frames that stopped a replica)"
+    )
     if chosen:
-        names, indices = [name for name, _ in chosen], [index for _, index in chosen]
-        angles = torsions(frames.structures, indices)
-        share = coverage(angles)
-        report.section(
-            "Exploration",
-            f"Coverage of ({', '.join(names)}): {share:.3f}, counted over {len(frames)} stored frames "
-            f"(every {settings.md.frames_every} steps, and the frames that stopped a replica).",
-        )
-        if len(names) == 2:
-            title = f"{len(frames)} frames, coverage {share:.2f}"
-            path = figures.ramachandran_figure(
-                angles, frames.iteration, report.folder / "ramachandran.png", names, title
-            )
-            report.picture(path, "visited torsions")
-        path = figures.coverage_figure({"": [frames.coverage_curve(indices)]}, report.folder / "coverage.png")
-        report.picture(path, "coverage against MD steps")
-        amides = amide_torsions(frames.structures[0])
-        if amides:
-            report.lines += [f"Frames with a cis amide bond: {count_cis(frames.structures, amides)}.", ""]
-    report.section("Uncertainty along the replicas")
+        _torsions(section, data, [name for name, _ in chosen], [index for _, index in chosen], counted)
+    if volumes is not None:
+        section.text(f"Volumes from {volumes.min():.3f} to {volumes.max():.3f} Å³/atom in {counted}.")
+        path = figures.volume_figure(frames.md_steps, volumes, frames.iteration, data.picture("volumes.png"))
+        section.picture(path, "Cell volumes against MD steps, and their histogram")
+
+
+def _torsions(section: Section, data: _Run, names: list[str], indices: list[Any], counted: str) -> None:
+    frames = data.frames
+    angles = torsions(frames.structures, indices)
+    share = coverage(angles)
+    section.text(f"Coverage of ({', '.join(names)}): {share:.3f}, counted over {counted}.")
+    if len(names) == 2:
+        title = f"{len(frames)} frames, coverage {share:.2f}"
+        path = figures.ramachandran_figure(angles, frames.iteration, data.picture("ramachandran.png"), names, title)
+        section.picture(path, "Visited torsions")
+    path = figures.coverage_figure({"": [frames.coverage_curve(indices)]}, data.picture("coverage.png"))
+    section.picture(path, "Coverage against MD steps")
+    amides = amide_torsions(frames.structures[0])
+    if amides:
+        section.text(f"Frames with a cis amide bond: {count_cis(frames.structures, amides)}.")
+
+
+def _uncertainty(report: Document, data: _Run) -> None:
+    """u along the replicas."""
+    frames = data.frames
+    if not len(frames):
+        return
+    endings = {
+        (result.get("iteration", entry["iteration"]), result["replica"]): result["stopped"]
+        for entry in data.history
+        for result in entry.get("replicas") or []
+    }
     path = figures.uncertainty_figure(
         frames.iteration,
         frames.replica,
-        frames.step,
+        data.picoseconds(frames.step),
         frames.max_u,
-        settings.loop.threshold,
-        report.folder / "uncertainty.png",
+        data.settings.loop.threshold,
+        data.picture("uncertainty.png"),
+        endings,
     )
-    report.picture(path, "uncertainty along replicas")
+    report.section("Uncertainty along the replicas").picture(
+        path, "Largest uncertainty of an atom; one line per replica"
+    )
 
 
-def _test(entry: dict[str, Any], key: str) -> float | None:
-    return (entry.get("test") or {}).get(key)
+def _replicas(report: Document, data: _Run) -> None:
+    """How replicas ended, and why those that failed did."""
+    entries = [entry for entry in data.history if entry.get("replicas")]
+    if not entries:
+        return
+    section = report.section("How the replicas ended")
+    counts = [count_endings(entry) for entry in entries]
+    path = figures.replicas_figure(
+        [entry["iteration"] for entry in entries],
+        {name: [count[name] for count in counts] for name in figures.ENDINGS},
+        [data.picoseconds(np.mean([r["steps"] for r in entry["replicas"]])) for entry in entries],
+        data.picture("replicas.png"),
+    )
+    section.picture(path, "Replicas that reached the step limit, passed the threshold, or failed")
+    reasons = [(entry["iteration"], r["reason"]) for entry in entries for r in entry["replicas"] if r["reason"]]
+    _reasons(section, "why replicas failed", reasons)
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None or not math.isfinite(value) else format(value, form)
+def _convergence(report: Document, data: _Run) -> None:
+    """What the stop rules see, in use or not."""
+    loop, history = data.settings.loop, data.history
+    calls = history[-1]["labels"] + len(read_rejected(data.folder.path))
+    budget = loop.label_budget
+    explored = [entry for entry in history if entry.get("replicas")]
+    calm = next((n for n in range(len(explored), 0, -1) if quiet(explored, n)), 0)
+    seen = plateau(history, loop.plateau_iterations, float("inf"))
+    spreads = (
+        f"fewer than {loop.plateau_iterations + 1} models with new labels"
+        if seen is None
+        else f"over the last {loop.plateau_iterations + 1} models the force error of held-out labels spreads by "
+        f"{100 * seen.evidence['spread']['force_rmse']:.0f} %, their calibration factor by "
+        f"{100 * seen.evidence['spread']['force_factor']:.0f} % (tolerance {100 * loop.plateau_tolerance:g} %)"
+    )
+    rows = [
+        ["labels", "yes", f"{history[-1]['labels']} of {loop.labels}"],
+        [
+            "label budget",
+            "yes" if budget else "no",
+            f"{calls} calls of the reference" + (f" of {budget}" if budget else ""),
+        ],
+        [
+            "quiet",
+            "yes" if loop.stop_when_quiet else "no",
+            f"{calm} last iterations (of {loop.quiet_iterations}) in which every replica reached the step limit",
+        ],
+        ["plateau", "yes" if loop.stop_at_plateau else "no", spreads],
+    ]
+    section = report.section("Convergence")
+    section.table(["stop rule", "in use", "what it sees"], rows)
+    known = [entry for entry in history if (entry.get("calibration") or {}).get("force_factor")]
+    if len(known) > 1:
+        held_out = "calib" if all(entry.get("calib") for entry in known) else "valid"
+        path = figures.convergence_figure(
+            [entry["labels"] for entry in known],
+            [entry[held_out]["force_rmse"] for entry in known],
+            [entry["calibration"]["force_factor"] for entry in known],
+            data.picture("convergence.png"),
+        )
+        section.picture(path, "Force error and calibration factor of held-out labels; both settle when a run converges")
+    if history[-1].get("ended"):
+        section.text(f"The run ended by the rule '{history[-1]['ended']['rule']}'.")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown table with columns of equal width, so that it also reads well as plain text."""
-    widths = np.max([[len(cell) for cell in row] for row in [head, *rows]], axis=0)
+def _failures(report: Document, data: _Run) -> None:
+    """Rejected labels with their reasons."""
+    rejected = read_rejected(data.folder.path)
+    labelled = data.history[-1]["labels"] if data.history else 0
+    if not rejected and not labelled:
+        return
+    section = report.section("Rejected labels")
+    if not rejected:
+        section.text("None: every structure that was sent to the reference got its label.")
+        return
+    total = labelled + len(rejected)
+    section.text(
+        f"{len(rejected)} of {total} structures got no label ({100 * len(rejected) / total:.1f} %); "
+        f"they are in {data.folder.rejected.name}."
+    )
+    _reasons(section, "reason", [(int(a.info.get("iteration", -1)), str(a.info.get("reason", ""))) for a in rejected])
 
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
-    return [line(head), line(["-" * width for width in widths]), *(line(row) for row in rows)]
+def _reasons(section: Section, title: str, found: Sequence[tuple[int, str]]) -> None:
+    """A table of sentences that differ in their numbers only, most frequent first, with one example each."""
+    groups: dict[str, list[tuple[int, str]]] = {}
+    for iteration, reason in found:
+        groups.setdefault(re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", reason), []).append((iteration, reason))
+    rows = []
+    for group in sorted(groups.values(), key=len, reverse=True):
+        first, last = min(group)[0], max(group)[0]
+        where = [("start" if k < 0 else str(k)) for k in (first, last)]
+        rows.append([str(len(group)), where[0] if first == last else " to ".join(where), group[-1][1]])
+    if rows:
+        section.table(["count", "iterations", f"{title} (the newest)"], rows)
+
+
+def _times(report: Document, data: _Run) -> None:
+    """Wall time per stage, and what a label, an MD step and a training cost."""
+    names, seconds = stage_seconds(data.folder.path, data.history)
+    total = sum(float(values.sum()) for values in seconds.values())
+    if not total:
+        return
+    section = report.section("Time and cost")
+    rows = [
+        [stage, _duration(float(values.sum())), f"{100 * values.sum() / total:.1f} %", _cost(data, stage, values)]
+        for stage, values in seconds.items()
+    ]
+    section.table(["stage", "wall time", "share", "that is"], [*rows, ["all stages", _duration(total), "100.0 %", ""]])
+    path = figures.time_figure(names, seconds, data.picture("time.png"))
+    section.picture(path, "Wall time of each iteration by stage; 'start' is what came before the first one")
+
+
+def _cost(data: _Run, stage: str, values: np.ndarray) -> str:
+    """A stage's cost per piece of work."""
+    last = data.history[-1] if data.history else {"labels": 0, "md_steps": 0}
+    results = [r for entry in data.history for r in entry.get("replicas") or []]
+    if stage == "label" and last["labels"]:
+        return f"{values.sum() / last['labels']:.3g} s per label"
+    if stage == "md" and last["md_steps"]:
+        busy = sum(float(r["seconds"]) for r in results)
+        return (
+            f"{1000 * busy / last['md_steps']:.3g} ms per step of a replica, "
+            f"{1000 * values.sum() / last['md_steps']:.3g} ms of wall time"
+        )
+    if stage == "train" and np.count_nonzero(values):
+        return f"{values.sum() / np.count_nonzero(values):.3g} s per training"
+    return ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from numpy.typing import NDArray
 
 from ubmd.analysis.coverage import coverage_growth
 from ubmd.analysis.torsions import torsions
+from ubmd.learning.run_folder import RunFolder
+
+STAGES = ("test_set", "train", "export", "measure", "md", "select", "label")
+"""Stages in the order in which the loop does them; others that a run folder names come after these."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,35 @@ class Frames:
         last = np.append(np.flatnonzero(np.diff(self.md_steps)), len(self) - 1) if len(self) else np.zeros(0, int)
         return self.md_steps[last], grown[last]
 
+    def volumes(self) -> NDArray[np.float64] | None:
+        """Volume per atom [N], Å³; None unless there are cells whose volume changes."""
+        if not len(self) or not all(atoms.pbc.all() for atoms in self.structures):
+            return None
+        volume = np.array([atoms.get_volume() / len(atoms) for atoms in self.structures])
+        return volume if np.ptp(volume) > 1e-6 * volume.mean() else None
 
-def read_history(run: Path) -> list[dict[str, Any]]:
-    """Entries of the finished iterations; empty for a run without any."""
-    path = Path(run) / "history.json"
-    return json.loads(path.read_text()) if path.exists() else []
+
+def read_rejected(run: Path) -> list[Atoms]:
+    """Structures without a label; ``info["reason"]`` says why."""
+    path = RunFolder(run).rejected
+    return _read(path) if path.exists() else []
+
+
+def stage_seconds(run: Path, history: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, NDArray[np.float64]]]:
+    """(names of the iterations, stage -> wall time of each, s); what came before the loop is called 'start'."""
+    marks = sorted((Path(run) / ".stages").glob("*.json"))
+    records = {mark.stem: json.loads(mark.read_text()) for mark in marks}
+    start = {stage: float(record["seconds"]) for stage, record in records.items() if "seconds" in record}
+    columns = [start, *(entry.get("seconds") or {} for entry in history)]
+    found = {stage for column in columns for stage in column}
+    order = [stage for stage in STAGES if stage in found] + sorted(found - set(STAGES))
+    names = ["start", *(str(entry["iteration"]) for entry in history)]
+    return names, {stage: np.array([float(column.get(stage, 0.0)) for column in columns]) for stage in order}
+
+
+def count_endings(entry: Mapping[str, Any]) -> Counter[str]:
+    """How the replicas of an iteration ended -> their number."""
+    return Counter(result["stopped"] for result in entry.get("replicas") or [])
 
 
 def read_frames(run: Path) -> Frames:
@@ -54,8 +83,8 @@ def read_frames(run: Path) -> Frames:
     structures: list[Atoms] = []
     rows: list[tuple[int, int, int, int, float]] = []
     before = 0
-    for entry in read_history(run):
-        folder = Path(run) / "iterations" / f"iter_{entry['iteration']:03d}"
+    for entry in RunFolder(run).read_history():
+        folder = RunFolder(run).iteration(entry["iteration"])
         found = [atoms for path in sorted(folder.glob("frames_*.extxyz")) for atoms in _read(path)]
         found.sort(key=lambda atoms: (int(atoms.info["step"]), int(atoms.info["replica"])))
         last = _last_steps(found)
@@ -64,7 +93,8 @@ def read_frames(run: Path) -> Frames:
             total = before + sum(min(step, end) for end in last.values())
             rows.append((entry["iteration"], replica, step, total, float(atoms.info.get("max_uncertainty", np.nan))))
         structures += found
-        before = int(entry["md_steps"])
+        # Replicas that outlive their iteration (asynchronous runs) count with the frames of where they began.
+        before = max(int(entry["md_steps"]), rows[-1][3] if rows else 0)
     table = np.array(rows, dtype=np.float64).reshape(-1, 5)
     whole = table[:, :4].astype(np.int64)
     return Frames(structures, whole[:, 0], whole[:, 1], whole[:, 2], whole[:, 3], table[:, 4])

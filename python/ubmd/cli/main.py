@@ -28,7 +28,9 @@ A first run:
 
   ubmd status RUN_DIR              where it stands, from any terminal
 
-  ubmd report RUN_DIR              pictures and tables
+  ubmd report RUN_DIR              pictures and tables, one HTML page
+
+  ubmd compare RUN_A RUN_B ...     several runs side by side, seeds averaged
 
 The result is RUN_DIR/model.pt: run it in LAMMPS with 'pair_style ubmd'. If anything seems wrong with the installation,
 run 'ubmd doctor'.

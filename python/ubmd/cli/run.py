@@ -1,4 +1,4 @@
-"""Commands of the loop: init, check, run, status, report; and doctor."""
+"""Commands of the loop: init, check, run, status, report, compare; and doctor."""
 
 from __future__ import annotations
 
@@ -19,34 +19,53 @@ Override = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for function in (init, check, run, status, report, doctor):
+    for function in (init, check, run, status, report, compare, doctor):
         app.command()(function)
 
 
-def init(path: Annotated[Path, typer.Argument(help="File to write.")] = Path("settings.toml")) -> None:
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("settings.toml"),
+    short: Annotated[bool, typer.Option("--short", help="Only the keys that most people set.")] = False,
+) -> None:
     """Write a settings file in which every key is explained."""
-    from ubmd.cli.template import run_template
+    from ubmd.cli.template import run_template, short_template
 
     if path.exists():
         raise SettingsError(f"{path} is already there; name another file.")
-    path.write_text(run_template())
+    if not path.parent.is_dir():
+        raise SettingsError(f"There is no folder {path.parent}; make it, or name another file.")
+    path.write_text((short_template if short else run_template)(path.name), encoding="utf-8")
     print(f"Wrote {path}. Set run_dir, start.file and the reference, then: ubmd check {path}")
 
 
 def check(settings: SettingsFile, override: Override = None) -> None:
-    """Do every stage once, in miniature: finds mistakes in a minute.
+    """Say what would be run, then do every stage once, in miniature: finds mistakes in a minute.
 
-    Labels two structures, trains two epochs, runs ten biased MD steps, selects and labels one more.
+    Labels two structures, trains a few epochs, runs ten biased MD steps, selects and labels one more. From this it
+    tells roughly how long the whole run would take and how much it would write. Nothing is left behind.
     """
     values = load_settings(settings, RunSettings, override or [])
     from ubmd.learning.check import check as check_settings
 
     for line in check_settings(values, settings.parent):
-        print(line)
+        print(line, flush=True)
     print(f"All stages work. Start with: ubmd run {settings}")
 
 
-def run(settings: SettingsFile, override: Override = None) -> None:
+def run(
+    settings: SettingsFile,
+    override: Override = None,
+    from_iteration: Annotated[
+        int | None,
+        typer.Option(
+            "--from",
+            metavar="ITERATION",
+            min=0,
+            help="Take the run back to this iteration, perhaps with changed settings; labels from before stay, later "
+            "ones go to the folder 'aside'. Resume without it.",
+        ),
+    ] = None,
+) -> None:
     """Start or resume an active-learning run.
 
     Labels perturbed start structures; then again and again: trains, calibrates the uncertainty, runs biased MD replicas
@@ -57,32 +76,65 @@ def run(settings: SettingsFile, override: Override = None) -> None:
     # After the settings: a mistake there shows at once, these take seconds.
     from rich.console import Console
 
+    from ubmd.learning.check import verify
     from ubmd.learning.loop import run as run_loop
     from ubmd.learning.progress import make_progress
+    from ubmd.learning.run_folder import RunFolder
+    from ubmd.learning.timeline import Timeline
 
-    with make_progress(Console()) as progress:
-        folder = run_loop(values, settings.parent, progress)
-    print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report'}")
+    verify(values, settings.parent)
+    timeline = Timeline(values, RunFolder(values.run_dir).read_events())
+    with make_progress(Console(), timeline) as progress:
+        folder = run_loop(values, settings.parent, progress, from_iteration=from_iteration)
+    print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")
 
 
 def status(run_dir: RunDir) -> None:
     """Show where a run stands."""
-    from rich.console import Console
-
+    from ubmd.cli.console import make_console
     from ubmd.learning.status import status as describe_run
 
-    Console().print(describe_run(run_dir))
+    make_console().print(describe_run(run_dir))
 
 
 def report(run_dir: RunDir) -> None:
-    """Make the report of a run, also of an unfinished one: learning curve, uncertainty against error, coverage."""
-    from ubmd.learning.run_folder import RunFolder, read_settings
+    """Make the report of a run, also of an unfinished one: one HTML page with all tables and pictures.
 
-    read_settings(RunFolder(run_dir))  # says so if there is no run
+    Learning curves, model against reference, uncertainty against error, what was explored, how replicas ended, rejected
+    labels, time per stage, settings and versions. The same as report.md, with the pictures as PNG files, for papers.
+    """
     from ubmd.analysis import make_report
 
-    make_report(run_dir)
-    print(f"Report: {RunFolder(run_dir).report}")
+    print(f"Report: {make_report(run_dir)[-1]}")
+
+
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Folders of two or more runs.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the comparison.")] = Path("comparison"),
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="Name of a group, in order of the runs; may be repeated.")
+    ] = None,
+) -> None:
+    """Compare runs: errors against labels and MD steps, what was explored, calibration.
+
+    Runs that differ in their seed only are one group, shown as mean and standard deviation.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ubmd.analysis import compare as compare_runs
+    from ubmd.cli.console import make_console
+
+    rows, files = compare_runs(run_dirs, out, name)
+    table = Table(caption="mean ± standard deviation over the runs of a group")
+    table.add_column("")
+    for group in rows[0].values:
+        table.add_column(escape(group), justify="right")
+    for row in rows:
+        table.add_row(row.title, *row.cells())
+    make_console().print(table)
+    page = next(path for path in files if path.suffix == ".html")
+    print(f"Tables and pictures: {page}")
 
 
 def doctor() -> None:

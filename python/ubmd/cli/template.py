@@ -20,13 +20,55 @@ _EXAMPLES: dict[str, Any] = {
 }
 
 
-def run_template() -> str:
+# What most people set; the others are for later.
+_SHORT = (
+    "run_dir",
+    "start.file",
+    "reference.calculator",
+    "reference.arguments",
+    "model.cutoff",
+    "md.replicas",
+    "md.steps",
+    "md.timestep",
+    "md.temperature",
+    "bias.force",
+    "selection.batch",
+    "loop.labels",
+    "loop.threshold",
+)
+
+_HEAD = "# Settings of an active-learning run: ubmd check {name}, then ubmd run {name}\n"
+_LONG_HEAD = """\
+# A line that begins with '# key =' shows a default: remove the '# ' to change it.
+# For completion and help while you type in VS Code (extension 'Even Better TOML'): ubmd schema > ubmd.schema.json
+# in this folder, and as the first line of this file: #:schema ./ubmd.schema.json
+"""
+_SHORT_HEAD = """\
+# The keys that most people set, with their defaults. All keys: ubmd init all.toml, or ubmd schema.
+"""
+
+
+def run_template(name: str = "settings.toml") -> str:
     """TOML text for `RunSettings`: required keys with example values, all others commented out with their defaults."""
-    head = (
-        "# Settings of an active-learning run: ubmd run settings.toml\n"
-        "# A line that begins with '# key =' shows a default: remove the '# ' to change it.\n"
-    )
-    return head + "\n".join(_table_lines(RunSettings, "")) + "\n"
+    return _HEAD.format(name=name) + _LONG_HEAD + "\n".join(_table_lines(RunSettings, "")) + "\n"
+
+
+def short_template(name: str = "settings.toml") -> str:
+    """TOML text with the keys that most people set, with example values or their defaults."""
+    lines: list[str] = []
+    table = ""
+    for path in _SHORT:
+        *tables, key = path.split(".")
+        kind: type[Table] = RunSettings
+        for part in tables:
+            kind = _table_of(kind.model_fields[part]) or kind
+        if tables and tables[0] != table:
+            table = tables[0]
+            lines += ["", *_comment(kind.__doc__ or ""), f"[{table}]"]
+        field = kind.model_fields[key]
+        value = _EXAMPLES[path] if field.is_required() else field.get_default(call_default_factory=True)
+        lines += [*_comment(field.description or ""), _assignment(key, value)]
+    return _HEAD.format(name=name) + _SHORT_HEAD + "\n".join(lines) + "\n"
 
 
 def _table_lines(kind: type[Table], name: str) -> list[str]:

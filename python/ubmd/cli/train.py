@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import BaseModel
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from ubmd.cli.console import make_console
 from ubmd.errors import SettingsError, UbmdError
 from ubmd.settings import RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
 
@@ -217,7 +219,7 @@ def evaluate(
         if as_json:
             print(json.dumps(result, indent=2))
             return
-        console = Console()
+        console = make_console()
         console.print(describe(structures, str(data)))
         console.print(_accuracy_table(result, evaluator.metadata))
 
@@ -263,23 +265,49 @@ def _percent(share: float, of_what: str) -> str:
 
 
 def info(
-    model: Annotated[Path, typer.Argument(help="Model file, e.g. model.pt.")],
+    path: Annotated[Path, typer.Argument(help="Model file (model.pt), or folder of a run.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as it is in the file.")] = False,
 ) -> None:
-    """Print what a model file says about itself."""
+    """Print where a model file or a run comes from: versions, seeds, hashes, settings."""
+    with user_errors():
+        record, tables = _run_info(path) if path.is_dir() else _model_info(path)
+        if as_json:
+            print(json.dumps(record, indent=2))
+            return
+        for table in tables:
+            make_console().print(table)
+
+
+def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
+    """(manifest, tables) of a run."""
+    from ubmd.analysis.provenance import changed_settings, provenance_rows
+    from ubmd.learning.run_folder import RunFolder, read_json, read_settings
+
+    run = RunFolder(folder)
+    settings = read_settings(run)
+    tables = [_info_table(str(folder), ("what", "value")), _info_table("changed settings", ("key", "value", "default"))]
+    for table, rows in zip(tables, (provenance_rows(run), changed_settings(settings)), strict=True):
+        for row in rows:
+            table.add_row(*map(escape, row))
+    return read_json(run.manifest), tables
+
+
+def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
+    """(metadata, table) of a model file."""
     from ubmd.export import load_model
 
-    with user_errors():
-        metadata = json.loads(load_model(model).metadata())
-        if as_json:
-            print(json.dumps(metadata, indent=2))
-            return
-        table = Table(title=str(model))
-        table.add_column("key", overflow="fold")
-        table.add_column("value", overflow="fold")
-        for key, value in _flat(metadata):
-            table.add_row(key, value)
-        Console().print(table)
+    metadata = json.loads(load_model(path).metadata())
+    table = _info_table(str(path), ("key", "value"))
+    for row in _flat(metadata):
+        table.add_row(*map(escape, row))
+    return metadata, [table]
+
+
+def _info_table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -333,4 +361,6 @@ def schema(
     with user_errors():
         if kind not in kinds:
             raise SettingsError(f"There is no schema of '{kind}'; choose run or train.")
-        print(json.dumps(kinds[kind].model_json_schema(), indent=2))
+        # By the names that the template has; a key may have a second one.
+        described = kinds[kind].model_json_schema(by_alias=False)
+        print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **described}, indent=2))

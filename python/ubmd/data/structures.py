@@ -20,6 +20,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.extxyz import key_val_dict_to_str, key_val_str_to_dict
+from ase.io.formats import UnknownFileTypeError
 from ase.stress import voigt_6_to_full_3x3_stress
 from ase.units import GPa
 from rich.table import Table
@@ -106,6 +107,8 @@ def _read_frames(path: Path) -> Iterable[Atoms]:
     if path.suffix.lower() not in (".xyz", ".extxyz"):
         try:
             return list(ase.io.iread(path, index=":"))
+        except UnknownFileTypeError:
+            raise DataError(f"ASE cannot read {path}: it is of no known kind; give structures as extxyz.") from None
         except Exception as error:  # ASE's readers raise anything from KeyError to AssertionError
             raise DataError(f"ASE cannot read {path}: {_sentence(error)}") from error
     content = path.read_bytes()

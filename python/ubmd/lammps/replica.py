@@ -1,12 +1,18 @@
 """One replica: LAMMPS through its Python interface, in a worker process, files in and files out.
 
 The fix writes frames to ``<frames>.tmp`` while the run goes on. Between pieces of the run the replica is checked for
-nonsense (NaN, absurd temperature, overlapping atoms). However it ends - threshold, step limit, LAMMPS error, crash of
-the whole process (`salvage`) - the frames up to the last sane one are kept.
+nonsense (NaN, absurd temperature, overlapping atoms, a cell out of bounds). However it ends - threshold, step limit,
+LAMMPS error, crash of the whole process (`salvage`) - the frames up to the last sane one are kept.
+
+LAMMPS turns cells (first vector along x, second in the xy plane), and so do the frames of cells: positions, cell and
+whatever is computed from them later belong together, in the turned orientation.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,13 +31,14 @@ from ubmd.references.labels import check_geometry
 
 FIX = "bias"
 _PIECE = 500  # steps between checks; short enough to lose little, long enough to cost nothing
+_BAR_PER_MPA = 10.0
 _SPLIT_MARGIN = 10.0  # Å of empty space when the first box of a molecule is made; LAMMPS shrinks it at once
 
 
 class ReplicaTask(BaseModel):
     """Everything that decides a replica's trajectory: the same task repeats it bit for bit on one machine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     replica: int
     model: Path
@@ -45,20 +52,35 @@ class ReplicaTask(BaseModel):
     temperature: float
     """K"""
     damping: float
-    """Langevin damping time, ps"""
+    """damping time of the thermostat, ps"""
+    ensemble: Literal["nvt", "npt"] = "nvt"
+    pressure: float = 0.0
+    """of the barostat (npt), MPa"""
+    pressure_damping: float = 1.0
+    """damping time of the barostat (npt), ps"""
+    coupling: Literal["iso", "aniso", "tri"] = "tri"
+    """what the barostat moves (npt)"""
+    cell_limit: float = 2.5
+    """largest factor by which volume and lengths may grow or shrink (npt)"""
     frames_every: int
     precision: Literal["mixed", "single", "double"]
     force: float
-    """bias strength tau; 0: a monitor only"""
+    """bias strength tau; with stress 0, too: a monitor only"""
+    stress: float = 0.0
+    """bias strength tau_S of the stress (npt)"""
+    uncertainty: Literal["energy", "atomic"] = "energy"
+    """what the bias raises"""
     species: dict[str, float]
     window: int
     every: int
     threshold: float
-    """the run stops when max_i u_i passes this, eV/Å"""
+    """the run stops when max_i u_i passes this, eV/Å; inf: never"""
     velocity_seed: int
     langevin_seed: int
     min_distance: float
     """share of the covalent radii; closer atoms end the replica"""
+    ranks: int = 1
+    """MPI processes that share the replica's atoms"""
 
 
 class ReplicaResult(BaseModel):
@@ -81,6 +103,15 @@ class ReplicaResult(BaseModel):
     seconds: float
     """wall time of the dynamics"""
     ms_per_step: float
+    ensemble: Literal["nvt", "npt"] = "nvt"
+    temperature: float | None = None
+    """of the thermostat, K"""
+    pressure: float | None = None
+    """of the barostat, MPa (npt)"""
+    force: float | None = None
+    """bias strength tau"""
+    stress: float | None = None
+    """bias strength tau_S"""
 
 
 def run_replica(task: ReplicaTask) -> ReplicaResult:
@@ -93,15 +124,55 @@ def run_replica(task: ReplicaTask) -> ReplicaResult:
     """
     task.frames.parent.mkdir(parents=True, exist_ok=True)
     _unfinished(task).unlink(missing_ok=True)
-    engine = _Engine(task, read_structures(task.start)[0])
+    if task.ranks > 1:
+        return _run_under_mpi(task)
+    _, ended = _run_here(task)
+    return _finish(task, *ended)
+
+
+_Ended = tuple[Literal["threshold", "step limit", "failed"], str, int, float, float]
+"""(how, reason if it failed, steps, |F_bias| / |F|, wall time in s)"""
+
+
+def _run_here(task: ReplicaTask) -> tuple[int, _Ended]:
+    """(MPI rank of this process, how the replica ended); all ranks of a replica call this."""
+    atoms = read_structures(task.start)[0]
+    engine = _Engine(task, atoms)
     try:
         begin = time.monotonic()
-        stopped, reason = _advance(engine, task)
+        stopped, reason = _advance(engine, task, atoms)
         seconds = time.monotonic() - begin
-        steps, bias_share = engine.step(), engine.bias_share()
+        return engine.rank, (stopped, reason, engine.step(), engine.bias_share(), seconds)
     finally:
         engine.close()
-    return _finish(task, stopped, reason, steps, bias_share, seconds)
+
+
+def _run_under_mpi(task: ReplicaTask) -> ReplicaResult:
+    """Run a replica in processes of its own, which share its atoms; see `main`."""
+    given, found = task.frames.with_suffix(".task"), task.frames.with_suffix(".ended")
+    given.write_text(task.model_dump_json())
+    found.unlink(missing_ok=True)
+    beside = Path(sys.executable).with_name("mpiexec")
+    mpiexec = str(beside) if beside.exists() else "mpiexec"
+    command = [mpiexec, "-n", str(task.ranks), sys.executable, "-m", "ubmd.lammps.replica", str(given), str(found)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not found.exists():
+        said = [line for line in done.stderr.splitlines() if "Error" in line or "ERROR" in line]
+        last = said[-1].strip() if said else f"mpiexec ended with exit code {done.returncode}"
+        if not _count_frames(_unfinished(task)):
+            raise SimulationError(f"The replica could not be run on {task.ranks} MPI ranks: {last}")
+        return salvage(task, f"The MPI ranks of the replica failed: {last}")
+    ended: _Ended = tuple(json.loads(found.read_text()))
+    for path in (given, found):
+        path.unlink()
+    return _finish(task, *ended)
+
+
+def main(given: Path, found: Path) -> None:
+    """One MPI rank of a replica: the task from a JSON file, how it ended to another."""
+    rank, ended = _run_here(ReplicaTask.model_validate_json(given.read_text()))
+    if rank == 0:
+        found.write_text(json.dumps(ended))
 
 
 def salvage(task: ReplicaTask, reason: str) -> ReplicaResult:
@@ -120,7 +191,7 @@ class _Engine:
 
     def __init__(self, task: ReplicaTask, atoms: Atoms) -> None:
         self._lammps = _start_lammps(task.frames.with_suffix(".log"))
-        self._last_step = 0
+        self.rank = int(self._lammps.extract_setting("world_rank"))
         try:
             for command in _system_commands(atoms, task):
                 self._lammps.command(command)
@@ -152,8 +223,14 @@ class _Engine:
         return float(self._lammps.extract_compute("thermo_temp", 0, 0))
 
     def positions(self) -> np.ndarray:
-        """Positions [n, 3] in LAMMPS's order, Å."""
-        return np.array(self._lammps.numpy.extract_atom("x"))[: self._lammps.extract_global("nlocal")]
+        """Positions [n, 3] of all ranks' atoms, Å."""
+        return np.array(self._lammps.gather_atoms("x", 1, 3)).reshape(-1, 3)
+
+    def cell(self) -> np.ndarray:
+        """Cell vectors as rows [3, 3], Å."""
+        low, high, xy, yz, xz, *_ = self._lammps.extract_box()
+        x, y, z = np.subtract(high, low)
+        return np.array([[x, 0.0, 0.0], [xy, y, 0.0], [xz, yz, z]])
 
     def close(self) -> None:
         """Free the instance and its files."""
@@ -163,17 +240,20 @@ class _Engine:
         return float(self._lammps.extract_fix(FIX, 0, 1, index))
 
 
-def _advance(engine: _Engine, task: ReplicaTask) -> tuple[Literal["threshold", "step limit", "failed"], str]:
+def _advance(
+    engine: _Engine, task: ReplicaTask, start: Atoms
+) -> tuple[Literal["threshold", "step limit", "failed"], str]:
     """Run piece by piece; (how it ended, reason if it failed)."""
     for first, steps in _pieces(task.steps):
         try:
             engine.run(steps, first)
         except Exception as error:  # the only type that the LAMMPS module raises
             return "failed", f"LAMMPS stopped with an error: {_message(error)}"
-        reason = _nonsense(engine, task)
+        reason = _nonsense(engine, task, start)
         if reason:
             return "failed", reason
-        _report_progress(task, engine.step())
+        if engine.rank == 0:
+            _report_progress(task, engine.step())
         if engine.stopped():
             return "threshold", ""
     return "step limit", ""
@@ -185,7 +265,7 @@ def _pieces(steps: int) -> Iterator[tuple[bool, int]]:
         yield begin == 0, min(_PIECE, steps - begin)
 
 
-def _nonsense(engine: _Engine, task: ReplicaTask) -> str:
+def _nonsense(engine: _Engine, task: ReplicaTask, start: Atoms) -> str:
     """Why the current state makes no sense, or an empty text."""
     if not np.isfinite(engine.positions()).all():
         return f"Positions are not finite at step {engine.step()}."
@@ -194,6 +274,24 @@ def _nonsense(engine: _Engine, task: ReplicaTask) -> str:
     temperature = engine.temperature()
     if not temperature < limit:
         return f"The temperature is {temperature:.0f} K at step {engine.step()}, beyond {limit:.0f} K: it exploded."
+    change = _cell_out_of_bounds(engine.cell(), start, task)
+    return f"{change} (md.cell_limit), at step {engine.step()}." if change else ""
+
+
+def _cell_out_of_bounds(cell: np.ndarray, start: Atoms, task: ReplicaTask) -> str:
+    """How a cell [3, 3] differs too much from the start's, or an empty text (always in nvt).
+
+    The deformation from one to the other has three principal stretches, whatever the orientation: the largest and the
+    smallest factor by which a length has changed, shear included. Their product is the change of the volume.
+    """
+    if task.ensemble == "nvt":
+        return ""
+    stretches = np.linalg.svd(np.linalg.solve(start.cell[:], cell), compute_uv=False)
+    factors = {"volume": stretches.prod(), "longest stretch": stretches[0], "shortest stretch": stretches[-1]}
+    for name, factor in factors.items():
+        if not 1.0 / task.cell_limit <= factor <= task.cell_limit:
+            what = "volume" if name == "volume" else "cell, in one direction,"
+            return f"The {what} is {factor:.3g} times that of the start, beyond a factor of {task.cell_limit:g}"
     return ""
 
 
@@ -210,7 +308,7 @@ def _finish(
     raw = _count_frames(_unfinished(task))
     if len(frames) < raw:
         last = int(frames[-1].info["step"]) if frames else 0
-        insane = f"Atoms overlap or are lost after the frame of step {last}."
+        insane = f"Atoms overlap or are lost, or the cell is out of bounds, after the frame of step {last}."
         stopped, reason, steps = "failed", reason or insane, min(steps, last + task.frames_every)
     write_structures(task.frames, frames)
     _unfinished(task).unlink(missing_ok=True)
@@ -225,12 +323,23 @@ def _finish(
         bias_share=bias_share,
         seconds=round(seconds, 3),
         ms_per_step=round(1000.0 * seconds / max(steps, 1), 4),
+        ensemble=task.ensemble,
+        temperature=task.temperature,
+        pressure=task.pressure if task.ensemble == "npt" else None,
+        force=task.force,
+        stress=task.stress,
     )
 
 
 def _sane_frames(task: ReplicaTask) -> Iterator[Atoms]:
-    """Frames of the unfinished file up to the first that is cut short, not finite or has overlapping atoms."""
+    """Frames of the unfinished file up to the first that makes no sense.
+
+    That is: cut short, not finite, with overlapping atoms, or with a cell out of bounds.
+    """
+    start = read_structures(task.start)[0]
     for frame in _read_frames(_unfinished(task)):
+        if not np.isfinite(frame.cell[:]).all() or _cell_out_of_bounds(frame.cell[:], start, task):
+            return
         try:
             check_geometry(frame, task.min_distance)
         except LabelError:
@@ -286,6 +395,8 @@ def _system_commands(atoms: Atoms, task: ReplicaTask) -> list[str]:
     """Box, types and masses; the pair style."""
     if atoms.pbc.any() and not atoms.pbc.all():
         raise SimulationError("The start structure is periodic in some directions only; make it all or none.")
+    if task.ensemble == "npt" and not atoms.pbc.all():
+        raise SimulationError("md.ensemble = 'npt' needs a periodic start structure; use 'nvt' for a molecule.")
     symbols = symbols_of(atoms)
     masses = [f"mass {k} {atomic_masses[atomic_numbers[s]]:.17g}" for k, s in enumerate(symbols, start=1)]
     return [
@@ -293,6 +404,7 @@ def _system_commands(atoms: Atoms, task: ReplicaTask) -> list[str]:
         "atom_style atomic",
         "atom_modify map array sort 0 0",
         f"boundary {'p p p' if atoms.pbc.all() else 's s s'}",
+        "box tilt large",
         _region(atoms),
         f"create_box {len(symbols)} cell",
         *masses,
@@ -326,29 +438,50 @@ def _place_atoms(engine: Any, atoms: Atoms) -> None:
 
 
 def _dynamics_commands(task: ReplicaTask, symbols: list[str]) -> list[str]:
-    """Velocities, NVT (fix nve + fix langevin) and the uncertainty fix."""
-    temperature = f"{task.temperature:.17g}"
+    """Velocities, integration at constant conditions, and the uncertainty fix."""
     every = min(task.frames_every, task.steps)
+    stop = f" stop {task.threshold:.17g}" if np.isfinite(task.threshold) else ""
     return [
-        f"velocity all create {temperature} {task.velocity_seed} mom yes rot yes dist gaussian",
+        f"velocity all create {task.temperature:.17g} {task.velocity_seed} mom yes rot yes dist gaussian",
         f"timestep {task.timestep / 1000.0:.17g}",
         f"thermo {_PIECE}",
         "thermo_modify lost error",
+        *(_npt(task) if task.ensemble == "npt" else _nvt(task)),
+        f'fix {FIX} all ubmd {_bias_words(task, symbols)}save 0.0 "{_unfinished(task)}" every {every}{stop}',
+    ]
+
+
+def _nvt(task: ReplicaTask) -> list[str]:
+    """Langevin dynamics in the given cell."""
+    temperature = f"{task.temperature:.17g}"
+    return [
         "fix integrate all nve",
         f"fix thermostat all langevin {temperature} {temperature} {task.damping:.17g} {task.langevin_seed}",
-        f'fix {FIX} all ubmd {_bias_words(task, symbols)}save 0.0 "{_unfinished(task)}" every {every} '
-        f"stop {task.threshold:.17g}",
     ]
+
+
+def _npt(task: ReplicaTask) -> list[str]:
+    """Nosé-Hoover thermostat and barostat; the barostat feels the bias stress through the virial of fix ubmd.
+
+    Cells are never flipped: a frame's vectors go continuously over into the next one's. A cell that shears without end
+    is out of bounds instead (or stops LAMMPS, where a tilt passes 1.5 lengths).
+    """
+    temperature = f"{task.temperature:.17g}"
+    pressure = f"{task.pressure * _BAR_PER_MPA:.17g}"
+    barostat = f"{task.coupling} {pressure} {pressure} {task.pressure_damping:.17g}"
+    return [f"fix integrate all npt temp {temperature} {temperature} {task.damping:.17g} {barostat} flip no"]
 
 
 def _bias_words(task: ReplicaTask, symbols: list[str]) -> str:
     """Keywords of the bias; without strength the fix is a monitor, evaluated as often as with it."""
     words = f"every {task.every} "
-    if task.force == 0.0:
+    if task.force == task.stress == 0.0:
         return words
     strengths = [f"{s} {x:.17g}" for s, x in task.species.items() if s in symbols]
     species = f"species {' '.join(strengths)} " if strengths else ""
-    return f"force {task.force:.17g} {species}window {task.window} {words}"
+    stress = f"stress {task.stress:.17g} " if task.stress else ""
+    kind = "uncertainty atomic " if task.uncertainty == "atomic" else ""
+    return f"force {task.force:.17g} {stress}{kind}{species}window {task.window} {words}"
 
 
 def _unfinished(task: ReplicaTask) -> Path:
@@ -367,3 +500,7 @@ def _message(error: Exception) -> str:
         return str(error)
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return text.removeprefix("ERROR: ").split(" (src/")[0].split(" (/")[0]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

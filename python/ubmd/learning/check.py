@@ -1,54 +1,210 @@
-"""A run in miniature: every stage once, to find mistakes in a minute instead of at night."""
+"""Before a run: do settings and structures fit, what would be run, and every stage once in miniature."""
 
 from __future__ import annotations
 
+import csv
+import math
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from ase import Atoms
+from ase.data import atomic_numbers
+
+from ubmd.analysis.provenance import conditions
 from ubmd.data.structures import read_structures
-from ubmd.learning.loop import run
+from ubmd.errors import SettingsError
 from ubmd.learning.run_folder import Listener, RunFolder
+from ubmd.learning.stages import check_start
+from ubmd.learning.timeline import duration
+from ubmd.learning.workers import available_cores
 from ubmd.settings import RunSettings
+
+_EPOCHS = 4  # of the miniature; the first is slow and not counted
+_STEPS = 10  # few: the model of two structures soon leads astray
+_BYTES_PER_ATOM = 130  # of a stored frame
+_TYPICAL_BATCH_GAIN = 3.0  # a full mini-batch costs less per structure than the miniature's single ones
+
+
+def verify(settings: RunSettings, base: Path) -> list[Atoms]:
+    """Do the settings fit the start structures? Returns these.
+
+    Raises:
+        DataError: the file with the start structures is no good.
+        SettingsError: it is missing, or the settings speak of elements or atoms that the structures don't have.
+    """
+    path = base / settings.start.file
+    if not path.exists():
+        raise SettingsError(f"start.file: there is no file {path} (the path is relative to the settings file).")
+    structures = read_structures(path)
+    present = sorted({symbol for atoms in structures for symbol in atoms.symbols}, key=atomic_numbers.__getitem__)
+    found = ", ".join(present)
+    for key, elements in (("bias.species", settings.bias.species), ("model.elements", settings.model.elements or ())):
+        for element in elements:
+            if element not in atomic_numbers:
+                raise SettingsError(f"{key} names '{element}', which is no element.")
+    for element in settings.bias.species:
+        if element not in present:
+            raise SettingsError(
+                f"bias.species names {element}, but {settings.start.file} holds only {found}; remove it."
+            )
+    for element in present:
+        if settings.model.elements and element not in settings.model.elements:
+            raise SettingsError(f"{settings.start.file} holds {element}; add it to model.elements.")
+    check_start(structures, settings)
+    smallest = min(len(atoms) for atoms in structures)
+    for name, indices in settings.variables.torsions.items():
+        if max(indices) >= smallest or min(indices) < 0 or len(set(indices)) < 4:
+            raise SettingsError(
+                f"variables.torsions.{name} = {list(indices)} needs four different atoms, counted from 0; "
+                f"{settings.start.file} has {smallest}."
+            )
+    return structures
 
 
 def miniature(settings: RunSettings, run_dir: Path) -> RunSettings:
-    """The same settings, but two start labels, two epochs, ten biased MD steps, one more label, no test set."""
+    """The same settings, but two start labels, a few epochs, ten MD steps, one more label, no test set."""
     return settings.model_copy(
         update={
             "run_dir": run_dir,
             "start": settings.start.model_copy(update={"count": 2}),
-            "training": settings.training.model_copy(update={"epochs": 2}),
-            "md": settings.md.model_copy(update={"replicas": 1, "steps": 10, "frames_every": 5}),
-            # A window that fills within the ten steps, so that the bias is really applied.
+            "training": settings.training.model_copy(update={"epochs": _EPOCHS}),
+            "md": settings.md.model_copy(update={"replicas": 1, "steps": _STEPS, "frames_every": _STEPS // 2}),
+            # A window that fills within the few steps, so that the bias is really applied.
             "bias": settings.bias.model_copy(update={"window": 2, "every": 1}),
             "selection": settings.selection.model_copy(update={"batch": 1, "duplicate_tolerance": 0.0}),
-            "loop": settings.loop.model_copy(update={"labels": 3, "warm_epochs": 2, "stop_when_quiet": False}),
+            "loop": settings.loop.model_copy(
+                # A model that has seen two structures is unsure of everything: no threshold here.
+                update={"labels": 3, "warm_epochs": _EPOCHS, "stop_when_quiet": False, "threshold": 1e9}
+            ),
+            # Nor does its structure have to be a sensible one, as long as the reference takes it.
+            "reference": settings.reference.model_copy(update={"force_limit": 1e3, "energy_limit": 1e3}),
             "test": None,
         }
     )
 
 
-def check(settings: RunSettings, base: Path, listener: Listener | None = None) -> list[str]:
-    """Run the miniature in a temporary folder; sentences that say what each stage costs.
+def check(settings: RunSettings, base: Path, listener: Listener | None = None) -> Iterator[str]:
+    """Sentences: what would be run; then, from a miniature run in a temporary folder, what it would cost.
 
     Raises:
         UbmdError: the first mistake.
     """
+    structures = verify(settings, base)
+    yield from plan(settings, base, structures)
+    yield "Now every stage in miniature …"
+    from ubmd.learning.loop import run
+
     with tempfile.TemporaryDirectory(prefix="ubmd_check_") as name:
         folder = RunFolder(run(miniature(settings, Path(name)), base, listener))
-        return _findings(folder)
+        yield from _findings(folder)
+        yield from _costs(settings, base, len(structures[0]), folder)
 
 
-def _findings(folder: RunFolder) -> list[str]:
+def plan(settings: RunSettings, base: Path, structures: list[Atoms]) -> Iterator[str]:
+    """What the run would do, in sentences."""
+    md, loop, start = settings.md, settings.loop, settings.start
+    formulas = sorted({atoms.get_chemical_formula() for atoms in structures})
+    yield (
+        f"Start: {len(structures)} structure{'s' if len(structures) > 1 else ''} in {start.file} "
+        f"({', '.join(formulas[:4])}{', …' if len(formulas) > 4 else ''}); {start.count} perturbed copies are labelled "
+        f"by {settings.reference.calculator}."
+    )
+    calls = _test_calls(settings, base)
+    if calls:
+        yield f"Test set: reference MD, {calls:,} reference calculations."
+    rounds = _iterations(settings)
+    yield (
+        f"Then about {rounds} iterations: train, {md.replicas} replicas of at most {md.steps:,} steps "
+        f"({md.steps * md.timestep / 1000:,.4g} ps; {conditions(settings)}), each until max u passes "
+        f"{loop.threshold:g} eV/Å; {settings.selection.batch} new labels ({settings.selection.method})."
+    )
+    yield f"It ends at {loop.labels} labels, after at most {rounds * md.replicas * md.steps:,} MD steps."
+
+
+def _iterations(settings: RunSettings) -> int:
+    """Iterations with MD, if every label succeeds."""
+    return math.ceil((settings.loop.labels - settings.start.count) / settings.selection.batch)
+
+
+def _test_calls(settings: RunSettings, base: Path) -> int:
+    """Reference calculations that a test set takes; 0 if there is none, or its file is there."""
+    if settings.test is None or (settings.test.file is not None and (base / settings.test.file).exists()):
+        return 0
+    sampling = settings.test.sampling
+    return sampling.frames * sampling.stride + sampling.trajectories * sampling.equilibration
+
+
+def _findings(folder: RunFolder) -> Iterator[str]:
+    """What the miniature run found."""
     history, start = folder.read_history(), len(read_structures(folder.dataset))
     replica = history[0]["replicas"][0]
     seconds = history[0]["seconds"]
     dynamics = f"MD: {replica['steps']} steps, {replica['stopped']}"
     if replica["reason"]:
         dynamics += f" ({replica['reason']})"
-    return [
-        f"Reference: {start} structures labelled.",
-        f"Training: 2 epochs of one structure in {seconds['train']:.1f} s.",
-        f"Export: {seconds['export']:.1f} s.",
-        f"{dynamics}; largest uncertainty {replica['max_u']:.3g} eV/Å; bias {replica['bias_share']:.3g} of the forces.",
-    ]
+    yield f"Reference: {start} structures labelled."
+    yield f"Training: {_EPOCHS} epochs of one structure in {seconds['train']:.1f} s."
+    yield f"Export: {seconds['export']:.1f} s."
+    share = f"bias {replica['bias_share']:.3g} of the forces"
+    yield f"{dynamics}; largest uncertainty {replica['max_u']:.3g} eV/Å; {share}."
+
+
+def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -> Iterator[str]:
+    """Time and disk of the whole run, from the miniature's speeds; rough, and MD as if no replica stopped early."""
+    processes = settings.workers.processes or available_cores()
+    rounds, batch = _iterations(settings), settings.selection.batch
+    history = folder.read_history()
+    label = min(float(entry["seconds"]["label"]) for entry in history if "label" in entry["seconds"])
+    reference = label * (math.ceil(settings.start.count / processes) + rounds * math.ceil(batch / processes))
+    step = history[0]["replicas"][0]["ms_per_step"] / 1000.0
+    at_once = max(1, processes // settings.md.ranks)
+    dynamics = step * settings.md.steps * rounds * math.ceil(settings.md.replicas / at_once)
+    training = _training_time(settings, folder)
+    total = reference + dynamics + training
+    yield (
+        f"Rough time on this machine ({processes} processes): labels {duration(reference)}, "
+        f"MD at most {duration(dynamics)}, training {duration(training)}; together at most {duration(total)}."
+    )
+    frames = rounds * settings.md.replicas * (settings.md.steps // settings.md.frames_every + 1)
+    size = frames * n_atoms * _BYTES_PER_ATOM + (rounds + 1) * _fixed_size(folder)
+    free = shutil.disk_usage(_existing(Path(settings.run_dir))).free
+    warning = (
+        "" if size < free else f" But only {_bytes(free)} are free: choose larger md.frames_every, or another disk."
+    )
+    yield f"Rough disk space: at most {_bytes(size)}.{warning}"
+
+
+def _training_time(settings: RunSettings, folder: RunFolder) -> float:
+    """All trainings of the run, s."""
+    log = next(iter(sorted(folder.iteration(0).glob("train/**/log.csv"))))
+    with log.open() as handle:
+        per_epoch = [float(row["seconds"]) for row in csv.DictReader(handle)]
+    per_structure = min(per_epoch) / _TYPICAL_BATCH_GAIN
+    total = 0.0
+    for k in range(_iterations(settings) + 1):
+        labels = min(settings.loop.labels, settings.start.count + k * settings.selection.batch)
+        epochs = settings.loop.warm_epochs if k and settings.loop.warm_start else settings.training.epochs
+        total += labels * epochs * per_structure
+    return total * settings.uncertainty.networks
+
+
+def _fixed_size(folder: RunFolder) -> int:
+    """Bytes that an iteration writes besides frames."""
+    files = [path for path in folder.iteration(0).rglob("*") if path.is_file() and not path.name.startswith("frames_")]
+    return sum(path.stat().st_size for path in files)
+
+
+def _existing(path: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    path = path.resolve()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

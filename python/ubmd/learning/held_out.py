@@ -9,86 +9,104 @@ from ase import Atoms
 
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import LabelError, SettingsError, UbmdError
-from ubmd.learning.run_folder import EventLog, RunFolder, Stages, content_hash, copy_file, read_json, write_json
-from ubmd.learning.stages import prepare_folder, run_tasks
+from ubmd.learning.groups import TaskGroup
+from ubmd.learning.run_folder import (
+    EventLog,
+    RunFolder,
+    Stages,
+    check_space,
+    content_hash,
+    copy_file,
+    is_sealed,
+    read_json,
+    write_json,
+)
+from ubmd.learning.stages import prepare_folder, reference_key
 from ubmd.learning.tasks import sample_file
-from ubmd.learning.workers import Workers
-from ubmd.settings import ReferenceSettings, SamplingSettings, TestSettings
+from ubmd.learning.workers import Executor
+from ubmd.settings import RunSettings
 
 
-def provide(
-    test: TestSettings,
-    reference: ReferenceSettings,
-    start: Atoms,
-    folder: RunFolder,
-    base: Path,
-    workers: Workers,
-    events: EventLog,
-) -> None:
-    """Put the test set into the run folder.
+class HeldOut:
+    """The test set in the making: `begin` starts reference MD in workers, `finish` waits for it.
 
     A file that ``test.file`` names is taken as it is. If it isn't there, reference MD makes it; a note beside it keeps
     the hash of reference, sampling and start structure, so that several runs share it and none takes a wrong one.
-
-    Raises:
-        SettingsError: the file was made with other settings.
-        LabelError: a trajectory failed.
     """
-    key = content_hash(
-        [reference.model_dump(mode="json"), test.sampling.model_dump(mode="json"), dataset_hash([start])]
-    )
-    given = base / test.file if test.file is not None else None
-    if given is not None and given.exists():
-        _check_note(given, key)
-        copy_file(given, folder.test)
-        return
-    parts = folder.path / "test"
 
-    def make() -> None:
-        prepare_folder(parts, key)
-        frames = sample_trajectories(start, parts, reference, test.sampling, base, workers, events)
-        write_structures(folder.test, frames)
+    def __init__(
+        self, settings: RunSettings, start: Atoms, folder: RunFolder, base: Path, workers: Executor, events: EventLog
+    ) -> None:
+        """``settings.test`` must not be None; ``base``: folder that its file is relative to."""
+        assert settings.test is not None
+        self._sampling = settings.test.sampling
+        self._reference = settings.reference
+        self._start = start
+        self._folder = folder
+        self._base = base
+        self._events = events
+        self._given = base / settings.test.file if settings.test.file is not None else None
+        self._key = content_hash(
+            [reference_key(settings.reference), self._sampling.model_dump(mode="json"), dataset_hash([start])]
+        )
+        # The time-out of a label holds for every step.
+        steps = self._sampling.equilibration + self._sampling.frames * self._sampling.stride
+        timeout = settings.reference.timeout * max(1, steps)
+        self._group = TaskGroup(workers, sample_file, timeout, settings.workers.retries)
+        # With fewer frames than trajectories the last ones have no share.
+        count = min(self._sampling.trajectories, self._sampling.frames)
+        self._parts = [folder.path / "test" / f"trajectory_{k:03d}.extxyz" for k in range(count)]
+        self._once = Stages(folder.path, events, {})
+        self._finished = False
 
-    Stages(folder.path, events, {}).run("test_set", key, [folder.test], make)
-    if given is not None:
-        given.parent.mkdir(parents=True, exist_ok=True)
-        write_json(_note(given), {"made_by": "ubmd run", "key": key})
-        copy_file(folder.test, given)
+    def begin(self) -> None:
+        """Submit what is missing.
 
+        Raises:
+            SettingsError: the file was made with other settings.
+        """
+        if self._given is not None and self._given.exists():
+            _check_note(self._given, self._key)
+            copy_file(self._given, self._folder.test)
+            self._finished = True
+        elif not self._once.is_done("test_set", self._key):
+            prepare_folder(self._folder.path / "test", self._key)
+            source = self._folder.path / "test" / "start.extxyz"
+            write_structures(source, [self._start])
+            fixed = self._key, self._reference, self._sampling, self._base
+            self._group.add(
+                {k: (source, p, *fixed, k) for k, p in enumerate(self._parts) if not is_sealed(p, self._key)}
+            )
 
-def sample_trajectories(
-    start: Atoms,
-    folder: Path,
-    reference: ReferenceSettings,
-    sampling: SamplingSettings,
-    base: Path,
-    workers: Workers,
-    events: EventLog,
-) -> list[Atoms]:
-    """Reference MD in workers, one task per trajectory, one file each in ``folder``; the frames of all.
+    def finish(self) -> None:
+        """Wait for the trajectories; then the test set is in the run folder. Does nothing the second time.
 
-    Raises:
-        LabelError: a trajectory failed (with its reason).
-    """
-    source = folder / "start.extxyz"
-    write_structures(source, [start])
-    # With fewer frames than trajectories the last ones have no share.
-    count = min(sampling.trajectories, sampling.frames)
-    parts = [folder / f"trajectory_{k:03d}.extxyz" for k in range(count)]
-    failed: list[str] = []
+        Raises:
+            LabelError: a trajectory failed (with its reason).
+        """
+        if self._finished:
+            return
+        self._once.run("test_set", self._key, [self._folder.test], self._collect)
+        if self._given is not None:
+            self._given.parent.mkdir(parents=True, exist_ok=True)
+            write_json(_note(self._given), {"made_by": "ubmd run", "key": self._key})
+            copy_file(self._folder.test, self._given)
+        self._finished = True
 
-    def done(index: int, _: Any, error: UbmdError | None) -> None:
-        if error is not None:
-            failed.append(f"Trajectory {index} of the test set failed: {error}")
-        events.write("trajectory_done", trajectory=index, why=str(error or ""))
+    def _collect(self) -> None:
+        failed: list[str] = []
 
-    missing = {k: (source, part, reference, sampling, base, k) for k, part in enumerate(parts) if not part.exists()}
-    # The time-out of a label holds for every step.
-    steps = sampling.equilibration + sampling.frames * sampling.stride
-    run_tasks(workers, sample_file, missing, reference.timeout * max(1, steps), done)
-    if failed:
-        raise LabelError(failed[0])
-    return [frame for part in parts for frame in read_structures(part, labelled=True)]
+        def done(index: int, _: Any, error: UbmdError | None) -> None:
+            if error is not None:
+                check_space(self._folder.path)
+                failed.append(f"Trajectory {index} of the test set failed: {error}")
+            self._events.write("trajectory_done", trajectory=index, why=str(error or ""))
+
+        self._group.wait(done)
+        if failed:
+            raise LabelError(failed[0])
+        frames = [frame for part in self._parts for frame in read_structures(part, labelled=True)]
+        write_structures(self._folder.test, frames)
 
 
 def _check_note(given: Path, key: str) -> None:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor as StandardExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,14 @@ from ase import Atoms
 from ubmd.analysis import coverage, torsions
 from ubmd.calculator import Evaluator
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
-from ubmd.errors import LabelError
+from ubmd.errors import LabelError, ModelError, TrainingError, UbmdError
 from ubmd.export import export_model
-from ubmd.lammps.replica import ReplicaResult
-from ubmd.learning import held_out, stages
+from ubmd.lammps.replica import ReplicaResult, ReplicaTask
+from ubmd.learning import convergence, stages
+from ubmd.learning.executors import Adapter, make_executor
+from ubmd.learning.groups import TaskGroup, run_tasks
+from ubmd.learning.held_out import HeldOut
+from ubmd.learning.rewind import input_hashes, take_back
 from ubmd.learning.run_folder import (
     EventLog,
     Listener,
@@ -31,14 +39,20 @@ from ubmd.learning.run_folder import (
     content_hash,
     copy_file,
     file_hash,
+    full_disk,
+    is_sealed,
+    move_aside,
     open_run,
     read_json,
     write_json,
 )
-from ubmd.learning.stages import Stage, random_generator
-from ubmd.learning.workers import Workers
+from ubmd.learning.stages import Origin, Stage, random_generator
+from ubmd.learning.tasks import replica_file, train_member
+from ubmd.learning.workers import Executor, TaskFailed, is_full
+from ubmd.references import energy_jumps
 from ubmd.settings import RunSettings
 from ubmd.training import load_weights, member_folders, train_members
+from ubmd.training.members import member_seed
 
 _LARGEST_FRUITLESS = 3  # iterations in a row without one new label, after which the loop gives up
 
@@ -46,83 +60,149 @@ START = -1
 """Number of the iteration that the first labels belong to, in the info of the data set."""
 
 
-def run(settings: RunSettings, base: Path | str = ".", listener: Listener | None = None) -> Path:
+def run(
+    settings: RunSettings,
+    base: Path | str = ".",
+    listener: Listener | None = None,
+    executor: StandardExecutor | None = None,
+    from_iteration: int | None = None,
+) -> Path:
     """Start or resume the run in ``settings.run_dir``; returns that folder when the loop has ended.
 
     Args:
         settings: of the run.
         base: folder that start.file, test.file and files of the reference are relative to (the settings file's).
         listener: called with every event, also with those that are too many for events.jsonl (epochs, MD steps).
+        executor: where tasks run, any ``concurrent.futures.Executor``; None: as ``settings.workers`` says.
+        from_iteration: take the run back: keep the labels from before this iteration, move everything later into the
+            folder ``aside``, and go on from there, if wanted with other settings. Resume it without this argument.
 
     Raises:
         SettingsError: the settings cannot work, or don't continue the run in the folder.
         LabelError: the reference fails for all start structures, or for whole batches again and again.
         SimulationError: no replica starts.
+        StorageError: the disk is full.
     """
-    folder = RunFolder(settings.run_dir)
-    with folder.locked(), Workers(settings.workers.processes) as workers:
-        loop = Loop(settings, Path(base), folder, workers, listener)
-        loop.run()
-    return folder.path
+    # Workers may have another working directory.
+    folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
+    loop: Loop | None = None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(folder.locked())
+            given = Adapter(executor, folder.path) if executor is not None else None
+            workers = given or make_executor(settings.workers, folder.path)
+            stack.callback(workers.stop)
+            if from_iteration is not None:
+                take_back(folder, from_iteration)
+            loop = Loop(settings, base, folder, workers, listener, from_iteration)
+            loop.run()
+        except (KeyboardInterrupt, Exception) as error:
+            reason: BaseException = full_disk(folder.path) if is_full(error) or folder.is_full() else error
+            if loop is not None and isinstance(reason, KeyboardInterrupt | UbmdError):
+                with suppress(OSError):
+                    loop.events.write("run_stopped", why=str(reason) or "interrupted")
+            raise reason from (None if reason is error else error)
+    return Path(settings.run_dir)
+
+
+@dataclass
+class _Turn:
+    """One iteration: where it works, and the keys of its stages."""
+
+    iteration: int
+    once: Stages
+    training: list[Atoms]
+    validation: list[Atoms]
+    calibration: list[Atoms]
+    """labels that only calibrate; empty: the validation does"""
+    starts: dict[Path, Atoms]
+    """file -> structure that replicas start from"""
+    tasks: dict[Origin, ReplicaTask]
+    keys: dict[str, str]
 
 
 class Loop:
     """One walk through a run. The folder is locked; the workers live as long as the walk."""
 
     def __init__(
-        self, settings: RunSettings, base: Path, folder: RunFolder, workers: Workers, listener: Listener | None
+        self,
+        settings: RunSettings,
+        base: Path,
+        folder: RunFolder,
+        workers: Executor,
+        listener: Listener | None,
+        from_iteration: int | None = None,
     ) -> None:
-        self.settings = settings
         self.base = base
         self.folder = folder
         self.workers = workers
-        self.start_file = base / settings.start.file
-        self.start_structures = read_structures(self.start_file)
-        manifest = open_run(folder, settings, {"start.file": file_hash(self.start_file)})
+        self.start_structures = read_structures(base / settings.start.file)
+        stages.check_start(self.start_structures, settings)
+        self.plan, changes = open_run(folder, settings, input_hashes(settings, base), from_iteration)
+        self.settings = self.plan.at(START)
         self.events = EventLog(folder.events, listener)
-        self.threads = int(manifest["threads"])
+        if changes:
+            self.events.write("settings_changed", changes=changes)
+        self.threads = self.plan.threads
+        self.known = stages.read_dataset(folder.dataset)
         self.dataset: list[Atoms] = []
         self.rejected: list[Atoms] = []
         self.history: list[dict[str, Any]] = []
         self.newest: list[Atoms] = []  # labels of the last batch
-        self.weights: list[Path] | None = None  # of the networks of the last model
+        self._held_out: HeldOut | None = None
+        self._weights: Callable[[], list[Path]] | None = None  # of the last model's networks, made again if lost
+        self._keys: dict[int, dict[str, str]] = {}
+        self._left: dict[Origin, ReplicaTask] = {}  # replicas of earlier iterations that run on
+        self._replicas = TaskGroup(
+            workers, replica_file, settings.md.timeout, settings.workers.retries, self._replicas_at_once(settings)
+        )
         self._fruitless = 0
         self._dataset_bytes = 0
         self._torsions: list[np.ndarray] = []
 
+    def _replicas_at_once(self, settings: RunSettings) -> int | None:
+        """Replicas of several ranks take several workers' cores; an asynchronous loop keeps one worker for labels."""
+        if settings.md.ranks == 1 and not settings.loop.asynchronous:
+            return None  # the executor queues them
+        free = self.workers.processes - (1 if settings.loop.asynchronous else 0)
+        return max(1, free // settings.md.ranks)
+
     def run(self) -> None:
         """From the start structures to the report."""
         torch.set_num_threads(self.threads)
-        self.events.write("run_started", process=os.getpid(), labels_wanted=self.settings.loop.labels)
-        self._make_test_set()
+        labels = self.plan.phases[-1][1].loop.labels
+        self.events.write("run_started", process=os.getpid(), labels_wanted=labels)
         self._start()
+        self._begin_test_set()
         for iteration in itertools.count():
-            folder = self.folder.iteration(iteration)
-            once = Stages(folder, self.events, {"iteration": iteration, "labels": len(self.dataset)})
-            model = self._learn(iteration, once)
-            reason = self._why_finished()
-            if not reason:
-                self._explore(iteration, model, once)
-            self._record(iteration, once, explored=not reason)
-            if reason:
-                break
+            self.settings = self.plan.at(iteration)
+            turn = self._turn(iteration)
+            if self._is_settled(turn):
+                self._pass_over(turn)
+                continue
+            model = self._learn(turn)
+            verdict = self._why_finished(turn)
+            if verdict is None:
+                self._explore(turn, model)
+            self._record(turn, verdict)
+            if verdict is not None:
+                self._end(iteration, verdict)
+                return
+
+    def _end(self, iteration: int, verdict: convergence.Verdict) -> None:
+        """The report, and why the run has ended."""
         self._report()
-        self.events.write("run_done", labels=len(self.dataset), iterations=iteration + 1, reason=reason)
+        ending = {"reason": verdict.reason, "rule": verdict.rule, "evidence": verdict.evidence}
+        self.events.write("run_done", labels=len(self.dataset), iterations=iteration + 1, **ending)
 
     # -------------------------------------------------------------------------------------- before the loop
 
-    def _make_test_set(self) -> None:
-        """The test set comes first, so that every iteration is measured on it."""
+    def _begin_test_set(self) -> None:
+        """Reference MD for the test set runs beside the first training."""
         if self.settings.test is not None:
-            held_out.provide(
-                self.settings.test,
-                self.settings.reference,
-                self.start_structures[0],
-                self.folder,
-                self.base,
-                self.workers,
-                self.events,
-            )
+            start = self.start_structures[0]
+            self._held_out = HeldOut(self.settings, start, self.folder, self.base, self.workers, self.events)
+            self._held_out.begin()
 
     def _start(self) -> None:
         """Perturbed copies of the start structures are the first labels."""
@@ -131,7 +211,8 @@ class Loop:
         for k, atoms in enumerate(candidates):
             atoms.info |= {"iteration": START, "replica": k, "step": 0}
         once = Stages(self.folder.path, self.events, {"iteration": START})
-        self._label(START, candidates, self.folder.path / "start", once)
+        key = content_hash([dataset_hash(candidates), stages.reference_key(self.settings.reference)])
+        self._label(START, key, lambda: candidates, self.folder.path / "start", once)
         if len(self.dataset) < 2:
             reasons = [atoms.info["reason"] for atoms in self.rejected]
             raise LabelError(
@@ -139,151 +220,271 @@ class Loop:
                 f"needed; the first reason: {reasons[0]}"
             )
 
+    # -------------------------------------------------------------------------------------- keys
+
+    def _turn(self, iteration: int) -> _Turn:
+        """What an iteration starts from, and the keys that follow from it: nothing is computed, nothing is read."""
+        settings = self.settings
+        context = {"iteration": iteration, "labels": len(self.dataset)}
+        once = Stages(self.folder.iteration(iteration), self.events, context)
+        training, validation, calibration = self._split(iteration)
+        sets = [dataset_hash(training), dataset_hash(validation)]
+        options = settings.training.model_dump(mode="json", exclude={"checkpoint_every", "threads"})
+        warm = settings.loop.warm_start and self._weights is not None
+        train = content_hash(
+            [
+                sets,
+                self._keys[iteration - 1]["train"] if warm else None,
+                settings.model.model_dump(mode="json"),
+                options | {"threads": self.threads},
+                settings.loop.warm_epochs if warm else settings.training.epochs,
+                self._training_seed(iteration),
+                settings.uncertainty.networks,
+            ]
+        )
+        calibrating = dataset_hash(calibration) if calibration else None
+        model = content_hash([train, sets, calibrating, settings.uncertainty.model_dump(mode="json")])
+        starts = self._starts(once.folder)
+        tasks = self._tasks(iteration, list(starts), once.folder / "model.pt")
+        left = [[origin, self._keys[origin[0]]["md"]] for origin in self._left]
+        md = content_hash(
+            [model, [stages.settled(task) for task in tasks.values()], dataset_hash(starts.values()), left]
+        )
+        selection = settings.selection.model_dump(mode="json")
+        select = content_hash([md, sets, selection, settings.uncertainty.lambda2, settings.seed])
+        label = content_hash([select, stages.reference_key(settings.reference)])
+        keys = {"train": train, "export": model, "md": md, "select": select, "label": label}
+        self._keys[iteration] = keys
+        return _Turn(iteration, once, training, validation, calibration, starts, tasks, keys)
+
+    def _training_seed(self, iteration: int) -> int:
+        return int(random_generator(self.settings.seed, iteration, Stage.TRAIN).integers(2**31))
+
+    def _starts(self, folder: Path) -> dict[Path, Atoms]:
+        """Structures that replicas start from, by the file that will hold them."""
+        labelled = self.settings.md.start_from == "labelled" and self.newest
+        starts = self.newest if labelled else self.start_structures[:1]
+        copies = [Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc) for atoms in starts]
+        return {folder / "starts" / f"start_{k:03d}.extxyz": atoms for k, atoms in enumerate(copies)}
+
+    def _tasks(self, iteration: int, files: list[Path], model: Path) -> dict[Origin, ReplicaTask]:
+        """New replicas: those whose earlier ones don't run on."""
+        tasks = stages.replica_tasks(self.settings, iteration, model, files)
+        busy = {replica for _, replica in self._left}
+        return {(iteration, task.replica): task for task in tasks if task.replica not in busy}
+
+    def _is_settled(self, turn: _Turn) -> bool:
+        """Whether an iteration has ended and its labels are whole: then nothing else of it is needed any more."""
+        labels = turn.once.folder / "labels"
+        if labels.exists() and not stages.batch_is_whole(labels):
+            stages.mend_batch(labels, self._known_of(turn.iteration), self.settings.reference)
+        return (
+            turn.once.is_done("record", turn.keys["label"])
+            and turn.once.is_done("label", turn.keys["label"])
+            and stages.batch_is_whole(labels)
+            and len(self.folder.read_history()) > turn.iteration
+        )
+
+    def _known_of(self, iteration: int) -> list[Atoms]:
+        """Labels of an iteration that the data set had at the start of this walk."""
+        return [atoms for atoms in self.known if atoms.info["iteration"] == iteration]
+
+    def _pass_over(self, turn: _Turn) -> None:
+        """Take the results of a settled iteration; its models and frames may be gone."""
+        self._weights = partial(self._train, turn, self._weights)
+        damaged = not turn.once.is_done("export", turn.keys["export"])
+        if damaged and (turn.once.folder / "model.pt").exists():  # the report may look at it
+            self._export(turn, self._weights())
+        for frames in filter(stages.frames_are_damaged, self._frame_files(turn)):
+            move_aside(frames, self.folder.path / "aside")
+        self._left = self._read_left(turn)
+        self.history.append(self.folder.read_history()[turn.iteration])
+        self._append(turn.iteration, *stages.read_batch(turn.once.folder / "labels"))
+        self._coverage(self._frame_files(turn))
+
     # -------------------------------------------------------------------------------------- one iteration
 
-    def _learn(self, iteration: int, once: Stages) -> Path:
+    def _learn(self, turn: _Turn) -> Path:
         """Train, export and measure; returns the model file."""
-        training, validation = self._split(iteration)
-        weights = self._train(iteration, once, training, validation)
-        model = once.folder / "model.pt"
-        options = self.settings.uncertainty
+        self._weights = partial(self._train, turn, self._weights)
+        weights = self._weights()
+        model = self._export(turn, weights)
+        self._measure(turn, model)
+        copy_file(model, self.folder.model)
+        return model
+
+    def _export(self, turn: _Turn, weights: list[Path]) -> Path:
+        """Fit and calibrate the uncertainty, write the model file."""
+        model = turn.once.folder / "model.pt"
 
         def export() -> None:
             provenance = {
-                "training_set_hash": dataset_hash(training),
-                "settings": self.settings.model_dump(mode="json"),
-                "iteration": iteration,
+                "training_set_hash": dataset_hash(turn.training),
+                "settings": self.settings.model_dump(mode="json", exclude={"run_dir", "workers"}),
+                "iteration": turn.iteration,
             }
             networks = [load_weights(path) for path in weights]
-            export_model(networks, training, validation, options, model, provenance)
+            calibration = turn.calibration or turn.validation
+            export_model(networks, turn.training, calibration, self.settings.uncertainty, model, provenance)
 
-        sets = [dataset_hash(training), dataset_hash(validation)]
-        once.run("export", [[file_hash(path) for path in weights], sets, options.model_dump()], [model], export)
-        self._measure(once, model, training, validation)
-        copy_file(model, self.folder.model)
-        self.weights = weights
+        turn.once.run("export", turn.keys["export"], [model], export)
         return model
 
-    def _split(self, iteration: int) -> tuple[list[Atoms], list[Atoms]]:
-        """(training, validation): sticky with warm starts, otherwise drawn anew."""
+    def _split(self, iteration: int) -> tuple[list[Atoms], list[Atoms], list[Atoms]]:
+        """(training, validation, calibration): sticky with warm starts, otherwise drawn anew, except calibration."""
         sides = [atoms.info["split"] for atoms in self.dataset]
         if not self.settings.loop.warm_start:
             rng = random_generator(self.settings.seed, iteration, Stage.SPLIT, replica=1)
-            sides = stages.fresh_split(len(self.dataset), self.settings.loop.validation_share, rng)
+            sides = stages.fresh_sides(sides, self.settings.loop.validation_share, rng)
         pairs = list(zip(self.dataset, sides, strict=True))
-        return [a for a, side in pairs if side == "train"], [a for a, side in pairs if side == "valid"]
+        training, validation, calibration = ([a for a, s in pairs if s == side] for side in ("train", "valid", "calib"))
+        return training, validation, calibration
 
-    def _train(self, iteration: int, once: Stages, training: list[Atoms], validation: list[Atoms]) -> list[Path]:
-        """Train from scratch, or from the last weights; returns the new weights, one file per network."""
-        settings = self.settings
-        count = settings.uncertainty.networks
-        initial = self.weights if settings.loop.warm_start else None
-        epochs = settings.training.epochs if initial is None else settings.loop.warm_epochs
-        options = settings.training.model_copy(update={"threads": self.threads})
-        seed = int(random_generator(settings.seed, iteration, Stage.TRAIN).integers(2**31))
-        inputs = [
-            dataset_hash(training),
-            dataset_hash(validation),
-            [file_hash(path) for path in initial] if initial else None,
-            settings.model.model_dump(mode="json"),
-            options.model_dump(mode="json", exclude={"checkpoint_every"}),
-            epochs,
-            seed,
-            count,
-        ]
-        folder = once.folder / "train"
+    def _train(self, turn: _Turn, previous: Callable[[], list[Path]] | None) -> list[Path]:
+        """Train from scratch, or from the weights that ``previous`` provides; returns the new ones, one per network."""
+        settings = self.plan.at(turn.iteration)
+        count, folder = settings.uncertainty.networks, turn.once.folder / "train"
         weights = [path / "weights.pt" for path in member_folders(folder, count)]
 
         def work() -> None:
-            stages.prepare_folder(folder, content_hash(inputs))
-            train_members(
-                count,
-                settings.model,
-                options,
-                training,
-                validation,
-                folder,
-                seed,
-                initial=initial,
-                epochs=epochs,
-                progress=lambda row: self.events.show("epoch", iteration=iteration, **row),
-            )
+            initial = previous() if previous is not None and settings.loop.warm_start else None
+            # If earlier weights had to be made again, a checkpoint that began from the lost ones may not fit.
+            key = content_hash([turn.keys["train"], [file_hash(path) for path in initial or []]])
+            stages.prepare_folder(folder, key)
+            try:
+                self._train_networks(turn, folder, initial, key)
+            except ModelError:  # a damaged checkpoint
+                move_aside(folder, folder.parent / "aside")
+                stages.prepare_folder(folder, key)
+                self._train_networks(turn, folder, initial, key)
 
-        once.run("train", inputs, weights, work)
+        turn.once.run("train", turn.keys["train"], weights, work)
         return weights
 
-    def _measure(self, once: Stages, model: Path, training: list[Atoms], validation: list[Atoms]) -> None:
-        """Errors on training, validation and test set (the last for the report only: nothing depends on it)."""
+    def _train_networks(self, turn: _Turn, folder: Path, initial: list[Path] | None, key: str) -> None:
+        """Train what the folder lacks: here, or the members of an ensemble side by side in workers."""
+        settings = self.plan.at(turn.iteration)
+        count, seed = settings.uncertainty.networks, self._training_seed(turn.iteration)
+        options = settings.training.model_copy(update={"threads": self.threads})
+        epochs = settings.training.epochs if initial is None else settings.loop.warm_epochs
+        at_once = min(count, self.workers.processes // self.threads)
+
+        def show(row: dict[str, Any]) -> None:
+            self.events.show("epoch", iteration=turn.iteration, **row)
+
+        if at_once < 2:
+            sets = turn.training, turn.validation
+            train_members(
+                count, settings.model, options, *sets, folder, seed, initial=initial, epochs=epochs, progress=show
+            )
+            return
+        files = folder / "training.extxyz", folder / "validation.extxyz"
+        for path, structures in zip(files, (turn.training, turn.validation), strict=True):
+            write_structures(path, structures)
+        folders = member_folders(folder, count)
+        starts: Sequence[Path | None] = initial or [None] * count
+        tasks = {
+            m: (*files, where, key, settings.model, options, member_seed(seed, m), starts[m], epochs)
+            for m, where in enumerate(folders)
+            if not is_sealed(where / "weights.pt", key)
+        }
+
+        def done(_: int, __: None, error: UbmdError | None) -> None:
+            if error is not None:
+                raise TrainingError(f"A training failed: {error}") if isinstance(error, TaskFailed) else error
+
+        def tick() -> None:
+            logs = [where / "log.csv" for where in folders]
+            finished = sum(len(log.read_text().splitlines()) - 1 for log in logs if log.exists())
+            show({"epoch": finished, "epochs": count * epochs})
+
+        run_tasks(self.workers, train_member, tasks, None, done, tick, settings.workers.retries, at_once)
+
+    def _measure(self, turn: _Turn, model: Path) -> None:
+        """Errors on training, held-out and test labels (the last for the report only: nothing depends on it)."""
+        if self._held_out is not None:
+            self._held_out.finish()
         test = read_structures(self.folder.test, labelled=True) if self.settings.test is not None else []
-        sets = {"train": training, "valid": validation, "test": test}
-        target = once.folder / "errors.json"
+        sets = {"train": turn.training, "valid": turn.validation, "calib": turn.calibration, "test": test}
+        target = turn.once.folder / "errors.json"
+        precision = self.settings.md.precision
 
         def measure() -> None:
-            evaluator = Evaluator(model, self.settings.md.precision)
-            write_json(target, {name: stages.errors_of(evaluator, atoms) for name, atoms in sets.items() if atoms})
+            evaluator = Evaluator(model, precision)
+            errors = {name: stages.errors_of(evaluator, atoms) for name, atoms in sets.items() if atoms}
+            write_json(target, errors | {"calibration": stages.calibration_of(evaluator)})
 
-        hashes = [dataset_hash(atoms) for atoms in sets.values()]
-        once.run("measure", [file_hash(model), hashes, self.settings.md.precision], [target], measure)
+        key = content_hash([turn.keys["export"], [dataset_hash(atoms) for atoms in sets.values()], precision])
+        turn.once.run("measure", key, [target], measure)
 
-    def _explore(self, iteration: int, model: Path, once: Stages) -> None:
+    def _explore(self, turn: _Turn, model: Path) -> None:
         """MD, selection, labels."""
-        self._run_replicas(iteration, model, once)
-        candidates = self._select(iteration, model, once)
-        before = len(self.dataset)
-        self._label(iteration, candidates, once.folder / "labels", once)
-        self._check_fruitful(len(self.dataset) - before)
+        self._run_replicas(turn)
+        candidates = partial(self._select, turn, model)
+        self._label(turn.iteration, turn.keys["label"], candidates, turn.once.folder / "labels", turn.once)
 
-    def _run_replicas(self, iteration: int, model: Path, once: Stages) -> None:
-        """Replicas in workers; leaves frames_RRR.extxyz and replicas.json."""
-        tasks = stages.replica_tasks(self.settings, iteration, model, self._start_files(once.folder))
-        target = once.folder / "replicas.json"
-        settled = [task.model_dump(mode="json", exclude={"model", "start", "frames"}) for task in tasks]
-        inputs = [settled, file_hash(model), [file_hash(task.start) for task in tasks]]
+    def _run_replicas(self, turn: _Turn) -> None:
+        """Replicas in workers; leaves frames_RRR.extxyz, replicas.json, and left.json with those that run on."""
+        tasks = self._left | turn.tasks
+        target, left = turn.once.folder / "replicas.json", turn.once.folder / "left.json"
+        for path, atoms in turn.starts.items():
+            write_structures(path, [atoms])
+        loop = self.settings.loop
 
         def report(result: ReplicaResult) -> None:
-            self.events.write("replica_done", iteration=iteration, **result.model_dump())
+            self.events.write("replica_done", iteration=turn.iteration, **result.model_dump())
 
         def progress(steps: Sequence[int]) -> None:
-            self.events.show("md_steps", iteration=iteration, steps=steps, limit=self.settings.md.steps)
+            self.events.show("md_steps", iteration=turn.iteration, steps=steps, limit=self.settings.md.steps)
 
         def work() -> None:
-            results = stages.run_replicas(tasks, self.settings.md.timeout, self.workers, report, progress)
-            write_json(target, [result.model_dump() for result in results])
+            model_keys = {iteration: keys["export"] for iteration, keys in self._keys.items()}
+            share = loop.asynchronous_share if loop.asynchronous else 1.0
+            results = stages.run_replicas(tasks, self._replicas, model_keys, report, progress, share)
+            running = self._replicas.running()
+            write_json(left, sorted(origin for origin in tasks if origin in running - set(results)))
+            own = {origin: result.model_dump() for origin, result in results.items()}
+            write_json(
+                target,
+                [r if o[0] == turn.iteration else {"iteration": o[0], **r} for o, r in own.items()],
+            )
 
-        once.run("md", inputs, [target, *(task.frames for task in tasks)], work)
+        turn.once.run("md", turn.keys["md"], lambda: [target, left, *self._frame_files(turn)], work)
+        self._left = self._read_left(turn)
 
-    def _start_files(self, folder: Path) -> list[Path]:
-        """Files with the structures that replicas start from."""
-        labelled = self.settings.md.start_from == "labelled" and self.newest
-        starts = self.newest if labelled else self.start_structures[:1]
-        files = [folder / "starts" / f"start_{k:03d}.extxyz" for k in range(len(starts))]
-        for path, atoms in zip(files, starts, strict=True):
-            write_structures(path, [Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)])
-        return files
+    def _read_left(self, turn: _Turn) -> dict[Origin, ReplicaTask]:
+        """Tasks of the replicas that ran on when this iteration selected its batch."""
+        path = turn.once.folder / "left.json"
+        tasks = self._left | turn.tasks
+        return {tuple(origin): tasks[tuple(origin)] for origin in read_json(path)} if path.exists() else {}
 
-    def _select(self, iteration: int, model: Path, once: Stages) -> list[Atoms]:
+    def _frame_files(self, turn: _Turn) -> list[Path]:
+        """Frames of the replicas that ended in this iteration, in the order of their (iteration, replica)."""
+        path = turn.once.folder / "replicas.json"
+        results = read_json(path) if path.exists() else []
+        folders = [self.folder.iteration(result.get("iteration", turn.iteration)) for result in results]
+        return [f / f"frames_{r['replica']:03d}.extxyz" for f, r in zip(folders, results, strict=True)]
+
+    def _select(self, turn: _Turn, model: Path) -> list[Atoms]:
         """The batch to label next."""
-        target, record = once.folder / "selected.extxyz", once.folder / "selected.json"
-        frames = sorted(once.folder.glob("frames_*.extxyz"))
-        training, _ = self._split(iteration)
-        options = [self.settings.selection.model_dump(), self.settings.uncertainty.lambda2, self.settings.seed]
-        inputs = [[file_hash(path) for path in frames], dataset_hash(training), file_hash(model), options]
+        target, record = turn.once.folder / "selected.extxyz", turn.once.folder / "selected.json"
 
         def work() -> None:
-            # Not among the inputs: a limit that grows later must not change batches that are already labelled.
-            count = min(self.settings.selection.batch, self.settings.loop.labels - len(self.dataset))
-            pool = stages.make_pool(frames)
-            chosen, summary = stages.select_batch(pool, training, model, count, self.settings, iteration)
+            # Not in the key: a limit that grows later must not change batches that are already labelled.
+            count = min(self.settings.selection.batch, self._affordable())
+            pool = stages.make_pool(self._frame_files(turn))
+            chosen, summary = stages.select_batch(pool, turn.training, model, count, self.settings, turn.iteration)
             write_structures(target, chosen)
             write_json(record, summary)
 
-        once.run("select", inputs, [target, record], work)
+        turn.once.run("select", turn.keys["select"], [target, record], work)
         return stages.read_frames(target)
 
-    def _label(self, iteration: int, candidates: list[Atoms], folder: Path, once: Stages) -> None:
+    def _label(
+        self, iteration: int, key: str, candidates: Callable[[], list[Atoms]], folder: Path, once: Stages
+    ) -> None:
         """Label a batch, split it, and append it to the data set."""
-        reference = self.settings.reference
-        inputs = [dataset_hash(candidates), reference.model_dump(mode="json")]
+        settings, done = self.settings, folder / "done.json"
 
         def report(index: int, reason: str) -> None:
             self.events.write(
@@ -291,20 +492,45 @@ class Loop:
             )
 
         def work() -> None:
-            stages.prepare_folder(folder, content_hash(inputs))
-            stages.label_batch(candidates, folder, reference, self.base, self.workers, report)
-            write_json(folder / "done.json", {"candidates": len(candidates)})
+            batch = candidates()
+            stages.prepare_folder(folder, key)
+            stages.label_batch(
+                batch,
+                folder,
+                settings.reference,
+                self.base,
+                self.workers,
+                report,
+                self._known_of(iteration),
+                settings.workers.retries,
+            )
+            write_json(done, {"candidates": len(batch)})
 
-        once.run("label", inputs, [folder / "done.json"], work)
-        labelled, rejected = stages.read_batch(folder)
-        self._append(iteration, labelled, rejected)
+        if done.exists() and not stages.batch_is_whole(folder):
+            done.unlink()
+        once.run("label", key, [done], work)
+        self._append(iteration, *stages.read_batch(folder))
 
     def _append(self, iteration: int, labelled: list[Atoms], rejected: list[Atoms]) -> None:
         """Give labels their ids and sides, and write them behind the data set, one by one."""
+        jumps = energy_jumps(labelled, self.dataset, self.settings.reference.energy_limit)
+        for k, reason in jumps.items():
+            labelled[k].calc = None
+            labelled[k].info["reason"] = reason
+        rejected = rejected + [labelled[k] for k in jumps]
+        labelled = [atoms for k, atoms in enumerate(labelled) if k not in jumps]
         sides = [atoms.info["split"] for atoms in self.dataset]
-        share = self.settings.loop.validation_share
+        loop = self.settings.loop
         rng = random_generator(self.settings.seed, iteration + 1, Stage.SPLIT)
-        new = stages.split_batch(sides.count("train"), sides.count("valid"), len(labelled), share, rng)
+        new = stages.split_batch(
+            sides.count("train"),
+            sides.count("valid"),
+            len(labelled),
+            loop.validation_share,
+            rng,
+            sides.count("calib"),
+            loop.calibration_share,
+        )
         for k, (atoms, side) in enumerate(zip(labelled, new, strict=True)):
             atoms.info |= {"label": len(self.dataset) + k, "split": side}
         self._dataset_bytes = stages.append_once(
@@ -318,11 +544,14 @@ class Loop:
         if rejected:
             self.rejected += rejected
             write_structures(self.folder.rejected, self.rejected)
+        if iteration > START:
+            self._check_fruitful(len(labelled))
 
     # -------------------------------------------------------------------------------------- after an iteration
 
-    def _record(self, iteration: int, once: Stages, explored: bool) -> None:
+    def _record(self, turn: _Turn, verdict: convergence.Verdict | None) -> None:
         """One entry of the history; ``md_steps`` and ``coverage`` count all replicas so far, this iteration's too."""
+        iteration, once, explored = turn.iteration, turn.once, verdict is None
         replicas = read_json(once.folder / "replicas.json") if explored else []
         last = self.history[-1] if self.history else {"md_steps": 0}
         entry = {
@@ -330,11 +559,13 @@ class Loop:
             "labels": once.context["labels"],
             "md_steps": last["md_steps"] + sum(result["steps"] for result in replicas),
             **read_json(once.folder / "errors.json"),
-            "coverage": self._coverage(once.folder) if explored else last.get("coverage"),
+            "coverage": self._coverage(self._frame_files(turn)) if explored else last.get("coverage"),
             "max_u": max((result["max_u"] for result in replicas), default=None),
             "replicas": replicas,
             "seconds": once.seconds(),
         }
+        if verdict is not None:
+            entry["ended"] = verdict.as_json()
         self.history.append(entry)
         written = self.folder.read_history()
         if len(self.history) >= len(written):
@@ -344,26 +575,34 @@ class Loop:
                 key: entry[key] for key in ("labels", "md_steps", "train", "valid", "test", "coverage") if key in entry
             }
             self.events.write("iteration_done", iteration=iteration, **shown)
+        if explored:
+            once.note("record", turn.keys["label"])
 
-    def _coverage(self, folder: Path) -> float | None:
+    def _coverage(self, files: list[Path]) -> float | None:
         """Share of the square of the first two torsions that all frames so far have visited."""
         indices = list(self.settings.variables.torsions.values())[:2]
         if len(indices) < 2:
             return None
-        frames = [frame for path in sorted(folder.glob("frames_*.extxyz")) for frame in stages.read_frames(path)]
-        self._torsions.append(torsions(frames, indices))
+        frames = [frame for path in files if path.exists() for frame in stages.read_frames(path)]
+        if frames:
+            self._torsions.append(torsions(frames, indices))
+        if not self._torsions:
+            return None
         return float(coverage(np.concatenate(self._torsions)))
 
-    def _why_finished(self) -> str:
-        """The stop rule that holds, or an empty text."""
-        loop = self.settings.loop
-        if len(self.dataset) >= loop.labels:
-            return f"The data set has {len(self.dataset)} labels (loop.labels = {loop.labels})."
-        last = self.history[-loop.quiet_iterations :]
-        quiet = all(r["stopped"] == "step limit" for entry in last for r in entry["replicas"])
-        if loop.stop_when_quiet and len(last) == loop.quiet_iterations and quiet:
-            return f"Every replica reached the step limit in {loop.quiet_iterations} successive iterations."
-        return ""
+    def _why_finished(self, turn: _Turn) -> convergence.Verdict | None:
+        """The stop rule that holds, if any; it sees the newest model's errors, too."""
+        errors = read_json(turn.once.folder / "errors.json")
+        newest = {"iteration": turn.iteration, "labels": len(self.dataset), **errors}
+        calls = len(self.dataset) + len(self.rejected)
+        return convergence.stop_rule([*self.history, newest], len(self.dataset), calls, self.settings.loop)
+
+    def _affordable(self) -> int:
+        """Structures that may still be labelled."""
+        loop, left = self.settings.loop, self.settings.loop.labels - len(self.dataset)
+        return (
+            left if loop.label_budget is None else min(left, loop.label_budget - len(self.dataset) - len(self.rejected))
+        )
 
     def _check_fruitful(self, new: int) -> None:
         """Give up after several iterations in a row without a label: more of the same would never end."""

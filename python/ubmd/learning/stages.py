@@ -6,32 +6,49 @@ piece of it leaves its own file behind, so that a resumed stage only does what i
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 
-from ubmd.analysis import calibration_data
+from ubmd.analysis import error_summary
 from ubmd.calculator import Evaluator, Prediction
-from ubmd.data.structures import append_structures, read_structures, write_structures
-from ubmd.errors import DataError, LabelError, SimulationError, UbmdError
-from ubmd.lammps.replica import ReplicaResult, ReplicaTask, progress_file, run_replica, salvage
-from ubmd.learning.run_folder import content_hash, file_hash, read_json, write_json
-from ubmd.learning.tasks import label_file
-from ubmd.learning.workers import TaskFailed, Workers, WorkersLost, outcome
+from ubmd.data.structures import (
+    append_structures,
+    dataset_hash,
+    labels_of,
+    read_structures,
+    repair_structures,
+    write_structures,
+)
+from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError
+from ubmd.lammps.replica import ReplicaResult, ReplicaTask, progress_file, salvage
+from ubmd.learning.groups import TaskGroup, run_tasks
+from ubmd.learning.run_folder import (
+    check_space,
+    content_hash,
+    file_hash,
+    is_intact,
+    is_sealed,
+    keep_copy,
+    move_aside,
+    read_json,
+    seal,
+    write_json,
+    write_text,
+)
+from ubmd.learning.tasks import label_file, note_replica
+from ubmd.learning.workers import Executor
 from ubmd.selection import select
-from ubmd.settings import ReferenceSettings, RunSettings, StartSettings
+from ubmd.settings import BiasRampSettings, MDRampSettings, ReferenceSettings, RunSettings, StartSettings
 
 _LARGEST_SEED = 900_000_000  # of LAMMPS's random-number generators
-_POLL = 1.0  # s between two looks at running replicas
-_TRIES = 2  # submissions of a task whose workers were lost for another reason
-
-Done = Callable[[int, Any, UbmdError | None], None]
 
 
 class Stage(IntEnum):
@@ -52,6 +69,15 @@ def random_generator(seed: int, iteration: int, stage: Stage, replica: int = 0) 
 # ------------------------------------------------------------------------------------------ start
 
 
+def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
+    """SettingsError if the start structures don't fit the ensemble."""
+    if settings.md.ensemble == "npt" and not all(atoms.pbc.all() for atoms in structures):
+        raise SettingsError(
+            f"md.ensemble = 'npt' needs start structures that are periodic in all directions, but "
+            f"{settings.start.file} has one that is not; use 'nvt' for molecules."
+        )
+
+
 def perturb(structures: Sequence[Atoms], settings: StartSettings, rng: np.random.Generator) -> list[Atoms]:
     """``settings.count`` copies, uniformly strained (fully periodic ones) and then uniformly displaced.
 
@@ -70,57 +96,16 @@ def perturb(structures: Sequence[Atoms], settings: StartSettings, rng: np.random
     return copies
 
 
-# ------------------------------------------------------------------------------------------ tasks in workers
-
-
-def run_tasks(
-    workers: Workers,
-    function: Callable[..., Any],
-    arguments: dict[int, tuple[Any, ...]],
-    timeout: float,
-    done: Done,
-    tick: Callable[[], None] | None = None,
-) -> None:
-    """Run ``function(*arguments[i])`` for every i in workers and report each as it ends.
-
-    Args:
-        workers: where to run.
-        function: importable by the workers.
-        arguments: of each task.
-        timeout: of each task, s from its start.
-        done: called in the driver with (i, result, None) or (i, None, error), in order of completion.
-        tick: called about once per second while tasks run.
-    """
-    tries = dict.fromkeys(arguments, 1)
-    running: dict[Future[Any], int] = {}
-    for index, values in arguments.items():
-        running[workers.submit(function, *values, timeout=timeout)] = index
-    while running:
-        finished, _ = wait(running, timeout=_POLL, return_when=FIRST_COMPLETED)
-        for future in finished:
-            index = running.pop(future)
-            try:
-                done(index, outcome(future), None)
-            except WorkersLost as error:
-                if tries[index] == _TRIES:
-                    done(index, None, error)
-                    continue
-                tries[index] += 1
-                running[workers.submit(function, *arguments[index], timeout=timeout)] = index
-            except (LabelError, SimulationError, TaskFailed) as error:
-                done(index, None, error)
-        if tick is not None:
-            tick()
+# ------------------------------------------------------------------------------------------ folders of stages
 
 
 def prepare_folder(folder: Path, key: str) -> None:
-    """Keep what an interrupted stage with the same inputs left in its folder; empty it otherwise."""
+    """Keep what an interrupted stage with the same inputs left in its folder; move anything else aside."""
     mark = folder / "key"
     if mark.exists() and mark.read_text() == key:
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    mark.write_text(key)
+    move_aside(folder, folder.parent / "aside")
+    write_text(mark, key)
 
 
 # ------------------------------------------------------------------------------------------ labels
@@ -131,13 +116,15 @@ def label_batch(
     folder: Path,
     settings: ReferenceSettings,
     base: Path,
-    workers: Workers,
+    workers: Executor,
     report: Callable[[int, str], None],
+    known: Sequence[Atoms] = (),
+    retries: int = 0,
 ) -> tuple[list[Atoms], list[Atoms]]:
     """Label structures in workers; a failure of any kind costs one structure.
 
-    Every label (``label_RRR.extxyz``) and every reason (``rejected_RRR.json``) is kept in ``folder`` as soon as it is
-    known: an interrupted batch continues there. The results' order is that of the candidates, whatever ends first.
+    Every label (``label_RRR.extxyz``, sealed) and every reason (``rejected_RRR.json``) is kept in ``folder`` as soon as
+    it is known: an interrupted batch continues there. The results' order is that of the candidates.
 
     Args:
         candidates: what to label; their info is kept.
@@ -146,26 +133,72 @@ def label_batch(
         base: folder that its file arguments are relative to.
         workers: where to run.
         report: called as (index, reason or empty text) after each label.
+        known: labels that the data set already has; a lost or damaged file is written again from them.
+        retries: how often a structure is tried again whose worker crashed or was killed.
 
     Returns:
         (labelled structures, rejected structures with their reason in ``info``).
 
     Raises:
         SettingsError: the reference's calculator cannot be made at all.
+        StorageError: the disk is full; no structure is rejected for that.
     """
+    keys = [label_key(candidate, settings) for candidate in candidates]
     files = [(folder / f"candidate_{k:03d}.extxyz", folder / f"label_{k:03d}.extxyz") for k in range(len(candidates))]
     reasons = [folder / f"rejected_{k:03d}.json" for k in range(len(candidates))]
     for candidate, (source, _) in zip(candidates, files, strict=True):
         write_structures(source, [candidate])
-    missing = {k: (*files[k], settings, base) for k in range(len(files)) if not _any_exists(files[k][1], reasons[k])}
+    mend_batch(folder, known, settings)
+    missing = {}
+    for k, (source, target) in enumerate(files):
+        if is_sealed(target, keys[k]) or _read_reason(reasons[k], keys[k]):
+            continue
+        missing[k] = (source, target, keys[k], settings, base)
 
     def done(index: int, _: None, error: UbmdError | None) -> None:
         if error is not None:
-            write_json(reasons[index], {"reason": str(error)})
+            check_space(folder)
+            write_json(reasons[index], {"reason": str(error), "key": keys[index]})
         report(index, str(error or ""))
 
-    run_tasks(workers, label_file, missing, settings.timeout, done)
+    run_tasks(workers, label_file, missing, settings.timeout, done, retries=retries)
     return read_batch(folder)
+
+
+def label_key(candidate: Atoms, settings: ReferenceSettings) -> str:
+    """Hash of what decides a label."""
+    return content_hash([dataset_hash([candidate]), reference_key(settings)])
+
+
+def reference_key(settings: ReferenceSettings) -> str:
+    """Hash of the reference without what belongs to a machine rather than to the label."""
+    return content_hash(settings.model_dump(mode="json", exclude={"timeout", "environment"}))
+
+
+def mend_batch(folder: Path, known: Sequence[Atoms], settings: ReferenceSettings) -> None:
+    """Write lost or damaged label files of a batch again from the labels that the data set has."""
+    at = {_place(atoms): atoms for atoms in known}
+    for source in folder.glob("candidate_*.extxyz"):
+        number = source.stem.removeprefix("candidate_")
+        target = folder / f"label_{number}.extxyz"
+        if is_intact(target) or (folder / f"rejected_{number}.json").exists():
+            continue
+        try:
+            candidate = read_structures(source)[0]
+        except DataError:
+            continue
+        if _place(candidate) in at:
+            write_structures(target, [_with_labels_of(candidate, at[_place(candidate)])])
+            seal(target, label_key(candidate, settings))
+
+
+def batch_is_whole(folder: Path) -> bool:
+    """Whether every structure of a labelled batch still has its undamaged label, or its reason."""
+    for source in folder.glob("candidate_*.extxyz"):
+        number = source.stem.removeprefix("candidate_")
+        if not (is_intact(folder / f"label_{number}.extxyz") or (folder / f"rejected_{number}.json").exists()):
+            return False
+    return True
 
 
 def read_batch(folder: Path) -> tuple[list[Atoms], list[Atoms]]:
@@ -174,7 +207,7 @@ def read_batch(folder: Path) -> tuple[list[Atoms], list[Atoms]]:
     for source in sorted(folder.glob("candidate_*.extxyz")):
         number = source.stem.removeprefix("candidate_")
         label, reason = folder / f"label_{number}.extxyz", folder / f"rejected_{number}.json"
-        if label.exists():
+        if label.exists() and not reason.exists():
             labelled += read_structures(label)
         else:
             atoms = read_structures(source)[0]
@@ -183,22 +216,55 @@ def read_batch(folder: Path) -> tuple[list[Atoms], list[Atoms]]:
     return labelled, rejected
 
 
-def _any_exists(*paths: Path) -> bool:
-    return any(path.exists() for path in paths)
+def _read_reason(path: Path, key: str) -> str:
+    """Why a structure was rejected; empty if it was not, or if the file is damaged or about another one."""
+    try:
+        kept = read_json(path)
+    except (OSError, ValueError):
+        return ""
+    return str(kept["reason"]) if kept.get("key") == key else ""
 
 
-def split_batch(n_training: int, n_validation: int, n_new: int, share: float, rng: np.random.Generator) -> list[str]:
-    """'train' or 'valid' for each of ``n_new`` labels, so that ``share`` of all labels (at least 1) is validation.
+def _place(atoms: Atoms) -> str:
+    """Hash of a structure without its labels."""
+    return dataset_hash([Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)])
+
+
+def _with_labels_of(candidate: Atoms, known: Atoms) -> Atoms:
+    copy = candidate.copy()
+    copy.calc = SinglePointCalculator(copy, **labels_of(known))
+    return copy
+
+
+def split_batch(
+    n_training: int,
+    n_validation: int,
+    n_new: int,
+    share: float,
+    rng: np.random.Generator,
+    n_calibration: int = 0,
+    calibration_share: float = 0.0,
+) -> list[str]:
+    """'train', 'valid' or 'calib' for each of ``n_new`` labels.
+
+    ``share`` of all labels (at least 1) is validation, ``calibration_share`` (at least 1, or none at 0) calibration.
 
     Labels that were split earlier keep their side (sticky split): what a model was trained on never calibrates a
     model that starts from it.
     """
-    total = n_training + n_validation + n_new
+    total = n_training + n_validation + n_calibration + n_new
     target = max(1, round(share * total))
     # Something must be left to train on.
-    count = min(max(target - n_validation, 0), n_new if n_training else n_new - 1)
-    chosen = set(rng.permutation(n_new)[:count].tolist())
-    return ["valid" if k in chosen else "train" for k in range(n_new)]
+    free = n_new if n_training else n_new - 1
+    count = min(max(target - n_validation, 0), free)
+    calibrating = max(1, round(calibration_share * total)) if calibration_share else 0
+    order = rng.permutation(n_new).tolist()
+    sides = ["train"] * n_new
+    for k in order[:count]:
+        sides[k] = "valid"
+    for k in order[count : min(count + max(calibrating - n_calibration, 0), free)]:
+        sides[k] = "calib"
+    return sides
 
 
 def fresh_split(n_labels: int, share: float, rng: np.random.Generator) -> list[str]:
@@ -206,36 +272,76 @@ def fresh_split(n_labels: int, share: float, rng: np.random.Generator) -> list[s
     return split_batch(0, 0, n_labels, share, rng)
 
 
+def fresh_sides(sides: Sequence[str], share: float, rng: np.random.Generator) -> list[str]:
+    """Sides for a model from scratch: calibration labels stay what they are, `fresh_split` deals out the others."""
+    others = [k for k, side in enumerate(sides) if side != "calib"]
+    new = list(sides)
+    for k, side in zip(others, fresh_split(len(others), share * len(sides) / len(others), rng), strict=True):
+        new[k] = side
+    return new
+
+
 def append_once(path: Path, offset: int, labels: Sequence[Atoms], report: Callable[[int], None]) -> int:
     """Make bytes from ``offset`` on in an extxyz file begin with these structures; returns where they end.
 
-    Appends one by one, each on disk before the next. What is already there stays; an unfinished rest of an earlier
-    attempt is cut off first. Only the newest batch may be unfinished, so later batches are never touched.
+    Appends one by one, each on disk before the next. What is already there stays; an unfinished frame of an earlier
+    attempt is cut off first. Only the newest batch may be unfinished, so later batches are never touched. A file that
+    goes on differently is kept aside before it is cut: no label is ever lost.
     """
-    scratch = path.with_name(f".{path.name}.new")
-    write_structures(scratch, labels)
-    content = scratch.read_bytes()
-    scratch.unlink()
+    frames = [_as_bytes(path, atoms) for atoms in labels]
+    content = b"".join(frames)
     present = path.read_bytes() if path.exists() else b""
     if len(present) < offset:
         raise DataError(f"{path} is shorter than the labels that were written to it; restore it from a copy.")
-    if present[offset : offset + len(content)] == content:
+    rest = present[offset:]
+    if rest.startswith(content):
         return offset + len(content)
+    complete = 0  # frames of an interrupted attempt
+    if content.startswith(rest):
+        complete = sum(len(rest) >= end for end in itertools.accumulate(map(len, frames)))
+    else:
+        keep_copy(path, path.parent / "aside")
     if path.exists():
         with path.open("r+b") as handle:
-            handle.truncate(offset)
-    for k, atoms in enumerate(labels):
-        append_structures(path, [atoms])
+            handle.truncate(offset + sum(map(len, frames[:complete])))
+    for k in range(complete, len(labels)):
+        append_structures(path, [labels[k]])
         report(k)
     return offset + len(content)
+
+
+def read_dataset(path: Path) -> list[Atoms]:
+    """The labels in a data set, without an unfinished last one; a damaged file is moved aside, to be written anew."""
+    try:
+        repair_structures(path)
+        return read_structures(path, labelled=True) if path.exists() and path.stat().st_size else []
+    except DataError:
+        move_aside(path, path.parent / "aside")
+        return []
+
+
+def _as_bytes(path: Path, atoms: Atoms) -> bytes:
+    """A frame as `append_structures` writes it."""
+    scratch = path.with_name(f".{path.name}.new")
+    write_structures(scratch, [atoms])
+    content = scratch.read_bytes()
+    scratch.unlink()
+    return content
 
 
 # ------------------------------------------------------------------------------------------ MD
 
 
 def replica_tasks(settings: RunSettings, iteration: int, model: Path, starts: Sequence[Path]) -> list[ReplicaTask]:
-    """The replicas of an iteration; replica r starts from ``starts[r % len]`` with its own random numbers."""
+    """The replicas of an iteration.
+
+    Replica r starts from ``starts[r % len]`` with its own random numbers; lists of temperatures and pressures are dealt
+    out in the same way. Ramps count iterations from 0.
+    """
     md, bias = settings.md, settings.bias
+    ramp, bias_ramp = md.ramp or MDRampSettings(), bias.ramp or BiasRampSettings()
+    temperatures = md.temperatures or [ramped(ramp.temperature, ramp.iterations, iteration, md.temperature)]
+    pressures = md.pressures or [ramped(ramp.pressure, ramp.iterations, iteration, md.pressure)]
     folder = model.parent
     tasks = []
     for r in range(md.replicas):
@@ -248,11 +354,18 @@ def replica_tasks(settings: RunSettings, iteration: int, model: Path, starts: Se
                 frames=folder / f"frames_{r:03d}.extxyz",
                 steps=md.steps,
                 timestep=md.timestep,
-                temperature=md.temperature,
+                temperature=temperatures[r % len(temperatures)],
                 damping=md.damping,
+                ensemble=md.ensemble,
+                pressure=pressures[r % len(pressures)],
+                pressure_damping=md.pressure_damping,
+                coupling=md.coupling,
+                cell_limit=md.cell_limit,
                 frames_every=md.frames_every,
                 precision=md.precision,
-                force=bias.force,
+                force=ramped(bias_ramp.force, bias_ramp.iterations, iteration, bias.force),
+                stress=ramped(bias_ramp.stress, bias_ramp.iterations, iteration, bias.stress),
+                uncertainty=bias.uncertainty,
                 species=bias.species,
                 window=bias.window,
                 every=bias.every,
@@ -260,69 +373,112 @@ def replica_tasks(settings: RunSettings, iteration: int, model: Path, starts: Se
                 velocity_seed=int(seeds[0]),
                 langevin_seed=int(seeds[1]),
                 min_distance=settings.reference.min_distance,
+                ranks=md.ranks,
             )
         )
     return tasks
 
 
+def ramped(ends: tuple[float, float] | None, length: int, iteration: int, constant: float) -> float:
+    """The value of an iteration: linear from ``ends[0]`` in iteration 0 to ``ends[1]`` from ``length`` on."""
+    if ends is None:
+        return constant
+    share = min(iteration / length, 1.0)
+    return (1.0 - share) * ends[0] + share * ends[1]
+
+
+Origin = tuple[int, int]
+"""(iteration, replica) of a trajectory"""
+
+
 def run_replicas(
-    tasks: Sequence[ReplicaTask],
-    timeout: float,
-    workers: Workers,
+    tasks: Mapping[Origin, ReplicaTask],
+    group: TaskGroup,
+    model_keys: Mapping[int, str],
     report: Callable[[ReplicaResult], None],
     progress: Callable[[list[int]], None],
-) -> list[ReplicaResult]:
+    share: float = 1.0,
+) -> dict[Origin, ReplicaResult]:
     """Run replicas in workers; those that an interrupted stage had finished are not run again.
 
     Args:
-        tasks: the replicas.
-        timeout: of each, s.
-        workers: where to run.
+        tasks: the replicas of this iteration, and those that earlier ones left running.
+        group: where they run, or run already.
+        model_keys: of each iteration's model.
         report: called with each result.
         progress: called about once per second with the steps of all replicas so far.
+        share: of the replicas to wait for.
+
+    Returns:
+        Results of the replicas that have ended, in order. Those that run on are left in the group; those that have not
+        begun are taken out of it.
 
     Raises:
-        SimulationError: not one replica has a frame.
+        SimulationError: no replica that has ended has a frame.
+        StorageError: the disk is full.
     """
-    results: dict[int, ReplicaResult] = {}
-    for task in tasks:
-        kept = _read_finished(task)
-        if kept is not None:
-            results[task.replica] = kept
+    keys = {origin: _task_key(task, model_keys[origin[0]]) for origin, task in tasks.items()}
+    results = {
+        origin: kept
+        for origin, task in tasks.items()
+        if origin not in group.running() and (kept := _read_finished(task, keys[origin]))
+    }
+    enough = math.ceil(share * len(tasks))
 
-    def done(index: int, result: ReplicaResult | None, error: UbmdError | None) -> None:
-        final = result if result is not None else salvage(tasks[index], str(error))
-        results[index] = final
-        write_json(_finished_file(tasks[index]), {"task": _task_hash(tasks[index]), "result": final.model_dump()})
-        report(final)
+    def done(origin: Origin, result: ReplicaResult | None, error: UbmdError | None) -> None:
+        task = tasks[origin]
+        if result is None:
+            check_space(task.frames.parent)
+            result = salvage(task, str(error))
+            note_replica(task, keys[origin], _finished_file(task), result)
+        results[origin] = result
+        report(result)
 
     def tick() -> None:
-        progress([results[t.replica].steps if t.replica in results else _steps_so_far(t) for t in tasks])
+        progress([results[o].steps if o in results else _steps_so_far(t) for o, t in tasks.items()])
 
-    missing = {t.replica: (t,) for t in tasks if t.replica not in results}
-    run_tasks(workers, run_replica, missing, timeout, done, tick)
-    ordered = [results[task.replica] for task in tasks]
-    if not any(result.frames for result in ordered):
-        raise SimulationError(f"Every replica failed before its first frame; the first said: {ordered[0].reason}")
+    missing = {origin: task for origin, task in tasks.items() if origin not in results}
+    group.add({origin: (task, keys[origin], _finished_file(task)) for origin, task in missing.items()})
+    group.wait(done, tick, lambda: len(results) >= enough)
+    group.withdraw()
+    ordered = {origin: results[origin] for origin in sorted(results)}
+    if not any(result.frames for result in ordered.values()):
+        reason = next(iter(ordered.values())).reason
+        raise SimulationError(f"Every replica failed before its first frame; the first said: {reason}")
     return ordered
 
 
-def _read_finished(task: ReplicaTask) -> ReplicaResult | None:
-    """The kept result of a replica, or None if there is none for this very task."""
-    if not _finished_file(task).exists() or not task.frames.exists():
+def _read_finished(task: ReplicaTask, key: str) -> ReplicaResult | None:
+    """The kept result of a replica, or None if there is none for this very task, or its frames are damaged."""
+    try:
+        kept = read_json(_finished_file(task))
+        whole = kept["task"] == key and kept["sha256"] == file_hash(task.frames)
+        return ReplicaResult.model_validate(kept["result"]) if whole else None
+    except (OSError, ValueError, KeyError):
         return None
-    kept = read_json(_finished_file(task))
-    return ReplicaResult.model_validate(kept["result"]) if kept["task"] == _task_hash(task) else None
+
+
+def frames_are_damaged(frames: Path) -> bool:
+    """Whether the frames of a finished replica are there, but not as it left them."""
+    try:
+        kept = read_json(frames.with_name(frames.stem.replace("frames", "replica") + ".json"))
+        return frames.exists() and kept["sha256"] != file_hash(frames)
+    except (OSError, ValueError, KeyError):
+        return frames.exists()
 
 
 def _finished_file(task: ReplicaTask) -> Path:
     return task.frames.with_name(f"replica_{task.replica:03d}.json")
 
 
-def _task_hash(task: ReplicaTask) -> str:
+def settled(task: ReplicaTask) -> dict[str, Any]:
+    """All of a task that decides its trajectory, except model and start structure: no paths."""
+    return task.model_dump(mode="json", exclude={"model", "start", "frames"})
+
+
+def _task_key(task: ReplicaTask, model_key: str) -> str:
     """Hash of everything that decides the trajectory; where its files lie does not."""
-    values = task.model_dump(mode="json", exclude={"model", "start", "frames"})
-    return content_hash([values, file_hash(task.model), file_hash(task.start)])
+    return content_hash([settled(task), model_key, dataset_hash(read_structures(task.start))])
 
 
 def _steps_so_far(task: ReplicaTask) -> int:
@@ -394,10 +550,16 @@ def _selected_structure(frame: Atoms, iteration: int, record: dict[str, Any]) ->
 
 
 def errors_of(evaluator: Evaluator, structures: Sequence[Atoms]) -> dict[str, float]:
-    """Root mean square errors: energy per atom (meV/atom), force components (eV/Å); their number of structures."""
-    data = calibration_data(structures, evaluator.predict(structures))
+    """Root mean square errors of a model, and their number of structures; see `ubmd.analysis.error_summary`."""
+    return error_summary(structures, evaluator.predict(structures))
+
+
+def calibration_of(evaluator: Evaluator) -> dict[str, Any]:
+    """Conformal factors of energy and force uncertainties (no unit), and the confidence that they reach."""
+    energy, forces = (evaluator.metadata["uncertainty"][name] for name in ("energy", "forces"))
     return {
-        "energy_rmse_mev_per_atom": data.energy_rmse,
-        "force_rmse": data.force_rmse,
-        "structures": len(structures),
+        "energy_factor": energy["scale"],
+        "force_factor": forces["scale"],
+        "energy_attainable": energy["attainable"],
+        "force_attainable": forces["attainable"],
     }

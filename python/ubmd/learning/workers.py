@@ -1,129 +1,239 @@
-"""Worker processes on this machine: labels and MD runs, each in a process of its own.
+"""Where tasks run: labels, MD runs and trainings, each in a process of its own.
 
-Any executor with the same ``submit(function, *arguments, timeout) -> Future`` can take this one's place. Arguments and
-results are small (settings, paths): structures travel in files.
+An executor has ``submit(function, *arguments, timeout) -> Future`` and ``stop()``; `outcome` turns the future into the
+result, or into a reason. Whatever the executor (threads of this process by default, or those of
+`ubmd.learning.executors`), it only decides where `isolated` is called: that runs the task in a child process by means
+of pebble. Arguments and results are small (settings, paths): structures travel in files.
 
-What a worker promises:
+What a task gets everywhere:
 
 - a crash (segmentation fault, out of memory), a time-out or an exception costs the task it happened in, no other one,
   and becomes a `TaskFailed` with one sentence;
-- torch, OpenMP and BLAS use one thread per worker, so that a task repeats bit for bit;
-- workers end with the driver, also when that is killed with ``kill -9`` (Linux: PR_SET_PDEATHSIG; elsewhere they
-  end when they next look for work). Programs that a reference itself started are not covered by this.
+- torch, OpenMP and BLAS use one thread, so that a task repeats bit for bit;
+- its process ends with the driver, also when that is killed with ``kill -9`` (Linux: PR_SET_PDEATHSIG), and so do the
+  programs that a reference has started (`ubmd.learning.keeper`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import os
+import secrets
 import signal
+import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
 
 from ubmd import errors
-from ubmd.errors import UbmdError
+from ubmd.errors import StorageError, UbmdError
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENMM_CPU_THREADS")
+_POLL = 0.2  # s between two looks whether all is to stop
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Reply = tuple[Any, str, str, str]
+"""(value, kind of error or empty text, reason, traceback): errors as text: foreign ones may not survive pickle."""
 
 
 class TaskFailed(UbmdError):
-    """A task in a worker failed; the message is the reason, ``details`` the traceback if there is one."""
+    """A task failed; the message is the reason, ``details`` the traceback if there is one."""
 
     def __init__(self, reason: str, details: str = "") -> None:
         super().__init__(reason)
         self.details = details
 
 
+class TaskTimeout(TaskFailed):
+    """A task took longer than its limit."""
+
+
+class TaskCrashed(TaskFailed):
+    """The process of a task was lost: perhaps its own fault, perhaps that of the machine."""
+
+
 class WorkersLost(TaskFailed):
-    """All workers were lost, for instance because an idle one was killed: the task may be submitted again."""
+    """The task never ran to an end, by no fault of its own: it may be submitted again."""
+
+
+_OWN_ERRORS = {kind.__name__: kind for kind in (TaskFailed, TaskTimeout, TaskCrashed, WorkersLost)}
+
+
+class Executor(Protocol):
+    """Runs tasks somewhere."""
+
+    processes: int
+    """tasks that run at the same time, as far as known"""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None) -> Future[Any]:
+        """Run ``function(*arguments)``; ``timeout`` (s) counts from the task's start. For `outcome`."""
+
+    def stop(self) -> None:
+        """End all tasks at once, whatever they are doing."""
 
 
 class Workers:
-    """A pool of worker processes; use it in a ``with`` block.
-
-    A worker is started when the first task comes, and again after it was lost.
-    """
+    """Worker processes on this machine; use it in a ``with`` block. A process starts when a task first needs it."""
 
     def __init__(self, processes: int | None = None) -> None:
-        """``processes`` workers; None: one per core."""
-        self.processes = processes or os.cpu_count() or 1
-        self._pool: ProcessPool | None = None
+        """``processes`` workers; None: one per core that this process may use."""
+        self.processes = processes or available_cores()
+        self._pools = Pools()
+        self._threads = ThreadPoolExecutor(self.processes, "ubmd_worker")
 
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def submit(self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None) -> Future[Any]:
-        """Run ``function(*arguments)`` in a worker; ``timeout`` (s) counts from the task's start.
-
-        `outcome` turns the future into the result or into a reason.
-        """
-        return self._running_pool().schedule(_guarded, args=(function, *arguments), timeout=timeout)
+        """Run ``function(*arguments)`` in a worker process; see `Executor`."""
+        return self._threads.submit(self._pools.run, function, arguments, timeout)
 
     def stop(self) -> None:
         """End all workers at once, whatever they are doing."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
+        self._pools.stop()
+        self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _running_pool(self) -> ProcessPool:
-        """The pool; a new one if an idle worker's death has broken the last one (pebble then refuses new tasks)."""
-        if self._pool is not None and not self._pool.active:
-            self.stop()
-        if self._pool is None:
-            self._pool = ProcessPool(
-                max_workers=self.processes,
+
+class Pools:
+    """One child process per calling thread, kept from task to task (a force field is built once).
+
+    Every process has a pool of its own: one that is killed while it holds the lock of a shared queue would block all.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pools: dict[int, ProcessPool] = {}
+        self._stopped = False
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        timeout: float | None,
+        unwanted: Callable[[], bool] | None = None,
+    ) -> Reply:
+        """Run a task in this thread's process and wait for it, or until ``unwanted()``."""
+        pool = self._pool()
+        try:
+            future = pool.schedule(guarded, args=(function, *arguments), timeout=timeout)
+            # A pool that is stopped may leave its futures waiting.
+            while not wait([future], timeout=_POLL).done:
+                if self._stopped or (unwanted is not None and unwanted()):
+                    self._discard(pool)
+                    return None, "WorkersLost", "The worker process was stopped.", ""
+            reply: Reply = future.result()
+        except FutureTimeout:
+            return None, "TaskTimeout", f"It took longer than the limit of {timeout:g} s.", ""
+        except ProcessExpired as error:
+            self._discard(pool)  # it may have held a lock of its pool
+            return None, "TaskCrashed", _crash_reason(error.exitcode), ""
+        except (BrokenProcessPool, CancelledError, RuntimeError) as error:
+            self._discard(pool)
+            return None, "WorkersLost", f"The worker process was lost ({error}).", ""
+        return reply
+
+    def stop(self) -> None:
+        """End all processes; later tasks are lost."""
+        with self._lock:
+            self._stopped = True
+            pools = list(self._pools.values())
+        for pool in pools:
+            pool.stop()
+        for pool in pools:
+            pool.join()
+
+    def _pool(self) -> ProcessPool:
+        """This thread's pool; a new one if an idle process's death has broken the last one."""
+        thread = threading.get_ident()
+        with self._lock:
+            pool = self._pools.get(thread)
+        if pool is not None and not pool.active:
+            self._discard(pool)
+            pool = None
+        if pool is None:
+            pool = ProcessPool(
+                max_workers=1,
                 initializer=_initialise,
                 initargs=(os.getpid(),),
                 # fork would copy the driver's torch threads and locks in an unknown state
                 context=multiprocessing.get_context("spawn"),
             )
-        return self._pool
+        with self._lock:
+            if self._stopped:
+                raise CancelledError
+            self._pools[thread] = pool
+        return pool
+
+    def _discard(self, pool: ProcessPool) -> None:
+        with self._lock:
+            if self._stopped:
+                return
+            self._pools.pop(threading.get_ident(), None)
+        pool.stop()
+        pool.join()
 
 
 def outcome(future: Future[Any]) -> Any:
-    """The result of a finished or running task of `Workers.submit`.
+    """The result of a task.
 
     Raises:
         UbmdError: what the task raised, if it was an error meant for the user.
         TaskFailed: the task raised something else, crashed, or ran out of time.
-        WorkersLost: all workers were lost; no fault of the task.
+        WorkersLost: the task never ran to an end, by no fault of its own.
     """
     try:
         value, kind, reason, details = future.result()
-    except FutureTimeout as error:
-        seconds = error.args[1] if len(error.args) > 1 else None
-        raise TaskFailed(f"It took longer than the limit of {seconds:g} s." if seconds else "It timed out.") from None
-    except ProcessExpired as error:
-        raise TaskFailed(_crash_reason(error.exitcode)) from None
-    except (BrokenProcessPool, CancelledError) as error:
-        raise WorkersLost(f"The worker processes were lost ({error}).") from None
-    if kind is None:
+    except (CancelledError, Exception) as error:  # an executor's own: a lost node, a broken connection
+        raise WorkersLost(f"The executor lost the task ({type(error).__name__}: {error}).") from None
+    if not kind:
         return value
-    known = getattr(errors, kind, None) if kind else None
-    raise TaskFailed(reason, details) if known is None else known(reason)
+    if kind in _OWN_ERRORS:
+        raise _OWN_ERRORS[kind](reason, details)
+    raise getattr(errors, kind)(reason)
 
 
-def _guarded(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None, str, str]:
-    """(value, kind of error, reason, traceback) of a call: a foreign exception may not survive pickling."""
+def guarded(function: Callable[..., Any], *arguments: Any) -> Reply:
+    """The reply of a call, also if it raises."""
     try:
-        return function(*arguments), None, "", ""
+        return function(*arguments), "", "", ""
     except UbmdError as error:
-        return None, type(error).__name__, str(error), ""
+        kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _OWN_ERRORS or hasattr(errors, c.__name__))
+        return None, kind, str(error), ""
+    except OSError as error:
+        kind = "StorageError" if is_full(error) else "TaskFailed"
+        return None, kind, f"{type(error).__name__}: {error}", traceback.format_exc()
     except Exception as error:
-        return None, "", f"{type(error).__name__}: {error}", traceback.format_exc()
+        return None, "TaskFailed", f"{type(error).__name__}: {error}", traceback.format_exc()
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or the one that it came from, says that a disk, quota or file-size limit is full."""
+    while error is not None:
+        if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def available_cores() -> int:
+    """Cores that this process may use (a batch system may allow fewer than the machine has)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _crash_reason(code: int | None) -> str:
@@ -140,6 +250,7 @@ def _initialise(driver: int) -> None:
     _die_with(driver)
     # pebble's own handler is Python code, which waits for a busy LAMMPS to return.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _take_along_what_it_starts()
     for name in _THREAD_VARIABLES:
         os.environ[name] = "1"
     if "torch" in sys.modules:  # a driver script that imports torch at its top
@@ -152,3 +263,18 @@ def _die_with(driver: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != driver:  # it ended before we could ask
         os._exit(1)
+
+
+def _take_along_what_it_starts() -> None:
+    """Start the keeper, which outlives this process just long enough to kill the programs that it has started."""
+    cookie = f"{os.getpid()}-{secrets.token_hex(8)}"
+    keeper = Path(__file__).with_name("keeper.py")
+    subprocess.Popen(
+        [sys.executable, "-I", "-S", str(keeper), str(os.getpid()), cookie],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,  # a pipe that the driver writes to must close with the driver
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    os.environ["UBMD_WORKER"] = cookie
+    os.setsid()

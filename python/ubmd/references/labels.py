@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -13,7 +16,8 @@ from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
 
 from ubmd.errors import LabelError, SettingsError
-from ubmd.references.calculators import make_calculator
+from ubmd.references.calculators import make_calculator, variables
+from ubmd.references.programs import DISK_FULL, scratch_folder
 from ubmd.settings import ReferenceSettings
 
 # One calculator per process: building a force field or starting a code can cost more than a label.
@@ -79,23 +83,61 @@ def check_geometry(atoms: Atoms, min_distance: float) -> None:
 def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> dict[str, np.ndarray | float]:
     """Energy, forces and perhaps stress; whatever a foreign code raises becomes a LabelError."""
     calculator = cached_calculator(settings, base)
-    atoms.calc = calculator
     try:
-        forces = np.array(atoms.get_forces())
-        results: dict[str, np.ndarray | float] = {"energy": _energy(atoms), "forces": forces}
-        if atoms.pbc.all():
-            results |= _stress(atoms)
-        converged = getattr(calculator, "converged", True)
+        with surroundings(calculator, settings):
+            results = _evaluate(atoms, calculator)
     except (LabelError, SettingsError):
         raise
     except Exception as error:
         # The state of a calculator after a failure is unknown: the next label starts a new one.
         _cache.pop(_key(settings, base), None)
-        what = "did not converge" if isinstance(error, SCFError) else "failed"
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise  # no fault of this structure
+        what = "did not converge" if _tells_no_convergence(error) else "failed"
         raise LabelError(f"The reference {what} ({type(error).__name__}: {error}).") from error
-    if converged is False:
+    if getattr(calculator, "converged", True) is False:
         raise LabelError("The reference did not converge.")
     return results
+
+
+def _evaluate(atoms: Atoms, calculator: GetPropertiesMixin) -> dict[str, np.ndarray | float]:
+    atoms.calc = calculator
+    forces = np.array(atoms.get_forces())
+    results: dict[str, np.ndarray | float] = {"energy": _energy(atoms), "forces": forces}
+    if atoms.pbc.all():
+        results |= _stress(atoms)
+    return results
+
+
+@contextmanager
+def surroundings(calculator: GetPropertiesMixin, settings: ReferenceSettings) -> Iterator[None]:
+    """What a calculator finds while it computes: the variables of the settings, and a folder for its files."""
+    with variables(settings.environment), _own_directory(calculator):
+        yield
+
+
+@contextmanager
+def _own_directory(calculator: GetPropertiesMixin) -> Iterator[None]:
+    """A folder of its own for a calculator that would write to the working directory.
+
+    ASE's file-based calculators write to ``directory``, '.' by default, where several workers would overwrite each
+    other's files. A directory in the settings is left alone.
+    """
+    before = getattr(calculator, "directory", None)
+    if str(before) != "." or not getattr(calculator, "writes_files", True):
+        yield
+        return
+    kind: Any = type(before)  # GenericFileIOCalculator wants a Path, older calculators a text
+    with scratch_folder() as folder:
+        setattr(calculator, "directory", kind(folder))  # noqa: B010 (not every calculator has one)
+        try:
+            yield
+        finally:
+            setattr(calculator, "directory", before)  # noqa: B010
+
+
+def _tells_no_convergence(error: Exception) -> bool:
+    return isinstance(error, SCFError) or "not converge" in str(error).lower()
 
 
 def _energy(atoms: Atoms) -> float:
@@ -129,3 +171,40 @@ def _check_results(results: dict[str, np.ndarray | float], n_atoms: int, force_l
             f"The force on atom {largest} (from 0) is {size[largest]:.1f} eV/Å, above the limit {force_limit:g} eV/Å "
             "(reference.force_limit)."
         )
+
+
+def energy_jumps(new: Sequence[Atoms], known: Sequence[Atoms], limit: float) -> dict[int, str]:
+    """Labels whose energy is absurd beside those known before, as SCF solutions in a wrong state are.
+
+    Energies per atom are compared with the median of the labels of the same composition, those known before or, if
+    there are none yet, the new ones themselves. Fewer than three say nothing.
+
+    Args:
+        new: labelled structures.
+        known: labels accepted before.
+        limit: largest distance from the median, eV per atom.
+
+    Returns:
+        index in ``new`` -> one sentence with the reason.
+    """
+    reasons = {}
+    for k, atoms in enumerate(new):
+        same = [other for other in known if _composition(other) == _composition(atoms)]
+        same = same or [other for other in new if _composition(other) == _composition(atoms)]
+        if len(same) < 3:
+            continue
+        distance = _energy_per_atom(atoms) - float(np.median([_energy_per_atom(other) for other in same]))
+        if abs(distance) > limit:
+            reasons[k] = (
+                f"The energy is {distance:+.2f} eV/atom away from the median of {len(same)} labels of the same "
+                f"composition, beyond {limit:g} eV/atom (reference.energy_limit)."
+            )
+    return reasons
+
+
+def _composition(atoms: Atoms) -> str:
+    return atoms.symbols.formula.reduce()[0].format("hill")
+
+
+def _energy_per_atom(atoms: Atoms) -> float:
+    return float(atoms.get_potential_energy() / len(atoms))

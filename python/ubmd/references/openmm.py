@@ -24,6 +24,7 @@ class OpenMM(Calculator):
     """
 
     implemented_properties = ["energy", "forces"]  # noqa: RUF012 (ASE declares it so)
+    writes_files = False
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from ase import Atoms, units
 from ase.md.langevin import Langevin
 
 from ubmd.errors import LabelError, UbmdError
-from ubmd.references.labels import cached_calculator, label
+from ubmd.references.labels import cached_calculator, label, surroundings
 from ubmd.settings import ReferenceSettings, SamplingSettings
 
 
@@ -38,13 +38,13 @@ def sample_trajectory(
     """
     share = len(range(index, sampling.frames, sampling.trajectories))
     dynamics = _start(atoms, reference, sampling, base, index)
-    _advance(dynamics, sampling.equilibration)
+    _advance(dynamics, sampling.equilibration, reference)
     frames: list[Atoms] = []
     reason = ""
     for _ in range(2 * share):
         if len(frames) == share:
             break
-        _advance(dynamics, sampling.stride)
+        _advance(dynamics, sampling.stride, reference)
         try:
             frames.append(_frame(dynamics, reference, base, index))
         except LabelError as error:
@@ -71,10 +71,11 @@ def _start(atoms: Atoms, reference: ReferenceSettings, sampling: SamplingSetting
     )
 
 
-def _advance(dynamics: Langevin, steps: int) -> None:
+def _advance(dynamics: Langevin, steps: int, reference: ReferenceSettings) -> None:
     """Run; whatever a foreign code raises becomes a LabelError."""
     try:
-        dynamics.run(steps)
+        with surroundings(dynamics.atoms.calc, reference):
+            dynamics.run(steps)
     except UbmdError:
         raise
     except Exception as error:

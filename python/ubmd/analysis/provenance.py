@@ -1,0 +1,123 @@
+"""Where a run comes from: versions, machine, seeds, hashes, and the settings that are not defaults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ubmd.analysis.document import Document
+from ubmd.learning.run_folder import RunFolder, file_hash, read_json, read_settings
+from ubmd.settings import RunSettings, Table
+
+_FILES = ("dataset", "test", "model")
+
+
+def provenance_rows(folder: RunFolder) -> list[list[str]]:
+    """(what, value) of a run: manifest, and hashes of what it has made so far."""
+    manifest = read_json(folder.manifest)
+    packages = ", ".join(f"{name} {found}" for name, found in manifest["packages"].items() if found)
+    machine = manifest["machine"]
+    rows = [
+        ["started", manifest["created"]],
+        ["ubmd", manifest["ubmd"]],
+        ["python", manifest["python"]],
+        ["packages", packages],
+        ["machine", ", ".join(f"{value} {key}" if key == "cores" else str(value) for key, value in machine.items())],
+        ["seed", f"{manifest['seed']}; {manifest['seeds']}"],
+        ["threads of the training", str(manifest["threads"])],
+        *([f"SHA-256 of {name}", value] for name, value in manifest["inputs"].items()),
+    ]
+    for phase in manifest.get("phases", []):
+        rows.append([f"settings from iteration {phase['from']}", _changes(manifest["settings"], phase["settings"])])
+    for name in _FILES:
+        path = getattr(folder, name)
+        if path.exists():
+            rows.append([f"SHA-256 of {path.name}", file_hash(path)])
+    return rows
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """Settings of a later phase that are not those of the first."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found.append(_changes(before, after, f"{prefix}{key}."))
+        elif before != after:
+            found.append(f"{prefix}{key} = {_shown(after)}")
+    return ", ".join(text for text in found if text)
+
+
+def changed_settings(settings: RunSettings) -> list[list[str]]:
+    """(key, value, default) of every setting that is not its default."""
+    return [
+        [key, _shown(value), "(none)" if default is _REQUIRED else _shown(default)]
+        for key, value, default in _pairs(settings, "")
+        if default is _REQUIRED or value != default
+    ]
+
+
+def add_provenance(report: Document, folder: RunFolder) -> None:
+    """Sections with changed settings, all settings, and where everything comes from."""
+    settings = read_settings(folder)
+    section = report.section("Settings that are not defaults")
+    section.table(["key", "value", "default"], changed_settings(settings))
+    section = report.section("All settings", folded=True)
+    section.table(["key", "value"], [list(pair) for pair in setting_texts(settings).items()])
+    section = report.section("Provenance")
+    section.table(["what", "value"], provenance_rows(folder))
+    section.text("The same settings, seed, versions and number of threads repeat the run on the same kind of machine.")
+
+
+def setting_texts(settings: RunSettings) -> dict[str, str]:
+    """Dotted key -> value as text, of every setting."""
+    return {key: _shown(value) for key, value, _ in _pairs(settings, "")}
+
+
+def conditions(settings: RunSettings) -> str:
+    """Ensemble, temperature, pressure and bias in a few words."""
+    md, bias = settings.md, settings.bias
+    heat, press = (md.ramp.temperature, md.ramp.pressure) if md.ramp else (None, None)
+    force, stress = (bias.ramp.force, bias.ramp.stress) if bias.ramp else (None, None)
+    parts = [f"{md.ensemble.upper()} at {_range(md.temperature, ' K', md.temperatures, heat)}"]
+    if md.ensemble == "npt":
+        parts[0] += f" and {_range(md.pressure, ' MPa', md.pressures, press)}"
+    if not bias.is_biased:
+        return f"{parts[0]}, no bias (plain MD)"
+    parts.append(f"bias force {_range(bias.force, '', (), force)}")
+    if bias.has_stress:
+        parts.append(f"bias stress {_range(bias.stress, '', (), stress)}")
+    return ", ".join(parts)
+
+
+def _range(value: float, unit: str, several: Sequence[float], ramp: Sequence[float] | None) -> str:
+    """'300 K', '300 and 600 K (in turn)' or '300 to 600 K (ramped)'."""
+    if ramp:
+        return f"{ramp[0]:g} to {ramp[1]:g}{unit} (ramped)"
+    if len(set(several)) > 1:
+        return " and ".join(f"{x:g}" for x in several) + f"{unit} (in turn)"
+    return f"{(*several, value)[0]:g}{unit}"
+
+
+_REQUIRED = object()
+
+
+def _pairs(table: Table, prefix: str) -> list[tuple[str, Any, Any]]:
+    """(dotted key, value, default) of a table and those inside it."""
+    pairs: list[tuple[str, Any, Any]] = []
+    for name, field in type(table).model_fields.items():
+        value = getattr(table, name)
+        if isinstance(value, Table):
+            pairs += _pairs(value, f"{prefix}{name}.")
+        else:
+            default = _REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
+            pairs.append((prefix + name, value, default))
+    return pairs
+
+
+def _shown(value: Any) -> str:
+    """A value as one would write it in the settings file."""
+    if value is None:
+        return "not set"
+    return "inf" if value == float("inf") else json.dumps(value, default=str, ensure_ascii=False)

@@ -1,0 +1,53 @@
+"""How every picture looks: colours, sizes, axes, file format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+# Okabe and Ito's colours: told apart with every kind of colour vision.
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", GREY, "#000000")
+MARKERS = "osD^vP*X"
+DPI = 160
+"""Dots per inch of the files: 8 inches are shown 800 dots wide on a page, twice as sharp on a fine screen."""
+
+
+def new_figure(width: float, height: float, square: bool = False) -> Figure:
+    """A figure of this size in inches whose labels are never clipped; ``square``: for axes of equal aspect."""
+    figure = Figure(figsize=(width, height), layout="compressed" if square else "constrained", facecolor="white")
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(w_pad=0.1, h_pad=0.08)  # type: ignore[call-arg]
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG file; its folder is made if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"text.usetex": False}):
+        figure.savefig(path, dpi=DPI, format="png")
+    return path
+
+
+def log_ticks(axes: Axes, x: bool = True, y: bool = True) -> None:
+    """Plain numbers (0.05, 2, 100) on logarithmic axes; more of them if the axis spans little."""
+    for axis, (low, high), wanted in ((axes.xaxis, axes.get_xlim(), x), (axes.yaxis, axes.get_ylim(), y)):
+        if not wanted:
+            continue
+        decades = np.log10(high / low) if low > 0 else 1.0
+        subs = (1.0,) if decades > 2.2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(np.arange(1.0, 10.0))
+        axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def symbol(name: str) -> str:
+    """Greek letter of a torsion's name, if it has one."""
+    return rf"$\{name}$" if name in ("phi", "psi", "omega", "chi", "theta") else name

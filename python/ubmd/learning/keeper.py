@@ -1,0 +1,74 @@
+"""Ends whatever a worker process leaves behind: a program of its own, run as ``python keeper.py PID COOKIE``.
+
+A reference may start programs, and those more programs (``mpiexec`` and its ranks, some in sessions of their own). When
+the worker ends, however that happens, all processes of its session and all that inherited the environment variable
+UBMD_WORKER = COOKIE are killed. Imports nothing of ubmd, so that it starts in milliseconds and stays small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+_PATIENCE = 10.0  # s that new processes may go on to appear
+_QUIET = 3  # looks in a row that find nothing
+
+
+def wait_for_end(worker: int) -> None:
+    """Return when the process (the parent of this one) has ended."""
+    if hasattr(os, "pidfd_open"):
+        try:
+            handle = os.pidfd_open(worker)
+        except OSError:
+            pass  # it has ended already, or the kernel is older than 5.3
+        else:
+            select.select([handle], [], [])
+            return
+    while os.getppid() == worker:
+        time.sleep(0.2)
+
+
+def left_behind(worker: int, cookie: bytes) -> list[int]:
+    """Processes of the worker's session, or with its cookie in the environment that they were started with."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            mine = int(fields[3]) == worker or cookie in (entry / "environ").read_bytes().split(b"\0")
+        except (OSError, IndexError):
+            continue  # it has ended, or belongs to somebody else
+        if mine and fields[0] != "Z" and int(entry.name) != os.getpid():
+            found.append(int(entry.name))
+    return found
+
+
+def end_all(worker: int, cookie: bytes) -> None:
+    """Kill until nothing is left."""
+    end, quiet = time.monotonic() + _PATIENCE, 0
+    while quiet < _QUIET and time.monotonic() < end:
+        found = left_behind(worker, cookie)
+        for process in found:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except OSError:
+                continue
+        quiet = 0 if found else quiet + 1
+        time.sleep(0.02)
+
+
+def main(worker: int, cookie: str) -> None:
+    """Wait, then clean up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    wait_for_end(worker)
+    with contextlib.suppress(OSError):
+        os.killpg(worker, signal.SIGKILL)  # where there is no /proc, this is all
+    end_all(worker, f"UBMD_WORKER={cookie}".encode())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,194 @@
+"""Where a run stands and how long it still takes, worked out from its events."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from ubmd.learning.run_folder import Event
+from ubmd.settings import RunSettings
+
+STAGE_NAMES = {
+    "test_set": "reference MD for the test set",
+    "label": "labels",
+    "train": "training",
+    "export": "calibration",
+    "measure": "errors",
+    "md": "MD",
+    "select": "selection",
+}
+_RECENT = 3  # iterations that an estimate looks back at
+
+
+class Timeline:
+    """Follows the events of a run, those in its file or those that happen now.
+
+    Attributes:
+        labels: in the data set. rejected: structures without a label. iteration: the current one, -1 before the loop.
+        running: stage -> when it began. work: stage -> (done, all) in whatever the stage counts.
+        stopped: why the driver ended, as far as it could say; empty while it runs or if it was killed.
+        finished: the stop rule that ended the run, or empty.
+    """
+
+    def __init__(self, settings: RunSettings, events: Iterable[Event] = ()) -> None:
+        self.settings = settings
+        self.wanted = settings.loop.labels
+        self.labels = self.rejected = 0
+        self.iteration = -1
+        self.running: dict[str, datetime] = {}
+        self.work: dict[str, tuple[int, int]] = {}
+        self.process: int | None = None
+        self.finished = self.stopped = ""
+        self.last_event: datetime | None = None
+        self._seconds: dict[int, dict[str, float]] = {}
+        self._labels_of: dict[int, int] = {}  # iteration -> labels that its model was trained on
+        for event in events:
+            self.add(event)
+
+    def add(self, event: Event) -> None:
+        """Take note of an event."""
+        time = _time(event)
+        if "time" in event:
+            self.last_event = time
+        match event["event"]:
+            case "run_started":
+                self.running.clear()
+                self.work.clear()
+                self.process, self.wanted = event.get("process"), event.get("labels_wanted", self.wanted)
+                self.finished = self.stopped = ""
+            case "stage_started":
+                self._start(event, time)
+            case "stage_done":
+                self._seconds.setdefault(event.get("iteration", -1), {})[event["stage"]] = float(event["seconds"])
+                self.running.pop(event["stage"], None)
+                self.work.pop(event["stage"], None)
+            case "epoch":
+                self.work["train"] = (event["epoch"], event["epochs"])
+            case "md_steps":
+                self.work["md"] = (sum(event["steps"]), event["limit"] * len(event["steps"]))
+            case "label_done" | "label_rejected":
+                self.rejected += event["event"] == "label_rejected"
+                done, total = self.work.get("label", (0, self._batch()))
+                self.work["label"] = (min(done + 1, total), total)
+            case "label_appended":
+                self.labels = event["label"] + 1
+            case "iteration_done":
+                self.labels = max(self.labels, event["labels"])
+            case "run_stopped":
+                self.stopped = event.get("why", "")
+            case "run_done":
+                self.labels, self.finished = max(self.labels, event["labels"]), event["reason"]
+                self.running.clear()
+
+    def _start(self, event: Event, time: datetime) -> None:
+        stage = event["stage"]
+        self.iteration = event.get("iteration", -1)
+        self.running[stage] = time
+        self.work.pop(stage, None)
+        if "labels" in event:
+            # Also fewer than before, after `ubmd run --from`.
+            self.labels = self._labels_of[self.iteration] = event["labels"]
+        if stage == "label":
+            self.work["label"] = (0, self._batch())
+
+    def _batch(self) -> int:
+        """Structures in the batch that is being labelled."""
+        if self.iteration < 0:
+            return self.settings.start.count
+        return max(1, min(self.settings.selection.batch, self.wanted - self.labels))
+
+    # -------------------------------------------------------------------------------------- estimates
+
+    def stage_left(self, stage: str, now: datetime | None = None) -> float | None:
+        """Time that a running stage still takes, s; None if nothing is known yet."""
+        elapsed = self._elapsed(stage, now)
+        done, total = self.work.get(stage, (0, 0))
+        by_work = elapsed * (total - done) / done if done else None
+        if stage == "train" and by_work is not None:
+            return by_work
+        expected = self._expected(stage)
+        if expected is None or elapsed > expected:
+            return by_work
+        # Replicas may stop long before their step limit: earlier iterations know better, up to what is left to do.
+        left = expected - elapsed
+        return left if by_work is None else min(left, by_work)
+
+    def run_left(self, now: datetime | None = None) -> float | None:
+        """Time to the end of the run, s; None before the first iteration has ended."""
+        cycle = [self._expected(stage) for stage in ("md", "select", "label", "export", "measure")]
+        if cycle[0] is None or self._training(1) is None:
+            return None
+        other = sum(seconds or 0.0 for seconds in cycle)
+        batch = self._growth()
+        begun = self._labels_of.get(self.iteration, self.labels)
+        remaining = math.ceil(max(0.0, self.wanted - begun) / max(batch, 0.1))
+        trained = sum(self._training(min(self.wanted, begun + k * batch)) or 0.0 for k in range(remaining + 1))
+        spent = sum(self._seconds.get(self.iteration, {}).values())
+        spent += sum(self._elapsed(stage, now) for stage in self.running)
+        current = max((self.stage_left(stage, now) or 0.0 for stage in self.running), default=0.0)
+        return max(trained + remaining * other - spent, current)
+
+    def _elapsed(self, stage: str, now: datetime | None) -> float:
+        if stage not in self.running:
+            return 0.0
+        return max(0.0, ((now or datetime.now(UTC)) - self.running[stage]).total_seconds())
+
+    def _expected(self, stage: str) -> float | None:
+        """What a stage takes, from the last iterations."""
+        if stage == "train":
+            return self._training(self._labels_of.get(self.iteration, self.labels))
+        known = [s[stage] for k, s in sorted(self._seconds.items()) if k >= 0 and stage in s]
+        return sum(known[-_RECENT:]) / len(known[-_RECENT:]) if known else None
+
+    def _training(self, labels: float) -> float | None:
+        """Seconds to train on this many labels: proportional to labels and epochs, like the last trainings."""
+        rates = [
+            seconds["train"] / (self._labels_of[k] * self._epochs(k))
+            for k, seconds in sorted(self._seconds.items())
+            if "train" in seconds and self._labels_of.get(k)
+        ][-_RECENT:]
+        if not rates:
+            return None
+        return labels * self._epochs(max(1, self.iteration)) * sum(rates) / len(rates)
+
+    def _epochs(self, iteration: int) -> int:
+        warm = self.settings.loop.warm_start and iteration > 0
+        return self.settings.loop.warm_epochs if warm else self.settings.training.epochs
+
+    def _growth(self) -> float:
+        """New labels per iteration, as in the last ones; before that, what a batch would give."""
+        sizes = [labels for _, labels in sorted(self._labels_of.items())][-_RECENT - 1 :]
+        if len(sizes) > 1 and sizes[-1] > sizes[0]:
+            return (sizes[-1] - sizes[0]) / (len(sizes) - 1)
+        share = self.labels / (self.labels + self.rejected) if self.labels else 1.0
+        return self.settings.selection.batch * share
+
+
+def _time(event: Mapping[str, Any]) -> datetime:
+    return datetime.fromisoformat(event["time"]) if "time" in event else datetime.now(UTC)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 40 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+
+
+def describe_work(stage: str, work: Sequence[int] | None) -> str:
+    """How far a stage is: 'epoch 3 of 200'."""
+    if not work or not work[1]:
+        return ""
+    done, total = work
+    match stage:
+        case "train":
+            return f"epoch {done} of {total}"
+        case "md":
+            return f"{done:,} of at most {total:,} MD steps"
+        case "label":
+            return f"{done} of {total} structures"
+    return f"{done} of {total}"

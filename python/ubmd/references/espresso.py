@@ -1,0 +1,127 @@
+"""Quantum ESPRESSO as a reference: plane-wave DFT labels with pw.x through ASE."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from ubmd.errors import LabelError, SettingsError
+from ubmd.references.programs import Program, command_line, failed, folder_of
+
+CONV_THR = 1e-8
+"""Default of conv_thr, Ry: pw.x's own 1e-6 leaves 1e-4 eV/Å in the forces."""
+
+
+def espresso(
+    pseudopotentials: Mapping[str, str],
+    pseudo_dir: str | Path,
+    input_data: Mapping[str, Any] | None = None,
+    kpts: Sequence[int] | None = None,
+    kspacing: float | None = None,
+    koffset: Sequence[int] = (0, 0, 0),
+    command: str = "pw.x",
+    launcher: str = "",
+    threads: int = 1,
+    base: Path = Path(),
+) -> Program:
+    """Plane-wave DFT with pw.x (energy in eV, with the entropy of smeared electrons; forces eV/Å; stress eV/Å^3).
+
+    A label whose SCF does not converge is rejected.
+
+    Args:
+        pseudopotentials: file of each element, e.g. {Si = "Si.pz-vbc.UPF"}.
+        pseudo_dir: their folder, relative to the settings file.
+        input_data: pw.x input, nested or flat, e.g. {ecutwfc = 30.0, occupations = "smearing", degauss = 0.01} (Ry);
+            forces and stress are always computed, conv_thr is 1e-8 Ry if not given.
+        kpts: Monkhorst-Pack grid (3 numbers); without it and without kspacing only Γ, with its faster routines.
+        kspacing: largest distance between k points, 1/Å, instead of a grid.
+        koffset: 1 shifts the grid by half a step.
+        command: pw.x or its path.
+        launcher: starts it with several ranks, e.g. 'mpiexec -n 4' (of the MPI that it was built with: an
+            environment with ubmd has an mpiexec of its own, so give the full path).
+        threads: OpenMP threads per rank.
+        base: folder that ``pseudo_dir`` is relative to.
+
+    Raises:
+        SettingsError: pw.x or a pseudopotential is missing.
+    """
+    words = command_line(command, launcher, threads, "quantum-espresso")
+    folder = folder_of(base, pseudo_dir, "pseudo_dir")
+    for name in pseudopotentials.values():
+        if not (Path(folder) / name).is_file():
+            raise SettingsError(f"reference.arguments.pseudopotentials: there is no file {name} in {folder}.")
+    data = deepcopy(dict(input_data or {}))
+    options = {"kpts": kpts, "kspacing": kspacing, "koffset": tuple(koffset)}
+
+    def run(atoms: Atoms, scratch: Path) -> dict[str, Any]:
+        return _run(atoms, scratch, words, folder, dict(pseudopotentials), data, options)
+
+    return Program(run)
+
+
+def _run(
+    atoms: Atoms,
+    scratch: Path,
+    words: list[str],
+    pseudo_dir: str,
+    pseudopotentials: dict[str, str],
+    data: dict[str, Any],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Results of one calculation; LabelError with the reason if it fails."""
+    from ase.calculators.espresso import Espresso, EspressoProfile
+    from ase.io.espresso import Namelist
+
+    if not atoms.pbc.all():
+        raise LabelError("Quantum ESPRESSO computes periodic cells; put the molecule into a cell with pbc.")
+    missing = sorted(set(atoms.get_chemical_symbols()) - set(pseudopotentials))
+    if missing:
+        raise LabelError(f"Quantum ESPRESSO has no pseudopotential for {missing[0]} (reference.arguments).")
+    namelist = Namelist(deepcopy(data))
+    namelist.to_nested("pw")
+    namelist["control"].update({"tprnfor": True, "tstress": True, "outdir": "./scratch", "disk_io": "none"})
+    # Without it pw.x prints "convergence has been achieved" after the last step, whatever the accuracy.
+    namelist["electrons"]["scf_must_converge"] = True
+    namelist["electrons"].setdefault("conv_thr", CONV_THR)
+    calculator = Espresso(
+        profile=EspressoProfile(command=shlex.join(words), pseudo_dir=pseudo_dir),
+        directory=scratch,
+        pseudopotentials=pseudopotentials,
+        input_data=namelist,
+        **options,
+    )
+    output = scratch / "espresso.pwo"
+    try:
+        calculator.calculate(atoms, ["energy", "forces", "stress"], [])
+    except Exception as error:
+        raise failed("Quantum ESPRESSO", error, output, _reason) from error
+    reason = _reason(output.read_text(errors="replace"))
+    if reason:
+        raise LabelError(reason)
+    return _complete(dict(calculator.results), output)
+
+
+def _complete(results: dict[str, Any], output: Path) -> dict[str, Any]:
+    for name in ("energy", "forces", "stress"):
+        if results.get(name) is None:
+            raise LabelError(f"Quantum ESPRESSO gave no {name}; see {output.name} of a run by hand.")
+    return results
+
+
+def _reason(output: str) -> str:
+    """Why the numbers of this output must not be used, or an empty text."""
+    if "convergence NOT achieved" in output:
+        return (
+            "Quantum ESPRESSO's SCF did not converge (reference.arguments.input_data: electron_maxstep, mixing_beta, "
+            "conv_thr)."
+        )
+    error = re.search(r"Error in routine (.*?)%%%", output, re.DOTALL)
+    if error:
+        return f"Quantum ESPRESSO stopped: {' '.join(error.group(1).split())[:300]}"
+    return ""

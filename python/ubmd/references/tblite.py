@@ -1,0 +1,43 @@
+"""Tight binding (GFN-xTB) with the tblite library, in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from ubmd.errors import SettingsError
+from ubmd.references.programs import Program
+
+METHODS = ("GFN1-xTB", "GFN2-xTB", "IPEA1-xTB")
+
+
+def tblite(method: str = "GFN1-xTB", accuracy: float = 0.1, **settings: Any) -> Program:
+    """GFN-xTB for molecules and periodic cells (Γ only): energy in eV, forces in eV/Å, stress in eV/Å^3.
+
+    tblite starts the SCF from the last structure's solution, which moves forces by up to 1e-4 eV/Å at its default
+    accuracy and makes labels depend on each other. Here each label starts from scratch, with a tighter threshold. An
+    SCF that does not converge is an error, so that the label is rejected. OpenMP threads: OMP_NUM_THREADS, 1 in a
+    worker unless reference.environment says otherwise.
+
+    Args:
+        method: 'GFN1-xTB', 'GFN2-xTB' or 'IPEA1-xTB'.
+        accuracy: SCF threshold relative to tblite's default of 1; 0.1 leaves 1e-5 eV/Å in forces.
+        settings: further keywords of tblite's ASE calculator (charge, multiplicity, max_iterations ...).
+
+    Raises:
+        ImportError: tblite is not installed.
+        SettingsError: unknown method.
+    """
+    from tblite.ase import TBLite
+
+    if method not in METHODS:
+        raise SettingsError(f"reference.arguments.method = {method!r} is unknown; use {', '.join(METHODS)}.")
+
+    def run(atoms: Atoms, _: Path) -> dict[str, Any]:
+        calculator = TBLite(method=method, accuracy=accuracy, verbosity=0, **settings)
+        calculator.calculate(atoms)
+        return dict(calculator.results)
+
+    return Program(run)
