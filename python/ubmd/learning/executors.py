@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ubmd.errors import SettingsError
-from ubmd.learning.workers import Executor, Pools, Reply, Workers, available_cores
+from ubmd.learning.workers import Executor, Pools, Reply, Workers, available_cores, start_keeper
 from ubmd.settings import WorkerSettings
 
 _LOOK = 2.0  # s between two looks for the file that says that tasks are wanted
@@ -36,6 +36,7 @@ def make_executor(settings: WorkerSettings, folder: Path) -> Executor:
     """
     if settings.executor == "pebble":
         return Workers(settings.processes)
+    start_keeper("UBMD_DRIVER")  # their own processes on this machine would survive a killed driver
     maker = {"parsl": _parsl, "executorlib": _executorlib}[settings.executor]
     try:
         executor = maker(settings, folder)

@@ -1,8 +1,8 @@
-"""Ends whatever a worker process leaves behind: a program of its own, run as ``python keeper.py PID COOKIE``.
+"""Ends whatever a process leaves behind: a program of its own, run as ``python keeper.py PID NAME=VALUE [session]``.
 
 A reference may start programs, and those more programs (``mpiexec`` and its ranks, some in sessions of their own). When
-the worker ends, however that happens, all processes of its session and all that inherited the environment variable
-UBMD_WORKER = COOKIE are killed. Imports nothing of ubmd, so that it starts in milliseconds and stays small.
+the watched process ends, however that happens, all that inherited this environment variable are killed, and with
+'session' all of its session, too. Imports nothing of ubmd, so that it starts in milliseconds and stays small.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def wait_for_end(worker: int) -> None:
         time.sleep(0.2)
 
 
-def left_behind(worker: int, cookie: bytes) -> list[int]:
-    """Processes of the worker's session, or with its cookie in the environment that they were started with."""
+def left_behind(session: int | None, cookie: bytes) -> list[int]:
+    """Processes of a session, or with a cookie in the environment that they were started with."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            mine = int(fields[3]) == worker or cookie in (entry / "environ").read_bytes().split(b"\0")
+            mine = int(fields[3]) == session or cookie in (entry / "environ").read_bytes().split(b"\0")
         except (OSError, IndexError):
             continue  # it has ended, or belongs to somebody else
         if mine and fields[0] != "Z" and int(entry.name) != os.getpid():
@@ -47,11 +47,11 @@ def left_behind(worker: int, cookie: bytes) -> list[int]:
     return found
 
 
-def end_all(worker: int, cookie: bytes) -> None:
+def end_all(session: int | None, cookie: bytes) -> None:
     """Kill until nothing is left."""
     end, quiet = time.monotonic() + _PATIENCE, 0
     while quiet < _QUIET and time.monotonic() < end:
-        found = left_behind(worker, cookie)
+        found = left_behind(session, cookie)
         for process in found:
             try:
                 os.kill(process, signal.SIGKILL)
@@ -61,14 +61,15 @@ def end_all(worker: int, cookie: bytes) -> None:
         time.sleep(0.02)
 
 
-def main(worker: int, cookie: str) -> None:
+def main(worker: int, cookie: str, session: bool) -> None:
     """Wait, then clean up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wait_for_end(worker)
-    with contextlib.suppress(OSError):
-        os.killpg(worker, signal.SIGKILL)  # where there is no /proc, this is all
-    end_all(worker, f"UBMD_WORKER={cookie}".encode())
+    if session:
+        with contextlib.suppress(OSError):
+            os.killpg(worker, signal.SIGKILL)  # where there is no /proc, this is all
+    end_all(worker if session else None, cookie.encode())
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], "session" in sys.argv[3:])

@@ -41,6 +41,7 @@ from ubmd.errors import StorageError, UbmdError
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENMM_CPU_THREADS")
 _POLL = 0.2  # s between two looks whether all is to stop
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_keepers: list[subprocess.Popen[bytes]] = []
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Reply = tuple[Any, str, str, str]
@@ -266,15 +267,26 @@ def _die_with(driver: int) -> None:
 
 
 def _take_along_what_it_starts() -> None:
-    """Start the keeper, which outlives this process just long enough to kill the programs that it has started."""
-    cookie = f"{os.getpid()}-{secrets.token_hex(8)}"
-    keeper = Path(__file__).with_name("keeper.py")
-    subprocess.Popen(
-        [sys.executable, "-I", "-S", str(keeper), str(os.getpid()), cookie],
+    """Let all programs that this process starts end with it."""
+    start_keeper("UBMD_WORKER", "session")
+    os.setsid()
+
+
+def start_keeper(name: str, *options: str) -> None:
+    """Start the keeper, which outlives this process just long enough to kill what it has started.
+
+    Args:
+        name: environment variable of this process, and of what it starts from now on.
+        options: see `ubmd.learning.keeper`.
+    """
+    value = f"{os.getpid()}-{secrets.token_hex(8)}"
+    keeper = str(Path(__file__).with_name("keeper.py"))
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", keeper, str(os.getpid()), f"{name}={value}", *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,  # a pipe that the driver writes to must close with the driver
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    os.environ["UBMD_WORKER"] = cookie
-    os.setsid()
+    _keepers.append(process)  # Python would warn about a forgotten one
+    os.environ[name] = value
