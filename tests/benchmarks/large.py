@@ -3,8 +3,8 @@
 python tests/benchmarks/large.py [--ranks 2] [--steps 4] [--json out.json]
 
 Prints time and memory per atom (the peak of all ranks together, less that of a small run). The biased run has the
-defaults of the learning loop: light network, p = 128, every 4 steps, with atomic uncertainties. 10^6 atoms take some
-minutes and about 6 GB; a run that doesn't fit into the memory fails.
+defaults of the learning loop: light network, p = 128, every 4 steps, with atomic uncertainties. 10^6 atoms take a
+minute and 1.4 GB, the biased run 3.6 GB; a run that doesn't fit into the memory fails.
 """
 
 from __future__ import annotations

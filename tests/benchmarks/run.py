@@ -315,7 +315,7 @@ def circumstances(quick: bool) -> report.Figures:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 minutes instead of about 20: no warm starts")
+    parser.add_argument("--quick", action="store_true", help="2 minutes instead of about 20: no warm starts")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = parser.parse_args()
     start, meta = time.perf_counter(), circumstances(arguments.quick)
