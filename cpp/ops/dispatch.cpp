@@ -56,6 +56,10 @@ const Choice &chosen() {
 
 }  // namespace
 
+bool uses_avx512() {
+  return std::string(chosen().name) == "v4";
+}
+
 template <>
 const Kernels<float> &kernels<float>() {
   return *chosen().single_precision;

@@ -64,4 +64,7 @@ __attribute__((always_inline)) constexpr int count_invariants(int n) {
 template <class F>
 const Kernels<F> &kernels();
 
+// Whether the copy for AVX-512 is the one that runs.
+bool uses_avx512();
+
 }  // namespace ubmd::ops

@@ -1,6 +1,7 @@
 // Matrix products of the network. They are most of the work, so the fastest library at hand does them.
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "kernels.h"
 #include "operators.h"
 
 namespace ubmd::ops {
@@ -19,7 +20,7 @@ using LinearAdd = Tensor(const Tensor &, const Tensor &, const Tensor &, const s
 // its own, which is no part of the public interface: without it, or elsewhere, the products are torch's.
 bool wide_vectors_elsewhere() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
+  return uses_avx512() && !__builtin_cpu_is("intel");
 #else
   return false;
 #endif

@@ -469,6 +469,9 @@ for size in [(5, 7), (9, 5)]:
 test.test_activation_far_out()
 test.test_nan_comes_through()
 test.test_pairs_at_and_beyond_the_cutoff_give_exactly_zero()
+for rows in (0, 7, 22):
+    test.test_products(rows, test.torch.float32, 3e-6)
+    test.test_products(rows, test.torch.float64, 1e-13)
 """
     result = in_subprocess(code, UBMD_ISA=isa)
     if "is not an instruction set of this processor" in result.stderr:
