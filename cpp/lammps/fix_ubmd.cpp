@@ -53,6 +53,8 @@ FixUBMD::FixUBMD(LAMMPS *lmp, int narg, char **arg) : Fix(lmp, narg, arg) {
   dynamic_group_allow = 1;
   create_attribute = 1;  // atoms created in a run start without bias
   comm_reverse = 6;
+  // a barostat that comes earlier in the script reads it in its setup, before this fix has been set up
+  for (double &component : virial) component = 0.0;
   maxexchange = n_columns;
 
   grow_arrays(atom->nmax);

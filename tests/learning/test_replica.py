@@ -388,7 +388,8 @@ def test_a_skewed_start_cell_runs(crystal_model: Path, tmp_path: Path) -> None:
     atoms = crystal()
     atoms.set_cell(np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1]]) @ atoms.cell[:])
     task = make_task(tmp_path, crystal_model, atoms, **NPT)
-    assert run_replica(task).stopped == "step limit"
+    result = run_replica(task)
+    assert result.stopped == "step limit", result.reason
 
 
 def test_constant_pressure_needs_a_cell(model: Path, tmp_path: Path) -> None:
