@@ -1,7 +1,7 @@
 """Cluster basis of force-constant potentials: E - E0 = sum over clusters of (1/alpha!) Phi_alpha · u^alpha.
 
-The force constants of a cluster with bodies k of multiplicity m_k are a product of symmetric tensors. They are stored in
-isometric coordinates of the symmetric tensors (`symmetric_embedding`), where rotations are orthogonal matrices and the
+The force constants of a cluster with bodies k of multiplicity m_k are symmetric in the m_k indices of each body. They
+are stored in isometric coordinates of symmetric tensors (`symmetric_embedding`), where rotations are orthogonal and the
 norm is that of the full tensor. Per orbit the site symmetry leaves a subspace; the translational sum rules
 sum_j Phi(i1 ... i_(n-1), j) = 0 couple the orbits of an order and leave the parameters. The basis is orthonormal in the
 Frobenius norm of *all* force constants of that order per primitive cell (every ordered tuple of sites counts).
@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from ase import Atoms
 
-from ubmd.crystal.clusters import ClusterTable, Orbit, OrbitTable, anchor, canonical, decode, encode, neighbours
+from ubmd.crystal.clusters import ClusterTable, Orbit, OrbitTable, anchor, canonical, encode, neighbours
 from ubmd.crystal.lattice import SYMMETRY_TOLERANCE, Lattice, Supercell
 from ubmd.errors import DataError, ModelError, SettingsError
 
@@ -95,7 +95,10 @@ class ClusterBasis:
         return np.concatenate([np.full(part.parameters.shape[1], part.order) for part in self.parts])
 
     def supercell(self, atoms: Atoms) -> Supercell:
-        """Sites of a box (ideal or moderately displaced); the object keeps what `force_matrix` needs from call to call."""
+        """Sites of a box, ideal or moderately displaced.
+
+        Keep the object for all structures of that box: the tables of its clusters are made once.
+        """
         return Supercell(self.lattice, atoms)
 
     def energy_features(self, structure: Atoms | np.ndarray, supercell: Supercell | None = None) -> np.ndarray:
@@ -168,7 +171,9 @@ class ClusterBasis:
             raise ModelError(f"{path} is no cluster basis ({error}): build and save it again.") from error
         return cls(lattice, parts)
 
-    def _displacements(self, structure: Atoms | np.ndarray, supercell: Supercell | None) -> tuple[np.ndarray, Supercell]:
+    def _displacements(
+        self, structure: Atoms | np.ndarray, supercell: Supercell | None
+    ) -> tuple[np.ndarray, Supercell]:
         if isinstance(structure, Atoms):
             box = self.supercell(structure) if supercell is None else supercell
             return box.displacements(structure), box
@@ -304,7 +309,7 @@ def _translational_null_space(lattice: Lattice, table: OrbitTable, raw: list[np.
     for orbit in lower:
         blocks = _sum_rule(lattice, table, raw, orbit)
         columns = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in blocks])
-        rule = np.concatenate([block for block in blocks.values()], axis=1)
+        rule = np.concatenate(list(blocks.values()), axis=1)
         gram[np.ix_(columns, columns)] += rule.T @ rule * len(orbit.operations)
     values, vectors = np.linalg.eigh(gram / max(np.trace(gram) / len(gram), 1e-300))
     return vectors[:, values < NULL_TOLERANCE]
@@ -346,7 +351,7 @@ def _common_neighbours(lattice: Lattice, sites: np.ndarray, cutoff: float) -> np
 def _with_free_partner(
     lattice: Lattice, orbit: Orbit, operation: int, tensors: np.ndarray, keys: np.ndarray, partner: int
 ) -> np.ndarray:
-    """Tensors [D1, ..., Db, p] of a cluster as [3 D(lower), p]: axes in the order of the lower cluster, then the partner's."""
+    """Tensors [D1, ..., Db, p] of a cluster as [3 D(lower), p]: axes of the lower bodies, then the partner."""
     moved = encode(lattice.images(np.full(len(orbit.sites), operation), orbit.sites))
     lowest = min(keys.min(), partner)
     moved += anchor(lowest) - anchor(moved.min())

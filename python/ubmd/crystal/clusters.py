@@ -82,7 +82,8 @@ class ClusterTable:
         index = self._sorted[position]
         if not (self.rows[index] == rows).all():
             raise SettingsError(
-                f"The cutoff {self.cutoff} Å of order {self.order} cuts through a shell of neighbours: move it by 0.01 Å."
+                f"The cutoff {self.cutoff} Å of order {self.order} cuts through a shell of neighbours: "
+                "move it by 0.01 Å."
             )
         return index
 
@@ -143,7 +144,9 @@ class OrbitTable:
 def _orbit(lattice: Lattice, row: np.ndarray, operations: np.ndarray, stabiliser: np.ndarray) -> Orbit:
     keys, counts = np.unique(row, return_counts=True)
     sites = decode(keys)
-    moved = encode(lattice.images(np.repeat(stabiliser[:, None], len(keys), axis=1), np.tile(sites, (len(stabiliser), 1, 1))))
+    moved = encode(
+        lattice.images(np.repeat(stabiliser[:, None], len(keys), axis=1), np.tile(sites, (len(stabiliser), 1, 1)))
+    )
     moved -= anchor(moved.min(axis=1, keepdims=True))
     permutations = np.searchsorted(keys, moved)
     return Orbit(sites, tuple(int(c) for c in counts), operations, stabiliser, permutations)

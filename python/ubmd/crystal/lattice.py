@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -83,7 +84,8 @@ def _symmetry(atoms: Atoms, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
         import spglib
     except ImportError:
         raise SettingsError("Force-constant potentials need spglib: pip install 'ubmd[crystal]'.") from None
-    dataset = spglib.get_symmetry_dataset((np.array(atoms.cell), atoms.get_scaled_positions(), atoms.numbers), tolerance)
+    cell: Any = (np.array(atoms.cell), atoms.get_scaled_positions(), atoms.numbers)
+    dataset = spglib.get_symmetry_dataset(cell, tolerance)
     if dataset is None:
         raise DataError("spglib finds no space group: check the ideal structure for overlapping atoms or a flat cell.")
     return np.array(dataset.rotations, dtype=np.int64), np.array(dataset.translations)
@@ -204,7 +206,8 @@ def _integer_matrix(lattice: Lattice, cell: np.ndarray, tolerance: float) -> np.
     matrix = np.rint(exact).astype(np.int64)
     if np.abs(exact - matrix).max() > tolerance or round(np.linalg.det(matrix)) == 0:
         raise DataError(
-            "The box is no integer multiple of the primitive cell: repeat the ideal crystal without straining or turning it."
+            "The box is no integer multiple of the primitive cell: "
+            "repeat the ideal crystal without straining or turning it."
         )
     return matrix
 
