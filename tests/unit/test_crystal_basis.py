@@ -104,6 +104,16 @@ def test_forces_are_minus_the_derivatives_of_the_energy_features(case):
         np.testing.assert_allclose(-matrix[atom, axis], numeric, atol=1e-9 * np.abs(matrix).max())
 
 
+def test_forces_are_the_matrix_times_the_parameters(case):
+    basis, atoms, box = case
+    u = displaced(len(atoms))
+    parameters = np.random.default_rng(5).normal(size=(basis.n_parameters, 2))
+    expected = (basis.force_matrix(u, box) @ parameters).T.reshape(2, len(atoms), 3)
+    tolerance = 1e-12 * np.abs(expected).max()
+    np.testing.assert_allclose(basis.forces(parameters, u, box), expected, atol=tolerance)
+    np.testing.assert_allclose(basis.forces(parameters[:, 1], u, box), expected[1], atol=tolerance)
+
+
 def test_each_order_is_homogeneous(case):
     basis, atoms, box = case
     u = displaced(len(atoms))
@@ -189,6 +199,8 @@ def test_errors_say_what_to_do(tmp_path: Path):
         ClusterBasis.build(silicon(), {1: 3.0})
     with pytest.raises(SettingsError, match="positive length"):
         ClusterBasis.build(silicon(), {2: -3.0})
+    with pytest.raises(SettingsError, match="raise its cutoff"):
+        ClusterBasis.build(silicon(), {2: 2.0})
     with pytest.raises(DataError, match="periodic"):
         ClusterBasis.build(Atoms("Si", cell=np.eye(3)), {2: 3.0})
     with pytest.raises(DataError, match="integer multiple"):
@@ -227,6 +239,7 @@ def same_column_space(ours: np.ndarray, theirs: np.ndarray) -> None:
         (silicon, {2: 4.6, 3: 4.0, 4: 2.5}, 3),
         (boron_arsenide, {2: 3.6, 3: 3.5, 4: 2.2, 5: 2.2, 6: 2.2}, 3),
         (tin_selenide, {2: 4.2, 3: 3.0, 4: 2.9}, (1, 3, 3)),
+        (triclinic, {2: 3.5, 3: 2.9}, 3),
     ],
 )
 def test_same_space_as_hiphive(crystal, cutoffs, repeat):

@@ -50,7 +50,18 @@ class OrderBasis:
     def build(cls, lattice: Lattice, order: int, cutoff: float) -> OrderBasis:
         table = OrbitTable.build(ClusterTable(lattice, order, cutoff))
         raw = [_allowed(lattice, orbit) for orbit in table.orbits]
-        return cls(order, cutoff, table.orbits, raw, _translational_null_space(lattice, table, raw))
+        parameters = _translational_null_space(lattice, table, raw)
+        if parameters.shape[1] == 0:
+            raise SettingsError(
+                f"Order {order} has no free force constant within {cutoff} Å: raise its cutoff or leave the order out."
+            )
+        return cls(order, cutoff, table.orbits, raw, parameters)
+
+    def tensors(self, parameters: np.ndarray) -> list[np.ndarray]:
+        """Force constants of each orbit's prototype [D, K] in isometric coordinates, from parameters [P_n, K]."""
+        ends = np.cumsum([basis.shape[1] for basis in self.raw])[:-1]
+        pieces = np.split(self.parameters @ parameters, ends)
+        return [basis @ piece for basis, piece in zip(self.raw, pieces, strict=True)]
 
 
 class ClusterBasis:
@@ -136,6 +147,27 @@ class ClusterBasis:
             np.matmul(raw.reshape(3 * n, -1), -part.parameters, out=result[:, start:stop])
             start = stop
         return result
+
+    def forces(
+        self, parameters: np.ndarray, structure: Atoms | np.ndarray, supercell: Supercell | None = None
+    ) -> np.ndarray:
+        """Forces [n, 3] (eV/Å) of one structure for parameters [P]; [K, n, 3] for K sets of parameters [P, K].
+
+        The same as the force matrix times the parameters, without the matrix.
+        """
+        displacements, box = self._displacements(structure, supercell)
+        if displacements.ndim == 3:
+            return np.stack([self.forces(parameters, u, box) for u in displacements])
+        many = np.asarray(parameters, dtype=np.float64).reshape(self.n_parameters, -1)
+        monomials = self._monomials(displacements)
+        result = np.zeros((len(displacements), 3, many.shape[1]))
+        start = 0
+        for part, plans in zip(self.parts, self._plan(box), strict=True):
+            stop = start + part.parameters.shape[1]
+            for plan, tensor in zip(plans, part.tensors(many[start:stop]), strict=True):
+                result -= _gradient(plan, monomials, tensor, len(displacements))
+            start = stop
+        return result[..., 0] if np.ndim(parameters) == 1 else np.moveaxis(result, -1, 0)
 
     def save(self, path: Path) -> None:
         """Write the basis to an npz file (temporary file, then rename)."""

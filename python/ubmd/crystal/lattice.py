@@ -154,7 +154,7 @@ class Supercell:
         ideal: ideal positions [n, 3], Å, each next to its atom's.
     """
 
-    def __init__(self, lattice: Lattice, atoms: Atoms, tolerance: float = 0.01) -> None:
+    def __init__(self, lattice: Lattice, atoms: Atoms, tolerance: float = 1e-3) -> None:
         """Assign each atom to the nearest site of its species.
 
         Raises:
@@ -196,7 +196,7 @@ class Supercell:
         """Displacements from the sites [n, 3], Å, by minimum image; atoms in the order of the box that was mapped."""
         if len(atoms) != len(self) or not np.array_equal(atoms.numbers, self.lattice.numbers[self.sublattice]):
             raise DataError("The structure's atoms differ from the box's: keep number, order and species of the atoms.")
-        if not np.allclose(np.array(atoms.cell), self.cell, atol=0.05):
+        if not np.allclose(np.array(atoms.cell), self.cell, atol=1e-3):
             raise DataError("The structure's cell differs from the ideal one: force constants need the fixed cell.")
         return find_mic(atoms.positions - self.ideal, self.cell)[0]
 
