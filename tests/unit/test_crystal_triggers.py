@@ -23,6 +23,8 @@ def test_average_waits_compares_with_the_past_and_starts_anew() -> None:
     trigger = AverageTrigger(maximum=1.0, factor=2.0)
     assert calls(trigger, [0.1] * 8 + [0.25]) == []  # step 9 after the refit
     trigger.refitted(0.0)
+    assert calls(trigger, [0.1] * 9 + [0.25]) == [9]
+    trigger.refitted(0.0)
     assert calls(trigger, [0.1] * 9 + [0.19, 0.25]) == [10]
     call = trigger.observe(0.9)
     assert call is not None
@@ -60,6 +62,9 @@ def test_no_call_below_the_noise(trigger: Trigger) -> None:
     assert noisy == [k for k in noisy if errors[k] >= 0.5]
     assert noisy
     assert min(calls(trigger, errors)) < min(noisy)
+    doubled = trigger.state()
+    doubled["settings"]["floor"] = 2.0
+    assert min(calls(load_trigger(doubled), errors, noise=0.25)) == min(noisy)
 
 
 def test_history_learns_its_threshold() -> None:

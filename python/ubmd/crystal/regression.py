@@ -265,7 +265,7 @@ def fit(
         equations: sums of at least one structure with forces.
         start: take its α and β as a start (faster); without, the result depends on the sums alone.
         tolerance: see above.
-        max_iterations: `Posterior.converged` is False if they don't suffice.
+        max_iterations: at least 1; `Posterior.converged` is False if they don't suffice.
         caution: κ of a hyperprior α_o^-κ on every order; the fixed point is then γ_o = α_o|θ_o|^2 + 2κ. With 0 it is
             the bare evidence, which is flat in α_o when the labels say nothing about an order, and then often switches
             that order off: errors at larger displacements are underestimated many times. With κ > 0 such an order
