@@ -1,5 +1,6 @@
 """Cluster basis of force-constant potentials: counts, sum rules, symmetry, forces, boxes, other programs' bases."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,20 @@ def test_forces_are_the_matrix_times_the_parameters(case):
     np.testing.assert_allclose(basis.forces(parameters[:, 1], u, box), expected[1], atol=tolerance)
 
 
+def test_force_constants_give_the_same_forces():
+    basis = ClusterBasis.build(boron_arsenide(), {2: 5.5, 3: 3.5})
+    atoms = boron_arsenide().repeat((2, 2, 3))  # shorter than two cutoffs: images add up
+    box, u = basis.supercell(atoms), displaced(24)
+    parameters = np.random.default_rng(6).normal(size=basis.n_parameters)
+    second, third = (basis.force_constants(parameters, order, box) for order in (2, 3))
+    forces = -np.einsum("ijab,jb->ia", second, u) - 0.5 * np.einsum("ijkabc,jb,kc->ia", third, u, u)
+    expected = basis.forces(parameters, u, box)
+    np.testing.assert_allclose(forces, expected, atol=1e-12 * np.abs(expected).max())
+    np.testing.assert_allclose(third, third.transpose(1, 0, 2, 4, 3, 5), atol=1e-12)
+    with pytest.raises(SettingsError, match="no order 4"):
+        basis.force_constants(parameters, 4, box)
+
+
 def test_each_order_is_homogeneous(case):
     basis, atoms, box = case
     u = displaced(len(atoms))
@@ -189,6 +204,8 @@ def test_save_and_load(case, tmp_path: Path):
     loaded = ClusterBasis.load(tmp_path / "basis.npz")
     u = displaced(len(atoms))
     assert loaded.cutoffs == basis.cutoffs
+    copied = pickle.loads(pickle.dumps(basis))  # worker processes get the basis this way
+    np.testing.assert_array_equal(copied.energy_features(u, copied.supercell(atoms)), basis.energy_features(u, box))
     np.testing.assert_array_equal(loaded.parameter_orders, basis.parameter_orders)
     np.testing.assert_array_equal(loaded.force_matrix(u, loaded.supercell(atoms)), basis.force_matrix(u, box))
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import combinations_with_replacement, product
+from itertools import combinations_with_replacement, permutations, product
 from math import factorial, prod
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -71,6 +71,9 @@ class ClusterBasis:
         self.lattice = lattice
         self.parts = parts
         self._plans: WeakKeyDictionary[Supercell, list[list[_OrbitPlan]]] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple:
+        return ClusterBasis, (self.lattice, self.parts)  # the tables of boxes are made again where they are needed
 
     @classmethod
     def build(cls, crystal: Atoms, cutoffs: Mapping[int, float], tolerance: float = SYMMETRY_TOLERANCE) -> ClusterBasis:
@@ -153,7 +156,8 @@ class ClusterBasis:
     ) -> np.ndarray:
         """Forces [n, 3] (eV/Å) of one structure for parameters [P]; [K, n, 3] for K sets of parameters [P, K].
 
-        The same as the force matrix times the parameters, without the matrix.
+        The same as the force matrix times the parameters, without the matrix; displacements of many structures
+        [B, n, 3] add a first axis.
         """
         displacements, box = self._displacements(structure, supercell)
         if displacements.ndim == 3:
@@ -168,6 +172,23 @@ class ClusterBasis:
                 result -= _gradient(plan, monomials, tensor, len(displacements))
             start = stop
         return result[..., 0] if np.ndim(parameters) == 1 else np.moveaxis(result, -1, 0)
+
+    def force_constants(self, parameters: np.ndarray, order: int, supercell: Supercell) -> np.ndarray:
+        """All force constants of one order between the atoms of a box, [n, ..., n, 3, ..., 3], eV/Å^order.
+
+        Periodic images of a cluster are summed. For phonon programs; memory grows as (3n)^order.
+
+        Raises:
+            SettingsError: the basis lacks that order.
+        """
+        if order not in self.orders:
+            raise SettingsError(f"The basis has no order {order}: choose one of {self.orders}.")
+        part, plans = next(x for x in zip(self.parts, self._plan(supercell), strict=True) if x[0].order == order)
+        chosen = np.asarray(parameters, dtype=np.float64)[self.parameter_orders == order, None]
+        result = np.zeros([len(supercell)] * order + [3] * order)
+        for plan, tensor in zip(plans, part.tensors(chosen), strict=True):
+            _add_force_constants(result, plan, _full_tensor(plan.multiplicity, tensor), self.lattice)
+        return result
 
     def save(self, path: Path) -> None:
         """Write the basis to an npz file (temporary file, then rename)."""
@@ -506,3 +527,30 @@ def _gradient(plan: _OrbitPlan, monomials: list[_Monomials], basis: np.ndarray, 
         tensors = np.moveaxis(basis.reshape(*shape, -1), entry.body, 0).reshape(-1, basis.shape[1])
         result[entry.atoms] += moments.reshape(atoms, 3, -1) @ tensors
     return result / prod(factorial(m) for m in plan.multiplicity)
+
+
+def _full_tensor(multiplicity: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
+    """All components [3, ..., 3] of isometric coordinates [D, 1], indices of body 0 first."""
+    full = tensor.reshape(_dimensions(multiplicity))
+    for axis, m in enumerate(multiplicity):
+        full = np.moveaxis(np.tensordot(symmetric_embedding(m), full, axes=(1, axis)), 0, axis)
+    return full.reshape([3] * sum(multiplicity))
+
+
+def _add_force_constants(result: np.ndarray, plan: _OrbitPlan, tensor: np.ndarray, lattice: Lattice) -> None:
+    """Add an orbit's force constants [3, ..., 3] (prototype) at every ordered tuple of atoms of its clusters."""
+    order = tensor.ndim
+    labels = np.repeat(np.arange(len(plan.multiplicity)), plan.multiplicity).tolist()
+    for entry in (entry for entry in plan.entries if entry.body == 0):
+        for cluster, operation in enumerate(entry.operations):
+            turned = tensor
+            for axis in range(order):
+                turned = np.moveaxis(np.tensordot(lattice.cartesian_rotations[operation], turned, (1, axis)), 0, axis)
+            atoms = [entry.atoms, *entry.others[:, :, cluster]]
+            seen = set()
+            for places in permutations(range(order)):
+                bodies = tuple(labels[place] for place in places)
+                if bodies not in seen:
+                    seen.add(bodies)
+                    # one body visits each atom of its sublattice once: no index tuple repeats within this statement
+                    result[tuple(atoms[body] for body in bodies)] += turned.transpose(places)
