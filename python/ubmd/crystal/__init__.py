@@ -1,0 +1,1 @@
+"""Force-constant potentials of crystals: cluster basis, Bayesian regression, triggers, convergence."""

@@ -1,0 +1,231 @@
+"""When a running trajectory asks for a label: rules on the series of its errors, for every kind of model.
+
+A trigger belongs to one trajectory. It sees one error per step (eV/Å: the Bayesian error or a calibrated largest
+atomic uncertainty) and is told of every refit. Its state is a dictionary of JSON values, so that a run goes on after a
+restart.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ubmd.errors import DataError, SettingsError
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request for a label, and why."""
+
+    rule: str
+    """'absolute', 'average' or 'history'"""
+    error: float
+    threshold: float
+
+
+class Trigger(ABC):
+    """One rule; `observe` once per step, `refitted` after each refit.
+
+    Args:
+        floor: no call while the error is below floor x noise (c/sqrt(β)): what noise or truncation leaves is not
+            learnt by further labels. Models without a noise pass 0 as noise.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, floor: float = 1.0) -> None:
+        _positive("floor", floor, zero=True)
+        self.floor = floor
+
+    def observe(self, error: float, noise: float = 0.0) -> Call | None:
+        """Take the error of the next step; a `Call` if this step is to be labelled.
+
+        Raises:
+            DataError: the error is negative or not a finite number.
+        """
+        if not math.isfinite(error) or error < 0.0:
+            raise DataError(f"A trigger got the error {error}: the model or the structure is broken at this step.")
+        call = self._rule(error)
+        self._remember(error)
+        return call if call is not None and error >= self.floor * noise else None
+
+    @abstractmethod
+    def refitted(self, error: float) -> None:
+        """The model was refitted; ``error`` is that of the labelled structure with the new model."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the constructor."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values for `load_trigger`."""
+        return {"kind": self.kind, "settings": self.settings(), "memory": self._memory()}
+
+    @abstractmethod
+    def _rule(self, error: float) -> Call | None: ...
+
+    @abstractmethod
+    def _remember(self, error: float) -> None:
+        """Take the error into the state, after the rule has been asked."""
+
+    @abstractmethod
+    def _memory(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _restore(self, memory: Mapping[str, Any]) -> None:
+        """Take what `_memory` gave."""
+
+
+class AbsoluteTrigger(Trigger):
+    """Error above a fixed threshold (eV/Å)."""
+
+    kind = "absolute"
+
+    def __init__(self, threshold: float, floor: float = 1.0) -> None:
+        super().__init__(floor)
+        _positive("threshold", threshold)
+        self.threshold = threshold
+
+    def refitted(self, error: float) -> None:
+        """Nothing to remember."""
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the constructor."""
+        return {"threshold": self.threshold, "floor": self.floor}
+
+    def _rule(self, error: float) -> Call | None:
+        return Call("absolute", error, self.threshold) if error > self.threshold else None
+
+    def _remember(self, error: float) -> None:
+        """Nothing."""
+
+    def _memory(self) -> dict[str, Any]:
+        return {}
+
+    def _restore(self, memory: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+class AverageTrigger(Trigger):
+    """Error above a maximum, or far above its average along the trajectory of the current model (arXiv:2601.21311).
+
+    First match: error > maximum, at every step; or, from the ``wait``-th step after the last refit on,
+    error > factor x mean of the errors before this step since the refit, the last ``window`` of them.
+
+    Args:
+        maximum: standard deviation, eV/Å.
+        factor: on standard deviations (√3: three times the mean variance).
+        window: steps of the average.
+        wait: steps after a refit without the second rule.
+        floor: see `Trigger`.
+    """
+
+    kind = "average"
+
+    def __init__(
+        self,
+        maximum: float = 0.14,
+        factor: float = math.sqrt(3.0),
+        window: int = 1000,
+        wait: int = 10,
+        floor: float = 1.0,
+    ) -> None:
+        super().__init__(floor)
+        for name, value in (("maximum", maximum), ("factor", factor), ("window", window), ("wait", wait)):
+            _positive(name, value)
+        self.maximum, self.factor, self.window, self.wait = maximum, factor, window, wait
+        self.steps = 0
+        self.errors: deque[float] = deque(maxlen=window)
+
+    def refitted(self, error: float) -> None:
+        """The average is that of the current model: it starts anew."""
+        self.steps = 0
+        self.errors.clear()
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the constructor."""
+        return {name: getattr(self, name) for name in ("maximum", "factor", "window", "wait", "floor")}
+
+    def _rule(self, error: float) -> Call | None:
+        if error > self.maximum:
+            return Call("absolute", error, self.maximum)
+        if self.steps + 1 < self.wait or not self.errors:  # this one is the first step after a refit if steps is 0
+            return None
+        # fsum: a mean that doesn't depend on how often the state was saved
+        threshold = self.factor * math.fsum(self.errors) / len(self.errors)
+        return Call("average", error, threshold) if error > threshold else None
+
+    def _remember(self, error: float) -> None:
+        self.steps += 1
+        self.errors.append(error)
+
+    def _memory(self) -> dict[str, Any]:
+        return {"steps": self.steps, "errors": list(self.errors)}
+
+    def _restore(self, memory: Mapping[str, Any]) -> None:
+        self.steps = int(memory["steps"])
+        self.errors.extend(float(error) for error in memory["errors"])
+
+
+class HistoryTrigger(Trigger):
+    """VASP-like: the threshold is the mean of the last errors right after refits, times a factor.
+
+    Until ``history`` refits were seen, the threshold is ``start``: small, so that an untrained model learns at once.
+    """
+
+    kind = "history"
+
+    def __init__(self, start: float = 0.002, history: int = 10, factor: float = 1.0, floor: float = 1.0) -> None:
+        super().__init__(floor)
+        for name, value in (("start", start), ("history", history), ("factor", factor)):
+            _positive(name, value)
+        self.start, self.history, self.factor = start, history, factor
+        self.after: deque[float] = deque(maxlen=history)
+
+    @property
+    def threshold(self) -> float:
+        """The present one, eV/Å."""
+        if len(self.after) < self.history:
+            return self.start
+        return self.factor * math.fsum(self.after) / len(self.after)
+
+    def refitted(self, error: float) -> None:
+        """Remember the error that the new model leaves on the structure it has just learnt."""
+        self.after.append(error)
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the constructor."""
+        return {name: getattr(self, name) for name in ("start", "history", "factor", "floor")}
+
+    def _rule(self, error: float) -> Call | None:
+        return Call("history", error, self.threshold) if error > self.threshold else None
+
+    def _remember(self, error: float) -> None:
+        """Errors of steps don't count, only those after refits."""
+
+    def _memory(self) -> dict[str, Any]:
+        return {"after": list(self.after)}
+
+    def _restore(self, memory: Mapping[str, Any]) -> None:
+        self.after.extend(float(error) for error in memory["after"])
+
+
+KINDS: dict[str, type[Trigger]] = {kind.kind: kind for kind in (AbsoluteTrigger, AverageTrigger, HistoryTrigger)}
+
+
+def load_trigger(state: Mapping[str, Any]) -> Trigger:
+    """The trigger that `Trigger.state` describes; raises SettingsError for an unknown kind."""
+    if state["kind"] not in KINDS:
+        raise SettingsError(f"There is no trigger {state['kind']!r}: choose one of {', '.join(KINDS)}.")
+    trigger = KINDS[state["kind"]](**state["settings"])
+    trigger._restore(state["memory"])
+    return trigger
+
+
+def _positive(name: str, value: float, zero: bool = False) -> None:
+    if not math.isfinite(value) or value < 0.0 or (value == 0.0 and not zero):
+        raise SettingsError(f"The trigger's {name} must be {'zero or ' if zero else ''}above zero, got {value}.")
