@@ -48,10 +48,17 @@ COUNTS = [
     pytest.param(tin_selenide, (5.7, 3.53, 3.53, 3.53, 3.53), (117, 32, 48, 66, 88), id="SnSe 351"),
 ]
 
+
+def rock_salt() -> Atoms:
+    """Every site is a centre of inversion: symmetry forbids the third order of single sites."""
+    return bulk("NaCl", "rocksalt", 5.6)
+
+
 # name: crystal, cutoffs, supercell matrix with negative and off-diagonal elements
 CASES = {
     "silicon": (silicon, {2: 5.4, 3: 4.0, 4: 4.0}, [[-2, 2, 2], [2, -2, 2], [2, 2, -2]]),
     "tin selenide": (tin_selenide, {2: 4.2, 3: 3.53, 4: 3.0, 5: 2.9, 6: 2.9}, [[1, 0, 0], [0, 2, 1], [0, -1, 2]]),
+    "rock salt": (rock_salt, {2: 4.0, 3: 4.0, 4: 2.9}, [[3, 0, 0], [0, 2, 0], [0, 1, 2]]),
     "triclinic": (triclinic, {2: 3.5, 3: 2.9, 4: 2.6}, [[2, 1, 0], [0, 2, 0], [1, 0, -3]]),
 }
 
@@ -218,6 +225,8 @@ def test_errors_say_what_to_do(tmp_path: Path):
         ClusterBasis.build(silicon(), {2: -3.0})
     with pytest.raises(SettingsError, match="raise its cutoff"):
         ClusterBasis.build(silicon(), {2: 2.0})
+    with pytest.raises(SettingsError, match="raise its cutoff"):
+        ClusterBasis.build(rock_salt(), {3: 1.0})
     with pytest.raises(DataError, match="periodic"):
         ClusterBasis.build(Atoms("Si", cell=np.eye(3)), {2: 3.0})
     with pytest.raises(DataError, match="integer multiple"):
@@ -257,6 +266,7 @@ def same_column_space(ours: np.ndarray, theirs: np.ndarray) -> None:
         (boron_arsenide, {2: 3.6, 3: 3.5, 4: 2.2, 5: 2.2, 6: 2.2}, 3),
         (tin_selenide, {2: 4.2, 3: 3.0, 4: 2.9}, (1, 3, 3)),
         (triclinic, {2: 3.5, 3: 2.9}, 3),
+        (rock_salt, {2: 4.0, 3: 3.0}, 3),
     ],
 )
 def test_same_space_as_hiphive(crystal, cutoffs, repeat):

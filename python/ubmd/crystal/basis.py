@@ -35,7 +35,7 @@ class OrderBasis:
 
     Attributes:
         order, cutoff: order n and the largest pair distance in its clusters, Å.
-        orbits: orbits of its clusters.
+        orbits: orbits of its clusters that have a force constant.
         raw: tensors of each orbit's prototype allowed by its site symmetry [D, p] in isometric coordinates.
         parameters: raw coefficients of each parameter [sum of p, P_n], orthonormal columns.
     """
@@ -55,7 +55,9 @@ class OrderBasis:
             raise SettingsError(
                 f"Order {order} has no free force constant within {cutoff} Å: raise its cutoff or leave the order out."
             )
-        return cls(order, cutoff, table.orbits, raw, parameters)
+        # symmetry may forbid every tensor of an orbit
+        alive = [i for i, basis in enumerate(raw) if basis.shape[1] > 0]
+        return cls(order, cutoff, [table.orbits[i] for i in alive], [raw[i] for i in alive], parameters)
 
     def tensors(self, parameters: np.ndarray) -> list[np.ndarray]:
         """Force constants of each orbit's prototype [D, K] in isometric coordinates, from parameters [P_n, K]."""
@@ -361,10 +363,12 @@ def _translational_null_space(lattice: Lattice, table: OrbitTable, raw: list[np.
         lower = OrbitTable.build(ClusterTable(lattice, clusters.order - 1, clusters.cutoff)).orbits
     for orbit in lower:
         blocks = _sum_rule(lattice, table, raw, orbit)
+        if not blocks:
+            continue
         columns = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in blocks])
         rule = np.concatenate(list(blocks.values()), axis=1)
         gram[np.ix_(columns, columns)] += rule.T @ rule * len(orbit.operations)
-    values, vectors = np.linalg.eigh(gram / max(np.trace(gram) / len(gram), 1e-300))
+    values, vectors = np.linalg.eigh(gram / max(np.trace(gram) / max(len(gram), 1), 1e-300))
     return vectors[:, values < NULL_TOLERANCE]
 
 
@@ -383,6 +387,8 @@ def _sum_rule(lattice: Lattice, table: OrbitTable, raw: list[np.ndarray], lower:
     blocks: dict[int, np.ndarray] = {}
     for partner, cluster in zip(partners, found, strict=True):
         index = int(table.orbit_of[cluster])
+        if raw[index].shape[1] == 0:
+            continue
         orbit, operation = table.orbits[index], int(table.operation_of[cluster])
         shape = _dimensions(orbit.multiplicity)
         tensors = _turned(lattice, operation, orbit.multiplicity, raw[index].reshape(*shape, -1))
