@@ -83,11 +83,11 @@ class NeuralTangentNetwork(Products):
     def folded(self, operators: bool) -> "NeuralTangentNetwork":
         """The same function with the factors a_l and 0.1 inside its weights (copies), so that products need none."""
         twin = NeuralTangentNetwork(self.weight1.size(1), (self.weight1.size(0), self.weight2.size(0)), operators)
-        twin.weight1 = _fixed(self.input_scale * self.weight1)
-        twin.weight2 = _fixed(self.scale1 * self.weight2)
-        twin.weight3 = _fixed(self.scale2 * self.weight3)
+        twin.weight1 = fixed(self.input_scale * self.weight1)
+        twin.weight2 = fixed(self.scale1 * self.weight2)
+        twin.weight3 = fixed(self.scale2 * self.weight3)
         twin.bias1, twin.bias2, twin.bias3 = (
-            _fixed(self.bias_scale * bias) for bias in (self.bias1, self.bias2, self.bias3)
+            fixed(self.bias_scale * bias) for bias in (self.bias1, self.bias2, self.bias3)
         )
         twin.bias_scale = twin.input_scale = twin.scale1 = twin.scale2 = 1.0
         return twin
@@ -185,8 +185,9 @@ class NeuralTangentNetwork(Products):
         return self.product(zbar1, self.weight1)
 
 
-def _fixed(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)
+def fixed(tensor: Tensor) -> nn.Parameter:
+    """A parameter that is never trained, so that it follows the network's precision."""
+    return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
 
 
 def activation(z: Tensor, order: int, scale: float = ACTIVATION_SCALE) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ubmd.models.network import BIAS_SCALE, Layers, NeuralTangentNetwork, Products
+from ubmd.models.network import BIAS_SCALE, Layers, NeuralTangentNetwork, Products, fixed
 
 
 class GradientSketch(Products):
@@ -31,7 +31,7 @@ class GradientSketch(Products):
         (self.inner1, self.inner_bias1), (self.inner2, self.inner_bias2), (self.inner3, self.inner_bias3) = (
             _inner_parameters(matrix) for matrix in inner
         )
-        self.outer1, self.outer2 = (_fixed(matrix) for matrix in outer)
+        self.outer1, self.outer2 = (fixed(matrix) for matrix in outer)
 
     def forward(self, x0: Tensor, x1: Tensor, x2: Tensor, delta1: Tensor, delta2: Tensor, delta3: Tensor) -> Tensor:
         """phi [n, p] from the inputs x^{l-1} [n, d_{l-1}] and gradient factors delta^l [n, d_l] of the three layers."""
@@ -182,13 +182,9 @@ def contracted(left: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.vecdot(left, right)
 
 
-def _fixed(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.contiguous(), requires_grad=False)
-
-
 def _inner_parameters(matrix: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
     """Weights [p, d] and biases [p] of P_in [p, d + 1], with the factors of x~ folded in."""
-    return _fixed(matrix[:, :-1] / (matrix.size(1) - 1) ** 0.5), _fixed(BIAS_SCALE * matrix[:, -1])
+    return fixed(matrix[:, :-1] / (matrix.size(1) - 1) ** 0.5), fixed(BIAS_SCALE * matrix[:, -1])
 
 
 def make_sketch(network: NeuralTangentNetwork, projections: int, seed: int) -> GradientSketch:
