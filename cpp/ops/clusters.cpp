@@ -357,10 +357,10 @@ Tensor by_parameters(const Tensor &by_raw, const ClusterTables &tables) {
 
 // Norms of the rows of left @ factor; the columns of a triangular factor in parts, without its zeros.
 Tensor projected_norms(const Tensor &left, const Tensor &factor, bool triangular) {
-  const std::int64_t p = factor.size(0), n_parts = triangular && p >= 256 ? 8 : 1;
+  const std::int64_t p = factor.size(1), n_parts = triangular && p >= 256 ? 8 : 1;
   Tensor result = at::zeros({left.size(0)}, left.options());
   for (std::int64_t k = 0; k < n_parts; ++k) {
-    const std::int64_t begin = p * k / n_parts, end = p * (k + 1) / n_parts, rows = triangular ? end : p;
+    const std::int64_t begin = p * k / n_parts, end = p * (k + 1) / n_parts, rows = triangular ? end : factor.size(0);
     const Tensor part =
         product(left.narrow(1, 0, rows), factor.narrow(0, 0, rows).narrow(1, begin, end - begin), std::nullopt);
     result += part.square().sum(1);
