@@ -505,15 +505,13 @@ void Crystal::locate(int n_local, const double *positions, const std::vector<std
     if (!site || lattice_.species[(*site)[3]] != species[i])
       throw Error("atom " + std::to_string(tags[i]) +
                   " has no site of its element in the crystal: atoms and types must stay as they are during a run");
-    const auto at_home = ideal(*site);
-    Vector rest = Vector{positions[3 * i], positions[3 * i + 1], positions[3 * i + 2]} - at_home - drift_;
+    Vector rest = Vector{positions[3 * i], positions[3 * i + 1], positions[3 * i + 2]} - ideal(*site) - drift_;
     const auto shift = periods_.nearest(rest);
-    const auto home = at_home + times(shift, box_);
     images[i] = *site;
-    for (int k = 0; k < 3; ++k) {
-      homes_[3 * i + k] = home[k];
+    for (int k = 0; k < 3; ++k)
       for (int row = 0; row < 3; ++row) images[i][k] += shift[row] * fit_.multiple[row][k];
-    }
+    const auto home = ideal(images[i]);  // of the image itself: the same bits whichever image was mapped
+    for (int k = 0; k < 3; ++k) homes_[3 * i + k] = home[k];
     takes_part_[i] = 1;
     table.insert(images[i], static_cast<int>(i));
   }

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, make_supercell
 from ase.calculators.lammps import Prism
 from ase.data import atomic_masses
 from ase.geometry import find_mic
@@ -18,8 +18,12 @@ from ubmd.crystal.basis import ClusterBasis
 from ubmd.crystal.lattice import Supercell
 from ubmd.crystal.regression import Posterior
 from ubmd.models.crystal import TINY, CrystalModel
+from ubmd.operators import available
 
 ENERGY_SCALE, FORCE_SCALE, ENERGY = 1.3, 0.7, -3.0  # the last: eV per primitive cell
+
+
+CUBIC = [[-2, 2, 2], [2, -2, 2], [2, 2, -2]]  # of fcc primitive vectors: 32 cells
 
 
 def boron_arsenide() -> Atoms:
@@ -63,6 +67,7 @@ class Crystal:
         cutoffs: dict[int, float],
         mean: np.ndarray | None = None,
         max_displacement: float = 0.8,
+        operators: bool = False,
     ) -> Crystal:
         """With random parameters (falling sizes of the terms) if none are given."""
         rng = np.random.default_rng(3)
@@ -79,6 +84,7 @@ class Crystal:
             force_scale=FORCE_SCALE,
             max_displacement=max_displacement,
             energy=ENERGY,
+            operators=operators and available(),
         )
         path = folder / "crystal.pt"
         with warnings.catch_warnings():
@@ -90,9 +96,9 @@ class Crystal:
     def elements(self) -> list[str]:
         return list(dict.fromkeys(self.primitive.symbols))
 
-    def shaken(self, repeat: tuple[int, int, int], amplitude: float = 0.08, seed: int = 5) -> tuple[Atoms, Supercell]:
-        """A displaced box and its sites."""
-        atoms = self.primitive.repeat(repeat)
+    def shaken(self, multiple: tuple | list, amplitude: float = 0.08, seed: int = 5) -> tuple[Atoms, Supercell]:
+        """A displaced box, a multiple (3 integers or a matrix) of the primitive cell, and its sites."""
+        atoms = make_supercell(self.primitive, np.diag(multiple) if np.ndim(multiple) == 1 else multiple)
         box = self.basis.supercell(atoms)
         atoms.positions += np.random.default_rng(seed).uniform(-amplitude, amplitude, (len(atoms), 3))
         return atoms, box
@@ -182,7 +188,7 @@ def spring_crystal(folder: Path) -> Crystal:
     matrix = basis.force_matrix(u, box)
     mean = np.linalg.lstsq(matrix, forces, rcond=None)[0]
     assert np.abs(matrix @ mean - forces).max() < 1e-10
-    return Crystal.make(folder, primitive, basis.cutoffs, mean)
+    return Crystal.make(folder, primitive, basis.cutoffs, mean, operators=True)
 
 
 def data_file(atoms: Atoms, elements: list[str], shift: np.ndarray | None = None) -> str:

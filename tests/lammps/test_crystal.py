@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ase.build import make_supercell
 from ase.calculators.lammps import Prism
 from crystals import ENERGY, Crystal, boron_arsenide, bonds_of, head, pair_polynomial
 
@@ -81,21 +80,14 @@ TURNS = {
 def test_boxes_in_other_orientations(crystal_lab, crystals, kind):
     """Any integer combination of primitive vectors; the crystal is turned, too, and its origin somewhere else."""
     crystal = crystals["zincblende"]
-    ideal = make_supercell(crystal.primitive, TURNS[kind])
-    box = crystal.basis.supercell(ideal)
-    atoms = ideal.copy()
-    atoms.positions += np.random.default_rng(1).uniform(-0.1, 0.1, (len(atoms), 3))
-    check(crystal_lab, crystal, atoms, box, shift=np.array([0.7, -1.1, 2.9]))
+    check(crystal_lab, crystal, *crystal.shaken(TURNS[kind], 0.1), shift=np.array([0.7, -1.1, 2.9]))
 
 
 @pytest.mark.parametrize("kind", ["orthorhombic", "triclinic"])
 def test_turned_crystal(crystal_lab, crystals, kind):
     """The same box of a crystal of low symmetry with its vectors in another order, shifted by a vector of any length."""
     crystal = crystals[kind]
-    ideal = crystal.primitive.repeat((1, 2, 2))
-    box = crystal.basis.supercell(ideal)
-    atoms = ideal.copy()
-    atoms.positions += np.random.default_rng(1).uniform(-0.1, 0.1, (len(atoms), 3))
+    atoms, box = crystal.shaken((1, 2, 2), 0.1)
     expected = crystal.expected(atoms, box)
     atoms.set_cell(atoms.cell.array[[2, 0, 1]], scale_atoms=False)
     script = head(crystal, atoms, np.array([1.3, 11.9, -0.4])) + MEASURE + crystal_lab.report("pe", "f_b[9]", "f_b[10]")
