@@ -138,6 +138,12 @@ class ReferenceSettings(Table):
     min_distance: float = Field(
         0.5, ge=0, description="reject structures with atoms closer than this share of their covalent radii (no unit)"
     )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="standard deviation of Gaussian noise that is added to the forces, eV/Å: to study how a method takes "
+        "it (the same structure always gets the same noise)",
+    )
 
 
 class MDRampSettings(Table):

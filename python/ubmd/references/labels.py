@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,8 +61,17 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
     copy = atoms.copy()
     results = _compute(copy, settings, base)
     _check_results(results, len(copy), settings.force_limit)
+    if settings.noise > 0.0:
+        results["forces"] = results["forces"] + settings.noise * _noise(copy)
     copy.calc = SinglePointCalculator(copy, **results)
     return copy
+
+
+def _noise(atoms: Atoms) -> np.ndarray:
+    """Standard normal numbers [n, 3] that belong to a structure: a label that is computed again is the same."""
+    place = atoms.positions.tobytes() + atoms.cell[:].tobytes() + atoms.numbers.tobytes()
+    seed = int.from_bytes(hashlib.sha256(place).digest()[:16], "little")
+    return np.random.default_rng(seed).standard_normal((len(atoms), 3))
 
 
 def check_geometry(atoms: Atoms, min_distance: float) -> None:
