@@ -189,7 +189,7 @@ class ClusterBasis:
         chosen = np.asarray(parameters, dtype=np.float64)[self.parameter_orders == order, None]
         result = np.zeros([len(supercell)] * order + [3] * order)
         for plan, tensor in zip(plans, part.tensors(chosen), strict=True):
-            _add_force_constants(result, plan, _full_tensor(plan.multiplicity, tensor), self.lattice)
+            _add_force_constants(result, plan, full_tensor(plan.multiplicity, tensor), self.lattice)
         return result
 
     def save(self, path: Path) -> None:
@@ -535,7 +535,7 @@ def _gradient(plan: _OrbitPlan, monomials: list[_Monomials], basis: np.ndarray, 
     return result / prod(factorial(m) for m in plan.multiplicity)
 
 
-def _full_tensor(multiplicity: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
+def full_tensor(multiplicity: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
     """All components [3, ..., 3] of isometric coordinates [D, 1], indices of body 0 first."""
     full = tensor.reshape(_dimensions(multiplicity))
     for axis, m in enumerate(multiplicity):
