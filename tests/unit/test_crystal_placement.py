@@ -52,7 +52,8 @@ def test_turned_and_shifted_boxes(name, box):
         rotation = Rotation.random(random_state=k).as_matrix() * (-1.0 if k == 2 else 1.0)
         moved = turned(atoms, rotation, np.array([0.7, -3.1, 12.3]))
         placement = Placement.fit(lattice, moved)
-        assert placement.fits(moved) and not placement.fits(atoms)
+        assert placement.fits(moved)
+        assert not placement.fits(atoms)
         found = placement.displacements(moved)
         np.testing.assert_allclose(placement.turn(found), expected @ rotation.T, atol=1e-10)
         # the sites are those of the crystal: the distances of ideal positions are, too

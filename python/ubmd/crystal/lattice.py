@@ -328,20 +328,17 @@ def _orientations(lattice: Lattice, cell: np.ndarray, tolerance: float) -> Itera
     if np.linalg.det(cell) == 0.0:
         return
     candidates = [_lattice_vectors(lattice.cell, norm, length) for norm in norms]
-    for first in candidates[0]:
-        a = first @ lattice.cell
-        seconds = [
-            b for b in candidates[1] if abs(b @ lattice.cell @ a - metric[0, 1]) < length * (norms[0] + norms[1])
-        ]
-        thirds = [c for c in candidates[2] if abs(c @ lattice.cell @ a - metric[0, 2]) < length * (norms[0] + norms[2])]
-        for second in seconds:
-            b = second @ lattice.cell
-            for third in thirds:
-                if abs(third @ lattice.cell @ b - metric[1, 2]) < length * (norms[1] + norms[2]):
-                    matrix = np.array([first, second, third])
-                    rotation = _nearest_rotation(matrix @ lattice.cell, cell)
-                    if np.abs(matrix @ lattice.cell @ rotation.T - cell).max() < length:
-                        yield rotation, matrix
+    vectors = [integers @ lattice.cell for integers in candidates]
+    for i, a in enumerate(vectors[0]):
+        seconds = np.nonzero(np.abs(vectors[1] @ a - metric[0, 1]) < length * (norms[0] + norms[1]))[0]
+        thirds = np.nonzero(np.abs(vectors[2] @ a - metric[0, 2]) < length * (norms[0] + norms[2]))[0]
+        for j in seconds:
+            products = vectors[2][thirds] @ vectors[1][j]
+            for k in thirds[np.abs(products - metric[1, 2]) < length * (norms[1] + norms[2])]:
+                matrix = np.array([candidates[0][i], candidates[1][j], candidates[2][k]])
+                rotation = _nearest_rotation(matrix @ lattice.cell, cell)
+                if np.abs(matrix @ lattice.cell @ rotation.T - cell).max() < length:
+                    yield rotation, matrix
 
 
 def _lattice_vectors(cell: np.ndarray, norm: float, tolerance: float) -> np.ndarray:
