@@ -141,8 +141,8 @@ class ReferenceSettings(Table):
     noise: float = Field(
         0.0,
         ge=0,
-        description="standard deviation of Gaussian noise that is added to the forces, eV/Å: to study how a method takes "
-        "it (the same structure always gets the same noise)",
+        description="standard deviation of Gaussian noise that is added to the forces, eV/Å, to study how a method "
+        "takes it (the same structure always gets the same noise)",
     )
 
 
