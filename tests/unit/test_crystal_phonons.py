@@ -8,9 +8,12 @@ from ase import Atoms
 from ase.build import bulk
 from ase.phonons import Phonons
 from crystal_labels import silicon, stillinger_weber
+from typer.testing import CliRunner
 
+from ubmd.cli.main import app
 from ubmd.crystal.basis import ClusterBasis
 from ubmd.crystal.phonons import HarmonicCrystal, conductivity, make_phono3py, supercell_repeats
+from ubmd.crystal.regression import Posterior
 from ubmd.errors import DataError, SettingsError
 
 pytest.importorskip("spglib")
@@ -147,3 +150,22 @@ def test_errors_say_what_to_do():
 def _atoms(supercell) -> Atoms:
     places = supercell.scaled_positions
     return Atoms(numbers=supercell.numbers, scaled_positions=places, cell=supercell.cell, pbc=True)
+
+
+def test_the_command_writes_pictures_and_numbers(tmp_path: Path):
+    basis, parameters = silicon()
+    basis.save(tmp_path / "basis.npz")
+    width = np.eye(len(parameters))
+    Posterior(basis.parameter_orders, parameters, width, dict.fromkeys((2, 3, 4), 1.0), {"forces": 1.0}, 0.0).save(
+        tmp_path / "posterior.npz"
+    )
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["phonons", str(tmp_path), "--out", str(out), "--path", "GXKGL"])
+    assert result.exit_code == 0, result.output
+    assert "C11 = 151." in result.output
+    numbers = np.load(out / "phonons.npz")
+    assert numbers["labels"].tolist() == ["G", "X", "K", "G", "L"]
+    np.testing.assert_allclose(numbers["frequencies"].max(), 17.83, atol=0.02)
+    assert (out / "phonons.png").read_bytes().startswith(b"\x89PNG")
+    missing = CliRunner().invoke(app, ["phonons", str(tmp_path / "out")])
+    assert missing.exit_code == 1
