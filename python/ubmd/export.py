@@ -188,7 +188,7 @@ def structure_means(phi: torch.Tensor, batch: Batch) -> torch.Tensor:
     return sums / batch.counts.unsqueeze(1)
 
 
-def write_model(deployed: Deployed, path: Path) -> None:
+def write_model(deployed: torch.nn.Module, path: Path) -> None:
     """Script the module and write it atomically (temporary file, fsync, rename)."""
     for parameter in deployed.parameters():
         parameter.requires_grad_(False)
