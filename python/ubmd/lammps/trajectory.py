@@ -210,6 +210,14 @@ def run_piece(task: PieceTask) -> PieceResult:
     return piece.result(ended, reason, seconds)
 
 
+def write_piece_without_steps(task: PieceTask, reason: str) -> PieceResult:
+    """The result of a piece whose process was lost: nothing has happened."""
+    piece = _Piece(task, read_state(task.start))
+    _write(task.result, piece.state().arrays() | vars(piece.data()))
+    progress_file(task.result).unlink(missing_ok=True)
+    return piece.result("failed", reason, 0.0)
+
+
 def progress_file(result: Path) -> Path:
     """File that holds the number of steps that a running piece has done."""
     return result.with_suffix(".progress")
