@@ -15,6 +15,8 @@ from concurrent.futures import Executor as StandardExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +222,7 @@ class Engine:
             atoms.positions += rng.normal(0.0, self.settings.start.displacement, atoms.positions.shape)
             atoms.info |= {"iteration": START, "replica": k, "step": 0, "rule": "start"}
             candidates.append(atoms)
-        once = Stages(self.folder.path, self.events, {"iteration": START})
+        once = Stages(self.folder.path, self.events, {"round": START})
         key = content_hash([dataset_hash(candidates), stages.reference_key(self.settings.reference)])
         self._label(START, key, candidates, self.folder.path / "start", once)
         least = 1 if self.settings.crystal is not None else 2
@@ -785,9 +787,10 @@ class Engine:
 
     def _report(self) -> None:
         """Pictures and tables of the run."""
-        from ubmd.analysis import make_report
-
-        make_report(self.folder.path)
+        if find_spec("ubmd.analysis.dynamic_report") is None:
+            return
+        module = import_module("ubmd.analysis.dynamic_report")
+        module.make_dynamic_report(self.folder.path)
 
 
 def _unasked(label: int, atoms: Atoms) -> dict[str, Any]:
