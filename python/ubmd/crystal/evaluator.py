@@ -10,7 +10,7 @@ import torch
 from ase import Atoms
 from ase.data import atomic_numbers
 
-from ubmd.crystal.lattice import Lattice, Placement
+from ubmd.crystal.lattice import Lattice, Placement, Placer
 from ubmd.errors import DataError
 from ubmd.models.evaluation import Prediction
 
@@ -46,6 +46,7 @@ class CrystalEvaluator:
         )
         self.sites = [np.array(sites, dtype=np.int64) for sites in record["sites"]]
         self.max_displacement: float = record["max_displacement"]
+        self._placer = Placer(self.lattice)
         self._box: Box | None = None
 
     def predict(self, atoms: Atoms) -> Prediction:
@@ -69,17 +70,12 @@ class CrystalEvaluator:
 
     def box(self, atoms: Atoms) -> tuple[Box, np.ndarray]:
         """The placed box, and displacements [n, 3] (Å) in the crystal's frame that the guard lets through."""
-        if self._box is None or not self._box.placement.fits(atoms):
-            self._box = self._placed(atoms)
-            return self._box, self._guarded(self._box.placement.displacements(atoms))
-        displacements = self._box.placement.displacements(atoms)
-        if not np.linalg.norm(displacements, axis=1).max() <= self.max_displacement:
-            self._box = self._placed(atoms)  # perhaps the same atoms in another order
-            displacements = self._box.placement.displacements(atoms)
+        placement, displacements = self._placer(atoms)
+        if self._box is None or self._box.placement is not placement:
+            self._box = self._box_of(placement)
         return self._box, self._guarded(displacements)
 
-    def _placed(self, atoms: Atoms) -> Box:
-        placement = Placement.fit(self.lattice, atoms)
+    def _box_of(self, placement: Placement) -> Box:
         box = placement.supercell
         rows = [self.sites[s] + [*offset, 0] for s, offset in zip(box.sublattice, box.offset, strict=True)]
         first = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)

@@ -309,6 +309,24 @@ class Placement:
         return vectors @ self.rotation.T
 
 
+class Placer:
+    """Placements of many boxes: the last one is kept while its atoms stay near their sites."""
+
+    def __init__(self, lattice: Lattice) -> None:
+        self.lattice = lattice
+        self._last: Placement | None = None
+
+    def __call__(self, atoms: Atoms) -> tuple[Placement, np.ndarray]:
+        """The placement of a box and the displacements [n, 3] (Å, crystal's frame); raises as `Placement.fit`."""
+        if self._last is not None and self._last.fits(atoms):
+            displacements = self._last.displacements(atoms)
+            # else perhaps the same atoms in another order
+            if np.linalg.norm(displacements, axis=1).max() < 0.5 * self.lattice.shortest_distance:
+                return self._last, displacements
+        self._last = Placement.fit(self.lattice, atoms)
+        return self._last, self._last.displacements(atoms)
+
+
 def _check_periodic_and_finite(atoms: Atoms) -> None:
     if not atoms.pbc.all():
         raise DataError("A crystal must be periodic in three directions: set pbc of the structure to True.")
