@@ -58,6 +58,9 @@ class Model {
 
   const Metadata &metadata() const { return metadata_; }
 
+  // Whether this is a force-constant model of a crystal: blocks then are of sites.
+  bool is_crystal() const { return metadata_.lattice.has_value(); }
+
   // Whether atomic uncertainties come from the forces of an ensemble's members.
   bool is_ensemble() const { return is_ensemble_; }
 
