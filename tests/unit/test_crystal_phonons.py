@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from ubmd.cli.main import app
 from ubmd.crystal.basis import ClusterBasis
+from ubmd.crystal.export import export_crystal
 from ubmd.crystal.phonons import HarmonicCrystal, conductivity, make_phono3py, supercell_repeats
+from ubmd.crystal.potential import load_potential
 from ubmd.crystal.regression import Posterior
-from ubmd.errors import DataError, SettingsError
+from ubmd.errors import DataError, ModelError, SettingsError
 
 pytest.importorskip("spglib")
 
@@ -155,10 +157,7 @@ def _atoms(supercell) -> Atoms:
 def test_the_command_writes_pictures_and_numbers(tmp_path: Path):
     basis, parameters = silicon()
     basis.save(tmp_path / "basis.npz")
-    width = np.eye(len(parameters))
-    Posterior(basis.parameter_orders, parameters, width, dict.fromkeys((2, 3, 4), 1.0), {"forces": 1.0}, 0.0).save(
-        tmp_path / "posterior.npz"
-    )
+    _posterior(basis, parameters).save(tmp_path / "posterior.npz")
     out = tmp_path / "out"
     result = CliRunner().invoke(app, ["phonons", str(tmp_path), "--out", str(out), "--path", "GXKGL"])
     assert result.exit_code == 0, result.output
@@ -169,3 +168,20 @@ def test_the_command_writes_pictures_and_numbers(tmp_path: Path):
     assert (out / "phonons.png").read_bytes().startswith(b"\x89PNG")
     missing = CliRunner().invoke(app, ["phonons", str(tmp_path / "out")])
     assert missing.exit_code == 1
+
+
+def test_a_model_file_is_enough(tmp_path: Path):
+    basis, parameters = silicon()
+    export_crystal(basis, _posterior(basis, parameters), tmp_path / "model.pt", operators=False)
+    for source in (tmp_path / "model.pt", tmp_path):
+        found = load_potential(source)
+        np.testing.assert_array_equal(found.parameters, parameters)
+        expected = HarmonicCrystal.from_basis(basis, parameters).frequencies(Q)
+        np.testing.assert_array_equal(HarmonicCrystal.from_basis(*found).frequencies(Q), expected)
+    with pytest.raises(ModelError, match=r"no basis\.npz"):
+        load_potential(tmp_path.parent)
+
+
+def _posterior(basis: ClusterBasis, parameters: np.ndarray) -> Posterior:
+    width = np.eye(len(parameters))
+    return Posterior(basis.parameter_orders, parameters, width, dict.fromkeys((2, 3, 4), 1.0), {"forces": 1.0}, 0.0)

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from io import BytesIO
 from itertools import combinations_with_replacement, permutations, product
 from math import factorial, prod
 from pathlib import Path
@@ -194,6 +195,12 @@ class ClusterBasis:
 
     def save(self, path: Path) -> None:
         """Write the basis to an npz file (temporary file, then rename)."""
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(self.to_bytes())
+        temporary.replace(path)
+
+    def to_bytes(self) -> bytes:
+        """Content of that file."""
         arrays = {name: getattr(self.lattice, name) for name in _LATTICE_FIELDS}
         for part in self.parts:
             arrays[f"parameters_{part.order}"] = part.parameters
@@ -202,14 +209,13 @@ class ClusterBasis:
                 arrays[f"orbit_{part.order}_{i}_raw"] = raw
         orbits = [[part.order, part.cutoff, len(part.orbits)] for part in self.parts]
         header = json.dumps({"format": FORMAT, "kind": "cluster basis", "orders": orbits})
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, header=np.array(header), **arrays)
-        temporary.replace(path)
+        file = BytesIO()
+        np.savez(file, header=np.array(header), **arrays)
+        return file.getvalue()
 
     @classmethod
-    def load(cls, path: Path) -> ClusterBasis:
-        """Read what `save` wrote.
+    def load(cls, path: Path | BytesIO) -> ClusterBasis:
+        """Read what `save` wrote, or the content of such a file.
 
         Raises:
             ModelError: the file is missing, damaged or of another format.

@@ -18,6 +18,7 @@ from ubmd.operators import available
 from ubmd.operators import load as load_operators
 from ubmd.uncertainty.conformal import ConformalScale
 
+BASIS = "basis.npz"  # extra file in the model file: phonon programs need the force constants themselves
 GUARD = 0.4  # default of max_displacement over the shortest distance between sites
 
 
@@ -74,7 +75,7 @@ def export_crystal(
     record = json.loads(model.metadata())
     record |= _metadata(basis, posterior, energy_scale, force_scale) | (provenance or {})
     model.description = json.dumps(record)
-    write_model(model, path)
+    write_model(model, path, {BASIS: basis.to_bytes()})
     return record
 
 
