@@ -187,7 +187,7 @@ def test_calibration_holds_on_the_validation_set(trained, data):
     assert record["forces"]["n_calibration"] == n
     assert record["energy"]["n_calibration"] == len(structures)
     assert record["energy"]["attainable"] == pytest.approx(6 / 7)
-    assert result["energy_share_below_u"] == 1.0
+    assert result["energy_share_below_u"] >= 5 / 6  # the largest ratio itself is on the edge
     by_structure = UncertaintySettings(alpha=0.1, atoms_by="structure")
     basis, posterior = ClusterBasis.load(output / "basis.npz"), Posterior.load(output / "posterior.npz")
     errors = errors_of(basis, posterior, frames(basis.lattice, structures), 0.0)

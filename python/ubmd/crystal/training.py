@@ -150,15 +150,13 @@ def errors_of(basis: ClusterBasis, posterior: Posterior, data: Iterable[Frame], 
             phi = basis.energy_features(frame.displacements, frame.supercell)
             error = float(posterior.energy(phi)) + energy * frame.cells - frame.energy
             energies.append((error, float(posterior.energy_deviation(phi)), len(frame.forces)))
-    error, deviation, atoms = np.array(energies).reshape(-1, 3).T
+    columns = np.array(energies).reshape(-1, 3).T
     return Errors(
         np.concatenate(forces),
         np.concatenate(deviations),
         float(np.sqrt(squares / (3 * sum(sizes)))),
         np.array(sizes),
-        error,
-        deviation,
-        atoms,
+        *columns,
     )
 
 
