@@ -163,6 +163,8 @@ def test_the_fit_is_that_of_the_basis_and_the_regression(trained, data):
     assert metadata["training_set_hash"] == dataset_hash(structures)
     assert metadata["n_training"] == 4
     assert metadata["settings"]["crystal"]["cutoffs"] == {"2": 4.0, "3": 4.0, "4": 2.5}
+    assert metadata["settings"]["uncertainty"] == {"alpha": 0.1, "atoms_by": "atom"}
+    assert "model" not in metadata["settings"]
     assert metadata["regression"]["noise"]["forces"] == pytest.approx(posterior.noise, rel=1e-5)
 
 

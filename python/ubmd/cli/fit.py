@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ubmd.errors import DataError
-from ubmd.settings import TrainSettings
+from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -54,7 +54,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
     provenance = {
         "training_set_hash": dataset_hash(training_set),
         "n_training": len(training_set),
-        "settings": settings.model_dump(mode="json"),
+        "settings": _effective(settings),
     }
     export_crystal(
         basis,
@@ -72,6 +72,12 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"picture: {_picture(fit, folder / 'uncertainty.png')}", soft_wrap=True, highlight=False)
     console.print(f"model: {folder / 'model.pt'}", soft_wrap=True, highlight=False)
+
+
+def _effective(settings: TrainSettings) -> dict[str, Any]:
+    """The settings without those of networks."""
+    unused = set(type(settings.uncertainty).model_fields) - CRYSTAL_UNCERTAINTY
+    return settings.model_dump(mode="json", exclude={"model": True, "training": True, "uncertainty": unused})
 
 
 def _ideal(path: Path) -> tuple[Atoms, float | None]:

@@ -189,7 +189,7 @@ class CrystalFit:
         shares = {}
         for order in self.basis.orders:
             theta = np.where(orders == order, self.posterior.mean, 0.0)
-            shares[order] = float(np.sqrt(max(theta @ sums.gram @ theta, 0.0) / sums.square))
+            shares[order] = float(np.sqrt(max(float(theta @ sums.gram @ theta), 0.0) / sums.square))
         return shares
 
     def summary(self) -> dict[str, Any]:
