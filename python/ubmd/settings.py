@@ -127,6 +127,11 @@ class ReferenceSettings(Table):
         default_factory=dict,
         description='environment variables while the reference runs, e.g. {OMP_NUM_THREADS = "4"} (else 1 per worker)',
     )
+    cache: str | None = Field(
+        None,
+        description="folder (relative to the settings file) that keeps every label and is asked before a new one is "
+        "made; runs may share it",
+    )
     timeout: float = Field(600.0, gt=0, description="longest time for one label, s")
     force_limit: float = Field(20.0, gt=0, description="labels with a larger |F| are rejected, eV/Å")
     energy_limit: float = Field(

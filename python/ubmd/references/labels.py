@@ -17,6 +17,7 @@ from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
 
 from ubmd.errors import LabelError, SettingsError
+from ubmd.references.cache import through_cache
 from ubmd.references.calculators import make_calculator, variables
 from ubmd.references.programs import DISK_FULL, scratch_folder
 from ubmd.settings import ReferenceSettings
@@ -46,7 +47,7 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
 
     Args:
         atoms: the structure; not changed.
-        settings: calculator, its arguments and the limits beyond which a label is rejected.
+        settings: calculator, its arguments, the cache and the limits beyond which a label is rejected.
         base: folder that file arguments are relative to.
 
     Returns:
@@ -59,7 +60,7 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
     """
     check_geometry(atoms, settings.min_distance)
     copy = atoms.copy()
-    results = _compute(copy, settings, base)
+    results = through_cache(copy, settings, base, lambda: _compute(copy, settings, base))
     _check_results(results, len(copy), settings.force_limit)
     if settings.noise > 0.0:
         results["forces"] = results["forces"] + settings.noise * _noise(copy)
