@@ -23,6 +23,7 @@ class BlockModel : public TorchModel {
   Forces evaluate(const Block &block) override;
   void add_features() override;
   Values atomic_uncertainties() override;
+  Values strain_derivative() override;
   Values member_gradients() override;
   std::vector<double> feature_sum() override;
   void set_weight(const std::vector<double> &weight) override;
@@ -48,7 +49,7 @@ class BlockModel : public TorchModel {
   }
 
   torch::jit::Method evaluate_, by_structure_, features_, feature_sum_, directions_, feature_gradient_;
-  std::optional<torch::jit::Method> member_gradients_, member_bias_, site_uncertainties_;
+  std::optional<torch::jit::Method> member_gradients_, member_bias_, site_uncertainties_, strain_derivative_;
   std::size_t block_size_;
   bool inference_;  // whether the methods need no autograd inside
   Request request_;
@@ -73,6 +74,7 @@ BlockModel::BlockModel(Loaded loaded, std::size_t block_size)
       member_gradients_(loaded_.module.find_method("member_gradients")),
       member_bias_(loaded_.module.find_method("member_bias")),
       site_uncertainties_(loaded_.module.find_method("site_uncertainties")),
+      strain_derivative_(loaded_.module.find_method("strain_derivative")),
       block_size_(block_size),
       // the operators have closed derivatives on the CPU; elsewhere, and without them, the descriptor uses autograd
       inference_(!metadata_.operators.empty() && loaded_.device.is_cpu()) {}
@@ -136,6 +138,7 @@ void BlockModel::warm_up(const Request &request) {
     }
   }
   if (request.atoms && !is_ensemble_) atomic_uncertainties();
+  if (request.strain && strain_derivative_) strain_derivative();
   if (request.bias == Bias::atomic && !is_ensemble_) atomic_bias(0);
   release();
 }
@@ -178,7 +181,7 @@ Forces BlockModel::evaluate(const Block &block) {
   return guarded("the evaluation", loaded_.file, inference_, [&] {
     last_ = {};
     auto inputs = arguments(block);
-    const bool keep = request_.structure || request_.atoms;
+    const bool keep = request_.structure || request_.atoms || request_.strain;
     inputs.emplace_back(keep);
     const auto result = call(evaluate_, std::move(inputs));
     const auto &elements = result.toTupleRef().elements();
@@ -217,6 +220,11 @@ Values BlockModel::atomic_uncertainties() {
     make_features();
     return uncertainties_of(last_.features);
   });
+}
+
+Values BlockModel::strain_derivative() {
+  return guarded("the virial", loaded_.file, inference_,
+                 [&] { return view(call(strain_derivative_.value(), {last_.layers}).toTensor(), loaded_.unit); });
 }
 
 Values BlockModel::member_gradients() {

@@ -605,6 +605,10 @@ void Crystal::turn_back(const double *vectors, std::size_t n, double *turned) co
   }
 }
 
+Matrix Crystal::turn_back(const Matrix &tensor) const {
+  return product(product(transpose(fit_.rotation), tensor), fit_.rotation);
+}
+
 double Crystal::bytes() const {
   return static_cast<double>(tags_.capacity() * (sizeof(std::int64_t) + sizeof(Site)) +
                              (homes_.capacity() + displacements_.capacity()) * sizeof(double) +

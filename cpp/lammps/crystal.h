@@ -117,6 +117,9 @@ class Crystal {
   // Turn vectors [n, 3] from the model's frame into the box's.
   void turn_back(const double *vectors, std::size_t n, double *turned) const;
 
+  // The same for a tensor: rows of positions, columns of gradients.
+  Matrix turn_back(const Matrix &tensor) const;
+
   double bytes() const;
 
  private:

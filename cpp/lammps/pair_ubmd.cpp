@@ -147,6 +147,7 @@ void PairUBMD::compute(int eflag, int vflag) {
   read_atoms();
   ubmd::Request request = state_ == Kept::requested ? request_ : ubmd::Request();
   request.n_atoms = n_atoms();
+  request.strain = crystal_ && vflag_global;
   if (uncertainty_flag_ == 1) request.atoms = true;  // of fix pair: once, because fix numdiff calls compute() again
   try {
     evaluate(request);
@@ -209,6 +210,7 @@ void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, s
   }
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
+    if (request.strain) tally_crystal(piece, piece.result.gradient);
     piece.result.gradient = in_box(std::move(piece.result.gradient));
     check_finite(piece);
     ubmd::add_gradient(piece.block, piece.result.gradient.data(), -1.0, atom->f[0], 3);
@@ -257,7 +259,7 @@ void PairUBMD::tally(const Piece &piece) {
   if (eflag_atom)
     for (std::size_t i = 0; i < piece.result.energies.size(); ++i)
       eatom[piece.block.centres[i]] += piece.result.energies[i];
-  if (vflag_global) {
+  if (vflag_global && !crystal_) {
     double d[9] = {};
     ubmd::add_strain_derivative(piece.block, piece.result.gradient.data(), d);
     const double lammps_order[6] = {d[0], d[4], d[8], d[1], d[2], d[5]};
@@ -385,6 +387,21 @@ void PairUBMD::read_sites() {
   }
   check_displacement(largest);
   displacement_ = largest.displacement;
+}
+
+// Global virial of a crystal, from the gradient in the model's frame. The energies of its centres change when the whole
+// crystal moves (only their sum doesn't), so the virial isn't the sum over a centre's pairs that it is for other
+// models: the model knows which place each of its terms belongs to.
+void PairUBMD::tally_crystal(const Piece &piece, const ubmd::Values &gradient) {
+  const auto ideal = model_->strain_derivative();
+  ubmd::Matrix strain;
+  for (int a = 0; a < 3; ++a)
+    for (int b = 0; b < 3; ++b) strain[a][b] = ideal[3 * a + b];
+  for (std::size_t k = 0; k < gradient.size(); ++k)
+    for (int a = 0; a < 3; ++a) strain[a][k % 3] += piece.block.displacements[k - k % 3 + a] * gradient[k];
+  strain = crystal_->turn_back(strain);
+  const int rows[6] = {0, 1, 2, 0, 0, 1}, columns[6] = {0, 1, 2, 1, 2, 2};
+  for (int k = 0; k < 6; ++k) virial[k] -= 0.5 * (strain[rows[k]][columns[k]] + strain[columns[k]][rows[k]]);
 }
 
 // All atoms on all ranks, so that each finds the same sites.

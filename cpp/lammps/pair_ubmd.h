@@ -103,6 +103,7 @@ class PairUBMD : public Pair {
   void check_finite(const Piece &) const;
   void tally(const Piece &);
   void tally_virial(const Piece &);
+  void tally_crystal(const Piece &, const ubmd::Values &);
 
   enum class Kept { nothing, requested, done };
 

@@ -51,8 +51,8 @@ Metadata read_metadata(const torch::jit::Module &module, const std::string &file
   auto metadata = parse_metadata(module.get_method("metadata")({}).toStringRef(), file);
   if (metadata.lattice) {
     check_methods(module,
-                  {"evaluate", "uncertainty", "site_uncertainties", "by_structure", "features", "feature_sum",
-                   "directions", "feature_gradient"},
+                  {"evaluate", "uncertainty", "site_uncertainties", "strain_derivative", "by_structure", "features",
+                   "feature_sum", "directions", "feature_gradient"},
                   file);
   } else {
     const char *atoms = module.find_method(ensemble_method) ? ensemble_method : atomic_method;

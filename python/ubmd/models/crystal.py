@@ -9,6 +9,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from ubmd.crystal.basis import ClusterBasis
+from ubmd.crystal.lattice import Lattice
 from ubmd.crystal.program import Program, derivatives, recursion
 from ubmd.crystal.regression import Posterior
 
@@ -47,6 +48,7 @@ class CrystalModel(nn.Module):
     member_clusters: Tensor
     raw: Tensor
     parameter_map: Tensor
+    centroids: Tensor
 
     def __init__(
         self,
@@ -67,6 +69,9 @@ class CrystalModel(nn.Module):
         self.n_features = basis.n_parameters
         program = Program.compile(basis)
         self._take(program)
+        places, centroids = _places(basis.lattice, program)
+        self.places: list[Tensor] = [_numbers(place) for place in places]
+        self.register_buffer("centroids", _numbers(centroids))
         self.register_buffer("theta", _numbers(posterior.mean))
         self.register_buffer("factor", _numbers(posterior.factor))
         self.register_buffer("coefficients", self.expand(_numbers(posterior.mean)))
@@ -166,6 +171,39 @@ class CrystalModel(nn.Module):
                     deviation = torch.matmul(rows, self.factor).square().sum(2).sqrt()
                     result[some] = self.force_scale * deviation.amax(1)
             return result
+
+    @torch.jit.export
+    def strain_derivative(self, tape: list[Tensor]) -> Tensor:
+        """d sum(E)/d strain [3, 3] (eV, rows: component of the position) when the ideal positions are strained.
+
+        In a strained crystal the displacements grow with the distance, so that the parts that cancel by the sum rules
+        in a periodic one have to be attached to places. Any lower cluster, left when one site k is taken from a cluster,
+        must have one place, the same whatever k is: its centroid. A cluster of order n with the centroid c over all its
+        sites then gives n/(n - 1) sum_k (x_k - c) ⊗ dE/du_k, x being ideal positions. The strain of the displacements
+        themselves adds sum u ⊗ dE/du.
+        """
+        with torch.no_grad():
+            gradient = self.contract(tape[0], tape[1], tape[2], self.levers(3))[1]
+            result = gradient.new_zeros([3, 3])
+            for s in range(len(self.n_sites)):
+                centres = torch.nonzero(tape[0] == s).squeeze(1)
+                result += self.places[s].t() @ gradient[self.edges(centres, tape[1], s)].sum(0)
+            for a in range(3):
+                result[a] -= self.contract(tape[0], tape[1], tape[2], self.levers(a))[1].sum(0)
+            return result
+
+    def levers(self, axis: int) -> Tensor:
+        """Coefficients [C] of each cluster times n/(n - 1), and times a component of its centroid for axis < 3."""
+        result: list[Tensor] = []
+        for block in self.blocks:
+            order = 0
+            for m in block[4:]:
+                order += m
+            table = self.table(block, self.coefficients).reshape([block[2], -1]) * (order / (order - 1))
+            if axis < 3:
+                table = table * self.centroids[block[1] : block[1] + block[2], axis].unsqueeze(1)
+            result.append(table.flatten())
+        return torch.cat(result)
 
     # Centres of one sublattice
 
@@ -401,6 +439,23 @@ class CrystalModel(nn.Module):
 
 def _numbers(array: Any) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float64))
+
+
+def _places(lattice: Lattice, program: Program) -> tuple[list[np.ndarray], np.ndarray]:
+    """Positions of the relative sites [K_s, 3] of each sublattice and centroids of the clusters [N, 3] from the centre, Å.
+
+    A site that is m times in a cluster counts m times.
+    """
+    places = [
+        (sites[:, :3] + lattice.scaled[sites[:, 3]] - lattice.scaled[s]) @ lattice.cell
+        for s, sites in enumerate(program.sites)
+    ]
+    centroids = np.zeros((len(program.bodies), 3))
+    for block in program.blocks:
+        rows = slice(block.first, block.first + block.count)
+        bodies = places[block.sublattice][program.bodies[rows, : len(block.degrees)]]
+        centroids[rows] = np.average(bodies, axis=1, weights=block.degrees)
+    return places, centroids
 
 
 def _metadata(
