@@ -96,7 +96,7 @@ class Evaluator:
     def uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
         """(u eV/atom, du/dr [n, 3] 1/atom·eV/Å, du/d(strain) [3, 3] eV/atom) of the structure uncertainty.
 
-        The derivatives by strain are NaN for force-constant potentials, which have none.
+        The derivatives by strain are NaN for force-constant potentials: they have none.
         """
         if self.crystal is not None:
             prediction, *derivatives = self.predict_with_gradient(atoms)
@@ -177,7 +177,9 @@ class Calculator(AseCalculator):
         if self.bias_force:
             energy -= self.bias_force * prediction.u
             forces = forces + self.bias_force * gradient
-            if stress is not None:
+            if self.evaluator.crystal is not None:
+                stress = None
+            elif stress is not None:
                 stress = stress - self.bias_force * strain[VOIGT] / self.atoms.get_volume()
         if stress is None and "stress" in properties:
             crystal = self.evaluator.crystal is not None

@@ -1,7 +1,7 @@
 """Model files of crystals: what the file says in Python against the basis's own numpy formulas and differences."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,9 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, make_supercell
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.geometry import find_mic
 from ase.md.verlet import VelocityVerlet
+from ase.stress import voigt_6_to_full_3x3_stress
 from ase.units import fs
 from scipy.spatial.transform import Rotation
 
@@ -48,27 +50,35 @@ class Case:
         return atoms
 
 
-def stable_posterior(basis: ClusterBasis, seed: int = 0) -> Posterior:
+AXIAL, ISOTROPIC = 4.0, 1.0  # springs between neighbours, eV/Å^2: E = sum AXIAL (along the bond)^2 + ISOTROPIC |d|^2
+
+
+def springs(box: Supercell, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Forces [n, 3] at displacements [n, 3], and the energy's derivative by the strain of all positions [3, 3]."""
+    n = len(box)
+    bonds = find_mic((box.ideal[None] - box.ideal[:, None]).reshape(-1, 3), box.cell)[0].reshape(n, n, 3)
+    pairs = np.argwhere(np.triu(np.linalg.norm(bonds, axis=-1) < 1.1 * BOND, 1))
+    assert len(pairs) == 2 * n
+    bonds, stretch = bonds[pairs[:, 0], pairs[:, 1]], u[pairs[:, 1]] - u[pairs[:, 0]]
+    along = np.einsum("ij,ij->i", stretch, bonds) / BOND
+    pull = 2 * AXIAL * along[:, None] * bonds / BOND + 2 * ISOTROPIC * stretch
+    forces = np.zeros((n, 3))
+    np.add.at(forces, pairs[:, 0], pull)
+    np.subtract.at(forces, pairs[:, 1], pull)
+    strain = pull.T @ (bonds + stretch)
+    return forces, 0.5 * (strain + strain.T)
+
+
+def stable_posterior(basis: ClusterBasis) -> Posterior:
     """Random parameters whose second order is that of springs between neighbours, so that dynamics are bound."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     p = basis.n_parameters
     box = basis.supercell(make_supercell(bulk("BAs", "zincblende", 4.777), 2 * np.eye(3)))
-    u = 0.1 * rng.standard_normal((6, len(box), 3))
-    ideal = box.ideal
-    energies = []
-    for frame in u:
-        d = ideal[None] - ideal[:, None]
-        d -= np.rint(d @ np.linalg.inv(box.cell)) @ box.cell
-        pairs = np.argwhere(
-            (np.linalg.norm(d, axis=-1) < 1.1 * BOND) & (np.arange(len(box))[:, None] < np.arange(len(box)))
-        )
-        stretch = frame[pairs[:, 1]] - frame[pairs[:, 0]]
-        along = np.einsum("ij,ij->i", stretch, d[pairs[:, 0], pairs[:, 1]] / BOND)
-        energies.append(4.0 * along @ along + 1.0 * np.sum(stretch**2))
-    phi = basis.energy_features(u, box)
     second = basis.parameter_orders == 2
+    u = 0.1 * rng.standard_normal((2, len(box), 3))
+    matrix = basis.force_matrix(u, box)[:, second]
     mean = 0.3 * rng.standard_normal(p)
-    mean[second] = np.linalg.lstsq(phi[:, second], np.array(energies), rcond=None)[0]
+    mean[second] = np.linalg.lstsq(matrix, np.ravel([springs(box, frame)[0] for frame in u]), rcond=None)[0]
     factor = 0.2 * rng.standard_normal((p, p)) / np.sqrt(p)
     alpha = dict.fromkeys(basis.orders, 1.0)
     return Posterior(basis.parameter_orders, mean, factor, alpha, {"forces": 1e4}, -12.5)
@@ -117,7 +127,6 @@ def test_the_file_is_basis_and_posterior(case):
         deviations = case.posterior.force_deviations(matrix).reshape(n, 3).max(1)
         np.testing.assert_allclose(prediction.atomic_u, FORCE.scale * deviations, rtol=1e-11)
         assert np.linalg.norm(prediction.feature) == pytest.approx(sigma / n, rel=1e-10)
-        assert prediction.stress is None
 
 
 def test_turned_boxes_give_turned_forces(case):
@@ -153,6 +162,26 @@ def test_forces_and_bias_forces_are_derivatives(case, is_turned):
         assert bias[atom, axis] == pytest.approx((high_u - low_u) / (2 * step), rel=1e-6, abs=1e-9)
     np.testing.assert_allclose(forces.sum(0), 0.0, atol=1e-11)
     np.testing.assert_allclose(bias.sum(0), 0.0, atol=1e-12)
+
+
+def stress(calculator: Calculator, atoms: Atoms) -> np.ndarray:
+    return voigt_6_to_full_3x3_stress(calculator.get_stress(atoms))
+
+
+def test_stress_of_springs(case, tmp_path):
+    """A harmonic crystal whose stress is known bond by bond, in its own frame and turned."""
+    mean = np.where(case.basis.parameter_orders == 2, case.posterior.mean, 0.0)
+    export_crystal(case.basis, replace(case.posterior, mean=mean), tmp_path / "springs.pt", operators=False)
+    calculator = Calculator(tmp_path / "springs.pt")
+    for seed in range(3):
+        atoms = case.displaced(seed)
+        forces, strain = springs(case.box, case.box.displacements(atoms))
+        np.testing.assert_allclose(calculator.get_forces(atoms), forces, atol=1e-10)
+        expected = strain / atoms.get_volume()
+        assert np.abs(expected).max() > 1e-3
+        np.testing.assert_allclose(stress(calculator, atoms), expected, atol=1e-11)
+        moved, rotation = turned(atoms, seed)
+        np.testing.assert_allclose(stress(calculator, moved), rotation @ expected @ rotation.T, atol=1e-11)
 
 
 def test_biased_calculator(case):
@@ -251,8 +280,8 @@ def test_mistakes(case, tmp_path):
         evaluator.predict_one(broken)
     with pytest.raises(ModelError, match="no gradient of atomic uncertainties"):
         evaluator.atomic_uncertainty_gradient(case.atoms)
-    with pytest.raises(PropertyNotImplementedError, match="no stress: it is a function of displacements"):
-        Calculator(case.path).get_stress(case.atoms)
+    with pytest.raises(PropertyNotImplementedError, match="bias of a force-constant potential has no stress"):
+        Calculator(case.path, bias_force=1.0).get_stress(case.atoms)
     other = ClusterBasis.build(bulk("BAs", "zincblende", 4.777), {2: 3.6})
     with pytest.raises(ModelError, match="are not those of the cluster basis"):
         export_crystal(other, case.posterior, tmp_path / "other.pt")

@@ -11,10 +11,15 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from ubmd.crystal.lattice import Lattice, Placement, Placer
+from ubmd.data.graph import VOIGT
 from ubmd.errors import DataError
 from ubmd.models.evaluation import Prediction
 
-NO_STRESS = "A force-constant potential has no stress: it is a function of displacements in a fixed cell."
+NO_STRESS = "The bias of a force-constant potential has no stress: use bias_force = 0, or forces alone."
+
+
+Evaluated = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]
+"""displacements on all relative sites [P, 3], energies [n], gradient [P, 3], tape"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +55,9 @@ class CrystalEvaluator:
         self._box: Box | None = None
 
     def predict(self, atoms: Atoms) -> Prediction:
-        """Energy, forces and uncertainties of one structure; no stress.
+        """Energy, forces, stress and uncertainties of one structure.
+
+        The stress is that beyond the ideal crystal's own, which structures in a fixed cell say nothing about.
 
         Raises:
             DataError: the box doesn't hold the crystal, or an atom is further from its site than the force constants
@@ -65,7 +72,7 @@ class CrystalEvaluator:
         mean.requires_grad_(True)
         (w,) = torch.autograd.grad(self.module.uncertainty(mean), mean)
         w = w / len(atoms)
-        gradient = self.module.feature_gradient(evaluated[2], [], self.module.directions(w, True), w)
+        gradient = self.module.feature_gradient(evaluated[-1], [], self.module.directions(w, True), w)
         return prediction, -self._forces(box, gradient)
 
     def box(self, atoms: Atoms) -> tuple[Box, np.ndarray]:
@@ -93,20 +100,20 @@ class CrystalEvaluator:
             )
         return displacements
 
-    def _evaluated(self, atoms: Atoms) -> tuple[Box, tuple[Any, Any, Any]]:
-        """The box, and what the module makes of it: energies [n], gradient [P, 3], tape."""
+    def _evaluated(self, atoms: Atoms) -> tuple[Box, Evaluated]:
+        """The box, and what the module makes of it."""
         box, displacements = self.box(atoms)
         vectors = torch.from_numpy(displacements)[box.atoms]
-        return box, self.module.evaluate(box.species, box.first, box.atoms, vectors, True)
+        return box, (vectors, *self.module.evaluate(box.species, box.first, box.atoms, vectors, True))
 
-    def _prediction(self, box: Box, evaluated: tuple[Any, Any, Any]) -> tuple[Prediction, torch.Tensor]:
+    def _prediction(self, box: Box, evaluated: Evaluated) -> tuple[Prediction, torch.Tensor]:
         """The prediction, and the mean of the features [p]."""
-        energy, gradient, tape = evaluated
+        vectors, energy, gradient, tape = evaluated
         mean = self.module.feature_sum(self.module.features(tape, True)[0]) / len(box.species)
         prediction = Prediction(
             energy=float(energy.sum()),
             forces=self._forces(box, gradient),
-            stress=None,
+            stress=self._stress(box, vectors, gradient, tape),
             u=float(self.module.uncertainty(mean)),
             atomic_u=self.module.site_uncertainties(tape).numpy(),
             feature=(mean @ self.module.factor).numpy(),
@@ -117,3 +124,10 @@ class CrystalEvaluator:
         """Minus the sum of the gradient [P, 3] on each atom, in the frame of the box."""
         total = torch.zeros(len(box.species), 3, dtype=torch.float64).index_add_(0, box.atoms, gradient)
         return box.placement.turn(-total.numpy())
+
+    def _stress(self, box: Box, vectors: torch.Tensor, gradient: torch.Tensor, tape: list[torch.Tensor]) -> np.ndarray:
+        """Derivative of the energy by strain over the volume, ASE order, eV/Å^3."""
+        strain = (self.module.strain_derivative(tape) + vectors.t() @ gradient).numpy()
+        rotation, cell = box.placement.rotation, box.placement.cell
+        turned = rotation @ strain @ rotation.T
+        return (0.5 * (turned + turned.T) / abs(np.linalg.det(cell)))[VOIGT]

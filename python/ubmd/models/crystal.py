@@ -70,7 +70,7 @@ class CrystalModel(nn.Module):
         program = Program.compile(basis)
         self._take(program)
         places, centroids = _places(basis.lattice, program)
-        self.places: list[Tensor] = [_numbers(place) for place in places]
+        self.places = [_numbers(place) for place in places]
         self.register_buffer("centroids", _numbers(centroids))
         self.register_buffer("theta", _numbers(posterior.mean))
         self.register_buffer("factor", _numbers(posterior.factor))

@@ -18,11 +18,11 @@ from ubmd.data.graph import Batch, Graph, scatter_forces
 class Prediction:
     """What a model says about one structure.
 
-    energy: eV; forces: [n, 3] eV/Å; stress: [6] eV/Å^3, ASE order (None without a cell, and for crystals); u:
-    calibrated structure uncertainty, eV/atom; atomic_u: [n] calibrated, eV/Å; feature: [p] structure feature, divided
-    by the model's feature scale so that lambda2 of its settings applies. Of crystals the feature is Wᵀφ (S = W Wᵀ is
-    the posterior covariance, φ the mean derivative of the energy by the parameters), whose length is the uncalibrated
-    u.
+    energy: eV; forces: [n, 3] eV/Å; stress: [6] eV/Å^3, ASE order (None without a cell; of crystals what exceeds the
+    stress of the ideal one); u: calibrated structure uncertainty, eV/atom; atomic_u: [n] calibrated, eV/Å; feature: [p]
+    structure feature, divided by the model's feature scale so that lambda2 of its settings applies. Of crystals it is
+    Wᵀφ (S = W Wᵀ is the posterior covariance, φ the mean derivative of the energy by the parameters), whose length is
+    the uncalibrated u.
     """
 
     energy: float
