@@ -128,6 +128,25 @@ def test_errors_on_a_test_set(trained, data):
     assert np.std(energies) / len(structures[0]) > 0.002
 
 
+def test_stress_is_that_of_the_reference(trained, data, reference):
+    """No stress was trained on: cubic terms give that of thermal displacements, harmonic ones that of optical modes."""
+    output, _ = trained
+    evaluator = Evaluator(output / "model.pt")
+    optical = silicon()
+    optical.positions[1] += [0.0, 0.05, 0.02]
+    structures = [*read_structures(data / "test.extxyz"), optical]
+    ideal, expected, found = silicon(), [], []
+    ideal.calc = reference
+    start = ideal.get_stress()
+    for atoms in structures:
+        moved = atoms.copy()
+        moved.calc = reference
+        expected.append(moved.get_stress() - start)
+        found.append(evaluator.predict_one(atoms).stress)
+    assert np.abs(np.array(expected)[:, :3]).min() > 1e-4
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+
+
 def test_what_is_printed(trained):
     output, text = trained
     summary = json.loads((output / "fit.json").read_text())
