@@ -143,7 +143,7 @@ def test_stress_is_that_of_the_reference(trained, data, reference):
         moved.calc = reference
         expected.append(moved.get_stress() - start)
         found.append(evaluator.predict_one(atoms).stress)
-    assert np.abs(np.array(expected)[:, :3]).min() > 1e-4
+    assert np.abs(np.array(expected)[:3, :3]).min() > 1e-3
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 
 
