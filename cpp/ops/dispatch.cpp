@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "clusters.h"
 #include "kernels.h"
 
 namespace ubmd::ops {
@@ -12,6 +13,7 @@ namespace ubmd::ops {
   namespace isa {                                \
   extern const Kernels<float> single_precision;  \
   extern const Kernels<double> double_precision; \
+  extern const ClusterKernels cluster_table;     \
   }
 
 UBMD_DECLARE(base)
@@ -27,6 +29,7 @@ struct Choice {
   bool runs;
   const Kernels<float> *single_precision;
   const Kernels<double> *double_precision;
+  const ClusterKernels *clusters;
 };
 
 const Choice &best() {
@@ -35,13 +38,13 @@ const Choice &best() {
       {"v4",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma"),
-       &v4::single_precision, &v4::double_precision},
+       &v4::single_precision, &v4::double_precision, &v4::cluster_table},
       {"v3",
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
            __builtin_cpu_supports("bmi2"),
-       &v3::single_precision, &v3::double_precision},
+       &v3::single_precision, &v3::double_precision, &v3::cluster_table},
 #endif
-      {"base", true, &base::single_precision, &base::double_precision}};
+      {"base", true, &base::single_precision, &base::double_precision, &base::cluster_table}};
   const char *variable = std::getenv("UBMD_ISA");
   const std::string asked = variable ? variable : "";
   for (const Choice &choice : choices)
@@ -67,6 +70,9 @@ const Kernels<float> &kernels<float>() {
 template <>
 const Kernels<double> &kernels<double>() {
   return *chosen().double_precision;
+}
+const ClusterKernels &cluster_kernels() {
+  return *chosen().clusters;
 }
 
 }  // namespace ubmd::ops

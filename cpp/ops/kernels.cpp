@@ -1,11 +1,14 @@
 // The kernels for one instruction set: compiled once per set with UBMD_ISA = v4, v3 or base as the namespace.
 #include "kernels.h"
 
+#include "clusters.h"
+
 namespace ubmd::ops::UBMD_ISA {
 
 #include "lanes.h"
 
 #include "activation.h"
+#include "cluster_kernels.h"
 #include "invariants.h"
 #include "moments.h"
 

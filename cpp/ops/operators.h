@@ -37,4 +37,23 @@ at::Tensor invariants_second(const at::Tensor &moments, std::int64_t n_radial, c
 std::vector<at::Tensor> activation(const at::Tensor &z, std::int64_t order);
 at::Tensor product(const at::Tensor &left, const at::Tensor &right, const std::optional<at::Tensor> &add);
 
+// Crystals: species [n] are sublattices, displacement [P, 3] those of each centre's relative sites; clusters.cpp lists
+// the tables. Energies [n] and the gradient of their sum [P, 3] for coefficients [C]; the derivatives of the energies'
+// sum by all coefficients [C]; coefficients of parameters [p], and the transposed map; the largest standard deviation
+// [n] of each centre's force components for parameters with the covariance W W^T.
+std::tuple<at::Tensor, at::Tensor> crystal_energies(const at::Tensor &species, const at::Tensor &first,
+                                                    const at::Tensor &displacement, const at::Tensor &coefficients,
+                                                    const std::vector<at::Tensor> &tables);
+at::Tensor crystal_moments(const at::Tensor &species, const at::Tensor &first, const at::Tensor &displacement,
+                           const std::vector<at::Tensor> &tables);
+at::Tensor crystal_expand(const at::Tensor &parameters, const std::vector<at::Tensor> &tables);
+at::Tensor crystal_reduce(const at::Tensor &moments, const std::vector<at::Tensor> &tables);
+at::Tensor crystal_deviations(const at::Tensor &species, const at::Tensor &first, const at::Tensor &displacement,
+                              const at::Tensor &factor, bool triangular, const std::vector<at::Tensor> &tables);
+// sqrt(|z|^2 + tiny^2) and z = W^T phi; and its gradient by phi.
+std::tuple<at::Tensor, at::Tensor> crystal_deviation(const at::Tensor &phi, const at::Tensor &factor, bool triangular,
+                                                     double tiny);
+at::Tensor crystal_deviation_gradient(const at::Tensor &factor, bool triangular, const at::Tensor &deviation,
+                                      const at::Tensor &z);
+
 }  // namespace ubmd::ops

@@ -22,9 +22,11 @@ class Undifferentiable : public Function<Undifferentiable> {
     return value.alias();
   }
   static variable_list backward(AutogradContext *, const variable_list &) {
-    TORCH_CHECK(false,
-                "ubmd::gaussian_moments can't be differentiated once more: only second derivatives with at most "
-                "one with respect to radial are implemented; use the plain torch descriptor for others");
+    TORCH_CHECK(
+        false,
+        "this result of ubmd's operators can't be differentiated once more: of ubmd::gaussian_moments only second "
+        "derivatives with at most one with respect to radial are implemented, of ubmd::crystal_deviation only "
+        "first ones; use a model without operators for others");
   }
 };
 
@@ -128,6 +130,36 @@ Tensor gaussian_moments_plain(const Tensor &species, const Tensor &first, const 
   return invariants(moments(Pairs(species, first, neighbours, vectors, radial, cutoff, r_min)), radial.size(2));
 }
 
+class Deviation : public Function<Deviation> {
+ public:
+  static Tensor forward(AutogradContext *context, const Tensor &phi, const Tensor &factor, bool triangular,
+                        double tiny) {
+    const auto [deviation, z] = crystal_deviation(phi, factor, triangular, tiny);
+    context->save_for_backward({phi, factor, deviation, z});
+    context->saved_data["triangular"] = triangular;
+    return deviation;
+  }
+
+  static variable_list backward(AutogradContext *context, const variable_list &outputs) {
+    const variable_list saved = context->get_saved_variables();
+    Tensor gradient;
+    {
+      at::NoGradGuard no_grad;
+      const bool triangular = context->saved_data["triangular"].toBool();
+      gradient = crystal_deviation_gradient(saved[1], triangular, saved[2], saved[3]).mul_(outputs[0]);
+    }
+    return {end_of_derivatives(gradient, {saved[0], saved[0], saved[0], outputs[0]}), Variable(), Variable(),
+            Variable()};
+  }
+};
+
+Tensor deviation(const Tensor &phi, const Tensor &factor, bool triangular, double tiny) {
+  return Deviation::apply(phi, factor, triangular, tiny);
+}
+Tensor deviation_plain(const Tensor &phi, const Tensor &factor, bool triangular, double tiny) {
+  return std::get<0>(crystal_deviation(phi, factor, triangular, tiny));
+}
+
 #define UBMD_PAIRS                                                                                                   \
   const Tensor &species, const Tensor &first, const Tensor &neighbours, const Tensor &vectors, const Tensor &radial, \
       double cutoff, double r_min
@@ -152,6 +184,24 @@ std::string on_pairs(const std::string &name, const std::string &more, const std
          "float r_min" + more + ") -> " + result;
 }
 
+#define UBMD_SITES const Tensor &species, const Tensor &first, const Tensor &displacement
+
+std::tuple<Tensor, Tensor> call_crystal_energies(UBMD_SITES, const Tensor &coefficients, at::TensorList tables) {
+  return crystal_energies(species, first, displacement, coefficients, tables.vec());
+}
+Tensor call_crystal_moments(UBMD_SITES, at::TensorList tables) {
+  return crystal_moments(species, first, displacement, tables.vec());
+}
+Tensor call_crystal_deviations(UBMD_SITES, const Tensor &factor, bool triangular, at::TensorList tables) {
+  return crystal_deviations(species, first, displacement, factor, triangular, tables.vec());
+}
+Tensor call_crystal_expand(const Tensor &parameters, at::TensorList tables) {
+  return crystal_expand(parameters, tables.vec());
+}
+Tensor call_crystal_reduce(const Tensor &moments, at::TensorList tables) {
+  return crystal_reduce(moments, tables.vec());
+}
+
 }  // namespace
 
 TORCH_LIBRARY(ubmd, library) {
@@ -172,6 +222,13 @@ TORCH_LIBRARY(ubmd, library) {
       "Tensor");
   library.def("activation(Tensor z, int order) -> Tensor[]");
   library.def("product(Tensor left, Tensor right, Tensor? add=None) -> Tensor");
+  const std::string sites = "(Tensor species, Tensor first, Tensor displacement, ";
+  library.def(("crystal_energies" + sites + "Tensor coefficients, Tensor[] tables) -> (Tensor, Tensor)").c_str());
+  library.def(("crystal_moments" + sites + "Tensor[] tables) -> Tensor").c_str());
+  library.def(("crystal_deviations" + sites + "Tensor factor, bool triangular, Tensor[] tables) -> Tensor").c_str());
+  library.def("crystal_expand(Tensor parameters, Tensor[] tables) -> Tensor");
+  library.def("crystal_reduce(Tensor moments, Tensor[] tables) -> Tensor");
+  library.def("crystal_deviation(Tensor phi, Tensor factor, bool triangular, float tiny) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ubmd, CPU, library) {
@@ -186,10 +243,17 @@ TORCH_LIBRARY_IMPL(ubmd, CPU, library) {
   library.impl("invariants_second", invariants_second);
   library.impl("activation", activation);
   library.impl("product", product);
+  library.impl("crystal_energies", call_crystal_energies);
+  library.impl("crystal_moments", call_crystal_moments);
+  library.impl("crystal_deviations", call_crystal_deviations);
+  library.impl("crystal_expand", call_crystal_expand);
+  library.impl("crystal_reduce", call_crystal_reduce);
+  library.impl("crystal_deviation", deviation_plain);
 }
 
 TORCH_LIBRARY_IMPL(ubmd, Autograd, library) {
   library.impl("gaussian_moments", gaussian_moments);
+  library.impl("crystal_deviation", deviation);
 }
 
 }  // namespace ubmd::ops

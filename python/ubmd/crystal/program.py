@@ -47,6 +47,14 @@ class Block:
         return [self.sublattice, self.first, self.count, self.offset, *self.degrees]
 
 
+def block_table(blocks: list[Block]) -> np.ndarray:
+    """Blocks as one array [B, 10], no degree being 0."""
+    result = np.zeros((len(blocks), 4 + MAX_BODIES), dtype=np.int64)
+    for i, block in enumerate(blocks):
+        result[i, : len(block.row())] = block.row()
+    return result
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """Tables of a basis.
@@ -80,6 +88,19 @@ class Program:
     raw: np.ndarray
     parameters: np.ndarray
     turns: list[np.ndarray]
+
+    def sparse_turns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The matrices' non-zero elements, row by row: first row of each degree [8], first element of each row, columns
+        and values of the elements."""
+        starts, firsts, columns, values = [0, 0], [np.zeros(1, dtype=np.int64)], [], []
+        for turn in self.turns:
+            rows = turn.reshape(-1, turn.shape[-1])
+            starts.append(starts[-1] + len(rows))
+            firsts.append(firsts[-1][-1] + np.cumsum(np.count_nonzero(rows, axis=1)))
+            columns.append(np.nonzero(rows)[1])
+            values.append(rows[rows != 0.0])
+        starts += [starts[-1]] * (MAX_BODIES + 2 - len(starts))
+        return np.array(starts), np.concatenate(firsts), np.concatenate(columns), np.concatenate(values)
 
     @classmethod
     def compile(cls, basis: ClusterBasis) -> Program:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ubmd.crystal.basis import ClusterBasis
 from ubmd.crystal.lattice import Lattice
-from ubmd.crystal.program import Program, derivatives, recursion
+from ubmd.crystal.program import Program, block_table, derivatives, recursion
 from ubmd.crystal.regression import Posterior
 
 TINY = 1e-8  # eV/atom: u of the ideal lattice, where the root has no derivative
@@ -49,6 +49,15 @@ class CrystalModel(nn.Module):
     raw: Tensor
     parameter_map: Tensor
     centroids: Tensor
+    site_counts: Tensor
+    orbit_table: Tensor
+    order_table: Tensor
+    block_table: Tensor
+    member_table: Tensor
+    turn_start: Tensor
+    turn_first: Tensor
+    turn_column: Tensor
+    turn_value: Tensor
 
     def __init__(
         self,
@@ -73,6 +82,7 @@ class CrystalModel(nn.Module):
         self.places = [_numbers(place) for place in places]
         self.register_buffer("centroids", _numbers(centroids))
         self.register_buffer("theta", _numbers(posterior.mean))
+        self.triangular = not np.tril(posterior.factor, -1).any()
         self.register_buffer("factor", _numbers(posterior.factor))
         self.register_buffer("coefficients", self.expand(_numbers(posterior.mean)))
         self.description = json.dumps(_metadata(basis, program, max_displacement, operators, energy))
@@ -89,6 +99,13 @@ class CrystalModel(nn.Module):
             self.register_buffer(name, torch.from_numpy(getattr(program, name)))
         self.register_buffer("raw", _numbers(program.raw))
         self.register_buffer("parameter_map", _numbers(program.parameters))
+        for name, blocks in (("block_table", program.blocks), ("member_table", program.members)):
+            self.register_buffer(name, torch.from_numpy(block_table(blocks)))
+        self.register_buffer("site_counts", torch.tensor(self.n_sites))
+        self.register_buffer("orbit_table", torch.from_numpy(program.orbits))
+        self.register_buffer("order_table", torch.from_numpy(program.orders))
+        for name, array in zip(("start", "first", "column", "value"), program.sparse_turns(), strict=True):
+            self.register_buffer(f"turn_{name}", torch.from_numpy(array))
         self.turns: list[Tensor] = [_numbers(turn) for turn in program.turns]
         recursions = [recursion(m) for m in range(1, self.max_degree + 1)]
         self.parents: list[Tensor] = [torch.from_numpy(parent) for parent, _ in recursions]
@@ -96,6 +113,27 @@ class CrystalModel(nn.Module):
         slopes = [derivatives(m) for m in range(1, self.max_degree + 1)]
         self.lower: list[Tensor] = [torch.from_numpy(position.ravel()) for position, _ in slopes]
         self.exponents: list[Tensor] = [_numbers(factor.astype(np.float64)) for _, factor in slopes]
+
+    def tables(self) -> list[Tensor]:
+        """What the operators take (cpp/ops/clusters.cpp lists them)."""
+        return [
+            self.site_counts,
+            self.block_table,
+            self.bodies,
+            self.operations,
+            self.components,
+            self.orbit_table,
+            self.order_table,
+            self.raw,
+            self.parameter_map,
+            self.turn_start,
+            self.turn_first,
+            self.turn_column,
+            self.turn_value,
+            self.member_table,
+            self.member_bodies,
+            self.member_clusters,
+        ]
 
     @torch.jit.export
     def metadata(self) -> str:
@@ -153,6 +191,11 @@ class CrystalModel(nn.Module):
     @torch.jit.export
     def uncertainty(self, phi_mean: Tensor) -> Tensor:
         """Standard deviation u of the energy per atom (0-dim, eV/atom), calibrated, from phi_mean [p]."""
+        if self.operators:
+            sigma = torch.ops.ubmd.crystal_deviation(
+                phi_mean.to(torch.float64), self.factor, self.triangular, self.tiny
+            )
+            return self.energy_scale * sigma
         z = torch.mv(self.factor.t(), phi_mean.to(torch.float64))
         return self.energy_scale * torch.sqrt(torch.dot(z, z) + self.tiny * self.tiny)
 
@@ -161,6 +204,10 @@ class CrystalModel(nn.Module):
         """Largest standard deviation u_i [n] of each centre's force components, eV/Å, calibrated."""
         with torch.no_grad():
             species, first, displacement = tape[0], tape[1], tape[2]
+            if self.operators:
+                return self.force_scale * torch.ops.ubmd.crystal_deviations(
+                    species, first, displacement, self.factor, self.triangular, self.tables()
+                )
             result = displacement.new_zeros([species.size(0)])
             for s in range(len(self.n_sites)):
                 centres = torch.nonzero(species == s).squeeze(1)
@@ -270,6 +317,8 @@ class CrystalModel(nn.Module):
         self, species: Tensor, first: Tensor, displacement: Tensor, coefficients: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Energies [n] and the gradient of their sum [P, 3]."""
+        if self.operators:
+            return torch.ops.ubmd.crystal_energies(species, first, displacement, coefficients, self.tables())
         energy = displacement.new_zeros([species.size(0)])
         gradient = torch.zeros_like(displacement)
         for s in range(len(self.n_sites)):
@@ -307,6 +356,8 @@ class CrystalModel(nn.Module):
 
     def moments(self, species: Tensor, first: Tensor, displacement: Tensor) -> Tensor:
         """Derivatives of sum(E) by all coefficients [C]."""
+        if self.operators:
+            return torch.ops.ubmd.crystal_moments(species, first, displacement, self.tables())
         result = displacement.new_zeros([self.components.size(0)])
         for s in range(len(self.n_sites)):
             centres = torch.nonzero(species == s).squeeze(1)
@@ -372,6 +423,8 @@ class CrystalModel(nn.Module):
 
     def expand(self, w: Tensor) -> Tensor:
         """Coefficients [C] of all clusters from parameters w [p]."""
+        if self.operators:
+            return torch.ops.ubmd.crystal_expand(w, self.tables())
         pieces: list[Tensor] = []
         start, place, at, orbit = 0, 0, 0, 0
         for order in self.orders:
@@ -405,6 +458,8 @@ class CrystalModel(nn.Module):
 
     def reduce(self, moments: Tensor) -> Tensor:
         """Derivatives by the parameters [p] from those by the coefficients [C]: the transpose of `expand`."""
+        if self.operators:
+            return torch.ops.ubmd.crystal_reduce(moments, self.tables())
         size = 0
         for orbit in self.orbits:
             size += orbit[0]
