@@ -223,11 +223,11 @@ class CrystalModel(nn.Module):
     def strain_derivative(self, tape: list[Tensor]) -> Tensor:
         """d sum(E)/d strain [3, 3] (eV, rows: component of the position) when the ideal positions are strained.
 
-        In a strained crystal the displacements grow with the distance, so that the parts that cancel by the sum rules
-        in a periodic one have to be attached to places. Any lower cluster, left when one site k is taken from a cluster,
-        must have one place, the same whatever k is: its centroid. A cluster of order n with the centroid c over all its
-        sites then gives n/(n - 1) sum_k (x_k - c) ⊗ dE/du_k, x being ideal positions. The strain of the displacements
-        themselves adds sum u ⊗ dE/du.
+        In a strained crystal displacements grow with the distance, so the parts of forces that cancel in a periodic
+        one (sum rules) must be attached to places. What is left of a cluster without one of its sites, k, gets one
+        place whatever k is: its centroid. So a cluster of order n with centroid c (of all its sites) gives
+        n/(n - 1) sum_k (x_k - c) ⊗ dE/du_k with the ideal positions x. That the displacements are strained, too, adds
+        sum u ⊗ dE/du, which isn't in the result.
         """
         with torch.no_grad():
             gradient = self.contract(tape[0], tape[1], tape[2], self.levers(3))[1]
@@ -497,7 +497,7 @@ def _numbers(array: Any) -> Tensor:
 
 
 def _places(lattice: Lattice, program: Program) -> tuple[list[np.ndarray], np.ndarray]:
-    """Positions of the relative sites [K_s, 3] of each sublattice and centroids of the clusters [N, 3] from the centre, Å.
+    """Relative sites [K_s, 3] of each sublattice and centroids of all clusters [N, 3], positions from the centre, Å.
 
     A site that is m times in a cluster counts m times.
     """
