@@ -66,6 +66,7 @@ _HARMLESS = (
     "training.checkpoint_every",
     "start.file",
     "reference.timeout",
+    "reference.cache",
     "reference.environment",
     "md.timeout",
     "test",

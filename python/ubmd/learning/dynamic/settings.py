@@ -198,6 +198,7 @@ class DynamicRunSettings(Table):
         "crystal.structure",
         "start.file",
         "reference.timeout",
+        "reference.cache",
         "reference.environment",
         "test",
     )
