@@ -27,16 +27,22 @@ def register(app: typer.Typer) -> None:
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("settings.toml"),
     short: Annotated[bool, typer.Option("--short", help="Only the keys that most people set.")] = False,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="For dynamic training of a crystal's potential.")] = False,
 ) -> None:
     """Write a settings file in which every key is explained."""
-    from ubmd.cli.template import run_template, short_template
+    from ubmd.cli.template import dynamic_template, run_template, short_template
+
+    if short and dynamic:
+        raise SettingsError("--short is for active-learning loops; leave it out with --dynamic.")
 
     if path.exists():
         raise SettingsError(f"{path} is already there; name another file.")
     if not path.parent.is_dir():
         raise SettingsError(f"There is no folder {path.parent}; make it, or name another file.")
-    path.write_text((short_template if short else run_template)(path.name), encoding="utf-8")
-    print(f"Wrote {path}. Set run_dir, start.file and the reference, then: ubmd check {path}")
+    template = dynamic_template if dynamic else short_template if short else run_template
+    path.write_text(template(path.name), encoding="utf-8")
+    what = "crystal" if dynamic else "start.file"
+    print(f"Wrote {path}. Set run_dir, {what} and the reference, then: ubmd check {path}")
 
 
 def check(settings: SettingsFile, override: Override = None) -> None:

@@ -368,13 +368,15 @@ def export(
 
 
 def schema(
-    kind: Annotated[str, typer.Argument(help="run or train: the settings of that command.")] = "run",
+    kind: Annotated[str, typer.Argument(help="run, dynamic (`ubmd run` with a [dynamic] table) or train.")] = "run",
 ) -> None:
     """Print the JSON schema of a settings file: every key, its unit, default and range."""
-    kinds: dict[str, type[BaseModel]] = {"run": RunSettings, "train": TrainSettings}
+    from ubmd.learning.dynamic.settings import DynamicRunSettings
+
+    kinds: dict[str, type[BaseModel]] = {"run": RunSettings, "dynamic": DynamicRunSettings, "train": TrainSettings}
     with user_errors():
         if kind not in kinds:
-            raise SettingsError(f"There is no schema of '{kind}'; choose run or train.")
+            raise SettingsError(f"There is no schema of '{kind}'; choose run, dynamic or train.")
         # By the names that the template has; a key may have a second one.
         described = kinds[kind].model_json_schema(by_alias=False)
         print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **described}, indent=2))

@@ -30,7 +30,7 @@ from ubmd.lammps.replica import error_message, place_atoms, start_lammps, symbol
 
 Array = NDArray[np.float64]
 FIX = "monitor"
-GUARD = "above the guard"  # words of the plugin's error
+GUARD = "away from its site"  # words of the plugin's error
 _LOOK = 50  # checks between looks at the temperature and notes of the progress
 _SPEED = 1000.0 * units.fs  # Å/ps in ASE's unit of speed
 
