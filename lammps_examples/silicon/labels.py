@@ -1,5 +1,5 @@
 """The label sets of an example: which they are, whether they are whole, and how to make them anew.
-python labels.py ../bas/dynamic.toml [--check] [--make] [--help]
+python labels.py ../bas/dynamic.toml [--check] [--make] [--teacher FILE] [--help]
 
 Reads the reference, the box and the potential from the settings of a dynamic run; the sets lie in 'labels' beside it,
 each a compressed extxyz file with energy (eV), forces (eV/Å) and stress (eV/Å^3), with their provenance in
@@ -15,6 +15,11 @@ the frames (ab initio dynamics would take days).
 Without options: a table of what there is. --check compares the files with their recorded hashes and, if the reference's
 program is installed, labels the last structure of the smallest set once more. --make makes what is missing; it may be
 killed and started again, since every label is kept in the reference's cache (reference.cache of the settings).
+--teacher FILE fits a potential to all sets and writes its model file: a reference for machines without the program with
+
+  [reference]
+  calculator = "ubmd.calculator:Calculator"
+  arguments = {path = "teacher.pt"}
 """
 
 from __future__ import annotations
@@ -40,8 +45,9 @@ from ase.md.langevin import Langevin
 
 from ubmd import __version__
 from ubmd.crystal.basis import ClusterBasis
+from ubmd.crystal.export import export_crystal
 from ubmd.crystal.lattice import Supercell
-from ubmd.crystal.regression import NormalEquations, fit
+from ubmd.crystal.regression import NormalEquations, Posterior, fit
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import UbmdError
 from ubmd.learning.dynamic.engine import ideal_box
@@ -141,6 +147,32 @@ def store(work: Work, name: str, structures: list[Atoms]) -> None:
     temporary.replace(work.provenance)
 
 
+def fitted(work: Work, structures: list[Atoms]) -> tuple[ClusterBasis, Supercell, Posterior]:
+    """The potential of the settings, or with other cutoffs, fitted to labels."""
+    assert work.settings.crystal is not None
+    cutoffs = work.settings.crystal.cutoffs | work.arguments.cutoffs
+    basis = ClusterBasis.build(work.box(), {order: cutoff for order, cutoff in cutoffs.items() if cutoff > 0.0})
+    supercell = Supercell(basis.lattice, work.box())
+    equations = NormalEquations(basis.parameter_orders)
+    for atoms in structures:
+        equations.add(basis.force_matrix(atoms, supercell), atoms.get_forces())
+    posterior = fit(equations)
+    print(f"potential of {len(structures)} labels: {basis.n_parameters} parameters, noise {posterior.noise:.4f} eV/Å")
+    return basis, supercell, posterior
+
+
+def teach(work: Work) -> None:
+    """Model file of the potential that is fitted to all sets."""
+    paths = sorted(work.folder.glob("*.extxyz.xz"))
+    if not paths:
+        sys.exit(f"There are no labels in {work.folder}: make them with --make.")
+    structures = [atoms for path in paths for atoms in read_structures(path, labelled=True)]
+    basis, _, posterior = fitted(work, structures)
+    provenance = {"training_set_hash": dataset_hash(structures), "n_training": len(structures)}
+    export_crystal(basis, posterior, work.arguments.teacher, provenance=provenance)
+    print(f"wrote {work.arguments.teacher}")
+
+
 class Potential(Calculator):
     """Forces of a force-constant potential fitted to labels; it refuses to go far from the lattice."""
 
@@ -148,18 +180,9 @@ class Potential(Calculator):
 
     def __init__(self, work: Work, structures: list[Atoms]) -> None:
         super().__init__()
-        assert work.settings.crystal is not None
-        cutoffs = work.settings.crystal.cutoffs | work.arguments.cutoffs
-        cutoffs = {order: cutoff for order, cutoff in cutoffs.items() if cutoff > 0.0}
-        self.basis = ClusterBasis.build(work.box(), cutoffs)
-        self.supercell = Supercell(self.basis.lattice, work.box())
-        self.guard = 0.4 * min(work.box().get_distances(0, range(1, len(work.box())), mic=True))
-        equations = NormalEquations(self.basis.parameter_orders)
-        for atoms in structures:
-            equations.add(self.basis.force_matrix(atoms, self.supercell), atoms.get_forces())
-        posterior = fit(equations)
+        self.basis, self.supercell, posterior = fitted(work, structures)
         self.parameters = posterior.mean
-        print(f"potential of the dynamics: {self.basis.n_parameters} parameters, noise {posterior.noise:.4f} eV/Å")
+        self.guard = 0.4 * min(work.box().get_distances(0, range(1, len(work.box())), mic=True))
 
     def calculate(self, atoms: Any = None, properties: Any = ("forces",), system_changes: Any = all_changes) -> None:
         super().calculate(atoms, properties, system_changes)
@@ -247,9 +270,7 @@ def main() -> None:
     parser.add_argument("settings", type=Path, help="of a dynamic run, e.g. ../bas/dynamic.toml")
     parser.add_argument("--check", action="store_true", help="compare the files with their hashes, repeat one label")
     parser.add_argument("--make", action="store_true", help="make the sets; minutes to hours")
-    parser.add_argument(
-        "--amplitudes", type=float, nargs="+", default=[0.01, 0.03, 0.06], help="of rattled sets, Å"
-    )
+    parser.add_argument("--amplitudes", type=float, nargs="+", default=[0.01, 0.03, 0.06], help="of rattled sets, Å")
     parser.add_argument("--rattled", type=int, default=15, help="structures of each amplitude")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[300.0, 600.0, 900.0], help="of test sets, K")
     parser.add_argument("--test", type=int, default=4, help="structures per temperature")
@@ -257,11 +278,14 @@ def main() -> None:
     parser.add_argument(
         "--cutoffs", type=cutoff, nargs="+", default=[], help="other cutoffs for the dynamics, e.g. 4=3.5 5=0 (none)"
     )
+    parser.add_argument("--teacher", type=Path, help="fit a potential to all sets, write it to this model file")
     arguments = parser.parse_args()
     arguments.cutoffs = dict(arguments.cutoffs)
     work = Work(arguments, load_settings(arguments.settings, DynamicRunSettings), arguments.settings.resolve().parent)
     if arguments.make:
         make(work)
+    if arguments.teacher:
+        teach(work)
     if arguments.check:
         sys.exit(min(check(work), 1))
     table(work)
