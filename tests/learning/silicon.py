@@ -32,6 +32,7 @@ def settings_table(run_dir: Path) -> dict[str, Any]:
             "segment": 30,
             "labels": 7,
             "frames": 4,
+            "trigger": {"maximum": 0.02, "factor": 1.3, "wait": 3, "floor": 0.0},
             "convergence": {"stop": False},
         },
         "test": {"sampling": {"temperature": 600.0, "frames": 3, "stride": 5, "equilibration": 5, "trajectories": 1}},

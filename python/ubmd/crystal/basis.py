@@ -18,6 +18,7 @@ from itertools import combinations_with_replacement, permutations, product
 from math import factorial, prod
 from pathlib import Path
 from weakref import WeakKeyDictionary
+from zipfile import BadZipFile
 
 import numpy as np
 from ase import Atoms
@@ -228,7 +229,7 @@ class ClusterBasis:
                 raise ModelError(f"{path} has format {header['format']}, not {FORMAT}: build the cluster basis again.")
             lattice = Lattice(*(arrays[name] for name in _LATTICE_FIELDS))
             parts = [_load_order(arrays, order, cutoff, count) for order, cutoff, count in header["orders"]]
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise ModelError(f"{path} is no cluster basis ({error}): build and save it again.") from error
         return cls(lattice, parts)
 

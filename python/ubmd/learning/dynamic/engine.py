@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor as StandardExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -839,8 +839,8 @@ def _shown(entry: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def check(settings: DynamicRunSettings, base: Path) -> list[str]:
-    """Do the settings fit the structures? Sentences on what would be run.
+def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
+    """Do the settings fit the structures? Sentences on what would be run, as they are found out.
 
     Raises:
         SettingsError, DataError: the first mistake.
@@ -852,13 +852,15 @@ def check(settings: DynamicRunSettings, base: Path) -> list[str]:
                 raise SettingsError(f"bias.species names {element}, but the box has none of it; remove it.")
     dynamic = settings.dynamic
     temperatures = ", ".join(f"{t:g}" for t in dynamic.temperatures)
-    lines = [
+    yield (
         f"Box: {box.symbols.formula.format('hill')}, {len(box)} atoms, "
-        f"{'periodic' if box.pbc.all() else 'not periodic'}.",
+        f"{'periodic' if box.pbc.all() else 'not periodic'}."
+    )
+    yield (
         f"{dynamic.trajectories} trajectories of {dynamic.steps:,} steps "
         f"({dynamic.steps * dynamic.timestep / 1000.0:g} ps) at {temperatures} K, "
-        f"{'biased' if settings.bias else 'unbiased'}; at most {dynamic.labels} structures for the reference.",
-    ]
+        f"{'biased' if settings.bias else 'unbiased'}; at most {dynamic.labels} structures for the reference."
+    )
     if settings.crystal is not None:
         from ubmd.crystal.basis import ClusterBasis
 
@@ -867,5 +869,4 @@ def check(settings: DynamicRunSettings, base: Path) -> list[str]:
         basis.supercell(box)
         orders = basis.parameter_orders
         counts = " + ".join(f"{int((orders == order).sum())}" for order in basis.orders)
-        lines.append(f"Force constants of orders {', '.join(map(str, basis.orders))}: {counts} = {len(orders)}.")
-    return lines
+        yield f"Force constants of orders {', '.join(map(str, basis.orders))}: {counts} = {len(orders)}."

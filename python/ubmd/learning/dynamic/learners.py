@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ubmd.crystal.convergence import Signal
 from ubmd.data.structures import dataset_hash
-from ubmd.errors import DataError
+from ubmd.errors import DataError, ModelError
 from ubmd.learning.dynamic.settings import ConvergenceSettings, DynamicRunSettings
 from ubmd.learning.run_folder import copy_file
 
@@ -118,9 +118,11 @@ class ForceConstants(Learner):
 
         assert settings.crystal is not None
         self.settings = settings.crystal
-        if not basis_file.exists():
+        try:
+            self.basis = ClusterBasis.load(basis_file)
+        except ModelError:  # not there yet, or damaged
             ClusterBasis.build(crystal, self.settings.cutoffs).save(basis_file)
-        self.basis = ClusterBasis.load(basis_file)
+            self.basis = ClusterBasis.load(basis_file)
         self.box = self.basis.supercell(box)
         self._equations = NormalEquations(self.basis.parameter_orders)
         self._learnt: list[str] = []  # hashes of the labels in the sums
