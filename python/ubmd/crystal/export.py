@@ -62,6 +62,8 @@ def export_crystal(
         )
     if operators:
         load_operators()
+        if not crystal_operators():
+            raise ModelError("The compiled operators lack those of crystals: reinstall ubmd, or export without them.")
     guard = GUARD * basis.lattice.shortest_distance if max_displacement is None else max_displacement
     model = CrystalModel(
         basis,
@@ -81,7 +83,7 @@ def export_crystal(
 
 def crystal_operators() -> bool:
     """Whether the compiled operators of crystals can be used here."""
-    return available() and hasattr(torch.ops.ubmd, "clusters")
+    return available() and hasattr(torch.ops.ubmd, "crystal_energies")
 
 
 def _scale(scale: float | ConformalScale) -> float:
