@@ -98,8 +98,8 @@ def make(work: Work) -> None:
             structures.append(labelled(work, atoms, f"{name} {number + 1}/{arguments.rattled}"))
     for name, structures in rattled.items():
         store(work, name, structures)
-    wanted = {"md": (max(arguments.temperatures), arguments.md, 1)}
-    wanted |= {f"test_{t:g}K": (t, arguments.test, 2) for t in arguments.temperatures}
+    wanted = {f"test_{t:g}K": (t, arguments.test, 2) for t in arguments.temperatures}
+    wanted["md"] = max(arguments.temperatures), arguments.md, 1
     sampler: Potential | None = None
     for name, (temperature, count, seed) in wanted.items():
         frames = work.base / str(work.settings.reference.cache or "label_cache") / f"frames_{name}_{count}.extxyz"
