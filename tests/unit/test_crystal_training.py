@@ -1,6 +1,7 @@
 """`ubmd train` with [crystal] on Stillinger-Weber silicon, labelled by LAMMPS."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,11 @@ from ubmd.cli.train import register
 from ubmd.crystal.basis import ClusterBasis
 from ubmd.crystal.lattice import Lattice
 from ubmd.crystal.regression import NormalEquations, Posterior, fit
-from ubmd.crystal.training import cached_basis, calibrated_forces, errors_of, frames
+from ubmd.crystal.training import cached_basis, calibrated_forces, errors_of, fit_crystal, frames
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import DataError
 from ubmd.references.lammps import LAMMPS
-from ubmd.settings import UncertaintySettings
+from ubmd.settings import CrystalSettings, UncertaintySettings
 
 pytest.importorskip("spglib")
 
@@ -147,6 +148,36 @@ def test_stress_is_that_of_the_reference(trained, data, reference):
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("count", [3, 6])
+def test_a_teacher_is_learnt_and_errors_are_as_large_as_expected(trained, count):
+    """Labels by a potential of the same form, with noise: the model is well specified, so its z-score is 1."""
+    output, _ = trained
+    basis, teacher = ClusterBasis.load(output / "basis.npz"), Posterior.load(output / "posterior.npz").mean
+    rng = np.random.default_rng(count)
+    box = basis.supercell(make_supercell(silicon(), BOX))
+    noise = 0.005
+
+    def labelled_by_teacher() -> Atoms:
+        u = 0.08 * rng.standard_normal((len(box), 3))
+        forces = basis.forces(teacher, u, box) + noise * rng.standard_normal((len(box), 3))
+        atoms = Atoms(basis.lattice.numbers[box.sublattice], box.ideal + u, cell=box.cell, pbc=True)
+        atoms.calc = SinglePointCalculator(atoms, forces=forces)
+        return atoms
+
+    training, validation = ([labelled_by_teacher() for _ in range(n)] for n in (count, 8))
+    crystal = CrystalSettings(structure=Path("unused"), cutoffs=CUTOFFS)
+    result = fit_crystal(basis, training, validation, crystal, UncertaintySettings(alpha=0.1))
+    assert result.posterior.noise == pytest.approx(noise, rel=0.1)
+    assert result.validation.z_score(result.posterior.noise) == pytest.approx(1.0, abs=0.1)
+    assert result.validation.force_rmse < 2.0 * noise
+    # without the noise the epistemic deviation alone has to account for the errors
+    exact = [
+        replace(frame, forces=basis.forces(teacher, frame.displacements, frame.supercell))
+        for frame in frames(basis.lattice, validation)
+    ]
+    assert errors_of(basis, result.posterior, exact, 0.0).z_score(0.0) == pytest.approx(1.0, abs=0.35)
+
+
 def test_what_is_printed(trained):
     output, text = trained
     summary = json.loads((output / "fit.json").read_text())
@@ -266,6 +297,14 @@ def test_info_and_eval(trained, data):
     assert json.loads(text)["stress_rmse_MPa"] is None
     code, text, _ = ubmd("eval", output / "model.pt", data / "test.extxyz")
     assert "forces 90 %" in text
+    assert "lack that of the ideal crystal" not in text
+    structures = read_structures(data / "test.extxyz")
+    for atoms in structures:
+        atoms.calc.results["stress"] = np.zeros(6)
+    write_structures(data / "stresses.extxyz", structures)
+    code, text, _ = ubmd("eval", output / "model.pt", data / "stresses.extxyz")
+    assert code == 0
+    assert "lack that of the ideal crystal" in text
 
 
 def test_the_basis_is_kept(data, tmp_path, monkeypatch):

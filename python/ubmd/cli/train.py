@@ -66,7 +66,10 @@ def train(
         bool, typer.Option("--fresh/--resume", help="Start again, or go on from the last checkpoint (default).")
     ] = False,
 ) -> None:
-    """Train a model on labelled structures and export it as model.pt."""
+    """Train a model on labelled structures and export it as model.pt.
+
+    A network, or, if the settings have a table [crystal], a force-constant potential of a crystal.
+    """
     with user_errors():
         settings = load_settings(settings_file, TrainSettings, overrides or [])
         if settings.crystal is not None:
@@ -242,9 +245,10 @@ def _mapping(pairs: Sequence[str] | None) -> dict[str, str]:
 
 def _accuracy_table(result: dict[str, Any], metadata: dict[str, Any]) -> Table:
     made_for = ", ".join(_promise(name, metadata["uncertainty"]) for name in ("energy", "forces"))
-    table = Table(
-        title=f"{result['structures']} structures, {result['atoms']} atoms", caption=f"u made for: {made_for}"
-    )
+    caption = f"u made for: {made_for}"
+    if "lattice" in metadata and result["stress_rmse_MPa"] is not None:
+        caption += "\nstresses of the model lack that of the ideal crystal"
+    table = Table(title=f"{result['structures']} structures, {result['atoms']} atoms", caption=caption)
     for column in ("quantity", "RMSE", "MAE", "unit", "errors below u"):
         table.add_column(column)
     for name, unit, text, share in (
