@@ -148,6 +148,21 @@ def test_stress_is_that_of_the_reference(trained, data, reference):
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("matrix", [BOX, [[2, 1, 0], [0, 3, 1], [1, 0, 3]], np.diag([2, 1, 1]) @ BOX])
+def test_lammps_says_the_same(trained, matrix):
+    """The plugin finds the sites of boxes by its own code; LAMMPS turns the skewed one, and all are shifted."""
+    path = trained[0] / "model.pt"
+    plugin = LAMMPS(["pair_style ubmd precision double", f"pair_coeff * * {path} Si"], ["Si"])
+    atoms = make_supercell(silicon(), matrix)
+    atoms.positions += 0.06 * np.random.default_rng(0).standard_normal((len(atoms), 3)) + [1.0, 2.0, 3.0]
+    here = Evaluator(path).predict_one(atoms)
+    atoms.calc = plugin
+    assert here.energy == pytest.approx(atoms.get_potential_energy(), rel=1e-12)
+    np.testing.assert_allclose(here.forces, atoms.get_forces(), atol=1e-11)
+    np.testing.assert_allclose(here.stress, atoms.get_stress(), atol=1e-14)
+    plugin.close()
+
+
 @pytest.mark.parametrize("count", [3, 6])
 def test_a_teacher_is_learnt_and_errors_are_as_large_as_expected(trained, count):
     """Labels by a potential of the same form, with noise: the model is well specified, so its z-score is 1."""
