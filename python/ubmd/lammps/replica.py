@@ -190,17 +190,17 @@ class _Engine:
     """A LAMMPS instance with one replica's system and fixes."""
 
     def __init__(self, task: ReplicaTask, atoms: Atoms) -> None:
-        self._lammps = _start_lammps(task.frames.with_suffix(".log"))
+        self._lammps = start_lammps(task.frames.with_suffix(".log"))
         self.rank = int(self._lammps.extract_setting("world_rank"))
         try:
             for command in _system_commands(atoms, task):
                 self._lammps.command(command)
-            _place_atoms(self._lammps, atoms)
+            place_atoms(self._lammps, atoms)
             for command in _dynamics_commands(task, symbols_of(atoms)):
                 self._lammps.command(command)
         except Exception as error:
             self.close()
-            raise SimulationError(f"LAMMPS could not be set up: {_message(error)}") from error
+            raise SimulationError(f"LAMMPS could not be set up: {error_message(error)}") from error
 
     def run(self, steps: int, first: bool) -> None:
         """Run a piece; later pieces continue without a new setup, so that pieces leave no trace in the trajectory."""
@@ -248,7 +248,7 @@ def _advance(
         try:
             engine.run(steps, first)
         except Exception as error:  # the only type that the LAMMPS module raises
-            return "failed", f"LAMMPS stopped with an error: {_message(error)}"
+            return "failed", f"LAMMPS stopped with an error: {error_message(error)}"
         reason = _nonsense(engine, task, start)
         if reason:
             return "failed", reason
@@ -378,7 +378,7 @@ def symbols_of(atoms: Atoms) -> list[str]:
     return sorted(set(atoms.get_chemical_symbols()), key=atomic_numbers.__getitem__)
 
 
-def _start_lammps(log: Path) -> Any:
+def start_lammps(log: Path) -> Any:
     """A LAMMPS instance that knows the ubmd styles."""
     # A process that has imported torch before the plugin loads its libraries rounds some last digits differently from
     # one that has not (seen: u by 1e-15): always importing it makes a replica the same in every worker.
@@ -388,15 +388,24 @@ def _start_lammps(log: Path) -> Any:
     try:
         return lammps(cmdargs=["-screen", "none", "-log", str(log), "-nocite"])
     except Exception as error:
-        raise SimulationError(f"LAMMPS could not be started: {_message(error)}; run 'ubmd doctor'.") from error
+        raise SimulationError(f"LAMMPS could not be started: {error_message(error)}; run 'ubmd doctor'.") from error
 
 
 def _system_commands(atoms: Atoms, task: ReplicaTask) -> list[str]:
     """Box, types and masses; the pair style."""
-    if atoms.pbc.any() and not atoms.pbc.all():
-        raise SimulationError("The start structure is periodic in some directions only; make it all or none.")
     if task.ensemble == "npt" and not atoms.pbc.all():
         raise SimulationError("md.ensemble = 'npt' needs a periodic start structure; use 'nvt' for a molecule.")
+    return system_commands(atoms, task.model, task.precision)
+
+
+def system_commands(atoms: Atoms, model: Path, precision: str) -> list[str]:
+    """Commands for the box of a structure, types and masses, and a model's pair style.
+
+    Raises:
+        SimulationError: the structure is periodic in some directions only.
+    """
+    if atoms.pbc.any() and not atoms.pbc.all():
+        raise SimulationError("The start structure is periodic in some directions only; make it all or none.")
     symbols = symbols_of(atoms)
     masses = [f"mass {k} {atomic_masses[atomic_numbers[s]]:.17g}" for k, s in enumerate(symbols, start=1)]
     return [
@@ -408,8 +417,8 @@ def _system_commands(atoms: Atoms, task: ReplicaTask) -> list[str]:
         _region(atoms),
         f"create_box {len(symbols)} cell",
         *masses,
-        f"pair_style ubmd precision {task.precision}",
-        f'pair_coeff * * "{task.model}" {" ".join(symbols)}',
+        f"pair_style ubmd precision {precision}",
+        f'pair_coeff * * "{model}" {" ".join(symbols)}',
         "neighbor 1.0 bin",
         "neigh_modify every 1 delay 0 check yes",
     ]
@@ -425,7 +434,7 @@ def _region(atoms: Atoms) -> str:
     return "region cell block " + " ".join(f"{a:.17g} {b:.17g}" for a, b in zip(low, high, strict=True)) + " units box"
 
 
-def _place_atoms(engine: Any, atoms: Atoms) -> None:
+def place_atoms(engine: Any, atoms: Atoms) -> None:
     """Create the atoms with tags 1..n in the structure's order; positions of cells are turned with the cell."""
     positions = atoms.positions
     if atoms.pbc.all():
@@ -494,7 +503,7 @@ def _report_progress(task: ReplicaTask, step: int) -> None:
     temporary.replace(progress_file(task))
 
 
-def _message(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """The sentence of a LAMMPS error, without its place in the source."""
     if isinstance(error, UbmdError):
         return str(error)

@@ -172,7 +172,10 @@ def label_key(candidate: Atoms, settings: ReferenceSettings) -> str:
 
 def reference_key(settings: ReferenceSettings) -> str:
     """Hash of the reference without what belongs to a machine rather than to the label."""
-    return content_hash(settings.model_dump(mode="json", exclude={"timeout", "environment"}))
+    values = settings.model_dump(mode="json", exclude={"timeout", "environment", "cache"})
+    if not settings.noise:  # a key that older runs did not have
+        del values["noise"]
+    return content_hash(values)
 
 
 def mend_batch(folder: Path, known: Sequence[Atoms], settings: ReferenceSettings) -> None:
