@@ -116,6 +116,36 @@ def test_pieces_of_a_run_leave_no_trace(model: Path, tmp_path: Path, monkeypatch
     assert task.frames.read_bytes() == whole
 
 
+@pytest.mark.parametrize("start", [cluster(), skewed_cell()], ids=["molecule", "skewed cell"])
+def test_traces_record_what_frames_say_and_change_nothing(model: Path, tmp_path: Path, start: Atoms) -> None:
+    task = make_task(tmp_path, model, start)
+    run_replica(task)
+    plain = task.frames.read_bytes()
+    assert not replica.trace_file(task).exists()
+    task = task.model_copy(update={"trace_every": 4})
+    run_replica(task)
+    assert task.frames.read_bytes() == plain
+    trace, frames = np.load(replica.trace_file(task)), read_structures(task.frames)
+    assert trace["step"].tolist() == list(range(4, 41, 4))
+    assert float(trace["timestep"]) == task.timestep
+    np.testing.assert_array_equal(trace["numbers"], start.numbers)
+    for step in (20, 40):
+        record, frame = trace["step"].tolist().index(step), frames[step // 10]
+        assert trace["max_u"][record] == frame.info["max_uncertainty"]
+        np.testing.assert_allclose(trace["cell"][record], frame.cell[:] if start.pbc.all() else 0.0, atol=1e-9)
+        apart = trace["positions"][record] - frame.positions
+        if start.pbc.all():  # up to cell vectors
+            apart = apart - np.round(apart @ np.linalg.inv(frame.cell[:])) @ frame.cell[:]
+        assert np.abs(apart).max() < 1e-5
+
+
+def test_a_failed_replica_has_no_trace(model: Path, tmp_path: Path) -> None:
+    change = {"timestep": 60.0, "steps": 3000, "force": 0.0, "threshold": 1e30, "trace_every": 2}
+    task = make_task(tmp_path, model, **change)
+    assert run_replica(task).stopped == "failed"
+    assert not replica.trace_file(task).exists()
+
+
 def test_seeds_decide_the_trajectory(model: Path, tmp_path: Path) -> None:
     ends = []
     for seeds in ((11, 12), (11, 12), (11, 13), (10, 12)):

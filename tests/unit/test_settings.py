@@ -230,3 +230,10 @@ def schema_keys(schema: dict) -> set[str]:
 def tables_of(annotation: object) -> list[type]:
     parts = (annotation, *getattr(annotation, "__args__", ()))
     return [part for part in parts if isinstance(part, type) and issubclass(part, Table)]
+
+
+def test_traces_meet_evaluations(run_file):
+    assert load_settings(run_file, RunSettings).md.trace_every is None
+    assert load_settings(run_file, RunSettings, ["md.trace_every=20", "bias.every=4"]).md.trace_every == 20
+    with pytest.raises(SettingsError, match=r"md.trace_every = 10 must be a multiple of bias.every = 4"):
+        load_settings(run_file, RunSettings, ["md.trace_every=10", "bias.every=4"])

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,8 @@ class ReplicaTask(BaseModel):
     """share of the covalent radii; closer atoms end the replica"""
     ranks: int = 1
     """MPI processes that share the replica's atoms"""
+    trace_every: int | None = None
+    """steps between records of the trace, a multiple of ``every``; None: no trace"""
 
 
 class ReplicaResult(BaseModel):
@@ -138,10 +141,13 @@ def _run_here(task: ReplicaTask) -> tuple[int, _Ended]:
     """(MPI rank of this process, how the replica ended); all ranks of a replica call this."""
     atoms = read_structures(task.start)[0]
     engine = _Engine(task, atoms)
+    trace = _Trace(task, atoms)
     try:
         begin = time.monotonic()
-        stopped, reason = _advance(engine, task, atoms)
+        stopped, reason = _advance(engine, task, atoms, trace)
         seconds = time.monotonic() - begin
+        if engine.rank == 0:
+            trace.write()
         return engine.rank, (stopped, reason, engine.step(), engine.bias_share(), seconds)
     finally:
         engine.close()
@@ -186,6 +192,50 @@ def progress_file(task: ReplicaTask) -> Path:
     return task.frames.with_suffix(".progress")
 
 
+def trace_file(task: ReplicaTask) -> Path:
+    """File of the trace of a replica that did not fail: frames_003.extxyz has trace_003.npz."""
+    return task.frames.with_name(task.frames.stem.replace("frames", "trace") + ".npz")
+
+
+class _Trace:
+    """Positions, cell and largest uncertainty at a short stride, for autocorrelations; empty without ``trace_every``.
+
+    The file holds ``numbers`` [n], ``timestep`` (fs), and per record ``step`` [T], ``positions`` [T, n, 3] (Å, float32,
+    may jump by cell vectors), ``cell`` [T, 3, 3] (Å; zeros for molecules) and ``max_u`` [T] (eV/Å).
+    """
+
+    def __init__(self, task: ReplicaTask, atoms: Atoms) -> None:
+        self._task = task
+        self._atoms = atoms
+        self._records: list[tuple[int, np.ndarray, np.ndarray, float]] = []
+
+    def add(self, engine: _Engine) -> None:
+        """Record the current step, if it is due; all ranks call this."""
+        every, step = self._task.trace_every, engine.step()
+        if every and step % every == 0:
+            cell = engine.cell() if self._atoms.pbc.all() else np.zeros((3, 3))
+            self._records.append((step, engine.positions().astype(np.float32), cell, engine.max_u()))
+
+    def write(self) -> None:
+        """Replace the file of an earlier attempt."""
+        path = trace_file(self._task)
+        path.unlink(missing_ok=True)
+        if not self._records:
+            return
+        steps, positions, cells, max_u = zip(*self._records, strict=True)
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez_compressed(
+            temporary,
+            numbers=self._atoms.numbers,
+            timestep=self._task.timestep,
+            step=np.array(steps),
+            positions=np.array(positions),
+            cell=np.array(cells),
+            max_u=np.array(max_u),
+        )
+        temporary.replace(path)
+
+
 class _Engine:
     """A LAMMPS instance with one replica's system and fixes."""
 
@@ -218,6 +268,10 @@ class _Engine:
         """|F_bias| / |F| at the last step."""
         return float(self._vector(5))
 
+    def max_u(self) -> float:
+        """max_i u_i of the last evaluation, eV/Å."""
+        return self._vector(1)
+
     def temperature(self) -> float:
         """Kinetic temperature, K."""
         return float(self._lammps.extract_compute("thermo_temp", 0, 0))
@@ -241,10 +295,10 @@ class _Engine:
 
 
 def _advance(
-    engine: _Engine, task: ReplicaTask, start: Atoms
+    engine: _Engine, task: ReplicaTask, start: Atoms, trace: _Trace
 ) -> tuple[Literal["threshold", "step limit", "failed"], str]:
     """Run piece by piece; (how it ended, reason if it failed)."""
-    for first, steps in _pieces(task.steps):
+    for first, steps in _pieces(task):
         try:
             engine.run(steps, first)
         except Exception as error:  # the only type that the LAMMPS module raises
@@ -252,6 +306,7 @@ def _advance(
         reason = _nonsense(engine, task, start)
         if reason:
             return "failed", reason
+        trace.add(engine)
         if engine.rank == 0:
             _report_progress(task, engine.step())
         if engine.stopped():
@@ -259,10 +314,13 @@ def _advance(
     return "step limit", ""
 
 
-def _pieces(steps: int) -> Iterator[tuple[bool, int]]:
-    """(is it the first, number of steps) of every piece."""
-    for begin in range(0, steps, _PIECE):
-        yield begin == 0, min(_PIECE, steps - begin)
+def _pieces(task: ReplicaTask) -> Iterator[tuple[bool, int]]:
+    """(is it the first, number of steps) of every piece; pieces end at the steps of the trace, too."""
+    ends = {*range(_PIECE, task.steps, _PIECE), task.steps}
+    if task.trace_every:
+        ends |= set(range(task.trace_every, task.steps, task.trace_every))
+    for begin, end in pairwise([0, *sorted(ends)]):
+        yield begin == 0, end - begin
 
 
 def _nonsense(engine: _Engine, task: ReplicaTask, start: Atoms) -> str:
@@ -311,6 +369,8 @@ def _finish(
         insane = f"Atoms overlap or are lost, or the cell is out of bounds, after the frame of step {last}."
         stopped, reason, steps = "failed", reason or insane, min(steps, last + task.frames_every)
     write_structures(task.frames, frames)
+    if stopped == "failed":  # where it stops to make sense is known for frames only
+        trace_file(task).unlink(missing_ok=True)
     _unfinished(task).unlink(missing_ok=True)
     progress_file(task).unlink(missing_ok=True)
     return ReplicaResult(

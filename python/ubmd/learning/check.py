@@ -168,7 +168,8 @@ def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -
         f"MD at most {duration(dynamics)}, training {duration(training)}; together at most {duration(total)}."
     )
     frames = rounds * settings.md.replicas * (settings.md.steps // settings.md.frames_every + 1)
-    size = frames * n_atoms * _BYTES_PER_ATOM + (rounds + 1) * _fixed_size(folder)
+    records = settings.md.replicas * rounds * settings.md.steps // (settings.md.trace_every or 10**12)
+    size = frames * n_atoms * _BYTES_PER_ATOM + (rounds + 1) * _fixed_size(folder) + records * (12 * n_atoms + 100)
     free = shutil.disk_usage(_existing(Path(settings.run_dir))).free
     warning = (
         "" if size < free else f" But only {_bytes(free)} are free: choose larger md.frames_every, or another disk."

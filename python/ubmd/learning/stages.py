@@ -374,6 +374,7 @@ def replica_tasks(settings: RunSettings, iteration: int, model: Path, starts: Se
                 langevin_seed=int(seeds[1]),
                 min_distance=settings.reference.min_distance,
                 ranks=md.ranks,
+                trace_every=md.trace_every,
             )
         )
     return tasks
@@ -473,7 +474,7 @@ def _finished_file(task: ReplicaTask) -> Path:
 
 def settled(task: ReplicaTask) -> dict[str, Any]:
     """All of a task that decides its trajectory, except model and start structure: no paths."""
-    return task.model_dump(mode="json", exclude={"model", "start", "frames"})
+    return task.model_dump(mode="json", exclude={"model", "start", "frames", "trace_every"})
 
 
 def _task_key(task: ReplicaTask, model_key: str) -> str:
