@@ -57,7 +57,7 @@ class Trajectory:
         return [Atoms(self.numbers, p, cell=c, pbc=periodic) for p, c in zip(self.positions, cells, strict=True)]
 
     def internal_positions(self) -> Array:
-        """Positions [T, n, 3] without rotation and shift (molecules), or without changes of the cell and shift (crystals)."""
+        """Positions [T, n, 3] without rotation and shift of molecules, or without motion of the cell of crystals."""
         return aligned(self.positions) if self.cells is None else without_cell(self.positions, self.cells)
 
     def with_uncertainty(self, model: Path) -> Trajectory:
