@@ -202,6 +202,11 @@ class MDSettings(Table):
         description="steps between records of positions, cell and largest uncertainty in a file beside the frames, for "
         "autocorrelation times (10 fs or less); a multiple of bias.every; default: none",
     )
+    colvars: Path | None = Field(
+        None,
+        description="file with a Colvars configuration (LAMMPS: fix colvars), another bias that joins the dynamics of "
+        "every replica from its first step on, e.g. metadynamics; relative to the settings file; default: none",
+    )
     precision: Literal["mixed", "single", "double"] = Field("mixed", description="precision of pair_style ubmd")
     ranks: int = Field(
         1, ge=1, description="MPI processes that share one replica's atoms; more than 1 pays for thousands of atoms"

@@ -11,6 +11,7 @@ whatever is computed from them later belong together, in the turned orientation.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -84,6 +85,8 @@ class ReplicaTask(BaseModel):
     """MPI processes that share the replica's atoms"""
     trace_every: int | None = None
     """steps between records of the trace, a multiple of ``every``; None: no trace"""
+    colvars: str = ""
+    """configuration of a fix colvars that joins the dynamics; empty: none"""
 
 
 class ReplicaResult(BaseModel):
@@ -192,6 +195,11 @@ def progress_file(task: ReplicaTask) -> Path:
     return task.frames.with_suffix(".progress")
 
 
+def _colvars_folder(task: ReplicaTask) -> Path:
+    """Folder for the files of fix colvars, while the replica runs."""
+    return task.frames.with_suffix(".colvars")
+
+
 def trace_file(task: ReplicaTask) -> Path:
     """File of the trace of a replica that did not fail: frames_003.extxyz has trace_003.npz."""
     return task.frames.with_name(task.frames.stem.replace("frames", "trace") + ".npz")
@@ -246,6 +254,9 @@ class _Engine:
             for command in _system_commands(atoms, task):
                 self._lammps.command(command)
             _place_atoms(self._lammps, atoms)
+            if task.colvars and self.rank == 0:
+                _colvars_folder(task).mkdir(exist_ok=True)
+                (_colvars_folder(task) / "configuration").write_text(task.colvars)
             for command in _dynamics_commands(task, symbols_of(atoms)):
                 self._lammps.command(command)
         except Exception as error:
@@ -371,6 +382,7 @@ def _finish(
     write_structures(task.frames, frames)
     if stopped == "failed":  # where it stops to make sense is known for frames only
         trace_file(task).unlink(missing_ok=True)
+    shutil.rmtree(_colvars_folder(task), ignore_errors=True)
     _unfinished(task).unlink(missing_ok=True)
     progress_file(task).unlink(missing_ok=True)
     return ReplicaResult(
@@ -507,6 +519,7 @@ def _dynamics_commands(task: ReplicaTask, symbols: list[str]) -> list[str]:
         f"thermo {_PIECE}",
         "thermo_modify lost error",
         *(_npt(task) if task.ensemble == "npt" else _nvt(task)),
+        *_colvars(task),
         f'fix {FIX} all ubmd {_bias_words(task, symbols)}save 0.0 "{_unfinished(task)}" every {every}{stop}',
     ]
 
@@ -530,6 +543,13 @@ def _npt(task: ReplicaTask) -> list[str]:
     pressure = f"{task.pressure * _BAR_PER_MPA:.17g}"
     barostat = f"{task.coupling} {pressure} {pressure} {task.pressure_damping:.17g}"
     return [f"fix integrate all npt temp {temperature} {temperature} {task.damping:.17g} {barostat} flip no"]
+
+
+def _colvars(task: ReplicaTask) -> list[str]:
+    """Another bias, on collective variables, for comparisons. Its hills are forgotten at the end of the replica."""
+    folder = _colvars_folder(task)
+    names = f'"{folder / "configuration"}" output "{folder / "out"}" seed {task.langevin_seed}'
+    return [f"fix collective_variables all colvars {names}"] if task.colvars else []
 
 
 def _bias_words(task: ReplicaTask, symbols: list[str]) -> str:

@@ -37,6 +37,10 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
     path = base / settings.start.file
     if not path.exists():
         raise SettingsError(f"start.file: there is no file {path} (the path is relative to the settings file).")
+    if settings.md.colvars is not None and not (base / settings.md.colvars).is_file():
+        raise SettingsError(
+            f"md.colvars: there is no file {base / settings.md.colvars} (the path is relative to the settings file)."
+        )
     structures = read_structures(path)
     present = sorted({symbol for atoms in structures for symbol in atoms.symbols}, key=atomic_numbers.__getitem__)
     found = ", ".join(present)
