@@ -316,7 +316,8 @@ def _dependence(document: Document, rows: Sequence[Row], changed: dict[str, list
         return
     if len(x) < 3:
         return
-    chosen = [row for row in rows if row.title.endswith("MD steps") or "at the end" in row.title]
+    chosen = [row for row in rows if row.title.endswith("MD steps") or row.title.startswith(("coverage at", *ERRORS))]
+    chosen = [row for row in chosen if "labels" not in row.title]
     chosen = [row for row in chosen if "after" not in row.title or row is _last_of(chosen, row)]
     chosen += [row for row in rows if row.title.startswith("autocorrelation")]
     values = {row.title: list(row.values.values()) for row in chosen}

@@ -188,8 +188,9 @@ def dependence_figure(x: Sequence[float], rows: Mapping[str, Sequence[Sequence[f
         axes.errorbar(places, mean, yerr=bars, color=BLUE, marker="o", markersize=4, capsize=2.5)
         for place, values in zip(places, known, strict=True):
             axes.plot(np.full(len(values), place), values, ".", color=GREY, markersize=4)
-        axes.set_title(title, fontsize=9.5)
-        axes.set_ylim(0.0, None)
+        axes.set_title(title, fontsize=8.5)
+        highest = max((v.max() for v in [*known, mean + bars] if len(v)), default=1.0)
+        axes.set_ylim(0.0, 1.08 * float(highest))
         axes.grid(alpha=0.25)
     _hide_empty(panels, len(rows), columns)
     figure.supxlabel(name, fontsize=10)

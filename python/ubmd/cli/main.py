@@ -68,9 +68,10 @@ def _main(
 
 
 def _register() -> None:
-    from ubmd.cli import run, train
+    from ubmd.cli import analyse, run, train
 
     run.register(app)
+    analyse.register(app)
     train.register(app)
 
 

@@ -1,0 +1,90 @@
+"""Commands that turn finished runs and trajectories into numbers and pictures: table, trajectory, calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ubmd.errors import SettingsError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the command line."""
+    for function in (table, trajectory):
+        app.command()(function)
+
+
+def table(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or row files (JSON).", show_default=False)],
+    published: Annotated[
+        Path | None, typer.Option(help="TOML file with a published table, shown row by row below ours.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="Name of a row, in order of the runs; may be repeated.")
+    ] = None,
+    labels: Annotated[
+        int | None, typer.Option(help="Take the first model with at least this many labels (default: the last).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Markdown file (default: print).")] = None,
+) -> None:
+    """Make the rows of a published table from finished runs: mean ± standard deviation over seeds.
+
+    Coverage and volumes of the MD, errors on the test set, autocorrelation times (runs with md.trace_every).
+    """
+    from ubmd.analysis.table import collect_rows, read_published, table_markdown
+
+    rows = collect_rows(runs, name, labels)
+    text = table_markdown(rows, read_published(published) if published else None)
+    if out is None:
+        print(text)
+    else:
+        out.write_text(text, encoding="utf-8")
+        print(f"Table: {out}")
+
+
+def trajectory(
+    files: Annotated[
+        list[Path], typer.Argument(help="Trajectories of one system: extxyz, LAMMPS dump, ..., or traces (npz).")
+    ],
+    spacing: Annotated[float | None, typer.Option(help="Time between frames, fs (traces know it).")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model file that says max_i u_i of the frames.")] = None,
+    torsion: Annotated[
+        list[str] | None,
+        typer.Option("--torsion", metavar="NAME=I,J,K,L", help="Torsion for the coverage (atoms from 0); twice."),
+    ] = None,
+    shortest: Annotated[float, typer.Option(help="Shortest trajectory for autocorrelation times, ps.")] = 1.0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("trajectory"),
+) -> None:
+    """Say what trajectories visit and how fast they forget: coverage, volumes, autocorrelation times.
+
+    Any trajectory will do, biased by whatever, metadynamics for instance. A stride of 10 fs or less is needed for
+    autocorrelation times.
+    """
+    from ubmd.analysis.trajectory_report import describe_trajectories
+    from ubmd.cli.console import make_console
+
+    rows, pictures = describe_trajectories(
+        files, None if spacing is None else spacing / 1000.0, model, _torsions(torsion or []), shortest, out
+    )
+    from rich.table import Table
+
+    shown = Table("what", "value")
+    for what, value in rows:
+        shown.add_row(what, value)
+    make_console().print(shown)
+    print("Pictures: " + ", ".join(str(path) for path in pictures))
+
+
+def _torsions(options: list[str]) -> dict[str, tuple[int, int, int, int]]:
+    """name -> atoms of NAME=I,J,K,L."""
+    found = {}
+    for option in options:
+        name, _, atoms = option.partition("=")
+        try:
+            a, b, c, d = (int(text) for text in atoms.split(","))
+        except ValueError:
+            raise SettingsError(f"--torsion {option}: write a name and four atoms, as in phi=4,6,8,14.") from None
+        found[name.strip()] = (a, b, c, d)
+    return found
