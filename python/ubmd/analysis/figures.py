@@ -443,14 +443,15 @@ def _at_equal_labels(runs: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.fl
     return values.mean(axis=0), deviation
 
 
-def group_calibration_figure(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path) -> Path:
+def group_calibration_figure(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path, columns: int = 3) -> Path:
     """Largest uncertainty against largest error of structures, one panel per group, on equal axes.
 
     Args:
         groups: name -> (max_i u_i [S], max_i RMSE(F_i) [S]), eV/Å.
         path: of the picture.
+        columns: at most.
     """
-    columns = min(3, len(groups))
+    columns = min(columns, len(groups))
     rows = -(-len(groups) // columns)
     figure = new_figure(2.5 * columns + 0.5 if columns > 1 else 4.0, 2.75 * rows + 0.5)
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from ubmd.cli.train import KeyOption, SetOption, label_mapping
 from ubmd.errors import SettingsError
+from ubmd.settings import TrainSettings, UncertaintySettings, make_settings
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    for function in (table, trajectory):
+    for function in (table, trajectory, calibration):
         app.command()(function)
 
 
@@ -75,6 +77,61 @@ def trajectory(
         shown.add_row(what, value)
     make_console().print(shown)
     print("Pictures: " + ", ".join(str(path) for path in pictures))
+
+
+def calibration(
+    data: Annotated[Path, typer.Argument(help="Labelled structures (extxyz, or any format that ASE reads).")],
+    training: Annotated[int, typer.Option(help="Training structures of every split.")] = 45,
+    calibrating: Annotated[int, typer.Option(help="Calibration structures of every split.")] = 5,
+    test: Annotated[int, typer.Option(help="Test structures of every split.")] = 500,
+    splits: Annotated[int, typer.Option(help="Random splits.")] = 5,
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", help="Kind of uncertainty; default: posterior, distance, ensemble.")
+    ] = None,
+    low: Annotated[
+        float, typer.Option(help="Miscoverage alpha of the low confidence; the high is uncertainty.alpha.")
+    ] = 0.5,
+    label: KeyOption = None,
+    override: SetOption = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for trainings and results.")] = Path("calibration"),
+) -> None:
+    """Show how far calibrated uncertainties can be trusted on your data: largest errors against largest uncertainties.
+
+    Trains on random splits and compares kinds of uncertainty, low and high confidence, and the two ways to calibrate.
+    An interrupted study goes on where it was. Settings of [model], [training] and [uncertainty]: --set.
+    """
+    from ubmd.analysis.calibration_study import HEAD, KINDS, Sizes, calibration_study, summary_rows, write_study
+    from ubmd.cli.console import make_console
+    from ubmd.data.structures import read_structures
+
+    values = {"training_file": str(data), "output_dir": str(out)}
+    settings = make_settings(TrainSettings, values, override or [], "ubmd calibration")
+    kinds = kind or list(KINDS)
+    for name in kinds:  # a typo shows before the training
+        make_settings(UncertaintySettings, {"kind": name}, (), "--kind")
+    sizes = Sizes(training, calibrating, test)
+    outcomes = calibration_study(
+        read_structures(data, label_mapping(label), labelled=True),
+        sizes,
+        splits,
+        kinds,
+        settings.model,
+        settings.training,
+        settings.uncertainty,
+        out,
+        settings.seed,
+        lambda line: print(line, flush=True),
+    )
+    alphas = [low, settings.uncertainty.alpha]
+    files = write_study(outcomes, sizes, alphas, out, f"Calibration on {data.name}")
+    from rich.table import Table
+
+    columns = [0, 1, 2, 3, 4, 5, 8, 9]  # the page has the rest
+    shown = Table(*(HEAD[k] for k in columns), caption="shares covered, mean ± standard deviation over the splits")
+    for row in summary_rows(outcomes, alphas):
+        shown.add_row(*(row[k] for k in columns))
+    make_console().print(shown)
+    print(f"Tables and pictures: {files[-1]}")
 
 
 def _torsions(options: list[str]) -> dict[str, tuple[int, int, int, int]]:
