@@ -79,6 +79,16 @@ def test_rows_at_a_number_of_labels(tmp_path):
         collect_rows(runs, labels=20)
 
 
+def test_titles_of_rows_by_the_names_of_folders(tmp_path):
+    runs = [make_run(tmp_path / f"biased_no_cmap_seed{seed}", seed, 1.0, [8, 16]) for seed in (0, 1)]
+    alone = make_run(tmp_path / "plain_seed0", 0, 1.0, [8, 16], bias={"force": 0.0})
+    (tmp_path / "rows.toml").write_text('[rows.biased_no_cmap]\ntitle = "A"\n[rows.plain]\ntitle = "B"\n')
+    names = ["table", *map(str, [*runs, alone]), "--rows", str(tmp_path / "rows.toml")]
+    result = CliRunner().invoke(app, names)
+    assert result.exit_code == 0, result.output
+    assert (cells(result.output, "A")[0][1], cells(result.output, "B")[0][1]) == ("ours, 2 runs", "ours, 1 run")
+
+
 def test_row_files_stand_for_what_is_no_run(tmp_path):
     for k in range(2):
         (tmp_path / f"row{k}.json").write_text(json.dumps({"name": "metadynamics", "energy": 1.0 + k, "stress": None}))
@@ -116,7 +126,7 @@ def test_volumes_of_the_whole_cell_up_to_the_labels(tmp_path):
     assert row.runs[0]["volume_max"] == pytest.approx(volume * 1.01**3)  # of iteration 0, not of what came after
 
 
-@pytest.mark.parametrize("name", ["alanine_dipeptide", "mil53_al"])
+@pytest.mark.parametrize("name", ["alanine_dipeptide", "mil53"])
 def test_published_tables_of_the_examples(name, tmp_path):
     table = read_published(EXAMPLES / name / "published.toml")
     assert "npj Comput. Mater. 10, 83 (2024)" in table.source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,25 @@ def _last(run: Run) -> int:
     return int(run.history[-1]["labels"])
 
 
-def collect_rows(paths: Sequence[Path], names: Sequence[str] | None = None, labels: int | None = None) -> list[Repeats]:
+def read_titles(path: Path) -> dict[str, str]:
+    """Titles of rows from a TOML file with a table [rows.NAME] and a ``title`` in it for each.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    try:
+        rows = tomllib.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        return {name: str(row["title"]) for name, row in rows.items()}
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} holds no rows (a table [rows.NAME] with a title each): {error}.") from None
+
+
+def collect_rows(
+    paths: Sequence[Path],
+    names: Sequence[str] | None = None,
+    labels: int | None = None,
+    titles: Mapping[str, str] | None = None,
+) -> list[Repeats]:
     """Rows from run folders (those that differ in their seed only are repeats) and from row files.
 
     A row file is JSON with ``name`` and values as in `COLUMNS`, for what is no run folder; files of one name are
@@ -142,15 +161,17 @@ def collect_rows(paths: Sequence[Path], names: Sequence[str] | None = None, labe
         paths: run folders and row files.
         names: of the groups of run folders, in the order in which they first appear.
         labels: take the first model with at least this many labels (default: the last).
+        titles: name of a run folder without its seed -> name of the row.
 
     Raises:
         DataError: a path is neither, or a run lacks such a model.
     """
     folders = [path for path in paths if Path(path).suffix != ".json"]
     groups = group_runs([Run(Path(path)) for path in folders], names).groups if folders else {}
-    rows = [
-        Repeats(name, [run_values(run, labels) for run in runs], _provenance(runs)) for name, runs in groups.items()
-    ]
+    rows = []
+    for name, runs in groups.items():
+        title = (titles or {}).get(re.sub(r"_seed\d+$", "", name), name)
+        rows.append(Repeats(title, [run_values(run, labels) for run in runs], _provenance(runs)))
     found: dict[str, list[Values]] = {}
     for path in (path for path in paths if Path(path).suffix == ".json"):
         name, values = _read_row(Path(path))

@@ -26,6 +26,12 @@ def table(
     name: Annotated[
         list[str] | None, typer.Option("--name", help="Name of a row, in order of the runs; may be repeated.")
     ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file with titles of rows: [rows.NAME] title, for run folders NAME_seed0, NAME_seed1 ..."
+        ),
+    ] = None,
     labels: Annotated[
         int | None, typer.Option(help="Take the first model with at least this many labels (default: the last).")
     ] = None,
@@ -35,10 +41,10 @@ def table(
 
     Coverage and volumes of the MD, errors on the test set, autocorrelation times (runs with md.trace_every).
     """
-    from ubmd.analysis.table import collect_rows, read_published, table_markdown
+    from ubmd.analysis.table import collect_rows, read_published, read_titles, table_markdown
 
-    rows = collect_rows(runs, name, labels)
-    text = table_markdown(rows, read_published(published) if published else None)
+    found = collect_rows(runs, name, labels, read_titles(rows) if rows else None)
+    text = table_markdown(found, read_published(published) if published else None)
     if out is None:
         print(text)
     else:

@@ -67,6 +67,7 @@ _HARMLESS = (
     "reference.timeout",
     "reference.environment",
     "md.timeout",
+    "md.trace_every",
     "test",
     "variables",
 )
