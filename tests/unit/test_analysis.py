@@ -176,6 +176,13 @@ def small_model(frames, path: Path) -> Evaluator:
     return Evaluator(path)
 
 
+def copper_model(structures, path: Path) -> None:
+    """A real model file of copper, not trained."""
+    model = GaussianMomentNetwork(("Cu",), ModelSettings(hidden=(8, 8)), seed=0)
+    model.initialise_energies([build_graph(atoms, ("Cu",), 5.0) for atoms in structures])
+    export_model(model, structures[:10], structures[10:], UncertaintySettings(projections=8, alpha=0.2), path, {})
+
+
 @pytest.fixture(scope="module")
 def run(frames, tmp_path_factory):
     """A run folder with two iterations of two replicas, as `ubmd run` leaves it (frames from reference MD)."""
@@ -527,6 +534,48 @@ def test_comparison_of_traces_and_of_three_strengths(run, tmp_path):
     for path in pictures:
         check_picture(path)
     assert "recorded every 10 fs; force_0.5: 1 (3 ps), force_0.1: 1 (3 ps)" in files[-3].read_text()
+    time = found["autocorrelation time of max u, ps"]["force_0.5"][0]
+    text = analysis.make_report(runs[0])[-2].read_text()
+    assert f"{time:.3g} ps of the largest uncertainty, from 1 replicas of at least 1 ps (3 ps together" in text
+
+
+def test_comparison_of_breathing_cells(run, tmp_path):
+    runs = [copy_run(run, tmp_path / f"tau_{force}", bias={"force": force}, variables={}) for force in (0.1, 0.5)]
+    rng = np.random.default_rng(9)
+    for folder, amplitude in zip(runs, (0.02, 0.2), strict=True):
+        structures = []
+        for k in range(20):
+            atoms = bulk("Cu", cubic=True)
+            atoms.set_cell(atoms.cell[:] * (1 + amplitude * np.sin(k / 3)) ** (1 / 3), scale_atoms=True)
+            forces = rng.normal(size=(4, 3))
+            atoms.calc = SinglePointCalculator(atoms, energy=-2.0, forces=forces, stress=rng.normal(size=6) / 100)
+            atoms.info = {"step": 100 * k, "replica": 0, "max_uncertainty": 0.1}
+            structures.append(atoms)
+        for iteration in (0, 1):
+            where = folder / "iterations" / f"iter_{iteration:03d}"
+            for path in where.glob("frames_*"):
+                path.unlink()
+            write_structures(where / "frames_000.extxyz", structures)
+        write_structures(folder / "test.extxyz", structures)
+        cells = np.eye(3) * (3.6 * (1 + amplitude * np.sin(np.pi * np.arange(1, 151) / 150)) ** (1 / 3))[:, None, None]
+        values = {"numbers": np.full(4, 29), "timestep": 0.5, "step": 20 * np.arange(1, 151), "cell": cells}
+        values |= {"positions": rng.normal(size=(150, 4, 3)), "max_u": rng.uniform(size=150)}
+        np.savez(folder / "iterations" / "iter_000" / "trace_000.npz", **values)
+        copper_model(structures, folder / "model.pt")
+    shutil.copy(runs[0] / "test.extxyz", runs[1] / "test.extxyz")
+    rows, files = analysis.compare(runs, tmp_path / "out")
+    found = {row.title: row.values for row in rows}
+    volume = bulk("Cu", cubic=True).get_volume() / 4
+    waves = 1 + 0.2 * np.sin(np.arange(20) / 3)
+    assert found["volume range (Å³/atom) after 3,800 MD steps"]["tau_0.5"] == pytest.approx([volume * np.ptp(waves)])
+    pictures = {path.name: path for path in files if path.suffix == ".png"}
+    wanted = {"volumes.png", "volume_histogram.png", "volume_against_time.png", "errors_by_volume.png"}
+    assert wanted <= pictures.keys()
+    for name in wanted:
+        check_picture(pictures[name])
+    text = files[-3].read_text()
+    assert re.search(r"\| tau_0.5 +\| 47 to 56 +\| 9.2 +\| 0.0 +\| 100 % +\|", text)
+    assert "Errors by volume" in text
 
 
 def test_comparison_without_a_common_test_set(run, tmp_path):

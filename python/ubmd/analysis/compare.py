@@ -20,7 +20,7 @@ from ubmd.analysis.provenance import setting_texts
 from ubmd.analysis.run_groups import ERRORS, Comparison, Curve, Run, group_runs, value_or_nan
 from ubmd.analysis.torsions import torsions
 from ubmd.analysis.trajectory import SHORTEST, Trajectory
-from ubmd.analysis.volumes import errors_by_volume, volume_edges
+from ubmd.analysis.volumes import errors_by_volume, slow_wave, volume_edges
 from ubmd.learning.run_folder import file_hash
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the MD steps, and of the labels, that every run reached
@@ -213,6 +213,7 @@ def _pictures(document: Document, comparison: Comparison, out: Path) -> None:
     if explored:
         _exploration(document.section("Exploration"), comparison, explored, out)
     _autocorrelation(document, comparison, out)
+    _slow_waves(document, comparison, out)
     found = comparison.each(lambda run: run.errors())
     panels = {name: _pooled(errors) for name, errors in found.items() if all(errors)}
     if panels:
@@ -285,6 +286,29 @@ def _autocorrelation(document: Document, comparison: Comparison, out: Path) -> N
         "alignment (molecules) or removal of the cell (crystals). A time is the stride times N / ESS, with the sum "
         "over the autocorrelation ended where it first is not positive; it cannot exceed the length of trajectories."
     )
+
+
+def _slow_waves(document: Document, comparison: Comparison, out: Path) -> None:
+    """V(t) of each group's longest trace, and the wave of twice its length."""
+    waves, rows = {}, []
+    for name, runs in comparison.groups.items():
+        cells = [trace for run in runs for trace in run.traces if trace.volumes is not None and len(trace) > 3]
+        if not cells:
+            continue
+        trace = max(cells, key=len)
+        volumes = trace.volumes
+        assert volumes is not None
+        times = trace.spacing * np.arange(1, len(trace) + 1)
+        fit = slow_wave(times, volumes)
+        waves[name] = (times, volumes, fit)
+        spread = f"{volumes.min():.0f} to {volumes.max():.0f}"
+        rows.append([name, spread, f"{fit.amplitude:.1f}", f"{fit.noise:.1f}", f"{100 * fit.explained:.0f} %"])
+    if not waves:
+        return
+    section = document.section("Volumes against time")
+    path = trajectory_figures.slow_wave_figure(waves, out / "volume_against_time.png")
+    section.picture(path, "The longest replica of each group: V(t), and a wave of twice its length plus white noise")
+    section.table(["group", "V (Å³)", "amplitude (Å³)", "noise (Å³)", "variance explained"], rows)
 
 
 def _errors_by_volume(document: Document, comparison: Comparison, out: Path) -> None:

@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
-from ubmd.analysis.style import BLUE, COLOURS, GREY, ORANGE, log_ticks, new_figure, save, symbol
+from ubmd.analysis.style import BLUE, COLOURS, GREY, ORANGE, new_figure, save, symbol
 from ubmd.analysis.volumes import SlowWave, VolumeBin
 
 _CELLS = 32  # per torsion: the finest level of the coverage tree
@@ -146,11 +146,10 @@ def volume_error_figure(groups: Mapping[str, Sequence[Sequence[VolumeBin]]], pat
     for axes, (key, unit) in zip(panels, units.items(), strict=True):
         for (name, runs), colour in zip(groups.items(), COLOURS, strict=False):
             _draw_bins(axes, runs, key, name, colour)
-        axes.set_yscale("log")
         axes.set_title(unit, fontsize=10)
+        axes.set_ylim(0.0, None)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
-        axes.grid(alpha=0.25, which="both")
-        log_ticks(axes, x=False)
+        axes.grid(alpha=0.25)
     figure.supxlabel("Volume (Å³)", fontsize=10)
     if len(groups) > 1:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
