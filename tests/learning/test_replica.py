@@ -157,8 +157,6 @@ def test_colvars_join_the_dynamics_of_a_monitored_replica(model: Path, tmp_path:
 
 
 def test_colvars_do_not_notice_pieces_of_a_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     task = make_task(tmp_path, model, colvars=CV + HILLS, force=0.0)
     run_replica(task)
     whole = read_structures(task.frames)
