@@ -1,9 +1,10 @@
 """Rows of a benchmark's table: python ../rows.py reduced.toml [ROW ...] [--seeds 0 1 2] [--at-once 2] [--list]
 
-A row is one run per seed with the settings file and the changes that rows.toml, beside it, lists for the row; there is
-one folder per run: rows_run/reduced/ROW_seed0 and so on, with a log beside it. What is finished is skipped, what was
-interrupted goes on, a run that fails doesn't stop the others. Files that the settings name and that rows.toml knows how
-to make (test sets, start structures) are made first. Without row names: all rows, in the order of rows.toml.
+A row is one run per seed with the settings file and the changes that rows.toml, beside it, lists for the row. Each run
+has a folder, rows_run/reduced/ROW_seed0 and so on, and a log in rows_run/reduced/logs. What is finished is skipped,
+what was interrupted goes on, a run that fails doesn't stop the others. Files that the settings name and that rows.toml
+knows how to make (test sets, start structures) are made first. Without row names: all rows of this settings file, in
+the order of rows.toml.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def execute(file: Path, run: Run) -> bool:
     begin = time.monotonic()
     ubmd = Path(sys.executable).with_name("ubmd")
     words = [word for change in run.changes for word in ("--set", change)]
-    with run.folder.with_suffix(".log").open("a") as log:
+    logs = run.folder.parent / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / f"{name}.log").open("a") as log:
         code = subprocess.run([str(ubmd), "run", str(file), *words], stdout=log, stderr=log, check=False).returncode
     said = "finished" if code == 0 else f"failed, see {log.name}"
     print(f"{name}: {said} after {(time.monotonic() - begin) / 60:.1f} min", flush=True)
@@ -113,7 +116,6 @@ def main() -> int:
             print(f"{run.folder.name:32} {state:10} {' '.join(run.changes[:-2])}")
         return 0
     prepare(file, runs)
-    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.at_once) as pool:
         done = list(pool.map(lambda run: execute(file, run), runs))
     return 0 if all(done) else 1

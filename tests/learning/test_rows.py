@@ -166,10 +166,10 @@ def test_the_driver_runs_rows_and_skips_what_is_finished(tmp_path: Path) -> None
     }
     assert {name: s.bias.force for name, s in strengths.items()} == {"plain": 0.0, "biased": 0.1}
     assert {s.seed for s in strengths.values()} == {3}
-    before = (folder / "plain_seed3.log").read_bytes()
+    before = (folder / "logs" / "plain_seed3.log").read_bytes()
     second = drive(tmp_path, "plain", "biased", "--seeds", "3")
     assert (second.returncode, second.stdout.count("finished before")) == (0, 2)
-    assert (folder / "plain_seed3.log").read_bytes() == before
+    assert (folder / "logs" / "plain_seed3.log").read_bytes() == before
     listed = drive(tmp_path, "--list", "--seeds", "3", "4").stdout.split()
     assert [listed.count(word) for word in ("finished", "begun", "to")] == [2, 1, 3]
     unknown = drive(tmp_path, "biasd")
