@@ -207,6 +207,17 @@ class MDSettings(Table):
     )
     ramp: MDRampSettings | None = Field(None, description="temperature and pressure that change over iterations")
     frames_every: int = Field(200, ge=1, description="steps between frames that go to the pool")
+    trace_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between records of positions, cell and largest uncertainty in a file beside the frames, for "
+        "autocorrelation times (10 fs or less); a multiple of bias.every; default: none",
+    )
+    colvars: Path | None = Field(
+        None,
+        description="file with a Colvars configuration (LAMMPS: fix colvars), another bias that joins the dynamics of "
+        "every replica from its first step on, e.g. metadynamics; relative to the settings file; default: none",
+    )
     precision: Literal["mixed", "single", "double"] = Field("mixed", description="precision of pair_style ubmd")
     ranks: int = Field(
         1, ge=1, description="MPI processes that share one replica's atoms; more than 1 pays for thousands of atoms"
@@ -527,6 +538,15 @@ class RunSettings(Table):
     def _bias_stress_has_a_barostat(self) -> RunSettings:
         if self.bias.has_stress and self.md.ensemble != "npt":
             raise ValueError("a bias stress needs a barostat: set md.ensemble = 'npt', or bias.stress = 0")
+        return self
+
+    @model_validator(mode="after")
+    def _traces_meet_evaluations(self) -> RunSettings:
+        if self.md.trace_every and self.md.trace_every % self.bias.every:
+            raise ValueError(
+                f"md.trace_every = {self.md.trace_every} must be a multiple of bias.every = {self.bias.every}: "
+                "uncertainties are known at those steps only"
+            )
         return self
 
     @model_validator(mode="after")

@@ -83,8 +83,10 @@ def conditions(settings: RunSettings) -> str:
     parts = [f"{md.ensemble.upper()} at {_range(md.temperature, ' K', md.temperatures, heat)}"]
     if md.ensemble == "npt":
         parts[0] += f" and {_range(md.pressure, ' MPa', md.pressures, press)}"
+    if md.colvars is not None:
+        parts[0] += f" with {md.colvars.name}"
     if not bias.is_biased:
-        return f"{parts[0]}, no bias (plain MD)"
+        return parts[0] + (", no uncertainty bias" if md.colvars else ", no bias (plain MD)")
     parts.append(f"bias force {_range(bias.force, '', (), force)}")
     if bias.has_stress:
         parts.append(f"bias stress {_range(bias.stress, '', (), stress)}")

@@ -70,9 +70,10 @@ def _main(
 
 
 def _register() -> None:
-    from ubmd.cli import crystal, run, train
+    from ubmd.cli import analyse, crystal, run, train
 
     run.register(app)
+    analyse.register(app)
     train.register(app)
     crystal.register(app)
 

@@ -222,7 +222,7 @@ def evaluate(
 
     with user_errors():
         evaluator = Evaluator(model, precision)
-        structures = read_structures(data, _mapping(label), labelled=True)
+        structures = read_structures(data, label_mapping(label), labelled=True)
         result = accuracy(evaluator.predict(structures), structures)
         if as_json:
             print(json.dumps(result, indent=2))
@@ -232,7 +232,7 @@ def evaluate(
         console.print(_accuracy_table(result, evaluator.metadata))
 
 
-def _mapping(pairs: Sequence[str] | None) -> dict[str, str]:
+def label_mapping(pairs: Sequence[str] | None) -> dict[str, str]:
     """`label=key` options as a dictionary."""
     mapping = {}
     for pair in pairs or []:

@@ -50,8 +50,10 @@ def _cut(path: Path, iteration: int) -> None:
 
 
 def input_hashes(settings: RunSettings, base: Path) -> dict[str, str]:
-    """Hashes of the start file and of the files that arguments of the reference name, by key."""
+    """Hashes of the start file, of md.colvars, and of the files that arguments of the reference name, by key."""
     hashes = {"start.file": file_hash(base / settings.start.file)}
+    if settings.md.colvars is not None:
+        hashes["md.colvars"] = file_hash(base / settings.md.colvars)
     return hashes | argument_hashes("reference.arguments", settings.reference.arguments, base)
 
 

@@ -69,6 +69,7 @@ _HARMLESS = (
     "reference.cache",
     "reference.environment",
     "md.timeout",
+    "md.trace_every",
     "test",
     "variables",
 )
