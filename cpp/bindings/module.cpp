@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "crystal.h"
 #include "device.h"
 #include "frames.h"
 #include "graph.h"
@@ -67,6 +68,19 @@ std::pair<py::array_t<double>, py::array_t<double>> scatter(const ubmd::Block &b
   return {of_atoms, strain};
 }
 
+std::vector<ubmd::SystemAtom> system_atoms(const std::vector<std::int64_t> &tags, const std::vector<int> &species,
+                                           const Positions &positions) {
+  if (positions.ndim() != 2 || positions.shape(1) != 3 || static_cast<std::size_t>(positions.shape(0)) != tags.size() ||
+      species.size() != tags.size())
+    throw ubmd::Error("positions must be [n, 3] with one tag and one species per atom");
+  std::vector<ubmd::SystemAtom> atoms;
+  for (std::size_t i = 0; i < tags.size(); ++i) {
+    const double *x = positions.data() + 3 * i;
+    atoms.push_back({tags[i], species[i], {x[0], x[1], x[2]}});
+  }
+  return atoms;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpp, module) {
@@ -125,6 +139,37 @@ PYBIND11_MODULE(_cpp, module) {
            "(dSum/dx [n_all, 3], dSum/dstrain [3, 3]) of a gradient [P, 3] with respect to the vectors.");
   module.def("build_blocks", &build_blocks, py::arg("positions"), py::arg("types"), py::arg("n_local"),
              py::arg("neighbours"), py::arg("species"), py::arg("cutoff"), py::arg("size"));
+
+  py::class_<ubmd::Crystal>(module, "Crystal", "Sites of the atoms of a crystal.")
+      .def(py::init([](const std::string &json) {
+             return ubmd::Crystal(ubmd::parse_metadata(json, "of the test").lattice.value());
+           }),
+           py::arg("metadata"), "From the JSON record of a model file.")
+      .def(
+          "map",
+          [](ubmd::Crystal &crystal, const ubmd::Matrix &box, const std::vector<std::int64_t> &tags,
+             const std::vector<int> &species,
+             const Positions &positions) { crystal.map(box, system_atoms(tags, species, positions)); },
+          py::arg("box"), py::arg("tags"), py::arg("species"), py::arg("positions"))
+      .def("has_box", &ubmd::Crystal::has_box, py::arg("box"))
+      .def(
+          "site_of",
+          [](const ubmd::Crystal &crystal, std::int64_t tag) {
+            const auto *site = crystal.site_of(tag);
+            return site ? std::optional(*site) : std::nullopt;
+          },
+          py::arg("tag"))
+      .def_property_readonly("drift", [](const ubmd::Crystal &crystal) { return crystal.drift(); })
+      .def_property_readonly("multiple", [](const ubmd::Crystal &crystal) { return crystal.fit().multiple; })
+      .def_property_readonly("rotation", [](const ubmd::Crystal &crystal) { return crystal.fit().rotation; })
+      .def_property_readonly("cell", [](const ubmd::Crystal &crystal) { return crystal.fit().cell; });
+  module.def(
+      "nearest_translation",
+      [](const ubmd::Matrix &basis, ubmd::Vector vector) {
+        const auto cell = ubmd::Translations(basis).nearest(vector);
+        return std::make_pair(cell, vector);
+      },
+      py::arg("basis"), py::arg("vector"), "(combination of the rows of basis nearest to a vector, what remains).");
 
   py::class_<ubmd::FrameAtom>(module, "FrameAtom")
       .def(py::init([](std::int64_t id, std::string name, std::array<double, 3> x, double u) {

@@ -23,6 +23,7 @@ class BlockModel : public TorchModel {
   Forces evaluate(const Block &block) override;
   void add_features() override;
   Values atomic_uncertainties() override;
+  Values strain_derivative() override;
   Values member_gradients() override;
   std::vector<double> feature_sum() override;
   void set_weight(const std::vector<double> &weight) override;
@@ -48,7 +49,7 @@ class BlockModel : public TorchModel {
   }
 
   torch::jit::Method evaluate_, by_structure_, features_, feature_sum_, directions_, feature_gradient_;
-  std::optional<torch::jit::Method> member_gradients_, member_bias_;
+  std::optional<torch::jit::Method> member_gradients_, member_bias_, site_uncertainties_, strain_derivative_;
   std::size_t block_size_;
   bool inference_;  // whether the methods need no autograd inside
   Request request_;
@@ -72,6 +73,8 @@ BlockModel::BlockModel(Loaded loaded, std::size_t block_size)
       feature_gradient_(loaded_.module.get_method("feature_gradient")),
       member_gradients_(loaded_.module.find_method("member_gradients")),
       member_bias_(loaded_.module.find_method("member_bias")),
+      site_uncertainties_(loaded_.module.find_method("site_uncertainties")),
+      strain_derivative_(loaded_.module.find_method("strain_derivative")),
       block_size_(block_size),
       // the operators have closed derivatives on the CPU; elsewhere, and without them, the descriptor uses autograd
       inference_(!metadata_.operators.empty() && loaded_.device.is_cpu()) {}
@@ -97,9 +100,30 @@ Block sample_block(std::size_t n, std::int64_t n_elements, double cutoff) {
   return block;
 }
 
+// A block of centres on all sublattices with slightly displaced sites.
+Block sample_sites(std::size_t n, const Lattice &lattice) {
+  Block block;
+  block.of_sites = true;
+  block.first.push_back(0);
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::size_t sublattice = i * lattice.sites.size() / n;
+    block.centres.push_back(static_cast<int>(i));
+    block.species.push_back(static_cast<std::int64_t>(sublattice));
+    for (const auto &site : lattice.sites[sublattice]) {
+      block.neighbours.push_back(site[3]);
+      const double angle = 2.4 * static_cast<double>(block.neighbours.size());
+      block.displacements.insert(block.displacements.end(), {0.01 * std::cos(angle), 0.01 * std::sin(angle), 0.0});
+    }
+    block.first.push_back(static_cast<std::int64_t>(block.neighbours.size()));
+  }
+  return block;
+}
+
 void BlockModel::warm_up(const Request &request) {
   const auto n = std::clamp<std::size_t>(static_cast<std::size_t>(request.n_atoms), 1, usual_atoms);
-  const auto block = sample_block(n, static_cast<std::int64_t>(metadata_.elements.size()), metadata_.cutoff);
+  const auto block = metadata_.lattice
+                         ? sample_sites(n, *metadata_.lattice)
+                         : sample_block(n, static_cast<std::int64_t>(metadata_.elements.size()), metadata_.cutoff);
   start(request);
   evaluate(block);
   if (request.structure) add_features();
@@ -114,6 +138,7 @@ void BlockModel::warm_up(const Request &request) {
     }
   }
   if (request.atoms && !is_ensemble_) atomic_uncertainties();
+  if (request.strain && strain_derivative_) strain_derivative();
   if (request.bias == Bias::atomic && !is_ensemble_) atomic_bias(0);
   release();
 }
@@ -129,6 +154,7 @@ void BlockModel::start(const Request &request) {
 
 // Whether the sum of the features is made without the features of each atom. Asked once per number of atoms.
 bool BlockModel::structure_path() {
+  if (site_uncertainties_) return true;  // uncertainties of atoms come from the tape, not from features
   if (request_.atoms || request_.bias == Bias::atomic) return false;
   if (path_of_ != request_.n_atoms) {
     path_ = guarded("the choice of a path", loaded_.file, inference_,
@@ -146,7 +172,8 @@ std::vector<torch::jit::IValue> BlockModel::arguments(const Block &block) const 
   values.emplace_back(on_device(wrap(block.species, {n}), torch::kInt64));
   values.emplace_back(on_device(wrap(block.first, {n + 1}), torch::kInt64));
   values.emplace_back(on_device(wrap(block.neighbours, {n_pairs}), torch::kInt64));
-  values.emplace_back(on_device(wrap(block.vectors, {n_pairs, 3}), loaded_.dtype));
+  const auto &edges = block.of_sites ? block.displacements : block.vectors;
+  values.emplace_back(on_device(wrap(edges, {n_pairs, 3}), loaded_.dtype));
   return values;
 }
 
@@ -154,7 +181,7 @@ Forces BlockModel::evaluate(const Block &block) {
   return guarded("the evaluation", loaded_.file, inference_, [&] {
     last_ = {};
     auto inputs = arguments(block);
-    const bool keep = request_.structure || request_.atoms;
+    const bool keep = request_.structure || request_.atoms || request_.strain;
     inputs.emplace_back(keep);
     const auto result = call(evaluate_, std::move(inputs));
     const auto &elements = result.toTupleRef().elements();
@@ -186,10 +213,18 @@ void BlockModel::add_features() {
 }
 
 Values BlockModel::atomic_uncertainties() {
+  if (site_uncertainties_)
+    return guarded("the atomic uncertainties", loaded_.file, inference_,
+                   [&] { return view(call(*site_uncertainties_, {last_.layers}).toTensor(), loaded_.unit); });
   return guarded("the atomic uncertainties", loaded_.file, true, [&] {
     make_features();
     return uncertainties_of(last_.features);
   });
+}
+
+Values BlockModel::strain_derivative() {
+  return guarded("the virial", loaded_.file, inference_,
+                 [&] { return view(call(strain_derivative_.value(), {last_.layers}).toTensor(), loaded_.unit); });
 }
 
 Values BlockModel::member_gradients() {

@@ -26,7 +26,10 @@ using namespace FixConst;
 
 namespace {
 
-constexpr int n_columns = 4;  // per-atom array: u_i, fbias_x, fbias_y, fbias_z
+constexpr int n_columns = 4;   // per-atom array: u_i, fbias_x, fbias_y, fbias_z
+constexpr int n_outputs = 10;  // of the vector
+// Added to the first number of the state in restart files; the first format had none and lacks two numbers.
+constexpr double state_format = 2.0;
 
 bool is_keyword(const char *word) {
   for (const char *keyword : {"force", "stress", "uncertainty", "species", "window", "every", "atoms", "save", "stop"})
@@ -42,7 +45,7 @@ FixUBMD::FixUBMD(LAMMPS *lmp, int narg, char **arg) : Fix(lmp, narg, arg) {
   stress_window_ = ubmd::Window(settings_.window);
 
   scalar_flag = vector_flag = peratom_flag = 1;
-  size_vector = 8;
+  size_vector = n_outputs;
   size_peratom_cols = n_columns;
   global_freq = peratom_freq = 1;
   extscalar = 1;
@@ -154,6 +157,7 @@ void FixUBMD::init() {
   if (modify->get_fix_by_style("^ubmd$").size() > 1)
     error->all(FLERR, "only one fix ubmd can be used at a time: put all keywords into one fix, or unfix the other");
   check_pair();
+  check_crystal();
   prepare_species();
   open_file();
   if (utils::strmatch(update->integrate_style, "^respa"))
@@ -184,6 +188,20 @@ void FixUBMD::check_pair() {
     error->all(FLERR, "fix ubmd needs one pair_style ubmd: put 'pair_style ubmd' and its pair_coeff before the run");
   if (pair_->model().metadata().projections < 1)
     error->all(FLERR, "fix ubmd: the model file carries no uncertainty: export it again with an [uncertainty] table");
+}
+
+// A force-constant model has closed forms for the energy's uncertainty only, in the one cell that it knows.
+void FixUBMD::check_crystal() {
+  if (!pair_->model().is_crystal()) return;
+  if (settings_.atomic && biasing())
+    error->all(FLERR,
+               "fix ubmd: 'uncertainty atomic' is not available for the force-constant model of a crystal: use "
+               "'uncertainty energy'");
+  if (settings_.stress > 0.0)
+    error->all(
+        FLERR,
+        "fix ubmd: a stress bias is not available for the force-constant model of a crystal, whose cell is fixed: "
+        "remove 'stress'");
 }
 
 // Strength of each type, after checking the names of `species`.
@@ -313,6 +331,8 @@ void FixUBMD::evaluate_uncertainty(std::vector<double> *weight) {
   u_ = pair_->model().uncertainty(mean, weight);
   if (!std::isfinite(u_))
     error->all(FLERR, "the uncertainty is not a number at step {}: train or export the model again", update->ntimestep);
+  sigma_ = u_ * static_cast<double>(n_atoms_);
+  displacement_ = pair_->largest_displacement();
   if (weight)
     for (double &component : *weight) component /= static_cast<double>(n_atoms_);
 }
@@ -503,8 +523,16 @@ double FixUBMD::compute_scalar() {
 }
 
 double FixUBMD::compute_vector(int i) {
-  const double values[8] = {
-      u_, u_max_, u_mean_, force_scale_, stress_scale_, ratio_, stopped_ ? 1.0 : 0.0, static_cast<double>(frames_)};
+  const double values[n_outputs] = {u_,
+                                    u_max_,
+                                    u_mean_,
+                                    force_scale_,
+                                    stress_scale_,
+                                    ratio_,
+                                    stopped_ ? 1.0 : 0.0,
+                                    static_cast<double>(frames_),
+                                    sigma_,
+                                    displacement_};
   return values[i];
 }
 
@@ -550,7 +578,7 @@ void FixUBMD::unpack_reverse_comm(int n, int *list, double *buffer) {
 
 void FixUBMD::write_restart(FILE *restart_file) {
   if (comm->me != 0) return;
-  std::vector<double> state = {has_first_ ? 1.0 : 0.0,
+  std::vector<double> state = {state_format + (has_first_ ? 1.0 : 0.0),
                                static_cast<double>(first_),
                                static_cast<double>(frames_),
                                static_cast<double>(last_saved_),
@@ -561,7 +589,9 @@ void FixUBMD::write_restart(FILE *restart_file) {
                                energy_,
                                ratio_,
                                force_scale_,
-                               stress_scale_};
+                               stress_scale_,
+                               sigma_,
+                               displacement_};
   state.insert(state.end(), bias_virial_, bias_virial_ + 6);
   for (const auto *window : {&force_window_, &stress_window_}) {
     const auto entries = window->state();
@@ -580,9 +610,13 @@ void FixUBMD::restart(char *buffer) {
     std::memcpy(&value, buffer + sizeof(double) * n++, sizeof(double));
     return value;
   };
-  has_first_ = next() != 0.0;
+  const double head = next();
+  const bool old = head < state_format;
+  has_first_ = (old ? head : head - state_format) != 0.0;
   for (bigint *value : {&first_, &frames_, &last_saved_, &last_block_}) *value = static_cast<bigint>(next());
   for (double *value : {&u_, &u_max_, &u_mean_, &energy_, &ratio_, &force_scale_, &stress_scale_}) *value = next();
+  if (!old)
+    for (double *value : {&sigma_, &displacement_}) *value = next();
   for (double &component : bias_virial_) component = next();
   for (auto *window : {&force_window_, &stress_window_}) {
     std::vector<double> entries(static_cast<std::size_t>(next()));

@@ -77,6 +77,7 @@ class FixUBMD : public Fix {
   double positive(const char *, const char *);
   int count(const char *, const char *);
   void check_pair();
+  void check_crystal();
   void prepare_species();
   void open_file();
   void warm_up();
@@ -116,7 +117,8 @@ class FixUBMD : public Fix {
 
   double u_ = 0.0, u_max_ = 0.0, u_mean_ = 0.0, energy_ = 0.0, ratio_ = 0.0;
   double force_scale_ = 0.0, stress_scale_ = 0.0;
-  bigint n_atoms_ = 0;  // with an element, over all ranks
+  double sigma_ = 0.0, displacement_ = 0.0;  // of the total energy; largest displacement from a site, Å
+  bigint n_atoms_ = 0;                       // with an element, over all ranks
   bool stopped_ = false, forced_timeout_ = false;
   bigint frames_ = 0, last_saved_ = -1, last_block_ = -1;
   FILE *file_ = nullptr;

@@ -61,7 +61,7 @@ void Block::build(const Atoms &atoms, const Neighbours &list, const Participants
 double Block::bytes() const {
   return static_cast<double>((centres.capacity() + ends.capacity()) * sizeof(int) +
                              (species.capacity() + first.capacity() + neighbours.capacity()) * sizeof(std::int64_t) +
-                             vectors.capacity() * sizeof(double));
+                             (vectors.capacity() + displacements.capacity()) * sizeof(double));
 }
 
 void add_gradient(const Block &block, const double *gradient, double sign, double *f, int stride) {
@@ -75,6 +75,7 @@ void add_gradient(const Block &block, const double *gradient, double sign, doubl
         sum[a] += g;
       }
     }
+    if (block.of_sites) continue;  // a displacement is that of one atom alone
     double *centre = f + static_cast<std::ptrdiff_t>(stride) * block.centres[k];
     for (int a = 0; a < 3; ++a) centre[a] -= sum[a];
   }

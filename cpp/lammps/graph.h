@@ -42,6 +42,10 @@ struct Block {
   std::vector<std::int64_t> neighbours;  // [P] element index of a pair's neighbour
   std::vector<int> ends;                 // [P] atom index of a pair's neighbour
   std::vector<double> vectors;           // [P, 3] x_neighbour - x_centre, Å
+  // Of a crystal a centre's pairs are its sites (itself among them), and the energy depends on the displacements of the
+  // atoms there from the ideal crystal, in the model's own frame, instead of the vectors.
+  bool of_sites = false;
+  std::vector<double> displacements;  // [P, 3] Å
 
   std::int64_t n_centres() const { return static_cast<std::int64_t>(centres.size()); }
   std::int64_t n_pairs() const { return first.empty() ? 0 : first.back(); }
@@ -53,7 +57,7 @@ struct Block {
 };
 
 // Add to f [n_all, stride], its first three columns, sign * dE/dx for the energy with this gradient [P, 3] with respect
-// to the vectors (sign -1: forces). Ghosts included.
+// to the vectors or displacements (sign -1: forces). Ghosts included.
 void add_gradient(const Block &block, const double *gradient, double sign, double *f, int stride);
 
 // Add the sum over pairs of r ⊗ gradient (dE/dstrain of this rank), rows of r first: xx xy xz yx ...

@@ -16,6 +16,22 @@ std::string join(const std::vector<std::string> &words) {
   return text;
 }
 
+Lattice read_lattice(const Json &record, std::size_t n_elements, const std::string &file) {
+  Lattice lattice;
+  lattice.cell = record.at("cell").get<Matrix>();
+  lattice.scaled = record.at("scaled").get<std::vector<std::array<double, 3>>>();
+  lattice.species = record.at("species").get<std::vector<int>>();
+  lattice.sites = record.at("sites").get<std::vector<std::vector<std::array<int, 4>>>>();
+  lattice.max_displacement = record.at("max_displacement").get<double>();
+  const auto n = lattice.scaled.size();
+  bool valid = n > 0 && lattice.species.size() == n && lattice.sites.size() == n && lattice.max_displacement > 0.0;
+  for (int species : lattice.species) valid = valid && species >= 0 && species < static_cast<int>(n_elements);
+  for (const auto &sites : lattice.sites)
+    for (const auto &site : sites) valid = valid && site[3] >= 0 && site[3] < static_cast<int>(n);
+  if (!valid) throw Error("the lattice in the metadata of model file " + file + " is damaged: export the model again");
+  return lattice;
+}
+
 Metadata read(const Json &record, const std::string &file) {
   Metadata metadata;
   metadata.format = record.at("format").get<int>();
@@ -28,6 +44,7 @@ Metadata read(const Json &record, const std::string &file) {
   if (record.contains("uncertainty") && record["uncertainty"].is_object())
     metadata.projections = record["uncertainty"].value("projections", 0);
   if (record.contains("operators")) metadata.operators = record["operators"].get<std::vector<std::string>>();
+  if (record.contains("lattice")) metadata.lattice = read_lattice(record["lattice"], metadata.elements.size(), file);
   if (metadata.elements.empty() || !(metadata.cutoff > 0.0))
     throw Error("model file " + file + " names no elements or no cutoff: export it again with 'ubmd train'");
   return metadata;

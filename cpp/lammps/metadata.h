@@ -1,6 +1,8 @@
 // The JSON record of a model file, and what the plugin checks in it.
 #pragma once
 
+#include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -9,12 +11,24 @@ namespace ubmd {
 // The newest format of model files that this plugin reads.
 inline constexpr int newest_format = 1;
 
+using Matrix = std::array<std::array<double, 3>, 3>;  // vectors in rows
+
+// The ideal crystal of a force-constant model. A site is (cell offset along the three vectors, sublattice).
+struct Lattice {
+  Matrix cell{};                                       // primitive vectors, Å
+  std::vector<std::array<double, 3>> scaled;           // [S] fractional position of each sublattice
+  std::vector<int> species;                            // [S] species index of each sublattice
+  std::vector<std::vector<std::array<int, 4>>> sites;  // [S] sites that the energy of a centre in cell 0 depends on
+  double max_displacement = 0.0;                       // Å: beyond it the model isn't used
+};
+
 struct Metadata {
   int format = 0;
   std::vector<std::string> elements;   // species index -> element name
   double cutoff = 0.0;                 // Å
   int projections = 0;                 // length p of the features; 0: the file carries no uncertainty
   std::vector<std::string> operators;  // operator libraries the model needs
+  std::optional<Lattice> lattice;      // of a force-constant model
 };
 
 // Read the record; throws Error naming `file` when it is no ubmd record or of a newer format.

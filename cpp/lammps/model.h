@@ -21,6 +21,7 @@ enum class Bias { none, structure, atomic };
 struct Request {
   bool structure = false;    // features of the structure, for u
   bool atoms = false;        // atomic uncertainties, or what an ensemble needs for them
+  bool strain = false;       // strain derivative of a crystal
   Bias bias = Bias::none;    // which bias follows: it needs the evaluations of all blocks to be kept
   std::int64_t n_atoms = 0;  // owned atoms with an element
 };
@@ -58,6 +59,9 @@ class Model {
 
   const Metadata &metadata() const { return metadata_; }
 
+  // Whether this is a force-constant model of a crystal: blocks then are of sites.
+  bool is_crystal() const { return metadata_.lattice.has_value(); }
+
   // Whether atomic uncertainties come from the forces of an ensemble's members.
   bool is_ensemble() const { return is_ensemble_; }
 
@@ -77,6 +81,9 @@ class Model {
 
   // Calibrated uncertainties [n] of the block evaluated last (not of an ensemble).
   virtual Values atomic_uncertainties() = 0;
+
+  // dSum(E)/d(strain of the ideal positions) [3, 3] of the block evaluated last, in the model's frame (crystal only).
+  virtual Values strain_derivative() { return {}; }
 
   // Gradients [M, P, 3] of the members' energies of the block evaluated last (ensemble only).
   virtual Values member_gradients() = 0;

@@ -2,13 +2,17 @@
 
 #include <mpi.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "atom.h"
 #include "comm.h"
+#include "domain.h"
 #include "error.h"
+#include "fix.h"
 #include "force.h"
 #include "memory.h"
+#include "modify.h"
 #include "neigh_list.h"
 #include "neighbor.h"
 #include "ubmd_error.h"
@@ -89,6 +93,8 @@ void PairUBMD::coeff(int narg, char **arg) {
     unit_ = ubmd::energy_unit(update->unit_style);
     model_ = ubmd::load_model(arg[2], precision_, device_, comm->nthreads, unit_.per_ev, block_size());
     species_ = ubmd::map_elements(model_->metadata(), names_, arg[2]);
+    crystal_.reset();
+    if (model_->is_crystal()) crystal_ = std::make_unique<ubmd::Crystal>(*model_->metadata().lattice);
     ubmd::Request plain;
     plain.n_atoms = atom->nlocal;
     model_->warm_up(plain);
@@ -123,11 +129,17 @@ void PairUBMD::init_style() {
     for (int k = 1; k < 4; ++k)
       if (force->special_lj[k] == 0.0 && force->special_coul[k] == 0.0)
         error->all(FLERR, "pair_style ubmd needs bonded neighbours too: add 'special_bonds lj/coul 1.0 1.0 1.0'");
-  neighbor->add_request(this, NeighConst::REQ_FULL);
+  if (crystal_)
+    check_crystal();
+  else
+    neighbor->add_request(this, NeighConst::REQ_FULL);
 }
 
+// A crystal needs no list but ghosts: all sites of the atoms that are owned when ghosts are chosen. Both atoms of a
+// pair may be displaced; LAMMPS adds the skin to the range of the ghosts.
 double PairUBMD::init_one(int, int) {
-  return model().metadata().cutoff;
+  const double cutoff = model().metadata().cutoff;
+  return crystal_ ? std::max(cutoff, cutoff + 2.0 * crystal_->max_displacement() - neighbor->skin) : cutoff;
 }
 
 void PairUBMD::compute(int eflag, int vflag) {
@@ -135,6 +147,7 @@ void PairUBMD::compute(int eflag, int vflag) {
   read_atoms();
   ubmd::Request request = state_ == Kept::requested ? request_ : ubmd::Request();
   request.n_atoms = n_atoms();
+  request.strain = crystal_ && vflag_global;
   if (uncertainty_flag_ == 1) request.atoms = true;  // of fix pair: once, because fix numdiff calls compute() again
   try {
     evaluate(request);
@@ -142,6 +155,7 @@ void PairUBMD::compute(int eflag, int vflag) {
     error->one(FLERR, "pair_style ubmd: {}", problem.what());
   }
   if (uncertainty_flag_ == 1) uncertainty_flag_ = 2;
+  if (state_ == Kept::requested) requested_displacement_ = displacement_;
   if (state_ == Kept::requested) state_ = Kept::done;
 }
 
@@ -160,7 +174,10 @@ void PairUBMD::read_atoms() {
   if (bad >= 0)
     error->one(FLERR, "the position of atom {} is not a number at step {}: use a shorter time step or a better start",
                atom->tag[bad], update->ntimestep);
-  who_.read(atoms(), neighbours(), species_);
+  if (crystal_)
+    read_sites();
+  else
+    who_.read(atoms(), neighbours(), species_);
 }
 
 // Block by block, of equal sizes.
@@ -181,7 +198,10 @@ void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, s
   Piece &piece = keep ? kept_[n_kept_++] : scratch_;
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
-    piece.block.build(atoms(), neighbours(), who_, begin, end, model_->metadata().cutoff);
+    if (crystal_)
+      crystal_->build(piece.block, begin, end, atoms().positions);
+    else
+      piece.block.build(atoms(), neighbours(), who_, begin, end, model_->metadata().cutoff);
   }
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::network);
@@ -190,6 +210,8 @@ void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, s
   }
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
+    if (request.strain) tally_crystal(piece, piece.result.gradient);
+    piece.result.gradient = in_box(std::move(piece.result.gradient));
     check_finite(piece);
     ubmd::add_gradient(piece.block, piece.result.gradient.data(), -1.0, atom->f[0], 3);
     tally(piece);
@@ -237,7 +259,7 @@ void PairUBMD::tally(const Piece &piece) {
   if (eflag_atom)
     for (std::size_t i = 0; i < piece.result.energies.size(); ++i)
       eatom[piece.block.centres[i]] += piece.result.energies[i];
-  if (vflag_global) {
+  if (vflag_global && !crystal_) {
     double d[9] = {};
     ubmd::add_strain_derivative(piece.block, piece.result.gradient.data(), d);
     const double lammps_order[6] = {d[0], d[4], d[8], d[1], d[2], d[5]};
@@ -279,7 +301,7 @@ void PairUBMD::set_bias(const std::vector<double> *weight) {
 }
 
 ubmd::Values PairUBMD::bias(std::size_t k) {
-  if (!bias_of_atoms_) return model_->bias(k);
+  if (!bias_of_atoms_) return in_box(model_->bias(k));
   if (!model_->is_ensemble()) return model_->atomic_bias(k);
   return model_->member_bias(k, kept_[k].block, member_cotangents(kept_[k].block));
 }
@@ -289,6 +311,166 @@ void PairUBMD::release() {
   for (auto &piece : kept_) piece.result = {};
   n_kept_ = 0;
   model().release();
+}
+
+// ---- crystals: every atom has a site for the whole run, and the model takes displacements ----
+
+void PairUBMD::check_crystal() const {
+  if (domain->nonperiodic)
+    error->all(FLERR,
+               "pair_style ubmd: the force-constant model of a crystal needs a box that is periodic in all directions: "
+               "use 'boundary p p p'");
+  for (const auto *fix : modify->get_fix_list())
+    if (fix->box_change & (Fix::BOX_CHANGE_ANY | Fix::BOX_CHANGE_SIZE | Fix::BOX_CHANGE_SHAPE))
+      error->all(
+          FLERR,
+          "pair_style ubmd: the force-constant model of a crystal knows one cell only, but fix {} {} changes the "
+          "box: remove it, and use fix nvt instead of fix npt",
+          fix->id, fix->style);
+}
+
+ubmd::Matrix PairUBMD::box() const {
+  return {{{domain->xprd, 0.0, 0.0}, {domain->xy, domain->yprd, 0.0}, {domain->xz, domain->yz, domain->zprd}}};
+}
+
+std::vector<int> PairUBMD::species_of(int n) const {
+  std::vector<int> species(n);
+  for (int i = 0; i < n; ++i) species[i] = species_[atom->type[i] - 1];
+  return species;
+}
+
+std::vector<std::int64_t> PairUBMD::tags_of(int n) const {
+  return {atom->tag, atom->tag + n};
+}
+
+// Gradient with respect to the displacements, in the frame of the box.
+ubmd::Values PairUBMD::in_box(ubmd::Values gradient) const {
+  if (!crystal_ || !crystal_->fit().is_turned()) return gradient;
+  auto turned = std::make_shared<std::vector<double>>(gradient.size());
+  crystal_->turn_back(gradient.data(), gradient.size() / 3, turned->data());
+  return {turned, turned->data(), turned->size()};
+}
+
+// Sites belong to tags as long as box, atoms and types stay. In a setup all may have changed: then the crystal is
+// mapped again if the atoms don't agree with the sites that they have.
+void PairUBMD::read_sites() {
+  const bool in_setup = update->setupflag != 0;
+  bool fresh = false;
+  if (crystal_->is_mapped() && in_setup) {
+    int known = crystal_->has_box(box()) && crystal_->knows(tags_of(atom->nlocal), species_of(atom->nlocal)), all;
+    MPI_Allreduce(&known, &all, 1, MPI_INT, MPI_MIN, world);
+    fresh = !all;
+  }
+  if (crystal_->is_mapped() && !in_setup && !crystal_->has_box(box()))
+    error->all(
+        FLERR,
+        "the box changed at step {} but the force-constant model of a crystal knows one cell only: change the box "
+        "between runs, to another multiple of the cell",
+        update->ntimestep);
+  if (fresh || !crystal_->is_mapped()) {
+    fresh = true;
+    map_sites();
+  }
+
+  const std::array<bigint, 4> lists = {neighbor->lastcall, neighbor->ncalls, atom->nlocal, atom->nghost};
+  if (fresh || lists != located_ || (in_setup && neighbor->ago == 0)) locate_sites();
+  located_ = lists;
+  auto largest = displace_sites();
+  if (in_setup && !fresh) {
+    int far = largest.displacement > crystal_->max_displacement(), any;
+    MPI_Allreduce(&far, &any, 1, MPI_INT, MPI_MAX, world);
+    if (any) {
+      map_sites();
+      locate_sites();
+      largest = displace_sites();
+    }
+  }
+  check_displacement(largest);
+  displacement_ = largest.displacement;
+}
+
+// Global virial of a crystal, from the gradient in the model's frame. The energies of its centres change when the whole
+// crystal moves (only their sum doesn't), so the virial isn't the sum over a centre's pairs that it is for other
+// models: the model knows which place each of its terms belongs to.
+void PairUBMD::tally_crystal(const Piece &piece, const ubmd::Values &gradient) {
+  const auto ideal = model_->strain_derivative();
+  ubmd::Matrix strain;
+  for (int a = 0; a < 3; ++a)
+    for (int b = 0; b < 3; ++b) strain[a][b] = ideal[3 * a + b];
+  for (std::size_t k = 0; k < gradient.size(); ++k)
+    for (int a = 0; a < 3; ++a) strain[a][k % 3] += piece.block.displacements[k - k % 3 + a] * gradient[k];
+  strain = crystal_->turn_back(strain);
+  const int rows[6] = {0, 1, 2, 0, 0, 1}, columns[6] = {0, 1, 2, 1, 2, 2};
+  for (int k = 0; k < 6; ++k) virial[k] -= 0.5 * (strain[rows[k]][columns[k]] + strain[columns[k]][rows[k]]);
+}
+
+// All atoms on all ranks, so that each finds the same sites.
+void PairUBMD::map_sites() {
+  const auto species = species_of(atom->nlocal);
+  std::vector<double> mine;
+  for (int i = 0; i < atom->nlocal; ++i)
+    if (species[i] >= 0)
+      mine.insert(mine.end(), {static_cast<double>(atom->tag[i]), static_cast<double>(species[i]), atom->x[i][0],
+                               atom->x[i][1], atom->x[i][2]});
+  const int n = static_cast<int>(mine.size());
+  std::vector<int> counts(comm->nprocs), offsets(comm->nprocs, 0);
+  MPI_Allgather(&n, 1, MPI_INT, counts.data(), 1, MPI_INT, world);
+  for (int r = 1; r < comm->nprocs; ++r) offsets[r] = offsets[r - 1] + counts[r - 1];
+  std::vector<double> all(offsets.back() + counts.back());
+  MPI_Allgatherv(mine.data(), n, MPI_DOUBLE, all.data(), counts.data(), offsets.data(), MPI_DOUBLE, world);
+  std::vector<ubmd::SystemAtom> atoms;
+  for (std::size_t k = 0; k < all.size(); k += 5)
+    atoms.push_back(
+        {static_cast<std::int64_t>(all[k]), static_cast<int>(all[k + 1]), {all[k + 2], all[k + 3], all[k + 4]}});
+  try {
+    crystal_->map(box(), std::move(atoms));
+  } catch (const ubmd::Error &problem) {
+    error->all(FLERR, "pair_style ubmd: {}", problem.what());
+  }
+}
+
+void PairUBMD::locate_sites() {
+  const int nall = atom->nlocal + atom->nghost;
+  try {
+    crystal_->locate(atom->nlocal, atoms().positions, tags_of(nall), species_of(nall));
+  } catch (const ubmd::Error &problem) {
+    error->one(FLERR, "pair_style ubmd: {}", problem.what());
+  }
+  who_.centres = crystal_->centres();
+}
+
+// Displacements from the sites without their mean over the whole system. The model doesn't feel the mean, but the
+// energies of single atoms and the images of the sites would.
+ubmd::Crystal::Largest PairUBMD::displace_sites() {
+  const auto mine = crystal_->displace(atoms().positions);
+  const double local[4] = {mine[0], mine[1], mine[2], static_cast<double>(who_.centres.size())};
+  double sum[4];
+  {
+    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::communication);
+    MPI_Allreduce(local, sum, 4, MPI_DOUBLE, MPI_SUM, world);
+  }
+  if (static_cast<std::int64_t>(sum[3]) != crystal_->n_sites())
+    error->all(
+        FLERR,
+        "pair_style ubmd: {} atoms are left of the crystal's {} at step {}: atoms and types must stay as they are "
+        "during a run",
+        static_cast<std::int64_t>(sum[3]), crystal_->n_sites(), update->ntimestep);
+  return crystal_->centre({sum[0] / sum[3], sum[1] / sum[3], sum[2] / sum[3]});
+}
+
+void PairUBMD::check_displacement(const ubmd::Crystal::Largest &largest) const {
+  if (largest.displacement <= crystal_->max_displacement()) return;
+  error->one(FLERR,
+             "pair_style ubmd: at step {} atom {} is {:.3f} A away from its site, more than the {:.3f} A that the "
+             "force-constant model is made for: use a lower temperature or a shorter time step, or train the model on "
+             "larger displacements",
+             update->ntimestep, atom->tag[largest.atom], largest.displacement, crystal_->max_displacement());
+}
+
+double PairUBMD::largest_displacement() const {
+  double largest = 0.0;
+  if (crystal_) MPI_Allreduce(&requested_displacement_, &largest, 1, MPI_DOUBLE, MPI_MAX, world);
+  return largest;
 }
 
 // ---- ensembles: atomic uncertainties come from the members' forces, to which other ranks add their shares ----
@@ -406,6 +588,7 @@ void PairUBMD::finish() {
 double PairUBMD::memory_usage() {
   double bytes = Pair::memory_usage() + bytes_of(scratch_);
   for (const auto &piece : kept_) bytes += bytes_of(piece);
+  if (crystal_) bytes += crystal_->bytes();
   return bytes + static_cast<double>((uncertainties_.capacity() + member_forces_.capacity() + exchanged_.capacity()) *
                                          sizeof(double) +
                                      (who_.centres.capacity() + who_.elements.capacity()) * sizeof(int));

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "crystal.h"
 #include "graph.h"
 #include "model.h"
 #include "pair.h"
@@ -62,6 +63,10 @@ class PairUBMD : public Pair {
   // Free what was kept.
   void release();
 
+  // Of a crystal: the largest displacement of any atom from its site in the evaluation that was asked for features, Å;
+  // else 0. Ranks call it together.
+  double largest_displacement() const;
+
   ubmd::Model &model();
   ubmd::Timer &timer() { return timer_; }
   // Energies, forces and uncertainties of this style are in it.
@@ -75,6 +80,16 @@ class PairUBMD : public Pair {
   void read_option(const std::string &, const std::string &);
   std::size_t block_size() const;
   void read_atoms();
+  void check_crystal() const;
+  void read_sites();
+  void map_sites();
+  void locate_sites();
+  ubmd::Crystal::Largest displace_sites();
+  void check_displacement(const ubmd::Crystal::Largest &) const;
+  ubmd::Matrix box() const;
+  std::vector<int> species_of(int) const;
+  std::vector<std::int64_t> tags_of(int) const;
+  ubmd::Values in_box(ubmd::Values) const;
   ubmd::Atoms atoms() const;
   ubmd::Neighbours neighbours() const;
   void evaluate(const ubmd::Request &);
@@ -88,6 +103,7 @@ class PairUBMD : public Pair {
   void check_finite(const Piece &) const;
   void tally(const Piece &);
   void tally_virial(const Piece &);
+  void tally_crystal(const Piece &, const ubmd::Values &);
 
   enum class Kept { nothing, requested, done };
 
@@ -100,8 +116,11 @@ class PairUBMD : public Pair {
   std::vector<int> species_;        // species index of each type, -1 for NULL
   std::size_t chunk_ = 0;           // largest block; 0: as the device needs it
   ubmd::Participants who_;
-  Piece scratch_;            // the block at hand, if it isn't kept
-  std::vector<Piece> kept_;  // n_kept_ of them in use: the others keep their memory
+  std::unique_ptr<ubmd::Crystal> crystal_;                    // of a force-constant model
+  std::array<bigint, 4> located_ = {-1, 0, 0, 0};             // the neighbour lists that its sites were located for
+  double displacement_ = 0.0, requested_displacement_ = 0.0;  // largest of this rank's atoms, Å
+  Piece scratch_;                                             // the block at hand, if it isn't kept
+  std::vector<Piece> kept_;                                   // n_kept_ of them in use: the others keep their memory
   std::size_t n_kept_ = 0;
   Kept state_ = Kept::nothing;
   ubmd::Request request_;

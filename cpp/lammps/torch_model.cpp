@@ -39,11 +39,31 @@ void set_precision(torch::jit::Module &module, Precision precision) {
   }
 }
 
-void check_methods(const torch::jit::Module &module, const std::string &file) {
-  const char *atoms = module.find_method(ensemble_method) ? ensemble_method : atomic_method;
-  for (const char *method : {"metadata", "forces", "forward", "uncertainty", atoms})
+void check_methods(const torch::jit::Module &module, const std::vector<const char *> &methods,
+                   const std::string &file) {
+  for (const char *method : methods)
     if (!module.find_method(method))
       throw Error("file " + file + " is TorchScript but has no method " + method + ": it is not a ubmd model file");
+}
+
+Metadata read_metadata(const torch::jit::Module &module, const std::string &file) {
+  check_methods(module, {"metadata"}, file);
+  auto metadata = parse_metadata(module.get_method("metadata")({}).toStringRef(), file);
+  if (metadata.lattice) {
+    check_methods(module,
+                  {"evaluate", "uncertainty", "site_uncertainties", "strain_derivative", "by_structure", "features",
+                   "feature_sum", "directions", "feature_gradient"},
+                  file);
+  } else {
+    const char *atoms = module.find_method(ensemble_method) ? ensemble_method : atomic_method;
+    check_methods(module, {"forces", "forward", "uncertainty", atoms}, file);
+  }
+  return metadata;
+}
+
+std::optional<torch::jit::Method> atomic_uncertainties_of(const torch::jit::Module &module) {
+  auto of_members = module.find_method(ensemble_method);
+  return of_members ? of_members : module.find_method(atomic_method);
 }
 
 }  // namespace
@@ -91,8 +111,8 @@ std::unique_ptr<Model> load_model(const std::string &file, Precision precision, 
     loaded.module = load(file, loaded.device);
     loaded.module.eval();
     set_precision(loaded.module, precision);
-    check_methods(loaded.module, file);
-    loaded.metadata = parse_metadata(loaded.module.get_method("metadata")({}).toStringRef(), file);
+    loaded.metadata = read_metadata(loaded.module, file);
+    if (loaded.metadata.lattice) loaded.dtype = torch::kFloat64;
     const bool has_blocks = loaded.module.find_method("evaluate").has_value();
     return has_blocks ? make_block_model(std::move(loaded), block_size) : make_generic_model(std::move(loaded));
   });
@@ -101,7 +121,7 @@ std::unique_ptr<Model> load_model(const std::string &file, Precision precision, 
 TorchModel::TorchModel(Loaded loaded)
     : loaded_(std::move(loaded)),
       uncertainty_(loaded_.module.get_method("uncertainty")),
-      atoms_(loaded_.module.get_method(loaded_.module.find_method(ensemble_method) ? ensemble_method : atomic_method)) {
+      atoms_(atomic_uncertainties_of(loaded_.module)) {
   metadata_ = loaded_.metadata;
   is_ensemble_ = loaded_.module.find_method(ensemble_method).has_value();
 }
@@ -117,12 +137,12 @@ double TorchModel::uncertainty(const std::vector<double> &mean, std::vector<doub
 }
 
 Values TorchModel::uncertainties_of(const torch::Tensor &features) {
-  return view(call(atoms_, {features}).toTensor(), loaded_.unit);
+  return view(call(atoms_.value(), {features}).toTensor(), loaded_.unit);
 }
 
 torch::Tensor TorchModel::uncertainty_derivative(const torch::Tensor &features) {
   const auto leaf = features.detach().clone().requires_grad_(true);  // a tensor made without autograd can't be a leaf
-  return torch::autograd::grad({call(atoms_, {leaf}).toTensor().sum()}, {leaf})[0];
+  return torch::autograd::grad({call(atoms_.value(), {leaf}).toTensor().sum()}, {leaf})[0];
 }
 
 Values TorchModel::force_uncertainties(const std::vector<double> &forces, std::vector<double> *derivative) {
@@ -130,7 +150,7 @@ Values TorchModel::force_uncertainties(const std::vector<double> &forces, std::v
     const auto n = static_cast<std::int64_t>(forces.size()) / (3 * projections());
     const auto leaf = wrap(forces, {n, 3, projections()}).to(loaded_.device, torch::kFloat64, false, true);
     leaf.requires_grad_(derivative != nullptr);
-    const auto u = call(atoms_, {leaf}).toTensor();
+    const auto u = call(atoms_.value(), {leaf}).toTensor();
     if (derivative) *derivative = to_vector(torch::autograd::grad({u.sum()}, {leaf})[0]);
     return view(u, loaded_.unit);
   });

@@ -83,7 +83,8 @@ class TorchModel : public Model {
   Loaded loaded_;
 
  private:
-  torch::jit::Method uncertainty_, atoms_;
+  torch::jit::Method uncertainty_;
+  std::optional<torch::jit::Method> atoms_;  // not of a crystal
 };
 
 // The two ways to evaluate: any module, by differentiating forward(); or one with the closed forms of `evaluate`.

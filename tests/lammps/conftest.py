@@ -21,6 +21,10 @@ from ase.build import bulk, molecule
 from ase.calculators.lammps import Prism
 from ase.calculators.singlepoint import SinglePointCalculator
 
+sys.path.insert(0, str(Path(__file__).parent))  # tests import what some of them share from this folder
+
+from crystals import Crystal, boron_arsenide, spring_crystal, tin_selenide, triclinic
+
 from ubmd.calculator import Evaluator
 from ubmd.data.graph import build_graph
 from ubmd.export import export_model
@@ -289,3 +293,27 @@ def lab(tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> La
     """A folder (the current one) with the model file, and LAMMPS."""
     monkeypatch.chdir(tmp_path)
     return Lab(tmp_path, model_file)
+
+
+@pytest.fixture(scope="session")
+def crystals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Crystal]:
+    """Force-constant models with random parameters."""
+    kinds = {
+        "zincblende": (boron_arsenide(), {2: 4.0, 3: 2.5, 4: 2.5}),
+        "orthorhombic": (tin_selenide(), {2: 3.6, 3: 2.9, 4: 2.8}),
+        "triclinic": (triclinic(), {2: 3.9, 3: 3.0, 4: 2.7}),
+    }
+    return {kind: Crystal.make(tmp_path_factory.mktemp(kind), *values) for kind, values in kinds.items()}
+
+
+@pytest.fixture(scope="session")
+def springs(tmp_path_factory: pytest.TempPathFactory) -> Crystal:
+    """A stable crystal, for dynamics."""
+    return spring_crystal(tmp_path_factory.mktemp("springs"))
+
+
+@pytest.fixture
+def crystal_lab(tmp_path: Path, crystals: dict[str, Crystal], monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """A folder (the current one) with LAMMPS; the scripts' heads bring the model file."""
+    monkeypatch.chdir(tmp_path)
+    return Lab(tmp_path, crystals["zincblende"].path)

@@ -9,8 +9,10 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from ubmd.crystal.basis import ClusterBasis
+from ubmd.crystal.lattice import Lattice
 from ubmd.crystal.program import Program, block_table, derivatives, recursion
 from ubmd.crystal.regression import Posterior
+from ubmd.uncertainty.posterior import deviation
 
 TINY = 1e-8  # eV/atom: u of the ideal lattice, where the root has no derivative
 CHUNK = 4_000_000  # numbers per intermediate tensor
@@ -48,6 +50,7 @@ class CrystalModel(nn.Module):
     member_operations: Tensor
     raw: Tensor
     parameter_map: Tensor
+    centroids: Tensor
     site_counts: Tensor
     orbit_table: Tensor
     order_table: Tensor
@@ -77,6 +80,9 @@ class CrystalModel(nn.Module):
         self.n_features = basis.n_parameters
         program = Program.compile(basis)
         self._take(program)
+        places, centroids = _places(basis.lattice, program)
+        self.places = [_numbers(place) for place in places]
+        self.register_buffer("centroids", _numbers(centroids))
         self.register_buffer("theta", _numbers(posterior.mean))
         self.triangular = not np.tril(posterior.factor, -1).any()
         self.register_buffer("factor", _numbers(posterior.factor))
@@ -194,7 +200,7 @@ class CrystalModel(nn.Module):
             )
             return self.energy_scale * sigma
         z = torch.mv(self.factor.t(), phi_mean.to(torch.float64))
-        return self.energy_scale * torch.sqrt(torch.dot(z, z) + self.tiny * self.tiny)
+        return self.energy_scale * deviation(z, self.tiny * self.tiny)
 
     @torch.jit.export
     def site_uncertainties(self, tape: list[Tensor]) -> Tensor:
@@ -212,9 +218,41 @@ class CrystalModel(nn.Module):
                 for some in centres.split(max(1, self.chunk // width)):
                     u = displacement[self.edges(some, first, s)]
                     rows = self.project(self.site_moments(u, s))
-                    deviation = torch.matmul(rows, self.factor).square().sum(2).sqrt()
-                    result[some] = self.force_scale * deviation.amax(1)
+                    result[some] = self.force_scale * deviation(torch.matmul(rows, self.factor), 0.0).amax(1)
             return result
+
+    @torch.jit.export
+    def strain_derivative(self, tape: list[Tensor]) -> Tensor:
+        """d sum(E)/d strain [3, 3] (eV, rows: component of the position) when the ideal positions are strained.
+
+        In a strained crystal displacements grow with the distance, so the parts of forces that cancel in a periodic
+        one (sum rules) must be attached to places. What is left of a cluster without one of its sites, k, gets one
+        place whatever k is: its centroid. So a cluster of order n with centroid c (of all its sites) gives
+        n/(n - 1) sum_k (x_k - c) ⊗ dE/du_k with the ideal positions x. That the displacements are strained, too, adds
+        sum u ⊗ dE/du, which isn't in the result.
+        """
+        with torch.no_grad():
+            gradient = self.contract(tape[0], tape[1], tape[2], self.levers(3))[1]
+            result = gradient.new_zeros([3, 3])
+            for s in range(len(self.n_sites)):
+                centres = torch.nonzero(tape[0] == s).squeeze(1)
+                result += self.places[s].t() @ gradient[self.edges(centres, tape[1], s)].sum(0)
+            for a in range(3):
+                result[a] -= self.contract(tape[0], tape[1], tape[2], self.levers(a))[1].sum(0)
+            return result
+
+    def levers(self, axis: int) -> Tensor:
+        """Coefficients [C] of each cluster times n/(n - 1), and times a component of its centroid for axis < 3."""
+        result: list[Tensor] = []
+        for block in self.blocks:
+            order = 0
+            for m in block[4:]:
+                order += m
+            table = self.table(block, self.coefficients).reshape([block[2], -1]) * (order / (order - 1))
+            if axis < 3:
+                table = table * self.centroids[block[1] : block[1] + block[2], axis].unsqueeze(1)
+            result.append(table.flatten())
+        return torch.cat(result)
 
     # Centres of one sublattice
 
@@ -440,6 +478,23 @@ class CrystalModel(nn.Module):
 
 def _numbers(array: Any) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float64))
+
+
+def _places(lattice: Lattice, program: Program) -> tuple[list[np.ndarray], np.ndarray]:
+    """Relative sites [K_s, 3] of each sublattice and centroids of all clusters [N, 3], positions from the centre, Å.
+
+    A site that is m times in a cluster counts m times.
+    """
+    places = [
+        (sites[:, :3] + lattice.scaled[sites[:, 3]] - lattice.scaled[s]) @ lattice.cell
+        for s, sites in enumerate(program.sites)
+    ]
+    centroids = np.zeros((len(program.bodies), 3))
+    for block in program.blocks:
+        rows = slice(block.first, block.first + block.count)
+        bodies = places[block.sublattice][program.bodies[rows, : len(block.degrees)]]
+        centroids[rows] = np.average(bodies, axis=1, weights=block.degrees)
+    return places, centroids
 
 
 def _metadata(
