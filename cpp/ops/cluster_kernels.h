@@ -364,32 +364,49 @@ UBMD_INLINE void add_member(const ClusterMember &member, const ClusterTurns &tur
   }
 }
 
-// out [3][n_raw] (indexed by lane first) from sums [3, D] and raw [D, n_raw].
+// Calls run.template operator()<columns>() for 1 to 8 columns.
+template <class Run>
+UBMD_INLINE void with_columns(int columns, Run run) {
+  switch (columns) {
+    case 1:
+      return run.template operator()<1>();
+    case 2:
+      return run.template operator()<2>();
+    case 3:
+      return run.template operator()<3>();
+    case 4:
+      return run.template operator()<4>();
+    case 5:
+      return run.template operator()<5>();
+    case 6:
+      return run.template operator()<6>();
+    case 7:
+      return run.template operator()<7>();
+    default:
+      return run.template operator()<8>();
+  }
+}
+
+// out [3][n_raw] (indexed by centre first) from sums [3, D] and raw [D, n_raw].
 UBMD_INLINE void to_raw(const ClusterOrbit &orbit, std::int64_t all_raw, const V *sums, const Centres &centres,
                         double *out) {
   constexpr int width = 8;
-  const double *raw = orbit.raw;
-  for (int begin = 0; begin < orbit.n_raw; begin += width) {
-    const int columns = orbit.n_raw - begin < width ? orbit.n_raw - begin : width;
-    for (int a = 0; a < 3; ++a) {
-      V result[width] = {};
-      const V *from = sums + a * orbit.dimension;
-      const double *row = raw + begin;
-      if (columns == width) {
+  for (int begin = 0; begin < orbit.n_raw; begin += width)
+    with_columns(orbit.n_raw - begin, [&]<int columns>() {
+      for (int a = 0; a < 3; ++a) {
+        V result[columns] = {};
+        const V *from = sums + a * orbit.dimension;
+        const double *row = orbit.raw + begin;
         for (int d = 0; d < orbit.dimension; ++d, row += orbit.n_raw) {
 #pragma GCC unroll 8
-          for (int p = 0; p < width; ++p) result[p] += row[p] * from[d];
+          for (int p = 0; p < columns; ++p) result[p] += row[p] * from[d];
         }
-      } else {
-        for (int p = 0; p < columns; ++p)
-          for (int d = 0; d < orbit.dimension; ++d) result[p] += row[d * orbit.n_raw + p] * from[d];
+        for (int l = 0; l < centres.n; ++l) {
+          double *to = out + (centres.indices[l] * 3 + a) * all_raw + orbit.raw_place + begin;
+          for (int p = 0; p < columns; ++p) to[p] = result[p][l];
+        }
       }
-      for (int l = 0; l < centres.n; ++l) {
-        double *to = out + (centres.indices[l] * 3 + a) * all_raw + orbit.raw_place + begin;
-        for (int p = 0; p < columns; ++p) to[p] = result[p][l];
-      }
-    }
-  }
+    });
 }
 
 void site_moments(const ClusterProgram &program, const ClusterTurns &turns, const std::int64_t *components,

@@ -27,7 +27,7 @@ struct Free {
 using Memory = std::unique_ptr<char, Free>;
 
 Memory vectors(std::int64_t count) {
-  const std::int64_t bytes = count * cluster_kernels().vector_bytes;
+  const std::int64_t bytes = std::max<std::int64_t>(count, 1) * cluster_kernels().vector_bytes;
   char *memory = static_cast<char *>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
   TORCH_CHECK(memory, "ubmd operators: out of memory");
   return Memory(memory);
@@ -357,10 +357,10 @@ Tensor by_parameters(const Tensor &by_raw, const ClusterTables &tables) {
 
 // Norms of the rows of left @ factor; the columns of a triangular factor in parts, without its zeros.
 Tensor projected_norms(const Tensor &left, const Tensor &factor, bool triangular) {
-  const std::int64_t p = factor.size(0), n_parts = triangular && p >= 256 ? 8 : 1;
+  const std::int64_t p = factor.size(1), n_parts = triangular && p >= 256 ? 8 : 1;
   Tensor result = at::zeros({left.size(0)}, left.options());
   for (std::int64_t k = 0; k < n_parts; ++k) {
-    const std::int64_t begin = p * k / n_parts, end = p * (k + 1) / n_parts, rows = triangular ? end : p;
+    const std::int64_t begin = p * k / n_parts, end = p * (k + 1) / n_parts, rows = triangular ? end : factor.size(0);
     const Tensor part =
         product(left.narrow(1, 0, rows), factor.narrow(0, 0, rows).narrow(1, begin, end - begin), std::nullopt);
     result += part.square().sum(1);
@@ -402,6 +402,7 @@ Tensor crystal_moments(const Tensor &species, const Tensor &first, const Tensor 
     const std::int64_t n_sets = sites.n_sets(s);
     if (n_sets == 0) continue;
     const Program program(tables, s, false);
+    if (program.get().n_groups == 0) continue;
     const std::int64_t size = std::int64_t(program.get().n_monomials) * kernels.vector_bytes;
     const std::int64_t n_tiles = std::clamp<std::int64_t>(kTileBytes / size, 1, n_sets);
     const Memory monomials = vectors(n_tiles * program.get().n_monomials);

@@ -10,6 +10,7 @@ namespace ubmd::ops::UBMD_ISA {
 #include "activation.h"
 #include "cluster_kernels.h"
 #include "invariants.h"
+#include "matrix.h"
 #include "moments.h"
 
 template <class F>
@@ -58,9 +59,17 @@ void activation(std::int64_t n, const F *z, F *value, F *first, F *second) {
 
 template <class F>
 constexpr Kernels<F> table() {
-  return {
-      moments_scratch<F>, moments<F>, moments_gradient<F>, invariants<F>, invariants_gradient<F>, invariants_scratch<F>,
-      activation<F>,      kLanes<F>};
+  return {moments_scratch<F>,
+          moments<F>,
+          moments_gradient<F>,
+          invariants<F>,
+          invariants_gradient<F>,
+          invariants_scratch<F>,
+          activation<F>,
+          kLanes<F>,
+          matrix_product<F>,
+          kPanel<F>,
+          std::int64_t(sizeof(F)) * kDepth * kPanel<F>};
 }
 
 extern const Kernels<float> single_precision;

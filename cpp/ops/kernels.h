@@ -34,6 +34,17 @@ struct Graph {
   __attribute__((always_inline)) int padded_basis() const { return (n_basis + kPadding - 1) / kPadding * kPadding; }
 };
 
+// out [rows, columns] (contiguous) = left [rows, depth] right [depth, columns], with the strides of left and right.
+template <class F>
+struct MatrixProduct {
+  std::int64_t rows, depth, columns;
+  const F *left;
+  std::int64_t left_row, left_column;
+  const F *right;
+  std::int64_t right_row, right_column;
+  F *out;
+};
+
 // Each function works on the centres begin .. end - 1; `scratch` is 64-byte aligned. False: a neighbour's element is
 // not one of the model's.
 template <class F>
@@ -55,6 +66,10 @@ struct Kernels {
   // Scaled SiLU of z [n], its first and (unless null) second derivative.
   void (*activation)(std::int64_t n, const F *z, F *value, F *first, F *second);
   int lanes;  // atoms that the invariants handle at once
+  // Some columns of a product; panels of `panel` columns are made at a time.
+  void (*matrix_product)(const MatrixProduct<F> &, std::int64_t begin, std::int64_t end, char *scratch);
+  int panel;
+  std::int64_t matrix_scratch_bytes;
 };
 
 __attribute__((always_inline)) constexpr int count_invariants(int n) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,26 +13,13 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
+from ubmd.crystal.evaluator import NO_STRESS, CrystalEvaluator
 from ubmd.data.graph import VOIGT, Batch, Graph, build_graph, chunks, collate, scatter_forces, strain_gradient
+from ubmd.errors import ModelError
 from ubmd.export import load_model, structure_means
-from ubmd.models.evaluation import Evaluation, evaluation, is_ensemble
+from ubmd.models.evaluation import Evaluation, Prediction, evaluation, is_ensemble
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says about one structure.
-
-    energy: eV; forces: [n, 3] eV/Å; stress: [6] eV/Å^3, ASE order (None without a cell); u: calibrated structure
-    uncertainty, eV/atom; atomic_u: [n] calibrated, eV/Å; feature: [p] structure feature, divided by the model's feature
-    scale so that lambda2 of its settings applies.
-    """
-
-    energy: float
-    forces: np.ndarray
-    stress: np.ndarray | None
-    u: float
-    atomic_u: np.ndarray
-    feature: np.ndarray
+__all__ = ["Calculator", "Evaluator", "Prediction"]
 
 
 class Evaluator:
@@ -46,13 +32,18 @@ class Evaluator:
         self.cutoff: float = self.metadata["cutoff"]
         self.edge_dtype = torch.float32 if precision == "single" else torch.float64
         self.feature_scale: float = self.metadata["uncertainty"]["energy"]["feature_scale"]
+        self.crystal = CrystalEvaluator(self.module, self.metadata) if "lattice" in self.metadata else None
+        """what evaluates force-constant potentials"""
 
     def graph(self, atoms: Atoms) -> Graph:
-        """The structure as the model's graph."""
+        """The structure as the graph of a network."""
         return build_graph(atoms, self.elements, self.cutoff)
 
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
         """One prediction per structure; structures share evaluations of bounded size."""
+        if self.crystal is not None:
+            with torch.jit.optimized_execution(False):
+                return [self.crystal.predict(atoms) for atoms in structures]
         batches = chunks(self.graph(atoms) for atoms in structures)
         return [prediction for batch in batches for prediction in self._predict_batch(batch)]
 
@@ -92,6 +83,9 @@ class Evaluator:
 
     def predict_with_gradient(self, atoms: Atoms) -> tuple[Prediction, np.ndarray, np.ndarray]:
         """Prediction for one structure and, as in ``uncertainty_gradient``, the derivatives of u: one evaluation."""
+        if self.crystal is not None:
+            with torch.jit.optimized_execution(False):
+                return *self.crystal.predict_with_gradient(atoms), np.full((3, 3), np.nan)
         batch = collate([self.graph(atoms)])
         with torch.jit.optimized_execution(False):
             result = self._evaluation(batch)
@@ -100,7 +94,13 @@ class Evaluator:
         return prediction, *_gradients(batch, gradient)
 
     def uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
-        """(u eV/atom, du/dr [n, 3] 1/atom·eV/Å, du/d(strain) [3, 3] eV/atom) of the structure uncertainty."""
+        """(u eV/atom, du/dr [n, 3] 1/atom·eV/Å, du/d(strain) [3, 3] eV/atom) of the structure uncertainty.
+
+        The derivatives by strain are NaN for force-constant potentials: they have none.
+        """
+        if self.crystal is not None:
+            prediction, *derivatives = self.predict_with_gradient(atoms)
+            return prediction.u, derivatives[0], derivatives[1]
         graph = self.graph(atoms)
         with torch.jit.optimized_execution(False):
             u, gradient = self._uncertainty_gradient(self._evaluation(graph))
@@ -118,6 +118,10 @@ class Evaluator:
 
     def atomic_uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
         """(U eV/Å, dU/dr [n, 3] eV/Å^2, dU/d(strain) [3, 3] eV/Å) of the sum U of the atomic uncertainties."""
+        if self.crystal is not None:
+            raise ModelError(
+                "A force-constant potential has no gradient of atomic uncertainties: use that of the structure's."
+            )
         graph = self.graph(atoms)
         with torch.jit.optimized_execution(False):
             total, gradient = self._evaluation(graph).atomic_uncertainty_gradient()
@@ -139,7 +143,8 @@ class Calculator(AseCalculator):
     ``bias_force`` = f > 0 energies and forces are those of E - f·u (a fixed scale: LAMMPS's fix ubmd adapts it).
 
     Raises:
-        ModelError: missing or corrupt model file. DataError: an element that the model does not know.
+        ModelError: missing or corrupt model file. DataError: an element that the model does not know; for a
+            force-constant potential a box that doesn't hold its crystal, or an atom too far from its site.
     """
 
     implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]
@@ -172,10 +177,13 @@ class Calculator(AseCalculator):
         if self.bias_force:
             energy -= self.bias_force * prediction.u
             forces = forces + self.bias_force * gradient
-            if stress is not None:
+            if self.evaluator.crystal is not None:
+                stress = None
+            elif stress is not None:
                 stress = stress - self.bias_force * strain[VOIGT] / self.atoms.get_volume()
         if stress is None and "stress" in properties:
-            raise PropertyNotImplementedError("Stress needs a three-dimensional cell.")
+            crystal = self.evaluator.crystal is not None
+            raise PropertyNotImplementedError(NO_STRESS if crystal else "Stress needs a three-dimensional cell.")
         self.results = {
             "energy": energy,
             "free_energy": energy,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,8 @@ def structure_means(phi: torch.Tensor, batch: Batch) -> torch.Tensor:
     return sums / batch.counts.unsqueeze(1)
 
 
-def write_model(deployed: Deployed, path: Path) -> None:
-    """Script the module and write it atomically (temporary file, fsync, rename)."""
+def write_model(deployed: torch.nn.Module, path: Path, extra: Mapping[str, bytes] | None = None) -> None:
+    """Script the module and write it atomically (temporary file, fsync, rename); ``extra``: name -> further content."""
     for parameter in deployed.parameters():
         parameter.requires_grad_(False)
     path = Path(path)
@@ -200,7 +200,7 @@ def write_model(deployed: Deployed, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.jit.save(scripted, file)
+            torch.jit.save(scripted, file, _extra_files=dict(extra or {}))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from ubmd.errors import SettingsError
 
@@ -127,6 +127,11 @@ class ReferenceSettings(Table):
         default_factory=dict,
         description='environment variables while the reference runs, e.g. {OMP_NUM_THREADS = "4"} (else 1 per worker)',
     )
+    cache: str | None = Field(
+        None,
+        description="folder (relative to the settings file) that keeps every label and is asked before a new one is "
+        "made; runs may share it",
+    )
     timeout: float = Field(600.0, gt=0, description="longest time for one label, s")
     force_limit: float = Field(20.0, gt=0, description="labels with a larger |F| are rejected, eV/Å")
     energy_limit: float = Field(
@@ -137,6 +142,12 @@ class ReferenceSettings(Table):
     )
     min_distance: float = Field(
         0.5, ge=0, description="reject structures with atoms closer than this share of their covalent radii (no unit)"
+    )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="standard deviation of Gaussian noise that is added to the forces, eV/Å, to study how a method "
+        "takes it (the same structure always gets the same noise)",
     )
 
 
@@ -196,6 +207,17 @@ class MDSettings(Table):
     )
     ramp: MDRampSettings | None = Field(None, description="temperature and pressure that change over iterations")
     frames_every: int = Field(200, ge=1, description="steps between frames that go to the pool")
+    trace_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between records of positions, cell and largest uncertainty in a file beside the frames, for "
+        "autocorrelation times (10 fs or less); a multiple of bias.every; default: none",
+    )
+    colvars: Path | None = Field(
+        None,
+        description="file with a Colvars configuration (LAMMPS: fix colvars), another bias that joins the dynamics of "
+        "every replica from its first step on, e.g. metadynamics; relative to the settings file; default: none",
+    )
     precision: Literal["mixed", "single", "double"] = Field("mixed", description="precision of pair_style ubmd")
     ranks: int = Field(
         1, ge=1, description="MPI processes that share one replica's atoms; more than 1 pays for thousands of atoms"
@@ -371,6 +393,74 @@ class TestSettings(Table):
     sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="how to make the file")
 
 
+ORDERS = ("2", "3", "4", "5", "6")  # of force constants, as keys of a table
+
+
+class CrystalSettings(Table):
+    """A force-constant potential: energy and forces as a polynomial of the displacements from an ideal crystal."""
+
+    structure: Path = Field(
+        description="file of the ideal crystal, its primitive cell or any supercell of it; relative to the settings "
+        "file"
+    )
+    cutoffs: dict[int, float] = Field(
+        description="largest distance inside a cluster by order, Å, e.g. {2 = 5.4, 3 = 4.0, 4 = 4.0}; orders 2 to 6, "
+        "none left out"
+    )
+    max_displacement: float | None = Field(
+        None,
+        gt=0,
+        description="LAMMPS stops when an atom is further than this from its site, Å; default: 0.4 of the shortest "
+        "distance between sites",
+    )
+    energies: bool = Field(False, description="fit the energies of the labels too, not only their forces")
+    caution: float = Field(
+        0.5,
+        ge=0,
+        description="hyperprior that keeps an order the labels say nothing about from being switched off; 0: the bare "
+        "evidence (no unit)",
+    )
+
+    @field_validator("cutoffs", mode="before")
+    @classmethod
+    def _orders_are_known(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for key in value:
+                if str(key) not in ORDERS:
+                    nearest = min(ORDERS, key=lambda order: abs(int(order) - _as_number(key)))
+                    raise ValueError(f"crystal.cutoffs has no order '{key}'; did you mean '{nearest}'?")
+        return value
+
+    @field_validator("cutoffs")
+    @classmethod
+    def _orders_follow_each_other(cls, value: dict[int, float]) -> dict[int, float]:
+        for order, cutoff in value.items():
+            if not (math.isfinite(cutoff) and cutoff > 0.0):
+                raise ValueError(f"crystal.cutoffs.{order} must be a length above zero, Å, not {cutoff:g}")
+        missing = sorted(set(range(2, max(value, default=2) + 1)) - set(value))
+        if missing:
+            raise ValueError(
+                f"crystal.cutoffs lacks order {missing[0]}; give every order from 2 to the highest one wanted a cutoff "
+                "in Å"
+            )
+        return dict(sorted(value.items()))
+
+    def structure_file(self, base: Path) -> Path:
+        """The crystal's file; ``base`` is the folder of the settings file. Raises SettingsError if it is missing."""
+        path = base / self.structure
+        if not path.is_file():
+            raise SettingsError(f"There is no file {path} for crystal.structure; give the ideal crystal's file.")
+        return path
+
+
+def _as_number(key: Any) -> float:
+    """A key as a number for the nearest order; 2 for text."""
+    try:
+        return float(key)
+    except ValueError:
+        return 2.0
+
+
 class VariablesSettings(Table):
     """Collective variables that the report counts coverage in."""
 
@@ -451,6 +541,15 @@ class RunSettings(Table):
         return self
 
     @model_validator(mode="after")
+    def _traces_meet_evaluations(self) -> RunSettings:
+        if self.md.trace_every and self.md.trace_every % self.bias.every:
+            raise ValueError(
+                f"md.trace_every = {self.md.trace_every} must be a multiple of bias.every = {self.bias.every}: "
+                "uncertainties are known at those steps only"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _selection_fits_uncertainty(self) -> RunSettings:
         kind, method = self.uncertainty.kind, self.selection.method
         if method not in FITTING_METHODS[kind]:
@@ -474,6 +573,29 @@ class TrainSettings(Table):
     model: ModelSettings = Field(default_factory=ModelSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     uncertainty: UncertaintySettings = Field(default_factory=UncertaintySettings)
+    crystal: CrystalSettings | None = Field(
+        None, description="a force-constant potential of a crystal instead of a network; default: a network"
+    )
+
+    @model_validator(mode="after")
+    def _crystals_have_no_network(self) -> TrainSettings:
+        if self.crystal is None:
+            return self
+        for name in ("model", "training"):
+            if name in self.model_fields_set:
+                raise ValueError(
+                    f"[{name}] is for networks and [crystal] trains a force-constant potential; remove one of them"
+                )
+        unused = sorted(self.uncertainty.model_fields_set - CRYSTAL_UNCERTAINTY)
+        if unused:
+            raise ValueError(
+                f"uncertainty.{unused[0]} has no effect on a force-constant potential; remove it ([crystal] goes with "
+                "alpha and atoms_by alone)"
+            )
+        return self
+
+
+CRYSTAL_UNCERTAINTY = {"alpha", "atoms_by"}  # keys of [uncertainty] that force-constant potentials use
 
 
 def load_settings(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T:

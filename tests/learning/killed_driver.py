@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 from ubmd.learning import run
+from ubmd.learning.dynamic.engine import run as run_dynamic
+from ubmd.learning.dynamic.settings import DynamicRunSettings, is_dynamic
 from ubmd.settings import RunSettings, load_settings
 
 
@@ -27,7 +29,10 @@ def main(settings: Path, notes: Path, wanted: dict, passes: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1
 
-    run(load_settings(settings, RunSettings), settings.parent, listen)
+    if is_dynamic(settings):
+        run_dynamic(load_settings(settings, DynamicRunSettings), settings.parent, listen)
+    else:
+        run(load_settings(settings, RunSettings), settings.parent, listen)
 
 
 if __name__ == "__main__":

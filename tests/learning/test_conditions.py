@@ -12,6 +12,7 @@ import pytest
 from ase.build import bulk
 from system import cluster, make_settings
 
+from ubmd.analysis.trajectory import read_traces
 from ubmd.calculator import Evaluator
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
@@ -223,9 +224,15 @@ def test_a_loop_at_constant_pressure_with_a_bias_stress(silicon: Path) -> None:
     assert volumes[0][0] == volumes[1][0] == pytest.approx(bulk("Si", cubic=True).get_volume(), rel=1e-12)
     assert np.ptp(volumes[0]) > 1e-3
     assert volumes[0][-1] != volumes[1][-1]
-    # The same settings repeat the data set.
-    again = RunFolder(run(silicon_settings(silicon / "again"), silicon))
+    # The same settings repeat the data set, and traces beside the frames change nothing.
+    assert read_traces(folder.path) == []
+    again = RunFolder(run(silicon_settings(silicon / "again", md={"trace_every": 10}), silicon))
     assert again.dataset.read_bytes() == folder.dataset.read_bytes()
+    traces = read_traces(again.path)
+    assert len(traces) == 4
+    assert {(len(trace), trace.spacing) for trace in traces} == {(4, 0.02)}
+    for trace, found in zip(traces, volumes, strict=False):
+        np.testing.assert_allclose(trace.volumes, found[1:], rtol=1e-12)
     assert (folder.report / "report.md").exists()
 
 

@@ -107,6 +107,73 @@ def test_frames_have_the_uncertainties_of_python(model: Path, tmp_path: Path, st
     assert np.abs(frames[-1].get_all_distances() - frames[0].get_all_distances()).max() > 0.05
 
 
+CV = """
+colvarsTrajFrequency 0
+colvarsRestartFrequency 0
+colvar {
+    name apart
+    distance {
+        group1 { atomNumbers 1 }
+        group2 { atomNumbers 2 }
+    }
+}
+"""
+SPRING = """
+harmonic {
+    colvars apart
+    centers 3.3
+    forceConstant 50.0
+}
+"""
+HILLS = """
+metadynamics {
+    colvars apart
+    hillWeight 0.1
+    newHillFrequency 5
+    gaussianSigmas 0.2
+    useGrids off
+}
+"""
+
+
+def test_colvars_join_the_dynamics_of_a_monitored_replica(model: Path, tmp_path: Path) -> None:
+    """A spring pulls two atoms apart; uncertainties are watched and stop the replica as ever, no file is left."""
+    results, largest = {}, {}
+    for name, changes in (("free", {}), ("pulled", {"colvars": CV + SPRING})):
+        (tmp_path / name).mkdir()
+        task = make_task(tmp_path / name, model, force=0.0, frames_every=2, **changes)
+        results[name] = run_replica(task)
+        largest[name] = max(frame.get_distance(0, 1) for frame in read_structures(task.frames))
+        assert (results[name].reason, results[name].bias_share) == ("", 0.0), largest
+        assert sorted(path.name for path in task.frames.parent.iterdir()) == [
+            "frames.extxyz",
+            "frames.log",
+            "start.extxyz",
+        ]
+    assert largest["free"] < 3.1 < largest["pulled"]
+    threshold = (read_structures(task.frames)[0].info["max_uncertainty"] + results["pulled"].max_u) / 2
+    stopped = run_replica(make_task(tmp_path, model, force=0.0, colvars=CV + SPRING, threshold=threshold))
+    assert (stopped.stopped, stopped.steps < 40) == ("threshold", True)
+
+
+def test_colvars_do_not_notice_pieces_of_a_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(tmp_path, model, colvars=CV + HILLS, force=0.0)
+    run_replica(task)
+    whole = read_structures(task.frames)
+    run_replica(task.model_copy(update={"colvars": ""}))
+    assert np.abs(read_structures(task.frames)[-1].positions - whole[-1].positions).max() > 0.01
+    monkeypatch.setattr(replica, "_PIECE", 7)
+    run_replica(task)
+    for before, after in zip(whole, read_structures(task.frames), strict=True):
+        np.testing.assert_allclose(after.positions, before.positions, atol=1e-9)
+
+
+def test_colvars_that_lammps_refuses(model: Path, tmp_path: Path) -> None:
+    result = run_replica(make_task(tmp_path, model, colvars=CV.replace("distance", "distans")))
+    assert result.stopped == "failed"
+    assert "collective variables" in result.reason
+
+
 def test_pieces_of_a_run_leave_no_trace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = make_task(tmp_path, model)
     run_replica(task)
@@ -114,6 +181,36 @@ def test_pieces_of_a_run_leave_no_trace(model: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(replica, "_PIECE", 7)
     run_replica(task)
     assert task.frames.read_bytes() == whole
+
+
+@pytest.mark.parametrize("start", [cluster(), skewed_cell()], ids=["molecule", "skewed cell"])
+def test_traces_record_what_frames_say_and_change_nothing(model: Path, tmp_path: Path, start: Atoms) -> None:
+    task = make_task(tmp_path, model, start)
+    run_replica(task)
+    plain = task.frames.read_bytes()
+    assert not replica.trace_file(task).exists()
+    task = task.model_copy(update={"trace_every": 4})
+    run_replica(task)
+    assert task.frames.read_bytes() == plain
+    trace, frames = np.load(replica.trace_file(task)), read_structures(task.frames)
+    assert trace["step"].tolist() == list(range(4, 41, 4))
+    assert float(trace["timestep"]) == task.timestep
+    np.testing.assert_array_equal(trace["numbers"], start.numbers)
+    for step in (20, 40):
+        record, frame = trace["step"].tolist().index(step), frames[step // 10]
+        assert trace["max_u"][record] == frame.info["max_uncertainty"]
+        np.testing.assert_allclose(trace["cell"][record], frame.cell[:] if start.pbc.all() else 0.0, atol=1e-9)
+        apart = trace["positions"][record] - frame.positions
+        if start.pbc.all():  # up to cell vectors
+            apart = apart - np.round(apart @ np.linalg.inv(frame.cell[:])) @ frame.cell[:]
+        assert np.abs(apart).max() < 1e-5
+
+
+def test_a_failed_replica_has_no_trace(model: Path, tmp_path: Path) -> None:
+    change = {"timestep": 60.0, "steps": 3000, "force": 0.0, "threshold": 1e30, "trace_every": 2}
+    task = make_task(tmp_path, model, **change)
+    assert run_replica(task).stopped == "failed"
+    assert not replica.trace_file(task).exists()
 
 
 def test_seeds_decide_the_trajectory(model: Path, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from ase.units import GPa
 from scipy import stats
 
 from ubmd import analysis
+from ubmd.analysis.autocorrelation import statistical_inefficiency
 from ubmd.analysis.errors import parity_data, pearson, share_covered, spearman
-from ubmd.analysis.figures import group_learning_figure, mean_curve
+from ubmd.analysis.figures import at_labels, group_learning_figure, mean_curve, shared_labels
 from ubmd.analysis.provenance import conditions
 from ubmd.analysis.run_data import Frames, read_frames
 from ubmd.calculator import Evaluator, Prediction
@@ -173,6 +174,13 @@ def small_model(frames, path: Path) -> Evaluator:
     model.initialise_energies([build_graph(atoms, elements, 5.0) for atoms in frames])
     export_model(model, frames[:16], frames[16:], UncertaintySettings(projections=16, alpha=0.2), path, {})
     return Evaluator(path)
+
+
+def copper_model(structures, path: Path) -> None:
+    """A real model file of copper, not trained."""
+    model = GaussianMomentNetwork(("Cu",), ModelSettings(hidden=(8, 8)), seed=0)
+    model.initialise_energies([build_graph(atoms, ("Cu",), 5.0) for atoms in structures])
+    export_model(model, structures[:10], structures[10:], UncertaintySettings(projections=8, alpha=0.2), path, {})
 
 
 @pytest.fixture(scope="module")
@@ -469,10 +477,11 @@ def test_comparison_groups_by_seed_and_interpolates_at_equal_md_steps(run, tmp_p
     assert names == [
         "learning_curves.png",
         "coverage.png",
+        "torsions.png",
         "calibration.png",
         *(f"comparison.{x}" for x in ("md", "html", "json")),
     ]
-    for path in files[:3]:
+    for path in files[:4]:
         check_picture(path)
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "| bias.force | 0.25   | 0.0   |" in text
@@ -481,6 +490,92 @@ def test_comparison_groups_by_seed_and_interpolates_at_equal_md_steps(run, tmp_p
     assert "Careful" not in text
     assert Page((tmp_path / "out" / "comparison.html").read_text()).open == []
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == values
+
+
+def test_learning_curves_are_compared_at_equal_labels():
+    """Rejected labels make runs differ in their numbers: errors are interpolated in their logarithm."""
+    one = np.array([[8, 0, 4.0, 0.4, 10.0], [16, 100, 1.0, 0.1, 10.0], [24, 300, 0.5, 0.05, 10.0]])
+    other = np.array([[8, 0, 4.0, 0.4, np.nan], [15, 80, 2.0, 0.2, np.nan], [22, 200, 1.0, 0.1, np.nan]])
+    assert shared_labels([one, other]).tolist() == [8, 16, 22]
+    assert shared_labels([one, one[:2]]).tolist() == [8, 16]
+    found = at_labels(one, [8, 12, 24])
+    np.testing.assert_allclose(found[:, :4], [[8, 0, 4, 0.4], [12, 50, 2, 0.2], [24, 300, 0.5, 0.05]])
+    assert np.isnan(at_labels(other, [9])[0, 4])
+
+
+def test_comparison_at_labels_that_one_run_lacks(run, tmp_path):
+    runs = [copy_run(run, tmp_path / f"run_{k}", seed=k) for k in range(2)]
+    history = json.loads((runs[1] / "history.json").read_text())
+    history[0]["labels"], history[1]["labels"] = 7, 13
+    (runs[1] / "history.json").write_text(json.dumps(history))
+    values = {row.title: row.values for row in analysis.compare(runs, tmp_path / "out")[0]}
+    a, b = np.log(20.0), np.log(10.0)
+    expected = [np.exp(a + (b - a) * 5 / 8), 10.0]  # 13 labels: between 8 and 16 of one run, the last of the other
+    assert values["energy RMSE at 13 labels, meV/atom"]["run_0"] == pytest.approx(expected)
+
+
+def test_comparison_of_traces_and_of_three_strengths(run, tmp_path):
+    rng = np.random.default_rng(8)
+    runs = [copy_run(run, tmp_path / f"force_{force}", bias={"force": force}) for force in (0.5, 0.1, 0.25)]
+    expected = {}
+    for folder in runs:
+        noise = 0.1 * np.cumsum(rng.normal(size=(300, 22, 3)), axis=0)
+        values = {"numbers": np.ones(22, int), "timestep": 0.5, "cell": np.zeros((300, 3, 3))}
+        values |= {"step": 20 * np.arange(1, 301), "positions": noise + 5 * rng.normal(size=(22, 3))}
+        values["max_u"] = np.abs(noise[:, 0, 0])
+        np.savez(folder / "iterations" / "iter_001" / "trace_000.npz", **values)
+        expected[folder.name] = [pytest.approx(0.01 * statistical_inefficiency(values["max_u"]))]
+    rows, files = analysis.compare(runs, tmp_path / "out")
+    found = {row.title: row.values for row in rows}
+    assert found["autocorrelation time of max u, ps"] == expected
+    assert all(0.1 < time[0] < 3.0 for time in found["autocorrelation time of positions, ps"].values())
+    pictures = [path for path in files if path.suffix == ".png"]
+    assert [path.name for path in pictures[3:]] == ["autocorrelation.png", "calibration.png", "dependence.png"]
+    for path in pictures:
+        check_picture(path)
+    assert "recorded every 10 fs; force_0.5: 1 (3 ps), force_0.1: 1 (3 ps)" in files[-3].read_text()
+    time = found["autocorrelation time of max u, ps"]["force_0.5"][0]
+    text = analysis.make_report(runs[0])[-2].read_text()
+    assert f"{time:.3g} ps of the largest uncertainty, from 1 replicas of at least 1 ps (3 ps together" in text
+
+
+def test_comparison_of_breathing_cells(run, tmp_path):
+    runs = [copy_run(run, tmp_path / f"tau_{force}", bias={"force": force}, variables={}) for force in (0.1, 0.5)]
+    rng = np.random.default_rng(9)
+    for folder, amplitude in zip(runs, (0.02, 0.2), strict=True):
+        structures = []
+        for k in range(20):
+            atoms = bulk("Cu", cubic=True)
+            atoms.set_cell(atoms.cell[:] * (1 + amplitude * np.sin(k / 3)) ** (1 / 3), scale_atoms=True)
+            forces = rng.normal(size=(4, 3))
+            atoms.calc = SinglePointCalculator(atoms, energy=-2.0, forces=forces, stress=rng.normal(size=6) / 100)
+            atoms.info = {"step": 100 * k, "replica": 0, "max_uncertainty": 0.1}
+            structures.append(atoms)
+        for iteration in (0, 1):
+            where = folder / "iterations" / f"iter_{iteration:03d}"
+            for path in where.glob("frames_*"):
+                path.unlink()
+            write_structures(where / "frames_000.extxyz", structures)
+        write_structures(folder / "test.extxyz", structures)
+        cells = np.eye(3) * (3.6 * (1 + amplitude * np.sin(np.pi * np.arange(1, 151) / 150)) ** (1 / 3))[:, None, None]
+        values = {"numbers": np.full(4, 29), "timestep": 0.5, "step": 20 * np.arange(1, 151), "cell": cells}
+        values |= {"positions": rng.normal(size=(150, 4, 3)), "max_u": rng.uniform(size=150)}
+        np.savez(folder / "iterations" / "iter_000" / "trace_000.npz", **values)
+        copper_model(structures, folder / "model.pt")
+    shutil.copy(runs[0] / "test.extxyz", runs[1] / "test.extxyz")
+    rows, files = analysis.compare(runs, tmp_path / "out")
+    found = {row.title: row.values for row in rows}
+    volume = bulk("Cu", cubic=True).get_volume() / 4
+    waves = 1 + 0.2 * np.sin(np.arange(20) / 3)
+    assert found["volume range (Å³/atom) after 3,800 MD steps"]["tau_0.5"] == pytest.approx([volume * np.ptp(waves)])
+    pictures = {path.name: path for path in files if path.suffix == ".png"}
+    wanted = {"volumes.png", "volume_histogram.png", "volume_against_time.png", "errors_by_volume.png"}
+    assert wanted <= pictures.keys()
+    for name in wanted:
+        check_picture(pictures[name])
+    text = files[-3].read_text()
+    assert re.search(r"\| tau_0.5 +\| 47 to 56 +\| 9.2 +\| 0.0 +\| 100 % +\|", text)
+    assert "Errors by volume" in text
 
 
 def test_comparison_without_a_common_test_set(run, tmp_path):
@@ -493,7 +588,8 @@ def test_comparison_without_a_common_test_set(run, tmp_path):
         "max_det": [0.125],
     }
     assert "each run's own validation labels" in files[-3].read_text()
-    assert [path.name for path in files][:3] == ["learning_curves.png", "coverage.png", "calibration.png"]
+    pictures = ["learning_curves.png", "coverage.png", "torsions.png", "calibration.png"]
+    assert [path.name for path in files][:4] == pictures
     with pytest.raises(DataError, match="1 names for 2 groups"):
         analysis.compare(runs, tmp_path / "out", ["one"])
     (runs[1] / "history.json").unlink()
@@ -518,7 +614,7 @@ def test_example_script_compares_finished_runs(run, tmp_path, monkeypatch, capsy
     options = ["--seeds", "3", "4", "--folder", str(tmp_path), "--set", "loop.labels=16"]
     monkeypatch.setattr("sys.argv", ["compare_bias.py", *options])
     script.main()
-    assert re.search(r"\| coverage at the end +\| 0\.100 ± 0\.000 \| 0\.100 ± 0\.000 \|", capsys.readouterr().out)
+    assert re.search(r"\| coverage at the end +\| 0\.100 ± 0\.000 +\| 0\.100 ± 0\.000 +\|", capsys.readouterr().out)
     check_picture(tmp_path / "coverage.png")
 
 

@@ -109,3 +109,21 @@ def test_refusals() -> None:
         AbsoluteTrigger(0.0)
     with pytest.raises(SettingsError, match="choose one of absolute"):
         load_trigger({"kind": "oracle", "settings": {}, "memory": {}})
+
+
+def test_the_threshold_that_is_shown_is_the_one_that_decides() -> None:
+    trigger = AverageTrigger(maximum=0.2, factor=2.0, wait=3, floor=0.0)
+    seen = []
+    for error in (0.05, 0.15, 0.19, 0.21):
+        seen.append((trigger.threshold, trigger.mean))
+        call = trigger.observe(error)
+        assert (call is not None) == (error > seen[-1][0])
+    assert [round(threshold, 9) for threshold, _ in seen] == [0.2, 0.2, 0.2, 0.2]
+    assert math.isnan(seen[0][1])
+    assert seen[3][1] == pytest.approx(0.13)
+    trigger = AverageTrigger(maximum=0.2, factor=1.1, wait=3, floor=0.0)
+    for error in (0.05, 0.15):
+        assert trigger.observe(error) is None
+    assert trigger.threshold == pytest.approx(0.11)
+    assert trigger.observe(0.12).threshold == pytest.approx(0.11)
+    assert math.isnan(AbsoluteTrigger(0.1).mean)

@@ -134,6 +134,18 @@ def test_any_ase_calculator_and_stress_of_periodic_structures():
     assert "stress" not in label(slab, EMT_SETTINGS, Path()).calc.results
 
 
+def test_noise_of_labels_has_its_width_and_belongs_to_the_structure():
+    atoms = bulk("Cu", cubic=True).repeat(3)
+    noisy = EMT_SETTINGS.model_copy(update={"noise": 0.002})
+    exact, first = label(atoms, EMT_SETTINGS, Path()), label(atoms, noisy, Path())
+    noise = first.get_forces() - exact.get_forces()
+    assert noise.std() == pytest.approx(0.002, rel=0.15)  # of 324 numbers: 4 %
+    assert np.array_equal(label(atoms, noisy, Path()).get_forces(), first.get_forces())
+    moved = atoms.copy()
+    moved.positions[0, 0] += 1e-9
+    assert not np.allclose(label(moved, noisy, Path()).get_forces(), first.get_forces(), atol=1e-6)
+
+
 def test_calculator_is_made_once_per_process(calculator_module):
     """Building ff19SB takes 0.1 s and a label less than 1 ms, so labels must not rebuild it."""
     made = []

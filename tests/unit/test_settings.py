@@ -230,3 +230,64 @@ def schema_keys(schema: dict) -> set[str]:
 def tables_of(annotation: object) -> list[type]:
     parts = (annotation, *getattr(annotation, "__args__", ()))
     return [part for part in parts if isinstance(part, type) and issubclass(part, Table)]
+
+
+CRYSTAL = """
+training_file = "training.extxyz"
+output_dir = "fit"
+[crystal]
+structure = "silicon.extxyz"
+[crystal.cutoffs]
+2 = 5.4
+3 = 4.0
+"""
+
+
+@pytest.fixture
+def crystal_file(tmp_path) -> Path:
+    (tmp_path / "crystal.toml").write_text(CRYSTAL)
+    return tmp_path / "crystal.toml"
+
+
+def test_crystal_table(crystal_file):
+    crystal = load_settings(crystal_file, TrainSettings, ["crystal.cutoffs.4=4", "uncertainty.alpha=0.1"]).crystal
+    assert crystal.cutoffs == {2: 5.4, 3: 4.0, 4: 4.0}
+    assert list(crystal.cutoffs) == [2, 3, 4]
+    assert (crystal.max_displacement, crystal.energies, crystal.caution) == (None, False, 0.5)
+    with pytest.raises(SettingsError, match=r"no file .*silicon.extxyz for crystal.structure"):
+        crystal.structure_file(crystal_file.parent)
+    (crystal_file.parent / "silicon.extxyz").touch()
+    assert crystal.structure_file(crystal_file.parent) == crystal_file.parent / "silicon.extxyz"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["crystal.cutoffs.7=4"], "crystal.cutoffs has no order '7'; did you mean '6'?"),
+        (["crystal.cutoffs.pairs=4"], "crystal.cutoffs has no order 'pairs'; did you mean '2'?"),
+        (["crystal.cutoffs.5=4"], "crystal.cutoffs lacks order 4; give every order"),
+        (["crystal.cutoffs={}"], "crystal.cutoffs lacks order 2"),
+        (["crystal.cutoffs.3=-1"], "crystal.cutoffs.3 must be a length above zero, Å, not -1"),
+        (["crystal.cutoffs.3=nan"], "crystal.cutoffs.3 must be a length above zero, Å, not nan"),
+        (["crystal.cutoff=5"], "unknown key 'crystal.cutoff'; did you mean 'cutoffs'?"),
+        (["crystal.max_displacement=0"], "'crystal.max_displacement': Input should be greater than 0"),
+        (["model.cutoff=4"], r"[model] is for networks and [crystal] trains a force-constant potential; remove one"),
+        (["training.epochs=4"], r"[training] is for networks"),
+        (["uncertainty.projections=4"], "uncertainty.projections has no effect on a force-constant potential"),
+    ],
+)
+def test_mistakes_of_crystals_are_one_sentence(crystal_file, overrides, sentence):
+    with pytest.raises(SettingsError, match=re.escape(sentence)) as error:
+        load_settings(crystal_file, TrainSettings, overrides)
+    assert str(error.value).count("\n") == 0
+
+
+def test_a_crystal_needs_its_structure(crystal_file):
+    crystal_file.write_text(CRYSTAL.replace("structure =", "# structure ="))
+    with pytest.raises(SettingsError, match=r"the key 'crystal.structure' is missing \(file of the ideal crystal"):
+        load_settings(crystal_file, TrainSettings)
+def test_traces_meet_evaluations(run_file):
+    assert load_settings(run_file, RunSettings).md.trace_every is None
+    assert load_settings(run_file, RunSettings, ["md.trace_every=20", "bias.every=4"]).md.trace_every == 20
+    with pytest.raises(SettingsError, match=r"md.trace_every = 10 must be a multiple of bias.every = 4"):
+        load_settings(run_file, RunSettings, ["md.trace_every=10", "bias.every=4"])

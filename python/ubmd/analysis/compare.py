@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,26 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ubmd.analysis import figures
-from ubmd.analysis.document import Document
-from ubmd.analysis.errors import CalibrationData, calibration_data
-from ubmd.analysis.predictions import predict_unseen
+from ubmd.analysis import figures, trajectory_figures
+from ubmd.analysis.autocorrelation import mean_autocorrelation
+from ubmd.analysis.document import Document, Section
+from ubmd.analysis.errors import CalibrationData
 from ubmd.analysis.provenance import setting_texts
-from ubmd.analysis.run_data import Frames, read_frames
-from ubmd.errors import DataError
-from ubmd.learning.run_folder import RunFolder, file_hash, read_settings
-from ubmd.settings import RunSettings
-
-Curve = tuple[NDArray[Any], NDArray[Any]]
+from ubmd.analysis.run_groups import ERRORS, Comparison, Curve, Run, group_runs, value_or_nan
+from ubmd.analysis.torsions import torsions
+from ubmd.analysis.trajectory import SHORTEST, Trajectory
+from ubmd.analysis.volumes import errors_by_volume, slow_wave, volume_edges
+from ubmd.learning.run_folder import file_hash
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the MD steps, and of the labels, that every run reached
-# Keys that don't make another group: where things are, how fast they are made, and the seed.
-_SAME = ("seed", "run_dir", "workers", "test", "start.file", "training.threads", "training.checkpoint_every")
-_ERRORS = {
-    "energy RMSE": ("energy_rmse_mev_per_atom", "meV/atom"),
-    "force RMSE": ("force_rmse", "eV/Å"),
-    "stress RMSE": ("stress_rmse_mpa", "MPa"),
-}
+_COVERAGE = "coverage"
+_VOLUMES = "volume range (Å³/atom)"
 
 
 @dataclass(frozen=True)
@@ -47,49 +39,6 @@ class Row:
     def cells(self) -> list[str]:
         """One cell per group: the value, or mean ± sample standard deviation."""
         return [_mean(values) for values in self.values.values()]
-
-
-class Run:
-    """One run, read when needed.
-
-    Raises:
-        DataError: the folder holds no run, or none of its iterations has finished.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.folder = RunFolder(path)
-        self.settings: RunSettings = read_settings(self.folder)
-        self.history: list[dict[str, Any]] = self.folder.read_history()
-        if not self.history:
-            raise DataError(f"No iteration of the run in {path} has finished: there is nothing to compare yet.")
-
-    @cached_property
-    def frames(self) -> Frames:
-        """All stored MD frames."""
-        return read_frames(self.folder.path)
-
-    def errors(self) -> CalibrationData | None:
-        """Errors and uncertainties on structures that the models have not seen; None if there are none."""
-        found = predict_unseen(self.folder, self.history)
-        return calibration_data(found.structures, found.predictions) if found else None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Groups of runs, and what they have in common."""
-
-    groups: dict[str, list[Run]]
-    set_name: str
-    """set whose errors are compared: 'test' if every run has it, else 'valid'"""
-
-    @property
-    def runs(self) -> list[Run]:
-        """All runs of all groups."""
-        return [run for group in self.groups.values() for run in group]
-
-    def each(self, function: Callable[[Run], Any]) -> dict[str, list[Any]]:
-        """``function`` of every run, by group."""
-        return {name: [function(run) for run in runs] for name, runs in self.groups.items()}
 
 
 def compare(paths: Sequence[Path], out: Path, names: Sequence[str] | None = None) -> tuple[list[Row], list[Path]]:
@@ -106,50 +55,17 @@ def compare(paths: Sequence[Path], out: Path, names: Sequence[str] | None = None
     Raises:
         DataError: a folder holds no run, or nothing to compare yet.
     """
-    comparison = _group([Run(Path(path)) for path in paths], names)
+    comparison = group_runs([Run(Path(path)) for path in paths], names)
     rows = _rows(comparison)
     document = Document(f"Comparison of {len(comparison.runs)} runs in {len(comparison.groups)} groups")
-    _overview(document, comparison)
+    changed = _overview(document, comparison)
     _numbers(document, comparison, rows)
     _pictures(document, comparison, Path(out))
+    _dependence(document, rows, changed, Path(out))
     written = document.write(Path(out), "comparison")
     record = Path(out) / "comparison.json"
     record.write_text(json.dumps({row.title: row.values for row in rows}, indent=1, ensure_ascii=False) + "\n")
     return rows, [*document.pictures(), *written, record]
-
-
-# ------------------------------------------------------------------------------------------ groups
-
-
-def _group(runs: Sequence[Run], names: Sequence[str] | None) -> Comparison:
-    """Runs by their settings without the seed."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps(_identity(run.settings), sort_keys=True), []).append(run)
-    if names is not None and len(names) != len(groups):
-        raise DataError(f"{len(names)} names for {len(groups)} groups: runs that differ in their seed only are one.")
-    chosen = list(names) if names is not None else _names(list(groups.values()))
-    tested = all(run.history[-1].get("test") for run in runs)
-    return Comparison(dict(zip(chosen, groups.values(), strict=True)), "test" if tested else "valid")
-
-
-def _identity(settings: RunSettings) -> dict[str, str]:
-    """Every key that makes a group, with its value as text."""
-    return {
-        key: value
-        for key, value in setting_texts(settings).items()
-        if not any(key == name or key.startswith(name + ".") for name in _SAME)
-    }
-
-
-def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Folder names; without the seed's number at their end for several runs of one group."""
-    names = []
-    for runs in groups:
-        own = [run.folder.path.resolve().name for run in runs]
-        bare = {re.sub(r"[ _.-]*(seed|s|run)?[ _.-]*\d+$", "", name) or name for name in own}
-        names.append(bare.pop() if len(bare) == 1 and len(own) > 1 else own[0])
-    return [name if names.count(name) == 1 else f"{name} ({k + 1})" for k, name in enumerate(names)]
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -166,13 +82,15 @@ def _rows(comparison: Comparison) -> list[Row]:
                 for name, group in curves.items()
             }
             rows.append(Row(f"{what} after {mark:,} MD steps", values))
-    for labels in _common_labels(comparison):
-        rows += _error_rows(comparison, f"at {labels} labels", lambda run, at=labels: _entry_at(run, at))  # type: ignore[misc]
+    for labels in _shown_labels(comparison):
+        rows += _learning_rows(comparison, labels)
     final = {"labels": "labels", "MD steps": "md_steps", "coverage": "coverage"}
     for title, key in final.items():
-        values = comparison.each(lambda run, key=key: _float(run.history[-1].get(key)))  # type: ignore[misc]
+        values = comparison.each(lambda run, key=key: value_or_nan(run.history[-1].get(key)))  # type: ignore[misc]
         rows.append(Row(f"{title} at the end", values))
     rows += _error_rows(comparison, "at the end", lambda run: run.history[-1])
+    rows.append(Row("autocorrelation time of positions, ps", comparison.each(lambda run: run.times.positions)))
+    rows.append(Row("autocorrelation time of max u, ps", comparison.each(lambda run: run.times.uncertainty)))
     seconds = comparison.each(lambda run: sum(sum((e.get("seconds") or {}).values()) for e in run.history) / 60)
     rows.append(Row("wall time of the iterations, min", seconds))
     return [row for row in rows if any(np.isfinite(v) for values in row.values.values() for v in values)]
@@ -183,24 +101,33 @@ def _error_rows(comparison: Comparison, when: str, entry: Callable[[Run], dict[s
     return [
         Row(
             f"{title} {when}, {unit}",
-            comparison.each(lambda run, key=key: _float((entry(run).get(comparison.set_name) or {}).get(key))),  # type: ignore[misc]
+            comparison.each(lambda run, key=key: value_or_nan((entry(run).get(comparison.set_name) or {}).get(key))),  # type: ignore[misc]
         )
-        for title, (key, unit) in _ERRORS.items()
+        for title, (key, unit) in ERRORS.items()
+    ]
+
+
+def _learning_rows(comparison: Comparison, labels: int) -> list[Row]:
+    """Rows of all errors at a number of labels."""
+    values = comparison.each(
+        lambda run: figures.at_labels(_learning_curve(run, comparison.set_name), [labels])[0, 2:].tolist()
+    )
+    return [
+        Row(f"{title} at {labels} labels, {unit}", {name: [run[k] for run in runs] for name, runs in values.items()})
+        for k, (title, (_, unit)) in enumerate(ERRORS.items())
     ]
 
 
 def _explored(comparison: Comparison) -> dict[str, dict[str, list[Curve]]]:
     """What was explored -> group -> growth against MD steps of every run; empty without torsions or moving cells."""
-    runs = comparison.runs
-    if not all(len(run.frames) for run in runs):
+    if not all(len(run.frames) for run in comparison.runs):
         return {}
     found: dict[str, dict[str, list[Curve]]] = {}
-    torsions = runs[0].settings.variables.torsions
-    if len(torsions) >= 2 and all(run.settings.variables.torsions == torsions for run in runs):
-        indices = list(torsions.values())[:2]
-        found["coverage"] = comparison.each(lambda run: run.frames.coverage_curve(indices))
-    if all(run.frames.volumes() is not None for run in runs):
-        found["volume range (Å³/atom)"] = comparison.each(_volume_curve)
+    indices = list(comparison.torsions().values())
+    if indices:
+        found[_COVERAGE] = comparison.each(lambda run: run.frames.coverage_curve(indices))
+    if all(run.frames.volumes() is not None for run in comparison.runs):
+        found[_VOLUMES] = comparison.each(_volume_curve)
     return found
 
 
@@ -211,21 +138,13 @@ def _volume_curve(run: Run) -> Curve:
     return run.frames.md_steps, np.maximum.accumulate(volumes) - np.minimum.accumulate(volumes)
 
 
-def _common_labels(comparison: Comparison) -> list[int]:
-    """Up to five sizes of the data set at which every run has a model, less one at which all of them end."""
-    sizes = [{entry["labels"] for entry in run.history} for run in comparison.runs]
-    common = sorted(set.intersection(*sizes))
-    chosen = {common[round(share * (len(common) - 1))] for share in (0.0, *_SHARES)} if common else set()
-    at_the_end = {run.history[-1]["labels"] for run in comparison.runs}
+def _shown_labels(comparison: Comparison) -> list[int]:
+    """Up to five sizes of the data set that every run reached, less one at which all of them end."""
+    curves = [_learning_curve(run, comparison.set_name) for run in comparison.runs]
+    shared = figures.shared_labels(curves)
+    chosen = {int(shared[round(share * (len(shared) - 1))]) for share in (0.0, *_SHARES)} if len(shared) else set()
+    at_the_end = {int(curve[-1, 0]) for curve in curves}
     return sorted(chosen - (at_the_end if len(at_the_end) == 1 else set()))
-
-
-def _entry_at(run: Run, labels: int) -> dict[str, Any]:
-    return next(entry for entry in run.history if entry["labels"] == labels)
-
-
-def _float(value: Any) -> float:
-    return float("nan") if value is None else float(value)
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -246,8 +165,8 @@ def _mean(values: Sequence[float]) -> str:
 # ------------------------------------------------------------------------------------------ document
 
 
-def _overview(document: Document, comparison: Comparison) -> None:
-    """What was compared, and what makes the groups different."""
+def _overview(document: Document, comparison: Comparison) -> dict[str, list[str]]:
+    """What was compared, and what makes the groups different: key -> value of each group."""
     section = document.section("Runs")
     rows = [
         [name, str(len(runs)), ", ".join(str(run.settings.seed) for run in runs), _folders(runs)]
@@ -256,10 +175,11 @@ def _overview(document: Document, comparison: Comparison) -> None:
     section.table(["group", "runs", "seeds", "folders"], rows)
     first = [setting_texts(runs[0].settings) for runs in comparison.groups.values()]
     keys = [key for key in first[0] if any(a.get(key) != b.get(key) for a, b in pairwise(first))]
-    keys = [key for key in keys if key not in ("run_dir", "seed")]
-    if keys:
+    changed = {key: [texts.get(key, "-") for texts in first] for key in keys if key not in ("run_dir", "seed")}
+    if changed:
         section = document.section("Settings that differ between the groups")
-        section.table(["key", *comparison.groups], [[key, *(texts.get(key, "-") for texts in first)] for key in keys])
+        section.table(["key", *comparison.groups], [[key, *values] for key, values in changed.items()])
+    return changed
 
 
 def _folders(runs: Sequence[Run]) -> str:
@@ -271,11 +191,16 @@ def _numbers(document: Document, comparison: Comparison, rows: Sequence[Row]) ->
     section.table(["", *comparison.groups], [[row.title, *row.cells()] for row in rows])
     what = "the test set" if comparison.set_name == "test" else "each run's own validation labels (no common test set)"
     section.text(
-        f"Mean ± sample standard deviation over the runs of a group. Errors are those on {what}. Coverage and volumes "
-        "count stored frames, at equal numbers of MD steps of all replicas together."
+        f"Mean ± sample standard deviation over the runs of a group. Errors are those on {what}, between two models "
+        "interpolated (in their logarithm). Coverage and volumes count stored frames, at equal numbers of MD steps of "
+        "all replicas together."
     )
-    if comparison.set_name == "test" and len({file_hash(run.folder.test) for run in comparison.runs}) > 1:
+    if comparison.set_name == "test" and not _same_test(comparison):
         section.text("Careful: the runs have different test sets, so their errors are not quite comparable.")
+
+
+def _same_test(comparison: Comparison) -> bool:
+    return len({file_hash(run.folder.test) for run in comparison.runs}) == 1
 
 
 def _pictures(document: Document, comparison: Comparison, out: Path) -> None:
@@ -286,11 +211,9 @@ def _pictures(document: Document, comparison: Comparison, out: Path) -> None:
     section.picture(path, f"Errors against labels, and against the MD steps before the training; {bars}")
     explored = _explored(comparison)
     if explored:
-        section = document.section("Exploration")
-    for what, growth in explored.items():
-        name, title = ("coverage.png", "Coverage of torsion space") if what == "coverage" else ("volumes.png", what)
-        path = figures.coverage_figure(growth, out / name, what=title[0].upper() + title[1:].rstrip(","))
-        section.picture(path, f"{title.rstrip(',')} against MD steps, one thin line per run")
+        _exploration(document.section("Exploration"), comparison, explored, out)
+    _autocorrelation(document, comparison, out)
+    _slow_waves(document, comparison, out)
     found = comparison.each(lambda run: run.errors())
     panels = {name: _pooled(errors) for name, errors in found.items() if all(errors)}
     if panels:
@@ -302,13 +225,144 @@ def _pictures(document: Document, comparison: Comparison, out: Path) -> None:
             else "New labels, by the models that selected them (or test sets, where runs have one)"
         )
         section.picture(path, f"{what}: largest uncertainty of a structure against its largest error")
+    _errors_by_volume(document, comparison, out)
+
+
+def _exploration(
+    section: Section, comparison: Comparison, explored: dict[str, dict[str, list[Curve]]], out: Path
+) -> None:
+    """Growth against simulated time and labels, and histograms of what the stored frames visited."""
+    for what, growth in explored.items():
+        name, title = ("coverage.png", "Coverage of torsion space") if what == _COVERAGE else ("volumes.png", what)
+        pairs = {group: list(zip(comparison.groups[group], curves, strict=True)) for group, curves in growth.items()}
+        path = figures.exploration_figure(
+            {group: [run.by_time(curve) for run, curve in runs] for group, runs in pairs.items()},
+            {group: [run.by_labels(curve) for run, curve in runs] for group, runs in pairs.items()},
+            out / name,
+            title[0].upper() + title[1:],
+        )
+        section.picture(path, f"{title} against simulated time and against labels, one thin line per run")
+    if _COVERAGE in explored:
+        names, indices = list(comparison.torsions()), list(comparison.torsions().values())
+        angles = comparison.each(lambda run: torsions(run.frames.structures, indices))
+        joined = {name: np.concatenate(values) for name, values in angles.items()}
+        path = trajectory_figures.torsion_histogram_figure(joined, out / "torsions.png", names)
+        section.picture(path, "Visited torsions: stored frames per cell of the finest level of the coverage")
+    if _VOLUMES in explored:
+        volumes = comparison.each(lambda run: run.frames.volumes())
+        joined = {name: np.concatenate(values) for name, values in volumes.items()}
+        path = trajectory_figures.histogram_figure(joined, out / "volume_histogram.png", "Volume (Å³/atom)")
+        section.picture(path, "Volumes of the stored frames")
+
+
+def _autocorrelation(document: Document, comparison: Comparison, out: Path) -> None:
+    """Autocorrelation functions of groups with traces of one spacing."""
+    groups = {
+        name: [t for run in runs for t in run.traces if t.duration >= SHORTEST and t.max_u is not None]
+        for name, runs in comparison.groups.items()
+    }
+    groups = {name: traces for name, traces in groups.items() if traces}
+    spacings = {round(trace.spacing, 9) for traces in groups.values() for trace in traces}
+    if len(spacings) != 1:
+        return
+    spacing = spacings.pop()
+    longest = max(2, round(0.5 * max(t.duration for traces in groups.values() for t in traces) / spacing))
+    series: dict[str, Callable[[Trajectory], Any]] = {
+        "Positions": Trajectory.internal_positions,
+        "max $u_i$": lambda trace: trace.max_u,
+    }
+    curves = {
+        what: {name: mean_autocorrelation([of(t) for t in traces], longest) for name, traces in groups.items()}
+        for what, of in series.items()
+    }
+    path = trajectory_figures.autocorrelation_figure(curves, spacing, out / "autocorrelation.png")
+    section = document.section("Autocorrelation")
+    section.picture(path, "Mean autocorrelation of positions (atoms and components) and of the largest uncertainty")
+    counts = ", ".join(
+        f"{name}: {len(traces)} ({sum(t.duration for t in traces):,.0f} ps)" for name, traces in groups.items()
+    )
+    section.text(
+        f"Replicas of at least {SHORTEST:g} ps, recorded every {1000 * spacing:g} fs; {counts}. Positions: after "
+        "alignment (molecules) or removal of the cell (crystals). A time is the stride times N / ESS, with the sum "
+        "over the autocorrelation ended where it first is not positive; it cannot exceed the length of trajectories."
+    )
+
+
+def _slow_waves(document: Document, comparison: Comparison, out: Path) -> None:
+    """V(t) of each group's longest trace, and the wave of twice its length."""
+    waves, rows = {}, []
+    for name, runs in comparison.groups.items():
+        cells = [trace for run in runs for trace in run.traces if trace.volumes is not None and len(trace) > 3]
+        if not cells:
+            continue
+        trace = max(cells, key=len)
+        volumes = trace.volumes
+        assert volumes is not None
+        times = trace.spacing * np.arange(1, len(trace) + 1)
+        fit = slow_wave(times, volumes)
+        waves[name] = (times, volumes, fit)
+        spread = f"{volumes.min():.0f} to {volumes.max():.0f}"
+        rows.append([name, spread, f"{fit.amplitude:.1f}", f"{fit.noise:.1f}", f"{100 * fit.explained:.0f} %"])
+    if not waves:
+        return
+    section = document.section("Volumes against time")
+    path = trajectory_figures.slow_wave_figure(waves, out / "volume_against_time.png")
+    section.picture(path, "The longest replica of each group: V(t), and a wave of twice its length plus white noise")
+    section.table(["group", "V (Å³)", "amplitude (Å³)", "noise (Å³)", "variance explained"], rows)
+
+
+def _errors_by_volume(document: Document, comparison: Comparison, out: Path) -> None:
+    """Errors in bins of the volume, where all runs have one test set whose cells differ."""
+    if comparison.set_name != "test" or not _same_test(comparison) or not all(run.unseen for run in comparison.runs):
+        return
+    first = comparison.runs[0].unseen
+    edges = volume_edges(first.structures) if first else None
+    if edges is None:
+        return
+    bins = comparison.each(
+        lambda run: errors_by_volume(run.unseen.structures, run.unseen.predictions, edges)  # type: ignore[union-attr]
+    )
+    section = document.section("Errors by volume")
+    path = trajectory_figures.volume_error_figure(bins, out / "errors_by_volume.png")
+    section.picture(path, "Root mean square errors of the newest models on the test set, by volume of the cell")
+    counts = next(iter(bins.values()))[0]
+    section.table(["volume (Å³)", "structures"], [[f"{b.low:.0f} to {b.high:.0f}", str(b.structures)] for b in counts])
+
+
+def _dependence(document: Document, rows: Sequence[Row], changed: dict[str, list[str]], out: Path) -> None:
+    """What the groups reach against the one number in which they differ, e.g. the bias strength."""
+    if len(changed) != 1:
+        return
+    key, texts = next(iter(changed.items()))
+    try:
+        x = [float(text) for text in texts]
+    except ValueError:
+        return
+    if len(x) < 3:
+        return
+    chosen = [row for row in rows if row.title.endswith("MD steps") or row.title.startswith(("coverage at", *ERRORS))]
+    chosen = [row for row in chosen if "labels" not in row.title]
+    chosen = [row for row in chosen if "after" not in row.title or row is _last_of(chosen, row)]
+    chosen += [row for row in rows if row.title.startswith("autocorrelation")]
+    values = {row.title: list(row.values.values()) for row in chosen}
+    path = trajectory_figures.dependence_figure(x, values, key, out / "dependence.png")
+    document.section(f"Dependence on {key}").picture(path, "Mean ± standard deviation; dots are runs")
+
+
+def _last_of(rows: Sequence[Row], row: Row) -> Row:
+    """The last row of the same quantity."""
+    return [other for other in rows if other.title.split(" after ")[0] == row.title.split(" after ")[0]][-1]
 
 
 def _learning_curve(run: Run, set_name: str) -> NDArray[np.float64]:
     """[K, 5]: labels, MD steps before the training, RMSE of energy (meV/atom), force (eV/Å) and stress (MPa)."""
     before = [0, *(entry["md_steps"] for entry in run.history)]
     rows = [
-        [entry["labels"], before[k], *(_float((entry.get(set_name) or {}).get(key)) for key, _ in _ERRORS.values())]
+        [
+            entry["labels"],
+            before[k],
+            *(value_or_nan((entry.get(set_name) or {}).get(key)) for key, _ in ERRORS.values()),
+        ]
         for k, entry in enumerate(run.history)
     ]
     return np.array(rows, dtype=np.float64)

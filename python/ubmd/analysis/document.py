@@ -143,6 +143,11 @@ def _markdown(block: Block) -> list[str]:
         return [block.text]
     if isinstance(block, Picture):
         return [f"![{block.caption}]({block.path.name})"]
+    return as_markdown(block)
+
+
+def as_markdown(block: Table) -> list[str]:
+    """Lines of a Markdown table, its columns padded to equal widths."""
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [block.head, *block.rows]]
     widths = [max(len(row[k]) for row in rows) for k in range(len(block.head))]
     rows.insert(1, ["-" * width for width in widths])

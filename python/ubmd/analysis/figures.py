@@ -204,16 +204,45 @@ def coverage_figure(
     draw_growth(axes, curves)
     axes.set_title(title, fontsize=11)
     axes.set_ylabel(what)
+    axes.set_xlabel("MD steps of all replicas (thousands)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="lower right")
     return save(figure, path)
 
 
-def draw_growth(axes: Axes, curves: Mapping[str, Sequence[tuple[ArrayLike, ArrayLike]]]) -> None:
-    """Growing quantities of groups of runs against MD steps, in thousands."""
+def exploration_figure(
+    by_time: Mapping[str, Sequence[tuple[ArrayLike, ArrayLike]]],
+    by_labels: Mapping[str, Sequence[tuple[ArrayLike, ArrayLike]]],
+    path: Path,
+    what: str,
+) -> Path:
+    """A growing quantity of groups of runs against simulated time and against labels.
+
+    Args:
+        by_time: name -> curves (ps of all replicas together [M], quantity [M]) of one or more runs.
+        by_labels: name -> curves (labels [K], quantity [K]).
+        path: of the picture.
+        what: label of the vertical axis.
+    """
+    figure = new_figure(8.0, 3.9)
+    left, right = figure.subplots(1, 2, sharey=True)
+    draw_growth(left, by_time, 1.0)
+    draw_growth(right, by_labels, 1.0)
+    left.set_ylabel(what)
+    left.set_xlabel("Simulated time of all replicas (ps)")
+    right.set_xlabel("Labels")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    handles = left.get_legend_handles_labels()
+    if handles[0]:
+        figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False)
+    return save(figure, path)
+
+
+def draw_growth(axes: Axes, curves: Mapping[str, Sequence[tuple[ArrayLike, ArrayLike]]], unit: float = 1000.0) -> None:
+    """Growing quantities of groups of runs; ``unit`` of the horizontal axis (1000: thousands of MD steps)."""
     end = 0.0
     for (name, runs), colour in zip(curves.items(), COLOURS, strict=False):
-        pairs = [(np.asarray(x, dtype=float) / 1000.0, np.asarray(y, dtype=float)) for x, y in runs]
+        pairs = [(np.asarray(x, dtype=float) / unit, np.asarray(y, dtype=float)) for x, y in runs]
         pairs = [pair for pair in pairs if len(pair[0])]
         end = max([end, *(x[-1] for x, _ in pairs)])
         alone = len(pairs) == 1
@@ -223,7 +252,6 @@ def draw_growth(axes: Axes, curves: Mapping[str, Sequence[tuple[ArrayLike, Array
         if len(pairs) > 1:
             _mean_band(axes, pairs, colour, name)
     axes.set(xlim=(0.0, end or 1.0), ylim=(0.0, None))
-    axes.set_xlabel("MD steps of all replicas (thousands)")
     axes.grid(alpha=0.25)
 
 
@@ -388,24 +416,42 @@ def group_learning_figure(groups: Mapping[str, Sequence[NDArray[np.float64]]], p
     return save(figure, path)
 
 
+def at_labels(run: NDArray[np.float64], labels: ArrayLike) -> NDArray[np.float64]:
+    """A learning curve [K, 5] (see `group_learning_figure`) at other numbers of labels [M] within its range.
+
+    Between two models MD steps are interpolated linearly, errors in their logarithm: rejected labels make the numbers
+    of several runs differ.
+    """
+    wanted = np.asarray(labels, dtype=np.float64)
+    columns = [np.interp(wanted, run[:, 0], run[:, k]) for k in (0, 1)]
+    columns += [np.exp(np.interp(wanted, run[:, 0], np.log(np.maximum(run[:, k], 1e-12)))) for k in (2, 3, 4)]
+    return np.stack(columns, axis=1)
+
+
+def shared_labels(runs: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Numbers of labels at which to compare learning curves: those of the run with the fewest, in the range of all."""
+    low, high = max(run[0, 0] for run in runs), min(run[-1, 0] for run in runs)
+    fewest = min((run[:, 0] for run in runs), key=len)
+    chosen = {x for x in fewest.tolist() if low <= x <= high}
+    return np.array(sorted(chosen | ({low, high} if low <= high else set())))
+
+
 def _at_equal_labels(runs: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and sample standard deviation [K, 5] over runs, at the numbers of labels that all of them have."""
-    common = sorted(set.intersection(*({float(x) for x in run[:, 0]} for run in runs)))
-    values = np.array([[run[run[:, 0] == labels][0] for labels in common] for run in runs]).reshape(
-        len(runs), -1, runs[0].shape[1]
-    )
+    """Mean and sample standard deviation [K, 5] over runs at equal numbers of labels."""
+    values = np.array([at_labels(run, shared_labels(runs)) for run in runs])
     deviation = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(values.shape[1:])
     return values.mean(axis=0), deviation
 
 
-def group_calibration_figure(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path) -> Path:
+def group_calibration_figure(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path, columns: int = 3) -> Path:
     """Largest uncertainty against largest error of structures, one panel per group, on equal axes.
 
     Args:
         groups: name -> (max_i u_i [S], max_i RMSE(F_i) [S]), eV/Å.
         path: of the picture.
+        columns: at most.
     """
-    columns = min(3, len(groups))
+    columns = min(columns, len(groups))
     rows = -(-len(groups) // columns)
     figure = new_figure(2.5 * columns + 0.5 if columns > 1 else 4.0, 2.75 * rows + 0.5)
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)

@@ -49,7 +49,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
     return ", ".join(text for text in found if text)
 
 
-def changed_settings(settings: RunSettings) -> list[list[str]]:
+def changed_settings(settings: Table) -> list[list[str]]:
     """(key, value, default) of every setting that is not its default."""
     return [
         [key, _shown(value), "(none)" if default is _REQUIRED else _shown(default)]
@@ -58,9 +58,9 @@ def changed_settings(settings: RunSettings) -> list[list[str]]:
     ]
 
 
-def add_provenance(report: Document, folder: RunFolder) -> None:
-    """Sections with changed settings, all settings, and where everything comes from."""
-    settings = read_settings(folder)
+def add_provenance(report: Document, folder: RunFolder, settings: Table | None = None) -> None:
+    """Sections with changed settings (default: those of the loop's run), all settings, and where they come from."""
+    settings = settings or read_settings(folder)
     section = report.section("Settings that are not defaults")
     section.table(["key", "value", "default"], changed_settings(settings))
     section = report.section("All settings", folded=True)
@@ -70,7 +70,7 @@ def add_provenance(report: Document, folder: RunFolder) -> None:
     section.text("The same settings, seed, versions and number of threads repeat the run on the same kind of machine.")
 
 
-def setting_texts(settings: RunSettings) -> dict[str, str]:
+def setting_texts(settings: Table) -> dict[str, str]:
     """Dotted key -> value as text, of every setting."""
     return {key: _shown(value) for key, value, _ in _pairs(settings, "")}
 
@@ -83,8 +83,10 @@ def conditions(settings: RunSettings) -> str:
     parts = [f"{md.ensemble.upper()} at {_range(md.temperature, ' K', md.temperatures, heat)}"]
     if md.ensemble == "npt":
         parts[0] += f" and {_range(md.pressure, ' MPa', md.pressures, press)}"
+    if md.colvars is not None:
+        parts[0] += f" with {md.colvars.name}"
     if not bias.is_biased:
-        return f"{parts[0]}, no bias (plain MD)"
+        return parts[0] + (", no uncertainty bias" if md.colvars else ", no bias (plain MD)")
     parts.append(f"bias force {_range(bias.force, '', (), force)}")
     if bias.has_stress:
         parts.append(f"bias stress {_range(bias.stress, '', (), stress)}")

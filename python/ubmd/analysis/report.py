@@ -20,6 +20,7 @@ from ubmd.analysis.predictions import predict_unseen
 from ubmd.analysis.provenance import add_provenance, conditions
 from ubmd.analysis.run_data import Frames, count_endings, read_frames, read_rejected, stage_seconds
 from ubmd.analysis.torsions import amide_torsions, count_cis, torsions
+from ubmd.analysis.trajectory import SHORTEST, correlation_times, read_traces
 from ubmd.learning.convergence import plateau, quiet
 from ubmd.learning.run_folder import RunFolder, read_settings
 from ubmd.settings import RunSettings
@@ -256,9 +257,15 @@ def _uncertainty(report: Document, data: _Run) -> None:
         data.picture("uncertainty.png"),
         endings,
     )
-    report.section("Uncertainty along the replicas").picture(
-        path, "Largest uncertainty of an atom; one line per replica"
-    )
+    section = report.section("Uncertainty along the replicas")
+    section.picture(path, "Largest uncertainty of an atom; one line per replica")
+    times = correlation_times(read_traces(data.folder.path))
+    if times.trajectories:
+        section.text(
+            f"Autocorrelation times: {number(times.positions, '.3g')} ps of positions, "
+            f"{number(times.uncertainty, '.3g')} ps of the largest uncertainty, from {times.trajectories} replicas of "
+            f"at least {SHORTEST:g} ps ({times.duration:,.0f} ps together, recorded every {1000 * times.spacing:g} fs)."
+        )
 
 
 def _replicas(report: Document, data: _Run) -> None:

@@ -32,6 +32,8 @@ A first run:
 
   ubmd compare RUN_A RUN_B ...     several runs side by side, seeds averaged
 
+  ubmd phonons RUN_DIR             of a crystal: phonons, elastic constants, heat conductivity
+
 The result is RUN_DIR/model.pt: run it in LAMMPS with 'pair_style ubmd'. If anything seems wrong with the installation,
 run 'ubmd doctor'.
 """
@@ -68,10 +70,12 @@ def _main(
 
 
 def _register() -> None:
-    from ubmd.cli import run, train
+    from ubmd.cli import analyse, crystal, run, train
 
     run.register(app)
+    analyse.register(app)
     train.register(app)
+    crystal.register(app)
 
 
 _register()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ubmd.errors import SettingsError
+from ubmd.learning.dynamic.settings import DynamicRunSettings, is_dynamic
 from ubmd.settings import RunSettings, load_settings
 
 SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML).", show_default=False)]
@@ -26,24 +27,35 @@ def register(app: typer.Typer) -> None:
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("settings.toml"),
     short: Annotated[bool, typer.Option("--short", help="Only the keys that most people set.")] = False,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="For dynamic training of a crystal's potential.")] = False,
 ) -> None:
     """Write a settings file in which every key is explained."""
-    from ubmd.cli.template import run_template, short_template
+    from ubmd.cli.template import dynamic_template, run_template, short_template
+
+    if short and dynamic:
+        raise SettingsError("--short is for active-learning loops; leave it out with --dynamic.")
 
     if path.exists():
         raise SettingsError(f"{path} is already there; name another file.")
     if not path.parent.is_dir():
         raise SettingsError(f"There is no folder {path.parent}; make it, or name another file.")
-    path.write_text((short_template if short else run_template)(path.name), encoding="utf-8")
-    print(f"Wrote {path}. Set run_dir, start.file and the reference, then: ubmd check {path}")
+    template = dynamic_template if dynamic else short_template if short else run_template
+    path.write_text(template(path.name), encoding="utf-8")
+    what = "crystal" if dynamic else "start.file"
+    print(f"Wrote {path}. Set run_dir, {what} and the reference, then: ubmd check {path}")
 
 
 def check(settings: SettingsFile, override: Override = None) -> None:
     """Say what would be run, then do every stage once, in miniature: finds mistakes in a minute.
 
+    For dynamic training (settings with a [dynamic] table) only the first.
+
     Labels two structures, trains a few epochs, runs ten biased MD steps, selects and labels one more. From this it
     tells roughly how long the whole run would take and how much it would write. Nothing is left behind.
     """
+    if is_dynamic(settings):
+        _check_dynamic(settings, override or [])
+        return
     values = load_settings(settings, RunSettings, override or [])
     from ubmd.learning.check import check as check_settings
 
@@ -71,7 +83,15 @@ def run(
     Labels perturbed start structures; then again and again: trains, calibrates the uncertainty, runs biased MD replicas
     in LAMMPS, selects the most informative frames, labels them. Kill it whenever you like: the same command goes on
     where it was. A finished run with a larger loop.labels goes on, too.
+
+    With a [dynamic] table in the settings: dynamic training. MD with the current potential asks for a label when its
+    predicted error is too large, learns it, and goes on.
     """
+    if is_dynamic(settings):
+        if from_iteration is not None:
+            raise SettingsError("--from works for active-learning loops; a dynamic run goes on, or starts anew.")
+        _run_dynamic(settings, override or [])
+        return
     values = load_settings(settings, RunSettings, override or [])
     # After the settings: a mistake there shows at once, these take seconds.
     from rich.console import Console
@@ -89,9 +109,43 @@ def run(
     print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")
 
 
+def _check_dynamic(settings: Path, override: list[str]) -> None:
+    """Say what a dynamic run would do."""
+    values = load_settings(settings, DynamicRunSettings, override)
+    from ubmd.learning.dynamic.engine import check as check_dynamic
+
+    for line in check_dynamic(values, settings.parent):
+        print(line, flush=True)
+    print(f"Start with: ubmd run {settings}")
+
+
+def _run_dynamic(settings: Path, override: list[str]) -> None:
+    """Start or resume a dynamic run."""
+    values = load_settings(settings, DynamicRunSettings, override)
+    from rich.console import Console
+
+    from ubmd.learning.dynamic.engine import run as run_engine
+    from ubmd.learning.dynamic.progress import Course, make_progress
+    from ubmd.learning.run_folder import RunFolder
+
+    course = Course(values, RunFolder(values.run_dir).read_events())
+    with make_progress(Console(), course) as progress:
+        folder = run_engine(values, settings.parent, progress)
+    print(f"Model: {folder / 'model.pt'}")
+    if (folder / "report" / "report.html").exists():
+        print(f"Report: {folder / 'report' / 'report.html'}")
+
+
 def status(run_dir: RunDir) -> None:
     """Show where a run stands."""
     from ubmd.cli.console import make_console
+    from ubmd.learning.run_folder import RunFolder, is_dynamic_run
+
+    if is_dynamic_run(RunFolder(run_dir)):
+        from ubmd.learning.dynamic.progress import status as describe_dynamic_run
+
+        make_console().print(describe_dynamic_run(run_dir))
+        return
     from ubmd.learning.status import status as describe_run
 
     make_console().print(describe_run(run_dir))
@@ -103,6 +157,14 @@ def report(run_dir: RunDir) -> None:
     Learning curves, model against reference, uncertainty against error, what was explored, how replicas ended, rejected
     labels, time per stage, settings and versions. The same as report.md, with the pictures as PNG files, for papers.
     """
+    from ubmd.learning.run_folder import RunFolder, is_dynamic_run
+
+    if is_dynamic_run(RunFolder(run_dir)):
+        from importlib import import_module
+
+        make_dynamic_report = import_module("ubmd.analysis.dynamic_report").make_dynamic_report
+        print(f"Report: {make_dynamic_report(run_dir)[-1]}")
+        return
     from ubmd.analysis import make_report
 
     print(f"Report: {make_report(run_dir)[-1]}")

@@ -17,6 +17,8 @@ _EXAMPLES: dict[str, Any] = {
     "run_dir": "my_run",
     "start.file": "start.extxyz",
     "reference.calculator": "ase.calculators.emt:EMT",
+    "crystal.structure": "crystal.extxyz",
+    "crystal.cutoffs": {"2": 5.0, "3": 4.0, "4": 4.0},
 }
 
 
@@ -38,9 +40,10 @@ _SHORT = (
 )
 
 _HEAD = "# Settings of an active-learning run: ubmd check {name}, then ubmd run {name}\n"
+_DYNAMIC_HEAD = "# Settings of dynamic training: ubmd check {name}, then ubmd run {name}\n"
 _LONG_HEAD = """\
 # A line that begins with '# key =' shows a default: remove the '# ' to change it.
-# For completion and help while you type in VS Code (extension 'Even Better TOML'): ubmd schema > ubmd.schema.json
+# For completion and help while you type in VS Code (extension 'Even Better TOML'): {schema} > ubmd.schema.json
 # in this folder, and as the first line of this file: #:schema ./ubmd.schema.json
 """
 _SHORT_HEAD = """\
@@ -50,7 +53,16 @@ _SHORT_HEAD = """\
 
 def run_template(name: str = "settings.toml") -> str:
     """TOML text for `RunSettings`: required keys with example values, all others commented out with their defaults."""
-    return _HEAD.format(name=name) + _LONG_HEAD + "\n".join(_table_lines(RunSettings, "")) + "\n"
+    head = _HEAD.format(name=name) + _LONG_HEAD.format(schema="ubmd schema")
+    return head + "\n".join(_table_lines(RunSettings, "")) + "\n"
+
+
+def dynamic_template(name: str = "settings.toml") -> str:
+    """The same for `DynamicRunSettings`, with a crystal; what is for networks is commented out."""
+    from ubmd.learning.dynamic.settings import DynamicRunSettings
+
+    head = _DYNAMIC_HEAD.format(name=name) + _LONG_HEAD.format(schema="ubmd schema dynamic")
+    return head + "\n".join(_table_lines(DynamicRunSettings, "", ("crystal",))) + "\n"
 
 
 def short_template(name: str = "settings.toml") -> str:
@@ -71,8 +83,8 @@ def short_template(name: str = "settings.toml") -> str:
     return _HEAD.format(name=name) + _SHORT_HEAD + "\n".join(lines) + "\n"
 
 
-def _table_lines(kind: type[Table], name: str) -> list[str]:
-    """Header, keys and sub-tables of one table."""
+def _table_lines(kind: type[Table], name: str, wanted: tuple[str, ...] = ()) -> list[str]:
+    """Header, keys and sub-tables of one table; of those that are off by default only the ``wanted`` ones count."""
     lines: list[str] = []
     if name:
         lines += ["", *_comment(kind.__doc__ or ""), f"[{name}]"]
@@ -82,7 +94,8 @@ def _table_lines(kind: type[Table], name: str) -> list[str]:
             lines += _key_lines(f"{name}.{key}" if name else key, key, field)
     for key, table in tables.items():
         if table is not None:
-            lines += _sub_table(table, f"{name}.{key}" if name else key, kind.model_fields[key])
+            path = f"{name}.{key}" if name else key
+            lines += _table_lines(table, path) if key in wanted else _sub_table(table, path, kind.model_fields[key])
     return lines
 
 
@@ -113,7 +126,7 @@ def _key_lines(path: str, key: str, field: FieldInfo) -> list[str]:
 def _assignment(key: str, value: Any) -> str:
     """``key = value`` on one line."""
     if isinstance(value, dict):
-        return f"{key} = {{}}"
+        return f"{key} = {{{', '.join(f'{k} = {v}' for k, v in value.items())}}}"
     if isinstance(value, tuple):
         return f"{key} = [{', '.join(tomli_w.dumps({'x': v}).strip().removeprefix('x = ') for v in value)}]"
     return tomli_w.dumps({key: value}).strip()

@@ -66,10 +66,18 @@ def train(
         bool, typer.Option("--fresh/--resume", help="Start again, or go on from the last checkpoint (default).")
     ] = False,
 ) -> None:
-    """Train a model on labelled structures and export it as model.pt."""
+    """Train a model on labelled structures and export it as model.pt.
+
+    A network, or, if the settings have a table [crystal], a force-constant potential of a crystal.
+    """
     with user_errors():
         settings = load_settings(settings_file, TrainSettings, overrides or [])
-        _train(settings, settings_file.parent, fresh, Console())
+        if settings.crystal is not None:
+            from ubmd.cli.fit import train_crystal
+
+            train_crystal(settings, settings_file.parent, fresh, make_console())
+        else:
+            _train(settings, settings_file.parent, fresh, Console())
 
 
 def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
@@ -214,7 +222,7 @@ def evaluate(
 
     with user_errors():
         evaluator = Evaluator(model, precision)
-        structures = read_structures(data, _mapping(label), labelled=True)
+        structures = read_structures(data, label_mapping(label), labelled=True)
         result = accuracy(evaluator.predict(structures), structures)
         if as_json:
             print(json.dumps(result, indent=2))
@@ -224,7 +232,7 @@ def evaluate(
         console.print(_accuracy_table(result, evaluator.metadata))
 
 
-def _mapping(pairs: Sequence[str] | None) -> dict[str, str]:
+def label_mapping(pairs: Sequence[str] | None) -> dict[str, str]:
     """`label=key` options as a dictionary."""
     mapping = {}
     for pair in pairs or []:
@@ -236,13 +244,11 @@ def _mapping(pairs: Sequence[str] | None) -> dict[str, str]:
 
 
 def _accuracy_table(result: dict[str, Any], metadata: dict[str, Any]) -> Table:
-    made_for = ", ".join(
-        f"{name} {100 * min(metadata['uncertainty'][name]['attainable'], 1 - metadata['uncertainty']['alpha']):.4g} %"
-        for name in ("energy", "forces")
-    )
-    table = Table(
-        title=f"{result['structures']} structures, {result['atoms']} atoms", caption=f"u made for: {made_for}"
-    )
+    made_for = ", ".join(_promise(name, metadata["uncertainty"]) for name in ("energy", "forces"))
+    caption = f"u made for: {made_for}"
+    if "lattice" in metadata and result["stress_rmse_MPa"] is not None:
+        caption += "\nstresses of the model lack that of the ideal crystal"
+    table = Table(title=f"{result['structures']} structures, {result['atoms']} atoms", caption=caption)
     for column in ("quantity", "RMSE", "MAE", "unit", "errors below u"):
         table.add_column(column)
     for name, unit, text, share in (
@@ -255,6 +261,14 @@ def _accuracy_table(result: dict[str, Any], metadata: dict[str, Any]) -> Table:
         if name != "stress" or values[0] is not None:
             table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values), text, share)
     return table
+
+
+def _promise(name: str, uncertainty: dict[str, Any]) -> str:
+    """The confidence that the uncertainty of energy or forces was calibrated for."""
+    record = uncertainty[name]
+    if record["n_calibration"] == 0:
+        return f"{name} not calibrated"
+    return f"{name} {100 * min(record['attainable'], 1 - uncertainty['alpha']):.4g} %"
 
 
 def _percent(share: float, of_what: str) -> str:
@@ -285,7 +299,7 @@ def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
 
     run = RunFolder(folder)
     settings = read_settings(run)
-    tables = [_info_table(str(folder), ("what", "value")), _info_table("changed settings", ("key", "value", "default"))]
+    tables = [info_table(str(folder), ("what", "value")), info_table("changed settings", ("key", "value", "default"))]
     for table, rows in zip(tables, (provenance_rows(run), changed_settings(settings)), strict=True):
         for row in rows:
             table.add_row(*map(escape, row))
@@ -297,24 +311,28 @@ def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
     from ubmd.export import load_model
 
     metadata = json.loads(load_model(path).metadata())
-    table = _info_table(str(path), ("key", "value"))
-    for row in _flat(metadata):
+    if "lattice" in metadata:
+        from ubmd.cli.fit import info_tables
+
+        return metadata, info_tables(metadata, str(path))
+    table = info_table(str(path), ("key", "value"))
+    for row in flat(metadata):
         table.add_row(*map(escape, row))
     return metadata, [table]
 
 
-def _info_table(title: str, columns: Sequence[str]) -> Table:
+def info_table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted keys and values as text."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         elif isinstance(value, list):
             yield prefix + key, " ".join(str(item) for item in value)
         else:
@@ -354,13 +372,15 @@ def export(
 
 
 def schema(
-    kind: Annotated[str, typer.Argument(help="run or train: the settings of that command.")] = "run",
+    kind: Annotated[str, typer.Argument(help="run, dynamic (`ubmd run` with a [dynamic] table) or train.")] = "run",
 ) -> None:
     """Print the JSON schema of a settings file: every key, its unit, default and range."""
-    kinds: dict[str, type[BaseModel]] = {"run": RunSettings, "train": TrainSettings}
+    from ubmd.learning.dynamic.settings import DynamicRunSettings
+
+    kinds: dict[str, type[BaseModel]] = {"run": RunSettings, "dynamic": DynamicRunSettings, "train": TrainSettings}
     with user_errors():
         if kind not in kinds:
-            raise SettingsError(f"There is no schema of '{kind}'; choose run or train.")
+            raise SettingsError(f"There is no schema of '{kind}'; choose run, dynamic or train.")
         # By the names that the template has; a key may have a second one.
         described = kinds[kind].model_json_schema(by_alias=False)
         print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **described}, indent=2))

@@ -13,10 +13,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from io import BytesIO
 from itertools import combinations_with_replacement, permutations, product
 from math import factorial, prod
 from pathlib import Path
 from weakref import WeakKeyDictionary
+from zipfile import BadZipFile
 
 import numpy as np
 from ase import Atoms
@@ -189,11 +191,17 @@ class ClusterBasis:
         chosen = np.asarray(parameters, dtype=np.float64)[self.parameter_orders == order, None]
         result = np.zeros([len(supercell)] * order + [3] * order)
         for plan, tensor in zip(plans, part.tensors(chosen), strict=True):
-            _add_force_constants(result, plan, _full_tensor(plan.multiplicity, tensor), self.lattice)
+            _add_force_constants(result, plan, full_tensor(plan.multiplicity, tensor), self.lattice)
         return result
 
     def save(self, path: Path) -> None:
         """Write the basis to an npz file (temporary file, then rename)."""
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(self.to_bytes())
+        temporary.replace(path)
+
+    def to_bytes(self) -> bytes:
+        """Content of that file."""
         arrays = {name: getattr(self.lattice, name) for name in _LATTICE_FIELDS}
         for part in self.parts:
             arrays[f"parameters_{part.order}"] = part.parameters
@@ -202,14 +210,13 @@ class ClusterBasis:
                 arrays[f"orbit_{part.order}_{i}_raw"] = raw
         orbits = [[part.order, part.cutoff, len(part.orbits)] for part in self.parts]
         header = json.dumps({"format": FORMAT, "kind": "cluster basis", "orders": orbits})
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, header=np.array(header), **arrays)
-        temporary.replace(path)
+        file = BytesIO()
+        np.savez(file, header=np.array(header), **arrays)
+        return file.getvalue()
 
     @classmethod
-    def load(cls, path: Path) -> ClusterBasis:
-        """Read what `save` wrote.
+    def load(cls, path: Path | BytesIO) -> ClusterBasis:
+        """Read what `save` wrote, or the content of such a file.
 
         Raises:
             ModelError: the file is missing, damaged or of another format.
@@ -222,7 +229,7 @@ class ClusterBasis:
                 raise ModelError(f"{path} has format {header['format']}, not {FORMAT}: build the cluster basis again.")
             lattice = Lattice(*(arrays[name] for name in _LATTICE_FIELDS))
             parts = [_load_order(arrays, order, cutoff, count) for order, cutoff, count in header["orders"]]
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise ModelError(f"{path} is no cluster basis ({error}): build and save it again.") from error
         return cls(lattice, parts)
 
@@ -535,7 +542,7 @@ def _gradient(plan: _OrbitPlan, monomials: list[_Monomials], basis: np.ndarray, 
     return result / prod(factorial(m) for m in plan.multiplicity)
 
 
-def _full_tensor(multiplicity: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
+def full_tensor(multiplicity: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
     """All components [3, ..., 3] of isometric coordinates [D, 1], indices of body 0 first."""
     full = tensor.reshape(_dimensions(multiplicity))
     for axis, m in enumerate(multiplicity):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from ase.geometry import find_mic, minkowski_reduce
 from ubmd.errors import DataError, SettingsError
 
 SYMMETRY_TOLERANCE = 1e-5  # Å, spglib's symprec
+LINDEMANN = 0.15  # rms displacement over the shortest distance between sites; crystals melt below this
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,15 @@ class Lattice:
     def positions(self) -> np.ndarray:
         """Cartesian positions of the sublattices [S, 3], Å."""
         return self.scaled @ self.cell
+
+    @cached_property
+    def shortest_distance(self) -> float:
+        """Distance of the closest two sites, Å."""
+        shifts = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+        reduced, _ = minkowski_reduce(self.cell)
+        vectors = find_mic((self.positions[:, None] - self.positions).reshape(-1, 3), reduced)[0]
+        distances = np.linalg.norm(vectors[:, None] + shifts @ reduced, axis=-1)
+        return float(distances[distances > SYMMETRY_TOLERANCE].min())
 
     @cached_property
     def cartesian_rotations(self) -> np.ndarray:
@@ -224,3 +235,149 @@ def _nearest_sites(lattice: Lattice, atoms: Atoms) -> tuple[np.ndarray, np.ndarr
     sublattice = distance.argmin(axis=1)
     cells = ((difference - vectors).reshape(n, s, 3))[np.arange(n), sublattice]
     return sublattice, np.rint(cells @ np.linalg.inv(lattice.cell)).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where the crystal lies in a box that may be turned and have any origin.
+
+    Attributes:
+        supercell: the box in the crystal's own frame.
+        rotation: orthogonal matrix [3, 3] that takes column vectors of the crystal's frame to the box's.
+        cell: the box's own vectors in rows [3, 3], Å.
+    """
+
+    supercell: Supercell
+    rotation: np.ndarray
+    cell: np.ndarray
+
+    @classmethod
+    def fit(cls, lattice: Lattice, atoms: Atoms, tolerance: float = 1e-3) -> Placement:
+        """Find sites, rotation and origin for a box whose atoms are moderately displaced.
+
+        Boxes that hold the crystal as it is are tried first, then every turn that takes lattice vectors to those of
+        the box (LAMMPS turns boxes, for instance).
+
+        Raises:
+            DataError: the box is no integer multiple of the primitive cell in any orientation (within `tolerance`, in
+                lattice vectors), it isn't periodic or has the wrong atoms, or two atoms are nearest to one site.
+        """
+        _check_periodic_and_finite(atoms)
+        best: tuple[float, Placement] | None = None
+        problem = DataError(
+            "The box is no integer multiple of the primitive cell: repeat the ideal crystal without straining it."
+        )
+        for rotation, matrix in _orientations(lattice, np.array(atoms.cell), tolerance):
+            turned = Atoms(atoms.numbers, atoms.positions @ rotation, cell=matrix @ lattice.cell, pbc=True)
+            for shift in _origins(lattice, turned):
+                turned.positions = atoms.positions @ rotation - shift
+                try:
+                    placement = cls(Supercell(lattice, turned), rotation, np.array(atoms.cell))
+                except DataError as error:
+                    problem = error
+                    continue
+                size = float(np.sqrt(np.mean(np.sum(placement.displacements(atoms) ** 2, axis=1))))
+                if size < LINDEMANN * lattice.shortest_distance:
+                    return placement
+                if best is None or size < best[0]:
+                    best = size, placement
+        if best is None:
+            raise problem
+        return best[1]
+
+    def fits(self, atoms: Atoms) -> bool:
+        """Whether atoms and box are those that were placed."""
+        return (
+            np.array_equal(atoms.numbers, self.supercell.lattice.numbers[self.supercell.sublattice])
+            and bool(atoms.pbc.all())
+            and np.allclose(np.array(atoms.cell), self.cell, rtol=0.0, atol=1e-6)
+        )
+
+    def displacements(self, atoms: Atoms) -> np.ndarray:
+        """Displacements from the sites [n, 3] in the crystal's frame, Å; their mean is zero wherever the atoms drift.
+
+        Atoms in the order of the box that was placed.
+        """
+        vectors = atoms.positions @ self.rotation - self.supercell.ideal
+        vectors -= vectors[0].copy()  # of one image, however far the whole crystal has drifted
+        cell = self.supercell.cell
+        vectors -= np.rint(vectors @ np.linalg.inv(cell)) @ cell
+        return vectors - vectors.mean(axis=0)
+
+    def turn(self, vectors: np.ndarray) -> np.ndarray:
+        """Vectors [..., 3] of the crystal's frame in that of the box."""
+        return vectors @ self.rotation.T
+
+
+class Placer:
+    """Placements of many boxes: the last one is kept while its atoms stay near their sites."""
+
+    def __init__(self, lattice: Lattice) -> None:
+        self.lattice = lattice
+        self._last: Placement | None = None
+
+    def __call__(self, atoms: Atoms) -> tuple[Placement, np.ndarray]:
+        """The placement of a box and the displacements [n, 3] (Å, crystal's frame); raises as `Placement.fit`."""
+        if self._last is not None and self._last.fits(atoms):
+            displacements = self._last.displacements(atoms)
+            # else perhaps the same atoms in another order
+            if np.linalg.norm(displacements, axis=1).max() < 0.5 * self.lattice.shortest_distance:
+                return self._last, displacements
+        self._last = Placement.fit(self.lattice, atoms)
+        return self._last, self._last.displacements(atoms)
+
+
+def _check_periodic_and_finite(atoms: Atoms) -> None:
+    if not atoms.pbc.all():
+        raise DataError("A crystal must be periodic in three directions: set pbc of the structure to True.")
+    if not (np.isfinite(atoms.positions).all() and np.isfinite(np.array(atoms.cell)).all()):
+        raise DataError("Positions or cell contain values that are not finite numbers.")
+
+
+def _orientations(lattice: Lattice, cell: np.ndarray, tolerance: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rotations R and integer matrices M with box = M @ primitive cell @ Rᵀ; no rotation first, if that is one."""
+    exact = cell @ np.linalg.inv(lattice.cell)
+    matrix = np.rint(exact).astype(np.int64)
+    if np.abs(exact - matrix).max() <= tolerance and round(np.linalg.det(matrix)) != 0:
+        yield np.eye(3), matrix
+    length = tolerance * float(np.linalg.norm(lattice.cell, axis=1).max())
+    metric = cell @ cell.T
+    norms = np.sqrt(np.diag(metric))
+    if np.linalg.det(cell) == 0.0:
+        return
+    candidates = [_lattice_vectors(lattice.cell, norm, length) for norm in norms]
+    vectors = [integers @ lattice.cell for integers in candidates]
+    for i, a in enumerate(vectors[0]):
+        seconds = np.nonzero(np.abs(vectors[1] @ a - metric[0, 1]) < length * (norms[0] + norms[1]))[0]
+        thirds = np.nonzero(np.abs(vectors[2] @ a - metric[0, 2]) < length * (norms[0] + norms[2]))[0]
+        for j in seconds:
+            products = vectors[2][thirds] @ vectors[1][j]
+            for k in thirds[np.abs(products - metric[1, 2]) < length * (norms[1] + norms[2])]:
+                matrix = np.array([candidates[0][i], candidates[1][j], candidates[2][k]])
+                rotation = _nearest_rotation(matrix @ lattice.cell, cell)
+                if np.abs(matrix @ lattice.cell @ rotation.T - cell).max() < length:
+                    yield rotation, matrix
+
+
+def _lattice_vectors(cell: np.ndarray, norm: float, tolerance: float) -> np.ndarray:
+    """Integer combinations [N, 3] of lattice vectors whose length is `norm`."""
+    reach = np.floor((norm + tolerance) * np.linalg.norm(np.linalg.inv(cell), axis=0)).astype(int)
+    grid = np.stack(np.meshgrid(*[np.arange(-r, r + 1) for r in reach], indexing="ij"), axis=-1).reshape(-1, 3)
+    return grid[np.abs(np.linalg.norm(grid @ cell, axis=1) - norm) < tolerance]
+
+
+def _nearest_rotation(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Orthogonal R that best takes the rows of `start` to those of `end`, end = start @ Rᵀ."""
+    left, _, right = np.linalg.svd(end.T @ start)
+    return left @ right
+
+
+def _origins(lattice: Lattice, atoms: Atoms) -> Iterator[np.ndarray]:
+    """Shifts [3] to try: none, then those that put one of a few atoms on a site."""
+    positions = atoms.positions.copy()  # the caller moves the atoms
+    yield np.zeros(3)
+    rarest = min(set(lattice.numbers.tolist()), key=lambda z: int((lattice.numbers == z).sum()))
+    chosen = np.nonzero(atoms.numbers == rarest)[0]
+    for atom in chosen[:: max(len(chosen) // 4, 1)][:4]:
+        for site in lattice.positions[lattice.numbers == rarest]:
+            yield positions[atom] - site

@@ -97,6 +97,10 @@ class NormalEquations:
         for channel, (matrix, labels) in parts.items():
             self._channel(channel).add(matrix, labels)
 
+    def add_energy(self, features: ArrayLike, energy: float) -> None:
+        """Add an energy E - E0 (eV) with its features φ [P] alone; raises as `add`."""
+        self._channel("energies").add(*self._checked("energies", np.atleast_2d(np.asarray(features, float)), [energy]))
+
     def copy(self) -> NormalEquations:
         """Independent sums."""
         other = NormalEquations(self.parameter_orders)

@@ -53,6 +53,16 @@ class Trigger(ABC):
         self._remember(error)
         return call if call is not None and error >= self.floor * noise else None
 
+    @property
+    @abstractmethod
+    def threshold(self) -> float:
+        """What the next error is compared with, eV/Å (the noise floor left aside)."""
+
+    @property
+    def mean(self) -> float:
+        """Average error along the trajectory of the current model, eV/Å; NaN for rules without one, and before one."""
+        return math.nan
+
     @abstractmethod
     def refitted(self, error: float) -> None:
         """The model was refitted; ``error`` is that of the labelled structure with the new model."""
@@ -88,7 +98,12 @@ class AbsoluteTrigger(Trigger):
     def __init__(self, threshold: float, floor: float = 1.0) -> None:
         super().__init__(floor)
         _positive("threshold", threshold)
-        self.threshold = threshold
+        self._threshold = threshold
+
+    @property
+    def threshold(self) -> float:
+        """The fixed one, eV/Å."""
+        return self._threshold
 
     def refitted(self, error: float) -> None:
         """Nothing to remember."""
@@ -150,13 +165,23 @@ class AverageTrigger(Trigger):
         """Arguments of the constructor."""
         return {name: getattr(self, name) for name in ("maximum", "factor", "window", "wait", "floor")}
 
+    @property
+    def mean(self) -> float:
+        """Average of the errors since the refit, eV/Å."""
+        # fsum: a mean that doesn't depend on how often the state was saved
+        return math.fsum(self.errors) / len(self.errors) if self.errors else math.nan
+
+    @property
+    def threshold(self) -> float:
+        """The smaller of both limits that hold for the next step, eV/Å."""
+        if self.steps + 1 < self.wait or not self.errors:  # the next one is the first after a refit if steps is 0
+            return self.maximum
+        return min(self.maximum, self.factor * self.mean)
+
     def _rule(self, error: float) -> Call | None:
         if error > self.maximum:
             return Call("absolute", error, self.maximum)
-        if self.steps + 1 < self.wait or not self.errors:  # this one is the first step after a refit if steps is 0
-            return None
-        # fsum: a mean that doesn't depend on how often the state was saved
-        threshold = self.factor * math.fsum(self.errors) / len(self.errors)
+        threshold = self.threshold
         return Call("average", error, threshold) if error > threshold else None
 
     def _remember(self, error: float) -> None:

@@ -11,10 +11,12 @@ whatever is computed from them later belong together, in the turned orientation.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +83,10 @@ class ReplicaTask(BaseModel):
     """share of the covalent radii; closer atoms end the replica"""
     ranks: int = 1
     """MPI processes that share the replica's atoms"""
+    trace_every: int | None = None
+    """steps between records of the trace, a multiple of ``every``; None: no trace"""
+    colvars: str = ""
+    """configuration of a fix colvars that joins the dynamics; empty: none"""
 
 
 class ReplicaResult(BaseModel):
@@ -138,10 +144,13 @@ def _run_here(task: ReplicaTask) -> tuple[int, _Ended]:
     """(MPI rank of this process, how the replica ended); all ranks of a replica call this."""
     atoms = read_structures(task.start)[0]
     engine = _Engine(task, atoms)
+    trace = _Trace(task, atoms)
     try:
         begin = time.monotonic()
-        stopped, reason = _advance(engine, task, atoms)
+        stopped, reason = _advance(engine, task, atoms, trace)
         seconds = time.monotonic() - begin
+        if engine.rank == 0:
+            trace.write()
         return engine.rank, (stopped, reason, engine.step(), engine.bias_share(), seconds)
     finally:
         engine.close()
@@ -186,21 +195,73 @@ def progress_file(task: ReplicaTask) -> Path:
     return task.frames.with_suffix(".progress")
 
 
+def _colvars_folder(task: ReplicaTask) -> Path:
+    """Folder for the files of fix colvars, while the replica runs."""
+    return task.frames.with_suffix(".colvars")
+
+
+def trace_file(task: ReplicaTask) -> Path:
+    """File of the trace of a replica that did not fail: frames_003.extxyz has trace_003.npz."""
+    return task.frames.with_name(task.frames.stem.replace("frames", "trace") + ".npz")
+
+
+class _Trace:
+    """Positions, cell and largest uncertainty at a short stride, for autocorrelations; empty without ``trace_every``.
+
+    The file holds ``numbers`` [n], ``timestep`` (fs), and per record ``step`` [T], ``positions`` [T, n, 3] (Å, float32,
+    may jump by cell vectors), ``cell`` [T, 3, 3] (Å; zeros for molecules) and ``max_u`` [T] (eV/Å).
+    """
+
+    def __init__(self, task: ReplicaTask, atoms: Atoms) -> None:
+        self._task = task
+        self._atoms = atoms
+        self._records: list[tuple[int, np.ndarray, np.ndarray, float]] = []
+
+    def add(self, engine: _Engine) -> None:
+        """Record the current step, if it is due; all ranks call this."""
+        every, step = self._task.trace_every, engine.step()
+        if every and step % every == 0:
+            cell = engine.cell() if self._atoms.pbc.all() else np.zeros((3, 3))
+            self._records.append((step, engine.positions().astype(np.float32), cell, engine.max_u()))
+
+    def write(self) -> None:
+        """Replace the file of an earlier attempt."""
+        path = trace_file(self._task)
+        path.unlink(missing_ok=True)
+        if not self._records:
+            return
+        steps, positions, cells, max_u = zip(*self._records, strict=True)
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez_compressed(
+            temporary,
+            numbers=self._atoms.numbers,
+            timestep=self._task.timestep,
+            step=np.array(steps),
+            positions=np.array(positions),
+            cell=np.array(cells),
+            max_u=np.array(max_u),
+        )
+        temporary.replace(path)
+
+
 class _Engine:
     """A LAMMPS instance with one replica's system and fixes."""
 
     def __init__(self, task: ReplicaTask, atoms: Atoms) -> None:
-        self._lammps = _start_lammps(task.frames.with_suffix(".log"))
+        self._lammps = start_lammps(task.frames.with_suffix(".log"))
         self.rank = int(self._lammps.extract_setting("world_rank"))
         try:
             for command in _system_commands(atoms, task):
                 self._lammps.command(command)
-            _place_atoms(self._lammps, atoms)
+            place_atoms(self._lammps, atoms)
+            if task.colvars and self.rank == 0:
+                _colvars_folder(task).mkdir(exist_ok=True)
+                (_colvars_folder(task) / "configuration").write_text(task.colvars)
             for command in _dynamics_commands(task, symbols_of(atoms)):
                 self._lammps.command(command)
         except Exception as error:
             self.close()
-            raise SimulationError(f"LAMMPS could not be set up: {_message(error)}") from error
+            raise SimulationError(f"LAMMPS could not be set up: {error_message(error)}") from error
 
     def run(self, steps: int, first: bool) -> None:
         """Run a piece; later pieces continue without a new setup, so that pieces leave no trace in the trajectory."""
@@ -217,6 +278,10 @@ class _Engine:
     def bias_share(self) -> float:
         """|F_bias| / |F| at the last step."""
         return float(self._vector(5))
+
+    def max_u(self) -> float:
+        """max_i u_i of the last evaluation, eV/Å."""
+        return self._vector(1)
 
     def temperature(self) -> float:
         """Kinetic temperature, K."""
@@ -241,17 +306,18 @@ class _Engine:
 
 
 def _advance(
-    engine: _Engine, task: ReplicaTask, start: Atoms
+    engine: _Engine, task: ReplicaTask, start: Atoms, trace: _Trace
 ) -> tuple[Literal["threshold", "step limit", "failed"], str]:
     """Run piece by piece; (how it ended, reason if it failed)."""
-    for first, steps in _pieces(task.steps):
+    for first, steps in _pieces(task):
         try:
             engine.run(steps, first)
         except Exception as error:  # the only type that the LAMMPS module raises
-            return "failed", f"LAMMPS stopped with an error: {_message(error)}"
+            return "failed", f"LAMMPS stopped with an error: {error_message(error)}"
         reason = _nonsense(engine, task, start)
         if reason:
             return "failed", reason
+        trace.add(engine)
         if engine.rank == 0:
             _report_progress(task, engine.step())
         if engine.stopped():
@@ -259,10 +325,13 @@ def _advance(
     return "step limit", ""
 
 
-def _pieces(steps: int) -> Iterator[tuple[bool, int]]:
-    """(is it the first, number of steps) of every piece."""
-    for begin in range(0, steps, _PIECE):
-        yield begin == 0, min(_PIECE, steps - begin)
+def _pieces(task: ReplicaTask) -> Iterator[tuple[bool, int]]:
+    """(is it the first, number of steps) of every piece; pieces end at the steps of the trace, too."""
+    ends = {*range(_PIECE, task.steps, _PIECE), task.steps}
+    if task.trace_every:
+        ends |= set(range(task.trace_every, task.steps, task.trace_every))
+    for begin, end in pairwise([0, *sorted(ends)]):
+        yield begin == 0, end - begin
 
 
 def _nonsense(engine: _Engine, task: ReplicaTask, start: Atoms) -> str:
@@ -311,6 +380,9 @@ def _finish(
         insane = f"Atoms overlap or are lost, or the cell is out of bounds, after the frame of step {last}."
         stopped, reason, steps = "failed", reason or insane, min(steps, last + task.frames_every)
     write_structures(task.frames, frames)
+    if stopped == "failed":  # where it stops to make sense is known for frames only
+        trace_file(task).unlink(missing_ok=True)
+    shutil.rmtree(_colvars_folder(task), ignore_errors=True)
     _unfinished(task).unlink(missing_ok=True)
     progress_file(task).unlink(missing_ok=True)
     return ReplicaResult(
@@ -378,7 +450,7 @@ def symbols_of(atoms: Atoms) -> list[str]:
     return sorted(set(atoms.get_chemical_symbols()), key=atomic_numbers.__getitem__)
 
 
-def _start_lammps(log: Path) -> Any:
+def start_lammps(log: Path) -> Any:
     """A LAMMPS instance that knows the ubmd styles."""
     # A process that has imported torch before the plugin loads its libraries rounds some last digits differently from
     # one that has not (seen: u by 1e-15): always importing it makes a replica the same in every worker.
@@ -388,15 +460,24 @@ def _start_lammps(log: Path) -> Any:
     try:
         return lammps(cmdargs=["-screen", "none", "-log", str(log), "-nocite"])
     except Exception as error:
-        raise SimulationError(f"LAMMPS could not be started: {_message(error)}; run 'ubmd doctor'.") from error
+        raise SimulationError(f"LAMMPS could not be started: {error_message(error)}; run 'ubmd doctor'.") from error
 
 
 def _system_commands(atoms: Atoms, task: ReplicaTask) -> list[str]:
     """Box, types and masses; the pair style."""
-    if atoms.pbc.any() and not atoms.pbc.all():
-        raise SimulationError("The start structure is periodic in some directions only; make it all or none.")
     if task.ensemble == "npt" and not atoms.pbc.all():
         raise SimulationError("md.ensemble = 'npt' needs a periodic start structure; use 'nvt' for a molecule.")
+    return system_commands(atoms, task.model, task.precision)
+
+
+def system_commands(atoms: Atoms, model: Path, precision: str) -> list[str]:
+    """Commands for the box of a structure, types and masses, and a model's pair style.
+
+    Raises:
+        SimulationError: the structure is periodic in some directions only.
+    """
+    if atoms.pbc.any() and not atoms.pbc.all():
+        raise SimulationError("The start structure is periodic in some directions only; make it all or none.")
     symbols = symbols_of(atoms)
     masses = [f"mass {k} {atomic_masses[atomic_numbers[s]]:.17g}" for k, s in enumerate(symbols, start=1)]
     return [
@@ -408,8 +489,8 @@ def _system_commands(atoms: Atoms, task: ReplicaTask) -> list[str]:
         _region(atoms),
         f"create_box {len(symbols)} cell",
         *masses,
-        f"pair_style ubmd precision {task.precision}",
-        f'pair_coeff * * "{task.model}" {" ".join(symbols)}',
+        f"pair_style ubmd precision {precision}",
+        f'pair_coeff * * "{model}" {" ".join(symbols)}',
         "neighbor 1.0 bin",
         "neigh_modify every 1 delay 0 check yes",
     ]
@@ -425,7 +506,7 @@ def _region(atoms: Atoms) -> str:
     return "region cell block " + " ".join(f"{a:.17g} {b:.17g}" for a, b in zip(low, high, strict=True)) + " units box"
 
 
-def _place_atoms(engine: Any, atoms: Atoms) -> None:
+def place_atoms(engine: Any, atoms: Atoms) -> None:
     """Create the atoms with tags 1..n in the structure's order; positions of cells are turned with the cell."""
     positions = atoms.positions
     if atoms.pbc.all():
@@ -447,6 +528,7 @@ def _dynamics_commands(task: ReplicaTask, symbols: list[str]) -> list[str]:
         f"thermo {_PIECE}",
         "thermo_modify lost error",
         *(_npt(task) if task.ensemble == "npt" else _nvt(task)),
+        *_colvars(task),
         f'fix {FIX} all ubmd {_bias_words(task, symbols)}save 0.0 "{_unfinished(task)}" every {every}{stop}',
     ]
 
@@ -472,6 +554,13 @@ def _npt(task: ReplicaTask) -> list[str]:
     return [f"fix integrate all npt temp {temperature} {temperature} {task.damping:.17g} {barostat} flip no"]
 
 
+def _colvars(task: ReplicaTask) -> list[str]:
+    """Another bias, on collective variables, for comparisons. Its hills are forgotten at the end of the replica."""
+    folder = _colvars_folder(task)
+    names = f'"{folder / "configuration"}" output "{folder / "out"}" seed {task.langevin_seed}'
+    return [f"fix collective_variables all colvars {names}"] if task.colvars else []
+
+
 def _bias_words(task: ReplicaTask, symbols: list[str]) -> str:
     """Keywords of the bias; without strength the fix is a monitor, evaluated as often as with it."""
     words = f"every {task.every} "
@@ -494,7 +583,7 @@ def _report_progress(task: ReplicaTask, step: int) -> None:
     temporary.replace(progress_file(task))
 
 
-def _message(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """The sentence of a LAMMPS error, without its place in the source."""
     if isinstance(error, UbmdError):
         return str(error)

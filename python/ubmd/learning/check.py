@@ -37,6 +37,10 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
     path = base / settings.start.file
     if not path.exists():
         raise SettingsError(f"start.file: there is no file {path} (the path is relative to the settings file).")
+    if settings.md.colvars is not None and not (base / settings.md.colvars).is_file():
+        raise SettingsError(
+            f"md.colvars: there is no file {base / settings.md.colvars} (the path is relative to the settings file)."
+        )
     structures = read_structures(path)
     present = sorted({symbol for atoms in structures for symbol in atoms.symbols}, key=atomic_numbers.__getitem__)
     found = ", ".join(present)
@@ -168,7 +172,8 @@ def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -
         f"MD at most {duration(dynamics)}, training {duration(training)}; together at most {duration(total)}."
     )
     frames = rounds * settings.md.replicas * (settings.md.steps // settings.md.frames_every + 1)
-    size = frames * n_atoms * _BYTES_PER_ATOM + (rounds + 1) * _fixed_size(folder)
+    records = settings.md.replicas * rounds * settings.md.steps // (settings.md.trace_every or 10**12)
+    size = frames * n_atoms * _BYTES_PER_ATOM + (rounds + 1) * _fixed_size(folder) + records * (12 * n_atoms + 100)
     free = shutil.disk_usage(_existing(Path(settings.run_dir))).free
     warning = (
         "" if size < free else f" But only {_bytes(free)} are free: choose larger md.frames_every, or another disk."

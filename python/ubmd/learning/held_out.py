@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ase import Atoms
 
@@ -24,7 +24,18 @@ from ubmd.learning.run_folder import (
 from ubmd.learning.stages import prepare_folder, reference_key
 from ubmd.learning.tasks import sample_file
 from ubmd.learning.workers import Executor
-from ubmd.settings import RunSettings
+from ubmd.settings import ReferenceSettings, TestSettings, WorkerSettings
+
+
+class Tested(Protocol):
+    """Settings of a run that may have a test set."""
+
+    @property
+    def test(self) -> TestSettings | None: ...
+    @property
+    def reference(self) -> ReferenceSettings: ...
+    @property
+    def workers(self) -> WorkerSettings: ...
 
 
 class HeldOut:
@@ -35,7 +46,7 @@ class HeldOut:
     """
 
     def __init__(
-        self, settings: RunSettings, start: Atoms, folder: RunFolder, base: Path, workers: Executor, events: EventLog
+        self, settings: Tested, start: Atoms, folder: RunFolder, base: Path, workers: Executor, events: EventLog
     ) -> None:
         """``settings.test`` must not be None; ``base``: folder that its file is relative to."""
         assert settings.test is not None

@@ -269,7 +269,7 @@ class Loop:
 
     def _tasks(self, iteration: int, files: list[Path], model: Path) -> dict[Origin, ReplicaTask]:
         """New replicas: those whose earlier ones don't run on."""
-        tasks = stages.replica_tasks(self.settings, iteration, model, files)
+        tasks = stages.replica_tasks(self.settings, iteration, model, files, self.base)
         busy = {replica for _, replica in self._left}
         return {(iteration, task.replica): task for task in tasks if task.replica not in busy}
 

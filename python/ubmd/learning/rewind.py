@@ -50,16 +50,19 @@ def _cut(path: Path, iteration: int) -> None:
 
 
 def input_hashes(settings: RunSettings, base: Path) -> dict[str, str]:
-    """Hashes of the start file and of the files that arguments of the reference name, by key."""
+    """Hashes of the start file, of md.colvars, and of the files that arguments of the reference name, by key."""
     hashes = {"start.file": file_hash(base / settings.start.file)}
-    return hashes | _argument_hashes("reference.arguments", settings.reference.arguments, base)
+    if settings.md.colvars is not None:
+        hashes["md.colvars"] = file_hash(base / settings.md.colvars)
+    return hashes | argument_hashes("reference.arguments", settings.reference.arguments, base)
 
 
-def _argument_hashes(key: str, value: Any, base: Path) -> dict[str, str]:
+def argument_hashes(key: str, value: Any, base: Path) -> dict[str, str]:
+    """Hashes of the files that arguments of a reference name, however nested, by key."""
     if isinstance(value, dict):
-        return {k: v for name, item in value.items() for k, v in _argument_hashes(f"{key}.{name}", item, base).items()}
+        return {k: v for name, item in value.items() for k, v in argument_hashes(f"{key}.{name}", item, base).items()}
     if isinstance(value, list | tuple):
-        return {k: v for n, item in enumerate(value) for k, v in _argument_hashes(f"{key}.{n}", item, base).items()}
+        return {k: v for n, item in enumerate(value) for k, v in argument_hashes(f"{key}.{n}", item, base).items()}
     if isinstance(value, str) and value and (base / value).is_file():
         return {key: file_hash(base / value)}
     return {}

@@ -34,15 +34,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import tomli_w
 from pydantic import ValidationError
 
 import ubmd
 from ubmd.errors import DataError, SettingsError, StorageError
-from ubmd.settings import RunSettings
+from ubmd.settings import RunSettings, Table
 
+S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
@@ -65,8 +66,10 @@ _HARMLESS = (
     "training.checkpoint_every",
     "start.file",
     "reference.timeout",
+    "reference.cache",
     "reference.environment",
     "md.timeout",
+    "md.trace_every",
     "test",
     "variables",
 )
@@ -341,22 +344,22 @@ def content_hash(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Generic[S]):
     """Which settings hold in which iteration: they may change where a run was taken back (`--from`)."""
 
     threads: int
     """of the training"""
-    phases: list[tuple[int, RunSettings]]
+    phases: list[tuple[int, S]]
     """(first iteration, settings) in order"""
 
-    def at(self, iteration: int) -> RunSettings:
+    def at(self, iteration: int) -> S:
         """Settings of an iteration (-1: of the start)."""
         return [self.phases[0][1], *(settings for first, settings in self.phases[1:] if first <= iteration)][-1]
 
 
 def open_run(
-    folder: RunFolder, settings: RunSettings, inputs: dict[str, str], from_iteration: int | None = None
-) -> tuple[Plan, dict[str, list[Any]]]:
+    folder: RunFolder, settings: S, inputs: dict[str, str], from_iteration: int | None = None
+) -> tuple[Plan[S], dict[str, list[Any]]]:
     """Start a run, or check that these settings continue the one in the folder.
 
     Args:
@@ -392,16 +395,20 @@ def open_run(
     return Plan(int(manifest["threads"]), [(first, _updated(old, settings)) for first, old in phases]), changes
 
 
-def _updated(old: dict[str, Any], now: RunSettings) -> RunSettings:
+def _updated(old: dict[str, Any], now: S) -> S:
     """Settings of a phase with the harmless keys as they are now."""
     values, new = json.loads(json.dumps(old)), now.model_dump(mode="json")
-    for name in _HARMLESS:
+    for name in _harmless(now):
         table, _, key = name.partition(".")
-        if key:
-            values[table][key] = new[table][key]
-        else:
+        if not key:
             values[table] = new[table]
-    return RunSettings.model_validate(values)
+        elif new[table] is not None:  # else a table that these settings do without, now as before
+            values[table][key] = new[table][key]
+    return type(now).model_validate(values)
+
+
+def _harmless(settings: Table) -> tuple[str, ...]:
+    return getattr(settings, "HARMLESS", _HARMLESS)
 
 
 def read_settings(folder: RunFolder) -> RunSettings:
@@ -410,12 +417,23 @@ def read_settings(folder: RunFolder) -> RunSettings:
     Raises:
         DataError: the folder holds no run.
     """
+    return read_settings_of(folder, RunSettings)
+
+
+def read_settings_of(folder: RunFolder, kind: type[S]) -> S:
+    """Resolved settings of a run of this kind; errors as for `read_settings`."""
     if not folder.manifest.exists():  # written first; a settings.toml may be the user's own
         raise DataError(f"There is no run in {folder.path}: it has no manifest.json.")
-    return RunSettings.model_validate(tomllib.loads(folder.settings.read_text()))
+    return kind.model_validate(tomllib.loads(folder.settings.read_text()))
 
 
-def _new_manifest(settings: RunSettings, inputs: dict[str, str]) -> dict[str, Any]:
+def is_dynamic_run(folder: RunFolder) -> bool:
+    """Whether the folder holds a run of `ubmd.learning.dynamic`."""
+    return folder.manifest.exists() and "dynamic" in read_json(folder.manifest)["settings"]
+
+
+def _new_manifest(settings: Any, inputs: dict[str, str]) -> dict[str, Any]:
+    training = settings.training  # None: there is no network
     return {
         "format": _FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -426,7 +444,7 @@ def _new_manifest(settings: RunSettings, inputs: dict[str, str]) -> dict[str, An
         "seed": settings.seed,
         "seeds": "numpy SeedSequence([seed, iteration, stage, replica]); see ubmd.learning.stages.random_generator",
         # Sums over threads round differently with another number of threads: a resumed run keeps this number.
-        "threads": settings.training.threads or os.cpu_count() or 1,
+        "threads": (training and training.threads) or os.cpu_count() or 1,
         "inputs": inputs,
         "settings": settings.model_dump(mode="json"),
         # settings that hold from a later iteration on, after the run was taken back to it
@@ -436,18 +454,20 @@ def _new_manifest(settings: RunSettings, inputs: dict[str, str]) -> dict[str, An
 
 def _check_same(
     folder: RunFolder,
-    settings: RunSettings,
+    settings: Table,
     inputs: dict[str, str],
     manifest: dict[str, Any],
     from_iteration: int | None,
 ) -> dict[str, list[Any]]:
     """The harmless changes; SettingsError if a key that matters or an input file changed, or if labels shrank."""
     latest = manifest["phases"][-1]["settings"] if manifest["phases"] else manifest["settings"]
+    if ("dynamic" in latest) != ("dynamic" in type(settings).model_fields):
+        raise SettingsError(f"The run in {folder.path} is of another kind ([dynamic] or not): set another run_dir.")
     # Keys that this version has got since then count with their defaults.
-    old, new = _flat(_with_defaults(latest)), _flat(settings.model_dump(mode="json"))
+    old, new = _flat(_with_defaults(latest, type(settings))), _flat(settings.model_dump(mode="json"))
     keys = sorted(old.keys() | new.keys())
     changed = {key: [old.get(key), new.get(key)] for key in keys if old.get(key) != new.get(key)}
-    bad = [key for key in changed if not _is_one_of(key, _HARMLESS)]
+    bad = [key for key in changed if not _is_one_of(key, _harmless(settings))]
     if from_iteration is not None:
         bad = [key for key in bad if _is_one_of(key, _FIXED)]
     if bad:
@@ -463,17 +483,17 @@ def _check_same(
                 f"The content of {name} has changed since the run in {folder.path} was started; "
                 "restore the file, or set another run_dir."
             )
-    if settings.loop.labels < old["loop.labels"]:
+    if new.get("loop.labels", 0) < old.get("loop.labels", 0):
         raise SettingsError(
             f"loop.labels may only grow: the run in {folder.path} was started with {old['loop.labels']}, "
-            f"now it is {settings.loop.labels}."
+            f"now it is {new['loop.labels']}."
         )
-    return {key: value for key, value in changed.items() if _is_one_of(key, _HARMLESS)}
+    return {key: value for key, value in changed.items() if _is_one_of(key, _harmless(settings))}
 
 
-def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(values: dict[str, Any], kind: type[Table]) -> dict[str, Any]:
     try:
-        return RunSettings.model_validate(values).model_dump(mode="json")
+        return kind.model_validate(values).model_dump(mode="json")
     except ValidationError:
         return values
 

@@ -172,7 +172,10 @@ def label_key(candidate: Atoms, settings: ReferenceSettings) -> str:
 
 def reference_key(settings: ReferenceSettings) -> str:
     """Hash of the reference without what belongs to a machine rather than to the label."""
-    return content_hash(settings.model_dump(mode="json", exclude={"timeout", "environment"}))
+    values = settings.model_dump(mode="json", exclude={"timeout", "environment", "cache"})
+    if not settings.noise:  # a key that older runs did not have
+        del values["noise"]
+    return content_hash(values)
 
 
 def mend_batch(folder: Path, known: Sequence[Atoms], settings: ReferenceSettings) -> None:
@@ -332,16 +335,19 @@ def _as_bytes(path: Path, atoms: Atoms) -> bytes:
 # ------------------------------------------------------------------------------------------ MD
 
 
-def replica_tasks(settings: RunSettings, iteration: int, model: Path, starts: Sequence[Path]) -> list[ReplicaTask]:
+def replica_tasks(
+    settings: RunSettings, iteration: int, model: Path, starts: Sequence[Path], base: Path = Path()
+) -> list[ReplicaTask]:
     """The replicas of an iteration.
 
     Replica r starts from ``starts[r % len]`` with its own random numbers; lists of temperatures and pressures are dealt
-    out in the same way. Ramps count iterations from 0.
+    out in the same way. Ramps count iterations from 0. ``base``: folder that md.colvars is relative to.
     """
     md, bias = settings.md, settings.bias
     ramp, bias_ramp = md.ramp or MDRampSettings(), bias.ramp or BiasRampSettings()
     temperatures = md.temperatures or [ramped(ramp.temperature, ramp.iterations, iteration, md.temperature)]
     pressures = md.pressures or [ramped(ramp.pressure, ramp.iterations, iteration, md.pressure)]
+    colvars = (base / md.colvars).read_text() if md.colvars is not None else ""
     folder = model.parent
     tasks = []
     for r in range(md.replicas):
@@ -374,6 +380,8 @@ def replica_tasks(settings: RunSettings, iteration: int, model: Path, starts: Se
                 langevin_seed=int(seeds[1]),
                 min_distance=settings.reference.min_distance,
                 ranks=md.ranks,
+                trace_every=md.trace_every,
+                colvars=colvars,
             )
         )
     return tasks
@@ -473,7 +481,9 @@ def _finished_file(task: ReplicaTask) -> Path:
 
 def settled(task: ReplicaTask) -> dict[str, Any]:
     """All of a task that decides its trajectory, except model and start structure: no paths."""
-    return task.model_dump(mode="json", exclude={"model", "start", "frames"})
+    # The key of a task without Colvars is what it was before there were any: run folders of then go on.
+    absent = set() if task.colvars else {"colvars"}
+    return task.model_dump(mode="json", exclude={"model", "start", "frames", "trace_every"} | absent)
 
 
 def _task_key(task: ReplicaTask, model_key: str) -> str:

@@ -12,6 +12,7 @@ from ubmd.crystal.basis import ClusterBasis
 from ubmd.crystal.lattice import Lattice
 from ubmd.crystal.program import Program, block_table, derivatives, recursion
 from ubmd.crystal.regression import Posterior
+from ubmd.uncertainty.posterior import deviation
 
 TINY = 1e-8  # eV/atom: u of the ideal lattice, where the root has no derivative
 CHUNK = 4_000_000  # numbers per intermediate tensor
@@ -197,7 +198,7 @@ class CrystalModel(nn.Module):
             )
             return self.energy_scale * sigma
         z = torch.mv(self.factor.t(), phi_mean.to(torch.float64))
-        return self.energy_scale * torch.sqrt(torch.dot(z, z) + self.tiny * self.tiny)
+        return self.energy_scale * deviation(z, self.tiny * self.tiny)
 
     @torch.jit.export
     def site_uncertainties(self, tape: list[Tensor]) -> Tensor:
@@ -215,8 +216,7 @@ class CrystalModel(nn.Module):
                 for some in centres.split(max(1, self.chunk // width)):
                     u = displacement[self.edges(some, first, s)]
                     rows = self.project(self.site_moments(u, s))
-                    deviation = torch.matmul(rows, self.factor).square().sum(2).sqrt()
-                    result[some] = self.force_scale * deviation.amax(1)
+                    result[some] = self.force_scale * deviation(torch.matmul(rows, self.factor), 0.0).amax(1)
             return result
 
     @torch.jit.export

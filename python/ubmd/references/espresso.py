@@ -12,6 +12,7 @@ from typing import Any
 from ase import Atoms
 
 from ubmd.errors import LabelError, SettingsError
+from ubmd.references.gth import PREFIX, find_potentials, read_gth
 from ubmd.references.programs import Program, command_line, failed, folder_of
 
 CONV_THR = 1e-8
@@ -20,7 +21,7 @@ CONV_THR = 1e-8
 
 def espresso(
     pseudopotentials: Mapping[str, str],
-    pseudo_dir: str | Path,
+    pseudo_dir: str | Path | None = None,
     input_data: Mapping[str, Any] | None = None,
     kpts: Sequence[int] | None = None,
     kspacing: float | None = None,
@@ -28,6 +29,7 @@ def espresso(
     command: str = "pw.x",
     launcher: str = "",
     threads: int = 1,
+    gth_file: str | Path | None = None,
     base: Path = Path(),
 ) -> Program:
     """Plane-wave DFT with pw.x (energy in eV, with the entropy of smeared electrons; forces eV/Å; stress eV/Å^3).
@@ -35,8 +37,10 @@ def espresso(
     A label whose SCF does not converge is rejected.
 
     Args:
-        pseudopotentials: file of each element, e.g. {Si = "Si.pz-vbc.UPF"}.
-        pseudo_dir: their folder, relative to the settings file.
+        pseudopotentials: file of each element, e.g. {Si = "Si.pz-vbc.UPF"}; or 'gth:' and a functional, e.g.
+            {Sn = "gth:PBE", Se = "gth:PBE"} (LDA: "gth:PADE"), for Goedecker-Teter-Hutter potentials, which are
+            converted from CP2K's data (Debian: cp2k-data).
+        pseudo_dir: folder of the files, relative to the settings file; GTH potentials need none.
         input_data: pw.x input, nested or flat, e.g. {ecutwfc = 30.0, occupations = "smearing", degauss = 0.01} (Ry);
             forces and stress are always computed, conv_thr is 1e-8 Ry if not given.
         kpts: Monkhorst-Pack grid (3 numbers); without it and without kspacing only Γ, with its faster routines.
@@ -46,31 +50,61 @@ def espresso(
         launcher: starts it with several ranks, e.g. 'mpiexec -n 4' (of the MPI that it was built with: an
             environment with ubmd has an mpiexec of its own, so give the full path).
         threads: OpenMP threads per rank.
-        base: folder that ``pseudo_dir`` is relative to.
+        gth_file: CP2K's GTH_POTENTIALS, if it is not in one of its usual places.
+        base: folder that ``pseudo_dir`` and ``gth_file`` are relative to.
 
     Raises:
         SettingsError: pw.x or a pseudopotential is missing.
     """
     words = command_line(command, launcher, threads, "quantum-espresso")
-    folder = folder_of(base, pseudo_dir, "pseudo_dir")
-    for name in pseudopotentials.values():
-        if not (Path(folder) / name).is_file():
-            raise SettingsError(f"reference.arguments.pseudopotentials: there is no file {name} in {folder}.")
+    potentials = _potentials(pseudopotentials, pseudo_dir, gth_file, Path(base))
     data = deepcopy(dict(input_data or {}))
     options = {"kpts": kpts, "kspacing": kspacing, "koffset": tuple(koffset)}
 
     def run(atoms: Atoms, scratch: Path) -> dict[str, Any]:
-        return _run(atoms, scratch, words, folder, dict(pseudopotentials), data, options)
+        return _run(atoms, scratch, words, potentials, data, options)
 
     return Program(run)
+
+
+def _potentials(
+    names: Mapping[str, str], pseudo_dir: str | Path | None, gth_file: str | Path | None, base: Path
+) -> dict[str, Path | str]:
+    """Of each element the file, or the text of a converted one."""
+    potentials: dict[str, Path | str] = {}
+    for element, name in names.items():
+        if name.startswith(PREFIX):
+            entry = read_gth(find_potentials(gth_file, base), element, name.removeprefix(PREFIX))
+            potentials[element] = entry.text()
+            continue
+        if pseudo_dir is None:
+            raise SettingsError(f"reference.arguments.pseudo_dir: name the folder of {name}.")
+        path = Path(folder_of(base, pseudo_dir, "pseudo_dir")) / name
+        if not path.is_file():
+            raise SettingsError(f"reference.arguments.pseudopotentials: there is no file {name} in {path.parent}.")
+        potentials[element] = path
+    return potentials
+
+
+def _gather(potentials: Mapping[str, Path | str], folder: Path) -> dict[str, str]:
+    """Put all pseudopotentials into one folder, as pw.x wants them; their names by element."""
+    names = {}
+    for element, potential in potentials.items():
+        if isinstance(potential, str):
+            names[element] = f"{element}.gth"
+            (folder / names[element]).write_text(potential, encoding="utf-8")
+        else:
+            names[element] = potential.name
+            if not (folder / potential.name).exists():
+                (folder / potential.name).symlink_to(potential)
+    return names
 
 
 def _run(
     atoms: Atoms,
     scratch: Path,
     words: list[str],
-    pseudo_dir: str,
-    pseudopotentials: dict[str, str],
+    potentials: Mapping[str, Path | str],
     data: dict[str, Any],
     options: dict[str, Any],
 ) -> dict[str, Any]:
@@ -80,7 +114,7 @@ def _run(
 
     if not atoms.pbc.all():
         raise LabelError("Quantum ESPRESSO computes periodic cells; put the molecule into a cell with pbc.")
-    missing = sorted(set(atoms.get_chemical_symbols()) - set(pseudopotentials))
+    missing = sorted(set(atoms.get_chemical_symbols()) - set(potentials))
     if missing:
         raise LabelError(f"Quantum ESPRESSO has no pseudopotential for {missing[0]} (reference.arguments).")
     namelist = Namelist(deepcopy(data))
@@ -90,9 +124,9 @@ def _run(
     namelist["electrons"]["scf_must_converge"] = True
     namelist["electrons"].setdefault("conv_thr", CONV_THR)
     calculator = Espresso(
-        profile=EspressoProfile(command=shlex.join(words), pseudo_dir=pseudo_dir),
+        profile=EspressoProfile(command=shlex.join(words), pseudo_dir=str(scratch)),
         directory=scratch,
-        pseudopotentials=pseudopotentials,
+        pseudopotentials=_gather(potentials, scratch),
         input_data=namelist,
         **options,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
 
 from ubmd.errors import LabelError, SettingsError
+from ubmd.references.cache import through_cache
 from ubmd.references.calculators import make_calculator, variables
 from ubmd.references.programs import DISK_FULL, scratch_folder
 from ubmd.settings import ReferenceSettings
@@ -45,7 +47,7 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
 
     Args:
         atoms: the structure; not changed.
-        settings: calculator, its arguments and the limits beyond which a label is rejected.
+        settings: calculator, its arguments, the cache and the limits beyond which a label is rejected.
         base: folder that file arguments are relative to.
 
     Returns:
@@ -58,10 +60,19 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
     """
     check_geometry(atoms, settings.min_distance)
     copy = atoms.copy()
-    results = _compute(copy, settings, base)
+    results = through_cache(copy, settings, base, lambda: _compute(copy, settings, base))
     _check_results(results, len(copy), settings.force_limit)
+    if settings.noise > 0.0:
+        results["forces"] = results["forces"] + settings.noise * _noise(copy)
     copy.calc = SinglePointCalculator(copy, **results)
     return copy
+
+
+def _noise(atoms: Atoms) -> np.ndarray:
+    """Standard normal numbers [n, 3] that belong to a structure: a label that is computed again is the same."""
+    place = atoms.positions.tobytes() + atoms.cell[:].tobytes() + atoms.numbers.tobytes()
+    seed = int.from_bytes(hashlib.sha256(place).digest()[:16], "little")
+    return np.random.default_rng(seed).standard_normal((len(atoms), 3))
 
 
 def check_geometry(atoms: Atoms, min_distance: float) -> None:

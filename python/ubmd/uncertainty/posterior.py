@@ -43,4 +43,12 @@ class PosteriorUncertainty(Uncertainty):
         factor = self.factor.t()
         # the operators have no derivatives
         projected = torch.mm(phi, factor) if phi.requires_grad else self.products.product(phi, factor)
-        return self.calibration * torch.sqrt((projected * projected).sum(1, dtype=torch.float64) + self.tiny)
+        return self.calibration * deviation(projected, self.tiny)
+
+
+def deviation(projected: Tensor, tiny: float) -> Tensor:
+    """Standard deviations sqrt(|z|^2 + tiny) [...] (float64) of a linear function of parameters with covariance W Wᵀ.
+
+    ``projected`` [..., p] holds the rows z = Wᵀφ of features φ; ``tiny`` gives the root a derivative at z = 0.
+    """
+    return torch.sqrt((projected * projected).sum(-1, dtype=torch.float64) + tiny)

@@ -1,0 +1,414 @@
+"""The report of a dynamic run: a page as that of `ubmd.analysis.report`, for trajectories that ask for labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from numpy.typing import NDArray
+
+from ubmd.analysis import crystal_figures, figures
+from ubmd.analysis.document import Document, Section, number
+from ubmd.analysis.errors import share_covered, spearman
+from ubmd.analysis.provenance import add_provenance
+from ubmd.analysis.run_data import read_rejected
+from ubmd.data.structures import read_structures
+from ubmd.errors import UbmdError
+from ubmd.lammps.trajectory import read_piece
+from ubmd.learning.dynamic.history import read_errors
+from ubmd.learning.dynamic.settings import DynamicRunSettings
+from ubmd.learning.run_folder import RunFolder, read_settings_of
+
+_MOST_PANELS = 6  # trajectories in the picture of errors
+_MOST_FRAMES = 24  # structures that the shares of the orders are measured on
+
+SIGNALS = {
+    "determined": "Share of parameters\nthat labels determine, γ/P",
+    "below noise": "Rms uncertainty of\nfresh frames (eV/Å)",
+    "little to gain": "Predicted drop of the mean\nerror by the best label",
+}
+
+
+def make_dynamic_report(run: Path) -> list[Path]:
+    """Write report/*.png, report.md and report.html of a dynamic run from what is there; returns the files.
+
+    Raises:
+        DataError: the folder holds no dynamic run.
+    """
+    data = _Run(RunFolder(Path(run)))
+    report = Document(f"Report of the dynamic run {data.folder.path.resolve().name}")
+    if not data.history:
+        report.introduction.append("No round has finished yet.")
+    else:
+        report.introduction.append(_summary(data))
+        for add in (_numbers, _learning, _calibration, _trajectories, _signals, _parameters, _phonons, _labels):
+            add(report, data)
+    for add in (_rejected, _times):
+        add(report, data)
+    add_provenance(report, data.folder, data.settings)
+    return [*report.pictures(), *report.write(data.folder.report, "report")]
+
+
+@dataclass
+class _Run:
+    """What the sections read, each once."""
+
+    folder: RunFolder
+
+    def __post_init__(self) -> None:
+        self.settings = read_settings_of(self.folder, DynamicRunSettings)
+        self.history: list[dict[str, Any]] = self.folder.read_history()
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """The first entry of every model."""
+        return [entry for entry in self.history if entry["refit"]]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.history[-1]
+
+    @property
+    def is_crystal(self) -> bool:
+        return self.settings.crystal is not None
+
+    @cached_property
+    def potential(self) -> Any:
+        """Basis, parameters and posterior; None for networks, or before the first model."""
+        if not self.is_crystal or not (self.folder.path / "posterior.npz").exists():
+            return None
+        from ubmd.crystal.potential import load_potential
+
+        return load_potential(self.folder.path)
+
+    def picture(self, name: str) -> Path:
+        return self.folder.report / name
+
+    def picoseconds(self, steps: Any) -> NDArray[np.float64]:
+        return np.asarray(steps, dtype=float) * self.settings.dynamic.timestep / 1000.0
+
+
+def _summary(data: _Run) -> str:
+    last, dynamic = data.last, data.settings.dynamic
+    heat = " and ".join(f"{t:g}" for t in dynamic.temperatures)
+    bias = f"bias force {data.settings.bias.force:g}" if data.settings.bias else "no bias (plain MD)"
+    ended = last.get("ended")
+    return (
+        f"{last['labels']} labels ({last['calls']} calls of the reference) after {len(data.history)} rounds and "
+        f"{last['md_steps']:,} MD steps ({float(data.picoseconds(last['md_steps'])):,.1f} ps) of "
+        f"{dynamic.trajectories} {'trajectory' if dynamic.trajectories == 1 else 'trajectories'} at {heat} K; {bias}; "
+        f"trigger '{dynamic.trigger.rule}'; seed {data.settings.seed}. "
+        + (f"Finished: {ended['reason']}" if ended else "The run has not finished.")
+    )
+
+
+def _numbers(report: Document, data: _Run) -> None:
+    """The result in a few rows."""
+    last, model = data.last, data.last["model"]
+    rows = [["labels learnt", str(last["labels"])], ["calls of the reference", str(last["calls"])]]
+    for key, name in (("test", "test set"), ("train", "training labels")):
+        found = last.get(key)
+        if found:
+            share = f" ({100 * found['relative']:.2f} % of their rms)" if found.get("relative") else ""
+            title = f"force RMSE, {name} ({found['structures']} structures)"
+            rows.append([title, f"{found['force_rmse']:.5f} eV/Å{share}"])
+    if data.is_crystal:
+        gamma, counts = sum(model["gamma"].values()), sum(model["parameters"].values())
+        rows.append(["noise or truncation of the forces, 1/√β", f"{model['noise']:.5f} eV/Å"])
+        rows.append(
+            ["parameters that the labels determine, γ/P", f"{gamma:.1f} of {counts} ({100 * gamma / counts:.1f} %)"]
+        )
+        if model.get("energy") is not None:
+            rows.append(["energy of the ideal crystal", f"{model['energy']:.6f} eV per primitive cell"])
+    if data.settings.dynamic.calibrate:
+        rows.append(["conformal factor of the errors in use", f"{model['force_scale']:.3f}"])
+    far = [r["max_displacement"] for e in data.history for r in e["replicas"] if r.get("max_displacement")]
+    if far:
+        rows.append(["largest displacement of an atom", f"{max(far):.3f} Å"])
+    speed = [r["ms_per_step"] for e in data.history for r in e["replicas"] if r.get("ms_per_step")]
+    if speed:
+        rows.append(["time of an MD step", f"{np.median(speed):.3g} ms (median of the pieces)"])
+    guards = sum(r["ended"] == "guard" for e in data.history for r in e["replicas"])
+    failed = sum(r["ended"] == "failed" for e in data.history for r in e["replicas"])
+    rows.append(["pieces that ended at the guard; that failed", f"{guards}; {failed}"])
+    report.section("Result").table(["what", "value"], rows)
+
+
+def _learning(report: Document, data: _Run) -> None:
+    """Errors against reference calls."""
+    curves = {}
+    for key, name in (("test", "test set"), ("train", "training labels")):
+        entries = [entry for entry in data.models if entry.get(key)]
+        if entries:
+            curves[name] = ([e["calls"] for e in entries], [e[key]["force_rmse"] for e in entries])
+    if not curves:
+        return
+    noise = data.last["model"]["noise"] if data.is_crystal else None
+    rms = (data.last.get("test") or {}).get("force_rms")
+    path = crystal_figures.dynamic_learning_figure(curves, data.picture("learning_curve.png"), noise, rms)
+    section = report.section("Errors against reference calls")
+    section.picture(path, "Root mean square error of the force components after each refit")
+    if "test set" not in curves:
+        section.text("The run has no test set ([test] in the settings): errors on training labels say little.")
+
+
+def _calibration(report: Document, data: _Run) -> None:
+    """Each label's error as it was predicted before the model learnt it."""
+    bare, scaled, true = [], [], []
+    for entry in data.history:
+        factor = (entry.get("conformal") or {}).get("scale", np.nan)
+        used = entry["model"].get("force_scale") or 1.0 if data.is_crystal else 1.0
+        for item in entry["asked"]:
+            if item["label"] is not None:
+                bare.append(item["error_before"] / used)
+                scaled.append(item["error_before"] / used * factor)
+                true.append(item["true_before"])
+    if not bare:
+        return
+    u, v, e = np.array(bare), np.array(scaled), np.array(true)
+    known = np.isfinite(v)
+    first = "Bayesian error, bare" if data.is_crystal else "Calibrated at export"
+    panels = {first: (u, e)}
+    if known.any():
+        panels["Conformal, from earlier labels"] = (v[known], e[known])
+    names = [("Predicted largest error (eV/Å)", "True largest error (eV/Å)")] * len(panels)
+    path = figures.calibration_figure(panels, data.picture("calibration.png"), names)
+    section = report.section("Predicted against true error")
+    section.picture(path, "Every point is a label, predicted by the model that asked for it and had not learnt it")
+    ratio = np.median(e / u)
+    section.text(
+        f"{len(u)} labels: the largest error of a force component is {ratio:.2f} times the predicted one (median), and "
+        f"at most the predicted one for {100 * share_covered(e, u):.0f} %; rank correlation {spearman(u, e):.2f}."
+    )
+    conformal = data.last.get("conformal")
+    if conformal:
+        section.text(
+            f"The conformal factor of the newest {conformal['count']} labels is {conformal['scale']:.2f}: predicted "
+            f"errors times this cover {100 * min(1 - conformal['alpha'], conformal['attainable']):.0f} % of the true "
+            "ones. Labels are asked for where the predicted error is large, so they are harder than the trajectory."
+        )
+
+
+def _trajectories(report: Document, data: _Run) -> None:
+    """Errors along the trajectories."""
+    series = {replica: one for replica, one in read_errors(data.folder.path).items() if len(one.step)}
+    if not series:
+        return
+    shown = list(series)[:_MOST_PANELS]
+    panels = {}
+    for replica in shown:
+        one, kelvin = series[replica], data.settings.dynamic.temperature_of(replica)
+        title = f"Trajectory {replica}, {kelvin:g} K: {len(one.calls)} requests"
+        times = data.picoseconds(one.step)
+        panels[title] = (times, one.error, one.threshold, one.mean, data.picoseconds(one.calls))
+    path = crystal_figures.trajectory_figure(panels, data.picture("trajectories.png"))
+    section = report.section("Errors along the trajectories")
+    left = f" ({len(shown)} of {len(series)} trajectories)" if len(shown) < len(series) else ""
+    section.picture(path, f"Predicted error at every check, and where the trigger asked for a label{left}")
+
+
+def _signals(report: Document, data: _Run) -> None:
+    """Signals of convergence as they evolved, the last ones of every model."""
+    newest: dict[int, dict[str, Any]] = {}
+    for entry in data.history:
+        if {signal["name"] for signal in entry["signals"]} >= set(SIGNALS):
+            newest[entry["labels"]] = {signal["name"]: signal for signal in entry["signals"]}
+    if not newest:
+        return
+    labels = sorted(newest)
+    curves = {
+        title: ([newest[k][name]["value"] for k in labels], [newest[k][name]["threshold"] for k in labels])
+        for name, title in SIGNALS.items()
+    }
+    error = None
+    tested = [entry for entry in data.models if entry.get("test")]
+    if tested:
+        error = ([e["labels"] for e in tested], [e["test"]["force_rmse"] for e in tested], "test set")
+    path = crystal_figures.signals_figure(labels, curves, error, data.picture("signals.png"))
+    section = report.section("Convergence without further labels")
+    section.picture(path, "Signals of convergence (dashed: thresholds) and the true error")
+    rows = [
+        [signal["name"], "yes" if signal["holds"] else "no", signal["reason"]] for signal in newest[labels[-1]].values()
+    ]
+    section.table(["signal", "holds", "what it sees"], rows)
+    ended = data.last.get("ended")
+    if ended:
+        section.text(f"The run ended by the rule '{ended['rule']}': {ended['reason']}")
+
+
+def _parameters(report: Document, data: _Run) -> None:
+    """Parameters by order, and what each order contributes to the force."""
+    if data.potential is None:
+        return
+    from ubmd.crystal.regression import Posterior
+
+    posterior = Posterior.load(data.folder.path / "posterior.npz")
+    shares, what = _order_shares(data)
+    section = report.section("Orders")
+    gamma, counts, alpha = posterior.gamma, posterior.counts, posterior.alpha
+    measured = next(iter(shares.values()), {})
+    rows = [
+        [
+            str(order),
+            f"{data.potential.basis.cutoffs[order]:g}",
+            str(counts[order]),
+            f"{gamma[order]:.1f}",
+            f"{100 * gamma[order] / counts[order]:.1f}",
+            f"{alpha[order] ** -0.5:.3g}",
+            number(measured.get(order), ".4f"),
+        ]
+        for order in posterior.counts
+    ]
+    head = ["order", "cutoff (Å)", "parameters P", "γ", "γ/P (%)", "prior width (eV/Å^order)", "share of the force"]
+    section.table(head, rows)
+    if shares:
+        path = crystal_figures.order_shares_figure(shares, data.picture("orders.png"))
+        section.picture(path, f"Rms force of each order over the rms of the whole force, on {what}")
+        beyond = _anharmonicity(data)
+        section.text(
+            f"All orders above the second together: {100 * beyond:.1f} % of the rms force (the degree of anharmonicity "
+            "in the sense of Knoop et al., Phys. Rev. Mater. 4, 083809 (2020), on the forces of the potential itself)."
+        )
+
+
+def _structures(data: _Run) -> tuple[dict[str, list[Atoms]], str]:
+    """Frames of the newest pieces by temperature; without them, the test set or the labels."""
+    found: dict[str, list[Atoms]] = {}
+    for entry in reversed(data.history):
+        for result in entry["replicas"]:
+            name = f"{result['temperature']:g} K"
+            path = data.folder.path / "rounds" / f"round_{entry['round']:04d}" / f"piece_{result['replica']:03d}.npz"
+            if len(found.setdefault(name, [])) < _MOST_FRAMES and path.exists():
+                found[name] += _frames(path)
+    found = {name: frames[:_MOST_FRAMES] for name, frames in sorted(found.items()) if frames}
+    if found:
+        return found, f"frames of the newest trajectories ({', '.join(found)})"
+    source = data.folder.test if data.folder.test.exists() else data.folder.dataset
+    what = "the test set" if data.folder.test.exists() else "the labels"
+    return {"": read_structures(source)[:_MOST_FRAMES]}, what
+
+
+def _frames(path: Path) -> list[Atoms]:
+    try:
+        state, piece = read_piece(path)
+    except UbmdError:
+        return []  # damaged: the next walk of the run makes it again
+    box = state.atoms()
+    return [Atoms(box.numbers, positions, cell=box.cell, pbc=True) for positions in piece.frames]
+
+
+def _forces_by_order(data: _Run, frames: Iterable[Atoms]) -> NDArray[np.float64]:
+    """[orders, frames, n, 3], eV/Å."""
+    basis, parameters = data.potential
+    masks = np.stack([parameters * (basis.parameter_orders == order) for order in basis.orders], axis=1)
+    structures = list(frames)
+    box = basis.supercell(structures[0])
+    return np.stack([basis.forces(masks, atoms, box) for atoms in structures], axis=1)
+
+
+def _order_shares(data: _Run) -> tuple[dict[str, dict[int, float]], str]:
+    found, what = _structures(data)
+    shares = {}
+    for name, frames in found.items():
+        forces = _forces_by_order(data, frames)
+        total = float(np.sqrt(np.mean(forces.sum(axis=0) ** 2)))
+        if total > 0.0:
+            orders = data.potential.basis.orders
+            shares[name] = {o: float(np.sqrt(np.mean(f**2))) / total for o, f in zip(orders, forces, strict=True)}
+    return shares, what
+
+
+def _anharmonicity(data: _Run) -> float:
+    """Rms of what the second order doesn't explain over the rms force, on the first temperature's frames."""
+    forces = _forces_by_order(data, next(iter(_structures(data)[0].values())))
+    total = forces.sum(axis=0)
+    second = forces[data.potential.basis.orders.index(2)] if 2 in data.potential.basis.orders else 0.0
+    return float(np.sqrt(np.mean((total - second) ** 2) / np.mean(total**2)))
+
+
+def _phonons(report: Document, data: _Run) -> None:
+    """Dispersion and elastic constants of the newest model."""
+    if data.potential is None or 2 not in data.potential.basis.orders:
+        return
+    from ubmd.crystal.elastic import elastic_constants
+    from ubmd.crystal.phonons import HarmonicCrystal
+
+    crystal = HarmonicCrystal.from_basis(*data.potential)
+    bands = crystal.dispersion(200)
+    path = crystal_figures.phonon_figure({"": bands}, crystal.density_of_states(), data.picture("phonons.png"))
+    section = report.section("Phonons and elastic constants")
+    section.picture(path, "Phonons of the ideal lattice (second order; no long-ranged forces of polar crystals)")
+    if bands.frequencies.min() < -0.05:
+        section.text("Frequencies below zero stand for imaginary ones: the ideal lattice is not stable at 0 K.")
+    found = elastic_constants(*data.potential)
+    cubic = found.cubic()
+    if cubic is not None:
+        section.table(["C11 (GPa)", "C12 (GPa)", "C44 (GPa)"], [[f"{value:.1f}" for value in cubic]])
+    else:
+        names = ("xx", "yy", "zz", "yz", "xz", "xy")
+        rows = [[name, *(f"{c:.1f}" for c in row)] for name, row in zip(names, found.matrix, strict=True)]
+        section.table(["C (GPa)", *names], rows)
+    section.text("Elastic constants of the static lattice with relaxed atoms, by the long-wave limit.")
+
+
+def _labels(report: Document, data: _Run) -> None:
+    """One row per label."""
+    rows = []
+    for entry in data.models:
+        for item in entry["learnt"]:
+            rows.append(
+                [
+                    str(item["label"]),
+                    item["rule"],
+                    number(item.get("temperature"), "g") if item["rule"] != "start" else "-",
+                    f"{item['replica']}",
+                    f"{item['step']:,}",
+                    *(number(item.get(key), ".4f") for key in _LABEL_COLUMNS),
+                    number(None if item.get("drop") is None else 100 * item["drop"], ".1f"),
+                ]
+            )
+    if not rows:
+        return
+    section = report.section("Labels", folded=len(rows) > 25)
+    head = ["label", "asked by", "T (K)", "trajectory", "step", "threshold", "predicted", "true", "predicted after"]
+    section.table([*head, "true after", "predicted drop (%)"], rows)
+    section.text(
+        "Errors in eV/Å: predicted and true largest error of a force component before the label was learnt, and after; "
+        "the predicted drop is that of the mean error."
+    )
+
+
+_LABEL_COLUMNS = ("threshold", "error_before", "true_before", "error_after", "true_after")
+
+
+def _rejected(report: Document, data: _Run) -> None:
+    found = read_rejected(data.folder.path)
+    if not data.history:
+        return
+    section = report.section("Rejected labels")
+    if not found:
+        section.text("None: every structure that was sent to the reference got its label.")
+        return
+    rows = [[str(a.info.get("iteration", "-")), str(a.info.get("reason", ""))] for a in found]
+    section.table(["round", "reason"], rows)
+
+
+def _times(report: Document, data: _Run) -> None:
+    """Wall time by stage."""
+    total: dict[str, float] = {}
+    for entry in data.history:
+        for stage, seconds in (entry.get("seconds") or {}).items():
+            total[stage] = total.get(stage, 0.0) + float(seconds)
+    whole = sum(total.values())
+    if whole > 0.0:
+        rows = [[stage, f"{seconds:.1f}", f"{100 * seconds / whole:.1f}"] for stage, seconds in total.items()]
+        _time_table(report.section("Time"), rows)
+
+
+def _time_table(section: Section, rows: Sequence[Sequence[str]]) -> None:
+    section.table(["stage", "wall time (s)", "share (%)"], rows)

@@ -1,0 +1,161 @@
+"""Finished or unfinished runs, read for comparisons; runs that differ in their seed only are one group."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ubmd.analysis.errors import CalibrationData, calibration_data
+from ubmd.analysis.predictions import Unseen, predict_unseen
+from ubmd.analysis.provenance import setting_texts
+from ubmd.analysis.run_data import Frames, read_frames
+from ubmd.analysis.trajectory import Times, Trajectory, correlation_times, read_traces
+from ubmd.errors import DataError
+from ubmd.learning.run_folder import RunFolder, read_settings
+from ubmd.settings import RunSettings
+
+Curve = tuple[NDArray[Any], NDArray[Any]]
+
+# Keys that don't make another group: where things are, how fast they are made, what is recorded, and the seed.
+_SAME = (
+    "seed",
+    "run_dir",
+    "workers",
+    "test",
+    "start.file",
+    "training.threads",
+    "training.checkpoint_every",
+    "md.trace_every",
+)
+ERRORS = {
+    "energy RMSE": ("energy_rmse_mev_per_atom", "meV/atom"),
+    "force RMSE": ("force_rmse", "eV/Å"),
+    "stress RMSE": ("stress_rmse_mpa", "MPa"),
+}
+"""title -> (key in the history, unit)"""
+
+
+class Run:
+    """One run, read when needed.
+
+    Raises:
+        DataError: the folder holds no run, or none of its iterations has finished.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = RunFolder(path)
+        self.settings: RunSettings = read_settings(self.folder)
+        self.history: list[dict[str, Any]] = self.folder.read_history()
+        if not self.history:
+            raise DataError(f"No iteration of the run in {path} has finished: there is nothing to compare yet.")
+
+    @cached_property
+    def frames(self) -> Frames:
+        """All stored MD frames."""
+        return read_frames(self.folder.path)
+
+    @cached_property
+    def traces(self) -> list[Trajectory]:
+        """Trajectories at a short stride; empty without ``md.trace_every``."""
+        return read_traces(self.folder.path)
+
+    @cached_property
+    def times(self) -> Times:
+        """Autocorrelation times of the traces."""
+        return correlation_times(self.traces)
+
+    @cached_property
+    def unseen(self) -> Unseen | None:
+        """Predictions for structures that the models have not seen; None if there are none."""
+        return predict_unseen(self.folder, self.history)
+
+    def errors(self) -> CalibrationData | None:
+        """Errors and uncertainties on structures that the models have not seen; None if there are none."""
+        return calibration_data(self.unseen.structures, self.unseen.predictions) if self.unseen else None
+
+    def by_time(self, curve: Curve) -> Curve:
+        """A curve against MD steps as one against simulated time, ps."""
+        return curve[0] * self.settings.md.timestep / 1000.0, curve[1]
+
+    def by_labels(self, curve: Curve) -> Curve:
+        """A growing quantity against MD steps as one against labels: what the MD had reached before each model."""
+        steps = [0, *(entry["md_steps"] for entry in self.history)][: len(self.history)]
+        grown = np.interp(steps, np.append(0, curve[0]), np.append(0.0, curve[1]))
+        return np.array([entry["labels"] for entry in self.history]), grown
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of runs, and what they have in common."""
+
+    groups: dict[str, list[Run]]
+    set_name: str
+    """set whose errors are compared: 'test' if every run has it, else 'valid'"""
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs of all groups."""
+        return [run for group in self.groups.values() for run in group]
+
+    def each(self, function: Callable[[Run], Any]) -> dict[str, list[Any]]:
+        """``function`` of every run, by group."""
+        return {name: [function(run) for run in runs] for name, runs in self.groups.items()}
+
+    def torsions(self) -> dict[str, tuple[int, ...]]:
+        """Two torsions that all runs count coverage in; empty if there are none."""
+        chosen = self.runs[0].settings.variables.torsions
+        if len(chosen) < 2 or any(run.settings.variables.torsions != chosen for run in self.runs):
+            return {}
+        return dict(list(chosen.items())[:2])
+
+
+def group_runs(runs: Sequence[Run], names: Sequence[str] | None = None) -> Comparison:
+    """Runs by their settings without the seed.
+
+    Args:
+        runs: in any order.
+        names: of the groups, in the order in which they first appear; by default made from the folders' names.
+
+    Raises:
+        DataError: there are more or fewer names than groups.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(_identity(run.settings), sort_keys=True), []).append(run)
+    if names is not None and len(names) != len(groups):
+        raise DataError(f"{len(names)} names for {len(groups)} groups: runs that differ in their seed only are one.")
+    chosen = list(names) if names is not None else _names(list(groups.values()))
+    tested = all(run.history[-1].get("test") for run in runs)
+    return Comparison(dict(zip(chosen, groups.values(), strict=True)), "test" if tested else "valid")
+
+
+def _identity(settings: RunSettings) -> dict[str, str]:
+    """Every key that makes a group, with its value as text."""
+    return {
+        key: value
+        for key, value in setting_texts(settings).items()
+        if not any(key == name or key.startswith(name + ".") for name in _SAME)
+    }
+
+
+def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Folder names; without the seed's number at their end for several runs of one group."""
+    names = []
+    for runs in groups:
+        own = [run.folder.path.resolve().name for run in runs]
+        bare = {re.sub(r"[ _.-]*(seed|s|run)?[ _.-]*\d+$", "", name) or name for name in own}
+        names.append(bare.pop() if len(bare) == 1 and len(own) > 1 else own[0])
+    return [name if names.count(name) == 1 else f"{name} ({k + 1})" for k, name in enumerate(names)]
+
+
+def value_or_nan(value: Any) -> float:
+    """A number; NaN for None."""
+    return float("nan") if value is None else float(value)

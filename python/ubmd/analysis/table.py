@@ -1,0 +1,224 @@
+"""Finished runs as rows of a published table: the same columns and units, mean ± standard deviation over repeats."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ubmd.analysis.document import Table, as_markdown
+from ubmd.analysis.run_groups import Run, group_runs, value_or_nan
+from ubmd.errors import DataError
+from ubmd.learning.run_folder import read_json
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "labels": ("labels", ".0f"),
+    "coverage": ("coverage", ".3f"),
+    "energy": ("E, meV/atom", ".2f"),
+    "force": ("F, eV/Å", ".3f"),
+    "stress": ("S, MPa", ".1f"),
+    "position_act": ("position ACT, ps", ".3g"),
+    "uncertainty_act": ("uncertainty ACT, ps", ".3g"),
+    "volume_min": ("smallest V, Å³", ".0f"),
+    "volume_max": ("largest V, Å³", ".0f"),
+    "time": ("MD, ps", ".0f"),
+}
+"""key of a value -> (title with unit, format)"""
+
+Values = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """One row: repeats of one kind of run."""
+
+    name: str
+    runs: list[Values]
+    """per repeat, keys of `COLUMNS`; what is missing is not known"""
+    where: str = ""
+    """folders or files, seeds, dates, machine"""
+
+    def cell(self, key: str) -> str:
+        """Mean ± sample standard deviation, or '-'."""
+        known = np.array([run[key] for run in self.runs if np.isfinite(run.get(key, np.nan))])
+        form = COLUMNS[key][1]
+        if not len(known):
+            return "-"
+        text = format(float(known.mean()), form)
+        spread = float(known.std(ddof=1)) if len(known) > 1 else 0.0
+        if len(known) < 2 or (key == "labels" and spread == 0.0):
+            return text
+        return f"{text} ± {format(spread, form)}"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A table from the literature."""
+
+    source: str
+    rows: dict[str, dict[str, Any]]
+    """name -> key of `COLUMNS` -> mean, or [mean, standard deviation]"""
+
+    def cell(self, name: str, key: str) -> str:
+        """Mean ± standard deviation, or '-'."""
+        value = self.rows[name].get(key)
+        if value is None:
+            return "-"
+        form = ".2f" if key == "coverage" else COLUMNS[key][1]
+        return " ± ".join(format(part, form) for part in (value if isinstance(value, list) else [value]))
+
+
+def read_published(path: Path) -> Published:
+    """A TOML file with ``source`` and one table [[row]] per row: ``name``, then values as in `COLUMNS`.
+
+    Raises:
+        DataError: the file is no such table.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        rows = {row["name"]: {key: row[key] for key in row if key != "name"} for row in content["row"]}
+        unknown = {key for row in rows.values() for key in row} - set(COLUMNS)
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no table of published numbers (source, and [[row]] with name): {error}.") from None
+    if unknown:
+        raise DataError(f"{path}: unknown column '{sorted(unknown)[0]}'; known are {', '.join(COLUMNS)}.")
+    return Published(str(content.get("source", "")), rows)
+
+
+def run_values(run: Run, labels: int | None = None) -> Values:
+    """One run as values of `COLUMNS`, at its end or at the first model with at least this many labels.
+
+    Coverage, volumes and time count the MD that found these labels: all before the training of that model. Errors are
+    those on the test set. Autocorrelation times are those of the traces of the whole run.
+
+    Raises:
+        DataError: the run has no model with so many labels.
+    """
+    index = next((k for k, entry in enumerate(run.history) if labels is None or entry["labels"] >= labels), None)
+    if index is None:
+        raise DataError(f"{run.folder.path} has no model with {labels} labels yet; the last has seen {_last(run)}.")
+    index = len(run.history) - 1 if labels is None else index
+    entry, before = run.history[index], run.history[index - 1] if index else {}
+    test = entry.get("test") or {}
+    values = {
+        "labels": float(entry["labels"]),
+        "coverage": value_or_nan(before.get("coverage")),
+        "energy": value_or_nan(test.get("energy_rmse_mev_per_atom")),
+        "force": value_or_nan(test.get("force_rmse")),
+        "stress": value_or_nan(test.get("stress_rmse_mpa")),
+        "position_act": run.times.positions,
+        "uncertainty_act": run.times.uncertainty,
+        "time": before.get("md_steps", 0) * run.settings.md.timestep / 1000.0,
+    }
+    return values | _volumes(run, int(before.get("md_steps", 0)))
+
+
+def _volumes(run: Run, md_steps: int) -> Values:
+    """Range of the volumes of the whole cell."""
+    volumes = run.frames.volumes()
+    if volumes is None:
+        return {}
+    atoms = len(run.frames.structures[0])
+    seen = volumes[run.frames.md_steps <= md_steps] * atoms
+    return {"volume_min": float(seen.min()), "volume_max": float(seen.max())} if len(seen) else {}
+
+
+def _last(run: Run) -> int:
+    return int(run.history[-1]["labels"])
+
+
+def read_titles(path: Path) -> dict[str, str]:
+    """Titles of rows from a TOML file with a table [rows.NAME] and a ``title`` in it for each.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    try:
+        rows = tomllib.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        return {name: str(row["title"]) for name, row in rows.items()}
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} holds no rows (a table [rows.NAME] with a title each): {error}.") from None
+
+
+def collect_rows(
+    paths: Sequence[Path],
+    names: Sequence[str] | None = None,
+    labels: int | None = None,
+    titles: Mapping[str, str] | None = None,
+) -> list[Repeats]:
+    """Rows from run folders (those that differ in their seed only are repeats) and from row files.
+
+    A row file is JSON with ``name`` and values as in `COLUMNS`, for what is no run folder; files of one name are
+    repeats.
+
+    Args:
+        paths: run folders and row files.
+        names: of the groups of run folders, in the order in which they first appear.
+        labels: take the first model with at least this many labels (default: the last).
+        titles: name of a run folder without its seed -> name of the row.
+
+    Raises:
+        DataError: a path is neither, or a run lacks such a model.
+    """
+    folders = [path for path in paths if Path(path).suffix != ".json"]
+    groups = group_runs([Run(Path(path)) for path in folders], names).groups if folders else {}
+    rows = []
+    for name, runs in groups.items():
+        title = (titles or {}).get(re.sub(r"_seed\d+$", "", name), name)
+        rows.append(Repeats(title, [run_values(run, labels) for run in runs], _provenance(runs)))
+    found: dict[str, list[Values]] = {}
+    for path in (path for path in paths if Path(path).suffix == ".json"):
+        name, values = _read_row(Path(path))
+        found.setdefault(name, []).append(values)
+    return rows + [Repeats(name, runs, "row files") for name, runs in found.items()]
+
+
+def _read_row(path: Path) -> tuple[str, Values]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return str(content["name"]), {key: float(content[key]) for key in COLUMNS if content.get(key) is not None}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no row file (JSON with name and values): {error}.") from None
+
+
+def _provenance(runs: Sequence[Run]) -> str:
+    """Folders, seeds, date and machine, from the manifests."""
+    manifests = [read_json(run.folder.manifest) for run in runs]
+    folders = ", ".join(run.folder.path.resolve().name for run in runs)
+    seeds = ", ".join(str(run.settings.seed) for run in runs)
+    dates = sorted({str(manifest["created"])[:10] for manifest in manifests})
+    machine = manifests[0]["machine"]
+    begun = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return f"{folders}; seeds {seeds}; begun {begun}; {machine['cores']} cores, {machine['system']}"
+
+
+def table_markdown(rows: Sequence[Repeats], published: Published | None = None) -> str:
+    """Markdown: every row of ours and, below it, the published row of the same name; then where ours come from.
+
+    Published rows without one of ours are listed, too, so that a missing row shows.
+    """
+    ours = {row.name: row for row in rows}
+    theirs: Mapping[str, Any] = published.rows if published else {}
+    used = [
+        key
+        for key in COLUMNS
+        if any(row.cell(key) != "-" for row in rows) or any(key in values for values in theirs.values())
+    ]
+    lines = []
+    for name in [*theirs, *(name for name in ours if name not in theirs)]:
+        if name in ours:
+            count = len(ours[name].runs)
+            repeats = f"{count} run{'s' if count != 1 else ''}"
+            lines.append([name, f"ours, {repeats}", *(ours[name].cell(key) for key in used)])
+        if published and name in theirs:
+            lines.append(["" if name in ours else name, "paper", *(published.cell(name, key) for key in used)])
+    text = as_markdown(Table(["row", "whose", *(COLUMNS[key][0] for key in used)], lines))
+    notes = [f"Paper: {published.source}"] if published and published.source else []
+    notes += [f"{row.name}: {row.where}" for row in rows if row.where]
+    return "\n".join([*text, "", *(f"- {note}" for note in notes), ""])

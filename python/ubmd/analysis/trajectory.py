@@ -1,0 +1,182 @@
+"""Trajectories with equal spacing, from traces of replicas or any file that ASE reads, and how fast they move on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from numpy.typing import NDArray
+
+from ubmd.analysis.autocorrelation import autocorrelation_time
+from ubmd.calculator import Evaluator
+from ubmd.errors import DataError
+from ubmd.learning.run_folder import RunFolder
+
+Array = NDArray[np.float64]
+
+SHORTEST = 1.0
+"""ps; shorter trajectories say nothing about correlation times"""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """T records of n atoms."""
+
+    numbers: NDArray[np.int64]
+    """atomic numbers [n]"""
+    positions: Array
+    """[T, n, 3], Å; in cells they may jump by cell vectors"""
+    cells: Array | None
+    """[T, 3, 3], Å; None for molecules"""
+    spacing: float
+    """time between records, ps"""
+    max_u: Array | None = None
+    """max_i u_i [T], eV/Å, where it is known"""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def duration(self) -> float:
+        """ps"""
+        return self.spacing * len(self)
+
+    @property
+    def volumes(self) -> Array | None:
+        """Volume of the cell [T], Å³; None for molecules."""
+        return None if self.cells is None else np.abs(np.linalg.det(self.cells))
+
+    def structures(self) -> list[Atoms]:
+        """The records as ASE structures."""
+        cells = [None] * len(self) if self.cells is None else self.cells
+        periodic = self.cells is not None
+        return [Atoms(self.numbers, p, cell=c, pbc=periodic) for p, c in zip(self.positions, cells, strict=True)]
+
+    def internal_positions(self) -> Array:
+        """Positions [T, n, 3] without rotation and shift of molecules, or without motion of the cell of crystals."""
+        return aligned(self.positions) if self.cells is None else without_cell(self.positions, self.cells)
+
+    def with_uncertainty(self, model: Path) -> Trajectory:
+        """The same with max_i u_i from a model file."""
+        predictions = Evaluator(model).predict(self.structures())
+        return replace(self, max_u=np.array([p.atomic_u.max() for p in predictions]))
+
+
+def aligned(positions: Array) -> Array:
+    """Positions [T, n, 3] shifted and rotated onto their mean structure (least squares, equal weights).
+
+    Kabsch's rotation, onto the first record, then three times onto the mean.
+    """
+    centred = np.asarray(positions, dtype=np.float64)
+    centred = centred - centred.mean(axis=1, keepdims=True)
+    target = centred[0]
+    for _ in range(4):
+        left, _, right = np.linalg.svd(np.einsum("tna,nb->tab", centred, target))
+        left[:, :, 2] *= np.linalg.det(left @ right)[:, None]  # never a mirror image
+        moved = np.einsum("tna,tab->tnb", centred, left @ right)
+        target = moved.mean(axis=0)
+    return moved
+
+
+def without_cell(positions: Array, cells: Array) -> Array:
+    """Positions [T, n, 3] in the mean cell: fractional coordinates, without jumps and common shift, times that cell.
+
+    Neighbouring records must be less than half a cell vector apart.
+    """
+    fractional = np.einsum("tna,tab->tnb", positions, np.linalg.inv(cells))
+    steps = np.diff(fractional, axis=0)
+    unwrapped = fractional - np.concatenate([np.zeros_like(fractional[:1]), np.cumsum(np.round(steps), axis=0)])
+    unwrapped -= unwrapped.mean(axis=1, keepdims=True)
+    return unwrapped @ np.mean(cells, axis=0)
+
+
+def read_trajectory(path: Path, spacing: float | None = None) -> Trajectory:
+    """Read a trace of a replica (.npz), or any trajectory of one system that ASE reads (extxyz, LAMMPS dump, ...).
+
+    Args:
+        path: the file. ``max_uncertainty`` in the headers of extxyz frames is kept.
+        spacing: time between records, ps; traces know it.
+
+    Raises:
+        DataError: no spacing, records that are not equally spaced or not of one system, or fewer than two.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        return _read_trace(path)
+    if spacing is None:
+        raise DataError(f"{path} doesn't say how far its frames are apart; give the time between them.")
+    frames: list[Atoms] = list(ase.io.iread(path, index=":"))
+    if len(frames) < 2 or any(len(atoms) != len(frames[0]) for atoms in frames):
+        raise DataError(f"{path} must hold two or more frames of one system.")
+    _check_spacing(path, [atoms.info["step"] for atoms in frames if "step" in atoms.info])
+    known = all("max_uncertainty" in atoms.info for atoms in frames)
+    return Trajectory(
+        frames[0].numbers,
+        np.array([atoms.positions for atoms in frames]),
+        np.array([atoms.cell[:] for atoms in frames]) if all(atoms.pbc.all() for atoms in frames) else None,
+        spacing,
+        np.array([atoms.info["max_uncertainty"] for atoms in frames], dtype=np.float64) if known else None,
+    )
+
+
+def _read_trace(path: Path) -> Trajectory:
+    with np.load(path) as trace:
+        steps = trace["step"]
+        _check_spacing(path, steps.tolist())
+        return Trajectory(
+            trace["numbers"],
+            trace["positions"].astype(np.float64),
+            trace["cell"] if trace["cell"].any() else None,
+            float(trace["timestep"]) * float(steps[0]) / 1000.0,
+            trace["max_u"],
+        )
+
+
+def _check_spacing(path: Path, steps: Sequence[int]) -> None:
+    if len(set(np.diff(steps).tolist())) > 1:
+        raise DataError(f"The frames of {path} are not equally spaced: autocorrelations need a fixed stride.")
+
+
+def read_traces(run: Path) -> list[Trajectory]:
+    """Traces of all finished iterations of a run (``md.trace_every``), in order."""
+    folder = RunFolder(run)
+    iterations = [folder.iteration(entry["iteration"]) for entry in folder.read_history()]
+    return [_read_trace(path) for iteration in iterations for path in sorted(iteration.glob("trace_*.npz"))]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Autocorrelation times of trajectories."""
+
+    positions: float
+    """ps, mean over atoms and components; NaN without a long enough trajectory"""
+    uncertainty: float
+    """of max_i u_i, ps; NaN if it is not known"""
+    trajectories: int
+    """long enough to count"""
+    duration: float
+    """of these together, ps"""
+    spacing: float
+    """between records, ps"""
+
+
+def correlation_times(trajectories: Sequence[Trajectory], shortest: float = SHORTEST) -> Times:
+    """Autocorrelation times of all trajectories (of one system and one spacing) of at least ``shortest`` ps."""
+    known = [trajectory for trajectory in trajectories if len(trajectory) > 1 and trajectory.duration >= shortest]
+    if not known:
+        return Times(float("nan"), float("nan"), 0, 0.0, float("nan"))
+    spacing = known[0].spacing
+    if any(abs(trajectory.spacing - spacing) > 1e-9 for trajectory in known):
+        raise DataError("Trajectories with different spacings have no common autocorrelation time.")
+    uncertainties = [trajectory.max_u for trajectory in known if trajectory.max_u is not None]
+    return Times(
+        autocorrelation_time([trajectory.internal_positions() for trajectory in known], spacing),
+        autocorrelation_time(uncertainties, spacing),
+        len(known),
+        sum(trajectory.duration for trajectory in known),
+        spacing,
+    )

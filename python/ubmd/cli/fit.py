@@ -1,0 +1,243 @@
+"""What `ubmd train` and `ubmd info` do for force-constant potentials."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ubmd.errors import DataError
+from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from ubmd.crystal.training import CrystalFit, Progress
+
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+
+
+def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
+    """Fit, calibrate and export; ``base`` is the folder of the settings file."""
+    from ubmd.crystal.export import export_crystal
+    from ubmd.crystal.training import cached_basis, fit_crystal
+    from ubmd.data.structures import dataset_hash, describe
+
+    assert settings.crystal is not None
+    ideal, ideal_energy = _ideal(settings.crystal.structure_file(base))
+    training_set, validation_set = _sets(settings, base)
+    console.print(describe(training_set, "training set"))
+    console.print(describe(validation_set, "validation set"))
+    folder = settings.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        (folder / "basis.npz").unlink(missing_ok=True)
+    start = time.monotonic()
+    with console.status("building the cluster basis"):
+        basis = cached_basis(ideal, settings.crystal.cutoffs, folder / "basis.npz")
+    console.print(f"cluster basis: {basis.n_parameters} parameters, {time.monotonic() - start:.1f} s", highlight=False)
+    energy = None if ideal_energy is None else ideal_energy / (len(ideal) / len(basis.lattice.numbers))
+    with _progress(console) as report:
+        fit = fit_crystal(
+            basis, training_set, validation_set, settings.crystal, settings.uncertainty, energy, progress=report
+        )
+    fit.equations.save(folder / "equations.npz")
+    fit.posterior.save(folder / "posterior.npz")
+    (folder / "fit.json").write_text(json.dumps(fit.summary(), indent=2) + "\n", encoding="utf-8")
+    provenance = {
+        "training_set_hash": dataset_hash(training_set),
+        "n_training": len(training_set),
+        "settings": _effective(settings),
+    }
+    export_crystal(
+        basis,
+        fit.posterior,
+        folder / "model.pt",
+        energy_scale=fit.energy_scale,
+        force_scale=fit.force_scale,
+        max_displacement=settings.crystal.max_displacement,
+        energy=fit.energy,
+        provenance=provenance,
+    )
+    for table in _fit_tables(fit):
+        console.print(table)
+    for line in _remarks(fit):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"picture: {_picture(fit, folder / 'uncertainty.png')}", soft_wrap=True, highlight=False)
+    console.print(f"model: {folder / 'model.pt'}", soft_wrap=True, highlight=False)
+
+
+def _effective(settings: TrainSettings) -> dict[str, Any]:
+    """The settings without those of networks."""
+    unused = set(type(settings.uncertainty).model_fields) - CRYSTAL_UNCERTAINTY
+    return settings.model_dump(mode="json", exclude={"model": True, "training": True, "uncertainty": unused})
+
+
+def _ideal(path: Path) -> tuple[Atoms, float | None]:
+    """The ideal crystal, and its energy (eV) where the file has one."""
+    from ubmd.data.structures import labels_of, read_structures
+
+    structures = read_structures(path)
+    if len(structures) > 1:
+        raise DataError(f"{path} holds {len(structures)} structures; crystal.structure needs the ideal crystal alone.")
+    return structures[0], labels_of(structures[0]).get("energy")
+
+
+def _sets(settings: TrainSettings, base: Path) -> tuple[list[Atoms], list[Atoms]]:
+    """Training and validation structures."""
+    from ubmd.data.structures import read_structures
+    from ubmd.training import split
+
+    structures = read_structures(base / settings.training_file)
+    if settings.validation_file is None:
+        return split(structures, settings.validation_share, settings.seed)
+    return structures, read_structures(base / settings.validation_file)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """A callback for every structure: a live bar on a terminal, a line now and then elsewhere."""
+    if not console.is_terminal:
+        begin = last = time.monotonic()
+
+        def line(what: str, done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last > SECONDS_BETWEEN_LINES:
+                last = now
+                console.print(f"{done} of {total} {what}, {now - begin:.0f} s", highlight=False)
+
+        yield line
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield report
+
+
+def _fit_tables(fit: CrystalFit) -> list[Table]:
+    """Parameters by order, and errors."""
+    posterior, validation = fit.posterior, fit.validation
+    orders = _orders_table(fit.basis.cutoffs, posterior.counts, posterior.gamma, posterior.alpha, fit.order_shares)
+    errors = Table(title="errors")
+    for column in ("set", "structures", "force RMSE, eV/Å", "of the rms force", "energy RMSE, meV/atom", "z-score"):
+        errors.add_column(column, justify="left" if column == "set" else "right")
+    rmse, rms = fit.training_force_rmse, fit.training_rms_force
+    count = fit.equations.sums["forces"].structures
+    errors.add_row("training", str(count), f"{rmse:.4g}", f"{100 * rmse / rms:.3g} %", "", "")
+    energy = validation.energy_rmse
+    errors.add_row(
+        "validation",
+        str(len(validation.sizes)),
+        f"{validation.force_rmse:.4g}",
+        f"{100 * validation.force_rmse / validation.rms_force:.3g} %",
+        "" if energy is None else f"{1000 * energy:.4g}",
+        f"{validation.z_score(posterior.noise):.3g}",
+    )
+    return [orders, errors]
+
+
+def _orders_table(
+    cutoffs: Mapping[int, float],
+    counts: Mapping[int, int],
+    gamma: Mapping[int, float],
+    alpha: Mapping[int, float],
+    shares: Mapping[int, float] | None = None,
+) -> Table:
+    """One row per order; ``shares`` of the rms force are known right after a training only."""
+    columns = ["order", "cutoff, Å", "parameters", "determined by the data", "prior width, eV/Å^order"]
+    table = Table(title="parameters by order")
+    for column in [*columns, *(["its rms force, of the labels'"] if shares else [])]:
+        table.add_column(column, justify="right")
+    for order, count in counts.items():
+        known = f"{gamma[order]:.1f} = {100 * gamma[order] / count:.3g} %"
+        row = [str(order), f"{cutoffs[order]:g}", str(count), known, f"{alpha[order] ** -0.5:.3g}"]
+        table.add_row(*row, *([f"{100 * shares[order]:.3g} %"] if shares else []))
+    total, all_known = sum(counts.values()), sum(gamma.values())
+    table.add_section()
+    table.add_row("all", "", str(total), f"{all_known:.1f} = {100 * all_known / total:.3g} %")
+    return table
+
+
+def _remarks(fit: CrystalFit) -> Iterator[str]:
+    """Noise, energy, calibration, and what is unusual."""
+    posterior = fit.posterior
+    limited = " (the smallest that can be told: the labels look free of noise)" if posterior.noise_limited else ""
+    yield f"noise or truncation of the forces: {posterior.noise:.3g} eV/Å{limited}"
+    if fit.energy:
+        yield f"energy of the ideal crystal: {fit.energy:.8g} eV per primitive cell"
+    scale = fit.force_scale
+    yield (
+        f"uncertainties of forces hold at {100 * scale.attainable:.4g} % confidence (factor {scale.scale:.3g} on the "
+        f"Bayesian standard deviation)"
+    )
+    if not posterior.converged:
+        yield "the evidence has not converged: prior widths and noise may still change"
+
+
+def _picture(fit: CrystalFit, path: Path) -> Path:
+    """Calibrated Bayesian deviation against the true error of the validation forces."""
+    from ubmd.analysis.figures import calibration_figure
+
+    errors, scale = fit.validation, fit.force_scale.scale
+    panels = {
+        "Atoms": (scale * errors.atom_deviation, errors.atom_error),
+        "Structures": (scale * errors.largest(errors.atom_deviation), errors.largest(errors.atom_error)),
+    }
+    names = [
+        ("$u_i$, calibrated Bayesian sd (eV/Å)", "RMSE($F_i$) (eV/Å)"),
+        ("max $u_i$ (eV/Å)", "max RMSE($F_i$) (eV/Å)"),
+    ]
+    return calibration_figure(panels, path, names)
+
+
+def info_tables(metadata: dict[str, Any], title: str) -> list[Table]:
+    """The record of a crystal's file: what a reader wants first, parameters by order, then the rest."""
+    from ubmd.cli.train import flat, info_table
+
+    lattice, regression, uncertainty = metadata["lattice"], metadata["regression"], metadata["uncertainty"]
+    elements = [metadata["elements"][k] for k in lattice["species"]]
+    head = info_table(title, ("what", "value"))
+    guard, noise = lattice["max_displacement"], regression["noise"]["forces"]
+    rows = {
+        "kind": "force constants of a crystal",
+        "primitive cell": f"{len(elements)} atoms: {' '.join(elements)}",
+        "parameters P": str(uncertainty["projections"]),
+        "determined by the data γ/P": f"{100 * regression['determined']:.3g} %",
+        "noise or truncation": f"{noise:.3g} eV/Å",
+        "largest displacement": f"{guard:.3g} Å (simulations stop beyond)",
+        "energy of the ideal crystal": f"{lattice['energy']:.8g} eV per primitive cell",
+    }
+    for row in rows.items():
+        head.add_row(*map(escape, row))
+    by_order = (
+        {int(order): value for order, value in record.items()}
+        for record in (
+            metadata["cutoffs"],
+            metadata["parameters"],
+            regression["gamma"],
+            regression["prior_precision"],
+        )
+    )
+    rest = info_table("record", ("key", "value"))
+    shown = {"cutoffs", "parameters", "lattice"}
+    kept = {key: value for key, value in metadata.items() if key not in shown}
+    kept["lattice"] = {key: value for key, value in lattice.items() if key != "sites"}
+    for row in flat(kept):
+        rest.add_row(*map(escape, row))
+    return [head, _orders_table(*by_order), rest]

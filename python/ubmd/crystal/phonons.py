@@ -1,0 +1,292 @@
+"""Phonons of a force-constant potential: dynamical matrices, dispersion, density of states, heat conductivity.
+
+Only the orders 2 and 3 enter, so everything here belongs to small vibrations of the ideal lattice (harmonic phonons at
+zero temperature; with the third order their lowest-order decay). Charges are not treated: the splitting of longitudinal
+and transverse optical branches of polar crystals at the zone centre is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.cell import Cell
+from ase.data import atomic_masses, chemical_symbols
+from ase.geometry import minkowski_reduce
+from numpy.typing import ArrayLike, NDArray
+
+from ubmd.crystal.basis import ClusterBasis, full_tensor
+from ubmd.crystal.lattice import Lattice
+from ubmd.errors import DataError, SettingsError
+
+Array = NDArray[np.float64]
+
+# sqrt(eV/(Å^2 u)) / (2 pi), in THz
+THZ = float(np.sqrt(1.602176634e-19 / 1e-20 / 1.66053906660e-27) / (2.0 * np.pi * 1e12))
+
+
+@dataclass(frozen=True, eq=False)
+class HarmonicCrystal:
+    """Second-order force constants of the infinite lattice, one per ordered pair of sites modulo translations.
+
+    Attributes:
+        lattice: primitive cell.
+        first, second: sublattices of the two sites [N].
+        offset: cell of the second site; the first lies in cell 0 [N, 3].
+        constants: eV/Å^2 [N, 3, 3].
+        masses: atomic mass units [S].
+    """
+
+    lattice: Lattice
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    constants: Array
+    masses: Array
+
+    @classmethod
+    def from_basis(cls, basis: ClusterBasis, parameters: ArrayLike, masses: ArrayLike | None = None) -> HarmonicCrystal:
+        """Second order of a potential with these parameters [P]; natural masses unless given for each sublattice.
+
+        Raises:
+            SettingsError: the basis has no second order.
+            DataError: the parameters don't fit the basis.
+        """
+        lattice = basis.lattice
+        entries = list(_pairs(basis, _checked(basis, parameters)))
+        first, second, offset, constants = (np.concatenate(parts) for parts in zip(*entries, strict=True))
+        found = atomic_masses[lattice.numbers] if masses is None else np.asarray(masses, dtype=float)
+        return cls(lattice, first, second, offset, constants, found)
+
+    @cached_property
+    def vectors(self) -> Array:
+        """From the first site to the second [N, 3], Å."""
+        scaled = self.lattice.scaled
+        return (self.offset + scaled[self.second] - scaled[self.first]) @ self.lattice.cell
+
+    def dynamical_matrices(self, q: ArrayLike) -> NDArray[np.complex128]:
+        """D [K, 3S, 3S] (eV/Å^2 per mass unit) at wave vectors [K, 3] in units of the reciprocal cell (without 2π).
+
+        Phases run from atom to atom: D(q) = sum over j of Φ_ij exp(2πi q·(x_j - x_i))/sqrt(m_i m_j).
+        """
+        points = np.asarray(q, dtype=float).reshape(-1, 3)
+        s = len(self.masses)
+        scaled = self.vectors @ np.linalg.inv(self.lattice.cell)
+        phases = np.exp(2j * np.pi * (points @ scaled.T))
+        result = np.zeros((len(points), s, s, 3, 3), dtype=np.complex128)
+        for i, j in np.unique(np.column_stack([self.first, self.second]), axis=0):
+            chosen = (self.first == i) & (self.second == j)
+            block = phases[:, chosen] @ self.constants[chosen].reshape(-1, 9)
+            result[:, i, j] = block.reshape(-1, 3, 3) / np.sqrt(self.masses[i] * self.masses[j])
+        matrices = result.transpose(0, 1, 3, 2, 4).reshape(len(points), 3 * s, 3 * s)
+        return 0.5 * (matrices + matrices.conj().transpose(0, 2, 1))
+
+    def frequencies(self, q: ArrayLike) -> Array:
+        """Frequencies [K, 3S] in THz, ascending; negative ones stand for imaginary ones (an unstable lattice)."""
+        squares = np.linalg.eigvalsh(self.dynamical_matrices(q))
+        return np.sign(squares) * np.sqrt(np.abs(squares)) * THZ
+
+    def dispersion(self, points: int = 200, path: str | None = None) -> Dispersion:
+        """Frequencies along ASE's standard path through the Brillouin zone, or along one such as 'GXWKGL'."""
+        try:
+            band = Cell(self.lattice.cell).bandpath(path, npoints=points)
+        except (KeyError, ValueError, AssertionError) as error:
+            raise SettingsError(
+                f"{path!r} is no path of this lattice ({error}): name its points, as in 'GXWKGL'."
+            ) from error
+        distance, places, labels = band.get_linear_kpoint_axis()
+        # ASE knows the lattice up to its tolerance: the points are the same in units of either reciprocal cell.
+        return Dispersion(distance, self.frequencies(band.kpts), places, list(labels))
+
+    def density_of_states(self, mesh: int = 20, bins: int = 200) -> tuple[Array, Array]:
+        """(frequency [bins] THz, states per THz and primitive cell [bins]) from an even mesh³, Gaussian smearing.
+
+        The width is 1.5 bins; the integral over all frequencies is 3S.
+        """
+        axis = (np.arange(mesh) + 0.5) / mesh
+        q = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
+        found = np.concatenate([self.frequencies(part).ravel() for part in np.array_split(q, -(-len(q) // 500))])
+        low, high = min(float(found.min()), 0.0), float(found.max())
+        margin = 0.05 * (high - low)
+        edges = np.linspace(low - (margin if low < 0.0 else 0.0), high + margin, bins + 1)
+        counts, _ = np.histogram(found, edges)
+        width = edges[1] - edges[0]
+        kernel = np.exp(-0.5 * (np.arange(-6, 7) / 1.5) ** 2)
+        smooth = np.convolve(counts, kernel / kernel.sum(), mode="same")
+        return 0.5 * (edges[1:] + edges[:-1]), smooth / (width * len(q))
+
+
+@dataclass(frozen=True)
+class Dispersion:
+    """Phonon branches along a path.
+
+    Attributes:
+        distance: along the path [K], 1/Å.
+        frequencies: THz [K, 3S].
+        places, labels: of the special points.
+    """
+
+    distance: Array
+    frequencies: Array
+    places: Array
+    labels: list[str]
+
+
+def _checked(basis: ClusterBasis, parameters: ArrayLike) -> Array:
+    values = np.asarray(parameters, dtype=float)
+    if values.shape != (basis.n_parameters,):
+        raise DataError(f"The cluster basis has {basis.n_parameters} parameters, got an array {values.shape}.")
+    return values
+
+
+def _pairs(basis: ClusterBasis, parameters: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
+    """(first, second, offset, constants) of every orbit's ordered pairs, sites with themselves among them."""
+    if 2 not in basis.orders:
+        raise SettingsError("Phonons and elastic constants need the second order: add it to the cutoffs of the basis.")
+    part = basis.parts[basis.orders.index(2)]
+    turns = basis.lattice.cartesian_rotations
+    chosen = parameters[basis.parameter_orders == 2, None]
+    for orbit, tensor in zip(part.orbits, part.tensors(chosen), strict=True):
+        full = full_tensor(orbit.multiplicity, tensor)
+        turned = turns[orbit.operations] @ full @ turns[orbit.operations].transpose(0, 2, 1)
+        count, bodies = len(orbit.operations), len(orbit.sites)
+        operations = np.repeat(orbit.operations[:, None], bodies, axis=1)
+        images = basis.lattice.images(operations, np.tile(orbit.sites, (count, 1, 1)))
+        for a, b in [(0, 0)] if bodies == 1 else [(0, 1), (1, 0)]:
+            offset = images[:, b, :3] - images[:, a, :3]
+            yield images[:, a, 3], images[:, b, 3], offset, turned if a <= b else turned.transpose(0, 2, 1)
+
+
+# Heat conductivity through phono3py
+
+
+@dataclass(frozen=True)
+class Conductivity:
+    """Lattice heat conductivity in the relaxation time approximation.
+
+    Attributes:
+        temperatures: K [T].
+        tensor: W/(m K) [T, 3, 3].
+        mesh: points along each reciprocal vector.
+    """
+
+    temperatures: Array
+    tensor: Array
+    mesh: tuple[int, int, int]
+
+    @property
+    def mean(self) -> Array:
+        """A third of the trace [T], W/(m K)."""
+        return np.trace(self.tensor, axis1=1, axis2=2) / 3.0
+
+
+def supercell_repeats(lattice: Lattice, cutoff: float) -> tuple[int, int, int]:
+    """Repetitions of the primitive cell with no lattice vector as short as two cutoffs: images never overlap there."""
+    repeats = [1, 1, 1]
+    heights = 1.0 / np.linalg.norm(np.linalg.inv(lattice.cell), axis=0)
+    while True:
+        cell, _ = minkowski_reduce(np.array(repeats)[:, None] * lattice.cell)
+        if np.linalg.norm(cell, axis=1).min() > 2.0 * cutoff:
+            return repeats[0], repeats[1], repeats[2]
+        repeats[int(np.argmin(np.array(repeats) * heights))] += 1
+
+
+def make_phono3py(
+    basis: ClusterBasis,
+    parameters: ArrayLike,
+    repeats: Sequence[int] | ArrayLike | None = None,
+    masses: ArrayLike | None = None,
+) -> Any:
+    """A Phono3py object with the second and third order force constants of a potential.
+
+    Args:
+        basis, parameters: potential, [P].
+        repeats: supercell of the primitive cell, [3] or [3, 3]; the default avoids overlapping images for either order.
+        masses: [S], natural ones unless given.
+
+    Raises:
+        SettingsError: phono3py isn't installed, or the basis lacks one of the orders.
+    """
+    values = _checked(basis, parameters)
+    if not {2, 3} <= set(basis.orders):
+        raise SettingsError("Heat conductivity needs the orders 2 and 3: add both to the cutoffs of the basis.")
+    try:
+        from phono3py import Phono3py
+        from phonopy.structure.atoms import PhonopyAtoms
+    except ImportError:
+        raise SettingsError("Heat conductivity needs phono3py: pip install 'ubmd[phonons]'.") from None
+    lattice = basis.lattice
+    natural = atomic_masses[lattice.numbers] if masses is None else np.asarray(masses, dtype=float)
+    cell = PhonopyAtoms(
+        symbols=[chemical_symbols[n] for n in lattice.numbers],
+        scaled_positions=lattice.scaled,
+        cell=lattice.cell,
+        masses=natural,
+    )
+    own = {order: supercell_repeats(lattice, basis.cutoffs[order]) if repeats is None else repeats for order in (2, 3)}
+    program = Phono3py(
+        cell,
+        supercell_matrix=_matrix(own[3]),
+        phonon_supercell_matrix=_matrix(own[2]),
+        primitive_matrix=np.eye(3),
+    )
+    program.fc2 = _constants(basis, values, 2, program.phonon_supercell)
+    program.fc3 = _constants(basis, values, 3, program.supercell)
+    return program
+
+
+def conductivity(
+    basis: ClusterBasis,
+    parameters: ArrayLike,
+    temperatures: Sequence[float] = (300.0,),
+    mesh: int | Sequence[int] = 11,
+    repeats: Sequence[int] | ArrayLike | None = None,
+    isotopes: bool = False,
+    folder: Path | None = None,
+) -> Conductivity:
+    """Heat conductivity in the relaxation time approximation, by phono3py's tetrahedron method.
+
+    Args:
+        basis, parameters: potential, [P].
+        temperatures: K.
+        mesh: points along the reciprocal vectors; results need a series of meshes to converge.
+        repeats: see `make_phono3py`.
+        isotopes: scattering by the natural isotopes as well.
+        folder: write phono3py.yaml, fc2.hdf5 and fc3.hdf5 there, with which phono3py itself can go on.
+    """
+    program = make_phono3py(basis, parameters, repeats)
+    points = (mesh,) * 3 if isinstance(mesh, int) else tuple(mesh)
+    if folder is not None:
+        _write(program, folder)
+    program.mesh_numbers = list(points)
+    program.init_phph_interaction()
+    program.run_thermal_conductivity(temperatures=list(temperatures), is_isotope=isotopes)
+    xx, yy, zz, yz, xz, xy = np.moveaxis(np.asarray(program.thermal_conductivity.kappa)[0], -1, 0)
+    tensor = np.stack([np.stack(row, axis=-1) for row in ((xx, xy, xz), (xy, yy, yz), (xz, yz, zz))], axis=-2)
+    return Conductivity(np.asarray(temperatures, dtype=float), tensor, (points[0], points[1], points[2]))
+
+
+def _matrix(repeats: Sequence[int] | ArrayLike) -> NDArray[np.int64]:
+    """phonopy's supercell matrix: its columns are ours' rows."""
+    values = np.asarray(repeats, dtype=np.int64)
+    return np.diag(values) if values.ndim == 1 else values
+
+
+def _constants(basis: ClusterBasis, parameters: Array, order: int, supercell: Any) -> Array:
+    """Force constants in the order of atoms of phonopy's supercell."""
+    atoms = Atoms(supercell.symbols, scaled_positions=supercell.scaled_positions, cell=supercell.cell, pbc=True)
+    return basis.force_constants(parameters, order, basis.supercell(atoms))
+
+
+def _write(program: Any, folder: Path) -> None:
+    from phono3py.file_IO import write_fc2_to_hdf5, write_fc3_to_hdf5
+
+    folder.mkdir(parents=True, exist_ok=True)
+    program.save(str(folder / "phono3py.yaml"), settings={"force_sets": False, "displacements": False})
+    write_fc2_to_hdf5(program.fc2, filename=str(folder / "fc2.hdf5"))
+    write_fc3_to_hdf5(program.fc3, filename=str(folder / "fc3.hdf5"))

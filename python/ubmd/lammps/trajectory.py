@@ -1,0 +1,438 @@
+"""One piece of a trajectory that watches its own error: LAMMPS in a worker process, a state in and a state out.
+
+Between checks LAMMPS runs alone; at each check the largest atomic uncertainty of fix ubmd goes to a trigger
+(`ubmd.crystal.triggers`). The piece ends where the trigger asks for a label, at its step limit, where an atom leaves
+the range of a force-constant potential (guard), or when it makes no sense any more. The state that comes back is that
+of the last check that made sense, in full precision: the next piece goes on from there, with the same or another model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from ctypes import c_double
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.lammps import Prism
+from ase.data import atomic_masses
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from ubmd.crystal.triggers import Trigger, load_trigger
+from ubmd.errors import ModelError, SimulationError
+from ubmd.lammps.replica import error_message, place_atoms, start_lammps, symbols_of, system_commands
+
+Array = NDArray[np.float64]
+FIX = "monitor"
+GUARD = "away from its site"  # words of the plugin's error
+_LOOK = 50  # checks between looks at the temperature and notes of the progress
+_SPEED = 1000.0 * units.fs  # Å/ps in ASE's unit of speed
+
+
+@dataclass(frozen=True)
+class TrajectoryState:
+    """Where a trajectory is. Positions are unwrapped."""
+
+    numbers: NDArray[np.int64]
+    """[n]"""
+    cell: Array
+    """[3, 3], rows, Å"""
+    pbc: bool
+    positions: Array
+    """[n, 3], Å"""
+    velocities: Array
+    """[n, 3], Å/ps"""
+    step: int
+    trigger: dict[str, Any]
+    """state of its trigger"""
+
+    @classmethod
+    def begin(cls, atoms: Atoms, temperature: float, trigger: Trigger, rng: np.random.Generator) -> TrajectoryState:
+        """At the positions of a structure, with Maxwell-Boltzmann velocities (K) and the centre of mass at rest."""
+        masses = atomic_masses[atoms.numbers]
+        widths = np.sqrt(units.kB * temperature / masses) * _SPEED
+        velocities = widths[:, None] * rng.standard_normal((len(atoms), 3))
+        velocities -= masses @ velocities / masses.sum()
+        pbc = bool(atoms.pbc.all())
+        numbers = np.asarray(atoms.numbers, dtype=np.int64)
+        return cls(numbers, np.array(atoms.cell), pbc, atoms.positions.copy(), velocities, 0, trigger.state())
+
+    def atoms(self) -> Atoms:
+        """The structure, without velocities."""
+        return Atoms(self.numbers, self.positions, cell=self.cell, pbc=self.pbc)
+
+    def arrays(self) -> dict[str, Any]:
+        """For an npz file."""
+        fields = {name: getattr(self, name) for name in ("numbers", "cell", "pbc", "positions", "velocities", "step")}
+        return fields | {"trigger": json.dumps(self.trigger)}
+
+    @classmethod
+    def from_arrays(cls, data: Any) -> TrajectoryState:
+        """What `arrays` gave, after a round trip through a file."""
+        arrays = {name: data[name] for name in ("numbers", "cell", "positions", "velocities")}
+        return cls(**arrays, pbc=bool(data["pbc"]), step=int(data["step"]), trigger=json.loads(str(data["trigger"])))
+
+
+def write_state(path: Path, state: TrajectoryState) -> None:
+    """Write a state to an npz file."""
+    _write(path, state.arrays())
+
+
+def read_state(path: Path) -> TrajectoryState:
+    """The state in an npz file of `write_state` or `run_piece`.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as data:
+            return TrajectoryState.from_arrays(data)
+    except Exception as error:
+        raise ModelError(f"The state of the trajectory in {path} cannot be read ({error}).") from error
+
+
+class PieceTask(BaseModel):
+    """Everything that decides a piece: the same task repeats it bit for bit on one machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    replica: int
+    model: Path
+    start: Path
+    """state (npz)"""
+    result: Path
+    """npz that is written"""
+    steps: int
+    """most steps; a multiple of check_every"""
+    timestep: float
+    """fs"""
+    temperature: float
+    """K"""
+    damping: float
+    """damping time of the thermostat, ps"""
+    check_every: int
+    """steps"""
+    frames: int
+    """most frames that are kept, evenly spaced"""
+    precision: Literal["mixed", "single", "double"]
+    force: float
+    """bias strength tau; 0: none"""
+    species: dict[str, float]
+    window: int
+    """checks in the window of the bias scale"""
+    noise: float
+    """of the model's labels, eV/Å: for the trigger's floor"""
+    lattice: bool
+    """whether the model is one of a crystal (fix ubmd then gives the largest displacement)"""
+    langevin_seed: int
+
+
+class PieceResult(BaseModel):
+    """How a piece ended; the rest is in its npz file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    replica: int
+    temperature: float
+    begin: int
+    """step of the trajectory"""
+    end: int
+    ended: Literal["asked", "segment", "guard", "failed"]
+    reason: str
+    """one sentence for guard and failed, else empty"""
+    rule: str
+    """of the trigger that asked; 'guard'; else empty"""
+    error: float | None
+    """at the last check, eV/Å"""
+    threshold: float | None
+    """that was passed, eV/Å; None if the trigger did not ask"""
+    max_error: float | None
+    """of all checks, eV/Å; None without a check"""
+    mean_error: float | None
+    max_displacement: float
+    """largest |u| of all checks, Å; 0 for models without a lattice"""
+    bias_share: float
+    """|F_bias| / |F| at the last check"""
+    ms_per_step: float
+
+
+@dataclass
+class PieceData:
+    """What a piece leaves behind besides its state."""
+
+    steps: NDArray[np.int64]
+    """[N] step of the trajectory at each check"""
+    errors: Array
+    """[N] eV/Å"""
+    thresholds: Array
+    """[N] eV/Å"""
+    means: Array
+    """[N] eV/Å; NaN without"""
+    frames: Array
+    """[K, n, 3] unwrapped positions of frames that were not asked about, Å"""
+    frame_steps: NDArray[np.int64]
+    """[K]"""
+
+
+def read_piece(path: Path) -> tuple[TrajectoryState, PieceData]:
+    """(state at the end, what happened) of a finished piece; errors as for `read_state`."""
+    state = read_state(path)
+    with path.open("rb") as handle, np.load(handle, allow_pickle=False) as data:
+        return state, PieceData(**{name: data[name] for name in PieceData.__dataclass_fields__})
+
+
+def run_piece(task: PieceTask) -> PieceResult:
+    """Run a piece to its end and write its file.
+
+    Failures of the dynamics are part of the result.
+
+    Raises:
+        SimulationError: it could not be started (no LAMMPS, no plugin, no model, unknown element).
+        ModelError: the state cannot be read.
+    """
+    state = read_state(task.start)
+    piece = _Piece(task, state)
+    engine = _Engine(task, state)
+    try:
+        begin = time.monotonic()
+        ended, reason = piece.run(engine)
+        seconds = time.monotonic() - begin
+    finally:
+        engine.close()
+    _write(task.result, piece.state().arrays() | vars(piece.data()))
+    progress_file(task.result).unlink(missing_ok=True)
+    return piece.result(ended, reason, seconds)
+
+
+def write_piece_without_steps(task: PieceTask, reason: str) -> PieceResult:
+    """The result of a piece whose process was lost: nothing has happened."""
+    piece = _Piece(task, read_state(task.start))
+    _write(task.result, piece.state().arrays() | vars(piece.data()))
+    progress_file(task.result).unlink(missing_ok=True)
+    return piece.result("failed", reason, 0.0)
+
+
+def progress_file(result: Path) -> Path:
+    """File that holds the number of steps that a running piece has done."""
+    return result.with_suffix(".progress")
+
+
+_Ending = Literal["asked", "segment", "guard", "failed"]
+
+
+class _Piece:
+    """A piece in the making: what its checks have seen."""
+
+    def __init__(self, task: PieceTask, state: TrajectoryState) -> None:
+        self.task = task
+        self.begin = state.step
+        self._start = state
+        self._sane = state.step, state.positions, state.velocities  # at the last check that made sense
+        self.trigger = load_trigger(state.trigger)
+        self.bias_share = self.max_displacement = 0.0
+        self._rule = ""
+        self._threshold: float | None = None
+        self._series: list[tuple[int, float, float, float]] = []
+        self._frames = _Frames(task.frames)
+
+    def run(self, engine: _Engine) -> tuple[_Ending, str]:
+        """(how it ended, reason if it went wrong)."""
+        for check in range(self.task.steps // self.task.check_every):
+            try:
+                engine.run(self.task.check_every, first=check == 0)
+            except Exception as error:  # the only type that the LAMMPS module raises
+                return self._stopped_by(error_message(error))
+            ending = self._check(engine, check)
+            if ending is not None:
+                return ending
+        return "segment", ""
+
+    def _stopped_by(self, message: str) -> tuple[_Ending, str]:
+        if self.task.lattice and GUARD in message:
+            self._rule = "guard"
+            return "guard", f"LAMMPS stopped: {message}"
+        return "failed", f"LAMMPS stopped with an error: {message}"
+
+    def _check(self, engine: _Engine, check: int) -> tuple[_Ending, str] | None:
+        """Look at one step; how the piece ends with it, or None."""
+        error, step = engine.error(), self.begin + (check + 1) * self.task.check_every
+        positions, velocities = engine.positions(), engine.velocities()
+        if not (math.isfinite(error) and np.isfinite(positions).all() and np.isfinite(velocities).all()):
+            return "failed", f"Positions or the error are not finite at step {step}."
+        if check % _LOOK == 0:
+            limit = 10.0 * self.task.temperature + 5000.0
+            if not (temperature := engine.temperature()) < limit:
+                return "failed", f"The temperature is {temperature:.0f} K at step {step}: it exploded."
+            _note_progress(self.task.result, step - self.begin)
+        threshold, mean = self.trigger.threshold, self.trigger.mean
+        call = self.trigger.observe(error, self.task.noise)
+        self._series.append((step, error, threshold, mean))
+        self.bias_share = engine.bias_share()
+        self.max_displacement = max(self.max_displacement, engine.displacement())
+        self._sane = step, positions, velocities
+        if call is None:
+            self._frames.add(step, positions)
+            return None
+        self._rule, self._threshold = call.rule, call.threshold
+        return "asked", ""
+
+    def state(self) -> TrajectoryState:
+        """At the last check that made sense."""
+        step, positions, velocities = self._sane
+        return replace(self._start, positions=positions, velocities=velocities, step=step, trigger=self.trigger.state())
+
+    def data(self) -> PieceData:
+        """Series and frames."""
+        series = np.array(self._series, dtype=np.float64).reshape(-1, 4)
+        frames, steps = self._frames.chosen(len(self._start.numbers))
+        checks, errors, thresholds, means = series.T
+        return PieceData(checks.astype(np.int64), errors, thresholds, means, frames, steps)
+
+    def result(self, ended: _Ending, reason: str, seconds: float) -> PieceResult:
+        """The summary."""
+        errors = [error for _, error, _, _ in self._series]
+        return PieceResult(
+            replica=self.task.replica,
+            temperature=self.task.temperature,
+            begin=self.begin,
+            end=self._sane[0],
+            ended=ended,
+            reason=reason,
+            rule=self._rule,
+            error=errors[-1] if errors else None,
+            threshold=self._threshold,
+            max_error=max(errors, default=None),
+            mean_error=math.fsum(errors) / len(errors) if errors else None,
+            max_displacement=self.max_displacement,
+            bias_share=self.bias_share,
+            ms_per_step=round(1000.0 * seconds / max(self._sane[0] - self.begin, 1), 4),
+        )
+
+
+class _Frames:
+    """Evenly spaced frames of a piece of unknown length: every second one goes whenever there are too many."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._stride = 1
+        self._seen = 0
+        self._kept: list[tuple[int, Array]] = []
+
+    def add(self, step: int, positions: Array) -> None:
+        """Offer the next frame."""
+        self._seen += 1
+        if self._seen % self._stride == 0:
+            self._kept.append((step, positions))
+        if len(self._kept) == 2 * self._most:
+            self._kept, self._stride = self._kept[1::2], 2 * self._stride
+
+    def chosen(self, n: int) -> tuple[Array, NDArray[np.int64]]:
+        """At most `most` of them: positions [K, n, 3] and steps [K], the last ones of equal shares."""
+        count = min(self._most, len(self._kept))
+        picks = [self._kept[(k + 1) * len(self._kept) // count - 1] for k in range(count)]
+        steps = np.array([step for step, _ in picks], dtype=np.int64)
+        return np.array([positions for _, positions in picks]).reshape(-1, n, 3), steps
+
+
+class _Engine:
+    """A LAMMPS instance with a trajectory's system, thermostat and monitor; one process."""
+
+    def __init__(self, task: PieceTask, state: TrajectoryState) -> None:
+        self._task = task
+        atoms = state.atoms()
+        # LAMMPS turns cells; states and frames stay in the structure's own orientation.
+        self._cell = state.cell if state.pbc else np.zeros((3, 3))
+        self._rotation = Prism(state.cell).rot_mat if state.pbc else np.eye(3)
+        self._lammps = start_lammps(Path("none"))
+        try:
+            for command in system_commands(atoms, task.model, task.precision):
+                self._lammps.command(command)
+            place_atoms(self._lammps, atoms)
+            self._shift = np.zeros_like(state.positions)
+            self._shift = state.positions - self.positions()
+            self._set_velocities(state.velocities)
+            for command in self._dynamics(symbols_of(atoms)):
+                self._lammps.command(command)
+        except Exception as error:
+            self.close()
+            raise SimulationError(f"LAMMPS could not be set up: {error_message(error)}") from error
+
+    def _dynamics(self, symbols: list[str]) -> Iterator[str]:
+        task, temperature = self._task, f"{self._task.temperature:.17g}"
+        yield f"timestep {task.timestep / 1000.0:.17g}"
+        # Nothing that makes LAMMPS compute a pressure: it would cost the virial at every check.
+        yield "thermo_style custom step"
+        yield "thermo_modify lost error"
+        yield "fix integrate all nve"
+        # Without a net random force the crystal does not drift away from its sites.
+        langevin = f"{temperature} {temperature} {task.damping:.17g} {task.langevin_seed}"
+        yield f"fix thermostat all langevin {langevin} zero yes"
+        strengths = [f"{s} {x:.17g}" for s, x in task.species.items() if s in symbols]
+        bias = f"force {task.force:.17g} window {task.window} " if task.force > 0.0 else ""
+        species = f"species {' '.join(strengths)} " if strengths and bias else ""
+        yield f"fix {FIX} all ubmd {bias}{species}every {task.check_every}"
+
+    def run(self, steps: int, first: bool) -> None:
+        """Run on; later parts continue without a new setup, so that parts leave no trace in the trajectory."""
+        self._lammps.command(f"run {steps} post no" if first else f"run {steps} pre no post no")
+
+    def error(self) -> float:
+        """Largest atomic uncertainty, eV/Å."""
+        return self._vector(1)
+
+    def bias_share(self) -> float:
+        """|F_bias| / |F|."""
+        return self._vector(5)
+
+    def displacement(self) -> float:
+        """Largest distance of an atom from its site, Å."""
+        return self._vector(9) if self._task.lattice else 0.0
+
+    def temperature(self) -> float:
+        """Kinetic temperature, K."""
+        return float(self._lammps.extract_compute("thermo_temp", 0, 0))
+
+    def positions(self) -> Array:
+        """Unwrapped positions [n, 3] in the structure's orientation, Å."""
+        images = self._gather("image", 0) @ self._cell
+        return self._gather("x", 1) @ self._rotation.T + images + self._shift
+
+    def velocities(self) -> Array:
+        """Velocities [n, 3] in the structure's orientation, Å/ps."""
+        return self._gather("v", 1) @ self._rotation.T
+
+    def close(self) -> None:
+        """Free the instance."""
+        self._lammps.close()
+
+    def _set_velocities(self, velocities: Array) -> None:
+        flat = (velocities @ self._rotation).ravel()
+        self._lammps.scatter_atoms("v", 1, 3, (c_double * len(flat))(*flat))
+
+    def _gather(self, name: str, kind: int) -> Array:
+        return np.array(self._lammps.gather_atoms(name, kind, 3), dtype=np.float64).reshape(-1, 3)
+
+    def _vector(self, index: int) -> float:
+        return float(self._lammps.extract_fix(FIX, 0, 1, index))
+
+
+def _note_progress(result: Path, steps: int) -> None:
+    path = progress_file(result)
+    temporary = path.with_suffix(".progress.tmp")
+    temporary.write_text(str(steps))
+    temporary.replace(path)
+
+
+def _write(path: Path, arrays: dict[str, Any]) -> None:
+    """An npz file through a temporary one; the same arrays always give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as handle:
+        np.savez(handle, **arrays)
+    temporary.replace(path)

@@ -1,0 +1,278 @@
+"""Settings of a dynamic run: a TOML file with a [dynamic] table."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from ubmd.crystal.triggers import KINDS, Trigger
+from ubmd.errors import SettingsError
+from ubmd.settings import (
+    CRYSTAL_UNCERTAINTY,
+    CrystalSettings,
+    ModelSettings,
+    ReferenceSettings,
+    Table,
+    TestSettings,
+    TrainingSettings,
+    UncertaintySettings,
+    WorkerSettings,
+)
+
+
+class DynamicStartSettings(Table):
+    """The box, and the first labels."""
+
+    file: Path | None = Field(
+        None,
+        description="box of the dynamics, extxyz or any file that ASE reads; relative to the settings file; default: "
+        "crystal.structure",
+    )
+    repeat: tuple[int, int, int] = Field(
+        (1, 1, 1), description="how often the box is repeated along its vectors, e.g. [2, 2, 2]"
+    )
+    count: int = Field(1, ge=1, description="displaced copies that are labelled first (networks: at least 2)")
+    displacement: float = Field(0.01, gt=0, description="standard deviation of their Gaussian displacements, Å")
+
+    @model_validator(mode="after")
+    def _repeats(self) -> DynamicStartSettings:
+        if min(self.repeat) < 1:
+            raise ValueError(f"start.repeat has three numbers from 1 on, not {list(self.repeat)}")
+        return self
+
+
+class TriggerSettings(Table):
+    """When a trajectory asks for a label."""
+
+    rule: Literal["average", "absolute", "history"] = Field(
+        "average",
+        description="average: error above 'maximum', or above 'factor' times its average along the trajectory of the "
+        "current model; absolute: above 'threshold'; history: above 'factor' times the mean error right after the "
+        "last refits",
+    )
+    maximum: float | None = Field(None, gt=0, description="average: largest error, eV/Å; default 0.14")
+    factor: float | None = Field(None, gt=0, description="average, history: see rule (no unit); default √3, 1")
+    window: int | None = Field(None, ge=1, description="average: checks that are averaged; default 1000")
+    wait: int | None = Field(
+        None, ge=1, description="average: checks after a refit without the comparison with the average; default 10"
+    )
+    threshold: float | None = Field(None, gt=0, description="absolute: largest error, eV/Å")
+    start: float | None = Field(
+        None, gt=0, description="history: threshold until enough refits were seen, eV/Å; default 0.002"
+    )
+    history: int | None = Field(None, ge=1, description="history: refits that are averaged; default 10")
+    floor: float = Field(
+        1.0, ge=0, description="no request while the error is below this times the noise of the labels (no unit)"
+    )
+
+    @model_validator(mode="after")
+    def _arguments_fit_the_rule(self) -> TriggerSettings:
+        allowed = {
+            "average": {"maximum", "factor", "window", "wait"},
+            "absolute": {"threshold"},
+            "history": {"start", "history", "factor"},
+        }[self.rule]
+        given = set(self._arguments())
+        if given - allowed:
+            name, own = min(given - allowed), ", ".join(sorted(allowed))
+            raise ValueError(f"dynamic.trigger.{name} has no effect with rule = '{self.rule}', which has {own}")
+        if self.rule == "absolute" and self.threshold is None:
+            raise ValueError("dynamic.trigger.threshold is missing: rule = 'absolute' needs it, eV/Å")
+        return self
+
+    def _arguments(self) -> dict[str, Any]:
+        values = self.model_dump(exclude={"rule", "floor"})
+        return {name: value for name, value in values.items() if value is not None}
+
+    def make(self) -> Trigger:
+        """A fresh trigger."""
+        return KINDS[self.rule](**self._arguments(), floor=self.floor)
+
+
+class ConvergenceSettings(Table):
+    """Signals of convergence, none of which needs a label."""
+
+    stop: bool = Field(True, description="stop when all three signals hold")
+    determined: float = Field(
+        0.95, gt=0, lt=1, description="share γ/P of the parameters that labels determine (no unit)"
+    )
+    noise: float = Field(
+        0.5, gt=0, description="rms predicted error of a fresh trajectory, relative to the noise of labels (no unit)"
+    )
+    gain: float = Field(
+        0.1, gt=0, description="predicted drop of the mean error by labelling the best frame of it (no unit)"
+    )
+    steps: int = Field(
+        200, ge=1, description="steps since the last refit, of all replicas, that the signals need to stop"
+    )
+
+
+class DynamicSettings(Table):
+    """Trajectories, requests for labels, and when to stop."""
+
+    temperatures: tuple[float, ...] = Field((300.0,), min_length=1, description="temperatures of the replicas, K")
+    replicas: int = Field(1, ge=1, description="trajectories at each temperature")
+    steps: int = Field(20000, ge=1, description="steps of each trajectory")
+    timestep: float = Field(1.0, gt=0, description="time step, fs")
+    damping: float = Field(0.1, gt=0, description="damping time of the Langevin thermostat, ps")
+    check_every: int = Field(1, ge=1, description="steps between looks at the error")
+    segment: int = Field(
+        1000, ge=1, description="most steps of a piece: all replicas meet after it, also if none has asked"
+    )
+    labels: int = Field(
+        100,
+        ge=1,
+        description="stop when the reference was asked for this many structures, rejected ones and start "
+        "structures included (not the test set)",
+    )
+    batch: int | None = Field(
+        None,
+        ge=1,
+        description="most labels per round, those that lower the predicted error most, when more replicas ask; "
+        "default: all",
+    )
+    calibrate: bool = Field(
+        False,
+        description="multiply predicted errors by the conformal factor of the newest labels (each predicted before it "
+        "was learnt; 1 - uncertainty.alpha are covered)",
+    )
+    calibration_window: int = Field(20, ge=1, description="newest labels that the conformal factor is taken from")
+    frames: int = Field(8, ge=1, description="frames per piece that the signals of convergence look at")
+    warm_epochs: int = Field(200, ge=1, description="networks: epochs of a refit")
+    precision: Literal["mixed", "single", "double"] = Field(
+        "mixed", description="precision of pair_style ubmd (force constants are always in double)"
+    )
+    timeout: float = Field(7200.0, gt=0, description="longest time for a piece, s")
+    trigger: TriggerSettings = Field(default_factory=TriggerSettings)
+    convergence: ConvergenceSettings = Field(default_factory=ConvergenceSettings)
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> DynamicSettings:
+        for temperature in self.temperatures:
+            if not temperature > 0.0:
+                raise ValueError(f"every value of dynamic.temperatures must be greater than 0, not {temperature:g}")
+        for name in ("steps", "segment"):
+            if getattr(self, name) % self.check_every:
+                raise ValueError(
+                    f"dynamic.{name} = {getattr(self, name)} must be a multiple of dynamic.check_every = "
+                    f"{self.check_every}"
+                )
+        return self
+
+    def temperature_of(self, replica: int) -> float:
+        """Temperature of a replica, K: they take the temperatures in turn."""
+        return self.temperatures[replica % len(self.temperatures)]
+
+    @property
+    def trajectories(self) -> int:
+        """Number of replicas at all temperatures."""
+        return self.replicas * len(self.temperatures)
+
+
+class DynamicBiasSettings(Table):
+    """A bias towards large errors (fix ubmd), evaluated at every check; without this table there is none."""
+
+    force: float = Field(0.25, gt=0, description="tau, bias strength as a share of the physical forces (no unit)")
+    species: dict[str, float] = Field(
+        default_factory=dict, description="per-element factors on tau (no unit), e.g. {H = 0.0}"
+    )
+    window: int = Field(
+        10, ge=1, description="checks in the moving window of the bias scale; there is no bias before it is full"
+    )
+
+
+class DynamicRunSettings(Table):
+    """Everything that `ubmd run` needs for dynamic training: one settings file is one run."""
+
+    HARMLESS: ClassVar[tuple[str, ...]] = (
+        "run_dir",
+        "workers",
+        "dynamic.labels",
+        "dynamic.steps",
+        "dynamic.convergence",
+        "dynamic.timeout",
+        "training.checkpoint_every",
+        "crystal.structure",
+        "start.file",
+        "reference.timeout",
+        "reference.cache",
+        "reference.environment",
+        "test",
+    )
+    """keys that may differ between a run and its continuation"""
+
+    run_dir: Path = Field(description="folder of the run; relative to the working directory")
+    seed: int = Field(0, ge=0, description="seed of the run; the same seed repeats the run")
+    crystal: CrystalSettings | None = Field(None, description="a force-constant potential; default: a network")
+    model: ModelSettings | None = Field(None, description="the network, if there is no [crystal]")
+    training: TrainingSettings | None = Field(None, description="of the network")
+    uncertainty: UncertaintySettings = Field(default_factory=UncertaintySettings)
+    start: DynamicStartSettings = Field(default_factory=DynamicStartSettings)
+    reference: ReferenceSettings
+    dynamic: DynamicSettings
+    bias: DynamicBiasSettings | None = None
+    test: TestSettings | None = None
+    workers: WorkerSettings = Field(default_factory=WorkerSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _networks_have_defaults(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("crystal") is None:
+            return {"model": {}, "training": {}} | values
+        return values
+
+    @model_validator(mode="after")
+    def _one_kind_of_model(self) -> DynamicRunSettings:
+        if self.crystal is None:
+            if self.start.file is None:
+                raise ValueError("the key 'start.file' is missing: the box that a network's dynamics start from")
+            if self.start.count < 2:
+                raise ValueError("start.count must be at least 2 for a network: one trains, one validates")
+            if self.uncertainty.kind == "ensemble":
+                raise ValueError("dynamic training has one network: use another uncertainty.kind than 'ensemble'")
+            return self
+        for name in ("model", "training"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"[{name}] is for networks and [crystal] trains a force-constant potential; remove one of them"
+                )
+        default = UncertaintySettings()
+        for name in sorted(set(UncertaintySettings.model_fields) - CRYSTAL_UNCERTAINTY):
+            if getattr(self.uncertainty, name) != getattr(default, name):
+                raise ValueError(f"uncertainty.{name} has no effect on a force-constant potential; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_cover_start(self) -> DynamicRunSettings:
+        if self.dynamic.labels < self.start.count:
+            raise ValueError(f"dynamic.labels = {self.dynamic.labels} is less than start.count = {self.start.count}")
+        return self
+
+
+def is_dynamic(path: Path) -> bool:
+    """Whether a settings file is one of a dynamic run: it has a [dynamic] table.
+
+    Files that cannot be read are none: whoever loads them says what is wrong.
+    """
+    try:
+        return "dynamic" in tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return False
+
+
+def box_file(settings: DynamicRunSettings, base: Path) -> Path:
+    """File of the box.
+
+    Raises:
+        SettingsError: it is not there.
+    """
+    if settings.start.file is None:
+        assert settings.crystal is not None
+        return settings.crystal.structure_file(base)
+    path = base / settings.start.file
+    if not path.is_file():
+        raise SettingsError(f"start.file: there is no file {path} (the path is relative to the settings file).")
+    return path
