@@ -333,7 +333,8 @@ std::vector<Vector> origins(const Lattice &lattice, const Fit &fit, const std::v
   const int rarest = rarest_species(lattice);
   int tried = 0;
   for (const auto &atom : atoms) {
-    if (atom.species != rarest || tried++ == trials) continue;
+    if (atom.species != rarest) continue;
+    if (tried++ == trials) break;
     for (std::size_t s = 0; s < lattice.scaled.size(); ++s) {
       if (lattice.species[s] != rarest) continue;
       Vector shift = atom.position - times(lattice.scaled[s], fit.cell);

@@ -359,7 +359,7 @@ void PairUBMD::read_sites() {
   if (crystal_->is_mapped() && in_setup) {
     int known = crystal_->has_box(box()) && crystal_->knows(tags_of(atom->nlocal), species_of(atom->nlocal)), all;
     MPI_Allreduce(&known, &all, 1, MPI_INT, MPI_MIN, world);
-    fresh = !all;
+    fresh = !all || count_sites() != crystal_->n_sites();
   }
   if (crystal_->is_mapped() && !in_setup && !crystal_->has_box(box()))
     error->all(
@@ -372,7 +372,7 @@ void PairUBMD::read_sites() {
     map_sites();
   }
 
-  const std::array<bigint, 4> lists = {neighbor->lastcall, neighbor->ncalls, atom->nlocal, atom->nghost};
+  const std::array<bigint, 2> lists = {neighbor->lastcall, neighbor->ncalls};  // the same on all ranks
   if (fresh || lists != located_ || (in_setup && neighbor->ago == 0)) locate_sites();
   located_ = lists;
   auto largest = displace_sites();
@@ -429,7 +429,22 @@ void PairUBMD::map_sites() {
   }
 }
 
+// Atoms of all ranks that take part.
+std::int64_t PairUBMD::count_sites() const {
+  std::int64_t mine = 0, all;
+  for (int species : species_of(atom->nlocal)) mine += species >= 0;
+  MPI_Allreduce(&mine, &all, 1, MPI_INT64_T, MPI_SUM, world);
+  return all;
+}
+
 void PairUBMD::locate_sites() {
+  const auto count = count_sites();
+  if (count != crystal_->n_sites())
+    error->all(
+        FLERR,
+        "pair_style ubmd: {} atoms are left of the crystal's {} at step {}: atoms and types must stay as they are "
+        "during a run",
+        count, crystal_->n_sites(), update->ntimestep);
   const int nall = atom->nlocal + atom->nghost;
   try {
     crystal_->locate(atom->nlocal, atoms().positions, tags_of(nall), species_of(nall));
@@ -443,19 +458,13 @@ void PairUBMD::locate_sites() {
 // energies of single atoms and the images of the sites would.
 ubmd::Crystal::Largest PairUBMD::displace_sites() {
   const auto mine = crystal_->displace(atoms().positions);
-  const double local[4] = {mine[0], mine[1], mine[2], static_cast<double>(who_.centres.size())};
-  double sum[4];
+  ubmd::Vector sum;
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::communication);
-    MPI_Allreduce(local, sum, 4, MPI_DOUBLE, MPI_SUM, world);
+    MPI_Allreduce(mine.data(), sum.data(), 3, MPI_DOUBLE, MPI_SUM, world);
   }
-  if (static_cast<std::int64_t>(sum[3]) != crystal_->n_sites())
-    error->all(
-        FLERR,
-        "pair_style ubmd: {} atoms are left of the crystal's {} at step {}: atoms and types must stay as they are "
-        "during a run",
-        static_cast<std::int64_t>(sum[3]), crystal_->n_sites(), update->ntimestep);
-  return crystal_->centre({sum[0] / sum[3], sum[1] / sum[3], sum[2] / sum[3]});
+  for (double &component : sum) component /= static_cast<double>(crystal_->n_sites());
+  return crystal_->centre(sum);
 }
 
 void PairUBMD::check_displacement(const ubmd::Crystal::Largest &largest) const {

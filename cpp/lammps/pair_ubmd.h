@@ -83,6 +83,7 @@ class PairUBMD : public Pair {
   void check_crystal() const;
   void read_sites();
   void map_sites();
+  std::int64_t count_sites() const;
   void locate_sites();
   ubmd::Crystal::Largest displace_sites();
   void check_displacement(const ubmd::Crystal::Largest &) const;
@@ -117,7 +118,7 @@ class PairUBMD : public Pair {
   std::size_t chunk_ = 0;           // largest block; 0: as the device needs it
   ubmd::Participants who_;
   std::unique_ptr<ubmd::Crystal> crystal_;                    // of a force-constant model
-  std::array<bigint, 4> located_ = {-1, 0, 0, 0};             // the neighbour lists that its sites were located for
+  std::array<bigint, 2> located_ = {-1, 0};                   // the neighbour lists that its sites were located for
   double displacement_ = 0.0, requested_displacement_ = 0.0;  // largest of this rank's atoms, Å
   Piece scratch_;                                             // the block at hand, if it isn't kept
   std::vector<Piece> kept_;                                   // n_kept_ of them in use: the others keep their memory

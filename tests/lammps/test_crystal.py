@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from ase.calculators.lammps import Prism
-from crystals import ENERGY, Crystal, boron_arsenide, bonds_of, head, pair_polynomial
+from crystals import ENERGY, Crystal, bonds_of, boron_arsenide, head, pair_polynomial
 
 MEASURE = """
 fix b all ubmd force 0.25 window 1
@@ -85,7 +85,7 @@ def test_boxes_in_other_orientations(crystal_lab, crystals, kind):
 
 @pytest.mark.parametrize("kind", ["orthorhombic", "triclinic"])
 def test_turned_crystal(crystal_lab, crystals, kind):
-    """The same box of a crystal of low symmetry with its vectors in another order, shifted by a vector of any length."""
+    """A crystal of low symmetry whose box has its vectors in another order, shifted by a vector of any length."""
     crystal = crystals[kind]
     atoms, box = crystal.shaken((1, 2, 2), 0.1)
     expected = crystal.expected(atoms, box)
