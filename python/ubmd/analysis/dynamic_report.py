@@ -190,8 +190,8 @@ def _calibration(report: Document, data: _Run) -> None:
         deviations, noise = np.sqrt(2 * np.log(components)), data.last["model"]["noise"]
         section.text(
             "The Bayesian error is the largest standard deviation of a force component. Of "
-            f"{components} normal errors the largest is about {deviations:.1f} deviations, and true errors also hold the "
-            f"noise or truncation floor ({noise:.4f} eV/Å per component)."
+            f"{components} normal errors the largest is about {deviations:.1f} deviations, and true errors also hold "
+            f"the noise or truncation floor ({noise:.4f} eV/Å per component)."
         )
     conformal = data.last.get("conformal")
     if conformal:
