@@ -32,7 +32,7 @@ from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.settings import load_settings
 
-EVERY = 50  # steps between rows of the log
+EVERY = 20  # steps between rows of the log
 GUARD = "away from its site"  # words of pair_style ubmd's message
 SETTLED = 0.25  # share of the thermostatted run that doesn't count for the mean temperature
 
@@ -61,7 +61,7 @@ run {free}
 
 def simulate(name: str, model: Path, temperature: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """One run, unless it is there; its summary."""
-    folder = arguments.out / f"{name}_{temperature:g}K"
+    folder = arguments.out / f"{re.sub(r'[^a-zA-Z0-9.]+', '_', name)}_{temperature:g}K"
     done = folder / "summary.json"
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
