@@ -5,6 +5,9 @@ namespace clusters {
 
 using V = Lanes<double>;
 constexpr int kCentres = kLanes<double>;
+constexpr int kMostMonomials = count_monomials(kMaxDegree);
+// Members that are added at once.
+constexpr int kMembers = 16;
 
 template <class W>
 UBMD_INLINE double total(W x) {
@@ -163,8 +166,10 @@ UBMD_INLINE void with_width(int columns, Run run) {
 
 std::int64_t scratch(const ClusterProgram &program) {
   const std::int64_t energies = 2 * program.n_monomials + 5 * program.largest_rows;
-  const std::int64_t deviations =
-      program.n_monomials + 6 * (kMaxDegree + 1) * count_monomials(kMaxDegree) + 4 * program.largest_dimension + 3 * 8;
+  // of the members at most: turned monomials, among them three of the centre, and products
+  const std::int64_t deviations = program.n_monomials + 3 * kMostMonomials * (kMaxDegree + 1) +
+                                  3 * program.largest_dimension +
+                                  kMembers * ((kMaxBodies + 2) * kMostMonomials + program.largest_dimension);
   return energies > deviations ? energies : deviations;
 }
 
@@ -288,6 +293,12 @@ void moments(const ClusterProgram &program, int begin, int end, int n_tiles, con
 UBMD_INLINE void turn_back(const ClusterTurns &turns, int degree, int operation, const V *monomials, V *out) {
   const int n = count_monomials(degree);
   const std::int64_t *first = turns.first + turns.start[degree] + std::int64_t(operation) * n;
+  if (first[n] - first[0] == n) {  // axes of the crystal along those of the frame: monomials only change places
+    const std::int64_t *column = turns.column + first[0];
+    const double *value = turns.value + first[0];
+    for (int i = 0; i < n; ++i) out[column[i]] = value[i] * monomials[i];
+    return;
+  }
   for (int j = 0; j < n; ++j) out[j] = V{};
   for (int i = 0; i < n; ++i) {
     const V value = monomials[i];
@@ -320,47 +331,84 @@ UBMD_INLINE void slopes_of(int degree, const V *monomials, V *out) {
   }
 }
 
-constexpr int kMostMonomials = count_monomials(kMaxDegree);
+// What the sums of an orbit's members are made from: the turned monomials of their bodies (of the centre, the
+// derivatives of its monomials for x, y, z), products of all bodies but the last, and the last one.
+struct Factors {
+  const V *factors[kMembers][kMaxBodies];
+  const V *right[kMembers];
+};
 
-// Adds to sums [3, dimension] the derivatives of the products of a member's monomials.
-UBMD_INLINE void add_member(const ClusterMember &member, const ClusterTurns &turns, const std::int64_t *components,
-                            const V *monomials, const V *centre_slopes, std::int64_t begin, int dimension, V *sums,
-                            V *scratch) {
-  V *factors[kMaxBodies];
-  int rows = 1;
-  for (int k = 0; k < member.n_bodies; ++k) {
-    const int degree = member.degrees[k], n = count_monomials(degree);
-    factors[k] = scratch;
-    if (k == member.centre) {
-      const V *slopes = centre_slopes + 3 * kMostMonomials * degree;
-      for (int a = 0; a < 3; ++a, scratch += n) turn_back(turns, degree, member.operation, slopes + a * n, scratch);
-    } else {
-      turn_back(turns, degree, member.operation, monomials + member.places[k], scratch);
-      scratch += n;
-    }
-    if (k + 1 < member.n_bodies) rows *= n;
-  }
-  const int last = member.n_bodies - 1, columns = count_monomials(member.degrees[last]);
-  for (int a = 0; a < 3; ++a, sums += dimension) {
-    // products of all factors but the last; each step writes from the end, so that it may work in place
-    V *product = scratch;
-    product[0] = V{} + 1.;
-    int size = 1;
-    for (int k = 0; k < last; ++k) {
-      const int n = count_monomials(member.degrees[k]);
-      const V *factor = factors[k] + (k == member.centre ? a * n : 0);
-      for (int i = size - 1; i >= 0; --i) {
-        const V left = product[i];
-        for (int j = n - 1; j >= 0; --j) product[i * n + j] = left * factor[j];
+// sums [rows, columns] += sum over members of left[member][rows] right[member][columns], `width` columns at a time.
+template <int width, int height>
+UBMD_INLINE void add_products(int n_members, int rows, int columns, const V *left, const V *const *right, V *sums) {
+  for (int j = 0; j < columns; j += width)
+    for (int r = 0; r < rows; r += height) {
+      V sum[height][width];
+      for (int i = 0; i < height; ++i)
+        for (int c = 0; c < width; ++c) sum[i][c] = sums[(r + i) * columns + j + c];
+      for (int m = 0; m < n_members; ++m) {
+        const V *a = left + m * rows + r, *v = right[m] + j;
+#pragma GCC unroll 16
+        for (int c = 0; c < width; ++c) {
+#pragma GCC unroll 4
+          for (int i = 0; i < height; ++i) sum[i][c] += a[i] * v[c];
+        }
       }
-      size *= n;
+      for (int i = 0; i < height; ++i)
+        for (int c = 0; c < width; ++c) sums[(r + i) * columns + j + c] = sum[i][c];
     }
-    const V *right = factors[last] + (last == member.centre ? a * columns : 0);
-    const std::int64_t *to = components;
-    for (int r = 0; r < rows; ++r) {
-      const V left = product[r];
-      for (int j = 0; j < columns; ++j) sums[*to++ - begin] += left * right[j];
+}
+
+// Turned monomials of the bodies of a member; returns the memory behind them.
+UBMD_INLINE V *turn_member(const ClusterOrbit &orbit, const ClusterMember &member, const ClusterTurns &turns,
+                           const V *monomials, const V *centre_slopes, const V *(&factors)[kMaxBodies], V *scratch) {
+  for (int k = 0; k < orbit.n_bodies; ++k) {
+    const int degree = orbit.degrees[k], n = count_monomials(degree);
+    const bool centre = k == member.centre;
+    const V *from = centre ? centre_slopes + 3 * kMostMonomials * degree : monomials + member.places[k];
+    factors[k] = scratch;
+    for (int a = 0; a < (centre ? 3 : 1); ++a, scratch += n)
+      turn_back(turns, degree, member.operation, from + a * n, scratch);
+  }
+  return scratch;
+}
+
+// Product of all factors but the last; each step writes from the end, so that it works in place.
+UBMD_INLINE void product_of_factors(const ClusterOrbit &orbit, const ClusterMember &member,
+                                    const V *const (&factors)[kMaxBodies], int axis, V *out) {
+  out[0] = V{} + 1.;
+  int size = 1;
+  for (int k = 0; k + 1 < orbit.n_bodies; ++k) {
+    const int n = count_monomials(orbit.degrees[k]);
+    const V *factor = factors[k] + (k == member.centre ? axis * n : 0);
+    for (int i = size - 1; i >= 0; --i) {
+      const V left = out[i];
+      for (int j = n - 1; j >= 0; --j) out[i * n + j] = left * factor[j];
     }
+    size *= n;
+  }
+}
+
+// Adds to sums [3, dimension] the derivatives of the products of the monomials of at most kMembers members.
+UBMD_INLINE void add_members(const ClusterOrbit &orbit, const ClusterMember *members, int n_members,
+                             const ClusterTurns &turns, const V *monomials, const V *centre_slopes, V *sums,
+                             V *scratch) {
+  const int last = orbit.n_bodies - 1, columns = count_monomials(orbit.degrees[last]), rows = orbit.dimension / columns;
+  Factors all;
+  for (int m = 0; m < n_members; ++m)
+    scratch = turn_member(orbit, members[m], turns, monomials, centre_slopes, all.factors[m], scratch);
+  for (int a = 0; a < 3; ++a, sums += orbit.dimension) {
+    for (int m = 0; m < n_members; ++m) {
+      product_of_factors(orbit, members[m], all.factors[m], a, scratch + m * rows);
+      all.right[m] = all.factors[m][last] + (last == members[m].centre ? a * columns : 0);
+    }
+    with_width(columns, [&]<int width>() {
+      if (width < 10 && rows % 3 == 0) {
+        add_products < width, width<10 ? 3 : 1>(n_members, rows, columns, scratch, all.right, sums);
+      } else {
+        add_products<width, 1>(n_members, rows, columns, scratch, all.right, sums);
+      }
+    });
   }
 }
 
@@ -409,8 +457,8 @@ UBMD_INLINE void to_raw(const ClusterOrbit &orbit, std::int64_t all_raw, const V
     });
 }
 
-void site_moments(const ClusterProgram &program, const ClusterTurns &turns, const std::int64_t *components,
-                  const Centres &all, double *out, char *scratch) {
+void site_moments(const ClusterProgram &program, const ClusterTurns &turns, const Centres &all, double *out,
+                  char *scratch) {
   V *monomials = reinterpret_cast<V *>(scratch), *centre_slopes = monomials + program.n_monomials;
   V *sums = centre_slopes + 3 * kMostMonomials * (kMaxDegree + 1), *rest = sums + 3 * program.largest_dimension;
   for_lanes(all, [&](const Centres &centres) {
@@ -420,10 +468,9 @@ void site_moments(const ClusterProgram &program, const ClusterTurns &turns, cons
     for (int n = 0; n < program.n_orbits; ++n) {
       const ClusterOrbit &orbit = program.orbits[n];
       for (int k = 0; k < 3 * orbit.dimension; ++k) sums[k] = V{};
-      for (int k = 0; k < orbit.n_members; ++k) {
-        const ClusterMember &member = orbit.members[k];
-        const std::int64_t *places = components + member.coefficient;
-        add_member(member, turns, places, monomials, centre_slopes, orbit.component, orbit.dimension, sums, rest);
+      for (int k = 0; k < orbit.n_members; k += kMembers) {
+        const int count = orbit.n_members - k < kMembers ? orbit.n_members - k : kMembers;
+        add_members(orbit, orbit.members + k, count, turns, monomials, centre_slopes, sums, rest);
       }
       to_raw(orbit, program.n_raw, sums, centres, out);
     }

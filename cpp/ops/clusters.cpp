@@ -18,8 +18,9 @@ using at::Tensor;
 
 // Bytes of monomials that `moments` keeps at a time, about what fits into the second level of cache.
 constexpr std::int64_t kTileBytes = 512 * 1024;
-// Bytes of intermediate results of `crystal_deviations`.
-constexpr std::int64_t kChunkBytes = 64 * 1024 * 1024;
+// Bytes of intermediate results of `crystal_deviations`; more would come from the system anew at every call. But no
+// fewer than kChunkSets sets of centres, for the products of matrices.
+constexpr std::int64_t kChunkBytes = 1024 * 1024, kChunkSets = 8;
 
 struct Free {
   void operator()(char *memory) const { std::free(memory); }
@@ -68,10 +69,10 @@ struct Block {
 //  3 operation of each cluster [N]         4 component of each coefficient [C] 5 D, p of each orbit [O, 2]
 //  6 raw coefficients, parameters [n, 2]   7 raw tensors                       8 raw coefficients by parameters
 //  9 first matrix row of each degree [8]  10 first element of each row        11, 12 columns, values of the elements
-// 13 blocks of members                    14 relative sites of their bodies   15 cluster of each member
+// 13 blocks of members                    14 relative sites of their bodies   15, 16 orbit, operation of each member
 struct ClusterTables {
   explicit ClusterTables(const std::vector<Tensor> &tables) : tables(tables) {
-    TORCH_CHECK(tables.size() == 16, "ubmd operators: clusters have 16 tables, not ", tables.size());
+    TORCH_CHECK(tables.size() == 17, "ubmd operators: clusters have 17 tables, not ", tables.size());
     for (std::size_t k = 0; k < tables.size(); ++k) k == 7 || k == 8 || k == 12 ? (void)real(k) : (void)integer(k);
     blocks = rows(1);
   }
@@ -173,17 +174,12 @@ class Program {
   void add_orbits(const ClusterTables &tables, const std::vector<Block> &blocks, std::int64_t sublattice) {
     const std::int64_t *shapes = tables.integer(5);
     const double *raw = tables.real(7);
-    std::vector<std::int64_t> starts;
-    std::int64_t component = 0;
     for (std::int64_t o = 0; o < tables.size(5); ++o) {
       ClusterOrbit orbit{};
-      orbit.component = component;
       orbit.dimension = int(shapes[2 * o]);
       orbit.n_raw = int(shapes[2 * o + 1]);
       orbit.raw = raw;
       orbit.raw_place = program_.n_raw;
-      starts.push_back(component);
-      component += orbit.dimension;
       raw += std::int64_t(orbit.dimension) * orbit.n_raw;
       program_.n_raw += orbit.n_raw;
       program_.largest_dimension = std::max(program_.largest_dimension, orbit.dimension);
@@ -193,9 +189,12 @@ class Program {
     for (const Block &block : blocks) {
       if (block.sublattice != sublattice) continue;
       for (std::int64_t i = block.begin; i < block.begin + block.count; ++i) {
-        const ClusterMember member = make_member(tables, block, i);
-        const std::int64_t at = tables.integer(4)[member.coefficient];
-        by_orbit[std::upper_bound(starts.begin(), starts.end(), at) - starts.begin() - 1].push_back(member);
+        const std::int64_t o = tables.integer(15)[i];
+        TORCH_CHECK_INDEX(o >= 0 && o < std::int64_t(orbits_.size()), "ubmd operators: a cluster has an unknown orbit");
+        orbits_[o].n_bodies = block.n_bodies;
+        std::copy(block.degrees.begin(), block.degrees.end(), orbits_[o].degrees);
+        TORCH_CHECK_INDEX(block.size == orbits_[o].dimension, "ubmd operators: a cluster doesn't fit its orbit");
+        by_orbit[o].push_back(make_member(tables, block, i));
       }
     }
     for (std::size_t o = 0; o < orbits_.size(); ++o) {
@@ -213,17 +212,10 @@ class Program {
 
   ClusterMember make_member(const ClusterTables &tables, const Block &block, std::int64_t row) const {
     ClusterMember member{};
-    member.n_bodies = block.n_bodies;
     member.centre = int(block.offset);
-    for (int k = 0; k < block.n_bodies; ++k) {
-      member.degrees[k] = block.degrees[k];
+    for (int k = 0; k < block.n_bodies; ++k)
       member.places[k] = place(tables.integer(14)[kMaxBodies * row + k], block.degrees[k]);
-    }
-    const std::int64_t cluster = tables.integer(15)[row];
-    member.operation = int(tables.integer(3)[cluster]);
-    for (const Block &home : tables.blocks)
-      if (cluster >= home.begin && cluster < home.begin + home.count)
-        member.coefficient = home.offset + (cluster - home.begin) * home.size;
+    member.operation = int(tables.integer(16)[row]);
     return member;
   }
 
@@ -486,7 +478,7 @@ Tensor crystal_deviations(const Tensor &species, const Tensor &first, const Tens
               " parameters must have as many rows, not ", factor.sizes());
   Tensor result = at::empty({species.size(0)}, displacement.options());
   const std::int64_t width = n_raw + 2 * n_parameters, lanes = kernels.lanes;
-  const std::int64_t most = std::max<std::int64_t>(1, kChunkBytes / (24 * width * lanes));  // sets of centres at once
+  const std::int64_t most = std::max(kChunkSets, kChunkBytes / (24 * width * lanes));  // sets of centres at once
   for (std::int64_t s = 0; s < tables.n_sublattices(); ++s) {
     if (sites.n_sets(s) == 0) continue;
     const Program program(tables, s, true);
@@ -503,8 +495,7 @@ Tensor crystal_deviations(const Tensor &species, const Tensor &first, const Tens
         const Memory scratch = vectors(kernels.scratch(program.get()));
         const Centres some{std::min(end * lanes, all.n) - begin * lanes, indices.data() + begin * lanes, edges.data(),
                            all.displacement};
-        kernels.site_moments(program.get(), tables.turns(), tables.integer(4), some, by_raw.mutable_data_ptr<double>(),
-                             scratch.get());
+        kernels.site_moments(program.get(), tables.turns(), some, by_raw.mutable_data_ptr<double>(), scratch.get());
       });
       const Tensor norms = projected_norms(by_parameters(by_raw, tables), factor, triangular).view({all.n, 3}).amax(1);
       const double *from = norms.const_data_ptr<double>();

@@ -32,20 +32,19 @@ struct ClusterGroup {
   std::int64_t coefficient;  // where the first cluster's coefficients begin
 };
 
-// A cluster that contains the centre.
+// A cluster that contains the centre; bodies are in the order of the orbit's prototype.
 struct ClusterMember {
-  int n_bodies, centre;      // the body that is the centre
-  int degrees[kMaxBodies];   // of the bodies
-  int places[kMaxBodies];    // where their monomials begin
-  int operation;             // from the prototype to the cluster
-  std::int64_t coefficient;  // where its coefficients begin
+  int centre;              // the body that is the centre
+  int places[kMaxBodies];  // where the monomials of the bodies begin
+  int operation;           // from the prototype to the cluster
 };
 
 // Members of one orbit, with the tensors that symmetry allows: raw [dimension, n_raw].
 struct ClusterOrbit {
+  int n_bodies;
+  int degrees[kMaxBodies];
   const ClusterMember *members;
   int n_members;
-  std::int64_t component;  // where the components of the orbit begin
   int dimension, n_raw;
   const double *raw;
   std::int64_t raw_place;  // where its raw coefficients begin
@@ -94,8 +93,7 @@ struct ClusterKernels {
                   char *scratch);
   std::int64_t (*moments_scratch)(const ClusterProgram &, int n_tiles);
   // Derivatives [n, 3, raw] of the energy by each centre's displacement and the raw coefficients.
-  void (*site_moments)(const ClusterProgram &, const ClusterTurns &, const std::int64_t *components, const Centres &,
-                       double *out, char *scratch);
+  void (*site_moments)(const ClusterProgram &, const ClusterTurns &, const Centres &, double *out, char *scratch);
   // y [rows] = M x, and y [columns] += x M, for M [rows, columns]; of triangular ones the left lower part is zero.
   void (*multiply)(std::int64_t rows, std::int64_t columns, const double *matrix, const double *x, double *y,
                    bool triangular);

@@ -200,7 +200,7 @@ def test_arguments_that_do_not_fit_are_refused():
         model.contract(species, first, displacement, model.coefficients[1:])
     with pytest.raises(RuntimeError, match="parameters"):
         model.directions(torch.zeros(3, dtype=torch.float64), True)
-    with pytest.raises(RuntimeError, match="16 tables"):
+    with pytest.raises(RuntimeError, match="17 tables"):
         torch.ops.ubmd.crystal_expand(model.theta, model.tables()[1:])
     with pytest.raises(RuntimeError, match="bias the structure's uncertainty"):
         model.feature_gradient([species, first, displacement], [], [], model.theta)

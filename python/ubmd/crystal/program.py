@@ -65,9 +65,10 @@ class Program:
         bodies: relative site of each body of each cluster [N, 6], -1 where there is none.
         operations: operation that takes the orbit's prototype to the cluster [N].
         components: component of the prototypes' tensors that each coefficient [C] comes from before it is turned.
-        members: all clusters that contain the centre, by block and by the body that is the centre.
+        members: all clusters that contain the centre, by block and by the body that is the centre; here bodies are in
+            the order of the orbit's prototype, so degrees needn't rise.
         member_bodies: relative sites [M, 6]; the centre is 0.
-        member_clusters: row of the cluster in `bodies` [M].
+        member_orbits, member_operations: orbit (row of `orbits`) and operation of each [M].
         orbits: components D and raw coefficients p of each orbit [O, 2], in the order of the basis.
         orders: raw coefficients and parameters of each order [n, 2].
         raw: tensors [D, p] of all orbits, one behind the other, as a vector.
@@ -82,7 +83,8 @@ class Program:
     components: np.ndarray
     members: list[Block]
     member_bodies: np.ndarray
-    member_clusters: np.ndarray
+    member_orbits: np.ndarray
+    member_operations: np.ndarray
     orbits: np.ndarray
     orders: np.ndarray
     raw: np.ndarray
@@ -115,7 +117,7 @@ class Program:
             blocks.append(Block(some[0].sublattice, first, count, offset, some[0].degrees))
             components += [c.components for c in some]
             offset += sum(len(c.components) for c in some)
-        members, member_bodies, member_clusters = _members(clusters, sites, index)
+        members, member_bodies, member_orbits, member_operations = _members(clusters, sites, index)
         parts = basis.parts
         return cls(
             sites=sites,
@@ -125,7 +127,8 @@ class Program:
             components=np.concatenate(components),
             members=members,
             member_bodies=member_bodies,
-            member_clusters=member_clusters,
+            member_orbits=member_orbits,
+            member_operations=member_operations,
             orbits=np.array([basis.shape for part in parts for basis in part.raw], dtype=np.int64),
             orders=np.array([part.parameters.shape for part in parts], dtype=np.int64),
             raw=np.concatenate([basis.ravel() for part in parts for basis in part.raw]),
@@ -141,6 +144,8 @@ class _Cluster:
     bodies: tuple[int, ...]  # relative sites of the anchor
     operation: int
     components: np.ndarray
+    orbit: int
+    prototype: tuple[tuple[int, ...], tuple[int, ...]]  # degrees and bodies in the order of the prototype
 
 
 @cache
@@ -186,7 +191,8 @@ def _turns(lattice: Lattice, degree: int) -> np.ndarray:
 
 
 def _sorted_clusters(basis: ClusterBasis, index: list[dict[int, int]]) -> list[_Cluster]:
-    clusters, start = [], 0
+    clusters: list[_Cluster] = []
+    start, number = 0, 0
     for part in basis.parts:
         for orbit, raw in zip(part.orbits, part.raw, strict=True):
             count, bodies = len(orbit.operations), len(orbit.sites)
@@ -194,13 +200,18 @@ def _sorted_clusters(basis: ClusterBasis, index: list[dict[int, int]]) -> list[_
             images = basis.lattice.images(operations, np.tile(orbit.sites, (count, 1, 1)))
             numbers = np.arange(start, start + len(raw)).reshape([_dimension(m) for m in orbit.multiplicity])
             for operation, keys in zip(orbit.operations.tolist(), encode(images), strict=True):
-                clusters.append(_cluster(orbit.multiplicity, operation, keys, numbers, index))
-            start += len(raw)
+                clusters.append(_cluster(number, orbit.multiplicity, operation, keys, numbers, index))
+            start, number = start + len(raw), number + 1
     return sorted(clusters, key=lambda c: (c.sublattice, c.degrees, c.bodies))
 
 
 def _cluster(
-    multiplicity: tuple[int, ...], operation: int, keys: np.ndarray, numbers: np.ndarray, index: list[dict[int, int]]
+    orbit: int,
+    multiplicity: tuple[int, ...],
+    operation: int,
+    keys: np.ndarray,
+    numbers: np.ndarray,
+    index: list[dict[int, int]],
 ) -> _Cluster:
     """A cluster with bodies in rising degree; among equal degrees nearer ones first, for many common beginnings."""
     keys = keys - anchor(keys.min())
@@ -213,25 +224,31 @@ def _cluster(
         bodies=tuple(places[k] for k in order),
         operation=operation,
         components=numbers.transpose(order).ravel(),
+        orbit=orbit,
+        prototype=(multiplicity, tuple(places)),
     )
 
 
 def _members(
     clusters: list[_Cluster], sites: list[np.ndarray], index: list[dict[int, int]]
-) -> tuple[list[Block], np.ndarray, np.ndarray]:
+) -> tuple[list[Block], np.ndarray, np.ndarray, np.ndarray]:
+    """Blocks, relative sites [M, 6], orbits [M] and operations [M] of all clusters that contain a centre."""
     rows = []
-    for number, cluster in enumerate(clusters):
-        keys = encode(sites[cluster.sublattice][list(cluster.bodies)])
+    for cluster in clusters:
+        degrees, bodies = cluster.prototype
+        keys = encode(sites[cluster.sublattice][list(bodies)])
         for k, key in enumerate(keys):
             moved = keys - anchor(key)
             sublattice = int(moved[k])
-            rows.append((sublattice, cluster.degrees, k, number, [index[sublattice][int(m)] for m in moved]))
-    rows.sort(key=lambda row: row[:4])
+            places = [index[sublattice][int(m)] for m in moved]
+            rows.append((sublattice, degrees, k, cluster.orbit, cluster.operation, places))
+    rows.sort()
     blocks = [
         Block(rows[first][0], first, count, rows[first][2], rows[first][1])
         for first, count in _runs([row[:3] for row in rows])
     ]
-    return blocks, _padded([row[4] for row in rows]), np.array([row[3] for row in rows], dtype=np.int64)
+    orbits, operations = (np.array([row[i] for row in rows], dtype=np.int64) for i in (3, 4))
+    return blocks, _padded([row[5] for row in rows]), orbits, operations
 
 
 def _runs(keys: list[tuple]) -> list[tuple[int, int]]:

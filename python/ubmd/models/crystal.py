@@ -46,7 +46,8 @@ class CrystalModel(nn.Module):
     operations: Tensor
     components: Tensor
     member_bodies: Tensor
-    member_clusters: Tensor
+    member_orbits: Tensor
+    member_operations: Tensor
     raw: Tensor
     parameter_map: Tensor
     centroids: Tensor
@@ -96,7 +97,7 @@ class CrystalModel(nn.Module):
         self.orbits: list[list[int]] = program.orbits.tolist()
         self.orders: list[list[int]] = program.orders.tolist()
         self.max_degree = len(program.turns)
-        for name in ("bodies", "operations", "components", "member_bodies", "member_clusters"):
+        for name in ("bodies", "operations", "components", "member_bodies", "member_orbits", "member_operations"):
             self.register_buffer(name, torch.from_numpy(getattr(program, name)))
         self.register_buffer("raw", _numbers(program.raw))
         self.register_buffer("parameter_map", _numbers(program.parameters))
@@ -133,7 +134,8 @@ class CrystalModel(nn.Module):
             self.turn_value,
             self.member_table,
             self.member_bodies,
-            self.member_clusters,
+            self.member_orbits,
+            self.member_operations,
         ]
 
     @torch.jit.export
@@ -373,15 +375,12 @@ class CrystalModel(nn.Module):
     def site_moments(self, u: Tensor, s: int) -> Tensor:
         """Derivatives [n, 3, D] by each centre's displacement of all orbits' moments, in the prototypes' frame."""
         monomials = self.monomials(u)
-        size = 0
-        for orbit in self.orbits:
-            size += orbit[0]
-        result = u.new_zeros([u.size(0), 3, size])
+        starts = torch.cumsum(self.orbit_table[:, 0], 0) - self.orbit_table[:, 0]
+        result = u.new_zeros([u.size(0), 3, int(self.orbit_table[:, 0].sum())])
         for block in self.members:
             if block[0] != s:
                 continue
             rows = slice(block[1], block[1] + block[2])
-            clusters = self.member_clusters[rows]
             factors = self.bodies_of(monomials, block, self.member_bodies[rows])
             centre = block[3]
             slope = self.slopes([value[:, :1] for value in monomials], block[4 + centre])[:, 0]  # [n, 3, D]
@@ -389,15 +388,14 @@ class CrystalModel(nn.Module):
             for a in range(3):
                 factors[centre] = slope[:, a].unsqueeze(1).expand(-1, block[2], -1)
                 axes.append(self.outer(factors))
-            places, products = self.turned_back(block, clusters, torch.stack(axes, 1))
-            result.index_add_(2, places, products)
+            products = self.turned_back(block, self.member_operations[rows], torch.stack(axes, 1))
+            places = starts[self.member_orbits[rows]].unsqueeze(1) + torch.arange(products.size(-1))
+            result.index_add_(2, places.flatten(), products.flatten(2))
         return result
 
-    def turned_back(self, block: list[int], clusters: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-        """Products [..., N, prod(D)] of clusters as moments [..., N prod(D)] of prototypes, and their components."""
-        operations = self.operations[clusters]
-        shape = list(products.shape[:-1])
-        shape[-1] = block[2] * products.size(-1)
+    def turned_back(self, block: list[int], operations: Tensor, products: Tensor) -> Tensor:
+        """Products [..., N, prod(D)] of the clusters of a block as moments of their prototypes."""
+        shape = products.shape
         left, right = 1, products.size(-1)
         for m in block[4:]:
             size = self.dimension(m)
@@ -405,19 +403,7 @@ class CrystalModel(nn.Module):
             shaped = products.reshape([-1, block[2], left, size, right])
             products = torch.einsum("zclir,cij->zcljr", shaped, self.turns[m - 1][operations])
             left = left * size
-        places = self.first_coefficient(clusters).unsqueeze(1) + torch.arange(left)
-        return self.components[places.flatten()], products.reshape(shape)
-
-    def first_coefficient(self, clusters: Tensor) -> Tensor:
-        """Where the coefficients of clusters begin."""
-        result = torch.zeros_like(clusters)
-        for block in self.blocks:
-            size = 1
-            for m in block[4:]:
-                size *= self.dimension(m)
-            inside = (clusters >= block[1]) & (clusters < block[1] + block[2])
-            result = torch.where(inside, block[3] + (clusters - block[1]) * size, result)
-        return result
+        return products.reshape(shape)
 
     # Between parameters and coefficients
 
@@ -460,14 +446,12 @@ class CrystalModel(nn.Module):
         """Derivatives by the parameters [p] from those by the coefficients [C]: the transpose of `expand`."""
         if self.operators:
             return torch.ops.ubmd.crystal_reduce(moments, self.tables())
-        size = 0
-        for orbit in self.orbits:
-            size += orbit[0]
-        tensors = moments.new_zeros([size])
+        tensors = moments.new_zeros([int(self.orbit_table[:, 0].sum())])
         for block in self.blocks:
-            clusters = torch.arange(block[1], block[1] + block[2])
-            places, products = self.turned_back(block, clusters, self.table(block, moments).flatten(1))
-            tensors.index_add_(0, places, products)
+            products = self.table(block, moments).flatten(1)
+            operations = self.operations[block[1] : block[1] + block[2]]
+            places = self.components[block[3] : block[3] + products.numel()]
+            tensors.index_add_(0, places, self.turned_back(block, operations, products).flatten())
         return self.project(tensors)
 
     def project(self, tensors: Tensor) -> Tensor:
