@@ -32,7 +32,8 @@ from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.settings import load_settings
 
-EVERY = 50  # steps between rows of the log
+EVERY = 20  # steps between rows of the log
+GUARD = "away from its site"  # words of pair_style ubmd's message
 SETTLED = 0.25  # share of the thermostatted run that doesn't count for the mean temperature
 
 SCRIPT = """\
@@ -60,7 +61,7 @@ run {free}
 
 def simulate(name: str, model: Path, temperature: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """One run, unless it is there; its summary."""
-    folder = arguments.out / f"{name}_{temperature:g}K"
+    folder = arguments.out / f"{re.sub(r'[^a-zA-Z0-9.]+', '_', name)}_{temperature:g}K"
     done = folder / "summary.json"
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
@@ -118,7 +119,7 @@ def summarise(log: str, step: float, arguments: argparse.Namespace) -> dict[str,
         drift = float(np.polyfit(step * free[:, 0], energy, 1)[0])
     return {
         "reached": float(time[-1]) if len(rows) else 0.0,
-        "error": error.group(1).split(" (src")[0] if error else "",
+        "error": re.sub(r" \([^ ]*\.cpp:\d+\)$", "", error.group(1)) if error else "",
         "mean_temperature": float(warm[:, 1].mean()) if len(warm) else None,
         "drift": drift,
         "largest": float(rows[:, 3].max()) if len(rows) else None,
@@ -143,7 +144,7 @@ def table(runs: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> str:
     for run in runs:
         numbers = [(run["largest"], ".2f"), (run["mean_temperature"], ".0f"), (run["drift"], ".1e")]
         cells = ["-" if value is None else format(value, form) for value, form in numbers]
-        event = "none" if not run["error"] else "yes" if "guard" in run["error"] else run["error"]
+        event = "none" if not run["error"] else "yes" if GUARD in run["error"] else run["error"]
         lines.append(
             f"| {run['name']} | {run['temperature']:g} | {run['reached']:.1f} | {event} | {' | '.join(cells)} |"
         )

@@ -130,6 +130,8 @@ def test_set(work: Work, temperature: float) -> list[Atoms]:
 
 
 def _sampled(work: Work, name: str, temperature: float, seed: int, frames: int) -> list[Atoms]:
+    if work.settings.reference.cache is not None:  # labels that are worth keeping are too slow for dynamics
+        raise SystemExit(f"There is no {name}.extxyz in {work.folders[0]}: make it with labels.py, or use --no-md.")
     sampling = SamplingSettings(
         temperature=temperature,
         frames=frames,

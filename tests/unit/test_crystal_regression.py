@@ -9,8 +9,6 @@ from ubmd.crystal.convergence import below_noise, converged, determined, little_
 from ubmd.crystal.regression import (
     NormalEquations,
     Posterior,
-    calibrate_energies,
-    calibrate_forces,
     fit,
     posterior_at,
     predicted_drops,
@@ -348,30 +346,6 @@ def test_orders_that_the_labels_do_not_see_stay_open() -> None:
     assert max(ratios[0.5]) < 1.5
     assert np.median(ratios[0.5]) > 0.3
     assert max(ratios[0.0]) > 3.0
-
-
-def test_conformal_factors_cover_fresh_structures() -> None:
-    """Deviations that are ten times too small are made to cover 90 % of the largest errors of fresh structures."""
-    teacher = Teacher(9, 0.0)
-    good = posterior_at(teacher.equations(1), {o: w**-2.0 for o, w in WIDTHS.items()}, {"forces": 1e4})
-    posterior = Posterior(good.parameter_orders, good.mean, 0.1 * good.factor, good.alpha, good.beta, 0.0)
-    held_out = [teacher.structure(9) for _ in range(150)]
-    for largest in (True, False):
-        scale = calibrate_forces(posterior, held_out, alpha=0.1, largest=largest)
-        assert scale.count == (150 if largest else 150 * 9)
-        assert scale.scale > 5.0
-    q = calibrate_forces(posterior, held_out, alpha=0.1).scale
-    inside = [
-        np.abs(y - posterior.forces(a)).max() <= q * posterior.bayesian_error(a)
-        for a, y in (teacher.structure(9) for _ in range(300))
-    ]
-    assert 0.83 < np.mean(inside) < 0.97
-    phi, energies = teacher.structure(100)
-    scale = calibrate_energies(posterior, phi, energies, alpha=0.1)
-    covered = np.abs(energies - posterior.energy(phi)) <= scale.scale * posterior.energy_deviation(phi) * (1 + 1e-6)
-    assert covered.sum() == 91  # ceil(101 x 0.9)
-    with pytest.raises(DataError):
-        calibrate_forces(posterior, [])
 
 
 def test_save_and_load(tmp_path: Path) -> None:

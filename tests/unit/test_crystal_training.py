@@ -19,7 +19,15 @@ from ubmd.cli.train import register
 from ubmd.crystal.basis import ClusterBasis
 from ubmd.crystal.lattice import Lattice
 from ubmd.crystal.regression import NormalEquations, Posterior, fit
-from ubmd.crystal.training import cached_basis, calibrated_forces, errors_of, fit_crystal, frames
+from ubmd.crystal.training import (
+    Errors,
+    cached_basis,
+    calibrated_energies,
+    calibrated_forces,
+    errors_of,
+    fit_crystal,
+    frames,
+)
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import DataError
 from ubmd.references.lammps import LAMMPS
@@ -179,18 +187,55 @@ def test_a_teacher_is_learnt_and_errors_are_as_large_as_expected(trained, count)
         atoms.calc = SinglePointCalculator(atoms, forces=forces)
         return atoms
 
-    training, validation = ([labelled_by_teacher() for _ in range(n)] for n in (count, 8))
+    training, validation, fresh = ([labelled_by_teacher() for _ in range(n)] for n in (count, 8, 8))
     crystal = CrystalSettings(structure=Path("unused"), cutoffs=CUTOFFS)
     result = fit_crystal(basis, training, validation, crystal, UncertaintySettings(alpha=0.1))
     assert result.posterior.noise == pytest.approx(noise, rel=0.1)
     assert result.validation.z_score(result.posterior.noise) == pytest.approx(1.0, abs=0.1)
     assert result.validation.force_rmse < 2.0 * noise
+    later = errors_of(basis, result.posterior, frames(basis.lattice, fresh), 0.0)
+    assert 0.84 < np.mean(later.atom_error <= result.force_scale.scale * later.atom_deviation) < 0.96
     # without the noise the epistemic deviation alone has to account for the errors
     exact = [
         replace(frame, forces=basis.forces(teacher, frame.displacements, frame.supercell))
         for frame in frames(basis.lattice, validation)
     ]
     assert errors_of(basis, result.posterior, exact, 0.0).z_score(0.0) == pytest.approx(1.0, abs=0.35)
+
+
+@pytest.mark.parametrize("by", ["atom", "structure"])
+def test_conformal_factors_cover_fresh_structures(by):
+    """Deviations that are ten times too small are made to cover 90 % of errors, of atoms or of structures' maxima."""
+    rng = np.random.default_rng(3)
+    settings = UncertaintySettings(alpha=0.1, atoms_by=by)
+
+    def errors(count: int) -> Errors:
+        deviations = np.exp(rng.normal(-3.0, 1.0, (count, 1, 1))) * rng.uniform(0.5, 1.0, (count, 5, 3))
+        forces = 10.0 * deviations * rng.standard_normal((count, 5, 3))
+        energy_u = rng.uniform(0.1, 1.0, count)
+        return Errors(
+            forces.reshape(-1, 3),
+            deviations.reshape(-1, 3),
+            1.0,
+            np.full(count, 5),
+            10.0 * energy_u * rng.standard_normal(count),
+            energy_u,
+            np.full(count, 5),
+        )
+
+    held_out, fresh = errors(200), errors(400)
+    scale = calibrated_forces(held_out, settings)
+    assert scale.count == (200 if by == "structure" else 1000)
+    assert 8.0 < scale.scale < 30.0
+    error, u = fresh.atom_error, fresh.atom_deviation
+    if by == "structure":
+        np.testing.assert_array_equal(fresh.largest(u), u.reshape(-1, 5).max(1))
+        error, u = fresh.largest(error), fresh.largest(u)
+    assert np.mean(error <= scale.scale * u) == pytest.approx(0.9, abs=0.05)
+    energies = calibrated_energies(held_out, settings)
+    assert energies is not None
+    covered = np.abs(fresh.energies) <= energies.scale * fresh.energy_deviations
+    assert np.mean(covered) == pytest.approx(0.9, abs=0.06)
 
 
 def test_what_is_printed(trained):

@@ -144,15 +144,28 @@ def trajectory_figure(
         axes.set_yscale("log")
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
-        axes.set_xlim(0.0, None)
+    early = _is_early(panels)
     for axes in grid[: len(panels)]:
-        log_ticks(axes, x=False)
+        if early:
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(0.0, None)
+        log_ticks(axes, x=early)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.supxlabel("Time of the trajectory (ps)", fontsize=10)
     figure.supylabel("Largest force uncertainty (eV/Å)", fontsize=10)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return save(figure, path)
+
+
+def _is_early(panels: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike, ArrayLike]]) -> bool:
+    """Whether most requests are so early that a linear axis of time would pile them up."""
+    shares = [
+        np.asarray(calls, dtype=float) / float(np.max(time)) for time, *_, calls in panels.values() if np.size(time)
+    ]
+    joined = np.concatenate([np.ravel(share) for share in shares] or [np.zeros(0)])
+    return len(joined) > 2 and float(np.median(joined)) < 0.08
 
 
 def signals_figure(

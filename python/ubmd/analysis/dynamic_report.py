@@ -185,6 +185,14 @@ def _calibration(report: Document, data: _Run) -> None:
         f"{len(u)} labels: the largest error of a force component is {ratio:.2f} times the predicted one (median), and "
         f"at most the predicted one for {100 * share_covered(e, u):.0f} %; rank correlation {spearman(u, e):.2f}."
     )
+    if data.is_crystal:
+        components = 3 * len(read_structures(data.folder.dataset)[0])
+        deviations, noise = np.sqrt(2 * np.log(components)), data.last["model"]["noise"]
+        section.text(
+            "The Bayesian error is the largest standard deviation of a force component. Of "
+            f"{components} normal errors the largest is about {deviations:.1f} deviations, and true errors also hold "
+            f"the noise or truncation floor ({noise:.4f} eV/Å per component)."
+        )
     conformal = data.last.get("conformal")
     if conformal:
         section.text(

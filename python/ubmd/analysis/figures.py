@@ -494,7 +494,8 @@ def _cloud(
     if log:
         axes.set(xscale="log", yscale="log")
     if np.size(x) <= _HEXBIN_FROM:
-        axes.plot(np.asarray(x), np.asarray(y), "o", color=BLUE, markersize=3.5, alpha=0.45, markeredgewidth=0)
+        size, alpha = (3.5, 0.45) if np.size(x) > 60 else (5.5, 0.8)
+        axes.plot(np.asarray(x), np.asarray(y), "o", color=BLUE, markersize=size, alpha=alpha, markeredgewidth=0)
         return
     scale: Literal["linear", "log"] = "log" if log else "linear"
     limits = tuple(np.log10(extent)) if log else extent

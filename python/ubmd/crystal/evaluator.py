@@ -57,7 +57,9 @@ class CrystalEvaluator:
     def predict(self, atoms: Atoms) -> Prediction:
         """Energy, forces, stress and uncertainties of one structure.
 
-        The stress is that beyond the ideal crystal's own, which structures in a fixed cell say nothing about.
+        The stress is that beyond the ideal crystal's own, which structures in a fixed cell say nothing about. It needs
+        force constants at their true distances: labels of boxes smaller than their range fold them, and the stress
+        then follows shifts of the sublattices against each other badly.
 
         Raises:
             DataError: the box doesn't hold the crystal, or an atom is further from its site than the force constants

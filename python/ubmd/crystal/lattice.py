@@ -290,7 +290,7 @@ class Placement:
         return (
             np.array_equal(atoms.numbers, self.supercell.lattice.numbers[self.supercell.sublattice])
             and bool(atoms.pbc.all())
-            and np.allclose(np.array(atoms.cell), self.cell, rtol=0.0, atol=1e-6)
+            and np.allclose(np.array(atoms.cell), self.cell, rtol=0.0, atol=1e-5)
         )
 
     def displacements(self, atoms: Atoms) -> np.ndarray:

@@ -11,7 +11,7 @@ below 1 however few data there are, and orders whose columns differ by many powe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import scipy.linalg as sl  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike, NDArray
 
 from ubmd.errors import DataError, ModelError
-from ubmd.uncertainty.conformal import ConformalScale, conformal_scale
 
 Array = NDArray[np.float64]
 CHANNELS = ("forces", "energies", "stresses")
@@ -372,37 +371,6 @@ def select_batch(
         rows = [shrink(z, chosen, beta) for z in rows]
         stacked = (shrink(stacked[0], chosen, beta), stacked[1])
     return picks
-
-
-def calibrate_forces(
-    posterior: Posterior, held_out: Iterable[tuple[ArrayLike, ArrayLike]], alpha: float = 0.05, largest: bool = True
-) -> ConformalScale:
-    """Conformal factor of the epistemic force deviations from labelled structures that were not trained on.
-
-    Args:
-        posterior: the fitted one.
-        held_out: pairs of force matrix [3n, P] and forces [3n] or [n, 3].
-        alpha: share of errors that may exceed scale x deviation.
-        largest: one ratio per structure (largest error over Bayesian error; structures are exchangeable, the components
-            of one structure are not) instead of one per force component.
-    """
-    errors: list[Array] = []
-    uncertainties: list[Array] = []
-    for matrix, labels in held_out:
-        error = np.abs(np.asarray(labels, dtype=float).ravel() - posterior.forces(matrix))
-        u = posterior.force_deviations(matrix)
-        errors.append(error.max(keepdims=True) if largest else error)
-        uncertainties.append(u.max(keepdims=True) if largest else u)
-    empty = [np.zeros(0)]
-    return conformal_scale(np.concatenate(errors or empty), np.concatenate(uncertainties or empty), alpha)
-
-
-def calibrate_energies(
-    posterior: Posterior, features: ArrayLike, energies: ArrayLike, alpha: float = 0.05
-) -> ConformalScale:
-    """Conformal factor of σ_E from held-out features [S, P] and energies E - E0 [S] (eV)."""
-    errors = np.asarray(energies, dtype=float) - posterior.energy(features)
-    return conformal_scale(errors, posterior.energy_deviation(features), alpha)
 
 
 def _factorise(matrix: Array) -> tuple[Array, float, Array]:

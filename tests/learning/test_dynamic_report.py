@@ -1,0 +1,111 @@
+"""The report of a dynamic run: every section, on a run that is real and small, and on half a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from silicon import make_settings, write_inputs
+
+from ubmd.analysis.dynamic_report import make_dynamic_report
+from ubmd.crystal.basis import ClusterBasis
+from ubmd.crystal.regression import Posterior
+from ubmd.data.structures import read_structures
+from ubmd.errors import DataError
+from ubmd.learning import RunFolder
+from ubmd.learning.dynamic.engine import run
+
+PICTURES = {"learning_curve", "calibration", "trajectories", "signals", "orders", "phonons"}
+SECTIONS = [
+    "Result",
+    "Errors against reference calls",
+    "Predicted against true error",
+    "Errors along the trajectories",
+    "Convergence without further labels",
+    "Orders",
+    "Phonons and elastic constants",
+    "Labels",
+    "Rejected labels",
+    "Time",
+    "Settings that are not defaults",
+    "All settings",
+    "Provenance",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("report")
+    write_inputs(folder, folder / "run")
+    return RunFolder(run(make_settings(folder / "run"), folder))
+
+
+def rows_of(text: str, section: str) -> list[list[str]]:
+    """Cells of the first table of a section, without its head."""
+    part = text.split(f"## {section}\n")[1].split("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_every_section_is_there(finished: RunFolder) -> None:
+    files = make_dynamic_report(finished.path)
+    assert {path.stem for path in files if path.suffix == ".png"} == PICTURES
+    assert all(path.exists() for path in files)
+    text = (finished.report / "report.md").read_text()
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
+    page = (finished.report / "report.html").read_text()
+    assert page.count("data:image/png") == len(PICTURES)
+
+
+def test_numbers_are_those_of_the_files(finished: RunFolder) -> None:
+    make_dynamic_report(finished.path)
+    text, last = (finished.report / "report.md").read_text(), finished.read_history()[-1]
+    posterior = Posterior.load(finished.path / "posterior.npz")
+    orders = rows_of(text, "Orders")
+    assert [int(row[0]) for row in orders] == [2, 3]
+    assert [int(row[2]) for row in orders] == list(posterior.counts.values())
+    assert [float(row[3]) for row in orders] == pytest.approx(list(posterior.gamma.values()), abs=0.06)
+    labels = rows_of(text, "Labels")
+    dataset = read_structures(finished.dataset)
+    assert [int(row[0]) for row in labels] == list(range(last["labels"]))
+    assert [row[1] for row in labels] == [atoms.info["rule"] for atoms in dataset[: last["labels"]]]
+    assert f"{last['test']['force_rmse']:.5f} eV/Å" in text
+    assert last["ended"]["reason"] in text
+
+
+def test_shares_of_the_orders(finished: RunFolder) -> None:
+    """Against the force matrix of the same frames: shares are ratios of rms forces."""
+    from ubmd.analysis.dynamic_report import _order_shares, _Run, _structures
+
+    data = _Run(finished)
+    shares, what = _order_shares(data)
+    assert set(shares) == {"300 K", "900 K"}
+    assert "newest trajectories" in what
+    basis = ClusterBasis.load(finished.path / "basis.npz")
+    parameters = Posterior.load(finished.path / "posterior.npz").mean
+    for name, frames in _structures(data)[0].items():
+        matrix = np.concatenate([basis.force_matrix(atoms, basis.supercell(frames[0])) for atoms in frames])
+        whole = np.linalg.norm(matrix @ parameters)
+        for order in (2, 3):
+            one = np.linalg.norm(matrix @ (parameters * (basis.parameter_orders == order)))
+            assert shares[name][order] == pytest.approx(one / whole, rel=1e-9)
+    assert shares["900 K"][3] > shares["300 K"][3]
+
+
+def test_half_a_run_and_no_run(finished: RunFolder, tmp_path: Path) -> None:
+    """A report can be made at any time: here after the first round, without test errors, signals and pieces."""
+    half = RunFolder(tmp_path)
+    for name in ("settings.toml", "manifest.json", "dataset.extxyz", "basis.npz", "posterior.npz"):
+        (tmp_path / name).write_bytes((finished.path / name).read_bytes())
+    entry = finished.read_history()[0] | {"signals": [], "asked": [], "test": None}
+    half.history.write_text(json.dumps([entry]))
+    files = make_dynamic_report(tmp_path)
+    assert {path.stem for path in files if path.suffix == ".png"} == {"learning_curve", "orders", "phonons"}
+    assert "on the labels" in (half.report / "report.md").read_text()
+    half.history.unlink()
+    assert "No round has finished" in make_dynamic_report(tmp_path)[0].read_text()
+    with pytest.raises(DataError, match="no run"):
+        make_dynamic_report(tmp_path / "empty")
