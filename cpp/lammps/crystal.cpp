@@ -533,7 +533,6 @@ void Crystal::locate(int n_local, const double *positions, const std::vector<std
     }
   first_.assign(1, 0);
   ends_.clear();
-  end_elements_.clear();
   for (std::size_t k = 0; k < centres_.size(); ++k) {
     const auto &centre = images[centres_[k]];
     for (const auto &site : lattice_.sites[sublattices_[k]]) {
@@ -542,7 +541,6 @@ void Crystal::locate(int n_local, const double *positions, const std::vector<std
         throw Error("an atom on a site near atom " + std::to_string(tags[centres_[k]]) +
                     " is not among the neighbours of this processor: give a larger 'comm_modify cutoff'");
       ends_.push_back(end);
-      end_elements_.push_back(lattice_.species[site[3]]);
     }
     first_.push_back(static_cast<std::int64_t>(ends_.size()));
   }
@@ -576,24 +574,24 @@ Crystal::Largest Crystal::centre(const Vector &mean) {
   return largest;
 }
 
-void Crystal::build(Block &block, std::size_t begin, std::size_t end, const double *positions) const {
+void Crystal::build(Block &block, std::size_t begin, std::size_t end) const {
   block.of_sites = true;
   block.centres.assign(centres_.begin() + begin, centres_.begin() + end);
   block.species.assign(sublattices_.begin() + begin, sublattices_.begin() + end);
   block.first.resize(end - begin + 1);
   for (std::size_t k = begin; k <= end; ++k) block.first[k - begin] = first_[k] - first_[begin];
-  block.ends.assign(ends_.begin() + first_[begin], ends_.begin() + first_[end]);
-  block.neighbours.assign(end_elements_.begin() + first_[begin], end_elements_.begin() + first_[end]);
-  block.vectors.resize(3 * block.ends.size());
-  block.displacements.resize(3 * block.ends.size());
-  for (std::size_t n = 0; n < block.centres.size(); ++n) {
-    const double *centre = positions + 3 * block.centres[n];
-    for (auto e = block.first[n]; e < block.first[n + 1]; ++e)
-      for (int k = 0; k < 3; ++k) {
-        const auto from = 3 * static_cast<std::size_t>(block.ends[e]) + k;
-        block.vectors[3 * e + k] = positions[from] - centre[k];
-        block.displacements[3 * e + k] = displacements_[from];
-      }
+  const auto start = static_cast<std::size_t>(first_[begin]), n = static_cast<std::size_t>(first_[end]) - start;
+  // never smaller: steady steps neither allocate nor clear memory
+  if (block.ends.size() < n) {
+    block.ends.resize(n);
+    block.neighbours.resize(n);
+    block.displacements.resize(3 * n);
+  }
+  for (std::size_t e = 0; e < n; ++e) {
+    const int atom = ends_[start + e];
+    const double *u = displacements_.data() + 3 * static_cast<std::size_t>(atom);
+    block.ends[e] = atom;
+    for (int k = 0; k < 3; ++k) block.displacements[3 * e + k] = u[k];
   }
 }
 
@@ -612,7 +610,7 @@ double Crystal::bytes() const {
   return static_cast<double>(tags_.capacity() * (sizeof(std::int64_t) + sizeof(Site)) +
                              (homes_.capacity() + displacements_.capacity()) * sizeof(double) +
                              (ends_.capacity() + centres_.capacity() + sublattices_.capacity()) * sizeof(int) +
-                             (first_.capacity() + end_elements_.capacity()) * sizeof(std::int64_t));
+                             (first_.capacity()) * sizeof(std::int64_t));
 }
 
 }  // namespace ubmd

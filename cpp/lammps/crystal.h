@@ -112,8 +112,8 @@ class Crystal {
   Largest centre(const Vector &mean);
   // Displacements [n_all, 3] after centre(), in the model's frame.
   const std::vector<double> &displacements() const { return displacements_; }
-  // The block of centres begin to end - 1 (of centres()).
-  void build(Block &block, std::size_t begin, std::size_t end, const double *positions) const;
+  // The block of centres begin to end - 1 (of centres()), without vectors and elements of neighbours.
+  void build(Block &block, std::size_t begin, std::size_t end) const;
   // Turn vectors [n, 3] from the model's frame into the box's.
   void turn_back(const double *vectors, std::size_t n, double *turned) const;
 
@@ -140,10 +140,9 @@ class Crystal {
   std::vector<double> homes_;          // [n_all, 3] ideal positions, the image next to the atom
   std::vector<double> displacements_;  // [n_all, 3]
   std::vector<int> centres_;
-  std::vector<int> sublattices_;            // of each centre
-  std::vector<std::int64_t> first_;         // of each centre, into the next ones
-  std::vector<int> ends_;                   // atom on each site of a centre
-  std::vector<std::int64_t> end_elements_;  // its species
+  std::vector<int> sublattices_;     // of each centre
+  std::vector<std::int64_t> first_;  // of each centre, into the next ones
+  std::vector<int> ends_;            // atom on each site of a centre
 };
 
 }  // namespace ubmd

@@ -43,7 +43,7 @@ struct Block {
   std::vector<int> ends;                 // [P] atom index of a pair's neighbour
   std::vector<double> vectors;           // [P, 3] x_neighbour - x_centre, Å
   // Of a crystal a centre's pairs are its sites (itself among them), and the energy depends on the displacements of the
-  // atoms there from the ideal crystal, in the model's own frame, instead of the vectors.
+  // atoms there from the ideal crystal, in the model's own frame; vectors and neighbours aren't filled.
   bool of_sites = false;
   std::vector<double> displacements;  // [P, 3] Å
 

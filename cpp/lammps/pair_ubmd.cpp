@@ -199,7 +199,7 @@ void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, s
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
     if (crystal_)
-      crystal_->build(piece.block, begin, end, atoms().positions);
+      crystal_->build(piece.block, begin, end);
     else
       piece.block.build(atoms(), neighbours(), who_, begin, end, model_->metadata().cutoff);
   }
@@ -273,15 +273,17 @@ void PairUBMD::tally(const Piece &piece) {
 void PairUBMD::tally_virial(const Piece &piece) {
   static const int rows[9] = {0, 1, 2, 0, 0, 1, 1, 2, 2};
   static const int columns[9] = {0, 1, 2, 1, 2, 2, 0, 0, 1};
-  for (std::int64_t e = 0; e < piece.block.n_pairs(); ++e) {
-    const int j = piece.block.ends[e];
-    const double *r = piece.block.vectors.data() + 3 * e;
-    const double *g = piece.result.gradient.data() + 3 * e;
-    if (vflag_atom)
-      for (int k = 0; k < 6; ++k) vatom[j][k] -= r[rows[k]] * g[columns[k]];
-    if (cvflag_atom)
-      for (int k = 0; k < 9; ++k) cvatom[j][k] -= r[rows[k]] * g[columns[k]];
-  }
+  for (std::size_t i = 0; i < piece.block.centres.size(); ++i)
+    for (auto e = piece.block.first[i]; e < piece.block.first[i + 1]; ++e) {
+      const int j = piece.block.ends[e];
+      const double *centre = atom->x[piece.block.centres[i]], *end = atom->x[j];
+      const double r[3] = {end[0] - centre[0], end[1] - centre[1], end[2] - centre[2]};
+      const double *g = piece.result.gradient.data() + 3 * e;
+      if (vflag_atom)
+        for (int k = 0; k < 6; ++k) vatom[j][k] -= r[rows[k]] * g[columns[k]];
+      if (cvflag_atom)
+        for (int k = 0; k < 9; ++k) cvatom[j][k] -= r[rows[k]] * g[columns[k]];
+    }
 }
 
 void PairUBMD::request(const ubmd::Request &request) {
