@@ -186,22 +186,23 @@ class Potential(Calculator):
 
     def calculate(self, atoms: Any = None, properties: Any = ("forces",), system_changes: Any = all_changes) -> None:
         super().calculate(atoms, properties, system_changes)
-        far = np.linalg.norm(self.supercell.displacements(self.atoms), axis=1).max()
+        moved = self.supercell.displacements(self.atoms)
+        far = np.linalg.norm(moved - moved.mean(axis=0), axis=1).max()
         if far > self.guard:
             sys.exit(f"An atom is {far:.2f} Å from its site: the potential of the dynamics needs more or other labels.")
         self.results = {"forces": self.basis.forces(self.parameters, self.atoms, self.supercell)}
 
 
 def trajectory(work: Work, potential: Potential, temperature: float, count: int, seed: int) -> list[Atoms]:
-    """Frames of Langevin dynamics from the ideal crystal, without a drift of the whole."""
+    """Frames of Langevin dynamics from the ideal crystal."""
     rng = np.random.default_rng([seed, round(temperature)])
     atoms = work.box()
     atoms.calc = potential
     width = np.sqrt(2.0 * units.kB * temperature * atoms.get_masses())  # half goes into displacements
-    momenta = width[:, None] * rng.standard_normal((len(atoms), 3))
-    atoms.set_momenta(momenta - momenta.mean(axis=0))
+    atoms.set_momenta(width[:, None] * rng.standard_normal((len(atoms), 3)))
     step = work.settings.dynamic.timestep * units.fs
-    dynamics = Langevin(atoms, step, temperature_K=temperature, friction=FRICTION / units.fs, rng=rng)
+    friction = FRICTION / units.fs
+    dynamics = Langevin(atoms, step, temperature_K=temperature, friction=friction, fixcm=False, rng=rng)
     dynamics.run(EQUILIBRATION)
     frames = []
     for _ in range(count):
