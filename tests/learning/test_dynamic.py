@@ -203,6 +203,8 @@ KILLS = [
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_kill_9_in_every_stage_changes_nothing(finished: RunFolder, tmp_path: Path) -> None:
     settings = write_inputs(tmp_path, tmp_path / "run")
+    # two workers, where the uninterrupted run had one
+    settings.write_text(tomli_w.dumps(settings_table(tmp_path / "run") | {"workers": {"processes": 2}}))
     folder = RunFolder(tmp_path / "run")
     for wanted, passes in KILLS:
         assert start_driver(settings, wanted, passes) == -signal.SIGKILL, wanted
@@ -441,9 +443,9 @@ def test_networks_learn_dynamically_too(tmp_path: Path) -> None:
             "labels": 6,
             "warm_epochs": 4,
             "batch": 1,
-            "trigger": {"maximum": 3.0, "factor": 1.2},
+            "trigger": {"maximum": 3.0},
         },
-        "workers": {"processes": 2},
+        "workers": {"processes": 1},
     }
     (tmp_path / "settings.toml").write_text(tomli_w.dumps(table))
     assert start_driver(tmp_path / "settings.toml", {"event": "label_appended", "round": 0}, 0) == -signal.SIGKILL
@@ -460,7 +462,9 @@ def test_networks_learn_dynamically_too(tmp_path: Path) -> None:
     assert all(entry["signals"] == [] for entry in history)
     table["run_dir"] = str(tmp_path / "again")
     run(DynamicRunSettings.model_validate(table), tmp_path)
-    assert (tmp_path / "again" / "dataset.extxyz").read_bytes() == folder.dataset.read_bytes()
+    for one, other in zip(read_structures(tmp_path / "again" / "dataset.extxyz"), dataset, strict=True):
+        assert one.info == other.info
+        assert one.positions == pytest.approx(other.positions, abs=1e-9)  # energies of EMT differ by rounding, too
 
 
 def test_errors_are_finite_numbers_or_null(finished: RunFolder) -> None:
