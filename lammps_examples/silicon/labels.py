@@ -245,7 +245,10 @@ def table(work: Work) -> None:
     for path in sorted(work.folder.glob("*.extxyz.xz")):
         structures = read_structures(path, labelled=True)
         forces = np.array([atoms.get_forces() for atoms in structures])
-        print(f"{path.name}: {len(structures)} x {structures[0].symbols}, rms force {np.sqrt(np.mean(forces**2)):.3f}")
+        print(
+            f"{path.name}: {len(structures)} x {structures[0].symbols.formula:metal}, "
+            f"rms force {np.sqrt(np.mean(forces**2)):.3f} eV/Å"
+        )
 
 
 def read_provenance(work: Work) -> dict[str, Any]:
