@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator, all_changes
 from ase.md.langevin import Langevin
+from scipy.optimize import nnls
 
 from ubmd import __version__
 from ubmd.crystal.basis import ClusterBasis
@@ -157,8 +158,43 @@ def fitted(work: Work, structures: list[Atoms]) -> tuple[ClusterBasis, Supercell
     for atoms in structures:
         equations.add(basis.force_matrix(atoms, supercell), atoms.get_forces())
     posterior = fit(equations)
+    if work.arguments.stable is not None:
+        posterior = replace(posterior, mean=stabilised(basis, supercell, posterior, work.arguments.stable))
     print(f"potential of {len(structures)} labels: {basis.n_parameters} parameters, noise {posterior.noise:.4f} eV/Å")
     return basis, supercell, posterior
+
+
+def stabilised(basis: ClusterBasis, supercell: Supercell, posterior: Posterior, floor: float) -> np.ndarray:
+    """The most probable parameters for which no displacement of the box has a curvature below ``floor`` (eV/Å^2).
+
+    A least-distance problem in the posterior's metric (Lawson and Hanson, Solving Least Squares Problems, chapter 23),
+    with one condition more for every direction that is still too soft.
+    """
+    n = 3 * len(supercell)
+    unit = np.eye(n).reshape(n, -1, 3)
+    second = posterior.parameter_orders == 2
+    curvatures = np.array([-basis.force_matrix(u, supercell)[:, second] for u in unit])  # of unit displacements
+    drift = np.tile(np.eye(3), (n // 3, 1)) / np.sqrt(n / 3)
+    parameters = posterior.mean.copy()
+    conditions = np.zeros((0, len(parameters)))
+    for _ in range(100):
+        hessian = curvatures @ parameters[second] + 1e3 * drift @ drift.T  # uniform shifts don't count
+        values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+        soft = values < floor
+        if not soft.any():
+            print(f"lowest curvature in the box: {values[0]:.3f} eV/Å^2, {len(conditions)} conditions")
+            break
+        rows = np.zeros((int(soft.sum()), len(parameters)))
+        rows[:, second] = np.einsum("ik,ijp,jk->kp", vectors[:, soft], curvatures, vectors[:, soft], optimize=True)
+        conditions = np.concatenate([conditions, rows])
+        lack = 1.01 * floor - conditions @ posterior.mean
+        matrix = np.vstack([posterior.project(conditions).T, lack])
+        target = np.eye(len(matrix))[-1]
+        residual = matrix @ nnls(matrix, target)[0] - target
+        parameters = posterior.mean - posterior.factor @ (residual[:-1] / residual[-1])
+    else:
+        sys.exit(f"No parameters were found for which all curvatures are above {floor:g} eV/Å^2.")
+    return parameters
 
 
 def teach(work: Work) -> None:
@@ -281,6 +317,13 @@ def main() -> None:
     parser.add_argument("--md", type=int, default=15, help="equally spaced frames at the highest temperature")
     parser.add_argument(
         "--cutoffs", type=cutoff, nargs="+", default=[], help="other cutoffs for the dynamics, e.g. 4=3.5 5=0 (none)"
+    )
+    parser.add_argument(
+        "--stable",
+        type=float,
+        metavar="CURVATURE",
+        help="least curvature of those two potentials at the ideal "
+        "crystal, in the box, eV/Å^2: for labels of a crystal that is no minimum of the reference",
     )
     parser.add_argument("--teacher", type=Path, help="fit a potential to all sets, write it to this model file")
     arguments = parser.parse_args()
