@@ -11,6 +11,7 @@ whatever is computed from them later belong together, in the turned orientation.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -588,7 +589,7 @@ def error_message(error: Exception) -> str:
     if isinstance(error, UbmdError):
         return str(error)
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text.removeprefix("ERROR: ").split(" (src/")[0].split(" (/")[0]
+    return re.sub(r"^ERROR( on proc \d+)?: ", "", re.sub(r" \((src|cpp|/).*", "", text))
 
 
 if __name__ == "__main__":
