@@ -295,10 +295,11 @@ def _slow_waves(document: Document, comparison: Comparison, out: Path) -> None:
     """V(t) of each group's longest trace, and the wave of twice its length."""
     waves, rows = {}, []
     for name, runs in comparison.groups.items():
-        series = [(trace.spacing, trace.volumes) for run in runs for trace in run.traces() if trace.cells is not None]
-        spacing, volumes = max(series, key=lambda pair: np.size(pair[1]), default=(0.0, None))
-        if volumes is None or len(volumes) < 4:
+        every = ((trace.spacing, trace.volumes) for run in runs for trace in run.traces())
+        series = [(spacing, volumes) for spacing, volumes in every if volumes is not None and len(volumes) > 3]
+        if not series:
             continue
+        spacing, volumes = max(series, key=lambda pair: len(pair[1]))
         times = spacing * np.arange(1, len(volumes) + 1)
         fit = slow_wave(times, volumes)
         waves[name] = (times, volumes, fit)
