@@ -103,11 +103,13 @@ UBMD_INLINE void spread(const ClusterGroup &group, const V *monomials, const V *
     V *to = slopes + group.others[k];
     for (int i = 0; i < rows; ++i) {
       V sum{};
-      for (int j = 0; j < columns; ++j) {
-        sum += slope[i * columns + j] * factor[j];
-        to[j] += slope[i * columns + j] * left[i];
-      }
+      for (int j = 0; j < columns; ++j) sum += slope[i * columns + j] * factor[j];
       next[i] = sum;
+    }
+    for (int j = 0; j < columns; ++j) {
+      V sum = to[j];
+      for (int i = 0; i < rows; ++i) sum += slope[i * columns + j] * left[i];
+      to[j] = sum;
     }
     slope = next;
     next += rows;
@@ -116,10 +118,10 @@ UBMD_INLINE void spread(const ClusterGroup &group, const V *monomials, const V *
   for (int j = 0; j < group.dims[0]; ++j) to[j] += slope[j];
 }
 
-// Columns begin .. begin + width of one cluster: t_r += sum_j c_rj v_j and g_j += sum_r a_r c_rj; adds v·g to energy.
+// `width` columns of one cluster: t_r += sum_j c_rj v_j and g_j += sum_r a_r c_rj; gives v·g of this cluster. (Sums are
+// kept in variables: the compiler can't know that arrays don't overlap.)
 template <int width>
-UBMD_INLINE void contract_columns(int rows, int stride, const double *c, const V *a, V *t, const V *v, V *g,
-                                  V &energy) {
+UBMD_INLINE V contract_columns(int rows, int stride, const double *c, const V *a, V *t, const V *v, V *g) {
   V factor[width], sum[width] = {};
   for (int j = 0; j < width; ++j) factor[j] = v[j];
   for (int r = 0; r < rows; ++r, c += stride) {
@@ -132,19 +134,22 @@ UBMD_INLINE void contract_columns(int rows, int stride, const double *c, const V
     }
     t[r] = right;
   }
+  V energy{};
   for (int j = 0; j < width; ++j) {
     energy += factor[j] * sum[j];
     g[j] += sum[j];
   }
+  return energy;
 }
 
 template <int width>
-void contract_group(const ClusterGroup &group, const double *c, const V *a, V *t, const V *monomials, V *slopes,
-                    V &energy) {
+V contract_group(const ClusterGroup &group, const double *c, const V *a, V *t, const V *monomials, V *slopes) {
+  V energy{};
   for (int k = 0; k < group.n_clusters; ++k, c += std::int64_t(group.rows) * group.columns)
     for (int j = 0; j < group.columns; j += width)
-      contract_columns<width>(group.rows, group.columns, c + j, a, t, monomials + group.last[k] + j,
-                              slopes + group.last[k] + j, energy);
+      energy += contract_columns<width>(group.rows, group.columns, c + j, a, t, monomials + group.last[k] + j,
+                                        slopes + group.last[k] + j);
+  return energy;
 }
 
 // Calls run.template operator()<width>() with the width that suits the number of columns, a divisor of it.
@@ -194,7 +199,7 @@ void contract_some(const ClusterProgram &program, const Centres &centres, const 
       for (int r = 0; r < group.rows; ++r) t[r] = V{};
     }
     with_width(group.columns,
-               [&]<int width>() { contract_group<width>(group, c, left, right, monomials, slopes, energy); });
+               [&]<int width>() { energy += contract_group<width>(group, c, left, right, monomials, slopes); });
     if (group.n_others > 1) spread(group, monomials, partial, t, slopes, t + group.rows);
   }
   double *to[kCentres] = {};
@@ -279,8 +284,9 @@ void moments(const ClusterProgram &program, int begin, int end, int n_tiles, con
       with_width(group.columns, [&]<int width>() {
         for (int j = 0; j < group.columns; j += width) {
           const V *right = monomials + group.last[k] + j;
-          if (width < 10 && group.rows % 3 == 0) {
-            moments_of < width, width<10 ? 3 : 1>(group, n_tiles, left, stride, right, program.n_monomials, to + j);
+          constexpr int height = width < 10 ? 3 : 1;
+          if (group.rows % height == 0) {
+            moments_of<width, height>(group, n_tiles, left, stride, right, program.n_monomials, to + j);
           } else {
             moments_of<width, 1>(group, n_tiles, left, stride, right, program.n_monomials, to + j);
           }
@@ -403,8 +409,9 @@ UBMD_INLINE void add_members(const ClusterOrbit &orbit, const ClusterMember *mem
       all.right[m] = all.factors[m][last] + (last == members[m].centre ? a * columns : 0);
     }
     with_width(columns, [&]<int width>() {
-      if (width < 10 && rows % 3 == 0) {
-        add_products < width, width<10 ? 3 : 1>(n_members, rows, columns, scratch, all.right, sums);
+      constexpr int height = width < 10 ? 3 : 1;
+      if (rows % height == 0) {
+        add_products<width, height>(n_members, rows, columns, scratch, all.right, sums);
       } else {
         add_products<width, 1>(n_members, rows, columns, scratch, all.right, sums);
       }

@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator, all_changes
 from ase.md.langevin import Langevin
+from scipy.optimize import nnls
 
 from ubmd import __version__
 from ubmd.crystal.basis import ClusterBasis
@@ -157,8 +158,43 @@ def fitted(work: Work, structures: list[Atoms]) -> tuple[ClusterBasis, Supercell
     for atoms in structures:
         equations.add(basis.force_matrix(atoms, supercell), atoms.get_forces())
     posterior = fit(equations)
+    if work.arguments.stable is not None:
+        posterior = replace(posterior, mean=stabilised(basis, supercell, posterior, work.arguments.stable))
     print(f"potential of {len(structures)} labels: {basis.n_parameters} parameters, noise {posterior.noise:.4f} eV/Å")
     return basis, supercell, posterior
+
+
+def stabilised(basis: ClusterBasis, supercell: Supercell, posterior: Posterior, floor: float) -> np.ndarray:
+    """The most probable parameters for which no displacement of the box has a curvature below ``floor`` (eV/Å^2).
+
+    A least-distance problem in the posterior's metric (Lawson and Hanson, Solving Least Squares Problems, chapter 23),
+    with one condition more for every direction that is still too soft.
+    """
+    n = 3 * len(supercell)
+    unit = np.eye(n).reshape(n, -1, 3)
+    second = posterior.parameter_orders == 2
+    curvatures = np.array([-basis.force_matrix(u, supercell)[:, second] for u in unit])  # of unit displacements
+    drift = np.tile(np.eye(3), (n // 3, 1)) / np.sqrt(n / 3)
+    parameters = posterior.mean.copy()
+    conditions = np.zeros((0, len(parameters)))
+    for _ in range(100):
+        hessian = curvatures @ parameters[second] + 1e3 * drift @ drift.T  # uniform shifts don't count
+        values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+        soft = values < floor
+        if not soft.any():
+            print(f"lowest curvature in the box: {values[0]:.3f} eV/Å^2, {len(conditions)} conditions")
+            break
+        rows = np.zeros((int(soft.sum()), len(parameters)))
+        rows[:, second] = np.einsum("ik,ijp,jk->kp", vectors[:, soft], curvatures, vectors[:, soft], optimize=True)
+        conditions = np.concatenate([conditions, rows])
+        lack = 1.01 * floor - conditions @ posterior.mean
+        matrix = np.vstack([posterior.project(conditions).T, lack])
+        target = np.eye(len(matrix))[-1]
+        residual = matrix @ nnls(matrix, target)[0] - target
+        parameters = posterior.mean - posterior.factor @ (residual[:-1] / residual[-1])
+    else:
+        sys.exit(f"No parameters were found for which all curvatures are above {floor:g} eV/Å^2.")
+    return parameters
 
 
 def teach(work: Work) -> None:
@@ -186,22 +222,23 @@ class Potential(Calculator):
 
     def calculate(self, atoms: Any = None, properties: Any = ("forces",), system_changes: Any = all_changes) -> None:
         super().calculate(atoms, properties, system_changes)
-        far = np.linalg.norm(self.supercell.displacements(self.atoms), axis=1).max()
+        moved = self.supercell.displacements(self.atoms)
+        far = np.linalg.norm(moved - moved.mean(axis=0), axis=1).max()
         if far > self.guard:
             sys.exit(f"An atom is {far:.2f} Å from its site: the potential of the dynamics needs more or other labels.")
         self.results = {"forces": self.basis.forces(self.parameters, self.atoms, self.supercell)}
 
 
 def trajectory(work: Work, potential: Potential, temperature: float, count: int, seed: int) -> list[Atoms]:
-    """Frames of Langevin dynamics from the ideal crystal, without a drift of the whole."""
+    """Frames of Langevin dynamics from the ideal crystal."""
     rng = np.random.default_rng([seed, round(temperature)])
     atoms = work.box()
     atoms.calc = potential
     width = np.sqrt(2.0 * units.kB * temperature * atoms.get_masses())  # half goes into displacements
-    momenta = width[:, None] * rng.standard_normal((len(atoms), 3))
-    atoms.set_momenta(momenta - momenta.mean(axis=0))
+    atoms.set_momenta(width[:, None] * rng.standard_normal((len(atoms), 3)))
     step = work.settings.dynamic.timestep * units.fs
-    dynamics = Langevin(atoms, step, temperature_K=temperature, friction=FRICTION / units.fs, rng=rng)
+    friction = FRICTION / units.fs
+    dynamics = Langevin(atoms, step, temperature_K=temperature, friction=friction, fixcm=False, rng=rng)
     dynamics.run(EQUILIBRATION)
     frames = []
     for _ in range(count):
@@ -244,7 +281,10 @@ def table(work: Work) -> None:
     for path in sorted(work.folder.glob("*.extxyz.xz")):
         structures = read_structures(path, labelled=True)
         forces = np.array([atoms.get_forces() for atoms in structures])
-        print(f"{path.name}: {len(structures)} x {structures[0].symbols}, rms force {np.sqrt(np.mean(forces**2)):.3f}")
+        print(
+            f"{path.name}: {len(structures)} x {structures[0].symbols.formula:metal}, "
+            f"rms force {np.sqrt(np.mean(forces**2)):.3f} eV/Å"
+        )
 
 
 def read_provenance(work: Work) -> dict[str, Any]:
@@ -277,6 +317,13 @@ def main() -> None:
     parser.add_argument("--md", type=int, default=15, help="equally spaced frames at the highest temperature")
     parser.add_argument(
         "--cutoffs", type=cutoff, nargs="+", default=[], help="other cutoffs for the dynamics, e.g. 4=3.5 5=0 (none)"
+    )
+    parser.add_argument(
+        "--stable",
+        type=float,
+        metavar="CURVATURE",
+        help="least curvature of those two potentials at the ideal "
+        "crystal, in the box, eV/Å^2: for labels of a crystal that is no minimum of the reference",
     )
     parser.add_argument("--teacher", type=Path, help="fit a potential to all sets, write it to this model file")
     arguments = parser.parse_args()

@@ -36,7 +36,7 @@ def settings_table(run_dir: Path) -> dict[str, Any]:
             "convergence": {"stop": False},
         },
         "test": {"sampling": {"temperature": 600.0, "frames": 3, "stride": 5, "equilibration": 5, "trajectories": 1}},
-        "workers": {"processes": 2},
+        "workers": {"processes": 1},
     }
 
 

@@ -225,10 +225,10 @@ def test_a_loop_at_constant_pressure_with_a_bias_stress(silicon: Path) -> None:
     assert np.ptp(volumes[0]) > 1e-3
     assert volumes[0][-1] != volumes[1][-1]
     # The same settings repeat the data set, and traces beside the frames change nothing.
-    assert read_traces(folder.path) == []
+    assert list(read_traces(folder.path)) == []
     again = RunFolder(run(silicon_settings(silicon / "again", md={"trace_every": 10}), silicon))
     assert again.dataset.read_bytes() == folder.dataset.read_bytes()
-    traces = read_traces(again.path)
+    traces = list(read_traces(again.path))
     assert len(traces) == 4
     assert {(len(trace), trace.spacing) for trace in traces} == {(4, 0.02)}
     for trace, found in zip(traces, volumes, strict=False):

@@ -27,6 +27,7 @@ from ubmd.lammps.trajectory import PieceTask, TrajectoryState, read_piece, read_
 from ubmd.learning import RunFolder
 from ubmd.learning.dynamic.engine import run
 from ubmd.learning.dynamic.history import read_errors
+from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.references import label
 from ubmd.references.lammps import LAMMPS
 
@@ -159,9 +160,11 @@ def test_error_series_have_every_check(finished: RunFolder) -> None:
 
 def test_a_finished_run_stays_as_it_is_and_goes_on_with_more_labels(finished: RunFolder, tmp_path: Path) -> None:
     write_inputs(tmp_path, tmp_path / "run")
-    short = make_settings(tmp_path / "run", dynamic=settings_table(tmp_path)["dynamic"] | {"labels": 4})
+    # as many as the run has after one of its rounds
+    labels = finished.read_history()[2]["labels"]
+    short = make_settings(tmp_path / "run", dynamic=settings_table(tmp_path)["dynamic"] | {"labels": labels})
     folder = RunFolder(run(short, tmp_path))
-    assert folder.read_history()[-1]["labels"] == 4
+    assert folder.read_history()[-1]["labels"] == labels < 7
     events = len(folder.read_events())
     run(short, tmp_path)
     assert not [e for e in folder.read_events()[events:] if e["event"] == "stage_started"]
@@ -200,6 +203,8 @@ KILLS = [
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_kill_9_in_every_stage_changes_nothing(finished: RunFolder, tmp_path: Path) -> None:
     settings = write_inputs(tmp_path, tmp_path / "run")
+    # two workers, where the uninterrupted run had one
+    settings.write_text(tomli_w.dumps(settings_table(tmp_path / "run") | {"workers": {"processes": 2}}))
     folder = RunFolder(tmp_path / "run")
     for wanted, passes in KILLS:
         assert start_driver(settings, wanted, passes) == -signal.SIGKILL, wanted
@@ -274,7 +279,7 @@ def test_errors_of_a_piece_are_those_of_the_posterior(finished: RunFolder, piece
     basis, posterior = ClusterBasis.load(finished.path / "basis.npz"), Posterior.load(finished.path / "posterior.npz")
     box = basis.supercell(ideal())
     assert len(data.frames) == 5
-    assert np.diff(data.frame_steps).tolist() == [data.frame_steps[0]] * 4
+    assert max(np.diff(data.frame_steps)) <= 2 * min(np.diff(data.frame_steps))
     for step, positions in zip(data.frame_steps, data.frames, strict=True):
         displacements = positions - ideal().positions
         error = posterior.bayesian_error(basis.force_matrix(displacements, box))
@@ -304,7 +309,7 @@ def test_a_piece_ends_at_its_trigger(piece: PieceTask) -> None:
     run_piece(piece)
     _, quiet = read_piece(piece.result)
     state = read_state(piece.start)
-    trigger = AverageTrigger(maximum=float(np.sort(quiet.errors)[-20]), factor=1e3, floor=0.0)
+    trigger = AverageTrigger(maximum=float(np.sort(quiet.errors)[-20]), factor=1e3)
     asking = piece.start.with_name("asking.npz")
     write_state(asking, TrajectoryState(**(vars(state) | {"trigger": trigger.state()})))
     result = run_piece(piece.model_copy(update={"start": asking}))
@@ -331,7 +336,7 @@ def test_a_turned_crystal_keeps_its_orientation(finished: RunFolder, piece: Piec
     matrix = basis.force_matrix(end.positions - primitive.positions, basis.supercell(primitive))
     assert data.errors[-1] == pytest.approx(posterior.bayesian_error(matrix), rel=1e-8)
     # The first steps follow the initial velocities.
-    run_piece(task.model_copy(update={"steps": 1}))
+    run_piece(task.model_copy(update={"steps": 1, "damping": 1e3}))
     moved = read_state(task.result).positions - primitive.positions
     assert moved == pytest.approx(0.002 * state.velocities, abs=1e-3)
 
@@ -438,9 +443,9 @@ def test_networks_learn_dynamically_too(tmp_path: Path) -> None:
             "labels": 6,
             "warm_epochs": 4,
             "batch": 1,
-            "trigger": {"maximum": 3.0, "factor": 1.2},
+            "trigger": {"maximum": 3.0},
         },
-        "workers": {"processes": 2},
+        "workers": {"processes": 1},
     }
     (tmp_path / "settings.toml").write_text(tomli_w.dumps(table))
     assert start_driver(tmp_path / "settings.toml", {"event": "label_appended", "round": 0}, 0) == -signal.SIGKILL
@@ -452,13 +457,14 @@ def test_networks_learn_dynamically_too(tmp_path: Path) -> None:
     asked = [row for entry in history for row in entry["asked"]]
     assert [row["label"] for row in asked] == [3, 4, 5]
     for row in asked:
-        assert row["error_before"] == pytest.approx(dataset[row["label"]].info["predicted_error"], rel=1e-3)
+        assert row["error_before"] == pytest.approx(dataset[row["label"]].info["predicted_error"], rel=2e-3)
     assert history[-1]["ended"]["rule"] == "labels"
     assert all(entry["signals"] == [] for entry in history)
     table["run_dir"] = str(tmp_path / "again")
-    (tmp_path / "settings.toml").write_text(tomli_w.dumps(table))
-    assert start_driver(tmp_path / "settings.toml", {"event": "never"}, 0) == 0
-    assert (tmp_path / "again" / "dataset.extxyz").read_bytes() == folder.dataset.read_bytes()
+    run(DynamicRunSettings.model_validate(table), tmp_path)
+    for one, other in zip(read_structures(tmp_path / "again" / "dataset.extxyz"), dataset, strict=True):
+        assert one.info == other.info
+        assert one.positions == pytest.approx(other.positions, abs=1e-9)  # energies of EMT differ by rounding, too
 
 
 def test_errors_are_finite_numbers_or_null(finished: RunFolder) -> None:

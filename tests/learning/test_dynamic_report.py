@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from silicon import make_settings, write_inputs
 
-from ubmd.analysis.dynamic_report import make_dynamic_report
+from ubmd.analysis.dynamic_report import make_dynamic_report, newest_structures
 from ubmd.crystal.basis import ClusterBasis
+from ubmd.crystal.potential import anharmonicity, load_potential, order_shares
 from ubmd.crystal.regression import Posterior
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
@@ -78,20 +79,21 @@ def test_numbers_are_those_of_the_files(finished: RunFolder) -> None:
 
 def test_shares_of_the_orders(finished: RunFolder) -> None:
     """Against the force matrix of the same frames: shares are ratios of rms forces."""
-    from ubmd.analysis.dynamic_report import _order_shares, _Run, _structures
-
-    data = _Run(finished)
-    shares, what = _order_shares(data)
-    assert set(shares) == {"300 K", "900 K"}
+    structures, what = newest_structures(finished, finished.read_history())
+    assert set(structures) == {"300 K", "900 K"}
     assert "newest trajectories" in what
+    potential = load_potential(finished.path)
+    shares = {name: order_shares(potential, frames) for name, frames in structures.items()}
     basis = ClusterBasis.load(finished.path / "basis.npz")
     parameters = Posterior.load(finished.path / "posterior.npz").mean
-    for name, frames in _structures(data)[0].items():
+    for name, frames in structures.items():
         matrix = np.concatenate([basis.force_matrix(atoms, basis.supercell(frames[0])) for atoms in frames])
         whole = np.linalg.norm(matrix @ parameters)
         for order in (2, 3):
             one = np.linalg.norm(matrix @ (parameters * (basis.parameter_orders == order)))
             assert shares[name][order] == pytest.approx(one / whole, rel=1e-9)
+        # beyond the second order there is the third only
+        assert anharmonicity(potential, frames) == pytest.approx(shares[name][3], rel=1e-9)
     assert shares["900 K"][3] > shares["300 K"][3]
 
 

@@ -189,9 +189,11 @@ def test_traces_record_what_frames_say_and_change_nothing(model: Path, tmp_path:
     run_replica(task)
     plain = task.frames.read_bytes()
     assert not replica.trace_file(task).exists()
+    log = task.frames.with_suffix(".log").read_text()
     task = task.model_copy(update={"trace_every": 4})
     run_replica(task)
     assert task.frames.read_bytes() == plain
+    assert task.frames.with_suffix(".log").read_text().count("\nrun ") == log.count("\nrun ") + 1 == 2  # not ten
     trace, frames = np.load(replica.trace_file(task)), read_structures(task.frames)
     assert trace["step"].tolist() == list(range(4, 41, 4))
     assert float(trace["timestep"]) == task.timestep

@@ -79,6 +79,17 @@ def test_rows_at_a_number_of_labels(tmp_path):
         collect_rows(runs, labels=20)
 
 
+def test_runs_that_have_not_come_so_far_are_named_and_left_out(tmp_path):
+    runs = [make_run(tmp_path / f"run_seed{seed}", seed, 1.0, [8, 16][: seed + 1]) for seed in (0, 1)]
+    (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(app, ["table", *map(str, runs), str(tmp_path / "empty"), "--labels", "16"])
+    assert result.exit_code == 0, result.output
+    assert cells(result.output, "run_seed1")[0][1:3] == ["ours, 1 run", "16"]
+    assert "Not counted:" in result.output
+    assert "run_seed0 has no model with 16 labels yet; the last has seen 8." in result.output
+    assert "There is no run in" in result.output
+
+
 def test_titles_of_rows_by_the_names_of_folders(tmp_path):
     runs = [make_run(tmp_path / f"biased_no_cmap_seed{seed}", seed, 1.0, [8, 16]) for seed in (0, 1)]
     alone = make_run(tmp_path / "plain_seed0", 0, 1.0, [8, 16], bias={"force": 0.0})

@@ -1,5 +1,6 @@
 """The compiled operators of force-constant potentials against the formulas in torch, for every instruction set."""
 
+import json
 import os
 import subprocess
 import sys
@@ -204,3 +205,57 @@ def test_arguments_that_do_not_fit_are_refused():
         torch.ops.ubmd.crystal_expand(model.theta, model.tables()[1:])
     with pytest.raises(RuntimeError, match="bias the structure's uncertainty"):
         model.feature_gradient([species, first, displacement], [], [], model.theta)
+
+
+def silicon() -> Atoms:
+    return bulk("Si", "diamond", 5.43)
+
+
+def boron_arsenide() -> Atoms:
+    return bulk("BAs", "zincblende", 4.777)
+
+
+def tin_selenide() -> Atoms:
+    """Pnma SnSe as measured at room temperature."""
+    places = []
+    for x, z in ((0.118, 0.103), (0.855, 0.482)):
+        places += [(x, 0.25, z), (-x, 0.75, -z), (0.5 - x, 0.75, 0.5 + z), (0.5 + x, 0.25, 0.5 - z)]
+    return Atoms("Sn4Se4", scaled_positions=places, cell=[11.501, 4.153, 4.445], pbc=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("crystal", "cutoffs"),
+    [
+        (silicon, (7.5, 5.0, 5.0)),
+        (boron_arsenide, (5.5, 4.5, 4.5, 3.5)),
+        (boron_arsenide, (8.35, 3.5, 3.5, 3.5, 3.5)),
+        (tin_selenide, (5.7, 3.53, 3.53, 3.53, 3.53)),
+    ],
+)
+def test_large_models_against_numpy(crystal, cutoffs):
+    """Potentials of the usual sizes (690, 1805, 2164 and 351 parameters)."""
+    operators.load()
+    basis = ClusterBasis.build(crystal(), dict(enumerate(cutoffs, start=2)))
+    rng = np.random.default_rng(0)
+    p, scale = basis.n_parameters, 3.0 ** (basis.parameter_orders - 2.0)
+    factor = np.triu(rng.normal(size=(p, p))) * scale[:, None]
+    posterior = Posterior(basis.parameter_orders, rng.normal(size=p) * scale, factor, {}, {}, 0.0)
+    model = CrystalModel(basis, posterior, max_displacement=1.0, operators=True)
+    box = basis.supercell(crystal().repeat(2))
+    n, sites = len(box), json.loads(model.metadata())["lattice"]["sites"]
+    edges = [np.add(sites[s], [*offset, 0]) for s, offset in zip(box.sublattice, box.offset, strict=True)]
+    first = torch.tensor(np.cumsum([0, *[len(rows) for rows in edges]]))
+    joined = np.concatenate(edges)
+    atoms, u = box.index(joined[:, 3], joined[:, :3]), rng.normal(scale=0.1, size=(n, 3))
+    energy, gradient, tape = evaluate(model, (torch.from_numpy(box.sublattice), first, torch.from_numpy(u[atoms])))
+    matrix, forces = basis.force_matrix(u, box), np.zeros((n, 3))
+    np.subtract.at(forces, atoms, gradient.numpy())
+    expected = torch.from_numpy((matrix @ posterior.mean).reshape(n, 3))
+    assert_close(torch.from_numpy(forces), expected, 1e-11)
+    phi = basis.energy_features(u, box)
+    features = model.feature_sum(model.features(tape, True)[0])
+    assert_close(features * torch.from_numpy(scale), torch.from_numpy(phi * scale), 1e-11)
+    assert float(energy.sum()) == pytest.approx(phi @ posterior.mean, abs=1e-11 * np.abs(phi * posterior.mean).sum())
+    deviations = torch.from_numpy(np.linalg.norm(matrix @ factor, axis=1).reshape(n, 3).max(1))
+    assert_close(model.site_uncertainties(tape), deviations, 1e-11)

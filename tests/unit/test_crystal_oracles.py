@@ -28,8 +28,8 @@ def largest_distance(ours: np.ndarray, theirs: np.ndarray) -> float:
 HIPHIVE = [
     # 15 s
     pytest.param(silicon, (5.4, 4.0, 4.0), [10, 27, 90], 3, 3, id="Si 127"),
-    # 45 s. The whole first row of the table (5.5, 4.5, 4.5 and 3.5 Å: 24 + 155 + 1131 + 495) costs hiPhive six minutes for
-    # the counts, which are the same, and far more for the matrices.
+    # 45 s. The whole first row of the table (5.5, 4.5, 4.5 and 3.5 Å: 24 + 155 + 1131 + 495) costs hiPhive six minutes
+    # for the counts, which are the same, and far more for the matrices.
     pytest.param(boron_arsenide, (4.9, 4.5, 3.5, 2.5), [19, 155, 176, 5], 3, 4, id="c-BAs 355"),
     # 75 s
     pytest.param(tin_selenide, (5.7, 3.53, 3.53, 3.53, 3.53), [117, 32, 48, 66, 88], (1, 3, 3), 5, id="SnSe 351"),

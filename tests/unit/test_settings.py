@@ -286,6 +286,8 @@ def test_a_crystal_needs_its_structure(crystal_file):
     crystal_file.write_text(CRYSTAL.replace("structure =", "# structure ="))
     with pytest.raises(SettingsError, match=r"the key 'crystal.structure' is missing \(file of the ideal crystal"):
         load_settings(crystal_file, TrainSettings)
+
+
 def test_traces_meet_evaluations(run_file):
     assert load_settings(run_file, RunSettings).md.trace_every is None
     assert load_settings(run_file, RunSettings, ["md.trace_every=20", "bias.every=4"]).md.trace_every == 20

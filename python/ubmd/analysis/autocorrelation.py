@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,22 +43,41 @@ def statistical_inefficiency(series: ArrayLike) -> Array:
     return np.where(np.isnan(correlation[0]), np.nan, inefficiency)
 
 
-def autocorrelation_time(series: Sequence[ArrayLike], spacing: float) -> float:
-    """Autocorrelation time spacing·N/ESS of several series [T_k, ...] of one quantity, in the unit of ``spacing``.
+class EffectiveSamples:
+    """Values and effective sample sizes of several series [T_k, ...] of one quantity, one series at a time."""
 
-    N and ESS = Σ T_k/g_k count all series together. Trailing axes (atoms, components) are averaged at the end. NaN
-    without a series of at least two values.
-    """
-    known = [np.asarray(x, dtype=np.float64) for x in series if len(np.asarray(x)) > 1]
-    if not known:
-        return float("nan")
-    effective = np.sum([len(x) / statistical_inefficiency(x) for x in known], axis=0)
-    times = spacing * sum(len(x) for x in known) / np.ravel(effective)
-    times = times[np.isfinite(times)]
-    return float(times.mean()) if len(times) else float("nan")
+    def __init__(self) -> None:
+        self._values = 0
+        self._effective: Array = np.zeros(())
+
+    def add(self, series: ArrayLike) -> None:
+        """Count one more series; those of a single value say nothing."""
+        x = np.asarray(series, dtype=np.float64)
+        if len(x) > 1:
+            self._values += len(x)
+            self._effective = self._effective + len(x) / statistical_inefficiency(x)
+
+    def time(self, spacing: float) -> float:
+        """Autocorrelation time spacing·N/ESS with N and ESS = Σ T_k/g_k of all series, in the unit of ``spacing``.
+
+        Trailing axes (atoms, components) are averaged at the end. NaN without a series.
+        """
+        if not self._values:
+            return float("nan")
+        times = spacing * self._values / np.ravel(self._effective)
+        times = times[np.isfinite(times)]
+        return float(times.mean()) if len(times) else float("nan")
 
 
-def mean_autocorrelation(series: Sequence[ArrayLike], longest: int) -> Array:
+def autocorrelation_time(series: Iterable[ArrayLike], spacing: float) -> float:
+    """Autocorrelation time of several series of one quantity; see `EffectiveSamples`."""
+    samples = EffectiveSamples()
+    for x in series:
+        samples.add(x)
+    return samples.time(spacing)
+
+
+def mean_autocorrelation(series: Iterable[ArrayLike], longest: int) -> Array:
     """Mean C(t) [≤ longest] over several series [T_k, ...] and their trailing axes, weighted by pairs at each lag."""
     total, weight = np.zeros(longest), np.zeros(longest)
     for x in series:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -257,29 +257,27 @@ def _exploration(
 
 def _autocorrelation(document: Document, comparison: Comparison, out: Path) -> None:
     """Autocorrelation functions of groups with traces of one spacing."""
-    groups = {
-        name: [t for run in runs for t in run.traces if t.duration >= SHORTEST and t.max_u is not None]
-        for name, runs in comparison.groups.items()
-    }
-    groups = {name: traces for name, traces in groups.items() if traces}
-    spacings = {round(trace.spacing, 9) for traces in groups.values() for trace in traces}
+    groups = {name: [run for run in runs if run.times.trajectories] for name, runs in comparison.groups.items()}
+    groups = {name: runs for name, runs in groups.items() if runs}
+    spacings = {run.times.spacing for runs in groups.values() for run in runs}
     if len(spacings) != 1:
         return
     spacing = spacings.pop()
-    longest = max(2, round(0.5 * max(t.duration for traces in groups.values() for t in traces) / spacing))
+    longest = max(2, round(0.5 * max(run.times.longest for runs in groups.values() for run in runs) / spacing))
     series: dict[str, Callable[[Trajectory], Any]] = {
         "Positions": Trajectory.internal_positions,
         "max $u_i$": lambda trace: trace.max_u,
     }
     curves = {
-        what: {name: mean_autocorrelation([of(t) for t in traces], longest) for name, traces in groups.items()}
+        what: {name: mean_autocorrelation(_series(runs, of), longest) for name, runs in groups.items()}
         for what, of in series.items()
     }
     path = trajectory_figures.autocorrelation_figure(curves, spacing, out / "autocorrelation.png")
     section = document.section("Autocorrelation")
     section.picture(path, "Mean autocorrelation of positions (atoms and components) and of the largest uncertainty")
     counts = ", ".join(
-        f"{name}: {len(traces)} ({sum(t.duration for t in traces):,.0f} ps)" for name, traces in groups.items()
+        f"{name}: {sum(r.times.trajectories for r in runs)} ({sum(r.times.duration for r in runs):,.0f} ps)"
+        for name, runs in groups.items()
     )
     section.text(
         f"Replicas of at least {SHORTEST:g} ps, recorded every {1000 * spacing:g} fs; {counts}. Positions: after "
@@ -288,17 +286,21 @@ def _autocorrelation(document: Document, comparison: Comparison, out: Path) -> N
     )
 
 
+def _series(runs: Sequence[Run], of: Callable[[Trajectory], Any]) -> Iterator[Any]:
+    """A quantity of all traces that count for autocorrelation times."""
+    return (of(trace) for run in runs for trace in run.traces() if trace.duration >= SHORTEST)
+
+
 def _slow_waves(document: Document, comparison: Comparison, out: Path) -> None:
     """V(t) of each group's longest trace, and the wave of twice its length."""
     waves, rows = {}, []
     for name, runs in comparison.groups.items():
-        cells = [trace for run in runs for trace in run.traces if trace.volumes is not None and len(trace) > 3]
-        if not cells:
+        every = ((trace.spacing, trace.volumes) for run in runs for trace in run.traces())
+        series = [(spacing, volumes) for spacing, volumes in every if volumes is not None and len(volumes) > 3]
+        if not series:
             continue
-        trace = max(cells, key=len)
-        volumes = trace.volumes
-        assert volumes is not None
-        times = trace.spacing * np.arange(1, len(trace) + 1)
+        spacing, volumes = max(series, key=lambda pair: len(pair[1]))
+        times = spacing * np.arange(1, len(volumes) + 1)
         fit = slow_wave(times, volumes)
         waves[name] = (times, volumes, fit)
         spread = f"{volumes.min():.0f} to {volumes.max():.0f}"

@@ -234,5 +234,5 @@ def order_shares_figure(shares: Mapping[str, Mapping[int, float]], path: Path) -
     axes.grid(alpha=0.25, axis="y")
     axes.set_axisbelow(True)
     if len(shares) > 1:
-        axes.legend(frameon=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return save(figure, path)

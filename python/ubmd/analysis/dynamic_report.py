@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -253,10 +253,12 @@ def _parameters(report: Document, data: _Run) -> None:
     """Parameters by order, and what each order contributes to the force."""
     if data.potential is None:
         return
+    from ubmd.crystal.potential import anharmonicity, order_shares
     from ubmd.crystal.regression import Posterior
 
     posterior = Posterior.load(data.folder.path / "posterior.npz")
-    shares, what = _order_shares(data)
+    found, what = newest_structures(data.folder, data.history)
+    shares = {name: share for name, frames in found.items() if (share := order_shares(data.potential, frames))}
     section = report.section("Orders")
     gamma, counts, alpha = posterior.gamma, posterior.counts, posterior.alpha
     measured = next(iter(shares.values()), {})
@@ -277,27 +279,26 @@ def _parameters(report: Document, data: _Run) -> None:
     if shares:
         path = crystal_figures.order_shares_figure(shares, data.picture("orders.png"))
         section.picture(path, f"Rms force of each order over the rms of the whole force, on {what}")
-        beyond = _anharmonicity(data)
+        beyond = anharmonicity(data.potential, next(iter(found.values())))
         section.text(
             f"All orders above the second together: {100 * beyond:.1f} % of the rms force (the degree of anharmonicity "
             "in the sense of Knoop et al., Phys. Rev. Mater. 4, 083809 (2020), on the forces of the potential itself)."
         )
 
 
-def _structures(data: _Run) -> tuple[dict[str, list[Atoms]], str]:
-    """Frames of the newest pieces by temperature; without them, the test set or the labels."""
+def newest_structures(folder: RunFolder, history: Sequence[dict[str, Any]]) -> tuple[dict[str, list[Atoms]], str]:
+    """(frames of the newest pieces by temperature, else the test set or the labels; what they are)."""
     found: dict[str, list[Atoms]] = {}
-    for entry in reversed(data.history):
+    for entry in reversed(history):
         for result in entry["replicas"]:
             name = f"{result['temperature']:g} K"
-            path = data.folder.path / "rounds" / f"round_{entry['round']:04d}" / f"piece_{result['replica']:03d}.npz"
+            path = folder.path / "rounds" / f"round_{entry['round']:04d}" / f"piece_{result['replica']:03d}.npz"
             if len(found.setdefault(name, [])) < _MOST_FRAMES and path.exists():
                 found[name] += _frames(path)
     found = {name: frames[:_MOST_FRAMES] for name, frames in sorted(found.items()) if frames}
     if found:
         return found, f"frames of the newest trajectories ({', '.join(found)})"
-    source = data.folder.test if data.folder.test.exists() else data.folder.dataset
-    what = "the test set" if data.folder.test.exists() else "the labels"
+    source, what = (folder.test, "the test set") if folder.test.exists() else (folder.dataset, "the labels")
     return {"": read_structures(source)[:_MOST_FRAMES]}, what
 
 
@@ -308,35 +309,6 @@ def _frames(path: Path) -> list[Atoms]:
         return []  # damaged: the next walk of the run makes it again
     box = state.atoms()
     return [Atoms(box.numbers, positions, cell=box.cell, pbc=True) for positions in piece.frames]
-
-
-def _forces_by_order(data: _Run, frames: Iterable[Atoms]) -> NDArray[np.float64]:
-    """[orders, frames, n, 3], eV/Å."""
-    basis, parameters = data.potential
-    masks = np.stack([parameters * (basis.parameter_orders == order) for order in basis.orders], axis=1)
-    structures = list(frames)
-    box = basis.supercell(structures[0])
-    return np.stack([basis.forces(masks, atoms, box) for atoms in structures], axis=1)
-
-
-def _order_shares(data: _Run) -> tuple[dict[str, dict[int, float]], str]:
-    found, what = _structures(data)
-    shares = {}
-    for name, frames in found.items():
-        forces = _forces_by_order(data, frames)
-        total = float(np.sqrt(np.mean(forces.sum(axis=0) ** 2)))
-        if total > 0.0:
-            orders = data.potential.basis.orders
-            shares[name] = {o: float(np.sqrt(np.mean(f**2))) / total for o, f in zip(orders, forces, strict=True)}
-    return shares, what
-
-
-def _anharmonicity(data: _Run) -> float:
-    """Rms of what the second order doesn't explain over the rms force, on the first temperature's frames."""
-    forces = _forces_by_order(data, next(iter(_structures(data)[0].values())))
-    total = forces.sum(axis=0)
-    second = forces[data.potential.basis.orders.index(2)] if 2 in data.potential.basis.orders else 0.0
-    return float(np.sqrt(np.mean((total - second) ** 2) / np.mean(total**2)))
 
 
 def _phonons(report: Document, data: _Run) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,15 +62,14 @@ class Run:
         """All stored MD frames."""
         return read_frames(self.folder.path)
 
-    @cached_property
-    def traces(self) -> list[Trajectory]:
-        """Trajectories at a short stride; empty without ``md.trace_every``."""
+    def traces(self) -> Iterator[Trajectory]:
+        """Trajectories at a short stride, one at a time; none without ``md.trace_every``."""
         return read_traces(self.folder.path)
 
     @cached_property
     def times(self) -> Times:
         """Autocorrelation times of the traces."""
-        return correlation_times(self.traces)
+        return correlation_times(self.traces())
 
     @cached_property
     def unseen(self) -> Unseen | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,7 @@ def collect_rows(
     names: Sequence[str] | None = None,
     labels: int | None = None,
     titles: Mapping[str, str] | None = None,
+    skip: Callable[[str], None] | None = None,
 ) -> list[Repeats]:
     """Rows from run folders (those that differ in their seed only are repeats) and from row files.
 
@@ -162,16 +163,24 @@ def collect_rows(
         names: of the groups of run folders, in the order in which they first appear.
         labels: take the first model with at least this many labels (default: the last).
         titles: name of a run folder without its seed -> name of the row.
+        skip: called with the reason for every run that has nothing to count yet; None: that is an error.
 
     Raises:
-        DataError: a path is neither, or a run lacks such a model.
+        DataError: a path is neither, or (without ``skip``) a run has no finished iteration or lacks such a model.
     """
-    folders = [path for path in paths if Path(path).suffix != ".json"]
-    groups = group_runs([Run(Path(path)) for path in folders], names).groups if folders else {}
+    counted: dict[Run, Values] = {}
+    for path in (Path(path) for path in paths if Path(path).suffix != ".json"):
+        try:
+            run = Run(path)
+            counted[run] = run_values(run, labels)
+        except DataError as error:
+            if skip is None:
+                raise
+            skip(str(error))
     rows = []
-    for name, runs in groups.items():
+    for name, runs in (group_runs(list(counted), names).groups if counted else {}).items():
         title = (titles or {}).get(re.sub(r"_seed\d+$", "", name), name)
-        rows.append(Repeats(title, [run_values(run, labels) for run in runs], _provenance(runs)))
+        rows.append(Repeats(title, [counted[run] for run in runs], _provenance(runs)))
     found: dict[str, list[Values]] = {}
     for path in (path for path in paths if Path(path).suffix == ".json"):
         name, values = _read_row(Path(path))

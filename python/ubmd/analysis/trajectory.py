@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from ubmd.analysis.autocorrelation import autocorrelation_time
+from ubmd.analysis.autocorrelation import EffectiveSamples
 from ubmd.calculator import Evaluator
 from ubmd.errors import DataError
 from ubmd.learning.run_folder import RunFolder
@@ -141,11 +141,12 @@ def _check_spacing(path: Path, steps: Sequence[int]) -> None:
         raise DataError(f"The frames of {path} are not equally spaced: autocorrelations need a fixed stride.")
 
 
-def read_traces(run: Path) -> list[Trajectory]:
-    """Traces of all finished iterations of a run (``md.trace_every``), in order."""
+def read_traces(run: Path) -> Iterator[Trajectory]:
+    """Traces of all finished iterations of a run (``md.trace_every``), in order, one at a time: they may be large."""
     folder = RunFolder(run)
-    iterations = [folder.iteration(entry["iteration"]) for entry in folder.read_history()]
-    return [_read_trace(path) for iteration in iterations for path in sorted(iteration.glob("trace_*.npz"))]
+    for entry in folder.read_history():
+        for path in sorted(folder.iteration(entry["iteration"]).glob("trace_*.npz")):
+            yield _read_trace(path)
 
 
 @dataclass(frozen=True)
@@ -160,23 +161,27 @@ class Times:
     """long enough to count"""
     duration: float
     """of these together, ps"""
+    longest: float
+    """of these, ps"""
     spacing: float
     """between records, ps"""
 
 
-def correlation_times(trajectories: Sequence[Trajectory], shortest: float = SHORTEST) -> Times:
+def correlation_times(trajectories: Iterable[Trajectory], shortest: float = SHORTEST) -> Times:
     """Autocorrelation times of all trajectories (of one system and one spacing) of at least ``shortest`` ps."""
-    known = [trajectory for trajectory in trajectories if len(trajectory) > 1 and trajectory.duration >= shortest]
-    if not known:
-        return Times(float("nan"), float("nan"), 0, 0.0, float("nan"))
-    spacing = known[0].spacing
-    if any(abs(trajectory.spacing - spacing) > 1e-9 for trajectory in known):
-        raise DataError("Trajectories with different spacings have no common autocorrelation time.")
-    uncertainties = [trajectory.max_u for trajectory in known if trajectory.max_u is not None]
-    return Times(
-        autocorrelation_time([trajectory.internal_positions() for trajectory in known], spacing),
-        autocorrelation_time(uncertainties, spacing),
-        len(known),
-        sum(trajectory.duration for trajectory in known),
-        spacing,
-    )
+    positions, uncertainty = EffectiveSamples(), EffectiveSamples()
+    durations: list[float] = []
+    spacings: set[float] = set()
+    for trajectory in trajectories:
+        if len(trajectory) < 2 or trajectory.duration < shortest:
+            continue
+        spacings.add(round(trajectory.spacing, 9))
+        if len(spacings) > 1:
+            raise DataError("Trajectories with different spacings have no common autocorrelation time.")
+        durations.append(trajectory.duration)
+        positions.add(trajectory.internal_positions())
+        if trajectory.max_u is not None:
+            uncertainty.add(trajectory.max_u)
+    spacing = spacings.pop() if spacings else float("nan")
+    longest = max(durations, default=0.0)
+    return Times(positions.time(spacing), uncertainty.time(spacing), len(durations), sum(durations), longest, spacing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +44,13 @@ def table(
     """
     from ubmd.analysis.table import collect_rows, read_published, read_titles, table_markdown
 
-    found = collect_rows(runs, name, labels, read_titles(rows) if rows else None)
+    found = collect_rows(
+        runs,
+        name,
+        labels,
+        read_titles(rows) if rows else None,
+        lambda why: print(f"Not counted: {why}", file=sys.stderr),
+    )
     text = table_markdown(found, read_published(published) if published else None)
     if out is None:
         print(text)

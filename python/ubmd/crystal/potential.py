@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from ase import Atoms
 from numpy.typing import NDArray
 
 from ubmd.crystal.basis import ClusterBasis
@@ -20,6 +22,33 @@ class Potential(NamedTuple):
 
     basis: ClusterBasis
     parameters: NDArray[np.float64]
+
+
+def forces_by_order(potential: Potential, structures: Sequence[Atoms]) -> NDArray[np.float64]:
+    """What each order contributes to the forces of structures of one box [orders, structures, n, 3], eV/Å."""
+    basis, parameters = potential
+    masked = np.stack([parameters * (basis.parameter_orders == order) for order in basis.orders], axis=1)
+    box = basis.supercell(structures[0])
+    return np.stack([basis.forces(masked, atoms, box) for atoms in structures], axis=1)
+
+
+def order_shares(potential: Potential, structures: Sequence[Atoms]) -> dict[int, float]:
+    """Rms force of each order over the rms of the whole force; empty where there are no forces."""
+    forces = forces_by_order(potential, structures)
+    total = float(np.sqrt(np.mean(forces.sum(axis=0) ** 2)))
+    if total == 0.0:
+        return {}
+    return {o: float(np.sqrt(np.mean(f**2))) / total for o, f in zip(potential.basis.orders, forces, strict=True)}
+
+
+def anharmonicity(potential: Potential, structures: Sequence[Atoms]) -> float:
+    """Rms of the forces beyond the second order over the rms of the whole force, of the potential itself.
+
+    The measure of Knoop et al., Phys. Rev. Mater. 4, 083809 (2020).
+    """
+    forces = forces_by_order(potential, structures)
+    beyond = forces[[order > 2 for order in potential.basis.orders]].sum(axis=0)
+    return float(np.sqrt(np.mean(beyond**2) / np.mean(forces.sum(axis=0) ** 2)))
 
 
 def load_potential(path: Path) -> Potential:

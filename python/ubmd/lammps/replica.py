@@ -11,6 +11,7 @@ whatever is computed from them later belong together, in the turned orientation.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -248,7 +249,9 @@ class _Engine:
     """A LAMMPS instance with one replica's system and fixes."""
 
     def __init__(self, task: ReplicaTask, atoms: Atoms) -> None:
-        self._lammps = start_lammps(task.frames.with_suffix(".log"))
+        self._log = task.frames.with_suffix(".log")
+        self._logs = True
+        self._lammps = start_lammps(self._log)
         self.rank = int(self._lammps.extract_setting("world_rank"))
         try:
             for command in _system_commands(atoms, task):
@@ -263,8 +266,14 @@ class _Engine:
             self.close()
             raise SimulationError(f"LAMMPS could not be set up: {error_message(error)}") from error
 
-    def run(self, steps: int, first: bool) -> None:
-        """Run a piece; later pieces continue without a new setup, so that pieces leave no trace in the trajectory."""
+    def run(self, steps: int, first: bool, logged: bool = True) -> None:
+        """Run a piece; later pieces continue without a new setup, so that pieces leave no trace in the trajectory.
+
+        ``logged``: whether it has its lines in LAMMPS's log (those of short pieces would fill the disk).
+        """
+        if logged != self._logs:
+            self._lammps.command(f'log "{self._log}" append' if logged else "log none")
+            self._logs = logged
         self._lammps.command(f"run {steps} post no" if first else f"run {steps} pre no post no")
 
     def step(self) -> int:
@@ -309,9 +318,9 @@ def _advance(
     engine: _Engine, task: ReplicaTask, start: Atoms, trace: _Trace
 ) -> tuple[Literal["threshold", "step limit", "failed"], str]:
     """Run piece by piece; (how it ended, reason if it failed)."""
-    for first, steps in _pieces(task):
+    for begin, end in _pieces(task):
         try:
-            engine.run(steps, first)
+            engine.run(end - begin, begin == 0, logged=begin == 0 or end % _PIECE == 0 or end == task.steps)
         except Exception as error:  # the only type that the LAMMPS module raises
             return "failed", f"LAMMPS stopped with an error: {error_message(error)}"
         reason = _nonsense(engine, task, start)
@@ -325,13 +334,12 @@ def _advance(
     return "step limit", ""
 
 
-def _pieces(task: ReplicaTask) -> Iterator[tuple[bool, int]]:
-    """(is it the first, number of steps) of every piece; pieces end at the steps of the trace, too."""
+def _pieces(task: ReplicaTask) -> Iterator[tuple[int, int]]:
+    """(first, last step) of every piece; pieces end at the steps of the trace, too."""
     ends = {*range(_PIECE, task.steps, _PIECE), task.steps}
     if task.trace_every:
         ends |= set(range(task.trace_every, task.steps, task.trace_every))
-    for begin, end in pairwise([0, *sorted(ends)]):
-        yield begin == 0, end - begin
+    yield from pairwise([0, *sorted(ends)])
 
 
 def _nonsense(engine: _Engine, task: ReplicaTask, start: Atoms) -> str:
@@ -588,7 +596,7 @@ def error_message(error: Exception) -> str:
     if isinstance(error, UbmdError):
         return str(error)
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text.removeprefix("ERROR: ").split(" (src/")[0].split(" (/")[0]
+    return re.sub(r"^ERROR( on proc \d+)?: ", "", re.sub(r" \((src|cpp|/).*", "", text))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from ctypes import c_double
@@ -30,7 +31,7 @@ from ubmd.lammps.replica import error_message, place_atoms, start_lammps, symbol
 
 Array = NDArray[np.float64]
 FIX = "monitor"
-GUARD = "away from its site"  # words of the plugin's error
+_GUARD = re.compile(r"atom (\d+) is (\S+) A away from its site, more than the (\S+) A")  # the plugin's error
 _LOOK = 50  # checks between looks at the temperature and notes of the progress
 _SPEED = 1000.0 * units.fs  # Å/ps in ASE's unit of speed
 
@@ -254,9 +255,10 @@ class _Piece:
         return "segment", ""
 
     def _stopped_by(self, message: str) -> tuple[_Ending, str]:
-        if self.task.lattice and GUARD in message:
+        if self.task.lattice and (found := _GUARD.search(message)):
             self._rule = "guard"
-            return "guard", f"LAMMPS stopped: {message}"
+            atom, distance, limit = found.groups()
+            return "guard", f"Atom {atom} is {distance} Å away from its site, more than {limit} Å (max_displacement)."
         return "failed", f"LAMMPS stopped with an error: {message}"
 
     def _check(self, engine: _Engine, check: int) -> tuple[_Ending, str] | None:

@@ -482,7 +482,7 @@ def _finished_file(task: ReplicaTask) -> Path:
 def settled(task: ReplicaTask) -> dict[str, Any]:
     """All of a task that decides its trajectory, except model and start structure: no paths."""
     # The key of a task without Colvars is what it was before there were any: run folders of then go on.
-    absent = set() if task.colvars else {"colvars"}
+    absent: set[str] = set() if task.colvars else {"colvars"}
     return task.model_dump(mode="json", exclude={"model", "start", "frames", "trace_every"} | absent)
 
 

@@ -300,6 +300,7 @@ class Engine:
         """Take the results of a settled round."""
         entry = self.folder.read_history()[now.number]
         self.history.append(entry)
+        self._ensure_pieces(now)
         self._append(now.number, *stages.read_batch(now.folder / "labels"))
         self._note_series(now, entry["replicas"])
         self._check_sane(entry["replicas"])
@@ -503,7 +504,7 @@ class Engine:
         return float(np.mean(errors))
 
     def _ensure_pieces(self, last: _Round) -> None:
-        """Run a settled round's pieces again if one of them was lost or damaged."""
+        """Run an earlier round's pieces again if one of them was lost or damaged."""
         self._move(last)
 
     def _run_pieces(self, now: _Round, tasks: dict[int, PieceTask]) -> list[PieceResult]:
@@ -624,7 +625,9 @@ class Engine:
         for r in chosen:
             atoms, result = self._frame(now, r), by_replica[r]
             atoms.info |= {"iteration": now.number, "replica": r, "step": result["end"], "rule": result["rule"]}
-            atoms.info |= {"temperature": result["temperature"], "predicted_error": result["error"]}
+            # Rounded: a model that was made again may differ in its last digits, the data set must not.
+            error = float(f"{result['error']:.4g}")
+            atoms.info |= {"temperature": result["temperature"], "predicted_error": error}
             candidates.append(atoms)
         first, rejected = len(self.dataset), len(self.rejected)
         self._label(now.number, now.keys["label"], candidates, now.folder / "labels", now.once)

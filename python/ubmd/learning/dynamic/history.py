@@ -3,7 +3,8 @@
     settings.toml, manifest.json, events.jsonl, report/    as for every run (`ubmd.learning.run_folder`); the report is
                        made by `ubmd.analysis.dynamic_report.make_dynamic_report(run)`, which returns its files
     dataset.extxyz     all labels in the order in which they were learnt; info: label (0, 1, ...), iteration (round that
-                       asked, -1: start), replica, step, temperature (K), rule, predicted_error (eV/Å, before learning)
+                       asked, -1: start), replica, step, temperature (K), rule, predicted_error (eV/Å, before learning,
+                       four digits)
     rejected.extxyz    structures without a label; info has the reason
     test.extxyz        test set, if there is one
     model.pt           newest model

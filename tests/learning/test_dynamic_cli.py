@@ -1,0 +1,193 @@
+"""Dynamic runs on the command line: settings and their mistakes, check, run, status, progress lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+from rich.console import Console
+from silicon import make_settings, settings_table, write_inputs
+
+from ubmd.cli.template import dynamic_template
+from ubmd.errors import SettingsError
+from ubmd.learning import RunFolder
+from ubmd.learning.dynamic.progress import Course, ProgressBars, ProgressLines, describe_event, status
+from ubmd.learning.dynamic.settings import DynamicRunSettings, DynamicSettings, TriggerSettings, is_dynamic
+from ubmd.settings import load_settings
+from ubmd.settings import make_settings as from_table
+
+
+def ubmd(*arguments: object, cwd: Path) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error)."""
+    command = [Path(sys.executable).with_name("ubmd"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(folder with a finished run, what `ubmd run` has printed)."""
+    folder = tmp_path_factory.mktemp("cli")
+    table = settings_table(Path("run"))
+    table["dynamic"]["labels"] = 3
+    write_inputs(folder, folder / "run")
+    (folder / "settings.toml").write_text(tomli_w.dumps(table))
+    code, out, err = ubmd("run", "settings.toml", cwd=folder)
+    assert code == 0, err
+    return folder, out
+
+
+def test_run_says_what_happens(printed: tuple[Path, str]) -> None:
+    folder, out = printed
+    lines = out.splitlines()
+    assert lines[0] == "Dynamic training: at most 3 labels and 180 MD steps."
+    (asked,) = [line for line in lines if "replica 0 (300 K), step 2: asks" in line]
+    assert "> 0.02 eV/Å (absolute)" in asked
+    history = RunFolder(folder / "run").read_history()
+    row = history[1]["learnt"][0]
+    assert f"label 1: predicted {row['error_before']:.3g}, true {row['true_before']:.3g} eV/Å" in out
+    assert "Done with 3 labels after 2 rounds. The reference was asked for 3 structures (dynamic.labels)." in out
+    assert "Model: run/model.pt" in out
+
+
+def test_status_has_a_row_per_refit(printed: tuple[Path, str]) -> None:
+    code, out, _ = ubmd("status", printed[0] / "run", cwd=printed[0])
+    assert code == 0
+    assert "finished. The reference was asked for 3 structures" in out
+    assert "3 labels, 3 of at most 3 structures asked for" in out
+    history = RunFolder(printed[0] / "run").read_history()
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith(("0 ", "1 "))]
+    assert [row[:2] for row in rows] == [["0", "1"], ["1", "3"]]
+    assert rows[1][-1] == f"{100 * history[1]['test']['relative']:.2f}"
+
+
+def test_status_of_a_stopped_and_a_dead_run(printed: tuple[Path, str], tmp_path: Path) -> None:
+    source = RunFolder(printed[0] / "run")
+    folder = RunFolder(tmp_path)
+    for name in ("settings.toml", "manifest.json"):
+        (tmp_path / name).write_bytes((source.path / name).read_bytes())
+    events = source.events.read_text().splitlines()[:12]
+    folder.events.write_text("\n".join(events) + "\n")
+
+    def text() -> str:
+        console = Console(file=io.StringIO(), width=150)
+        console.print(status(tmp_path))
+        return console.file.getvalue()
+
+    assert "stopped: its process" in text()
+    with folder.events.open("a") as handle:
+        handle.write(json.dumps({"event": "run_stopped", "why": "interrupted"}) + "\n")
+    assert "stopped (interrupted); 'ubmd run' with the same settings resumes it" in text()
+
+
+def test_progress_of_a_long_run_is_estimated(printed: tuple[Path, str]) -> None:
+    settings = make_settings(printed[0] / "run", dynamic=settings_table(Path())["dynamic"] | {"steps": 1000})
+    file = io.StringIO()
+    lines = ProgressLines(Console(file=file, width=200), Course(settings), seconds_between=0.0)
+    bars = ProgressBars(Console(file=io.StringIO(), force_terminal=True), Course(settings))
+    for event in (
+        {"event": "run_started", "process": 1, "labels_wanted": 7, "steps_wanted": 2000},
+        {"event": "stage_started", "stage": "move", "round": 0},
+        {"event": "md_steps", "round": 0, "steps": [10, 20], "limits": [30, 30]},
+        {"event": "md_steps", "round": 0, "steps": [300, 200], "limits": [300, 300]},
+    ):
+        lines(event)
+        bars(event)
+    assert "[  0] MD: 500 of at most 2,000 steps" in file.getvalue()
+    course = Course(settings)
+    assert course.left() is None
+    quiet = {"round": 0, "replica": 0, "temperature": 300.0, "end": 5, "ended": "segment", "reason": ""}
+    assert describe_event({"event": "piece_done", **quiet}) == ""
+    failed = quiet | {"ended": "failed", "reason": "It exploded."}
+    assert describe_event({"event": "piece_done", **failed}).endswith("step 5: It exploded.")
+
+
+def test_check_says_what_would_be_run(tmp_path: Path) -> None:
+    path = write_inputs(tmp_path, tmp_path / "run")
+    code, out, err = ubmd("check", path, cwd=tmp_path)
+    assert code == 0, err
+    assert "Si8, 8 atoms, periodic" in out
+    assert "2 trajectories of 90 steps (0.18 ps) at 300, 900 K, unbiased; at most 7 structures" in out
+    assert "Force constants of orders 2, 3:" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"dynamic": {"trigger": {"rule": "absolute"}}}, "dynamic.trigger.threshold is missing"),
+        (
+            {"dynamic": {"trigger": {"threshold": 0.1}}},
+            "threshold has no effect with rule = 'average', which has factor",
+        ),
+        ({"dynamic": {"temperatures": [300.0, -1.0]}}, "temperatures must be greater than 0"),
+        ({"dynamic": {"check_every": 7}}, "must be a multiple of dynamic.check_every = 7"),
+        ({"dynamic": {"labels": 1}, "start": {"count": 2}}, "dynamic.labels = 1 is less than start.count = 2"),
+        ({"start": {"repeat": [1, 0, 1]}}, "start.repeat has three numbers from 1 on"),
+        ({"model": {"cutoff": 4.0}}, r"\[model\] is for networks"),
+        ({"uncertainty": {"kind": "distance"}}, "uncertainty.kind has no effect"),
+        ({"crystal": None}, "'start.file' is missing"),
+        ({"dynamics": {}}, "did you mean 'dynamic'"),
+    ],
+)
+def test_mistakes_are_one_sentence(tables: dict, words: str) -> None:
+    values = settings_table(Path("run"))
+    for name, table in tables.items():
+        if table is None:
+            del values[name]
+        else:
+            values[name] = values.get(name, {}) | table
+    with pytest.raises(SettingsError, match=words):
+        from_table(DynamicRunSettings, values)
+
+
+@pytest.mark.parametrize(
+    ("words", "structure", "start"),
+    [
+        ("There is no file .*nothing.extxyz for crystal.structure", "nothing.extxyz", {}),
+        ("start.file: there is no file .*box.extxyz", "silicon.extxyz", {"file": "box.extxyz"}),
+    ],
+)
+def test_missing_files_are_named(words: str, structure: str, start: dict, tmp_path: Path) -> None:
+    from ubmd.learning.dynamic.engine import run
+
+    write_inputs(tmp_path, tmp_path / "run")
+    crystal = settings_table(tmp_path)["crystal"] | {"structure": structure}
+    with pytest.raises(SettingsError, match=words):
+        run(make_settings(tmp_path / "run", crystal=crystal, start=start), tmp_path)
+
+
+def test_triggers_of_the_settings_have_their_arguments() -> None:
+    made = TriggerSettings(rule="average", maximum=0.2, wait=5, floor=0.5).make()
+    assert made.settings() == {"maximum": 0.2, "factor": 3.0**0.5, "window": 1000, "wait": 5, "floor": 0.5}
+    assert TriggerSettings(rule="absolute", threshold=0.3).make().settings() == {"threshold": 0.3, "floor": 1.0}
+    assert TriggerSettings(rule="history", history=4).make().settings()["history"] == 4
+
+
+def test_temperatures_are_dealt_out() -> None:
+    dynamic = make_settings(Path("run"), dynamic={"temperatures": [300.0, 600.0], "replicas": 2}).dynamic
+    assert [dynamic.temperature_of(r) for r in range(dynamic.trajectories)] == [300.0, 600.0, 300.0, 600.0]
+
+
+def test_template_and_resolved_settings_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "dynamic.toml").write_text(dynamic_template())
+    values = load_settings(tmp_path / "dynamic.toml", DynamicRunSettings)
+    assert values.crystal is not None
+    assert values.crystal.cutoffs == {2: 5.0, 3: 4.0, 4: 4.0}
+    assert values.dynamic == DynamicSettings()
+    assert is_dynamic(tmp_path / "dynamic.toml")
+    assert not is_dynamic(tmp_path / "nothing.toml")
+    code, out, err = ubmd("init", "--dynamic", tmp_path / "new.toml", cwd=tmp_path)
+    assert code == 0, err
+    assert tomllib.loads((tmp_path / "new.toml").read_text()) == tomllib.loads(dynamic_template("new.toml"))
+    assert "--dynamic" in ubmd("init", "--short", "--dynamic", "other.toml", cwd=tmp_path)[2]
+    code, out, _ = ubmd("schema", "dynamic", cwd=tmp_path)
+    assert "eV/Å" in json.loads(out)["$defs"]["TriggerSettings"]["properties"]["maximum"]["description"]
