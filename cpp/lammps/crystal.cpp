@@ -497,9 +497,7 @@ void Crystal::locate(int n_local, const double *positions, const std::vector<std
   takes_part_.assign(n_all, 0);
   homes_.assign(3 * n_all, 0.0);
   displacements_.assign(3 * n_all, 0.0);
-  std::vector<Site> images(n_all);
-  SiteTable table;
-  table.reset(n_all);
+  images_.assign(n_all, {});
   for (std::size_t i = 0; i < n_all; ++i) {
     if (species[i] < 0) continue;
     const auto *site = site_of(tags[i]);
@@ -508,33 +506,39 @@ void Crystal::locate(int n_local, const double *positions, const std::vector<std
                   " has no site of its element in the crystal: atoms and types must stay as they are during a run");
     Vector rest = Vector{positions[3 * i], positions[3 * i + 1], positions[3 * i + 2]} - ideal(*site) - drift_;
     const auto shift = periods_.nearest(rest);
-    images[i] = *site;
+    images_[i] = *site;
     for (int k = 0; k < 3; ++k)
-      for (int row = 0; row < 3; ++row) images[i][k] += shift[row] * fit_.multiple[row][k];
-    const auto home = ideal(images[i]);  // of the image itself: the same bits whichever image was mapped
+      for (int row = 0; row < 3; ++row) images_[i][k] += shift[row] * fit_.multiple[row][k];
+    const auto home = ideal(images_[i]);  // of the image itself: the same bits whichever image was mapped
     for (int k = 0; k < 3; ++k) homes_[3 * i + k] = home[k];
     takes_part_[i] = 1;
-    table.insert(images[i], static_cast<int>(i));
   }
 
   // ordered by sublattice: blocks are then runs of one sublattice, for which the model has one table
   const auto n_sublattices = lattice_.sites.size();
   std::vector<std::size_t> starts(n_sublattices + 1, 0);
   for (int i = 0; i < n_local; ++i)
-    if (takes_part_[i]) ++starts[images[i][3] + 1];
+    if (takes_part_[i]) ++starts[images_[i][3] + 1];
   std::partial_sum(starts.begin(), starts.end(), starts.begin());
   centres_.resize(starts.back());
   sublattices_.resize(starts.back());
   for (int i = 0; i < n_local; ++i)
     if (takes_part_[i]) {
-      const auto k = starts[images[i][3]]++;
+      const auto k = starts[images_[i][3]]++;
       centres_[k] = i;
-      sublattices_[k] = images[i][3];
+      sublattices_[k] = images_[i][3];
     }
+}
+
+void Crystal::connect(const std::vector<std::int64_t> &tags) {
+  SiteTable table;
+  table.reset(tags.size());
+  for (std::size_t i = 0; i < tags.size(); ++i)
+    if (takes_part_[i]) table.insert(images_[i], static_cast<int>(i));
   first_.assign(1, 0);
   ends_.clear();
   for (std::size_t k = 0; k < centres_.size(); ++k) {
-    const auto &centre = images[centres_[k]];
+    const auto &centre = images_[centres_[k]];
     for (const auto &site : lattice_.sites[sublattices_[k]]) {
       const int end = table.find({centre[0] + site[0], centre[1] + site[1], centre[2] + site[2], site[3]});
       if (end < 0)
@@ -607,7 +611,8 @@ Matrix Crystal::turn_back(const Matrix &tensor) const {
 }
 
 double Crystal::bytes() const {
-  return static_cast<double>(tags_.capacity() * (sizeof(std::int64_t) + sizeof(Site)) +
+  return static_cast<double>(tags_.capacity() * sizeof(std::int64_t) +
+                             (sites_.capacity() + images_.capacity()) * sizeof(Site) +
                              (homes_.capacity() + displacements_.capacity()) * sizeof(double) +
                              (ends_.capacity() + centres_.capacity() + sublattices_.capacity()) * sizeof(int) +
                              (first_.capacity()) * sizeof(std::int64_t));

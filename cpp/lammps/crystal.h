@@ -100,6 +100,8 @@ class Crystal {
   // each owned centre; throws Error.
   void locate(int n_local, const double *positions, const std::vector<std::int64_t> &tags,
               const std::vector<int> &species);
+  // Then find the atoms on the sites of each owned centre; throws Error.
+  void connect(const std::vector<std::int64_t> &tags);
   // Owned atoms that take part, ordered by sublattice.
   const std::vector<int> &centres() const { return centres_; }
   // Displacements from the ideal sites, and their sum over the owned atoms.
@@ -137,6 +139,7 @@ class Crystal {
 
   int n_local_ = 0;
   std::vector<char> takes_part_;       // [n_all]
+  std::vector<Site> images_;           // [n_all]
   std::vector<double> homes_;          // [n_all, 3] ideal positions, the image next to the atom
   std::vector<double> displacements_;  // [n_all, 3]
   std::vector<int> centres_;

@@ -375,19 +375,22 @@ void PairUBMD::read_sites() {
   }
 
   const std::array<bigint, 2> lists = {neighbor->lastcall, neighbor->ncalls};  // the same on all ranks
-  if (fresh || lists != located_ || (in_setup && neighbor->ago == 0)) locate_sites();
+  bool anew = fresh || lists != located_ || (in_setup && neighbor->ago == 0);
+  if (anew) locate_sites();
   located_ = lists;
   auto largest = displace_sites();
   if (in_setup && !fresh) {
     int far = largest.displacement > crystal_->max_displacement(), any;
     MPI_Allreduce(&far, &any, 1, MPI_INT, MPI_MAX, world);
     if (any) {
+      anew = true;
       map_sites();
       locate_sites();
       largest = displace_sites();
     }
   }
-  check_displacement(largest);
+  check_displacement(largest);  // before a site of an atom that flew away is missed
+  if (anew) connect_sites();
   displacement_ = largest.displacement;
 }
 
@@ -454,6 +457,14 @@ void PairUBMD::locate_sites() {
     error->one(FLERR, "pair_style ubmd: {}", problem.what());
   }
   who_.centres = crystal_->centres();
+}
+
+void PairUBMD::connect_sites() {
+  try {
+    crystal_->connect(tags_of(atom->nlocal + atom->nghost));
+  } catch (const ubmd::Error &problem) {
+    error->one(FLERR, "pair_style ubmd: {}", problem.what());
+  }
 }
 
 // Displacements from the sites without their mean over the whole system. The model doesn't feel the mean, but the

@@ -85,6 +85,7 @@ class PairUBMD : public Pair {
   void map_sites();
   std::int64_t count_sites() const;
   void locate_sites();
+  void connect_sites();
   ubmd::Crystal::Largest displace_sites();
   void check_displacement(const ubmd::Crystal::Largest &) const;
   ubmd::Matrix box() const;

@@ -113,6 +113,9 @@ std::unique_ptr<Model> load_model(const std::string &file, Precision precision, 
     set_precision(loaded.module, precision);
     loaded.metadata = read_metadata(loaded.module, file);
     if (loaded.metadata.lattice) loaded.dtype = torch::kFloat64;
+    if (loaded.metadata.lattice && !loaded.device.is_cpu())
+      throw Error("model file " + file + " is that of a crystal, which runs on the processor: remove 'device " +
+                  device + "'");
     const bool has_blocks = loaded.module.find_method("evaluate").has_value();
     return has_blocks ? make_block_model(std::move(loaded), block_size) : make_generic_model(std::move(loaded));
   });
