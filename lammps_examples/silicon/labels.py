@@ -103,6 +103,8 @@ def make(work: Work) -> None:
     wanted["md"] = max(arguments.temperatures), arguments.md, 1
     sampler: Potential | None = None
     for name, (temperature, count, seed) in wanted.items():
+        if count == 0:
+            continue
         frames = work.base / str(work.settings.reference.cache or "label_cache") / f"frames_{name}_{count}.extxyz"
         if not frames.exists():
             sampler = sampler or Potential(work, [atoms for structures in rattled.values() for atoms in structures])
@@ -314,7 +316,7 @@ def main() -> None:
     parser.add_argument("--rattled", type=int, default=15, help="structures of each amplitude")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[300.0, 600.0, 900.0], help="of test sets, K")
     parser.add_argument("--test", type=int, default=4, help="structures per temperature")
-    parser.add_argument("--md", type=int, default=15, help="equally spaced frames at the highest temperature")
+    parser.add_argument("--md", type=int, default=15, help="equally spaced frames at the highest temperature; 0: none")
     parser.add_argument(
         "--cutoffs", type=cutoff, nargs="+", default=[], help="other cutoffs for the dynamics, e.g. 4=3.5 5=0 (none)"
     )
