@@ -131,9 +131,7 @@ def _run_dynamic(settings: Path, override: list[str]) -> None:
     course = Course(values, RunFolder(values.run_dir).read_events())
     with make_progress(Console(), course) as progress:
         folder = run_engine(values, settings.parent, progress)
-    print(f"Model: {folder / 'model.pt'}")
-    if (folder / "report" / "report.html").exists():
-        print(f"Report: {folder / 'report' / 'report.html'}")
+    print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")
 
 
 def status(run_dir: RunDir) -> None:
@@ -160,9 +158,8 @@ def report(run_dir: RunDir) -> None:
     from ubmd.learning.run_folder import RunFolder, is_dynamic_run
 
     if is_dynamic_run(RunFolder(run_dir)):
-        from importlib import import_module
+        from ubmd.analysis.dynamic_report import make_dynamic_report
 
-        make_dynamic_report = import_module("ubmd.analysis.dynamic_report").make_dynamic_report
         print(f"Report: {make_dynamic_report(run_dir)[-1]}")
         return
     from ubmd.analysis import make_report

@@ -15,8 +15,6 @@ from concurrent.futures import Executor as StandardExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -790,10 +788,9 @@ class Engine:
 
     def _report(self) -> None:
         """Pictures and tables of the run."""
-        if find_spec("ubmd.analysis.dynamic_report") is None:
-            return
-        module = import_module("ubmd.analysis.dynamic_report")
-        module.make_dynamic_report(self.folder.path)
+        from ubmd.analysis.dynamic_report import make_dynamic_report
+
+        make_dynamic_report(self.folder.path)
 
 
 def _unasked(label: int, atoms: Atoms) -> dict[str, Any]:
