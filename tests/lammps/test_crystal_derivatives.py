@@ -7,20 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crystals import CUBIC, head
-
-FORCES = """
-dump d all custom 1 dump.test id fx fy fz f_b[2] f_b[3] f_b[4] f_n[1] f_n[2] f_n[3]
-dump_modify d sort id format float %.17g
-"""
-
-
-def columns(frame, names):
-    return np.stack([frame[name] for name in names], 1)
-
-
-def deviation(value, expected):
-    """Largest difference, relative to the largest component."""
-    return np.abs(np.asarray(value) - expected).max() / np.abs(expected).max()
+from differences import FORCES, bias_gradients, columns, deviation
 
 
 @pytest.mark.parametrize(
@@ -52,22 +39,8 @@ def test_forces_equal_numdiff(crystal_lab, crystals, kind, multiple, ranks):
 def test_bias_force_is_the_derivative_of_u(crystal_lab, crystals):
     crystal = crystals["triclinic"]
     atoms, _ = crystal.shaken((2, 2, 1))
-    h = 1e-4
     with crystal_lab.session(head(crystal, atoms) + "fix b all ubmd force 0.25 window 1\nrun 0\n") as lammps:
-        count = len(atoms)
-        order = np.argsort(lammps.numpy.extract_atom("id")[:count])
-        analytic = lammps.numpy.extract_fix("b", 1, 2)[order][:, 1:4] / (0.25 * lammps.extract_fix("b", 0, 1, 3))
-        x = lammps.numpy.extract_atom("x")[:count][order].copy()
-        numerical = np.zeros_like(analytic)
-        for atom, axis in np.ndindex(count, 3):
-            values = []
-            for sign in (1, -1):
-                moved = x.copy()
-                moved[atom, axis] += sign * h
-                lammps.scatter_atoms("x", 1, 3, np.ctypeslib.as_ctypes(moved.ravel()))
-                lammps.command("run 0")
-                values.append(lammps.extract_fix("b", 0, 1, 0))
-            numerical[atom, axis] = (values[0] - values[1]) / (2 * h)
+        analytic, numerical = bias_gradients(lammps, 1e-4)
     assert np.abs(analytic).max() > 1e-5
     assert deviation(numerical, analytic) < 1e-5
 

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from differences import FORCES, bias_gradients, columns, deviation
 
-FORCES = """
-dump d all custom 1 dump.test id fx fy fz f_b[2] f_b[3] f_b[4] f_n[1] f_n[2] f_n[3]
-dump_modify d sort id format float %.17g
-"""
 NUMDIFF_ORDER = (1, 2, 3, 6, 5, 4)  # fix numdiff/virial: xx yy zz yz xz xy
-
-
-def columns(frame, names):
-    return np.stack([frame[name] for name in names], 1)
-
-
-def deviation(value, expected):
-    """Largest difference, relative to the largest component."""
-    return np.abs(np.asarray(value) - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("kind", "replicas"), [("triclinic", "1 1 1"), ("small", "1 1 1"), ("small", "2 1 2")])
@@ -87,24 +75,9 @@ def test_bias_virial_is_the_strain_derivative(lab, structures, kind, replicas, m
 @pytest.mark.parametrize(("kind", "replicas"), [("small", "1 1 1"), ("small", "2 2 1"), ("molecule", "")])
 def test_bias_force_is_the_derivative(lab, structures, kind, replicas):
     """Central differences of f_b[1] for every atom and axis, at the scale that the fix reports."""
-    h = 1e-4
     script = lab.head(structures[kind]) + (f"replicate {replicas}\n" if replicas else "")
     with lab.session(script + "fix b all ubmd force 0.25 window 1\nrun 0\n") as lammps:
-        count = lammps.get_natoms()
-        order = np.argsort(lammps.numpy.extract_atom("id")[:count])
-        scale = lammps.extract_fix("b", 0, 1, 3)
-        analytic = lammps.numpy.extract_fix("b", 1, 2)[order][:, 1:4] / (0.25 * scale)
-        x = lammps.numpy.extract_atom("x")[:count][order].copy()
-        numerical = np.zeros_like(analytic)
-        for atom, axis in np.ndindex(count, 3):
-            values = []
-            for sign in (1, -1):
-                moved = x.copy()
-                moved[atom, axis] += sign * h
-                lammps.scatter_atoms("x", 1, 3, np.ctypeslib.as_ctypes(moved.ravel()))
-                lammps.command("run 0")
-                values.append(lammps.extract_fix("b", 0, 1, 0))
-            numerical[atom, axis] = (values[0] - values[1]) / (2 * h)
+        analytic, numerical = bias_gradients(lammps, 1e-4)
     assert np.abs(analytic).max() > 1e-3
     assert deviation(numerical, analytic) < 1e-5
 

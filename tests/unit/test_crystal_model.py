@@ -8,6 +8,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, make_supercell
+from known_crystals import tin_selenide
 
 from ubmd.crystal.basis import ClusterBasis
 from ubmd.crystal.lattice import Supercell
@@ -16,14 +17,6 @@ from ubmd.models.crystal import TINY, CrystalModel
 from ubmd.operators import load
 
 pytest.importorskip("spglib")
-
-
-def tin_selenide() -> Atoms:
-    """Pnma SnSe as measured at room temperature."""
-    places = []
-    for x, z in ((0.118, 0.103), (0.855, 0.482)):
-        places += [(x, 0.25, z), (-x, 0.75, -z), (0.5 - x, 0.75, 0.5 + z), (0.5 + x, 0.25, 0.5 - z)]
-    return Atoms("Sn4Se4", scaled_positions=places, cell=[11.501, 4.153, 4.445], pbc=True)
 
 
 def turned_silicon() -> Atoms:

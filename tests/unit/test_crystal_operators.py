@@ -11,6 +11,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from known_crystals import boron_arsenide, silicon, tin_selenide
 
 from ubmd import operators
 from ubmd.crystal.basis import ClusterBasis
@@ -205,22 +206,6 @@ def test_arguments_that_do_not_fit_are_refused():
         torch.ops.ubmd.crystal_expand(model.theta, model.tables()[1:])
     with pytest.raises(RuntimeError, match="bias the structure's uncertainty"):
         model.feature_gradient([species, first, displacement], [], [], model.theta)
-
-
-def silicon() -> Atoms:
-    return bulk("Si", "diamond", 5.43)
-
-
-def boron_arsenide() -> Atoms:
-    return bulk("BAs", "zincblende", 4.777)
-
-
-def tin_selenide() -> Atoms:
-    """Pnma SnSe as measured at room temperature."""
-    places = []
-    for x, z in ((0.118, 0.103), (0.855, 0.482)):
-        places += [(x, 0.25, z), (-x, 0.75, -z), (0.5 - x, 0.75, 0.5 + z), (0.5 + x, 0.25, 0.5 - z)]
-    return Atoms("Sn4Se4", scaled_positions=places, cell=[11.501, 4.153, 4.445], pbc=True)
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ it is the other program's.
 import numpy as np
 import pytest
 from ase import Atoms
-from test_crystal_basis import boron_arsenide, displaced, silicon, tin_selenide
+from known_crystals import boron_arsenide, silicon, tin_selenide
+from test_crystal_basis import displaced
 
 from ubmd.crystal.basis import ClusterBasis
 

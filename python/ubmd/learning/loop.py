@@ -10,7 +10,6 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor as StandardExecutor
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,19 +26,15 @@ from ubmd.errors import LabelError, ModelError, TrainingError, UbmdError
 from ubmd.export import export_model
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
 from ubmd.learning import convergence, stages
-from ubmd.learning.executors import Adapter, make_executor
 from ubmd.learning.groups import TaskGroup, run_tasks
-from ubmd.learning.held_out import HeldOut
 from ubmd.learning.rewind import input_hashes, take_back
 from ubmd.learning.run_folder import (
-    EventLog,
     Listener,
     RunFolder,
     Stages,
     content_hash,
     copy_file,
     file_hash,
-    full_disk,
     is_sealed,
     move_aside,
     open_run,
@@ -48,16 +43,11 @@ from ubmd.learning.run_folder import (
 )
 from ubmd.learning.stages import Origin, Stage, random_generator
 from ubmd.learning.tasks import replica_file, train_member
-from ubmd.learning.workers import Executor, TaskFailed, is_full
-from ubmd.references import energy_jumps
+from ubmd.learning.walk import START, Walk, drive
+from ubmd.learning.workers import Executor, TaskFailed
 from ubmd.settings import RunSettings
 from ubmd.training import load_weights, member_folders, train_members
 from ubmd.training.members import member_seed
-
-_LARGEST_FRUITLESS = 3  # iterations in a row without one new label, after which the loop gives up
-
-START = -1
-"""Number of the iteration that the first labels belong to, in the info of the data set."""
 
 
 def run(
@@ -85,23 +75,13 @@ def run(
     """
     # Workers may have another working directory.
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
-    loop: Loop | None = None
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(folder.locked())
-            given = Adapter(executor, folder.path) if executor is not None else None
-            workers = given or make_executor(settings.workers, folder.path)
-            stack.callback(workers.stop)
-            if from_iteration is not None:
-                take_back(folder, from_iteration)
-            loop = Loop(settings, base, folder, workers, listener, from_iteration)
-            loop.run()
-        except (KeyboardInterrupt, Exception) as error:
-            reason: BaseException = full_disk(folder.path) if is_full(error) or folder.is_full() else error
-            if loop is not None and isinstance(reason, KeyboardInterrupt | UbmdError):
-                with suppress(OSError):
-                    loop.events.write("run_stopped", why=str(reason) or "interrupted")
-            raise reason from (None if reason is error else error)
+
+    def begin(workers: Executor) -> Loop:
+        if from_iteration is not None:
+            take_back(folder, from_iteration)
+        return Loop(settings, base, folder, workers, listener, from_iteration)
+
+    drive(folder, settings.workers, executor, begin)
     return Path(settings.run_dir)
 
 
@@ -121,8 +101,11 @@ class _Turn:
     keys: dict[str, str]
 
 
-class Loop:
-    """One walk through a run. The folder is locked; the workers live as long as the walk."""
+class Loop(Walk):
+    """One walk through a run."""
+
+    unit = "iteration"
+    settings: RunSettings
 
     def __init__(
         self,
@@ -133,31 +116,18 @@ class Loop:
         listener: Listener | None,
         from_iteration: int | None = None,
     ) -> None:
-        self.base = base
-        self.folder = folder
-        self.workers = workers
         self.start_structures = read_structures(base / settings.start.file)
         stages.check_start(self.start_structures, settings)
         self.plan, changes = open_run(folder, settings, input_hashes(settings, base), from_iteration)
         self.settings = self.plan.at(START)
-        self.events = EventLog(folder.events, listener)
-        if changes:
-            self.events.write("settings_changed", changes=changes)
-        self.threads = self.plan.threads
-        self.known = stages.read_dataset(folder.dataset)
-        self.dataset: list[Atoms] = []
-        self.rejected: list[Atoms] = []
-        self.history: list[dict[str, Any]] = []
+        super().__init__(base, folder, workers, listener, self.plan.threads, changes)
         self.newest: list[Atoms] = []  # labels of the last batch
-        self._held_out: HeldOut | None = None
         self._weights: Callable[[], list[Path]] | None = None  # of the last model's networks, made again if lost
         self._keys: dict[int, dict[str, str]] = {}
         self._left: dict[Origin, ReplicaTask] = {}  # replicas of earlier iterations that run on
         self._replicas = TaskGroup(
             workers, replica_file, settings.md.timeout, settings.workers.retries, self._replicas_at_once(settings)
         )
-        self._fruitless = 0
-        self._dataset_bytes = 0
         self._torsions: list[np.ndarray] = []
 
     def _replicas_at_once(self, settings: RunSettings) -> int | None:
@@ -173,7 +143,7 @@ class Loop:
         labels = self.plan.phases[-1][1].loop.labels
         self.events.write("run_started", process=os.getpid(), labels_wanted=labels)
         self._start()
-        self._begin_test_set()
+        self._begin_test_set(self.start_structures[0])
         for iteration in itertools.count():
             self.settings = self.plan.at(iteration)
             turn = self._turn(iteration)
@@ -197,22 +167,13 @@ class Loop:
 
     # -------------------------------------------------------------------------------------- before the loop
 
-    def _begin_test_set(self) -> None:
-        """Reference MD for the test set runs beside the first training."""
-        if self.settings.test is not None:
-            start = self.start_structures[0]
-            self._held_out = HeldOut(self.settings, start, self.folder, self.base, self.workers, self.events)
-            self._held_out.begin()
-
     def _start(self) -> None:
         """Perturbed copies of the start structures are the first labels."""
         rng = random_generator(self.settings.seed, 0, Stage.START)
         candidates = stages.perturb(self.start_structures, self.settings.start, rng)
         for k, atoms in enumerate(candidates):
             atoms.info |= {"iteration": START, "replica": k, "step": 0}
-        once = Stages(self.folder.path, self.events, {"iteration": START})
-        key = content_hash([dataset_hash(candidates), stages.reference_key(self.settings.reference)])
-        self._label(START, key, lambda: candidates, self.folder.path / "start", once)
+        self._label_start(candidates)
         if len(self.dataset) < 2:
             reasons = [atoms.info["reason"] for atoms in self.rejected]
             raise LabelError(
@@ -276,18 +237,13 @@ class Loop:
     def _is_settled(self, turn: _Turn) -> bool:
         """Whether an iteration has ended and its labels are whole: then nothing else of it is needed any more."""
         labels = turn.once.folder / "labels"
-        if labels.exists() and not stages.batch_is_whole(labels):
-            stages.mend_batch(labels, self._known_of(turn.iteration), self.settings.reference)
+        self._mend_labels(turn.iteration, labels)
         return (
             turn.once.is_done("record", turn.keys["label"])
             and turn.once.is_done("label", turn.keys["label"])
             and stages.batch_is_whole(labels)
             and len(self.folder.read_history()) > turn.iteration
         )
-
-    def _known_of(self, iteration: int) -> list[Atoms]:
-        """Labels of an iteration that the data set had at the start of this walk."""
-        return [atoms for atoms in self.known if atoms.info["iteration"] == iteration]
 
     def _pass_over(self, turn: _Turn) -> None:
         """Take the results of a settled iteration; its models and frames may be gone."""
@@ -480,48 +436,11 @@ class Loop:
         turn.once.run("select", turn.keys["select"], [target, record], work)
         return stages.read_frames(target)
 
-    def _label(
-        self, iteration: int, key: str, candidates: Callable[[], list[Atoms]], folder: Path, once: Stages
-    ) -> None:
-        """Label a batch, split it, and append it to the data set."""
-        settings, done = self.settings, folder / "done.json"
-
-        def report(index: int, reason: str) -> None:
-            self.events.write(
-                "label_rejected" if reason else "label_done", iteration=iteration, index=index, why=reason
-            )
-
-        def work() -> None:
-            batch = candidates()
-            stages.prepare_folder(folder, key)
-            stages.label_batch(
-                batch,
-                folder,
-                settings.reference,
-                self.base,
-                self.workers,
-                report,
-                self._known_of(iteration),
-                settings.workers.retries,
-            )
-            write_json(done, {"candidates": len(batch)})
-
-        if done.exists() and not stages.batch_is_whole(folder):
-            done.unlink()
-        once.run("label", key, [done], work)
-        self._append(iteration, *stages.read_batch(folder))
-
-    def _append(self, iteration: int, labelled: list[Atoms], rejected: list[Atoms]) -> None:
-        """Give labels their ids and sides, and write them behind the data set, one by one."""
-        jumps = energy_jumps(labelled, self.dataset, self.settings.reference.energy_limit)
-        for k, reason in jumps.items():
-            labelled[k].calc = None
-            labelled[k].info["reason"] = reason
-        rejected = rejected + [labelled[k] for k in jumps]
-        labelled = [atoms for k, atoms in enumerate(labelled) if k not in jumps]
+    def _accept(self, number: int, labelled: list[Atoms]) -> None:
+        """Give labels their sides."""
         sides = [atoms.info["split"] for atoms in self.dataset]
         loop = self.settings.loop
-        rng = random_generator(self.settings.seed, iteration + 1, Stage.SPLIT)
+        rng = random_generator(self.settings.seed, number + 1, Stage.SPLIT)
         new = stages.split_batch(
             sides.count("train"),
             sides.count("valid"),
@@ -531,21 +450,9 @@ class Loop:
             sides.count("calib"),
             loop.calibration_share,
         )
-        for k, (atoms, side) in enumerate(zip(labelled, new, strict=True)):
-            atoms.info |= {"label": len(self.dataset) + k, "split": side}
-        self._dataset_bytes = stages.append_once(
-            self.folder.dataset,
-            self._dataset_bytes,
-            labelled,
-            lambda k: self.events.write("label_appended", iteration=iteration, label=len(self.dataset) + k),
-        )
-        self.dataset += labelled
+        for atoms, side in zip(labelled, new, strict=True):
+            atoms.info["split"] = side
         self.newest = labelled or self.newest
-        if rejected:
-            self.rejected += rejected
-            write_structures(self.folder.rejected, self.rejected)
-        if iteration > START:
-            self._check_fruitful(len(labelled))
 
     # -------------------------------------------------------------------------------------- after an iteration
 
@@ -566,11 +473,7 @@ class Loop:
         }
         if verdict is not None:
             entry["ended"] = verdict.as_json()
-        self.history.append(entry)
-        written = self.folder.read_history()
-        if len(self.history) >= len(written):
-            write_json(self.folder.history, self.history)
-        if written[iteration : iteration + 1] != [entry]:
+        if self._add_to_history(iteration, entry):
             shown = {
                 key: entry[key] for key in ("labels", "md_steps", "train", "valid", "test", "coverage") if key in entry
             }
@@ -603,13 +506,6 @@ class Loop:
         return (
             left if loop.label_budget is None else min(left, loop.label_budget - len(self.dataset) - len(self.rejected))
         )
-
-    def _check_fruitful(self, new: int) -> None:
-        """Give up after several iterations in a row without a label: more of the same would never end."""
-        self._fruitless = 0 if new else self._fruitless + 1
-        if self._fruitless == _LARGEST_FRUITLESS:
-            last = self.rejected[-1].info["reason"] if self.rejected else "no frame differed from the training set"
-            raise LabelError(f"{_LARGEST_FRUITLESS} iterations in a row gave no label; the last reason: {last}")
 
     def _report(self) -> None:
         """Pictures and tables of the run."""

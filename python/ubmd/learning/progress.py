@@ -2,76 +2,40 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
+from ubmd.learning.live import Bars, Lines
 from ubmd.learning.run_folder import Event
 from ubmd.learning.timeline import STAGE_NAMES, Timeline, describe_work, duration
 
-SECONDS_BETWEEN_LINES = 30.0
-"""Between two plain lines that only say how far a stage is."""
 
-
-class ProgressLines:
+class ProgressLines(Lines[Timeline]):
     """One plain line per thing worth knowing, and now and then one that says how far a long stage is."""
 
-    def __init__(self, console: Console, timeline: Timeline, seconds_between: float = SECONDS_BETWEEN_LINES) -> None:
-        self._console = console
-        self._timeline = timeline
-        self._between = seconds_between
-        self._last = time.monotonic()
+    def _describe(self, event: Event) -> str:
+        return describe_event(event)
 
-    def __call__(self, event: Event) -> None:
-        self._timeline.add(event)
-        line = describe_event(event) or self._now_and_then(event)
-        if line:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-            self._last = time.monotonic()
-
-    def _now_and_then(self, event: Event) -> str:
+    def _how_far(self, event: Event) -> str:
         stage = {"epoch": "train", "md_steps": "md", "label_done": "label"}.get(event["event"], "")
-        if not stage or time.monotonic() - self._last < self._between:
+        if not stage:
             return ""
-        line = f"{_place(event)}{STAGE_NAMES[stage]}: {describe_work(stage, self._timeline.work.get(stage))}"
-        return line + _left(self._timeline, stage)
-
-    def __enter__(self) -> ProgressLines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to close."""
+        line = f"{_place(event)}{STAGE_NAMES[stage]}: {describe_work(stage, self._course.work.get(stage))}"
+        return line + _left(self._course, stage)
 
 
-class ProgressBars:
+class ProgressBars(Bars[Timeline]):
     """The lines of `ProgressLines` above live bars: labels of the run, and the work of each running stage."""
 
     def __init__(self, console: Console, timeline: Timeline) -> None:
-        self._bars = Progress(
-            TextColumn("{task.description:32}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}", markup=False),
-            console=console,
-        )
-        self._timeline = timeline
-        self._lines = ProgressLines(self._bars.console, timeline, seconds_between=float("inf"))
+        super().__init__(console, timeline, ProgressLines, width=32)
         self._labels: TaskID | None = None
         self._stages: dict[str, TaskID] = {}
 
-    def __enter__(self) -> ProgressBars:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def __call__(self, event: Event) -> None:
-        self._lines(event)
-        line = self._timeline
+    def _show(self, event: Event) -> None:
+        line = self._course
         if event["event"] == "run_started" and self._labels is None:
             self._labels = self._bars.add_task("labels", total=line.wanted, left="")
         for stage in set(self._stages) - set(line.running):
@@ -82,7 +46,7 @@ class ProgressBars:
             self._bars.update(self._labels, completed=line.labels, left=_to_go(line.run_left(), "run: "))
 
     def _show_stage(self, stage: str) -> None:
-        line = self._timeline
+        line = self._course
         if stage not in self._stages:
             where = f"iteration {line.iteration}: " if line.iteration >= 0 else ""
             self._stages[stage] = self._bars.add_task(where + _stage_name(stage), total=None, left="")

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -68,16 +68,34 @@ def _state(folder: RunFolder, timeline: Timeline, running: bool) -> str:
         if quiet > _QUIET:
             return f"running, but nothing was written for {duration(quiet)}"
         return "running"
-    if timeline.finished:
-        return f"finished. {timeline.finished}"
-    resume = "'ubmd run' with the same settings resumes it"
-    if timeline.stopped:
-        return f"stopped ({timeline.stopped.rstrip('.')}); {resume}"
-    if timeline.last_event is None:
-        return f"not started; {resume}"
-    ago = duration(max(0.0, (datetime.now(UTC) - timeline.last_event).total_seconds()))
     doing = f" in the stage '{', '.join(timeline.running)}'" if timeline.running else ""
-    return f"stopped: its process {timeline.process} is gone{doing}, last seen {ago} ago; {resume}"
+    return describe_idle(timeline, doing)
+
+
+class Ended(Protocol):
+    """What the events of a run without a driver say."""
+
+    @property
+    def finished(self) -> str: ...
+    @property
+    def stopped(self) -> str: ...
+    @property
+    def last_event(self) -> datetime | None: ...
+    @property
+    def process(self) -> int | None: ...
+
+
+def describe_idle(run: Ended, doing: str = "") -> str:
+    """One sentence on a run that is not running: finished, ended with an error, or dead (``doing``: in what)."""
+    if run.finished:
+        return f"finished. {run.finished}"
+    resume = "'ubmd run' with the same settings resumes it"
+    if run.stopped:
+        return f"stopped ({run.stopped.rstrip('.')}); {resume}"
+    if run.last_event is None:
+        return f"not started; {resume}"
+    ago = duration(max(0.0, (datetime.now(UTC) - run.last_event).total_seconds()))
+    return f"stopped: its process {run.process} is gone{doing}, last seen {ago} ago; {resume}"
 
 
 def _seconds_since_life(folder: RunFolder) -> float:

@@ -12,7 +12,6 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor as StandardExecutor
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ from ase import Atoms
 
 from ubmd.crystal.convergence import converged
 from ubmd.crystal.triggers import load_trigger
-from ubmd.data.structures import dataset_hash, read_structures, write_structures
+from ubmd.data.structures import dataset_hash, read_structures
 from ubmd.errors import LabelError, SettingsError, SimulationError, UbmdError
 from ubmd.lammps.trajectory import (
     PieceResult,
@@ -40,12 +39,9 @@ from ubmd.learning.dynamic.history import ErrorSeries, error_file
 from ubmd.learning.dynamic.learners import ForceConstants, Learner, Network
 from ubmd.learning.dynamic.settings import DynamicRunSettings, box_file
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
-from ubmd.learning.executors import Adapter, make_executor
 from ubmd.learning.groups import run_tasks
-from ubmd.learning.held_out import HeldOut
 from ubmd.learning.rewind import argument_hashes
 from ubmd.learning.run_folder import (
-    EventLog,
     Listener,
     RunFolder,
     Stages,
@@ -53,22 +49,17 @@ from ubmd.learning.run_folder import (
     content_hash,
     copy_file,
     file_hash,
-    full_disk,
     open_run,
     read_json,
     write_json,
 )
 from ubmd.learning.stages import Stage, random_generator
-from ubmd.learning.workers import Executor, is_full
-from ubmd.references import energy_jumps
+from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
+from ubmd.learning.workers import Executor
 from ubmd.uncertainty.conformal import conformal_scale
 
-_LARGEST_FRUITLESS = 3  # rounds in a row without a label, or without a sane trajectory, after which the run gives up
 _LARGEST_SEED = 900_000_000  # of LAMMPS's random-number generators
 _SIGNAL_FRAMES = 16  # most frames that the signals look at
-
-START = -1
-"""Number of the round that the first labels belong to, in the info of the data set."""
 
 
 def run(
@@ -92,21 +83,7 @@ def run(
         StorageError: the disk is full.
     """
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
-    engine: Engine | None = None
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(folder.locked())
-            given = Adapter(executor, folder.path) if executor is not None else None
-            workers = given or make_executor(settings.workers, folder.path)
-            stack.callback(workers.stop)
-            engine = Engine(settings, base, folder, workers, listener)
-            engine.run()
-        except (KeyboardInterrupt, Exception) as error:
-            reason: BaseException = full_disk(folder.path) if is_full(error) or folder.is_full() else error
-            if engine is not None and isinstance(reason, KeyboardInterrupt | UbmdError):
-                with suppress(OSError):
-                    engine.events.write("run_stopped", why=str(reason) or "interrupted")
-            raise reason from (None if reason is error else error)
+    drive(folder, settings.workers, executor, lambda workers: Engine(settings, base, folder, workers, listener))
     return Path(settings.run_dir)
 
 
@@ -147,33 +124,24 @@ class _Round:
         return self.once.folder
 
 
-class Engine:
-    """One walk through a run. The folder is locked; the workers live as long as the walk."""
+class Engine(Walk):
+    """One walk through a run."""
+
+    unit = "round"
+    settings: DynamicRunSettings
 
     def __init__(
         self, settings: DynamicRunSettings, base: Path, folder: RunFolder, workers: Executor, listener: Listener | None
     ) -> None:
-        self.base = base
-        self.folder = folder
-        self.workers = workers
         self.box = ideal_box(settings, base)
         plan, changes = open_run(folder, settings, input_hashes(settings, base))
         self.settings = plan.at(0)
         self.dynamic = self.settings.dynamic
-        self.threads = plan.threads
-        self.events = EventLog(folder.events, listener)
-        if changes:
-            self.events.write("settings_changed", changes=changes)
-        self.known = stages.read_dataset(folder.dataset)
-        self.dataset: list[Atoms] = []
-        self.rejected: list[Atoms] = []
-        self.history: list[dict[str, Any]] = []
-        self._dataset_bytes = 0
+        super().__init__(base, folder, workers, listener, plan.threads, changes)
         self._rounds: list[_Round] = []
         self._loaded = ""  # key of the model that the learner holds
         self._series: dict[int, list[ErrorSeries]] = {r: [] for r in range(self.dynamic.trajectories)}
-        self._held_out: HeldOut | None = None
-        self._fruitless = self._insane = 0
+        self._insane = 0
 
     def run(self) -> None:
         """From the start structures to the report."""
@@ -185,7 +153,7 @@ class Engine:
             steps_wanted=self.dynamic.steps * self.dynamic.trajectories,
         )
         self._start()
-        self._begin_test_set()
+        self._begin_test_set(self.box)
         for number in itertools.count():
             now = self._round(number)
             self._rounds.append(now)
@@ -220,21 +188,13 @@ class Engine:
             atoms.positions += rng.normal(0.0, self.settings.start.displacement, atoms.positions.shape)
             atoms.info |= {"iteration": START, "replica": k, "step": 0, "rule": "start"}
             candidates.append(atoms)
-        once = Stages(self.folder.path, self.events, {"round": START})
-        key = content_hash([dataset_hash(candidates), stages.reference_key(self.settings.reference)])
-        self._label(START, key, candidates, self.folder.path / "start", once)
+        self._label_start(candidates)
         least = 1 if self.settings.crystal is not None else 2
         if len(self.dataset) < least:
             raise LabelError(
                 f"Only {len(self.dataset)} of {len(candidates)} start structures could be labelled, at least {least} "
                 f"needed; the first reason: {self.rejected[0].info['reason']}"
             )
-
-    def _begin_test_set(self) -> None:
-        """Reference MD for the test set runs beside the first round."""
-        if self.settings.test is not None:
-            self._held_out = HeldOut(self.settings, self.box, self.folder, self.base, self.workers, self.events)
-            self._held_out.begin()
 
     # -------------------------------------------------------------------------------------- rounds
 
@@ -281,18 +241,13 @@ class Engine:
     def _is_settled(self, now: _Round) -> bool:
         """Whether a round has ended and its labels are whole: then nothing else of it but its states is needed."""
         labels = now.folder / "labels"
-        if labels.exists() and not stages.batch_is_whole(labels):
-            stages.mend_batch(labels, self._known_of(now.number), self.settings.reference)
+        self._mend_labels(now.number, labels)
         return (
             now.once.is_done("record", now.keys["label"])
             and now.once.is_done("judge", now.keys["label"])
             and stages.batch_is_whole(labels)
             and len(self.folder.read_history()) > now.number
         )
-
-    def _known_of(self, number: int) -> list[Atoms]:
-        """Labels of a round that the data set had at the start of this walk."""
-        return [atoms for atoms in self.known if atoms.info["iteration"] == number]
 
     def _pass_over(self, now: _Round) -> None:
         """Take the results of a settled round."""
@@ -628,7 +583,7 @@ class Engine:
             atoms.info |= {"temperature": result["temperature"], "predicted_error": error}
             candidates.append(atoms)
         first, rejected = len(self.dataset), len(self.rejected)
-        self._label(now.number, now.keys["label"], candidates, now.folder / "labels", now.once)
+        self._label(now.number, now.keys["label"], lambda: candidates, now.folder / "labels", now.once)
         labelled, refused = self.dataset[first:], self.rejected[rejected:]
         target = now.folder / "asked.json"
 
@@ -648,59 +603,9 @@ class Engine:
         now.once.run("judge", now.keys["label"], [target], judge)
         return read_json(target)
 
-    def _label(self, number: int, key: str, batch: list[Atoms], folder: Path, once: Stages) -> None:
-        """Label structures and append them to the data set."""
-        settings, done = self.settings, folder / "done.json"
-
-        def report(index: int, reason: str) -> None:
-            self.events.write("label_rejected" if reason else "label_done", round=number, index=index, why=reason)
-
-        def work() -> None:
-            stages.prepare_folder(folder, key)
-            stages.label_batch(
-                batch,
-                folder,
-                settings.reference,
-                self.base,
-                self.workers,
-                report,
-                self._known_of(number),
-                settings.workers.retries,
-            )
-            write_json(done, {"candidates": len(batch)})
-
-        if done.exists() and not stages.batch_is_whole(folder):
-            done.unlink()
-        once.run("label", key, [done], work)
-        self._append(number, *stages.read_batch(folder))
-
-    def _append(self, number: int, labelled: list[Atoms], rejected: list[Atoms]) -> None:
-        """Give labels their numbers, and write them behind the data set, one by one."""
-        jumps = energy_jumps(labelled, self.dataset, self.settings.reference.energy_limit)
-        for k, reason in jumps.items():
-            labelled[k].calc = None
-            labelled[k].info["reason"] = reason
-        rejected = rejected + [labelled[k] for k in jumps]
-        labelled = [atoms for k, atoms in enumerate(labelled) if k not in jumps]
-        for k, atoms in enumerate(labelled):
-            atoms.info["label"] = len(self.dataset) + k
-        self._dataset_bytes = stages.append_once(
-            self.folder.dataset,
-            self._dataset_bytes,
-            labelled,
-            lambda k: self.events.write("label_appended", round=number, label=len(self.dataset) + k),
-        )
-        self.dataset += labelled
-        if rejected:
-            self.rejected += rejected
-            write_structures(self.folder.rejected, self.rejected)
-        if number > START and (labelled or rejected):
-            self._fruitless = 0 if labelled else self._fruitless + 1
-            if self._fruitless == _LARGEST_FRUITLESS:
-                raise LabelError(
-                    f"{_LARGEST_FRUITLESS} rounds in a row gave no label; the last reason: "
-                    f"{self.rejected[-1].info['reason']}"
-                )
+    def _check_fruitful(self, labelled: Sequence[Atoms], rejected: Sequence[Atoms]) -> None:
+        if labelled or rejected:  # a round in which no trajectory has asked says nothing
+            super()._check_fruitful(labelled, rejected)
 
     # -------------------------------------------------------------------------------------- after a round
 
@@ -737,15 +642,12 @@ class Engine:
         }
         if ended is not None:
             entry["ended"] = ended
-        self.history.append(entry)
-        written = self.folder.read_history()
-        if len(self.history) >= len(written):
-            write_json(self.folder.history, self.history)
+        is_new = self._add_to_history(now.number, entry)
         self._note_series(now, results)
         for replica, parts in self._series.items():
             if parts:
                 _joined(parts).save(error_file(self.folder.path, replica))
-        if written[now.number : now.number + 1] != [entry]:
+        if is_new:
             self.events.write("round_done", round=now.number, **_shown(entry))
         if ended is None:
             now.once.note("record", now.keys["label"])
@@ -781,9 +683,9 @@ class Engine:
         """Give up after several rounds in a row in which every trajectory failed: more of the same would never end."""
         failed = [result["ended"] == "failed" or result["end"] == result["begin"] for result in results]
         self._insane = self._insane + 1 if failed and all(failed) else 0
-        if self._insane == _LARGEST_FRUITLESS:
+        if self._insane == LARGEST_FRUITLESS:
             raise SimulationError(
-                f"All trajectories failed {_LARGEST_FRUITLESS} times in a row; the last reason: {results[-1]['reason']}"
+                f"All trajectories failed {LARGEST_FRUITLESS} times in a row; the last reason: {results[-1]['reason']}"
             )
 
     def _report(self) -> None:

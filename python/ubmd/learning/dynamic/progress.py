@@ -10,14 +10,14 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from ubmd.learning.dynamic.settings import DynamicRunSettings
-from ubmd.learning.progress import SECONDS_BETWEEN_LINES
+from ubmd.learning.live import Bars, Lines
 from ubmd.learning.run_folder import Event, RunFolder, read_settings_of
-from ubmd.learning.status import is_running
+from ubmd.learning.status import describe_idle, is_running
 from ubmd.learning.timeline import duration
 
 STAGE_NAMES = {"learn": "training", "measure": "errors", "move": "MD", "label": "labels", "test_set": "test set"}
@@ -84,62 +84,29 @@ class Course:
         return pace * (self.steps_wanted - self.steps)
 
 
-class ProgressLines:
+class ProgressLines(Lines[Course]):
     """One plain line per thing worth knowing, and now and then one that says how far the trajectories are."""
 
-    def __init__(self, console: Console, course: Course, seconds_between: float = SECONDS_BETWEEN_LINES) -> None:
-        self._console = console
-        self._course = course
-        self._between = seconds_between
-        self._last = time.monotonic()
+    def _describe(self, event: Event) -> str:
+        return describe_event(event)
 
-    def __call__(self, event: Event) -> None:
-        self._course.add(event)
-        line = describe_event(event) or self._now_and_then(event)
-        if line:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-            self._last = time.monotonic()
-
-    def _now_and_then(self, event: Event) -> str:
-        if event["event"] not in ("md_steps", "epoch") or time.monotonic() - self._last < self._between:
-            return ""
+    def _how_far(self, event: Event) -> str:
         if event["event"] == "epoch":
             return f"{_place(event)}training: epoch {event['epoch']}"
+        if event["event"] != "md_steps":
+            return ""
         course = self._course
         return f"{_place(event)}MD: {course.steps:,} of at most {course.steps_wanted:,} steps{_to_go(course)}"
 
-    def __enter__(self) -> ProgressLines:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        """Nothing to close."""
-
-
-class ProgressBars:
+class ProgressBars(Bars[Course]):
     """The lines of `ProgressLines` above two live bars: labels, and MD steps of all trajectories."""
 
     def __init__(self, console: Console, course: Course) -> None:
-        self._bars = Progress(
-            TextColumn("{task.description:10}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}", markup=False),
-            console=console,
-        )
-        self._course = course
-        self._lines = ProgressLines(self._bars.console, course, seconds_between=float("inf"))
+        super().__init__(console, course, ProgressLines, width=10)
         self._tasks: list[TaskID] = []
 
-    def __enter__(self) -> ProgressBars:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def __call__(self, event: Event) -> None:
-        self._lines(event)
+    def _show(self, event: Event) -> None:
         course = self._course
         if not self._tasks:
             self._tasks = [self._bars.add_task(name, left="") for name in ("labels", "MD steps")]
@@ -229,7 +196,7 @@ def status(run_dir: Path) -> RenderableType:
     course = Course(settings, folder.read_events())
     running = is_running(folder)
     lines = [
-        f"{folder.path}: {_state(course, running)}",
+        f"{folder.path}: {'running' if running else describe_idle(course)}",
         f"{course.labels} labels, {course.calls} of at most {course.wanted} structures asked for; "
         f"{course.steps:,} of at most {course.steps_wanted:,} MD steps.",
     ]
@@ -245,20 +212,6 @@ def status(run_dir: Path) -> RenderableType:
         parts.append(_table([entry for entry in history if entry["refit"]][-_SHOWN:]))
         parts += [Text(signal["reason"]) for signal in history[-1]["signals"]]
     return Group(*parts)
-
-
-def _state(course: Course, running: bool) -> str:
-    if running:
-        return "running"
-    if course.finished:
-        return f"finished. {course.finished}"
-    resume = "'ubmd run' with the same settings resumes it"
-    if course.stopped:
-        return f"stopped ({course.stopped.rstrip('.')}); {resume}"
-    if course.last_event is None:
-        return f"not started; {resume}"
-    ago = duration(max(0.0, (datetime.now(UTC) - course.last_event).total_seconds()))
-    return f"stopped: its process {course.process} is gone, last seen {ago} ago; {resume}"
 
 
 def _table(refits: list[dict[str, Any]]) -> RichTable:

@@ -1,0 +1,203 @@
+"""What both kinds of runs share: how a driver holds the folder and ends, and how the data set grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor as StandardExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ase import Atoms
+
+from ubmd.data.structures import dataset_hash, write_structures
+from ubmd.errors import LabelError, UbmdError
+from ubmd.learning import stages
+from ubmd.learning.executors import Adapter, make_executor
+from ubmd.learning.held_out import HeldOut, Tested
+from ubmd.learning.run_folder import (
+    EventLog,
+    Listener,
+    RunFolder,
+    Stages,
+    content_hash,
+    full_disk,
+    write_json,
+)
+from ubmd.learning.workers import Executor, is_full
+from ubmd.references import energy_jumps
+from ubmd.settings import WorkerSettings
+
+LARGEST_FRUITLESS = 3  # turns in a row that lead nowhere, after which a run gives up
+
+START = -1
+"""Number of the turn that the first labels belong to, in the info of the data set."""
+
+
+def drive(
+    folder: RunFolder, settings: WorkerSettings, executor: StandardExecutor | None, begin: Callable[[Executor], Walk]
+) -> None:
+    """Walk through a run with its folder locked; whatever ends it, its workers end too, and the events say why.
+
+    Args:
+        folder: of the run.
+        settings: the workers, if there is no executor.
+        executor: where tasks run.
+        begin: makes the walk, when the folder is locked.
+
+    Raises:
+        StorageError: the disk is full, whatever the walk itself has raised.
+    """
+    walk: Walk | None = None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(folder.locked())
+            given = Adapter(executor, folder.path) if executor is not None else None
+            workers = given or make_executor(settings, folder.path)
+            stack.callback(workers.stop)
+            walk = begin(workers)
+            walk.run()
+        except (KeyboardInterrupt, Exception) as error:
+            reason: BaseException = full_disk(folder.path) if is_full(error) or folder.is_full() else error
+            if walk is not None and isinstance(reason, KeyboardInterrupt | UbmdError):
+                with suppress(OSError):
+                    walk.events.write("run_stopped", why=str(reason) or "interrupted")
+            raise reason from (None if reason is error else error)
+
+
+class Walk:
+    """One walk through a run, turn by turn. The folder is locked; the workers live as long as the walk.
+
+    Attributes:
+        unit: what a turn is called in events and messages.
+        settings: those of the current turn.
+        known: labels that the data set had at the start of this walk.
+        dataset, rejected, history: what this walk has come to so far.
+    """
+
+    unit: ClassVar[str]
+    settings: Tested
+
+    def __init__(
+        self,
+        base: Path,
+        folder: RunFolder,
+        workers: Executor,
+        listener: Listener | None,
+        threads: int,
+        changes: dict[str, list[Any]],
+    ) -> None:
+        """``changes``: of the settings since the last start, as `open_run` returns them."""
+        self.base = base
+        self.folder = folder
+        self.workers = workers
+        self.threads = threads
+        self.events = EventLog(folder.events, listener)
+        if changes:
+            self.events.write("settings_changed", changes=changes)
+        self.known = stages.read_dataset(folder.dataset)
+        self.dataset: list[Atoms] = []
+        self.rejected: list[Atoms] = []
+        self.history: list[dict[str, Any]] = []
+        self._held_out: HeldOut | None = None
+        self._fruitless = 0
+        self._dataset_bytes = 0
+
+    def run(self) -> None:
+        """From the start structures to the report."""
+        raise NotImplementedError
+
+    def _begin_test_set(self, start: Atoms) -> None:
+        """Reference MD for the test set runs beside the first training."""
+        if self.settings.test is not None:
+            self._held_out = HeldOut(self.settings, start, self.folder, self.base, self.workers, self.events)
+            self._held_out.begin()
+
+    # -------------------------------------------------------------------------------------- labels
+
+    def _label_start(self, candidates: list[Atoms]) -> None:
+        """The first labels."""
+        once = Stages(self.folder.path, self.events, {self.unit: START})
+        key = content_hash([dataset_hash(candidates), stages.reference_key(self.settings.reference)])
+        self._label(START, key, lambda: candidates, self.folder.path / "start", once)
+
+    def _label(self, number: int, key: str, candidates: Callable[[], list[Atoms]], folder: Path, once: Stages) -> None:
+        """Label the batch of a turn, and append it to the data set."""
+        settings, done = self.settings, folder / "done.json"
+
+        def report(index: int, reason: str) -> None:
+            name = "label_rejected" if reason else "label_done"
+            self.events.write(name, **{self.unit: number}, index=index, why=reason)
+
+        def work() -> None:
+            batch = candidates()
+            stages.prepare_folder(folder, key)
+            stages.label_batch(
+                batch,
+                folder,
+                settings.reference,
+                self.base,
+                self.workers,
+                report,
+                self._known_of(number),
+                settings.workers.retries,
+            )
+            write_json(done, {"candidates": len(batch)})
+
+        if done.exists() and not stages.batch_is_whole(folder):
+            done.unlink()
+        once.run("label", key, [done], work)
+        self._append(number, *stages.read_batch(folder))
+
+    def _known_of(self, number: int) -> list[Atoms]:
+        """Labels of a turn that the data set had at the start of this walk."""
+        return [atoms for atoms in self.known if atoms.info["iteration"] == number]
+
+    def _mend_labels(self, number: int, folder: Path) -> None:
+        """Make a damaged batch whole again, from what the data set has of it."""
+        if folder.exists() and not stages.batch_is_whole(folder):
+            stages.mend_batch(folder, self._known_of(number), self.settings.reference)
+
+    def _append(self, number: int, labelled: list[Atoms], rejected: list[Atoms]) -> None:
+        """Give labels their numbers, and write them behind the data set, one by one."""
+        jumps = energy_jumps(labelled, self.dataset, self.settings.reference.energy_limit)
+        for k, reason in jumps.items():
+            labelled[k].calc = None
+            labelled[k].info["reason"] = reason
+        rejected = rejected + [labelled[k] for k in jumps]
+        labelled = [atoms for k, atoms in enumerate(labelled) if k not in jumps]
+        for k, atoms in enumerate(labelled):
+            atoms.info["label"] = len(self.dataset) + k
+        self._accept(number, labelled)
+        self._dataset_bytes = stages.append_once(
+            self.folder.dataset,
+            self._dataset_bytes,
+            labelled,
+            lambda k: self.events.write("label_appended", **{self.unit: number}, label=len(self.dataset) + k),
+        )
+        self.dataset += labelled
+        if rejected:
+            self.rejected += rejected
+            write_structures(self.folder.rejected, self.rejected)
+        if number > START:
+            self._check_fruitful(labelled, rejected)
+
+    def _accept(self, number: int, labelled: list[Atoms]) -> None:
+        """Called with new labels before they are written: what else their ``info`` has to say."""
+
+    def _check_fruitful(self, labelled: Sequence[Atoms], rejected: Sequence[Atoms]) -> None:
+        """Give up after several turns in a row without a label: more of the same would never end."""
+        self._fruitless = 0 if labelled else self._fruitless + 1
+        if self._fruitless == LARGEST_FRUITLESS:
+            last = self.rejected[-1].info["reason"] if self.rejected else "no frame differed from the training set"
+            raise LabelError(f"{LARGEST_FRUITLESS} {self.unit}s in a row gave no label; the last reason: {last}")
+
+    # -------------------------------------------------------------------------------------- history
+
+    def _add_to_history(self, number: int, entry: dict[str, Any]) -> bool:
+        """Append the entry of a turn; returns whether the file did not have it yet, just so."""
+        self.history.append(entry)
+        written = self.folder.read_history()
+        if len(self.history) >= len(written):
+            write_json(self.folder.history, self.history)
+        return written[number : number + 1] != [entry]
