@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from functools import cache
 
 import numpy as np
@@ -109,7 +110,7 @@ for name in ("silicon", "triclinic"):
 test.check_uncertainty(True)
 test.check_uncertainty(False)
 """
-    environment = {**os.environ, "UBMD_ISA": isa, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "UBMD_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if "is not an instruction set of this processor" in result.stderr:
         assert isa != "base"
