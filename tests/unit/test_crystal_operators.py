@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
