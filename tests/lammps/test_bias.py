@@ -7,7 +7,7 @@ import pytest
 import torch
 from ase.io import read
 
-from ubmd.data.graph import scatter_forces
+from ubmd.data.graph import build_graph, scatter_forces
 
 DYNAMICS = """
 velocity all create 300.0 77 dist gaussian
@@ -241,7 +241,7 @@ def test_npt_feels_the_stress_bias(lab, structures):
 def test_bias_of_atomic_uncertainties(lab, evaluator, structures, kind, ranks):
     """`uncertainty atomic`: the bias follows the gradient of sum_i u_i, computed here through the model's forward."""
     atoms = structures[kind]
-    graph = evaluator.graph(atoms)
+    graph = build_graph(atoms, evaluator.elements, evaluator.cutoff)
     edge = graph.edge_vector.clone().requires_grad_(True)
     phi = evaluator.module(graph.species, graph.edge_index, edge, len(atoms))[1]
     total = evaluator.module.atomic_uncertainties(phi).sum()

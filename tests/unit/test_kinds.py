@@ -48,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def atomic_features(evaluator: Evaluator, atoms: Atoms) -> np.ndarray:
-    graph = evaluator.graph(atoms)
+    graph = build_graph(atoms, evaluator.elements, evaluator.cutoff)
     with torch.no_grad():
         return evaluator.module(graph.species, graph.edge_index, graph.edge_vector, len(atoms))[1].numpy()
 

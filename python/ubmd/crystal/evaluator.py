@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from ase.data import atomic_numbers
 
 from ubmd.crystal.lattice import Lattice, Placement, Placer
 from ubmd.data.graph import VOIGT
-from ubmd.errors import DataError
+from ubmd.errors import DataError, ModelError
 from ubmd.models.evaluation import Prediction
 
 NO_STRESS = "The bias of a force-constant potential has no stress: use bias_force = 0, or forces alone."
@@ -54,28 +55,39 @@ class CrystalEvaluator:
         self._placer = Placer(self.lattice)
         self._box: Box | None = None
 
-    def predict(self, atoms: Atoms) -> Prediction:
-        """Energy, forces, stress and uncertainties of one structure.
+    def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
+        """See `Evaluator`.
 
         The stress is that beyond the ideal crystal's own, which structures in a fixed cell say nothing about. It needs
         force constants at their true distances: labels of boxes smaller than their range fold them, and the stress
         then follows shifts of the sublattices against each other badly.
 
         Raises:
-            DataError: the box doesn't hold the crystal, or an atom is further from its site than the force constants
+            DataError: a box doesn't hold the crystal, or an atom is further from its site than the force constants
                 are trusted.
         """
-        return self._prediction(*self._evaluated(atoms))[0]
+        return [self._prediction(*self._evaluated(atoms))[0] for atoms in structures]
 
-    def predict_with_gradient(self, atoms: Atoms) -> tuple[Prediction, np.ndarray]:
-        """The same and du/dr [n, 3] (1/atom eV/Å)."""
+    def predict_with_gradient(self, atoms: Atoms) -> tuple[Prediction, np.ndarray, None]:
+        """See `Evaluator`."""
         box, evaluated = self._evaluated(atoms)
         prediction, mean = self._prediction(box, evaluated)
         mean.requires_grad_(True)
         (w,) = torch.autograd.grad(self.module.uncertainty(mean), mean)
         w = w / len(atoms)
         gradient = self.module.feature_gradient(evaluated[-1], [], self.module.directions(w, True), w)
-        return prediction, -self._forces(box, gradient)
+        return prediction, -self._forces(box, gradient), None
+
+    def uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, None]:
+        """See `Evaluator`."""
+        prediction, gradient, none = self.predict_with_gradient(atoms)
+        return prediction.u, gradient, none
+
+    def atomic_uncertainty_gradient(self, atoms: Atoms) -> NoReturn:
+        """Refused with a ModelError."""
+        raise ModelError(
+            "A force-constant potential has no gradient of atomic uncertainties: use that of the structure's."
+        )
 
     def box(self, atoms: Atoms) -> tuple[Box, np.ndarray]:
         """The placed box, and displacements [n, 3] (Å) in the crystal's frame that the guard lets through."""

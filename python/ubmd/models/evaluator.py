@@ -1,0 +1,97 @@
+"""Model files of networks in Python: structures as graphs, many in one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from ubmd.data.graph import VOIGT, Batch, Graph, build_graph, chunks, collate, scatter_forces, strain_gradient
+from ubmd.export import structure_means
+from ubmd.models.evaluation import Evaluation, Prediction, evaluation, is_ensemble
+
+
+class NetworkEvaluator:
+    """Predictions of a network's module (any with a model file's interface)."""
+
+    def __init__(self, module: Any, metadata: dict[str, Any], precision: str) -> None:
+        self.module = module
+        self.elements: list[str] = metadata["elements"]
+        self.cutoff: float = metadata["cutoff"]
+        self.edge_dtype = torch.float32 if precision == "single" else torch.float64
+        self.feature_scale: float = metadata["uncertainty"]["energy"]["feature_scale"]
+
+    def graph(self, atoms: Atoms) -> Graph:
+        """The structure as the graph of a network."""
+        return build_graph(atoms, self.elements, self.cutoff)
+
+    def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
+        """See `Evaluator`; structures share evaluations of bounded size."""
+        batches = chunks(self.graph(atoms) for atoms in structures)
+        return [prediction for batch in batches for prediction in self._predictions(batch, self._evaluation(batch))]
+
+    def _evaluation(self, pairs: Graph | Batch) -> Evaluation:
+        return evaluation(self.module, pairs, pairs.edge_vector.to(self.edge_dtype))
+
+    def _predictions(self, batch: Batch, result: Evaluation) -> list[Prediction]:
+        means = structure_means(result.phi.double(), batch)
+        with torch.no_grad():
+            u = [float(self.module.uncertainty(mean)) for mean in means]
+        if is_ensemble(self.module):
+            # how the members differ: their common energy says nothing about uncertainty
+            means = means - means.mean(1, keepdim=True)
+        sizes = batch.counts.tolist()
+        strain = batch.virials_from(result.gradient).numpy()
+        forces = batch.forces_from(result.gradient).split(sizes)
+        energies, atomic_u = result.energy.split(sizes), result.atomic_uncertainties().split(sizes)
+        return [
+            Prediction(
+                energy=float(energies[k].sum()),
+                forces=forces[k].numpy(),
+                stress=strain[k][VOIGT] / volume if volume > 0.0 else None,
+                u=u[k],
+                atomic_u=atomic_u[k].numpy(),
+                feature=means[k].numpy() / self.feature_scale,
+            )
+            for k, volume in enumerate(batch.volume.tolist())
+        ]
+
+    def predict_with_gradient(self, atoms: Atoms) -> tuple[Prediction, np.ndarray, np.ndarray]:
+        """See `Evaluator`; both from one evaluation."""
+        batch = collate([self.graph(atoms)])
+        result = self._evaluation(batch)
+        (prediction,) = self._predictions(batch, result)
+        _, gradient = self._uncertainty_gradient(result)
+        return prediction, *_gradients(batch, gradient)
+
+    def uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
+        """See `Evaluator`."""
+        graph = self.graph(atoms)
+        u, gradient = self._uncertainty_gradient(self._evaluation(graph))
+        return u, *_gradients(graph, gradient)
+
+    def _uncertainty_gradient(self, result: Evaluation) -> tuple[float, torch.Tensor]:
+        """u and its gradient with respect to the edge vectors [P, 3] of one structure.
+
+        Phase 1 gives phi and w = du/d(mean phi), phase 2 the vector-Jacobian product with w/n.
+        """
+        mean = result.phi.double().mean(0).requires_grad_(True)
+        u = self.module.uncertainty(mean)
+        (w,) = torch.autograd.grad(u, mean)
+        return float(u.detach()), result.feature_gradient(w / result.n_atoms)
+
+    def atomic_uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
+        """See `Evaluator`."""
+        graph = self.graph(atoms)
+        total, gradient = self._evaluation(graph).atomic_uncertainty_gradient()
+        return float(total), *_gradients(graph, gradient)
+
+
+def _gradients(pairs: Graph | Batch, edge_gradient: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Derivatives with respect to positions [n, 3] and strain [3, 3] from those with respect to edge vectors [P, 3]."""
+    owner = torch.zeros(len(edge_gradient), dtype=torch.int64)
+    strain = strain_gradient(pairs.edge_vector, edge_gradient, owner, 1)[0]
+    return -scatter_forces(pairs.edge_index, edge_gradient, len(pairs.species)).numpy(), strain.numpy()
