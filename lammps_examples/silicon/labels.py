@@ -9,8 +9,8 @@ labels/provenance.json:
   md.extxyz.xz             equally spaced frames of one trajectory at the highest temperature
   test_300K.extxyz.xz      frames of an independent trajectory
 
-The trajectories are those of a potential fitted to the rattled sets, not of the reference itself, which only labels
-the frames (ab initio dynamics would take days).
+The trajectories are those of a potential fitted to the rattled sets (and to the labels of --fit-also), not of the
+reference itself, which only labels the frames (ab initio dynamics would take days).
 
 Without options: a table of what there is. --check compares the files with their recorded hashes and, if the reference's
 program is installed, labels the last structure of the smallest set once more. --make makes what is missing; it may be
@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,16 @@ def make(work: Work) -> None:
             continue
         frames = work.base / str(work.settings.reference.cache or "label_cache") / f"frames_{name}_{count}.extxyz"
         if not frames.exists():
-            sampler = sampler or Potential(work, [atoms for structures in rattled.values() for atoms in structures])
+            sampler = sampler or Potential(work, [*chain(*rattled.values()), *further(work)])
             print(f"{name}: molecular dynamics at {temperature:g} K", flush=True)
             write_structures(frames, trajectory(work, sampler, temperature, count, seed))
         structures = read_structures(frames)
         store(work, name, [labelled(work, a, f"{name} {k + 1}/{count}") for k, a in enumerate(structures)])
+
+
+def further(work: Work) -> list[Atoms]:
+    """Labels that the potential of the dynamics is fitted to besides the rattled sets."""
+    return [*chain(*(read_structures(path, labelled=True) for path in work.arguments.fit_also))]
 
 
 def labelled(work: Work, atoms: Atoms, what: str) -> Atoms:
@@ -133,18 +139,21 @@ def store(work: Work, name: str, structures: list[Atoms]) -> None:
     temporary.write_bytes(lzma.compress(plain.read_bytes(), preset=9))
     plain.unlink()
     temporary.replace(work.path(name))
+    also = " and to further labels" if work.arguments.fit_also else ""
     record = read_provenance(work)
     record |= {
-        "command": f"python labels.py {shlex.join(sys.argv[1:])}",
         "ubmd": __version__,
         "program": program_version(work),
         "reference": work.settings.reference.model_dump(mode="json", include={"calculator", "arguments"}),
-        "dynamics": "Langevin, potential fitted to the rattled sets; frames labelled by the reference",
     }
     record.setdefault("sets", {})[name] = {
         "structures": len(structures),
         "hash": dataset_hash(structures),
         "date": datetime.date.today().isoformat(),
+        "command": f"python labels.py {shlex.join(sys.argv[1:])}",
+        "from": "ideal crystal, Gaussian displacements"
+        if name.startswith("rattled")
+        else f"Langevin dynamics of a potential fitted to the rattled sets{also}",
     }
     temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(work.provenance)
@@ -317,6 +326,14 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[300.0, 600.0, 900.0], help="of test sets, K")
     parser.add_argument("--test", type=int, default=4, help="structures per temperature")
     parser.add_argument("--md", type=int, default=15, help="equally spaced frames at the highest temperature; 0: none")
+    parser.add_argument(
+        "--fit-also",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="labels that the potential of the dynamics is fitted to, too, e.g. a run's dataset.extxyz",
+    )
     parser.add_argument(
         "--cutoffs", type=cutoff, nargs="+", default=[], help="other cutoffs for the dynamics, e.g. 4=3.5 5=0 (none)"
     )

@@ -147,7 +147,7 @@ class Loop(Walk):
         for iteration in itertools.count():
             self.settings = self.plan.at(iteration)
             turn = self._turn(iteration)
-            if self._is_settled(turn):
+            if self._is_settled(turn.iteration, turn.once, ("record", "label"), turn.keys["label"]):
                 self._pass_over(turn)
                 continue
             model = self._learn(turn)
@@ -233,17 +233,6 @@ class Loop(Walk):
         tasks = stages.replica_tasks(self.settings, iteration, model, files, self.base)
         busy = {replica for _, replica in self._left}
         return {(iteration, task.replica): task for task in tasks if task.replica not in busy}
-
-    def _is_settled(self, turn: _Turn) -> bool:
-        """Whether an iteration has ended and its labels are whole: then nothing else of it is needed any more."""
-        labels = turn.once.folder / "labels"
-        self._mend_labels(turn.iteration, labels)
-        return (
-            turn.once.is_done("record", turn.keys["label"])
-            and turn.once.is_done("label", turn.keys["label"])
-            and stages.batch_is_whole(labels)
-            and len(self.folder.read_history()) > turn.iteration
-        )
 
     def _pass_over(self, turn: _Turn) -> None:
         """Take the results of a settled iteration; its models and frames may be gone."""

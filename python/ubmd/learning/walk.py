@@ -158,6 +158,22 @@ class Walk:
         if folder.exists() and not stages.batch_is_whole(folder):
             stages.mend_batch(folder, self._known_of(number), self.settings.reference)
 
+    def _is_settled(self, number: int, once: Stages, stages_done: tuple[str, ...], key: str) -> bool:
+        """Whether a turn has ended and its labels are whole: then little else of it is needed any more.
+
+        Args:
+            number: of the turn.
+            once: its stages.
+            stages_done: those that must have been done with ``key``, that of its labels.
+        """
+        labels = once.folder / "labels"
+        self._mend_labels(number, labels)
+        return (
+            all(once.is_done(name, key) for name in stages_done)
+            and stages.batch_is_whole(labels)
+            and len(self.folder.read_history()) > number
+        )
+
     def _append(self, number: int, labelled: list[Atoms], rejected: list[Atoms]) -> None:
         """Give labels their numbers, and write them behind the data set, one by one."""
         jumps = energy_jumps(labelled, self.dataset, self.settings.reference.energy_limit)

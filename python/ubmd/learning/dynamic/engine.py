@@ -157,7 +157,7 @@ class Engine(Walk):
         for number in itertools.count():
             now = self._round(number)
             self._rounds.append(now)
-            if self._is_settled(now):
+            if self._is_settled(now.number, now.once, ("record", "judge"), now.keys["label"]):
                 self._pass_over(now)
                 continue
             ended = self._do(now)
@@ -237,17 +237,6 @@ class Engine(Walk):
             ends |= {result["replica"]: result["end"] for result in entry["replicas"]}
         left = {r: self.dynamic.steps - ends[r] for r in range(self.dynamic.trajectories)}
         return {r: min(self.dynamic.segment, steps) for r, steps in left.items() if steps > 0}
-
-    def _is_settled(self, now: _Round) -> bool:
-        """Whether a round has ended and its labels are whole: then nothing else of it but its states is needed."""
-        labels = now.folder / "labels"
-        self._mend_labels(now.number, labels)
-        return (
-            now.once.is_done("record", now.keys["label"])
-            and now.once.is_done("judge", now.keys["label"])
-            and stages.batch_is_whole(labels)
-            and len(self.folder.read_history()) > now.number
-        )
 
     def _pass_over(self, now: _Round) -> None:
         """Take the results of a settled round."""
