@@ -57,7 +57,7 @@ from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.references import label
 from ubmd.settings import load_settings
 
-EQUILIBRATION, SPACING = 1000, 300  # steps of the dynamics before the first and between frames
+EQUILIBRATION = 1000  # steps of the dynamics before the first frame
 FRICTION = 0.01  # 1/fs
 AGREEMENT = 2e-3  # eV/Å between a recorded force and one computed anew (other versions, other numerical libraries)
 
@@ -163,7 +163,8 @@ def fitted(work: Work, structures: list[Atoms]) -> tuple[ClusterBasis, Supercell
     """The potential of the settings, or with other cutoffs, fitted to labels."""
     assert work.settings.crystal is not None
     cutoffs = work.settings.crystal.cutoffs | work.arguments.cutoffs
-    basis = ClusterBasis.build(work.box(), {order: cutoff for order, cutoff in cutoffs.items() if cutoff > 0.0})
+    wanted = {order: cutoff for order, cutoff in cutoffs.items() if cutoff > 0.0}
+    basis = ClusterBasis.build(work.box(), wanted, work.settings.crystal.decay)
     supercell = Supercell(basis.lattice, work.box())
     equations = NormalEquations(basis.parameter_orders)
     for atoms in structures:
@@ -253,7 +254,7 @@ def trajectory(work: Work, potential: Potential, temperature: float, count: int,
     dynamics.run(EQUILIBRATION)
     frames = []
     for _ in range(count):
-        dynamics.run(SPACING)
+        dynamics.run(work.arguments.spacing)
         frames.append(Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=True))
     return frames
 
@@ -326,6 +327,7 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[300.0, 600.0, 900.0], help="of test sets, K")
     parser.add_argument("--test", type=int, default=4, help="structures per temperature")
     parser.add_argument("--md", type=int, default=15, help="equally spaced frames at the highest temperature; 0: none")
+    parser.add_argument("--spacing", type=int, default=300, help="steps between frames")
     parser.add_argument(
         "--fit-also",
         type=Path,

@@ -229,6 +229,7 @@ def measure(work: Work) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     known = {row["key"]: row for row in rows}
     test = [dataset_hash(structures) for structures in work.tests.values()]
+    decay = [] if work.basis.decay is None else [f"decay {work.basis.decay:g}"]
     result: list[dict[str, Any]] = []
     for name in set_names(work):
         for seed in work.arguments.seeds:
@@ -240,7 +241,7 @@ def measure(work: Work) -> list[dict[str, Any]]:
                 if places is None:
                     continue
                 key = "/".join(
-                    [dataset_hash([labels[k] for k in places]), *test, *map(str, work.basis.cutoffs.items())]
+                    [dataset_hash([labels[k] for k in places]), *test, *map(str, work.basis.cutoffs.items()), *decay]
                 )
                 if key not in known:
                     new = [k for k in places if k not in rows_known]
@@ -387,7 +388,7 @@ def main() -> None:
     box = ideal_box(settings, base)
     arguments.out.mkdir(parents=True, exist_ok=True)
     crystal = read_structures(settings.crystal.structure_file(base))[0]
-    basis = ClusterBasis.build(crystal, settings.crystal.cutoffs)
+    basis = ClusterBasis.build(crystal, settings.crystal.cutoffs, settings.crystal.decay)
     work = Work(arguments, settings, base, box, basis, basis.supercell(box))
     for temperature in sorted({work.temperature, *arguments.test_temperatures}):
         work.tests[temperature] = test_set(work, temperature)

@@ -413,6 +413,13 @@ class CrystalSettings(Table):
         description="LAMMPS stops when an atom is further than this from its site, Å; default: 0.4 of the shortest "
         "distance between sites",
     )
+    decay: float | None = Field(
+        None,
+        gt=0,
+        description="length over which force constants are expected to fall by a factor e with the size of their "
+        "cluster, Å: for labels of a box shorter than twice a cutoff, where a pair and its periodic images look alike; "
+        "default: no such expectation",
+    )
     energies: bool = Field(False, description="fit the energies of the labels too, not only their forces")
     caution: float = Field(
         0.5,

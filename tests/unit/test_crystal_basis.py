@@ -11,6 +11,7 @@ from known_crystals import boron_arsenide, silicon, tin_selenide
 
 from ubmd.crystal.basis import ClusterBasis
 from ubmd.crystal.clusters import decode, encode
+from ubmd.crystal.regression import NormalEquations, fit
 from ubmd.errors import DataError, ModelError, SettingsError
 
 pytest.importorskip("spglib")
@@ -188,6 +189,59 @@ def test_many_structures_at_once(case):
     many = np.stack([displaced(len(atoms), seed) for seed in range(2)])
     np.testing.assert_array_equal(basis.energy_features(many, box)[1], basis.energy_features(many[1], box))
     np.testing.assert_array_equal(basis.force_matrix(many, box)[3 * len(atoms) :], basis.force_matrix(many[1], box))
+
+
+@pytest.mark.parametrize("name", ["silicon", "triclinic"])
+def test_decay_keeps_the_space_and_scales_the_prior(name, tmp_path):
+    """Independent parameters of equal variance: force constants over exp(-d/decay) have the basis' old metric."""
+    crystal, cutoffs, matrix = CASES[name]
+    plain, decaying = (ClusterBasis.build(crystal(), cutoffs, decay) for decay in (None, 0.8))
+    atoms = make_supercell(crystal(), matrix)
+    u = displaced(len(atoms), 3)
+    decaying.save(tmp_path / "basis.npz")
+    assert ClusterBasis.load(tmp_path / "basis.npz").decay == pickle.loads(pickle.dumps(decaying)).decay == 0.8
+    a, b = (basis.force_matrix(u, basis.supercell(atoms)) for basis in (plain, decaying))
+    assert a.shape == b.shape
+    for old, new in zip(plain.parts, decaying.parts, strict=True):
+        mixing = np.linalg.lstsq(old.parameters, new.parameters, rcond=None)[0]
+        np.testing.assert_allclose(old.parameters @ mixing, new.parameters, atol=1e-12)
+        chosen = plain.parameter_orders == old.order
+        np.testing.assert_allclose(b[:, chosen], a[:, chosen] @ mixing, atol=1e-10 * np.abs(b).max())
+        diameters = []
+        for orbit in new.orbits:
+            places = orbit.sites[:, :3] @ decaying.lattice.cell + decaying.lattice.positions[orbit.sites[:, 3]]
+            diameters.append(max(np.linalg.norm(p - q) for p in places for q in places))
+        shortest = min(d for d in diameters if d > 0.0)
+        scale = np.repeat(np.exp(-np.maximum(np.array(diameters) - shortest, 0.0) / 0.8), [r.shape[1] for r in new.raw])
+        weighted = new.parameters / scale[:, None]
+        np.testing.assert_allclose(weighted.T @ weighted, np.eye(weighted.shape[1]), atol=1e-10)
+        assert scale.min() < 0.5 < 1.0 == scale.max()
+
+
+def test_decay_tells_pairs_from_their_images():
+    """A box of eight atoms folds pairs up to 7.5 Å. The prior decides what a box of 64 atoms gets."""
+    teacher = ClusterBasis.build(silicon(), {2: 4.0})
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=teacher.n_parameters)
+    small, large = bulk("Si", "diamond", 5.43, cubic=True), bulk("Si", "diamond", 5.43, cubic=True).repeat(2)
+    errors = {}
+    for decay in (None, 0.7):
+        basis = ClusterBasis.build(silicon(), {2: 7.5}, decay)
+        equations = NormalEquations(basis.parameter_orders)
+        for seed in range(4):
+            u = displaced(8, seed, 0.03)
+            equations.add(
+                basis.force_matrix(u, basis.supercell(small)), teacher.forces(truth, u, teacher.supercell(small))
+            )
+        posterior = fit(equations)
+        for box in (small, large):
+            u = displaced(len(box), 9, 0.03)
+            expected = teacher.forces(truth, u, teacher.supercell(box))
+            found = basis.forces(posterior.mean, u, basis.supercell(box))
+            errors[decay, len(box)] = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert max(errors[None, 8], errors[0.7, 8]) < 1e-4
+    assert errors[None, 64] > 0.2
+    assert errors[0.7, 64] < 0.6 * errors[None, 64]
 
 
 def test_save_and_load(case, tmp_path: Path):

@@ -381,6 +381,9 @@ def test_the_basis_is_kept(data, tmp_path, monkeypatch):
     path.write_bytes(b"damaged")
     assert cached_basis(silicon(), {2: 4.0}, path).orders == [2]
     assert len(built) == 3
+    assert cached_basis(silicon(), {2: 4.0}, path, 1.5).decay == 1.5
+    assert cached_basis(silicon(), {2: 4.0}, path, 1.5).decay == 1.5
+    assert len(built) == 4
 
 
 def test_mistakes(data, tmp_path, reference):

@@ -41,7 +41,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         (folder / "basis.npz").unlink(missing_ok=True)
     start = time.monotonic()
     with console.status("building the cluster basis"):
-        basis = cached_basis(ideal, settings.crystal.cutoffs, folder / "basis.npz")
+        basis = cached_basis(ideal, settings.crystal.cutoffs, folder / "basis.npz", settings.crystal.decay)
     console.print(f"cluster basis: {basis.n_parameters} parameters, {time.monotonic() - start:.1f} s", highlight=False)
     energy = None if ideal_energy is None else ideal_energy / (len(ideal) / len(basis.lattice.numbers))
     with _progress(console) as report:

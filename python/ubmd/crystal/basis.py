@@ -4,7 +4,8 @@ The force constants of a cluster with bodies k of multiplicity m_k are symmetric
 are stored in isometric coordinates of symmetric tensors (`symmetric_embedding`), where rotations are orthogonal and the
 norm is that of the full tensor. Per orbit the site symmetry leaves a subspace; the translational sum rules
 sum_j Phi(i1 ... i_(n-1), j) = 0 couple the orbits of an order and leave the parameters. The basis is orthonormal in the
-Frobenius norm of *all* force constants of that order per primitive cell (every ordered tuple of sites counts).
+Frobenius norm of *all* force constants of that order per primitive cell (every ordered tuple of sites counts), or, with
+a decay, in that norm with every force constant divided by the size that is expected at the cluster's diameter.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class OrderBasis:
         order, cutoff: order n and the largest pair distance in its clusters, Å.
         orbits: orbits of its clusters that have a force constant.
         raw: tensors of each orbit's prototype allowed by its site symmetry [D, p] in isometric coordinates.
-        parameters: raw coefficients of each parameter [sum of p, P_n], orthonormal columns.
+        parameters: raw coefficients of each parameter [sum of p, P_n], orthonormal columns (see `_decaying`).
     """
 
     order: int
@@ -49,7 +50,7 @@ class OrderBasis:
     parameters: np.ndarray
 
     @classmethod
-    def build(cls, lattice: Lattice, order: int, cutoff: float) -> OrderBasis:
+    def build(cls, lattice: Lattice, order: int, cutoff: float, decay: float | None = None) -> OrderBasis:
         table = OrbitTable.build(ClusterTable(lattice, order, cutoff))
         raw = [_allowed(lattice, orbit) for orbit in table.orbits]
         parameters = _translational_null_space(lattice, table, raw)
@@ -57,6 +58,9 @@ class OrderBasis:
             raise SettingsError(
                 f"Order {order} has no free force constant within {cutoff} Å: raise its cutoff or leave the order out."
             )
+        if decay is not None:
+            diameters = [_diameter(lattice, orbit) for orbit in table.orbits]
+            parameters = _decaying(parameters, np.repeat(diameters, [basis.shape[1] for basis in raw]), decay)
         # symmetry may forbid every tensor of an orbit
         alive = [i for i, basis in enumerate(raw) if basis.shape[1] > 0]
         return cls(order, cutoff, [table.orbits[i] for i in alive], [raw[i] for i in alive], parameters)
@@ -71,17 +75,33 @@ class OrderBasis:
 class ClusterBasis:
     """Basis of a force-constant potential on a crystal; parameters have units of eV/Å^order."""
 
-    def __init__(self, lattice: Lattice, parts: list[OrderBasis]) -> None:
+    def __init__(self, lattice: Lattice, parts: list[OrderBasis], decay: float | None = None) -> None:
         self.lattice = lattice
         self.parts = parts
+        self.decay = decay
         self._plans: WeakKeyDictionary[Supercell, list[list[_OrbitPlan]]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple:
-        return ClusterBasis, (self.lattice, self.parts)  # the tables of boxes are made again where they are needed
+        # the tables of boxes are made again where they are needed
+        return ClusterBasis, (self.lattice, self.parts, self.decay)
 
     @classmethod
-    def build(cls, crystal: Atoms, cutoffs: Mapping[int, float], tolerance: float = SYMMETRY_TOLERANCE) -> ClusterBasis:
+    def build(
+        cls,
+        crystal: Atoms,
+        cutoffs: Mapping[int, float],
+        decay: float | None = None,
+        tolerance: float = SYMMETRY_TOLERANCE,
+    ) -> ClusterBasis:
         """Basis for an ideal crystal (any cell of it) and one cutoff (Å) per order, such as {2: 5.4, 3: 4.0, 4: 4.0}.
+
+        Args:
+            crystal: the ideal crystal.
+            cutoffs: largest diameter of the clusters by order, Å.
+            decay: length (Å) over which force constants are expected to fall by a factor e with the cluster's diameter.
+                It says what labels can't: in a box shorter than twice a cutoff, the force constants of a pair and of
+                its periodic images only occur as a sum, which goes to the nearest ones then. None: all alike.
+            tolerance: of the symmetry, Å.
 
         Raises:
             SettingsError: an order is outside 2-6, or a cutoff isn't positive or cuts through a shell of neighbours.
@@ -92,7 +112,8 @@ class ClusterBasis:
         if not all(np.isfinite(c) and c > 0 for c in cutoffs.values()):
             raise SettingsError("A cutoff of the force constants isn't a positive length: give every cutoff in Å.")
         lattice = Lattice.from_atoms(crystal, tolerance)
-        return cls(lattice, [OrderBasis.build(lattice, order, cutoffs[order]) for order in sorted(cutoffs)])
+        parts = [OrderBasis.build(lattice, order, cutoffs[order], decay) for order in sorted(cutoffs)]
+        return cls(lattice, parts, decay)
 
     @property
     def orders(self) -> list[int]:
@@ -209,7 +230,7 @@ class ClusterBasis:
                 arrays |= {f"orbit_{part.order}_{i}_{name}": np.asarray(getattr(orbit, name)) for name in _ORBIT_FIELDS}
                 arrays[f"orbit_{part.order}_{i}_raw"] = raw
         orbits = [[part.order, part.cutoff, len(part.orbits)] for part in self.parts]
-        header = json.dumps({"format": FORMAT, "kind": "cluster basis", "orders": orbits})
+        header = json.dumps({"format": FORMAT, "kind": "cluster basis", "orders": orbits, "decay": self.decay})
         file = BytesIO()
         np.savez(file, header=np.array(header), **arrays)
         return file.getvalue()
@@ -231,7 +252,7 @@ class ClusterBasis:
             parts = [_load_order(arrays, order, cutoff, count) for order, cutoff, count in header["orders"]]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise ModelError(f"{path} is no cluster basis ({error}): build and save it again.") from error
-        return cls(lattice, parts)
+        return cls(lattice, parts, header.get("decay"))
 
     def _displacements(
         self, structure: Atoms | np.ndarray, supercell: Supercell | None
@@ -377,6 +398,26 @@ def _translational_null_space(lattice: Lattice, table: OrbitTable, raw: list[np.
         gram[np.ix_(columns, columns)] += rule.T @ rule * len(orbit.operations)
     values, vectors = np.linalg.eigh(gram / max(np.trace(gram) / max(len(gram), 1), 1e-300))
     return vectors[:, values < NULL_TOLERANCE]
+
+
+def _diameter(lattice: Lattice, orbit: Orbit) -> float:
+    """Largest distance between two bodies of an orbit's clusters, Å."""
+    sites = orbit.sites[:, :3] @ lattice.cell + lattice.positions[orbit.sites[:, 3]]
+    return float(np.linalg.norm(sites[:, None] - sites, axis=-1).max())
+
+
+def _decaying(parameters: np.ndarray, diameters: np.ndarray, decay: float) -> np.ndarray:
+    """The same space of raw coefficients [P_raw, P] in a basis that is orthonormal for coefficients over their scale.
+
+    The scale is exp(-d/decay) in the clusters' diameter d [P_raw], from the shortest pair on (single sites as that).
+    Independent parameters of equal variance then stand for force constants with these scales: with θ = N x for the
+    columns N that were there, x has the precision NᵀW^-2 N = L Lᵀ, and y = Lᵀx is what is independent.
+    """
+    shortest = diameters[diameters > 0.0].min(initial=np.inf)
+    scale = np.exp(-np.maximum(diameters - min(shortest, diameters.max()), 0.0) / decay)
+    weighted = parameters / scale[:, None]
+    factor = np.linalg.cholesky(weighted.T @ weighted)
+    return np.linalg.solve(factor, parameters.T).T
 
 
 def _single_site(lattice: Lattice, sublattice: int) -> Orbit:

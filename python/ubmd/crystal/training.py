@@ -63,8 +63,8 @@ def frames(lattice: Lattice, structures: Iterable[Atoms], what: str = "structure
         yield Frame(placement.supercell, displacements, forces, labels.get("energy"))
 
 
-def cached_basis(crystal: Atoms, cutoffs: dict[int, float], path: Path) -> ClusterBasis:
-    """The cluster basis in a file, or a new one that is kept there if the file has none of this crystal and cutoffs."""
+def cached_basis(crystal: Atoms, cutoffs: dict[int, float], path: Path, decay: float | None = None) -> ClusterBasis:
+    """The basis in a file, or a new one that is kept there if the file has none of this crystal, cutoffs and decay."""
     lattice = Lattice.from_atoms(crystal)
     if path.exists():
         try:
@@ -76,9 +76,9 @@ def cached_basis(crystal: Atoms, cutoffs: dict[int, float], path: Path) -> Clust
             same = [
                 np.array_equal(getattr(known, name), getattr(lattice, name)) for name in ("cell", "scaled", "numbers")
             ]
-            if all(same) and basis.cutoffs == cutoffs:
+            if all(same) and basis.cutoffs == cutoffs and basis.decay == decay:
                 return basis
-    basis = ClusterBasis.build(crystal, cutoffs)
+    basis = ClusterBasis.build(crystal, cutoffs, decay)
     path.parent.mkdir(parents=True, exist_ok=True)
     basis.save(path)
     return basis

@@ -756,7 +756,7 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
         from ubmd.crystal.basis import ClusterBasis
 
         crystal = read_structures(settings.crystal.structure_file(base))[0]
-        basis = ClusterBasis.build(crystal, settings.crystal.cutoffs)
+        basis = ClusterBasis.build(crystal, settings.crystal.cutoffs, settings.crystal.decay)
         basis.supercell(box)
         orders = basis.parameter_orders
         counts = " + ".join(f"{int((orders == order).sum())}" for order in basis.orders)

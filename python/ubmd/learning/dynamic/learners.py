@@ -121,7 +121,7 @@ class ForceConstants(Learner):
         try:
             self.basis = ClusterBasis.load(basis_file)
         except ModelError:  # not there yet, or damaged
-            ClusterBasis.build(crystal, self.settings.cutoffs).save(basis_file)
+            ClusterBasis.build(crystal, self.settings.cutoffs, self.settings.decay).save(basis_file)
             self.basis = ClusterBasis.load(basis_file)
         self.box = self.basis.supercell(box)
         self._equations = NormalEquations(self.basis.parameter_orders)
