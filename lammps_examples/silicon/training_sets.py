@@ -13,6 +13,7 @@ or from files in the folder --labels (default: 'labels' beside SETTINGS), also c
 
   rattled_0.05_seed0.extxyz (or rattled_0.05.extxyz for all seeds, each taking it in another order)
   md_seed0.extxyz (or md.extxyz for all, each beginning at another frame), test_900K.extxyz
+  dynamic_seed0.extxyz (labels of a dynamic run with SETTINGS, in order; not used with --set)
 
 Finished parts are found again. Writes into --out: training_sets.md (tables), training_sets.json, training_sets.png, and
 with --models N a model file of each set after N labels of the first seed, for stability.py.
@@ -161,6 +162,9 @@ def _known(work: Work, name: str, seed: int, shuffled: bool = True) -> list[Atom
 
 def dynamic_labels(work: Work, seed: int) -> list[Atoms]:
     """Labels of a dynamic run, in order; the run is started or resumed if it has not ended."""
+    found = None if work.arguments.set else work.stored(f"dynamic_seed{seed}")
+    if found is not None:
+        return found
     folder = work.arguments.runs / f"seed{seed}"
     history = folder / "history.json"
     if not history.exists() or not json.loads(history.read_text())[-1].get("ended"):
