@@ -39,7 +39,6 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "example_labels", module)  # dataclasses look there
     specification.loader.exec_module(module)
     monkeypatch.setattr(module, "EQUILIBRATION", 20)
-    monkeypatch.setattr(module, "SPACING", 5)
     (tmp_path / "dynamic.toml").write_text(SETTINGS, encoding="utf-8")
     write_structures(tmp_path / "silicon.extxyz", [bulk("Si", "diamond", 5.431, cubic=True)])
 
@@ -55,6 +54,7 @@ def run(tmp_path, monkeypatch):
 
 
 MAKE = ["--make", "--amplitudes", 0.02, 0.05, "--rattled", 2, "--temperatures", 300, 500, "--test", 2, "--md", 3]
+MAKE += ["--spacing", 5]
 
 
 def test_sets_are_made_checked_and_found_damaged(run, tmp_path, capsys):
@@ -72,7 +72,7 @@ def test_sets_are_made_checked_and_found_damaged(run, tmp_path, capsys):
     np.testing.assert_allclose(amplitudes, [0.02, 0.05], rtol=0.3)
     record = json.loads((tmp_path / "labels" / "provenance.json").read_text(encoding="utf-8"))
     assert record["reference"]["calculator"] == "lammps"
-    assert "--rattled 2" in record["command"]
+    assert all("--rattled 2" in record["sets"][name]["command"] for name in sets)
     capsys.readouterr()
     assert run("--check") == 0
     assert "largest difference of a force: 0.0e+00 eV/Å" in capsys.readouterr().out
@@ -103,3 +103,12 @@ def test_the_teacher_is_a_model_file_that_fits_the_labels(run, tmp_path):
         wanted = atoms.get_forces()
         atoms.calc = Calculator(tmp_path / "teacher.pt")
         assert np.sqrt(np.mean((atoms.get_forces() - wanted) ** 2) / np.mean(wanted**2)) < 0.1
+
+
+def test_further_labels_make_another_potential_for_the_dynamics(run, tmp_path, capsys):
+    assert run(*MAKE) == 0
+    assert "potential of 4 labels" in capsys.readouterr().out
+    assert run(*MAKE, "--md", 2, "--fit-also", tmp_path / "labels" / "test_300K.extxyz.xz") == 0
+    assert "potential of 6 labels" in capsys.readouterr().out
+    record = json.loads((tmp_path / "labels" / "provenance.json").read_text(encoding="utf-8"))
+    assert record["sets"]["md"]["from"].endswith("to the rattled sets and to further labels")
