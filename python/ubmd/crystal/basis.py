@@ -402,8 +402,8 @@ def _translational_null_space(lattice: Lattice, table: OrbitTable, raw: list[np.
 
 def _diameter(lattice: Lattice, orbit: Orbit) -> float:
     """Largest distance between two bodies of an orbit's clusters, Å."""
-    sites = orbit.sites[:, :3] @ lattice.cell + lattice.positions[orbit.sites[:, 3]]
-    return float(np.linalg.norm(sites[:, None] - sites, axis=-1).max())
+    places = lattice.places(orbit.sites)
+    return float(np.linalg.norm(places[:, None] - places, axis=-1).max())
 
 
 def _decaying(parameters: np.ndarray, diameters: np.ndarray, decay: float) -> np.ndarray:
@@ -413,8 +413,8 @@ def _decaying(parameters: np.ndarray, diameters: np.ndarray, decay: float) -> np
     Independent parameters of equal variance then stand for force constants with these scales: with θ = N x for the
     columns N that were there, x has the precision NᵀW^-2 N = L Lᵀ, and y = Lᵀx is what is independent.
     """
-    shortest = diameters[diameters > 0.0].min(initial=np.inf)
-    scale = np.exp(-np.maximum(diameters - min(shortest, diameters.max()), 0.0) / decay)
+    shortest = diameters[diameters > 0.0].min(initial=diameters.max())
+    scale = np.exp(-np.maximum(diameters - shortest, 0.0) / decay)
     weighted = parameters / scale[:, None]
     factor = np.linalg.cholesky(weighted.T @ weighted)
     return np.linalg.solve(factor, parameters.T).T

@@ -170,7 +170,7 @@ def _cliques(lattice: Lattice, order: int, cutoff: float) -> list[np.ndarray]:
         later = np.argsort(keys)
         later = later[keys[later] > sublattice]  # the first site has the smallest key of the set
         keys, sites = keys[later], sites[later]
-        positions = (sites[:, :3] + lattice.scaled[sites[:, 3]]) @ lattice.cell
+        positions = lattice.places(sites)
         near = np.linalg.norm(positions[:, None] - positions, axis=-1) <= cutoff + DISTANCE_TOLERANCE
         near = np.triu(near, 1)
         chosen, allowed = np.zeros((1, 0), dtype=np.int64), np.ones((1, len(keys)), dtype=bool)

@@ -56,6 +56,10 @@ class Lattice:
         """Cartesian positions of the sublattices [S, 3], Å."""
         return self.scaled @ self.cell
 
+    def places(self, sites: np.ndarray) -> np.ndarray:
+        """Cartesian positions [n, 3] of sites [n, 4] (cell, sublattice), Å."""
+        return (sites[:, :3] + self.scaled[sites[:, 3]]) @ self.cell
+
     @cached_property
     def shortest_distance(self) -> float:
         """Distance of the closest two sites, Å."""
