@@ -25,6 +25,8 @@ from ubmd.analysis.errors import parity_data, pearson, share_covered, spearman
 from ubmd.analysis.figures import at_labels, group_learning_figure, mean_curve, shared_labels
 from ubmd.analysis.provenance import conditions
 from ubmd.analysis.run_data import Frames, read_frames
+from ubmd.analysis.run_groups import Run
+from ubmd.analysis.table import run_values
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.graph import build_graph
 from ubmd.data.structures import write_structures
@@ -90,6 +92,10 @@ def test_amide_bonds_and_cis_count():
     flipped.set_dihedral(*amides[1], 20.0, indices=range(17, 22))
     assert analysis.count_cis([atoms, flipped, atoms], amides) == 1
     assert analysis.count_cis([atoms], []) == 0
+    assert analysis.isomers([atoms, flipped, atoms]) == {"trans": [0, 2], "cis": [1]}
+    for no_choice in ([], [atoms, atoms], [flipped], [atoms, flipped, read(EXAMPLE / "c7eq.extxyz")[:10]]):
+        assert analysis.isomers(no_choice) == {}
+    assert analysis.isomers([bulk("Cu"), bulk("Cu")]) == {}
 
 
 # --- coverage ---------------------------------------------------------------------------------------------------
@@ -576,6 +582,36 @@ def test_comparison_of_breathing_cells(run, tmp_path):
     text = files[-3].read_text()
     assert re.search(r"\| tau_0.5 +\| 47 to 56 +\| 9.2 +\| 0.0 +\| 100 % +\|", text)
     assert "Errors by volume" in text
+
+
+def test_errors_of_cis_and_trans_test_structures(run, frames, tmp_path):
+    """In `ubmd compare` and `ubmd table`, of the model that the row is about."""
+    folder = copy_run(run, tmp_path / "both")
+    amide = analysis.amide_torsions(frames[0])[1]
+    flipped = []
+    for atoms in frames[:5]:
+        forces = 3.0 * atoms.get_forces()
+        other = atoms.copy()
+        other.set_dihedral(*amide, 20.0, indices=range(17, 22))
+        other.calc = SinglePointCalculator(other, energy=atoms.get_potential_energy(), forces=forces)
+        flipped.append(other)
+    structures = [*flipped, *frames[5:]]
+    write_structures(folder / "test.extxyz", structures)
+    rows, _ = analysis.compare([folder], tmp_path / "before")
+    assert not any("amides" in row.title for row in rows)  # its model file is gone
+    shutil.copy(folder / "model.pt", folder / "iterations" / "iter_001" / "model.pt")
+    predicted = Evaluator(folder / "model.pt").predict(structures)
+    squares = [np.mean((p.forces - a.get_forces()) ** 2) for p, a in zip(predicted, structures, strict=True)]
+    expected = {"trans": np.sqrt(np.mean(squares[5:])), "cis": np.sqrt(np.mean(squares[:5]))}
+    assert expected["cis"] > 1.5 * expected["trans"]
+    rows, _ = analysis.compare([folder], tmp_path / "after")
+    found = {row.title: row.values["both"] for row in rows}
+    for name, error in expected.items():
+        assert found[f"force RMSE at the end, {name} amides, eV/Å"] == pytest.approx([error])
+        assert run_values(Run(folder))[f"force_{name}"] == pytest.approx(error)
+    assert "force_cis" not in run_values(Run(folder), labels=8)  # an older model, whose file is gone
+    write_structures(folder / "test.extxyz", frames)
+    assert "force_cis" not in run_values(Run(folder))
 
 
 def test_comparison_without_a_common_test_set(run, tmp_path):

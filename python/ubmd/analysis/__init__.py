@@ -11,9 +11,10 @@ from ubmd.analysis.figures import (
     uncertainty_figure,
     volume_figure,
 )
+from ubmd.analysis.isomers import amide_torsions, count_cis, isomers
 from ubmd.analysis.report import make_report
 from ubmd.analysis.run_data import Frames, read_frames
-from ubmd.analysis.torsions import amide_torsions, count_cis, torsions
+from ubmd.analysis.torsions import torsions
 
 __all__ = [
     "CalibrationData",
@@ -27,6 +28,7 @@ __all__ = [
     "coverage_figure",
     "coverage_growth",
     "error_summary",
+    "isomers",
     "learning_curve_figure",
     "make_report",
     "ramachandran_figure",

@@ -89,6 +89,7 @@ def _rows(comparison: Comparison) -> list[Row]:
         values = comparison.each(lambda run, key=key: value_or_nan(run.history[-1].get(key)))  # type: ignore[misc]
         rows.append(Row(f"{title} at the end", values))
     rows += _error_rows(comparison, "at the end", lambda run: run.history[-1])
+    rows += _isomer_rows(comparison)
     rows.append(Row("autocorrelation time of positions, ps", comparison.each(lambda run: run.times.positions)))
     rows.append(Row("autocorrelation time of max u, ps", comparison.each(lambda run: run.times.uncertainty)))
     seconds = comparison.each(lambda run: sum(sum((e.get("seconds") or {}).values()) for e in run.history) / 60)
@@ -104,6 +105,18 @@ def _error_rows(comparison: Comparison, when: str, entry: Callable[[Run], dict[s
             comparison.each(lambda run, key=key: value_or_nan((entry(run).get(comparison.set_name) or {}).get(key))),  # type: ignore[misc]
         )
         for title, (key, unit) in ERRORS.items()
+    ]
+
+
+def _isomer_rows(comparison: Comparison) -> list[Row]:
+    """Rows of the force errors on trans and cis amides; empty unless the test sets have both."""
+    found = comparison.each(lambda run: run.isomer_errors())
+    return [
+        Row(
+            f"force RMSE at the end, {name} amides, eV/Å",
+            {group: [run.get(name, {}).get("force_rmse", np.nan) for run in runs] for group, runs in found.items()},
+        )
+        for name in ("trans", "cis")
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ase import Atoms
 
-from ubmd.analysis.torsions import amide_torsions, count_cis
+from ubmd.analysis.isomers import amide_torsions, count_cis
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.structures import read_structures
 from ubmd.learning.run_folder import RunFolder

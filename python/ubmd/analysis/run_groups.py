@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ubmd.analysis.errors import CalibrationData, calibration_data
+from ubmd.analysis.errors import CalibrationData, calibration_data, error_summary
+from ubmd.analysis.isomers import isomers
 from ubmd.analysis.predictions import Unseen, predict_unseen
 from ubmd.analysis.provenance import setting_texts
 from ubmd.analysis.run_data import Frames, read_frames
 from ubmd.analysis.trajectory import Times, Trajectory, correlation_times, read_traces
+from ubmd.calculator import Evaluator
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.learning.run_folder import RunFolder, read_settings
 from ubmd.settings import RunSettings
@@ -79,6 +82,22 @@ class Run:
     def errors(self) -> CalibrationData | None:
         """Errors and uncertainties on structures that the models have not seen; None if there are none."""
         return calibration_data(self.unseen.structures, self.unseen.predictions) if self.unseen else None
+
+    def isomer_errors(self, index: int = -1) -> dict[str, dict[str, float]]:
+        """'trans', 'cis' -> `error_summary` of a model (place in the history) on these structures of the test set.
+
+        Empty without a test set of a molecule with both isomers of its amide bonds, or if the model file is gone.
+        """
+        model = self.folder.iteration(self.history[index]["iteration"]) / "model.pt"
+        if not self.folder.test.exists() or not model.exists():
+            return {}
+        structures = read_structures(self.folder.test, labelled=True)
+        found = isomers(structures)
+        predictions = Evaluator(model).predict(structures) if found else []
+        return {
+            name: error_summary([structures[k] for k in chosen], [predictions[k] for k in chosen])
+            for name, chosen in found.items()
+        }
 
     def by_time(self, curve: Curve) -> Curve:
         """A curve against MD steps as one against simulated time, ps."""

@@ -22,6 +22,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "coverage": ("coverage", ".3f"),
     "energy": ("E, meV/atom", ".2f"),
     "force": ("F, eV/Å", ".3f"),
+    "force_trans": ("F trans, eV/Å", ".3f"),
+    "force_cis": ("F cis, eV/Å", ".3f"),
     "stress": ("S, MPa", ".1f"),
     "position_act": ("position ACT, ps", ".3g"),
     "uncertainty_act": ("uncertainty ACT, ps", ".3g"),
@@ -95,7 +97,8 @@ def run_values(run: Run, labels: int | None = None) -> Values:
     """One run as values of `COLUMNS`, at its end or at the first model with at least this many labels.
 
     Coverage, volumes and time count the MD that found these labels: all before the training of that model. Errors are
-    those on the test set. Autocorrelation times are those of the traces of the whole run.
+    those on the test set; 'trans' and 'cis' is what the amide bonds of its structures are. Autocorrelation times
+    are those of the traces of the whole run.
 
     Raises:
         DataError: the run has no model with so many labels.
@@ -116,6 +119,7 @@ def run_values(run: Run, labels: int | None = None) -> Values:
         "uncertainty_act": run.times.uncertainty,
         "time": before.get("md_steps", 0) * run.settings.md.timestep / 1000.0,
     }
+    values |= {f"force_{name}": errors["force_rmse"] for name, errors in run.isomer_errors(index).items()}
     return values | _volumes(run, int(before.get("md_steps", 0)))
 
 

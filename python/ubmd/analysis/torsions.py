@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from ase import Atoms
-from ase.neighborlist import natural_cutoffs, neighbor_list
 from numpy.typing import NDArray
 
 Torsion = tuple[int, int, int, int]
@@ -29,28 +28,3 @@ def torsions(structures: Sequence[Atoms], indices: Sequence[Sequence[int]]) -> N
     sine = np.sum(np.cross(normal_1, normal_2) * axis, axis=-1) / np.linalg.norm(axis, axis=-1)
     angles = np.arctan2(sine, cosine)
     return np.where(angles == -np.pi, np.pi, angles)
-
-
-def amide_torsions(atoms: Atoms) -> list[Torsion]:
-    """Quadruples (C, C', N, C) of the amide bonds C'(=O)-N of a molecule, found through covalent radii."""
-    bonds: list[set[int]] = [set() for _ in atoms]
-    for i, j in zip(*neighbor_list("ij", atoms, natural_cutoffs(atoms, mult=1.2)), strict=True):
-        bonds[i].add(int(j))
-
-    def neighbours(index: int, element: str) -> list[int]:
-        return [j for j in sorted(bonds[index]) if atoms.symbols[j] == element]
-
-    found: list[Torsion] = []
-    for carbon in (i for i, symbol in enumerate(atoms.symbols) if symbol == "C" and neighbours(i, "O")):
-        for nitrogen in neighbours(carbon, "N"):
-            before, after = neighbours(carbon, "C"), [j for j in neighbours(nitrogen, "C") if j != carbon]
-            if before and after:
-                found.append((before[0], carbon, nitrogen, after[0]))
-    return found
-
-
-def count_cis(structures: Sequence[Atoms], amides: Sequence[Torsion]) -> int:
-    """Number of structures in which at least one of these amide bonds is cis (|ω| < 90°)."""
-    if not amides or not structures:
-        return 0
-    return int(np.sum(np.any(np.abs(torsions(structures, amides)) < np.pi / 2, axis=1)))
