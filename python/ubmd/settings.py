@@ -47,7 +47,11 @@ class TrainingSettings(Table):
     """Optimisation of the network."""
 
     epochs: int = Field(1000, ge=1, description="epochs from scratch")
-    batch_size: int = Field(32, ge=1, description="structures per mini-batch (all, if fewer)")
+    batch_size: int = Field(
+        5,
+        ge=1,
+        description="structures per mini-batch; small ones need fewer epochs, large ones fewer seconds per epoch",
+    )
     energy_weight: float = Field(1.0, ge=0, description="w_E, weight of squared energy errors, 1/eV^2")
     force_weight: float = Field(4.0, ge=0, description="w_F, weight of squared force errors, Å^2/eV^2")
     stress_weight: float = Field(0.01, ge=0, description="w_S, weight of squared errors of V·stress, 1/eV^2")

@@ -602,11 +602,18 @@ def test_errors_of_cis_and_trans_test_structures(run, frames, tmp_path):
     shutil.copy(folder / "model.pt", folder / "iterations" / "iter_001" / "model.pt")
     predicted = Evaluator(folder / "model.pt").predict(structures)
     squares = [np.mean((p.forces - a.get_forces()) ** 2) for p, a in zip(predicted, structures, strict=True)]
+    gaps = [(p.energy - a.get_potential_energy()) / 22 for p, a in zip(predicted, structures, strict=True)]
     expected = {"trans": np.sqrt(np.mean(squares[5:])), "cis": np.sqrt(np.mean(squares[:5]))}
     assert expected["cis"] > 1.5 * expected["trans"]
     rows, _ = analysis.compare([folder], tmp_path / "after")
     found = {row.title: row.values["both"] for row in rows}
+    energies = {
+        "trans": 1000 * np.sqrt(np.mean(np.square(gaps[5:]))),
+        "cis": 1000 * np.sqrt(np.mean(np.square(gaps[:5]))),
+    }
     for name, error in expected.items():
+        assert found[f"energy RMSE at the end, {name} amides, meV/atom"] == pytest.approx([energies[name]])
+        assert run_values(Run(folder))[f"energy_{name}"] == pytest.approx(energies[name])
         assert found[f"force RMSE at the end, {name} amides, eV/Å"] == pytest.approx([error])
         assert run_values(Run(folder))[f"force_{name}"] == pytest.approx(error)
     assert "force_cis" not in run_values(Run(folder), labels=8)  # an older model, whose file is gone

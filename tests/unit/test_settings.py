@@ -43,7 +43,7 @@ def test_values_and_defaults_of_the_published_settings(run_file):
     assert (training.energy_weight, training.force_weight, training.stress_weight) == (1.0, 4.0, 0.01)
     assert (training.learning_rate, training.learning_rate_radial) == (0.03, 0.02)
     assert (training.learning_rate_shift, training.learning_rate_scale) == (0.05, 0.001)
-    assert (training.batch_size, training.epochs) == (32, 1000)
+    assert (training.batch_size, training.epochs) == (5, 1000)
     with pytest.raises(ValidationError):
         settings.seed = 4
 

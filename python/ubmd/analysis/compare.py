@@ -109,14 +109,15 @@ def _error_rows(comparison: Comparison, when: str, entry: Callable[[Run], dict[s
 
 
 def _isomer_rows(comparison: Comparison) -> list[Row]:
-    """Rows of the force errors on trans and cis amides; empty unless the test sets have both."""
+    """Rows of the errors on trans and cis amides; empty unless the test sets have both."""
     found = comparison.each(lambda run: run.isomer_errors())
     return [
         Row(
-            f"force RMSE at the end, {name} amides, eV/Å",
-            {group: [run.get(name, {}).get("force_rmse", np.nan) for run in runs] for group, runs in found.items()},
+            f"{title} at the end, {name} amides, {unit}",
+            {group: [run.get(name, {}).get(key, np.nan) for run in runs] for group, runs in found.items()},
         )
         for name in ("trans", "cis")
+        for title, (key, unit) in ERRORS.items()
     ]
 
 

@@ -22,7 +22,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "coverage": ("coverage", ".3f"),
     "energy": ("E, meV/atom", ".2f"),
     "force": ("F, eV/Å", ".3f"),
+    "energy_trans": ("E trans, meV/atom", ".2f"),
     "force_trans": ("F trans, eV/Å", ".3f"),
+    "energy_cis": ("E cis, meV/atom", ".1f"),
     "force_cis": ("F cis, eV/Å", ".3f"),
     "stress": ("S, MPa", ".1f"),
     "position_act": ("position ACT, ps", ".3g"),
@@ -119,7 +121,8 @@ def run_values(run: Run, labels: int | None = None) -> Values:
         "uncertainty_act": run.times.uncertainty,
         "time": before.get("md_steps", 0) * run.settings.md.timestep / 1000.0,
     }
-    values |= {f"force_{name}": errors["force_rmse"] for name, errors in run.isomer_errors(index).items()}
+    for name, errors in run.isomer_errors(index).items():
+        values |= {f"energy_{name}": errors["energy_rmse_mev_per_atom"], f"force_{name}": errors["force_rmse"]}
     return values | _volumes(run, int(before.get("md_steps", 0)))
 
 

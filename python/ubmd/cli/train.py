@@ -68,7 +68,7 @@ def train(
 ) -> None:
     """Train a model on labelled structures and export it as model.pt.
 
-    A network, or, if the settings have a table [crystal], a force-constant potential of a crystal.
+    A network, or, if the settings have a table "crystal", a force-constant potential of a crystal.
     """
     with user_errors():
         settings = load_settings(settings_file, TrainSettings, overrides or [])
