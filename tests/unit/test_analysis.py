@@ -566,7 +566,9 @@ def test_comparison_of_breathing_cells(run, tmp_path):
         cells = np.eye(3) * (3.6 * (1 + amplitude * np.sin(np.pi * np.arange(1, 151) / 150)) ** (1 / 3))[:, None, None]
         values = {"numbers": np.full(4, 29), "timestep": 0.5, "step": 20 * np.arange(1, 151), "cell": cells}
         values |= {"positions": rng.normal(size=(150, 4, 3)), "max_u": rng.uniform(size=150)}
-        np.savez(folder / "iterations" / "iter_000" / "trace_000.npz", **values)
+        np.savez(folder / "iterations" / "iter_000" / "trace_001.npz", **values)
+        still = np.repeat(cells[:1], len(cells), axis=0)
+        np.savez(folder / "iterations" / "iter_000" / "trace_000.npz", **(values | {"cell": still}))
         copper_model(structures, folder / "model.pt")
     shutil.copy(runs[0] / "test.extxyz", runs[1] / "test.extxyz")
     rows, files = analysis.compare(runs, tmp_path / "out")

@@ -306,14 +306,14 @@ def _series(runs: Sequence[Run], of: Callable[[Trajectory], Any]) -> Iterator[An
 
 
 def _slow_waves(document: Document, comparison: Comparison, out: Path) -> None:
-    """V(t) of each group's longest trace, and the wave of twice its length."""
+    """V(t) of each group's longest trace (of several, the widest one), and the wave of twice its length."""
     waves, rows = {}, []
     for name, runs in comparison.groups.items():
         every = ((trace.spacing, trace.volumes) for run in runs for trace in run.traces())
         series = [(spacing, volumes) for spacing, volumes in every if volumes is not None and len(volumes) > 3]
         if not series:
             continue
-        spacing, volumes = max(series, key=lambda pair: len(pair[1]))
+        spacing, volumes = max(series, key=lambda pair: (len(pair[1]), np.ptp(pair[1])))
         times = spacing * np.arange(1, len(volumes) + 1)
         fit = slow_wave(times, volumes)
         waves[name] = (times, volumes, fit)
@@ -323,7 +323,8 @@ def _slow_waves(document: Document, comparison: Comparison, out: Path) -> None:
         return
     section = document.section("Volumes against time")
     path = trajectory_figures.slow_wave_figure(waves, out / "volume_against_time.png")
-    section.picture(path, "The longest replica of each group: V(t), and a wave of twice its length plus white noise")
+    which = "The longest replica of each group, of several the one that changes most"
+    section.picture(path, f"{which}: V(t), and a wave of twice its length plus white noise")
     section.table(["group", "V (Å³)", "amplitude (Å³)", "noise (Å³)", "variance explained"], rows)
 
 
