@@ -19,6 +19,7 @@ from ase.units import GPa
 from scipy import stats
 
 from ubmd import analysis
+from ubmd.analysis import figures
 from ubmd.analysis.autocorrelation import statistical_inefficiency
 from ubmd.analysis.errors import parity_data, pearson, share_covered, spearman
 from ubmd.analysis.figures import at_labels, group_learning_figure, mean_curve, shared_labels
@@ -416,6 +417,13 @@ def test_volumes_count_where_cells_change(tmp_path):
     np.testing.assert_allclose(frames.volumes(), [atoms.get_volume() for atoms in cells])
     assert Frames(cells[:1] * 3, *[np.zeros(3, int)] * 4, np.zeros(3)).volumes() is None
     check_picture(analysis.volume_figure(frames.md_steps, frames.volumes(), frames.iteration, tmp_path / "v.png"))
+
+
+def test_legends_with_long_names_are_not_clipped(tmp_path):
+    curves = {
+        f"unbiased_at_{k}50_MPa_and_600_K": [([0, 50 + k], [0.0, 5.0 + k + m]) for m in range(2)] for k in range(3)
+    }
+    check_picture(figures.exploration_figure(curves, curves, tmp_path / "long.png", "volume range"))
 
 
 def test_coverage_picture_compares_groups_of_runs(tmp_path):

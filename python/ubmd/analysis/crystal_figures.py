@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
-from ubmd.analysis.style import BLUE, COLOURS, GREEN, GREY, MARKERS, ORANGE, log_ticks, new_figure, save
+from ubmd.analysis.style import BLUE, COLOURS, GREEN, GREY, MARKERS, ORANGE, legend_above, log_ticks, new_figure, save
 from ubmd.crystal.phonons import Dispersion
 
 
@@ -54,7 +54,7 @@ def phonon_figure(
     if unstable:
         left.set_ylabel("Frequency (THz); below 0: imaginary")
     if len(bands) > 1:
-        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(bands), frameon=False)
+        legend_above(figure, *left.get_legend_handles_labels(), columns=len(bands))
     if title:
         left.set_title(title, fontsize=10.5)
     return save(figure, path)
@@ -114,7 +114,7 @@ def dynamic_learning_figure(
         right.set_ylabel("% of the rms force of the test set")
         right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         right.yaxis.set_minor_formatter(NullFormatter())
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    legend_above(figure, *axes.get_legend_handles_labels(), columns=3)
     return save(figure, path)
 
 
@@ -155,7 +155,7 @@ def trajectory_figure(
         axes.set_axis_off()
     figure.supxlabel("Time of the trajectory (ps)", fontsize=10)
     figure.supylabel("Largest force uncertainty (eV/Å)", fontsize=10)
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    legend_above(figure, *grid[0].get_legend_handles_labels(), columns=4)
     return save(figure, path)
 
 
@@ -234,5 +234,5 @@ def order_shares_figure(shares: Mapping[str, Mapping[int, float]], path: Path) -
     axes.grid(alpha=0.25, axis="y")
     axes.set_axisbelow(True)
     if len(shares) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        legend_above(figure, *axes.get_legend_handles_labels(), columns=3)
     return save(figure, path)

@@ -21,7 +21,20 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from ubmd.analysis.errors import ParityData, share_covered
-from ubmd.analysis.style import BLUE, COLOURS, GREEN, GREY, MARKERS, ORANGE, PINK, log_ticks, new_figure, save, symbol
+from ubmd.analysis.style import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    MARKERS,
+    ORANGE,
+    PINK,
+    legend_above,
+    log_ticks,
+    new_figure,
+    save,
+    symbol,
+)
 
 _HEXBIN_FROM = 1500  # more points than this are drawn as counts
 
@@ -64,7 +77,7 @@ def learning_curve_figure(curves: Mapping[str, Sequence[ArrayLike]], path: Path,
         axes.grid(alpha=0.25, which="both")
         log_ticks(axes, x=False)
     figure.supxlabel(x_name, fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    legend_above(figure, *panels[0].get_legend_handles_labels(), columns=4)
     return save(figure, path)
 
 
@@ -234,7 +247,7 @@ def exploration_figure(
     right.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     handles = left.get_legend_handles_labels()
     if handles[0]:
-        figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False)
+        legend_above(figure, *handles, columns=3)
     return save(figure, path)
 
 
@@ -314,7 +327,7 @@ def uncertainty_figure(
     if np.isfinite(threshold):
         lines.append(Line2D([], [], color="black", linestyle="--", label=f"threshold {threshold:g} eV/Å"))
     if lines:
-        figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False, fontsize=9)
+        legend_above(figure, lines, [str(line.get_label()) for line in lines], columns=len(lines))
     return save(figure, path)
 
 
@@ -412,7 +425,7 @@ def group_learning_figure(groups: Mapping[str, Sequence[NDArray[np.float64]]], p
     panels[-1, 1].set_xlabel("MD steps of all replicas (thousands)")
     panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     panels[-1, 1].xaxis.set_major_locator(MaxNLocator(nbins=7))
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    legend_above(figure, *panels[0, 0].get_legend_handles_labels(), columns=3)
     return save(figure, path)
 
 

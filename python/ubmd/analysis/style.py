@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -25,6 +28,16 @@ def new_figure(width: float, height: float, square: bool = False) -> Figure:
     assert engine is not None
     engine.set(w_pad=0.1, h_pad=0.08)  # type: ignore[call-arg]
     return figure
+
+
+def legend_above(figure: Figure, handles: Sequence[Artist], labels: Sequence[str], *, columns: int = 3) -> None:
+    """A legend above all axes, in as many columns (at most ``columns``) as the figure is wide enough for."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for count in range(columns, 0, -1):
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=count, frameon=False)
+        if count == 1 or legend.get_window_extent(renderer).width < figure.bbox.width:
+            return
+        legend.remove()
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
-from ubmd.analysis.style import BLUE, COLOURS, GREY, ORANGE, new_figure, save, symbol
+from ubmd.analysis.style import BLUE, COLOURS, GREY, ORANGE, legend_above, new_figure, save, symbol
 from ubmd.analysis.volumes import SlowWave, VolumeBin
 
 _CELLS = 32  # per torsion: the finest level of the coverage tree
@@ -127,7 +127,7 @@ def slow_wave_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike, SlowWave]], 
         axes.set_ylabel(f"Volume ({unit})")
         axes.grid(alpha=0.25)
     panels[-1].set_xlabel("Time (ps)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    legend_above(figure, *panels[0].get_legend_handles_labels(), columns=3)
     return save(figure, path)
 
 
@@ -152,7 +152,7 @@ def volume_error_figure(groups: Mapping[str, Sequence[Sequence[VolumeBin]]], pat
         axes.grid(alpha=0.25)
     figure.supxlabel("Volume (Å³)", fontsize=10)
     if len(groups) > 1:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        legend_above(figure, *panels[0].get_legend_handles_labels(), columns=3)
     return save(figure, path)
 
 
