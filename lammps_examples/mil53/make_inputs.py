@@ -7,7 +7,7 @@ Needs the force field's data file, which is under the GPL and not part of ubmd: 
   test_600K.extxyz         test set: 16 frames at 600 K in each of 22 equal intervals of the volume, 780 to 1550 Å^3
   test_600K_reduced.extxyz eight frames of each of them
 
-Five minutes on one core. Files that are there already are kept.
+Eight minutes on one core. Files that are there already are kept.
 
 The test set comes from NPT with a pressure that changes its sign whenever the volume passes one of its ends, so that
 the cell opens and closes again and again; no pass gives more than two frames to an interval.
