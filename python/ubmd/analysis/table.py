@@ -74,7 +74,7 @@ class Published:
         value = self.rows[name].get(key)
         if value is None:
             return "-"
-        form = ".2f" if key == "coverage" else COLUMNS[key][1]
+        form = {"coverage": ".2f", "position_act": "g", "uncertainty_act": "g"}.get(key, COLUMNS[key][1])
         return " ± ".join(format(part, form) for part in (value if isinstance(value, list) else [value]))
 
 
