@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from ase.io import write
 
-from ubmd.analysis.style import COLOURS, new_figure, save
+from ubmd.analysis.style import COLOURS, legend_above, new_figure, save
 from ubmd.export import load_model
 from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.learning.dynamic.settings import DynamicRunSettings
@@ -169,7 +169,7 @@ def picture(runs: Sequence[dict[str, Any]], path: Path) -> Path:
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("Largest displacement of an atom (Å)")
     figure.supxlabel("Time (ps)", fontsize=10)
-    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    legend_above(figure, *panels[-1].get_legend_handles_labels(), columns=4)
     return save(figure, path)
 
 

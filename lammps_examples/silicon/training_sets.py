@@ -34,7 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: more threads ar
 import numpy as np
 from ase import Atoms
 
-from ubmd.analysis.style import BLUE, COLOURS, GREY, MARKERS, log_ticks, new_figure, save
+from ubmd.analysis.style import BLUE, COLOURS, GREY, MARKERS, legend_above, log_ticks, new_figure, save
 from ubmd.crystal.basis import ClusterBasis
 from ubmd.crystal.export import export_crystal
 from ubmd.crystal.lattice import Supercell
@@ -337,7 +337,7 @@ def picture(work: Work, rows: Sequence[dict[str, Any]], path: Path) -> Path:
     axes.minorticks_off()
     log_ticks(axes, x=False)
     axes.grid(alpha=0.25, which="major")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    legend_above(figure, *axes.get_legend_handles_labels(), columns=3)
     return save(figure, path)
 
 
