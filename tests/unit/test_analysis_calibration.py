@@ -1,5 +1,6 @@
 """The study of calibrated uncertainties on random splits, against models that were exported for each case."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.image
@@ -9,8 +10,10 @@ import torch
 from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from typer.testing import CliRunner
 
+from ubmd.analysis import figures
 from ubmd.analysis.calibration_study import Outcome, Sizes, calibration_study, summary_rows
 from ubmd.analysis.errors import CalibrationData, calibration_data, share_covered
 from ubmd.calculator import Evaluator
@@ -110,6 +113,32 @@ def test_structure_maxima_need_their_own_calibration():
         [words, f"{c:.2f}", f"{c:.3f}"] for words in ("per atom", "per structure") for c in (0.5, 0.95)
     ]
     assert rows[1][5] == f"{outcome.atom_share(0.05, 'atom'):.3f} ± 0.000"
+
+
+def test_many_structures_share_a_colour_bar_and_nothing_overlaps(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure) or path)
+    rng = np.random.default_rng(1)
+    error = rng.lognormal(-1.0, 0.5, 2500)
+    panels = {
+        f"{kind}, {level} % confidence": (error * scale, error)
+        for kind, scale in (("posterior", 0.5), ("distance", 1.0), ("ensemble", 4.0))
+        for level in (50, 95)
+    }
+    figures.group_calibration_figure(panels, tmp_path / "x.png")
+    (figure,) = drawn
+    FigureCanvasAgg(figure).draw()
+    *cells, bar = figure.axes
+    assert [cell.get_title().splitlines()[0] for cell in cells] == list(panels)
+    norms = {(cell.collections[0].norm.vmin, cell.collections[0].norm.vmax) for cell in cells}
+    assert norms == {(1.0, max(cell.collections[0].get_array().max() for cell in cells))}
+    titles = [cell.title.get_window_extent() for cell in cells]
+    others = [*titles, bar.get_tightbbox(), *(cell.bbox for cell in cells)]
+    for title in titles:
+        assert not any(title.overlaps(other) for other in others if other is not title)
+    for cell in cells[3:]:
+        labels = [tick.label1.get_window_extent() for tick in cell.xaxis.get_major_ticks() if tick.label1.get_text()]
+        assert not any(a.overlaps(b) for a, b in pairwise(labels))
 
 
 def test_calibration_command_makes_tables_and_pictures(structures, tmp_path):
