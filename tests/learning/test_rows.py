@@ -108,7 +108,7 @@ def run_miniature(settings: RunSettings, base: Path, folder: Path) -> dict[str, 
         ("paper.toml", "biased"),
         ("reduced.toml", "metadynamics"),
         ("reduced.toml", "ensemble"),
-        ("faster.toml", "biased"),
+        ("faster.toml", "faster"),
     ],
 )
 def test_kinds_of_rows_of_alanine_dipeptide(name: str, row: str, tmp_path: Path) -> None:
