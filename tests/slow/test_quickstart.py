@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ase.io import read
 
@@ -15,7 +16,7 @@ from ubmd.settings import RunSettings, load_settings
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "lammps_examples" / "alanine_dipeptide"
 BIN = Path(sys.executable).parent
-LABELS = 40  # of 72: four models, three rounds of replicas
+LABELS = 40  # of 56: four models or five, as labels may be rejected
 
 pytestmark = [pytest.mark.slow, pytest.mark.slow_ci]
 
@@ -36,7 +37,10 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_errors_on_the_hot_test_set_fall_along_the_loop(run_dir: Path) -> None:
     history = json.loads((run_dir / "history.json").read_text())
-    assert [entry["labels"] for entry in history] == [16, 24, 32, 40]
+    labels = [entry["labels"] for entry in history]
+    assert labels[0] == 16
+    assert labels[-1] == LABELS
+    assert all(1 <= new <= 8 for new in np.diff(labels))
     errors = [entry["test"]["force_rmse"] for entry in history]
     assert errors[-1] < 0.85 * errors[0], errors
     assert history[-1]["coverage"] > history[0]["coverage"]

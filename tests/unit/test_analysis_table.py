@@ -79,6 +79,18 @@ def test_rows_at_a_number_of_labels(tmp_path):
         collect_rows(runs, labels=20)
 
 
+def test_minutes_end_with_the_training_of_the_model(tmp_path):
+    run = make_run(tmp_path / "run", 0, 1.0, [8, 16, 24])
+    history = json.loads((run / "history.json").read_text())
+    for k, entry in enumerate(history):
+        entry["seconds"] = {"train": 60.0 * (k + 1), "export": 6.0, "measure": 6.0, "md": 600.0, "label": 30.0}
+    (run / "history.json").write_text(json.dumps(history))
+    (at_16,), (at_24,) = (collect_rows([run], labels=labels) for labels in (16, 24))
+    assert at_16.runs[0]["minutes"] == pytest.approx(1 + 10.7 + 2 + 0.2)  # the MD after the second model is not in it
+    assert at_24.runs[0]["minutes"] == pytest.approx(1 + 2 + 2 * 10.7 + 3 + 0.2)
+    assert "wall time, min" in table_markdown([at_16])
+
+
 def test_runs_that_have_not_come_so_far_are_named_and_left_out(tmp_path):
     runs = [make_run(tmp_path / f"run_seed{seed}", seed, 1.0, [8, 16][: seed + 1]) for seed in (0, 1)]
     (tmp_path / "empty").mkdir()

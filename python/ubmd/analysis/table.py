@@ -32,6 +32,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "volume_min": ("smallest V, Å³", ".0f"),
     "volume_max": ("largest V, Å³", ".0f"),
     "time": ("MD, ps", ".0f"),
+    "minutes": ("wall time, min", ".1f"),
 }
 """key of a value -> (title with unit, format)"""
 
@@ -98,8 +99,8 @@ def read_published(path: Path) -> Published:
 def run_values(run: Run, labels: int | None = None) -> Values:
     """One run as values of `COLUMNS`, at its end or at the first model with at least this many labels.
 
-    Coverage, volumes and time count the MD that found these labels: all before the training of that model. Errors are
-    those on the test set; 'trans' and 'cis' is what the amide bonds of its structures are. Autocorrelation times
+    Coverage, volumes and time count the MD that found these labels: all before the training of that model; minutes
+    those of all stages until the model was there. Errors are those on the test set; 'trans' and 'cis' is what the amide bonds of its structures are. Autocorrelation times
     are those of the traces of the whole run.
 
     Raises:
@@ -120,10 +121,19 @@ def run_values(run: Run, labels: int | None = None) -> Values:
         "position_act": run.times.positions,
         "uncertainty_act": run.times.uncertainty,
         "time": before.get("md_steps", 0) * run.settings.md.timestep / 1000.0,
+        "minutes": _minutes(run.history[: index + 1]),
     }
     for name, errors in run.isomer_errors(index).items():
         values |= {f"energy_{name}": errors["energy_rmse_mev_per_atom"], f"force_{name}": errors["force_rmse"]}
     return values | _volumes(run, int(before.get("md_steps", 0)))
+
+
+def _minutes(history: Sequence[Mapping[str, Any]]) -> float:
+    """All stages up to the last model's training: what comes after it (MD, selection, labels) belongs to the next."""
+    stages = [entry.get("seconds") or {} for entry in history]
+    last = {key: value for key, value in stages[-1].items() if key in ("train", "export", "measure")}
+    seconds = sum(sum(part.values()) for part in (*stages[:-1], last))
+    return seconds / 60.0 if last else np.nan
 
 
 def _volumes(run: Run, md_steps: int) -> Values:
