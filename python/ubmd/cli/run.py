@@ -48,7 +48,7 @@ def init(
 def check(settings: SettingsFile, override: Override = None) -> None:
     """Say what would be run, then do every stage once, in miniature: finds mistakes in a minute.
 
-    For dynamic training (settings with a [dynamic] table) only the first.
+    For dynamic training (settings with a \\[dynamic] table) only the first.
 
     Labels two structures, trains a few epochs, runs ten biased MD steps, selects and labels one more. From this it
     tells roughly how long the whole run would take and how much it would write. Nothing is left behind.
@@ -84,7 +84,7 @@ def run(
     in LAMMPS, selects the most informative frames, labels them. Kill it whenever you like: the same command goes on
     where it was. A finished run with a larger loop.labels goes on, too.
 
-    With a [dynamic] table in the settings: dynamic training. MD with the current potential asks for a label when its
+    With a \\[dynamic] table in the settings: dynamic training. MD with the current potential asks for a label when its
     predicted error is too large, learns it, and goes on.
     """
     if is_dynamic(settings):

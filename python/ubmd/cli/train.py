@@ -372,7 +372,7 @@ def export(
 
 
 def schema(
-    kind: Annotated[str, typer.Argument(help="run, dynamic (`ubmd run` with a [dynamic] table) or train.")] = "run",
+    kind: Annotated[str, typer.Argument(help="run, dynamic (`ubmd run` with a \\[dynamic] table) or train.")] = "run",
 ) -> None:
     """Print the JSON schema of a settings file: every key, its unit, default and range."""
     from ubmd.learning.dynamic.settings import DynamicRunSettings
