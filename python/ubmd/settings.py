@@ -33,7 +33,7 @@ class ModelSettings(Table):
     size: Literal["light", "paper"] = Field(
         "light", description="named size: light (5 radial functions, 360 invariants) or paper (7, 910)"
     )
-    cutoff: float = Field(5.0, gt=0.5, description="cutoff radius r_c, Å; a shorter one needs fewer labels and runs faster")
+    cutoff: float = Field(5.0, gt=0.5, description="cutoff radius r_c, Å; shorter: fewer labels needed, faster")
     n_radial: int | None = Field(None, ge=1, description="radial functions per element pair; overrides size")
     n_basis: int | None = Field(None, ge=1, description="Gaussian basis functions; overrides size")
     r_min: float = Field(0.5, ge=0, description="centre of the first Gaussian, Å")

@@ -217,7 +217,7 @@ def test_schema_tells_editors_every_key():
     )
     schema = json.loads(printed.stdout)
     assert schema_keys(schema) == {f"{t.__name__}.{name}" for t in tables(RunSettings) for name in t.model_fields}
-    assert schema["$defs"]["ModelSettings"]["properties"]["cutoff"]["description"] == "cutoff radius r_c, Å"
+    assert schema["$defs"]["ModelSettings"]["properties"]["r_min"]["description"] == "centre of the first Gaussian, Å"
     assert schema["additionalProperties"] is False
 
 
