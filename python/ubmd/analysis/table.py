@@ -100,8 +100,8 @@ def run_values(run: Run, labels: int | None = None) -> Values:
     """One run as values of `COLUMNS`, at its end or at the first model with at least this many labels.
 
     Coverage, volumes and time count the MD that found these labels: all before the training of that model; minutes
-    those of all stages until the model was there. Errors are those on the test set; 'trans' and 'cis' is what the amide bonds of its structures are. Autocorrelation times
-    are those of the traces of the whole run.
+    those of all stages until the model was there. Errors are those on the test set; 'trans' and 'cis' is what the amide
+    bonds of its structures are. Autocorrelation times are those of the traces of the whole run.
 
     Raises:
         DataError: the run has no model with so many labels.
