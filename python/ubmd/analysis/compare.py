@@ -92,8 +92,7 @@ def _rows(comparison: Comparison) -> list[Row]:
     rows += _isomer_rows(comparison)
     rows.append(Row("autocorrelation time of positions, ps", comparison.each(lambda run: run.times.positions)))
     rows.append(Row("autocorrelation time of max u, ps", comparison.each(lambda run: run.times.uncertainty)))
-    seconds = comparison.each(lambda run: sum(sum((e.get("seconds") or {}).values()) for e in run.history) / 60)
-    rows.append(Row("wall time of the iterations, min", seconds))
+    rows.append(Row("wall time until the last model, min", comparison.each(lambda run: run.minutes())))
     return [row for row in rows if any(np.isfinite(v) for values in row.values.values() for v in values)]
 
 

@@ -99,6 +99,16 @@ class Run:
             for name, chosen in found.items()
         }
 
+    def minutes(self, index: int = -1) -> float:
+        """Wall time of all stages until a model (place in the history) was there, min; nan if it is not known.
+
+        The MD, selection and labels that an iteration does with its model belong to the next model.
+        """
+        last = range(len(self.history))[index]
+        stages = [entry.get("seconds") or {} for entry in self.history[: last + 1]]
+        made = {stage: seconds for stage, seconds in stages[-1].items() if stage in ("train", "export", "measure")}
+        return sum(sum(part.values()) for part in (*stages[:-1], made)) / 60.0 if made else np.nan
+
     def by_time(self, curve: Curve) -> Curve:
         """A curve against MD steps as one against simulated time, ps."""
         return curve[0] * self.settings.md.timestep / 1000.0, curve[1]

@@ -121,19 +121,11 @@ def run_values(run: Run, labels: int | None = None) -> Values:
         "position_act": run.times.positions,
         "uncertainty_act": run.times.uncertainty,
         "time": before.get("md_steps", 0) * run.settings.md.timestep / 1000.0,
-        "minutes": _minutes(run.history[: index + 1]),
+        "minutes": run.minutes(index),
     }
     for name, errors in run.isomer_errors(index).items():
         values |= {f"energy_{name}": errors["energy_rmse_mev_per_atom"], f"force_{name}": errors["force_rmse"]}
     return values | _volumes(run, int(before.get("md_steps", 0)))
-
-
-def _minutes(history: Sequence[Mapping[str, Any]]) -> float:
-    """All stages up to the last model's training: what comes after it (MD, selection, labels) belongs to the next."""
-    stages = [entry.get("seconds") or {} for entry in history]
-    last = {key: value for key, value in stages[-1].items() if key in ("train", "export", "measure")}
-    seconds = sum(sum(part.values()) for part in (*stages[:-1], last))
-    return seconds / 60.0 if last else np.nan
 
 
 def _volumes(run: Run, md_steps: int) -> Values:
