@@ -63,13 +63,17 @@ def calibration_data(structures: Sequence[Atoms], predictions: Sequence[Predicti
     )
 
 
-def error_summary(structures: Sequence[Atoms], predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Root mean square errors of predictions for the same structures.
+def error_summary(
+    structures: Sequence[Atoms], predictions: Sequence[Prediction], chosen: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Root mean square errors of predictions for the same structures; ``chosen``: places of those that count.
 
     Returns:
         ``energy_rmse_mev_per_atom`` (meV/atom), ``force_rmse`` (components, eV/Å), ``stress_rmse_mpa`` (components,
         MPa, only where there are stress labels), and ``structures``, their number.
     """
+    if chosen is not None:
+        structures, predictions = [structures[k] for k in chosen], [predictions[k] for k in chosen]
     data = calibration_data(structures, predictions)
     errors = {"energy_rmse_mev_per_atom": data.energy_rmse, "force_rmse": data.force_rmse}
     parity = parity_data(structures, predictions)

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import BoundaryNorm, Colormap, LogNorm
+from matplotlib.colors import BoundaryNorm, Colormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -25,11 +25,13 @@ from ubmd.analysis.errors import ParityData, share_covered
 from ubmd.analysis.style import (
     BLUE,
     COLOURS,
+    COUNTS,
     GREEN,
     GREY,
     MARKERS,
     ORANGE,
     PINK,
+    count_bar,
     legend_above,
     log_ticks,
     new_figure,
@@ -95,7 +97,7 @@ def parity_figure(data: ParityData, path: Path) -> Path:
         figure.subplots(1, len(panels)), panels, strict=True
     ):
         low, high = _span(label, value)
-        _count_bar(figure, [_cloud(axes, label, value, (low, high, low, high), log=False)], axes)
+        count_bar(figure, _cloud(axes, label, value, (low, high, low, high), log=False), axes)
         axes.plot([low, high], [low, high], color="black", linewidth=1)
         axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
         axes.set_title(f"{title} ({unit})", fontsize=10.5)
@@ -123,7 +125,7 @@ def calibration_figure(
     figure = new_figure(4.0 * len(panels), 4.1, square=True)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, pair), name in zip(row, panels.items(), names, strict=True):
-        _count_bar(figure, [draw_calibration(axes, title, *pair)], axes)
+        count_bar(figure, draw_calibration(axes, title, *pair), axes)
         axes.set_xlabel(name[0])
         axes.set_ylabel(name[1])
     return save(figure, path)
@@ -136,21 +138,21 @@ def draw_calibration(
     error: ArrayLike,
     limits: tuple[float, float] | None = None,
     ticks: int = 7,
-) -> PolyCollection | None:
+) -> list[PolyCollection]:
     """One panel of `calibration_figure`; ``limits`` and number of ``ticks`` of both axes. Its hexagons, if it has."""
     u, e = np.asarray(uncertainty, dtype=float), np.asarray(error, dtype=float)
     positive = np.concatenate([u[u > 0], e[e > 0]])
     low, high = limits or ((0.8 * positive.min(), 1.25 * positive.max()) if len(positive) else (0.1, 1.0))
     # A handful of tiny errors would stretch the axes: they are drawn at the edge.
     low = max(low, high / 1e4)
-    cloud = _cloud(axes, np.clip(u, low, None), np.clip(e, low, None), (low, high, low, high), log=True)
+    drawn = _cloud(axes, np.clip(u, low, None), np.clip(e, low, None), (low, high, low, high), log=True)
     axes.plot([low, high], [low, high], color="black", linewidth=1)
     axes.fill_between([low, high], [low, low], [low, high], color=GREEN, alpha=0.08, linewidth=0)
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     log_ticks(axes, at_most=ticks)
     # In the title: inside the axes it would hide points.
     axes.set_title(f"{title}\n{100.0 * share_covered(e, u):.0f} % under the diagonal", fontsize=10)
-    return cloud
+    return drawn
 
 
 def ramachandran_figure(
@@ -473,10 +475,12 @@ def group_calibration_figure(groups: Mapping[str, tuple[ArrayLike, ArrayLike]], 
     everything = np.concatenate([np.ravel(values) for pair in groups.values() for values in pair])
     limits = (0.8 * float(everything[everything > 0].min()), 1.25 * float(everything.max()))
     used = list(zip(panels, groups.items(), strict=False))
-    clouds = [draw_calibration(axes, name, *pair, limits=limits, ticks=4) for axes, (name, pair) in used]
+    clouds = [
+        cloud for axes, (name, pair) in used for cloud in draw_calibration(axes, name, *pair, limits=limits, ticks=4)
+    ]
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
-    _count_bar(figure, clouds, *panels)
+    count_bar(figure, clouds, *panels)
     figure.supxlabel("max $u_i$ (eV/Å)", fontsize=10.5)
     figure.supylabel("max RMSE($F_i$) (eV/Å)", fontsize=10.5)
     return save(figure, path)
@@ -498,31 +502,17 @@ def _stack(axes: Axes, names: Sequence[object], parts: Mapping[str, ArrayLike], 
 
 def _cloud(
     axes: Axes, x: ArrayLike, y: ArrayLike, extent: tuple[float, float, float, float], *, log: bool
-) -> PolyCollection | None:
-    """Few points as dots, many as hexagons coloured by their number: these are returned, for `_count_bar`."""
+) -> list[PolyCollection]:
+    """Few points as dots, many as hexagons coloured by their number: these are returned, for `count_bar`."""
     if log:
         axes.set(xscale="log", yscale="log")
     if np.size(x) <= _HEXBIN_FROM:
         size, alpha = (3.5, 0.45) if np.size(x) > 60 else (5.5, 0.8)
         axes.plot(np.asarray(x), np.asarray(y), "o", color=BLUE, markersize=size, alpha=alpha, markeredgewidth=0)
-        return None
+        return []
     scale: Literal["linear", "log"] = "log" if log else "linear"
     limits = tuple(np.log10(extent)) if log else extent
-    # The light end of the map would vanish on white.
-    colours = matplotlib.colors.ListedColormap(colormaps["viridis_r"](np.linspace(0.08, 1.0, 256)))
-    return axes.hexbin(x, y, gridsize=45, xscale=scale, yscale=scale, mincnt=1, extent=limits, cmap=colours)
-
-
-def _count_bar(figure: Figure, clouds: Sequence[PolyCollection | None], *panels: Axes) -> None:
-    """One colour bar for the hexagons of all these panels, on one logarithmic scale; none for dots."""
-    hexagons = [cloud for cloud in clouds if cloud is not None]
-    if not hexagons:
-        return
-    norm = LogNorm(1.0, max(2.0, *(float(np.max(np.asarray(cloud.get_array()))) for cloud in hexagons)))
-    for cloud in hexagons:
-        cloud.set_norm(norm)
-    bar = figure.colorbar(hexagons[0], ax=panels, label="Count", shrink=0.85)
-    bar.ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    return [axes.hexbin(x, y, gridsize=45, xscale=scale, yscale=scale, mincnt=1, extent=limits, cmap=COUNTS)]
 
 
 def _span(*values: ArrayLike) -> tuple[float, float]:

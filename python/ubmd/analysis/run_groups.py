@@ -94,10 +94,7 @@ class Run:
         structures = read_structures(self.folder.test, labelled=True)
         found = isomers(structures)
         predictions = Evaluator(model).predict(structures) if found else []
-        return {
-            name: error_summary([structures[k] for k in chosen], [predictions[k] for k in chosen])
-            for name, chosen in found.items()
-        }
+        return {name: error_summary(structures, predictions, chosen) for name, chosen in found.items()}
 
     def minutes(self, index: int = -1) -> float:
         """Wall time of all stages until a model (place in the history) was there, min; nan if it is not known.

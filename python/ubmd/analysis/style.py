@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import Collection
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -17,6 +19,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", GREY, "#000000")
 MARKERS = "osD^vP*X"
+COUNTS = ListedColormap(colormaps["viridis_r"](np.linspace(0.08, 1.0, 256)))
+"""Colours of numbers per cell; the light end of the map would vanish on white."""
 DPI = 160
 """Dots per inch of the files: 8 inches are shown 800 dots wide on a page, twice as sharp on a fine screen."""
 
@@ -38,6 +42,17 @@ def legend_above(figure: Figure, handles: Sequence[Artist], labels: Sequence[str
         if count == 1 or legend.get_window_extent(renderer).width < figure.bbox.width:
             return
         legend.remove()
+
+
+def count_bar(figure: Figure, drawn: Sequence[Collection], *panels: Axes, label: str = "Count") -> None:
+    """One colour bar for the numbers drawn in all these panels, on one logarithmic scale; none for nothing."""
+    if not drawn:
+        return
+    norm = LogNorm(1.0, max(2.0, *(float(np.ma.max(np.ma.asarray(part.get_array()))) for part in drawn)))
+    for part in drawn:
+        part.set_norm(norm)
+    bar = figure.colorbar(drawn[0], ax=panels, label=label, shrink=0.85)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def save(figure: Figure, path: Path) -> Path:

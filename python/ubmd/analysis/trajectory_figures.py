@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from ubmd.analysis.style import BLUE, COLOURS, GREY, ORANGE, legend_above, new_figure, save, symbol
+from ubmd.analysis.style import BLUE, COLOURS, COUNTS, GREY, ORANGE, count_bar, legend_above, new_figure, save, symbol
 from ubmd.analysis.volumes import SlowWave, VolumeBin
 
 _CELLS = 32  # per torsion: the finest level of the coverage tree
@@ -38,19 +36,16 @@ def torsion_histogram_figure(
     size = 2.5 * columns + 0.5 if columns > 1 else 4.6, (2.6 if columns > 1 else 3.6) * rows + 0.3
     figure = new_figure(*size, square=True)
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    most = max(2.0, *(count.max() for count in counts.values()))
-    # The light end of the map would vanish on white.
-    colours = ListedColormap(colormaps["viridis_r"](np.linspace(0.08, 1.0, 256)))
+    drawn = []
     for axes, (name, count) in zip(panels, counts.items(), strict=False):
         seen = np.ma.masked_equal(count.T, 0.0)
-        mesh = axes.pcolormesh(edges, edges, seen, cmap=colours, norm=LogNorm(1.0, most))
+        drawn.append(axes.pcolormesh(edges, edges, seen, cmap=COUNTS))
         corners = np.arange(-180, 181, 90)
         axes.set(xlim=(-180, 180), ylim=(-180, 180), xticks=corners, yticks=corners, aspect="equal")
         axes.set_title(f"{name}\n{len(np.asarray(groups[name])):,} frames", fontsize=10)
         axes.grid(alpha=0.25)
     _hide_empty(panels, len(groups), columns)
-    bar = figure.colorbar(mesh, ax=panels, label="Frames per cell", shrink=0.85)
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    count_bar(figure, drawn, *panels, label="Frames per cell")
     figure.supxlabel(f"{symbol(names[0])} (degrees)", fontsize=10.5)
     figure.supylabel(f"{symbol(names[1])} (degrees)", fontsize=10.5)
     return save(figure, path)

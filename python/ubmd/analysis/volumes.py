@@ -86,7 +86,7 @@ def errors_by_volume(
     bins = []
     for k in range(len(limits) - 1):
         chosen = np.flatnonzero(owner == k).tolist()
-        errors = error_summary([structures[i] for i in chosen], [predictions[i] for i in chosen]) if len(chosen) else {}
+        errors = error_summary(structures, predictions, chosen) if chosen else {}
         bins.append(VolumeBin(float(limits[k]), float(limits[k + 1]), len(chosen), errors))
     return bins
 
