@@ -39,7 +39,7 @@ from ubmd.analysis.style import (
     symbol,
 )
 
-_HEXBIN_FROM = 1500  # more points than this are drawn as counts
+_HEXBIN_FROM = 600  # more points than this are drawn as counts
 
 ENDINGS = {"step limit": BLUE, "threshold": ORANGE, "failed": PINK}
 """How a replica can end, with its colour."""
