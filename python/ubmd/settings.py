@@ -25,6 +25,7 @@ class Table(BaseModel):
 
 
 T = TypeVar("T", bound="Table")
+_FEWEST_WARM_EPOCHS = 10  # however few of the labels are new
 
 
 class ModelSettings(Table):
@@ -358,7 +359,13 @@ class LoopSettings(Table):
         "never moved to another side; while there are none, validation labels calibrate (no unit)",
     )
     warm_start: bool = Field(True, description="train from the last model (else from scratch) in every iteration")
-    warm_epochs: int = Field(200, ge=1, description="epochs of a warm start")
+    warm_epochs: int = Field(200, ge=1, description="epochs of a warm start, at most")
+    warm_visits: int = Field(
+        1000,
+        ge=0,
+        description="and at most this many times the share of new labels (but at least 10): with hundreds of labels, "
+        "more would overfit the old ones; 0: no such limit",
+    )
     asynchronous: bool = Field(
         False,
         alias="async",
@@ -569,6 +576,13 @@ class RunSettings(Table):
                 f"selection.method = '{method}' does not go with uncertainty.kind = '{kind}'; use '{wanted}'"
             )
         return self
+
+    def epochs(self, labels: float, new: float | None) -> int:
+        """Epochs of a training on so many labels, of which ``new`` are new to the last model; None: from scratch."""
+        if new is None:
+            return self.training.epochs
+        most, visits = self.loop.warm_epochs, self.loop.warm_visits
+        return min(most, max(_FEWEST_WARM_EPOCHS, round(visits * new / labels))) if visits else most
 
 
 class TrainSettings(Table):

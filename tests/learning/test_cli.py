@@ -406,6 +406,12 @@ def test_estimates() -> None:
     assert line.run_left(now) == pytest.approx(training + 3 * (10.0 + 2.0) - 1)
     line.work["train"] = (1, 6)
     assert line.stage_left("train", now) == pytest.approx(5.0)
+    # With a limit: one of 5 labels is new now, one of 6 to 8 then.
+    line.settings = make_settings(Path("run"), loop={"warm_epochs": 100, "warm_visits": 200})
+    line.work.clear()
+    assert line.epochs(line.iteration) == 40
+    assert line.stage_left("train", now) == pytest.approx(5 * 40 * 0.5 - 1)
+    assert line.run_left(now) == pytest.approx(0.5 * (5 * 40 + 6 * 33 + 7 * 29 + 8 * 25) + 3 * (10.0 + 2.0) - 1)
     line.add(at(9, event="run_done", labels=8, iterations=3, reason="Enough."))
     assert (line.finished, line.running, line.labels) == ("Enough.", {}, 8)
     assert [duration(s) for s in (3, 600, 9000, 3e5)] == ["3 s", "10 min", "2.5 h", "3.5 days"]

@@ -129,10 +129,10 @@ def test_calibration_labels_stay_aside_when_models_start_from_scratch() -> None:
 @pytest.mark.parametrize("warm", [True, False])
 def test_calibration_labels_of_a_loop_neither_train_nor_validate(tmp_path: Path, warm: bool) -> None:
     write_structures(tmp_path / "start.extxyz", [cluster()])
-    loop = {"labels": 14, "warm_start": warm, "validation_share": 0.2, "calibration_share": 0.2, "warm_epochs": 1}
+    loop = {"labels": 14, "warm_start": warm, "validation_share": 0.2, "calibration_share": 0.2}
     settings = make_settings(
         tmp_path / "run",
-        loop=loop,
+        loop=loop | {"warm_epochs": 15, "warm_visits": 30},
         selection={"batch": 4},
         start={"count": 6},
         training={"epochs": 1},
@@ -164,6 +164,9 @@ def test_calibration_labels_of_a_loop_neither_train_nor_validate(tmp_path: Path,
             for p, a in zip(predictions, calibrating, strict=True)
         ]
         assert max(ratios) == pytest.approx(entry["calibration"]["energy_factor"], rel=1e-4)
+    # Warm starts: 30 epochs times the share of new labels, 4 of 10 and 4 of 14, but at least 10.
+    epochs = [len((folder.iteration(k) / "train" / "log.csv").read_text().splitlines()) - 1 for k in range(3)]
+    assert epochs == ([1, 12, 10] if warm else [1, 1, 1])
     assert history[-1]["ended"]["rule"] == "labels"
     assert folder.read_events()[-1]["evidence"] == {"labels": 14, "limit": 14}
 

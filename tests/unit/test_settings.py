@@ -293,3 +293,19 @@ def test_traces_meet_evaluations(run_file):
     assert load_settings(run_file, RunSettings, ["md.trace_every=20", "bias.every=4"]).md.trace_every == 20
     with pytest.raises(SettingsError, match=r"md.trace_every = 10 must be a multiple of bias.every = 4"):
         load_settings(run_file, RunSettings, ["md.trace_every=10", "bias.every=4"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "new", "wanted"),
+    [(8, None, 300), (12, 4, 200), (48, 8, 167), (100, 10, 100), (1000, 10, 10), (5000, 10, 10)],
+)
+def test_epochs_fall_with_the_share_of_new_labels(run_file, labels, new, wanted):
+    """A warm start takes loop.warm_epochs, or loop.warm_visits times the share of new labels, but at least 10."""
+    settings = load_settings(run_file, RunSettings, ["training.epochs=300", "loop.warm_visits=1000"])
+    assert settings.loop.warm_epochs == 200
+    assert settings.epochs(labels, new) == wanted
+
+
+def test_epochs_without_a_limit(run_file):
+    settings = load_settings(run_file, RunSettings, ["loop.warm_visits=0"])
+    assert settings.epochs(5000, 10) == settings.loop.warm_epochs

@@ -190,8 +190,8 @@ def _training_time(settings: RunSettings, folder: RunFolder) -> float:
     total = 0.0
     for k in range(_iterations(settings) + 1):
         labels = min(settings.loop.labels, settings.start.count + k * settings.selection.batch)
-        epochs = settings.loop.warm_epochs if k and settings.loop.warm_start else settings.training.epochs
-        total += labels * epochs * per_structure
+        warm = k > 0 and settings.loop.warm_start
+        total += labels * settings.epochs(labels, settings.selection.batch if warm else None) * per_structure
     return total * settings.uncertainty.networks
 
 

@@ -99,6 +99,8 @@ class _Turn:
     """file -> structure that replicas start from"""
     tasks: dict[Origin, ReplicaTask]
     keys: dict[str, str]
+    epochs: int
+    """of the training"""
 
 
 class Loop(Walk):
@@ -192,13 +194,14 @@ class Loop(Walk):
         sets = [dataset_hash(training), dataset_hash(validation)]
         options = settings.training.model_dump(mode="json", exclude={"checkpoint_every", "threads"})
         warm = settings.loop.warm_start and self._weights is not None
+        epochs = settings.epochs(len(self.dataset), len(self.dataset) - self.history[-1]["labels"] if warm else None)
         train = content_hash(
             [
                 sets,
                 self._keys[iteration - 1]["train"] if warm else None,
                 settings.model.model_dump(mode="json"),
                 options | {"threads": self.threads},
-                settings.loop.warm_epochs if warm else settings.training.epochs,
+                epochs,
                 self._training_seed(iteration),
                 settings.uncertainty.networks,
             ]
@@ -216,7 +219,7 @@ class Loop(Walk):
         label = content_hash([select, stages.reference_key(settings.reference)])
         keys = {"train": train, "export": model, "md": md, "select": select, "label": label}
         self._keys[iteration] = keys
-        return _Turn(iteration, once, training, validation, calibration, starts, tasks, keys)
+        return _Turn(iteration, once, training, validation, calibration, starts, tasks, keys, epochs)
 
     def _training_seed(self, iteration: int) -> int:
         return int(random_generator(self.settings.seed, iteration, Stage.TRAIN).integers(2**31))
@@ -311,7 +314,6 @@ class Loop(Walk):
         settings = self.plan.at(turn.iteration)
         count, seed = settings.uncertainty.networks, self._training_seed(turn.iteration)
         options = settings.training.model_copy(update={"threads": self.threads})
-        epochs = settings.training.epochs if initial is None else settings.loop.warm_epochs
         at_once = min(count, self.workers.processes // self.threads)
 
         def show(row: dict[str, Any]) -> None:
@@ -320,7 +322,7 @@ class Loop(Walk):
         if at_once < 2:
             sets = turn.training, turn.validation
             train_members(
-                count, settings.model, options, *sets, folder, seed, initial=initial, epochs=epochs, progress=show
+                count, settings.model, options, *sets, folder, seed, initial=initial, epochs=turn.epochs, progress=show
             )
             return
         files = folder / "training.extxyz", folder / "validation.extxyz"
@@ -329,7 +331,7 @@ class Loop(Walk):
         folders = member_folders(folder, count)
         starts: Sequence[Path | None] = initial or [None] * count
         tasks = {
-            m: (*files, where, key, settings.model, options, member_seed(seed, m), starts[m], epochs)
+            m: (*files, where, key, settings.model, options, member_seed(seed, m), starts[m], turn.epochs)
             for m, where in enumerate(folders)
             if not is_sealed(where / "weights.pt", key)
         }
@@ -341,7 +343,7 @@ class Loop(Walk):
         def tick() -> None:
             logs = [where / "log.csv" for where in folders]
             finished = sum(len(log.read_text().splitlines()) - 1 for log in logs if log.exists())
-            show({"epoch": finished, "epochs": count * epochs})
+            show({"epoch": finished, "epochs": count * turn.epochs})
 
         run_tasks(self.workers, train_member, tasks, None, done, tick, settings.workers.retries, at_once)
 

@@ -122,7 +122,7 @@ def _now(folder: RunFolder, timeline: Timeline, settings: RunSettings) -> list[s
     lines = []
     replicas = _replica_steps(iteration)
     for stage, begin in timeline.running.items():
-        work = _work(stage, iteration, replicas, settings)
+        work = _work(stage, iteration, replicas, settings, timeline.epochs(timeline.iteration))
         if work is not None:
             timeline.work[stage] = work
         where = f"Iteration {timeline.iteration}" if timeline.iteration >= 0 else "Start"
@@ -139,7 +139,9 @@ def _now(folder: RunFolder, timeline: Timeline, settings: RunSettings) -> list[s
     return lines
 
 
-def _work(stage: str, folder: Path, replicas: dict[int, int], settings: RunSettings) -> tuple[int, int] | None:
+def _work(
+    stage: str, folder: Path, replicas: dict[int, int], settings: RunSettings, epochs: int
+) -> tuple[int, int] | None:
     """(done, all) of a running stage, from the files that it writes."""
     if stage == "md":
         ended = {int(path.stem[-3:]) for path in folder.glob("replica_*.json")} - set(replicas)
@@ -151,9 +153,6 @@ def _work(stage: str, folder: Path, replicas: dict[int, int], settings: RunSetti
         return len(done), len(list(batch.glob("candidate_*.extxyz")))
     if stage == "train":
         logs = sorted(folder.glob("train/**/log.csv"), key=os.path.getmtime)
-        epochs = settings.training.epochs
-        if settings.loop.warm_start and folder.name != "iter_000":
-            epochs = settings.loop.warm_epochs
         if logs:
             rows = logs[-1].read_text().splitlines()
             found = re.match(r"\d+", rows[-1]) if len(rows) > 1 else None

@@ -118,13 +118,13 @@ class Timeline:
     def run_left(self, now: datetime | None = None) -> float | None:
         """Time to the end of the run, s; None before the first iteration has ended."""
         cycle = [self._expected(stage) for stage in ("md", "select", "label", "export", "measure")]
-        if cycle[0] is None or self._training(1) is None:
+        if cycle[0] is None or self._training(1, 1) is None:
             return None
         other = sum(seconds or 0.0 for seconds in cycle)
         batch = self._growth()
         begun = self._labels_of.get(self.iteration, self.labels)
         remaining = math.ceil(max(0.0, self.wanted - begun) / max(batch, 0.1))
-        trained = sum(self._training(min(self.wanted, begun + k * batch)) or 0.0 for k in range(remaining + 1))
+        trained = sum(self._training(min(self.wanted, begun + k * batch), batch) or 0.0 for k in range(remaining + 1))
         spent = sum(self._seconds.get(self.iteration, {}).values())
         spent += sum(self._elapsed(stage, now) for stage in self.running)
         current = max((self.stage_left(stage, now) or 0.0 for stage in self.running), default=0.0)
@@ -138,24 +138,31 @@ class Timeline:
     def _expected(self, stage: str) -> float | None:
         """What a stage takes, from the last iterations."""
         if stage == "train":
-            return self._training(self._labels_of.get(self.iteration, self.labels))
+            labels = self._labels_of.get(self.iteration, self.labels)
+            return self._training(labels, labels - self._labels_of.get(self.iteration - 1, labels))
         known = [s[stage] for k, s in sorted(self._seconds.items()) if k >= 0 and stage in s]
         return sum(known[-_RECENT:]) / len(known[-_RECENT:]) if known else None
 
-    def _training(self, labels: float) -> float | None:
-        """Seconds to train on this many labels: proportional to labels and epochs, like the last trainings."""
+    def _training(self, labels: float, new: float) -> float | None:
+        """Seconds to train on so many labels: proportional to labels and epochs, like the last trainings.
+
+        ``new``: labels that the last model has not seen.
+        """
         rates = [
-            seconds["train"] / (self._labels_of[k] * self._epochs(k))
+            seconds["train"] / (self._labels_of[k] * self.epochs(k))
             for k, seconds in sorted(self._seconds.items())
             if "train" in seconds and self._labels_of.get(k)
         ][-_RECENT:]
         if not rates:
             return None
-        return labels * self._epochs(max(1, self.iteration)) * sum(rates) / len(rates)
+        epochs = self.settings.epochs(labels, new if self.settings.loop.warm_start else None)
+        return labels * epochs * sum(rates) / len(rates)
 
-    def _epochs(self, iteration: int) -> int:
-        warm = self.settings.loop.warm_start and iteration > 0
-        return self.settings.loop.warm_epochs if warm else self.settings.training.epochs
+    def epochs(self, iteration: int) -> int:
+        """Epochs of an iteration's training."""
+        labels, before = self._labels_of.get(iteration, self.labels), self._labels_of.get(iteration - 1)
+        warm = self.settings.loop.warm_start and iteration > 0 and before is not None
+        return self.settings.epochs(labels, labels - before if warm and before is not None else None)
 
     def _growth(self) -> float:
         """New labels per iteration, as in the last ones; before that, what a batch would give."""
