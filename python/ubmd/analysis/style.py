@@ -65,13 +65,13 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def log_ticks(axes: Axes, x: bool = True, y: bool = True, at_most: int = 7) -> None:
-    """Plain numbers (0.05, 2, 100) on logarithmic axes: the densest of 1 to 9, 1-2-5 and decades of which some
+    """Plain numbers (0.05, 2, 100) on logarithmic axes: the densest of 1 to 9, 1-2-5, 1-3 and decades of which some
     ``at_most`` fit between the limits."""
     for axis, (low, high), wanted in ((axes.xaxis, axes.get_xlim(), x), (axes.yaxis, axes.get_ylim(), y)):
         if not wanted:
             continue
         decades = np.log10(high / low) if low > 0 else 1.0
-        choices = (tuple(np.arange(1.0, 10.0)), (1.0, 2.0, 5.0))
+        choices = (tuple(np.arange(1.0, 10.0)), (1.0, 2.0, 5.0), (1.0, 3.0))
         subs = next((subs for subs in choices if decades * len(subs) <= at_most), (1.0,))
         axis.set_major_locator(LogLocator(subs=subs, numticks=12))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
