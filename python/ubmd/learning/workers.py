@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import multiprocessing
 import os
 import secrets
 import signal
@@ -30,6 +29,8 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnContext
+from multiprocessing.synchronize import RLock
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,6 +110,23 @@ class Workers:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
+class _Spawn(SpawnContext):
+    """How processes start: fork would copy the driver's torch threads and locks in an unknown state.
+
+    It keeps the locks of its pool: pebble removes them from the system before it stops the process, and one that is
+    just starting would not find them and print a traceback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._locks: list[RLock] = []
+
+    def RLock(self) -> RLock:
+        """A lock that lives as long as this context."""
+        self._locks.append(super().RLock())
+        return self._locks[-1]
+
+
 class Pools:
     """One child process per calling thread, kept from task to task (a force field is built once).
 
@@ -170,8 +188,7 @@ class Pools:
                 max_workers=1,
                 initializer=_initialise,
                 initargs=(os.getpid(),),
-                # fork would copy the driver's torch threads and locks in an unknown state
-                context=multiprocessing.get_context("spawn"),
+                context=_Spawn(),
             )
         with self._lock:
             if self._stopped:
