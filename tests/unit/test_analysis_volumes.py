@@ -112,5 +112,5 @@ def test_pictures_of_trajectories(tmp_path):
     structures, predictions = cells()
     bins = [errors_by_volume(structures, p, volume_edges(structures, 5)) for p in (predictions, predictions[::-1])]
     check(figures.volume_error_figure({"biased": bins, "plain": bins[:1]}, tmp_path / "errors.png"))
-    rows = {f"quantity {k}, unit": [[1.0, 2.0], [1.5, np.nan], [3.0, 2.5]] for k in range(5)}
+    rows = {f"energy RMSE at the end, kind {k}, meV/atom": [[1.0, 2.0], [1.5, np.nan], [3.0, 2.5]] for k in range(5)}
     check(figures.dependence_figure([0.5, 0.1, 0.25], rows, "bias.force", tmp_path / "tau.png"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def dependence_figure(x: Sequence[float], rows: Mapping[str, Sequence[Sequence[f
         axes.errorbar(places, mean, yerr=bars, color=BLUE, marker="o", markersize=4, capsize=2.5)
         for place, values in zip(places, known, strict=True):
             axes.plot(np.full(len(values), place), values, ".", color=GREY, markersize=4)
-        axes.set_title(title, fontsize=8.5)
+        axes.set_title(textwrap.fill(title, 30), fontsize=8.5)
         highest = max((v.max() for v in [*known, mean + bars] if len(v)), default=1.0)
         axes.set_ylim(0.0, 1.08 * float(highest))
         axes.grid(alpha=0.25)
