@@ -11,7 +11,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from ubmd.errors import SettingsError
+from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.settings import RunSettings, Table, TrainSettings, load_settings
+
+EXAMPLES = Path(__file__).parents[2] / "lammps_examples"
 
 RUN = """
 run_dir = "my_run"
@@ -309,3 +312,12 @@ def test_epochs_fall_with_the_share_of_new_labels(run_file, labels, new, wanted)
 def test_epochs_without_a_limit(run_file):
     settings = load_settings(run_file, RunSettings, ["loop.warm_visits=0"])
     assert settings.epochs(5000, 10) == settings.loop.warm_epochs
+
+
+SETTINGS = sorted(path for path in EXAMPLES.glob("*/*.toml") if path.stem not in ("rows", "published"))
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_settings_of_the_examples_are_read(path: Path) -> None:
+    kinds = {"final": TrainSettings, "train": TrainSettings, "dynamic": DynamicRunSettings}
+    load_settings(path, kinds.get(path.stem, RunSettings))
