@@ -160,9 +160,10 @@ class Timeline:
 
     def epochs(self, iteration: int) -> int:
         """Epochs of an iteration's training."""
-        labels, before = self._labels_of.get(iteration, self.labels), self._labels_of.get(iteration - 1)
-        warm = self.settings.loop.warm_start and iteration > 0 and before is not None
-        return self.settings.epochs(labels, labels - before if warm and before is not None else None)
+        labels = self._labels_of.get(iteration, self.labels)
+        warm = self.settings.loop.warm_start and iteration > 0
+        before = self._labels_of.get(iteration - 1) if warm else None
+        return self.settings.epochs(labels, None if before is None else labels - before)
 
     def _growth(self) -> float:
         """New labels per iteration, as in the last ones; before that, what a batch would give."""
