@@ -114,6 +114,11 @@ class StartSettings(Table):
     count: int = Field(8, ge=2, description="perturbed copies that are labelled first")
     displacement: float = Field(0.02, ge=0, description="uniform random shift of every coordinate, ± Å")
     strain: float = Field(0.0, ge=0, lt=0.5, description="uniform random strain of periodic cells, ± (no unit)")
+    mixed_states: bool = Field(
+        False,
+        description="allow start structures of one composition that differ in charge, spin or initial magnetic "
+        "moments, although a model cannot tell them apart",
+    )
 
 
 class ReferenceSettings(Table):
@@ -127,6 +132,11 @@ class ReferenceSettings(Table):
         default_factory=dict,
         description="keyword arguments of the calculator, e.g. 'openmm': pdb, forcefield, cmap; 'lammps': commands, "
         "elements, units; 'tblite': method; 'cp2k', 'espresso': launcher, threads and the program's settings",
+    )
+    info: tuple[str, ...] = Field(
+        ("charge", "spin", "multiplicity"),
+        description="keys of atoms.info that the calculator reads: they go from the start structures to every "
+        "structure that is labelled, as initial charges, initial magnetic moments, tags and masses always do",
     )
     environment: dict[str, str] = Field(
         default_factory=dict,

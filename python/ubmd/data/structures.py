@@ -19,6 +19,7 @@ import ase.io
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
 from ase.io.extxyz import key_val_dict_to_str, key_val_str_to_dict
 from ase.io.formats import UnknownFileTypeError
 from ase.stress import voigt_6_to_full_3x3_stress
@@ -244,6 +245,22 @@ def check_structure(atoms: Atoms) -> None:
         raise DataError("a stress needs a cell that is periodic in all three directions; remove the stress.")
 
 
+def fixed_atoms(atoms: Atoms) -> np.ndarray:
+    """Indices of the atoms that ASE's FixAtoms holds.
+
+    Raises:
+        DataError: a constraint of another kind, which is not supported.
+    """
+    for constraint in atoms.constraints:
+        if not isinstance(constraint, FixAtoms):
+            raise DataError(
+                f"the structure has a constraint {type(constraint).__name__}, but only FixAtoms is supported: remove "
+                "it with atoms.set_constraint()."
+            )
+    indices = [np.asarray(constraint.index) for constraint in atoms.constraints]
+    return np.unique(np.concatenate(indices)) if indices else np.empty(0, dtype=np.int64)
+
+
 def _check_cell(atoms: Atoms) -> None:
     cell = np.asarray(atoms.cell)
     if not np.isfinite(cell).all():
@@ -319,7 +336,8 @@ def write_structures(path: Path | str, structures: Iterable[Atoms]) -> None:
     """Write an extxyz file that replaces an old one only once it is complete on disk.
 
     Numbers have 17 significant digits, so that reading returns the same bits; the stress is written as 9 numbers.
-    ``atoms.info`` and ``atoms.arrays`` are kept, of the calculator's results only energy, forces and stress.
+    ``atoms.info`` and ``atoms.arrays`` are kept, of the calculator's results only energy, forces and stress. Of
+    constraints only FixAtoms is, in the column ``move_mask`` that ASE reads and writes.
 
     Raises:
         DataError: something that the format cannot hold, or labels that do not belong to the structure.
@@ -376,6 +394,9 @@ def _frame(atoms: Atoms) -> str:
     columns = {"positions": atoms.positions, **_extra_columns(atoms)}
     if "forces" in labels:
         columns["forces"] = labels["forces"]
+    held = [c for c in atoms.constraints if isinstance(c, FixAtoms)]
+    if held:
+        columns["move_mask"] = ~np.isin(np.arange(len(atoms)), np.concatenate([c.index for c in held]))
     properties, texts = ["species:S:1"], [np.array(atoms.get_chemical_symbols())[:, None]]
     for name, array in columns.items():
         kind, text = _column(name, array, len(atoms))

@@ -24,10 +24,11 @@ from typing import Any, Literal
 import numpy as np
 from ase import Atoms
 from ase.calculators.lammps import Prism
-from ase.data import atomic_masses, atomic_numbers
+from ase.data import atomic_numbers
 from ase.io.extxyz import read_extxyz
 from pydantic import BaseModel, ConfigDict
 
+from ubmd.data.state import take_state
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import LabelError, SimulationError, UbmdError
 from ubmd.references.labels import check_geometry
@@ -416,7 +417,7 @@ def _finish(
 def _sane_frames(task: ReplicaTask) -> Iterator[Atoms]:
     """Frames of the unfinished file up to the first that makes no sense.
 
-    That is: cut short, not finite, with overlapping atoms, or with a cell out of bounds.
+    That is: cut short, not finite, with overlapping atoms, or with a cell out of bounds. They are in the start's state.
     """
     start = read_structures(task.start)[0]
     for frame in _read_frames(_unfinished(task)):
@@ -429,6 +430,7 @@ def _sane_frames(task: ReplicaTask) -> Iterator[Atoms]:
         if not np.isfinite(frame.info["max_uncertainty"]):
             return
         frame.info["replica"] = task.replica
+        take_state(frame, start, start.info.keys() - frame.info.keys())
         yield frame
 
 
@@ -456,8 +458,14 @@ def _count_frames(path: Path) -> int:
 
 
 def symbols_of(atoms: Atoms) -> list[str]:
-    """Elements of a structure in the order of the LAMMPS types (by atomic number)."""
+    """Elements of a structure by atomic number."""
     return sorted(set(atoms.get_chemical_symbols()), key=atomic_numbers.__getitem__)
+
+
+def types_of(atoms: Atoms) -> list[tuple[str, float]]:
+    """(element, mass in amu) of the LAMMPS types: an element has several if its atoms differ in mass (isotopes)."""
+    kinds = set(zip(atoms.get_chemical_symbols(), atoms.get_masses().tolist(), strict=True))
+    return sorted(kinds, key=lambda kind: (atomic_numbers[kind[0]], kind[1]))
 
 
 def start_lammps(log: Path) -> Any:
@@ -488,8 +496,8 @@ def system_commands(atoms: Atoms, model: Path, precision: str) -> list[str]:
     """
     if atoms.pbc.any() and not atoms.pbc.all():
         raise SimulationError("The start structure is periodic in some directions only; make it all or none.")
-    symbols = symbols_of(atoms)
-    masses = [f"mass {k} {atomic_masses[atomic_numbers[s]]:.17g}" for k, s in enumerate(symbols, start=1)]
+    types = types_of(atoms)
+    masses = [f"mass {k} {mass:.17g}" for k, (_, mass) in enumerate(types, start=1)]
     return [
         "units metal",
         "atom_style atomic",
@@ -497,10 +505,10 @@ def system_commands(atoms: Atoms, model: Path, precision: str) -> list[str]:
         f"boundary {'p p p' if atoms.pbc.all() else 's s s'}",
         "box tilt large",
         _region(atoms),
-        f"create_box {len(symbols)} cell",
+        f"create_box {len(types)} cell",
         *masses,
         f"pair_style ubmd precision {precision}",
-        f'pair_coeff * * "{model}" {" ".join(symbols)}',
+        f'pair_coeff * * "{model}" {" ".join(symbol for symbol, _ in types)}',
         "neighbor 1.0 bin",
         "neigh_modify every 1 delay 0 check yes",
     ]
@@ -521,8 +529,8 @@ def place_atoms(engine: Any, atoms: Atoms) -> None:
     positions = atoms.positions
     if atoms.pbc.all():
         positions = Prism(atoms.cell[:]).vector_to_lammps(atoms.get_positions(wrap=True))
-    symbols = symbols_of(atoms)
-    types = [symbols.index(s) + 1 for s in atoms.get_chemical_symbols()]
+    numbers = {kind: k for k, kind in enumerate(types_of(atoms), start=1)}
+    types = [numbers[kind] for kind in zip(atoms.get_chemical_symbols(), atoms.get_masses().tolist(), strict=True)]
     created = engine.create_atoms(len(atoms), list(range(1, len(atoms) + 1)), types, positions.ravel().tolist())
     if created != len(atoms):
         raise SimulationError(f"only {created} of {len(atoms)} atoms lie in the cell")

@@ -21,11 +21,11 @@ from typing import Any, Literal
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.lammps import Prism
-from ase.data import atomic_masses
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ubmd.crystal.triggers import Trigger, load_trigger
+from ubmd.data.state import state_arrays
 from ubmd.errors import ModelError, SimulationError
 from ubmd.lammps.replica import error_message, place_atoms, start_lammps, symbols_of, system_commands
 
@@ -52,32 +52,38 @@ class TrajectoryState:
     step: int
     trigger: dict[str, Any]
     """state of its trigger"""
+    masses: Array | None = None
+    """[n], amu; None: the usual ones"""
 
     @classmethod
     def begin(cls, atoms: Atoms, temperature: float, trigger: Trigger, rng: np.random.Generator) -> TrajectoryState:
         """At the positions of a structure, with Maxwell-Boltzmann velocities (K) and the centre of mass at rest."""
-        masses = atomic_masses[atoms.numbers]
+        masses = atoms.get_masses()
         widths = np.sqrt(units.kB * temperature / masses) * _SPEED
         velocities = widths[:, None] * rng.standard_normal((len(atoms), 3))
         velocities -= masses @ velocities / masses.sum()
         pbc = bool(atoms.pbc.all())
         numbers = np.asarray(atoms.numbers, dtype=np.int64)
-        return cls(numbers, np.array(atoms.cell), pbc, atoms.positions.copy(), velocities, 0, trigger.state())
+        state = cls(numbers, np.array(atoms.cell), pbc, atoms.positions.copy(), velocities, 0, trigger.state())
+        return replace(state, masses=state_arrays(atoms).get("masses"))
 
     def atoms(self) -> Atoms:
-        """The structure, without velocities."""
-        return Atoms(self.numbers, self.positions, cell=self.cell, pbc=self.pbc)
+        """The structure with its masses, without velocities."""
+        return Atoms(self.numbers, self.positions, cell=self.cell, pbc=self.pbc, masses=self.masses)
 
     def arrays(self) -> dict[str, Any]:
         """For an npz file."""
         fields = {name: getattr(self, name) for name in ("numbers", "cell", "pbc", "positions", "velocities", "step")}
-        return fields | {"trigger": json.dumps(self.trigger)}
+        own = {} if self.masses is None else {"masses": self.masses}
+        return fields | own | {"trigger": json.dumps(self.trigger)}
 
     @classmethod
     def from_arrays(cls, data: Any) -> TrajectoryState:
         """What `arrays` gave, after a round trip through a file."""
         arrays = {name: data[name] for name in ("numbers", "cell", "positions", "velocities")}
-        return cls(**arrays, pbc=bool(data["pbc"]), step=int(data["step"]), trigger=json.loads(str(data["trigger"])))
+        masses = data.get("masses")
+        trigger = json.loads(str(data["trigger"]))
+        return cls(**arrays, pbc=bool(data["pbc"]), step=int(data["step"]), trigger=trigger, masses=masses)
 
 
 def write_state(path: Path, state: TrajectoryState) -> None:

@@ -13,10 +13,11 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from ubmd.analysis.provenance import conditions
-from ubmd.data.structures import read_structures
+from ubmd.data.state import describe_state
+from ubmd.data.structures import fixed_atoms, read_structures
 from ubmd.errors import SettingsError
 from ubmd.learning.run_folder import Listener, RunFolder
-from ubmd.learning.stages import check_start
+from ubmd.learning.stages import check_start, check_states
 from ubmd.learning.timeline import duration
 from ubmd.learning.workers import available_cores
 from ubmd.settings import RunSettings
@@ -57,6 +58,7 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
         if settings.model.elements and element not in settings.model.elements:
             raise SettingsError(f"{settings.start.file} holds {element}; add it to model.elements.")
     check_start(structures, settings)
+    check_states(structures, settings)
     smallest = min(len(atoms) for atoms in structures)
     for name, indices in settings.variables.torsions.items():
         if max(indices) >= smallest or min(indices) < 0 or len(set(indices)) < 4:
@@ -115,6 +117,11 @@ def plan(settings: RunSettings, base: Path, structures: list[Atoms]) -> Iterator
         f"({', '.join(formulas[:4])}{', …' if len(formulas) > 4 else ''}); {start.count} perturbed copies are labelled "
         f"by {settings.reference.calculator}."
     )
+    state = sorted({describe_state(atoms, settings.reference.info) for atoms in structures} - {""})
+    if state:
+        yield f"The calculator sees of all structures: {'; or '.join(state)}."
+    if any(len(fixed_atoms(atoms)) for atoms in structures):
+        yield "Fixed atoms (FixAtoms) are held in reference MD only: the replicas move all atoms."
     calls = _test_calls(settings, base)
     if calls:
         yield f"Test set: reference MD, {calls:,} reference calculations."

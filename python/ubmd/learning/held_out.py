@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from ase import Atoms
 
-from ubmd.data.structures import dataset_hash, read_structures, write_structures
+from ubmd.data.state import state_hash
+from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures, write_structures
 from ubmd.errors import LabelError, SettingsError, UbmdError
 from ubmd.learning.groups import TaskGroup
 from ubmd.learning.run_folder import (
@@ -57,9 +58,9 @@ class HeldOut:
         self._base = base
         self._events = events
         self._given = base / settings.test.file if settings.test.file is not None else None
-        self._key = content_hash(
-            [reference_key(settings.reference), self._sampling.model_dump(mode="json"), dataset_hash([start])]
-        )
+        given = [reference_key(settings.reference), self._sampling.model_dump(mode="json"), dataset_hash([start])]
+        state, fixed = state_hash(start, settings.reference.info), fixed_atoms(start).tolist()
+        self._key = content_hash(given + ([[state, fixed]] if state or fixed else []))
         # The time-out of a label holds for every step.
         steps = self._sampling.equilibration + self._sampling.frames * self._sampling.stride
         timeout = settings.reference.timeout * max(1, steps)

@@ -21,6 +21,7 @@ from ase import Atoms
 
 from ubmd.analysis import coverage, torsions
 from ubmd.calculator import Evaluator
+from ubmd.data.state import bare, structures_hash
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import LabelError, ModelError, TrainingError, UbmdError
 from ubmd.export import export_model
@@ -120,6 +121,7 @@ class Loop(Walk):
     ) -> None:
         self.start_structures = read_structures(base / settings.start.file)
         stages.check_start(self.start_structures, settings)
+        stages.check_states(self.start_structures, settings)
         self.plan, changes = open_run(folder, settings, input_hashes(settings, base), from_iteration)
         self.settings = self.plan.at(START)
         super().__init__(base, folder, workers, listener, self.plan.threads, changes)
@@ -172,7 +174,7 @@ class Loop(Walk):
     def _start(self) -> None:
         """Perturbed copies of the start structures are the first labels."""
         rng = random_generator(self.settings.seed, 0, Stage.START)
-        candidates = stages.perturb(self.start_structures, self.settings.start, rng)
+        candidates = stages.perturb(self.start_structures, self.settings.start, rng, self.settings.reference.info)
         for k, atoms in enumerate(candidates):
             atoms.info |= {"iteration": START, "replica": k, "step": 0}
         self._label_start(candidates)
@@ -211,9 +213,8 @@ class Loop(Walk):
         starts = self._starts(once.folder)
         tasks = self._tasks(iteration, list(starts), once.folder / "model.pt")
         left = [[origin, self._keys[origin[0]]["md"]] for origin in self._left]
-        md = content_hash(
-            [model, [stages.settled(task) for task in tasks.values()], dataset_hash(starts.values()), left]
-        )
+        where = structures_hash(list(starts.values()), settings.reference.info)
+        md = content_hash([model, [stages.settled(task) for task in tasks.values()], where, left])
         selection = settings.selection.model_dump(mode="json")
         select = content_hash([md, sets, selection, settings.uncertainty.lambda2, settings.seed])
         label = content_hash([select, stages.reference_key(settings.reference)])
@@ -228,7 +229,7 @@ class Loop(Walk):
         """Structures that replicas start from, by the file that will hold them."""
         labelled = self.settings.md.start_from == "labelled" and self.newest
         starts = self.newest if labelled else self.start_structures[:1]
-        copies = [Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc) for atoms in starts]
+        copies = [bare(atoms, self.settings.reference.info) for atoms in starts]
         return {folder / "starts" / f"start_{k:03d}.extxyz": atoms for k, atoms in enumerate(copies)}
 
     def _tasks(self, iteration: int, files: list[Path], model: Path) -> dict[Origin, ReplicaTask]:

@@ -19,9 +19,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from ubmd.analysis import error_summary
 from ubmd.calculator import Evaluator, Prediction
+from ubmd.data.state import bare, check_state, electrons_differ, state_hash, structures_hash
 from ubmd.data.structures import (
     append_structures,
-    dataset_hash,
+    fixed_atoms,
     labels_of,
     read_structures,
     repair_structures,
@@ -78,16 +79,41 @@ def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
         )
 
 
-def perturb(structures: Sequence[Atoms], settings: StartSettings, rng: np.random.Generator) -> list[Atoms]:
+def check_states(structures: Sequence[Atoms], settings: RunSettings) -> None:
+    """Can start structures be labelled and learnt in the states (charge, spin, moments, masses) that they have?
+
+    Raises:
+        SettingsError: a mass or moment that makes no sense, a constraint that is not FixAtoms, or structures of one
+            composition in different states, unless start.mixed_states allows them.
+    """
+    first: dict[str, int] = {}
+    for number, atoms in enumerate(structures):
+        try:
+            check_state(atoms)
+            fixed_atoms(atoms)
+        except DataError as error:
+            raise SettingsError(f"{settings.start.file}, frame {number}: {error}") from None
+        other = first.setdefault(atoms.symbols.formula.format("hill"), number)
+        difference = electrons_differ(structures[other], atoms, settings.reference.info)
+        if difference and not settings.start.mixed_states:
+            raise SettingsError(
+                f"{settings.start.file}: frames {other} and {number} have the same composition but {difference}, which "
+                "a model cannot tell apart: start from one state, or set start.mixed_states = true."
+            )
+
+
+def perturb(
+    structures: Sequence[Atoms], settings: StartSettings, rng: np.random.Generator, info: Sequence[str] = ()
+) -> list[Atoms]:
     """``settings.count`` copies, uniformly strained (fully periodic ones) and then uniformly displaced.
 
-    Copy k comes from structure k modulo their number. The strain is symmetric, with six independent components;
-    positions are rescaled with the cell.
+    Copy k comes from structure k modulo their number, in the state of that structure (``info``: the keys of
+    ``atoms.info`` that belong to it); constraints are left behind. The strain is symmetric, with six independent
+    components; positions are rescaled with the cell.
     """
     copies = []
     for k in range(settings.count):
-        source = structures[k % len(structures)]
-        copy = Atoms(source.numbers, source.positions, cell=source.cell, pbc=source.pbc)
+        copy = bare(structures[k % len(structures)], info)
         if settings.strain > 0.0 and copy.pbc.all():
             upper = np.triu(rng.uniform(-settings.strain, settings.strain, (3, 3)))
             copy.set_cell(copy.cell[:] @ (np.eye(3) + (upper + upper.T) / 2.0), scale_atoms=True)
@@ -167,12 +193,12 @@ def label_batch(
 
 def label_key(candidate: Atoms, settings: ReferenceSettings) -> str:
     """Hash of what decides a label."""
-    return content_hash([dataset_hash([candidate]), reference_key(settings)])
+    return content_hash([structures_hash([candidate], settings.info), reference_key(settings)])
 
 
 def reference_key(settings: ReferenceSettings) -> str:
-    """Hash of the reference without what belongs to a machine rather than to the label."""
-    values = settings.model_dump(mode="json", exclude={"timeout", "environment", "cache"})
+    """Hash of the reference without what belongs to a machine, or to the structures, rather than to the label."""
+    values = settings.model_dump(mode="json", exclude={"timeout", "environment", "cache", "info"})
     if not settings.noise:  # a key that older runs did not have
         del values["noise"]
     return content_hash(values)
@@ -180,7 +206,7 @@ def reference_key(settings: ReferenceSettings) -> str:
 
 def mend_batch(folder: Path, known: Sequence[Atoms], settings: ReferenceSettings) -> None:
     """Write lost or damaged label files of a batch again from the labels that the data set has."""
-    at = {_place(atoms): atoms for atoms in known}
+    at = {_place(atoms, settings.info): atoms for atoms in known}
     for source in folder.glob("candidate_*.extxyz"):
         number = source.stem.removeprefix("candidate_")
         target = folder / f"label_{number}.extxyz"
@@ -190,8 +216,9 @@ def mend_batch(folder: Path, known: Sequence[Atoms], settings: ReferenceSettings
             candidate = read_structures(source)[0]
         except DataError:
             continue
-        if _place(candidate) in at:
-            write_structures(target, [_with_labels_of(candidate, at[_place(candidate)])])
+        place = _place(candidate, settings.info)
+        if place in at:
+            write_structures(target, [_with_labels_of(candidate, at[place])])
             seal(target, label_key(candidate, settings))
 
 
@@ -228,9 +255,9 @@ def _read_reason(path: Path, key: str) -> str:
     return str(kept["reason"]) if kept.get("key") == key else ""
 
 
-def _place(atoms: Atoms) -> str:
-    """Hash of a structure without its labels."""
-    return dataset_hash([Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)])
+def _place(atoms: Atoms, info: Sequence[str]) -> str:
+    """Hash of a structure and its state, without labels."""
+    return structures_hash([bare(atoms, info)], info)
 
 
 def _with_labels_of(candidate: Atoms, known: Atoms) -> Atoms:
@@ -488,7 +515,8 @@ def settled(task: ReplicaTask) -> dict[str, Any]:
 
 def _task_key(task: ReplicaTask, model_key: str) -> str:
     """Hash of everything that decides the trajectory; where its files lie does not."""
-    return content_hash([settled(task), model_key, dataset_hash(read_structures(task.start))])
+    starts = read_structures(task.start)
+    return content_hash([settled(task), model_key, structures_hash(starts, starts[0].info)])
 
 
 def _steps_so_far(task: ReplicaTask) -> int:
@@ -512,7 +540,7 @@ def make_pool(frame_files: Iterable[Path]) -> list[Atoms]:
     seen: set[bytes] = set()
     for path in frame_files:
         for frame in read_frames(path):
-            key = frame.positions.tobytes() + frame.cell[:].tobytes()
+            key = frame.positions.tobytes() + frame.cell[:].tobytes() + state_hash(frame, ()).encode()
             if key not in seen:
                 seen.add(key)
                 pool.append(frame)
@@ -537,7 +565,8 @@ def select_batch(
         random_generator(settings.seed, iteration, Stage.SELECT),
     )
     records = [_selection_record(pool[k], candidates[k]) for k in chosen]
-    structures = [_selected_structure(pool[k], iteration, record) for k, record in zip(chosen, records, strict=True)]
+    info = settings.reference.info
+    structures = [_selected_structure(pool[k], iteration, r, info) for k, r in zip(chosen, records, strict=True)]
     return structures, {"pool": len(pool), "wanted": count, "selected": records}
 
 
@@ -550,8 +579,8 @@ def _selection_record(frame: Atoms, prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def _selected_structure(frame: Atoms, iteration: int, record: dict[str, Any]) -> Atoms:
-    copy = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
+def _selected_structure(frame: Atoms, iteration: int, record: dict[str, Any], info: Sequence[str]) -> Atoms:
+    copy = bare(frame, info)
     copy.info |= {"iteration": iteration, "replica": record["replica"], "step": record["step"]}
     return copy
 

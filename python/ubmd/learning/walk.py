@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 from ase import Atoms
 
+from ubmd.data.state import describe_state, structures_hash
 from ubmd.data.structures import dataset_hash, write_structures
-from ubmd.errors import LabelError, UbmdError
+from ubmd.errors import LabelError, SettingsError, UbmdError
 from ubmd.learning import stages
 from ubmd.learning.executors import Adapter, make_executor
 from ubmd.learning.held_out import HeldOut, Tested
@@ -118,8 +119,19 @@ class Walk:
     def _label_start(self, candidates: list[Atoms]) -> None:
         """The first labels."""
         once = Stages(self.folder.path, self.events, {self.unit: START})
-        key = content_hash([dataset_hash(candidates), stages.reference_key(self.settings.reference)])
-        self._label(START, key, lambda: candidates, self.folder.path / "start", once)
+        reference, folder = self.settings.reference, self.folder.path / "start"
+        key, stateless = (
+            content_hash([hashed, stages.reference_key(reference)])
+            for hashed in (structures_hash(candidates, reference.info), dataset_hash(candidates))
+        )
+        mark = folder / "key"
+        if key != stateless and mark.exists() and mark.read_text() == stateless:
+            raise SettingsError(
+                f"The run in {self.folder.path} was made by an earlier version of ubmd, which labelled its structures "
+                f"without what the start structures have ({describe_state(candidates[0], reference.info)}): start anew "
+                "in another run_dir."
+            )
+        self._label(START, key, lambda: candidates, folder, once)
 
     def _label(self, number: int, key: str, candidates: Callable[[], list[Atoms]], folder: Path, once: Stages) -> None:
         """Label the batch of a turn, and append it to the data set."""

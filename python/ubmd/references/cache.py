@@ -15,12 +15,17 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import labels_of, read_structures, write_structures
 from ubmd.errors import DataError, SettingsError
 from ubmd.settings import ReferenceSettings
 
 Results = dict[str, Any]
 """energy (eV), forces [n, 3] (eV/Å) and perhaps stress [6] (eV/Å^3)"""
+
+# In the file of a label with an atom without force: that is the reference's own zero. Labels of earlier versions had
+# zeros on atoms that a constraint held.
+_UNCONSTRAINED = "unconstrained"
 
 
 def through_cache(atoms: Atoms, settings: ReferenceSettings, base: Path, compute: Callable[[], Results]) -> Results:
@@ -38,12 +43,16 @@ def through_cache(atoms: Atoms, settings: ReferenceSettings, base: Path, compute
     path = Path(base) / Path(settings.cache).expanduser() / key[:2] / f"{key}.extxyz"
     if path.exists():
         try:
-            return labels_of(read_structures(path, labelled=True)[0])
+            kept = read_structures(path, labelled=True)[0]
+            if kept.info.get(_UNCONSTRAINED) or not _has_zero_force(labels_of(kept)):
+                return labels_of(kept)
         except DataError:
             pass  # a damaged file, for instance after a power failure: made anew
     results = compute()
-    copy = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    copy = bare(atoms, settings.info)
     copy.calc = SinglePointCalculator(copy, **results)
+    if _has_zero_force(results):
+        copy.info[_UNCONSTRAINED] = True
     try:
         write_structures(path, [copy])
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -51,8 +60,15 @@ def through_cache(atoms: Atoms, settings: ReferenceSettings, base: Path, compute
     return results
 
 
+def _has_zero_force(results: Results) -> bool:
+    return bool((np.asarray(results["forces"]) == 0.0).all(axis=-1).any())
+
+
 def label_hash(atoms: Atoms, settings: ReferenceSettings, base: Path) -> str:
-    """Hash of the structure (every bit of it, in this order of the atoms), the reference and the files it names.
+    """Hash of the structure, the reference and the files it names.
+
+    Of the structure every bit counts, the order of its atoms, and charges, moments, tags, masses and ``reference.info``
+    if it has them.
 
     What only belongs to the machine (time-out, number of processes and threads), and limits and noise, which are
     applied to the kept label, don't count.
@@ -63,7 +79,9 @@ def label_hash(atoms: Atoms, settings: ReferenceSettings, base: Path) -> str:
     for word in sorted(set(_words(arguments))):
         if (Path(base) / word).is_file():
             content.update((Path(base) / word).read_bytes())
-    return hashlib.sha256(f"{structure_hash(atoms)} {content.hexdigest()}".encode()).hexdigest()
+    state = state_hash(atoms, settings.info)
+    words = [structure_hash(atoms), *([state] if state else []), content.hexdigest()]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
 def structure_hash(atoms: Atoms) -> str:

@@ -14,27 +14,42 @@ from ase.calculators.abc import GetPropertiesMixin
 from ase.calculators.calculator import PropertyNotImplementedError, SCFError
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
+from ase.geometry import find_mic
 from ase.neighborlist import neighbor_list
 
-from ubmd.errors import LabelError, SettingsError
+from ubmd.data.state import check_state, state_hash
+from ubmd.errors import DataError, LabelError, SettingsError
 from ubmd.references.cache import through_cache
 from ubmd.references.calculators import make_calculator, variables
 from ubmd.references.programs import DISK_FULL, scratch_folder
 from ubmd.settings import ReferenceSettings
 
+_MOVED = 0.01  # Å; a structure further than this from the one that was asked for is another one
+
 # One calculator per process: building a force field or starting a code can cost more than a label.
 _cache: dict[tuple[str, str], GetPropertiesMixin] = {}
+_states: dict[tuple[str, str], str] = {}  # of the structures that these calculators computed last
 
 
-def cached_calculator(settings: ReferenceSettings, base: Path) -> GetPropertiesMixin:
-    """The calculator of these settings in this process, made on first use.
+def cached_calculator(settings: ReferenceSettings, base: Path, state: str = "") -> GetPropertiesMixin:
+    """The calculator of these settings in this process, made on first use, and anew for each change of state.
+
+    ASE's calculators return their last results for a structure that differs only in tags, masses or ``info``.
+
+    Args:
+        settings: of the reference.
+        base: folder that file arguments are relative to.
+        state: `ubmd.data.state.state_hash` of the structures that follow.
 
     Raises:
         SettingsError: see `make_calculator`.
     """
     key = _key(settings, base)
+    if _states.get(key, state) != state:
+        _cache.pop(key, None)
     if key not in _cache:
         _cache[key] = make_calculator(settings, base)
+    _states[key] = state
     return _cache[key]
 
 
@@ -46,7 +61,8 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
     """A labelled copy of a structure, for one call in a worker process (the caller sets the time-out).
 
     Args:
-        atoms: the structure; not changed.
+        atoms: the structure; not changed. The calculator sees a copy of its own, with charges, moments, tags, masses
+            and ``info`` but without constraints: a label has the reference's own forces.
         settings: calculator, its arguments, the cache and the limits beyond which a label is rejected.
         base: folder that file arguments are relative to.
 
@@ -60,6 +76,11 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
     """
     check_geometry(atoms, settings.min_distance)
     copy = atoms.copy()
+    copy.set_constraint()
+    try:
+        check_state(copy)
+    except DataError as error:
+        raise LabelError(f"The structure cannot be labelled: {error}") from None
     results = through_cache(copy, settings, base, lambda: _compute(copy, settings, base))
     _check_results(results, len(copy), settings.force_limit)
     if settings.noise > 0.0:
@@ -93,10 +114,11 @@ def check_geometry(atoms: Atoms, min_distance: float) -> None:
 
 def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> dict[str, np.ndarray | float]:
     """Energy, forces and perhaps stress; whatever a foreign code raises becomes a LabelError."""
-    calculator = cached_calculator(settings, base)
+    calculator = cached_calculator(settings, base, state_hash(atoms, settings.info))
     try:
         with surroundings(calculator, settings):
             results = _evaluate(atoms, calculator)
+        _check_computed(atoms, calculator)
     except (LabelError, SettingsError):
         raise
     except Exception as error:
@@ -112,12 +134,40 @@ def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> dict[str,
 
 
 def _evaluate(atoms: Atoms, calculator: GetPropertiesMixin) -> dict[str, np.ndarray | float]:
-    atoms.calc = calculator
-    forces = np.array(atoms.get_forces())
-    results: dict[str, np.ndarray | float] = {"energy": _energy(atoms), "forces": forces}
+    forces = np.array(_apart(atoms, calculator).get_forces())
+    results: dict[str, np.ndarray | float] = {"energy": _energy(_apart(atoms, calculator)), "forces": forces}
     if atoms.pbc.all():
-        results |= _stress(atoms)
+        results |= _stress(_apart(atoms, calculator))
     return results
+
+
+def _apart(atoms: Atoms, calculator: GetPropertiesMixin) -> Atoms:
+    """A copy for one question to a calculator, which may change it: wrap it, shift it, give it a cell."""
+    copy = atoms.copy()
+    copy.calc = calculator
+    return copy
+
+
+def _check_computed(atoms: Atoms, calculator: GetPropertiesMixin) -> None:
+    """LabelError if the calculator's own record says that it computed another structure.
+
+    A structure that was shifted as a whole, or whose atoms went to other periodic images, is still the same.
+    """
+    computed = getattr(calculator, "atoms", None)
+    if not isinstance(computed, Atoms):
+        return
+    if not np.array_equal(computed.numbers, atoms.numbers):
+        raise LabelError("The reference computed a structure with other elements than the one that was asked for.")
+    if atoms.pbc.any() and not np.allclose(computed.cell[:], atoms.cell[:], rtol=0.0, atol=_MOVED):
+        raise LabelError("The reference computed a structure with another cell than the one that was asked for.")
+    moved = computed.positions - atoms.positions
+    distance = find_mic(moved - moved[0], atoms.cell, atoms.pbc)[1]
+    if distance.max() > _MOVED:
+        atom = int(np.argmax(distance))
+        raise LabelError(
+            f"The reference moved the atoms before it computed them (atom {atom} by {distance[atom]:.2f} Å relative to "
+            "atom 0, counted from 0): the label is that of another structure."
+        )
 
 
 @contextmanager

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from ase import Atoms, units
+from ase.calculators.abc import GetPropertiesMixin
+from ase.calculators.calculator import Calculator, all_changes
 from ase.md.langevin import Langevin
 
-from ubmd.errors import LabelError, UbmdError
+from ubmd.data.state import state_hash
+from ubmd.data.structures import fixed_atoms
+from ubmd.errors import DataError, LabelError, SettingsError, UbmdError
 from ubmd.references.labels import cached_calculator, label, surroundings
 from ubmd.settings import ReferenceSettings, SamplingSettings
 
@@ -16,11 +22,12 @@ from ubmd.settings import ReferenceSettings, SamplingSettings
 def sample(atoms: Atoms, reference: ReferenceSettings, sampling: SamplingSettings, base: Path) -> list[Atoms]:
     """Labelled frames of reference MD: the frames of all trajectories, one after the other.
 
-    The frames depend only on ``atoms`` and the settings: same seed, same frames.
+    The frames depend only on ``atoms`` and the settings: same seed, same frames. Atoms that FixAtoms holds stay where
+    they are; the frames have no constraint, and their labels the reference's own forces on all atoms.
 
     Raises:
         LabelError: the reference fails, or rejects most frames.
-        SettingsError: the calculator cannot be made.
+        SettingsError: the calculator cannot be made, or ``atoms`` has a constraint other than FixAtoms.
     """
     frames: list[Atoms] = []
     for index in range(sampling.trajectories):
@@ -37,6 +44,10 @@ def sample_trajectory(
     and 'step'. Errors as for `sample`.
     """
     share = len(range(index, sampling.frames, sampling.trajectories))
+    try:
+        fixed_atoms(atoms)
+    except DataError as error:
+        raise SettingsError(f"Reference MD: {error}") from None
     dynamics = _start(atoms, reference, sampling, base, index)
     _advance(dynamics, sampling.equilibration, reference)
     frames: list[Atoms] = []
@@ -58,7 +69,7 @@ def _start(atoms: Atoms, reference: ReferenceSettings, sampling: SamplingSetting
     """Langevin dynamics at the first step, with Maxwell-Boltzmann velocities."""
     rng = np.random.default_rng([sampling.seed, index])
     copy = atoms.copy()
-    copy.calc = cached_calculator(reference, base)
+    copy.calc = _OnCopies(cached_calculator(reference, base, state_hash(atoms, reference.info)))
     width = np.sqrt(copy.get_masses() * units.kB * sampling.temperature)
     copy.set_momenta(width[:, None] * rng.standard_normal((len(copy), 3)))
     return Langevin(
@@ -71,10 +82,33 @@ def _start(atoms: Atoms, reference: ReferenceSettings, sampling: SamplingSetting
     )
 
 
+class _OnCopies(Calculator):
+    """Forces of another calculator, which gets copies: it cannot move the atoms of the dynamics."""
+
+    implemented_properties = ["forces"]  # noqa: RUF012 (ASE declares it so)
+
+    def __init__(self, calculator: GetPropertiesMixin) -> None:
+        super().__init__()
+        self.calculator = calculator
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("forces",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Fill ``results`` with forces."""
+        super().calculate(atoms, properties, system_changes)
+        copy = cast(Atoms, self.atoms).copy()
+        copy.set_constraint()
+        copy.calc = self.calculator
+        self.results = {"forces": np.array(copy.get_forces())}
+
+
 def _advance(dynamics: Langevin, steps: int, reference: ReferenceSettings) -> None:
     """Run; whatever a foreign code raises becomes a LabelError."""
     try:
-        with surroundings(dynamics.atoms.calc, reference):
+        with surroundings(dynamics.atoms.calc.calculator, reference):
             dynamics.run(steps)
     except UbmdError:
         raise
@@ -85,6 +119,7 @@ def _advance(dynamics: Langevin, steps: int, reference: ReferenceSettings) -> No
 def _frame(dynamics: Langevin, reference: ReferenceSettings, base: Path, index: int) -> Atoms:
     """The labelled current frame without velocities."""
     atoms: Atoms = dynamics.atoms.copy()
+    atoms.set_constraint()
     del atoms.arrays["momenta"]
     atoms.info |= {"trajectory": index, "step": dynamics.get_number_of_steps()}
     return label(atoms, reference, base)

@@ -23,8 +23,9 @@ from ase import Atoms
 
 from ubmd.crystal.convergence import converged
 from ubmd.crystal.triggers import load_trigger
-from ubmd.data.structures import dataset_hash, read_structures
-from ubmd.errors import LabelError, SettingsError, SimulationError, UbmdError
+from ubmd.data.state import bare, check_state, state_info, structures_hash, take_state
+from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures
+from ubmd.errors import DataError, LabelError, SettingsError, SimulationError, UbmdError
 from ubmd.lammps.trajectory import (
     PieceResult,
     PieceTask,
@@ -88,14 +89,27 @@ def run(
 
 
 def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
-    """The box of the dynamics, without displacements.
+    """The box of the dynamics, without displacements, in the state (charges, moments, masses) of its file.
 
     Raises:
-        SettingsError: its file is missing.
+        SettingsError: its file is missing, or its state cannot be that of a repeated box.
         DataError: it holds no structure.
     """
-    atoms = read_structures(box_file(settings, base))[0]
-    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc).repeat(settings.start.repeat)
+    path, info = box_file(settings, base), settings.reference.info
+    atoms = read_structures(path)[0]
+    try:
+        check_state(atoms)
+        fixed_atoms(atoms)
+    except DataError as error:
+        raise SettingsError(f"{path}: {error}") from None
+    keys = state_info(atoms, info)
+    if keys and max(settings.start.repeat) > 1:
+        name, value = next(iter(keys.items()))
+        raise SettingsError(
+            f"start.repeat: {path} has {name} = {value}, which is that of the unrepeated box; give a file of the "
+            "repeated box as start.file."
+        )
+    return bare(atoms, info).repeat(settings.start.repeat)
 
 
 def input_hashes(settings: DynamicRunSettings, base: Path) -> dict[str, str]:
@@ -211,7 +225,7 @@ class Engine(Walk):
             assert before is not None
             learn = before.keys["learn"]
         outcome = [len(self.dataset), len(self.rejected)]
-        chain = before.keys["move"] if before else dataset_hash([self.box])
+        chain = before.keys["move"] if before else structures_hash([self.box], self.settings.reference.info)
         # The tasks of the pieces follow from these and from the chain before.
         move = content_hash([learn, chain, outcome, self._motion_key, self._lengths(number)])
         reference = stages.reference_key(self.settings.reference)
@@ -520,7 +534,9 @@ class Engine(Walk):
     def _frame(self, now: _Round, replica: int) -> Atoms:
         """The structure at the end of a piece."""
         state, _ = read_piece(self._piece(now, replica))
-        return state.atoms()
+        atoms = state.atoms()
+        take_state(atoms, self.box, self.settings.reference.info)
+        return atoms
 
     def _fresh_frames(self, now: _Round, results: list[dict[str, Any]]) -> tuple[list[Atoms], int]:
         """(evenly chosen frames since the last refit, steps of all replicas since then)."""
