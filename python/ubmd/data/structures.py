@@ -462,7 +462,7 @@ def _info_item(key: str, value: Any) -> str:
     if not isinstance(key, str) or not key or any(character in key for character in "= \"'\\{}[]\n"):
         raise DataError(f"atoms.info has the key {key!r}, which extxyz cannot keep; use a plain word.")
     if value is not None and not isinstance(value, str):
-        return key_val_dict_to_str({key: value})
+        return key_val_dict_to_str({key: _without_arrays(value) if isinstance(value, dict | list | tuple) else value})
     plain = key_val_dict_to_str({key: value})
     back = key_val_str_to_dict(plain) if value else {}
     if list(back) == [key] and isinstance(back[key], str) and back[key] == value:
@@ -470,6 +470,15 @@ def _info_item(key: str, value: Any) -> str:
     quoted = "null" if value is None else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     escaped = quoted.replace("\\", "\\\\").replace('"', '\\"')
     return f'{key}="_JSON {escaped}"'
+
+
+def _without_arrays(value: Any) -> Any:
+    """A nested value with lists in place of arrays and of numpy's numbers, as JSON wants it."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: _without_arrays(item) for name, item in value.items()}
+    return [_without_arrays(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 # ------------------------------------------------------------------------------------------ summaries

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ase import Atoms
 
-from ubmd.data.state import state_hash
+from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures, write_structures
 from ubmd.errors import LabelError, SettingsError, UbmdError
 from ubmd.learning.groups import TaskGroup
@@ -53,7 +53,8 @@ class HeldOut:
         assert settings.test is not None
         self._sampling = settings.test.sampling
         self._reference = settings.reference
-        self._start = start
+        self._start = bare(start, settings.reference.info)
+        self._start.set_constraint(start.constraints)  # FixAtoms, which reference MD holds
         self._folder = folder
         self._base = base
         self._events = events

@@ -13,6 +13,7 @@ from typing import Any
 from ase import Atoms
 
 from ubmd.errors import LabelError, SettingsError
+from ubmd.references.electrons import spin_multiplicity, total_charge
 from ubmd.references.programs import Program, command_line, failed
 
 DEFAULTS: dict[str, Any] = {
@@ -100,7 +101,7 @@ def cp2k(
     command: str = "cp2k_shell",
     launcher: str = "",
     threads: int = 1,
-    charge: float = 0,
+    charge: float | None = None,
     multiplicity: int | None = None,
     base: Path = Path(),
     **settings: Any,
@@ -121,8 +122,9 @@ def cp2k(
         command: cp2k_shell, or 'cp2k.psmp -s'.
         launcher: starts it with several ranks, e.g. 'mpiexec -n 4' (of the MPI that CP2K was built with).
         threads: OpenMP threads per rank.
-        charge: total charge, e.
-        multiplicity: 2 S + 1; other than 1 makes the calculation spin-polarised.
+        charge: total charge, e; default: that of the structure (``info['charge']`` or the sum of initial charges).
+        multiplicity: 2 S + 1; other than 1 makes the calculation spin-polarised; default: that of the structure
+            (``info['multiplicity']`` or the sum of the initial moments). Moments of single atoms are not passed on.
         base: folder that ``template`` is relative to.
         settings: changes to the preset, see `DEFAULTS`; 'dispersion' is true or false, 'basis_set' and 'potential'
             are names for all elements ($valence: number of valence electrons) or tables by element.
@@ -141,7 +143,7 @@ def cp2k(
 
     def run(atoms: Atoms, folder: Path) -> dict[str, Any]:
         source = _input(chosen, sorted(set(atoms.get_chemical_symbols()))) if text is None else text
-        return _run(atoms, folder, words, source, charge, multiplicity)
+        return _run(atoms, folder, words, source, total_charge(atoms, charge), spin_multiplicity(atoms, multiplicity))
 
     return Program(run)
 

@@ -12,6 +12,7 @@ from typing import Any
 from ase import Atoms
 
 from ubmd.errors import LabelError, SettingsError
+from ubmd.references.electrons import total_charge
 from ubmd.references.gth import PREFIX, find_potentials, read_gth
 from ubmd.references.programs import Program, command_line, failed, folder_of
 
@@ -42,6 +43,7 @@ def espresso(
             converted from CP2K's data (Debian: cp2k-data).
         pseudo_dir: folder of the files, relative to the settings file; GTH potentials need none.
         input_data: pw.x input, nested or flat, e.g. {ecutwfc = 30.0, occupations = "smearing", degauss = 0.01} (Ry);
+            a charge of the structure must agree with tot_charge;
             forces and stress are always computed, conv_thr is 1e-8 Ry if not given.
         kpts: Monkhorst-Pack grid (3 numbers); without it and without kspacing only Γ, with its faster routines.
         kspacing: largest distance between k points, 1/Å, instead of a grid.
@@ -130,6 +132,7 @@ def _run(
         input_data=namelist,
         **options,
     )
+    total_charge(atoms, float(namelist["system"].get("tot_charge", 0.0)))  # only whether the structure agrees
     output = scratch / "espresso.pwo"
     try:
         calculator.calculate(atoms, ["energy", "forces", "stress"], [])

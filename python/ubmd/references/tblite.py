@@ -8,12 +8,19 @@ from typing import Any
 from ase import Atoms
 
 from ubmd.errors import SettingsError
+from ubmd.references.electrons import spin_multiplicity, total_charge
 from ubmd.references.programs import Program
 
 METHODS = ("GFN1-xTB", "GFN2-xTB", "IPEA1-xTB")
 
 
-def tblite(method: str = "GFN1-xTB", accuracy: float = 0.1, **settings: Any) -> Program:
+def tblite(
+    method: str = "GFN1-xTB",
+    accuracy: float = 0.1,
+    charge: float | None = None,
+    multiplicity: int | None = None,
+    **settings: Any,
+) -> Program:
     """GFN-xTB for molecules and periodic cells (Γ only): energy in eV, forces in eV/Å, stress in eV/Å^3.
 
     tblite starts the SCF from the last structure's solution, which moves forces by up to 1e-4 eV/Å at its default
@@ -24,7 +31,10 @@ def tblite(method: str = "GFN1-xTB", accuracy: float = 0.1, **settings: Any) -> 
     Args:
         method: 'GFN1-xTB', 'GFN2-xTB' or 'IPEA1-xTB'.
         accuracy: SCF threshold relative to tblite's default of 1; 0.1 leaves 1e-5 eV/Å in forces.
-        settings: further keywords of tblite's ASE calculator (charge, multiplicity, max_iterations ...).
+        charge: total charge, e; default: that of the structure (``info['charge']`` or the sum of initial charges).
+        multiplicity: 2 S + 1; default: that of the structure (``info['multiplicity']`` or the initial moments), or the
+            lowest.
+        settings: further keywords of tblite's ASE calculator (electronic_temperature, max_iterations ...).
 
     Raises:
         ImportError: tblite is not installed.
@@ -36,7 +46,11 @@ def tblite(method: str = "GFN1-xTB", accuracy: float = 0.1, **settings: Any) -> 
         raise SettingsError(f"reference.arguments.method = {method!r} is unknown; use {', '.join(METHODS)}.")
 
     def run(atoms: Atoms, _: Path) -> dict[str, Any]:
-        calculator = TBLite(method=method, accuracy=accuracy, verbosity=0, **settings)
+        electrons: dict[str, Any] = {
+            "charge": total_charge(atoms, charge),
+            "multiplicity": spin_multiplicity(atoms, multiplicity),
+        }
+        calculator = TBLite(method=method, accuracy=accuracy, verbosity=0, **electrons, **settings)
         calculator.calculate(atoms)
         return dict(calculator.results)
 
