@@ -23,7 +23,7 @@ from ase import Atoms
 
 from ubmd.crystal.convergence import converged
 from ubmd.crystal.triggers import load_trigger
-from ubmd.data.state import bare, check_state, state_info, structures_hash, take_state
+from ubmd.data.state import bare, check_state, describe_state, state_info, structures_hash, take_state
 from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures
 from ubmd.errors import DataError, LabelError, SettingsError, SimulationError, UbmdError
 from ubmd.lammps.trajectory import (
@@ -757,6 +757,11 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
         for element in settings.bias.species:
             if element not in set(box.symbols):
                 raise SettingsError(f"bias.species names {element}, but the box has none of it; remove it.")
+    state = describe_state(box, settings.reference.info)
+    if state:
+        yield f"The calculator sees of all structures: {state}."
+    if len(fixed_atoms(read_structures(box_file(settings, base))[0])):
+        yield "Fixed atoms (FixAtoms) are held in reference MD only: the trajectories move all atoms."
     dynamic = settings.dynamic
     temperatures = ", ".join(f"{t:g}" for t in dynamic.temperatures)
     yield (
