@@ -761,7 +761,7 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
     if state:
         yield f"The calculator sees of all structures: {state}."
     if len(fixed_atoms(read_structures(box_file(settings, base))[0])):
-        yield "Fixed atoms (FixAtoms) are held in reference MD only: the trajectories move all atoms."
+        yield "Fixed atoms (FixAtoms) are not held: the trajectories move all atoms."
     dynamic = settings.dynamic
     temperatures = ", ".join(f"{t:g}" for t in dynamic.temperatures)
     yield (
