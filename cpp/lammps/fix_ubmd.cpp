@@ -479,7 +479,7 @@ void FixUBMD::check_stop() {
 void FixUBMD::post_run() {
   if (forced_timeout_) timer->reset_timeout();
   forced_timeout_ = false;
-  if (!settings_.save_file.empty()) end_ = {update->ntimestep, gather_atoms(), box()};
+  if (!settings_.save_file.empty() && !minimising()) end_ = {update->ntimestep, gather_atoms(), box()};
 }
 
 // Frames above the limit, at the first evaluation at or after each multiple of save_every; the stopping frame always.

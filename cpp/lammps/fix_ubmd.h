@@ -77,7 +77,7 @@ class FixUBMD : public Fix {
   // Of an atom: tag, type, unwrapped position, u_i.
   using Row = std::array<double, 6>;
 
-  // Where the last run left the atoms, for the setup of the next; only if frames are saved.
+  // Where the last run (no minimisation) left the atoms, for the setup of the next; only if frames are saved.
   struct End {
     bigint step = -1;                // negative: no run yet, or looked at
     std::vector<Row> atoms;          // as of gather_atoms()
