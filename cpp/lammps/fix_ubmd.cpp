@@ -215,14 +215,11 @@ void FixUBMD::prepare_species() {
     if (!found) error->all(FLERR, "fix ubmd: element {} of 'species' is not in the model", name);
   }
   strength_.assign(atom->ntypes, 0.0);
-  bool any = false;
   for (int type = 1; type <= atom->ntypes; ++type) {
     if (!pair_->has_element(type)) continue;
     const auto factor = settings_.species.find(pair_->element(type));
-    any = true;
     strength_[type - 1] = settings_.force * (factor == settings_.species.end() ? 1.0 : factor->second);
   }
-  if (!any) error->all(FLERR, "fix ubmd: no type has an element of the model: check the names of pair_coeff");
 }
 
 // A run that continues from a restart file appends; otherwise an old file is replaced.
@@ -348,6 +345,8 @@ void FixUBMD::evaluate_uncertainty(std::vector<double> *weight) {
   for (double &component : mean) component /= n;
   if (weight) weight->assign(mean.size(), 0.0);
   u_ = n_atoms_ > 0 ? pair_->model().uncertainty(mean, weight) : 0.0;  // fix gcmc may empty the box
+  if (n_atoms_ == 0 && in_setup_ && comm->me == 0)
+    error->warning(FLERR, "fix ubmd: no atom has an element of the model, u is 0: check the names of pair_coeff");
   if (!std::isfinite(u_))
     error->all(FLERR, "the uncertainty is not a number at step {}: train or export the model again", update->ntimestep);
   sigma_ = u_ * static_cast<double>(n_atoms_);

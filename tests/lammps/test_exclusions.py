@@ -153,7 +153,9 @@ def test_no_atom_is_left(lab, structures):
     """Everything is zero; the next run is a normal one."""
     script = lab.head(structures["molecule"]) + FIXES.replace("press", "") + "fix_modify b energy yes\n"
     script += "neigh_modify exclude group all all\nrun 0\n" + lab.report("pe", "f_b", "f_b[1]", "f_b[3]", "f_b[6]")
-    n = lab.run(script + "neigh_modify exclude none\nrun 0\n" + lab.report("f_b[1]")).numbers
+    outcome = lab.run(script + "neigh_modify exclude none\nrun 0\n" + lab.report("f_b[1]"))
+    n = outcome.numbers
+    assert outcome.text.count("no atom has an element of the model, u is 0: check the names of pair_coeff") == 1
     assert {name: values[0] for name, values in n.items()} == dict.fromkeys(n, 0.0)
     assert n["f_b[1]"][1] > 0.0
 
@@ -167,6 +169,19 @@ def test_absent_atoms_are_in_no_saved_frame(lab, evaluator, structures, ranks):
     assert len(whole) == 18
     assert part.arrays["id"].tolist() == [k for k in range(1, 19) if k not in (2, 5, 11)]
     assert part.info["max_uncertainty"] == pytest.approx(evaluator.predict_one(part).atomic_u.max(), rel=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_atoms_outside_an_included_group(lab, evaluator, structures, ranks):
+    """`neigh_modify include` builds lists of one group only: the others are not there, nor in a frame."""
+    atoms = structures["cubic"]
+    script = lab.head(atoms) + "group some id 2 3 9 10\natom_modify first some\nneigh_modify include some\n"
+    script += "fix b all ubmd save 0.0 frames.extxyz\nrun 0\n" + lab.report("pe", "f_b[1]", "f_b[9]")
+    n = lab.run(script, ranks).numbers
+    frame = read("frames.extxyz")
+    expected = evaluator.predict_one(atoms[[1, 2, 8, 9]])
+    assert frame.arrays["id"].tolist() == [2, 3, 9, 10]
+    assert close([n[name][0] for name in ("pe", "f_b[1]", "f_b[9]")], [expected.energy, expected.u, 4 * expected.u])
 
 
 def test_atoms_without_element_and_a_second_pair_style(lab, structures):

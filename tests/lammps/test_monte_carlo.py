@@ -95,6 +95,41 @@ def test_ideal_gas(lab, ranks):
     assert np.array_equal(sigma, n)
 
 
+H2 = """H2
+
+2 atoms
+
+Coords
+
+1 0.0 0.0 0.0
+2 0.74 0.0 0.0
+
+Types
+
+1 1
+2 1
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ideal_gas_of_molecules(lab, ranks):
+    """The same with insertions and deletions of two atoms at once, from an empty box: ⟨N⟩ = 10 molecules."""
+    (lab.folder / "h2.txt").write_text(H2)
+    kt = BOLTZMANN * TEMPERATURE
+    wavelength = PLANCK / math.sqrt(2.0 * math.pi * 2.016 * MVV2E * kt)
+    mu = 2.0 * OWN_ENERGY + kt * math.log(10.0 * wavelength**3 / EDGE**3)
+    script = gas(20.0).replace("atom_style atomic", "atom_style molecular\nspecial_bonds lj/coul 1.0 1.0 1.0")
+    lines = [line for line in script.splitlines() if "create_atoms" not in line and "fix g" not in line]
+    script = "\n".join(lines).replace(
+        "fix b", f"group gas empty\nfix g gas gcmc 1 40 0 0 29494 300 {mu:.17g} 0 mol m\nfix b"
+    )
+    script = script.replace("pair_style", "molecule m h2.txt\npair_style")
+    n, energy, *_, sigma = numbers_of(lab.run(script + "\nrun 150\n", ranks)).T
+    assert abs(0.5 * n[20:].mean() - 10.0) < 2.0
+    assert np.array_equal(energy, OWN_ENERGY * n)
+    assert np.array_equal(sigma, n)
+
+
 def test_the_box_may_become_empty(lab):
     """Without atoms u and all else are 0, and the run goes on."""
     n, energy, u, largest, mean, sigma = numbers_of(lab.run(gas(0.5) + "run 60\n")).T
