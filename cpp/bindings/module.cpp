@@ -35,11 +35,12 @@ std::vector<ubmd::Block> build_blocks(const Positions &positions, const std::vec
     numbers[i] = static_cast<int>(neighbours[i].size());
     first[i] = neighbours[i].data();
   }
-  const ubmd::Atoms atoms{n_local, static_cast<int>(types.size()), positions.data(), types.data()};
+  const std::vector<int> groups(types.size(), 1);
+  const ubmd::Atoms atoms{n_local, static_cast<int>(types.size()), positions.data(), types.data(), groups.data()};
   const ubmd::Neighbours list{static_cast<int>(centres.size()), centres.data(), numbers.data(), first.data(),
                               0x1FFFFFFF};
   ubmd::Participants who;
-  who.read(atoms, list, species);
+  who.read(atoms, list, species, {});
   std::vector<ubmd::Block> blocks;
   for (std::size_t begin = 0; begin < who.centres.size(); begin += size) {
     blocks.emplace_back();

@@ -2,6 +2,7 @@
 
 #include <mpi.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -13,6 +14,7 @@
 #include "frames.h"
 #include "memory.h"
 #include "modify.h"
+#include "neighbor.h"
 #include "pair_ubmd.h"
 #include "timer.h"
 #include "ubmd_error.h"
@@ -150,7 +152,7 @@ int FixUBMD::count(const char *name, const char *text) {
 }
 
 int FixUBMD::setmask() {
-  return PRE_FORCE | POST_FORCE | MIN_PRE_FORCE | MIN_POST_FORCE | POST_RUN;
+  return POST_INTEGRATE | POST_NEIGHBOR | PRE_FORCE | POST_FORCE | MIN_PRE_FORCE | MIN_POST_FORCE | POST_RUN;
 }
 
 void FixUBMD::init() {
@@ -213,11 +215,9 @@ void FixUBMD::prepare_species() {
     if (!found) error->all(FLERR, "fix ubmd: element {} of 'species' is not in the model", name);
   }
   strength_.assign(atom->ntypes, 0.0);
-  mapped_.assign(atom->ntypes, 0);
   for (int type = 1; type <= atom->ntypes; ++type) {
     if (!pair_->has_element(type)) continue;
     const auto factor = settings_.species.find(pair_->element(type));
-    mapped_[type - 1] = 1;
     strength_[type - 1] = settings_.force * (factor == settings_.species.end() ? 1.0 : factor->second);
   }
 }
@@ -240,10 +240,24 @@ bool FixUBMD::minimising() const {
   return update->whichflag == 2;
 }
 
+// Monte Carlo fixes (gcmc, widom, atom/swap, ...) evaluate trial configurations through all fixes, before atoms are
+// exchanged and the step's own lists are built. These are not the run's: they aren't looked at, saved, nor a reason to
+// stop, and don't count in the window. A step that keeps its lists has no trials, and lists that are older.
+bool FixUBMD::on_trial() const {
+  return !listed_ && neighbor->ago == 0;
+}
+void FixUBMD::post_integrate() {
+  listed_ = false;
+}
+void FixUBMD::post_neighbor() {
+  listed_ = true;
+}
+
 // Evaluations of an MD run lie at first + k * every, however many run commands it is split into. A monitor also looks
 // in every setup, so that `run 0` and `rerun` report the positions they are given.
 void FixUBMD::request(bool in_setup) {
   const bigint step = update->ntimestep;
+  in_setup_ = in_setup;
   if (minimising()) {
     due_ = in_setup || step % settings_.every == 0;
   } else {
@@ -263,10 +277,11 @@ ubmd::Request FixUBMD::request_of_evaluation() const {
 }
 
 void FixUBMD::setup_pre_force(int) {
+  listed_ = true;
   request(true);
 }
 void FixUBMD::pre_force(int) {
-  request(false);
+  if (!on_trial()) request(false);
 }
 void FixUBMD::min_pre_force(int) {
   request(false);
@@ -275,7 +290,7 @@ void FixUBMD::setup(int vflag) {
   post(vflag);
 }
 void FixUBMD::post_force(int vflag) {
-  post(vflag);
+  if (!on_trial()) post(vflag);
 }
 void FixUBMD::min_setup(int vflag) {
   post(vflag);
@@ -326,15 +341,18 @@ void FixUBMD::evaluate_uncertainty(std::vector<double> *weight) {
   const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::uncertainty);
   n_atoms_ = static_cast<bigint>(mean.back());
   mean.pop_back();
-  if (n_atoms_ == 0) error->all(FLERR, "fix ubmd: no atom has an element of the model: check the names of pair_coeff");
-  for (double &component : mean) component /= static_cast<double>(n_atoms_);
-  u_ = pair_->model().uncertainty(mean, weight);
+  const double n = std::max(1.0, static_cast<double>(n_atoms_));
+  for (double &component : mean) component /= n;
+  if (weight) weight->assign(mean.size(), 0.0);
+  u_ = n_atoms_ > 0 ? pair_->model().uncertainty(mean, weight) : 0.0;  // fix gcmc may empty the box
+  if (n_atoms_ == 0 && in_setup_ && comm->me == 0)
+    error->warning(FLERR, "fix ubmd: no atom has an element of the model, u is 0: check the names of pair_coeff");
   if (!std::isfinite(u_))
     error->all(FLERR, "the uncertainty is not a number at step {}: train or export the model again", update->ntimestep);
   sigma_ = u_ * static_cast<double>(n_atoms_);
   displacement_ = pair_->largest_displacement();
   if (weight)
-    for (double &component : *weight) component /= static_cast<double>(n_atoms_);
+    for (double &component : *weight) component /= n;
 }
 
 // The atomic uncertainties, which the pair style computed with the forces.
@@ -349,7 +367,7 @@ void FixUBMD::collect_atoms() {
   const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::communication);
   MPI_Allreduce(&largest, &u_max_, 1, MPI_DOUBLE, MPI_MAX, world);
   MPI_Allreduce(&sum, &u_mean_, 1, MPI_DOUBLE, MPI_SUM, world);
-  u_mean_ /= static_cast<double>(n_atoms_);
+  u_mean_ /= std::max(1.0, static_cast<double>(n_atoms_));
 }
 
 // Phase 2: forces and uncertainty forces of this pair style on the owned atoms (work_), and their norms.
@@ -460,23 +478,59 @@ void FixUBMD::check_stop() {
 void FixUBMD::post_run() {
   if (forced_timeout_) timer->reset_timeout();
   forced_timeout_ = false;
+  if (!settings_.save_file.empty() && !minimising()) end_ = {update->ntimestep, gather_atoms(), box()};
 }
 
 // Frames above the limit, at the first evaluation at or after each multiple of save_every; the stopping frame always.
+// The setup of a run sees the last step of the run before again, which isn't saved twice; if the script moved the atoms
+// in between, it is a frame of its own.
 void FixUBMD::check_save() {
   if (settings_.save_file.empty() || minimising()) return;
-  const bigint step = update->ntimestep;
+  const bigint step = update->ntimestep, end = end_.step;
+  const Start start = in_setup_ ? compare_with_last_run() : Start::later;
   const bigint block = (step - first_) / settings_.save_every;
-  const bool regular = block != last_block_ && u_max_ > settings_.save_above;
+  const bool regular = (block != last_block_ || start == Start::changed) && u_max_ > settings_.save_above;
   last_block_ = block;
-  if (!(regular || stopped_) || step == last_saved_) return;
+  if (!(regular || stopped_)) return;
+  if (start != Start::changed && last_saved_ == (start == Start::same ? end : step)) return;
   last_saved_ = step;
   ++frames_;
   save_frame();
 }
 
+// Ranks call it together. Setups wrap atoms into the box and turn them into its coordinates and back: rounding errors
+// are no change.
+FixUBMD::Start FixUBMD::compare_with_last_run() {
+  if (end_.step < 0) return Start::later;
+  constexpr double tolerance = 1e-8;  // Å
+  const auto near = [](double a, double b) { return std::abs(a - b) <= tolerance; };
+  const auto alike = [&](const Row &a, const Row &b) { return std::equal(a.begin(), a.end() - 1, b.begin(), near); };
+  const auto atoms = gather_atoms();
+  const auto edges = box();
+  int same = std::equal(edges.begin(), edges.end(), end_.box.begin(), near) &&
+             std::equal(atoms.begin(), atoms.end(), end_.atoms.begin(), end_.atoms.end(), alike);
+  MPI_Bcast(&same, 1, MPI_INT, 0, world);
+  const bool later = update->ntimestep > end_.step;
+  end_ = {};
+  if (same) return Start::same;
+  return later ? Start::later : Start::changed;
+}
+
+// Periodicity, then what of the box is periodic (edges and tilts), Å.
+std::array<double, 9> FixUBMD::box() const {
+  return {static_cast<double>(domain->xperiodic),
+          static_cast<double>(domain->yperiodic),
+          static_cast<double>(domain->zperiodic),
+          domain->xperiodic ? domain->xprd : 0.0,
+          domain->yperiodic ? domain->yprd : 0.0,
+          domain->zperiodic ? domain->zprd : 0.0,
+          domain->xy,
+          domain->xz,
+          domain->yz};
+}
+
 void FixUBMD::save_frame() {
-  const auto values = gather_atoms();
+  const auto atoms = gather_atoms();
   if (comm->me != 0) return;
   ubmd::Frame frame{update->ntimestep,
                     u_,
@@ -485,34 +539,34 @@ void FixUBMD::save_frame() {
                     {domain->xprd, 0, 0, domain->xy, domain->yprd, 0, domain->xz, domain->yz, domain->zprd},
                     {},
                     universe->nworlds > 1 ? universe->iworld : -1};
-  for (std::size_t k = 0; k + 5 < values.size(); k += 6) {
-    const std::string name = pair_->element(static_cast<int>(values[k + 1]));
-    frame.atoms.push_back({static_cast<std::int64_t>(values[k]),
-                           name.empty() ? "X" : name,
-                           {values[k + 2], values[k + 3], values[k + 4]},
-                           values[k + 5]});
+  for (const auto &[tag, type, x, y, z, uncertainty] : atoms) {
+    const std::string name = pair_->element(static_cast<int>(type));
+    frame.atoms.push_back({static_cast<std::int64_t>(tag), name.empty() ? "X" : name, {x, y, z}, uncertainty});
   }
   const auto text = ubmd::format_frame(frame);
   if (std::fwrite(text.data(), 1, text.size(), file_) != text.size() || std::fflush(file_) != 0)
     error->one(FLERR, "fix ubmd cannot write {}: the disk may be full", settings_.save_file);
 }
 
-// tag, type, unwrapped position, u_i of all atoms, on rank 0.
-std::vector<double> FixUBMD::gather_atoms() const {
-  std::vector<double> mine;
+// All atoms, sorted by tag, on rank 0; without those that are absent by an exclusion.
+std::vector<FixUBMD::Row> FixUBMD::gather_atoms() const {
+  std::vector<Row> mine;
+  std::vector<bool> takes_part(atom->nlocal, false);
+  for (int i : pair_->participants()) takes_part[i] = true;
   for (int i = 0; i < atom->nlocal; ++i) {
+    if (!takes_part[i] && pair_->has_element(atom->type[i])) continue;
     double x[3];
     domain->unmap(atom->x[i], atom->image[i], x);  // unwrapped, so that molecules stay whole
-    for (double value :
-         {static_cast<double>(atom->tag[i]), static_cast<double>(atom->type[i]), x[0], x[1], x[2], array_atom[i][0]})
-      mine.push_back(value);
+    mine.push_back(
+        {static_cast<double>(atom->tag[i]), static_cast<double>(atom->type[i]), x[0], x[1], x[2], array_atom[i][0]});
   }
-  const int n = static_cast<int>(mine.size());
+  const int n = static_cast<int>(mine.size() * std::tuple_size_v<Row>);
   std::vector<int> counts(comm->nprocs), offsets(comm->nprocs, 0);
   MPI_Gather(&n, 1, MPI_INT, counts.data(), 1, MPI_INT, 0, world);
   for (int r = 1; r < comm->nprocs; ++r) offsets[r] = offsets[r - 1] + counts[r - 1];
-  std::vector<double> all(comm->me == 0 ? offsets.back() + counts.back() : 0);
+  std::vector<Row> all(comm->me == 0 ? (offsets.back() + counts.back()) / std::tuple_size_v<Row> : 0);
   MPI_Gatherv(mine.data(), n, MPI_DOUBLE, all.data(), counts.data(), offsets.data(), MPI_DOUBLE, 0, world);
+  std::sort(all.begin(), all.end());
   return all;
 }
 
@@ -537,7 +591,8 @@ double FixUBMD::compute_vector(int i) {
 }
 
 double FixUBMD::memory_usage() {
-  return static_cast<double>(atom->nmax) * n_columns * sizeof(double) + work_.capacity() * sizeof(double);
+  return static_cast<double>(atom->nmax) * n_columns * sizeof(double) + work_.capacity() * sizeof(double) +
+         static_cast<double>(end_.atoms.capacity() * sizeof(Row));
 }
 
 // ---- per-atom data: moves with the atoms ----

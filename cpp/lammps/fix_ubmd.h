@@ -1,6 +1,7 @@
 // fix ubmd: the uncertainty of pair_style ubmd as a monitor, and the bias along its gradient.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <map>
@@ -20,6 +21,8 @@ class FixUBMD : public Fix {
 
   int setmask() override;
   void init() override;
+  void post_integrate() override;
+  void post_neighbor() override;
   void setup_pre_force(int) override;
   void pre_force(int) override;
   void min_pre_force(int) override;
@@ -71,6 +74,19 @@ class FixUBMD : public Fix {
     double uncertainty_stress = 0.0;  // |σ_u|^2
   };
 
+  // Of an atom: tag, type, unwrapped position, u_i.
+  using Row = std::array<double, 6>;
+
+  // Where the last run (no minimisation) left the atoms, for the setup of the next; only if frames are saved.
+  struct End {
+    bigint step = -1;                // negative: no run yet, or looked at
+    std::vector<Row> atoms;          // as of gather_atoms()
+    std::array<double, 9> box = {};  // as of box()
+  };
+
+  // A setup sees the atoms and the box as the last run left them, or changed with no step in between, or later.
+  enum class Start { same, changed, later };
+
   void parse(int, char **);
   int parse_species(int, int, char **);
   int parse_save(int, int, char **);
@@ -83,6 +99,7 @@ class FixUBMD : public Fix {
   void warm_up();
 
   bool minimising() const;
+  bool on_trial() const;
   bool biasing() const { return (settings_.force > 0.0 || settings_.stress > 0.0) && !minimising(); }
   void request(bool);
   ubmd::Request request_of_evaluation() const;
@@ -98,17 +115,20 @@ class FixUBMD : public Fix {
   void apply();
   void check_stop();
   void check_save();
+  Start compare_with_last_run();
   void save_frame();
-  std::vector<double> gather_atoms() const;
+  std::array<double, 9> box() const;
+  std::vector<Row> gather_atoms() const;
 
   Settings settings_;
   class PairUBMD *pair_ = nullptr;
   std::vector<double> strength_;  // tau of each type
-  std::vector<char> mapped_;      // whether a type has an element
   ubmd::Window force_window_{1}, stress_window_{1};
 
   bool warm_ = false;
   bool due_ = false;  // this step is evaluated
+  bool in_setup_ = false;
+  bool listed_ = true;  // the neighbour lists of this step were built, if they are to be
   bool has_first_ = false;
   bigint first_ = 0;                   // first evaluated MD step: evaluations are at first + k * every
   std::vector<double> work_;           // [nall, 6] forces and uncertainty forces
@@ -121,6 +141,7 @@ class FixUBMD : public Fix {
   bigint n_atoms_ = 0;                       // with an element, over all ranks
   bool stopped_ = false, forced_timeout_ = false;
   bigint frames_ = 0, last_saved_ = -1, last_block_ = -1;
+  End end_;
   FILE *file_ = nullptr;
 };
 

@@ -13,9 +13,13 @@ void reserve(std::vector<Number> &values, std::size_t n) {
 
 }  // namespace
 
-void Participants::read(const Atoms &atoms, const Neighbours &list, const std::vector<int> &element_of_type) {
+void Participants::read(const Atoms &atoms, const Neighbours &list, const std::vector<int> &element_of_type,
+                        const Absent &absent) {
   elements.resize(atoms.n_all);
   for (int i = 0; i < atoms.n_all; ++i) elements[i] = element_of_type[atoms.types[i] - 1];
+  if (absent.any())
+    for (int i = 0; i < atoms.n_all; ++i)
+      if (absent.covers(atoms.types[i], atoms.groups[i])) elements[i] = -1;
   centres.clear();
   for (int k = 0; k < list.count; ++k)
     if (elements[list.centres[k]] >= 0) centres.push_back(list.centres[k]);

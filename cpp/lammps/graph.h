@@ -22,15 +22,26 @@ struct Atoms {
   int n_all;
   const double *positions;  // [n_all, 3], Å
   const int *types;         // [n_all], from 1
+  const int *groups;        // [n_all] bits of each atom's groups
 };
 
-// Who takes part: only atoms whose type has an element. Read anew at every evaluation, because types may change
-// between two rebuilds of the list (fix atom/swap).
+// Atoms that are excluded from all others (neigh_modify exclude): they count as absent. Fixes that try deletions, as
+// fix gcmc, put an atom into such a group and ask for the energy. An atom that merely has no neighbour is there.
+struct Absent {
+  int groups = 0;           // bits of the groups
+  std::vector<bool> types;  // of each type; empty: none
+
+  bool any() const { return groups != 0 || !types.empty(); }
+  bool covers(int type, int bits) const { return (bits & groups) != 0 || (!types.empty() && types[type - 1]); }
+};
+
+// Who takes part: only atoms whose type has an element, and which aren't absent. Read anew at every evaluation, because
+// types and groups may change between two rebuilds of the list (fix atom/swap).
 struct Participants {
   std::vector<int> centres;   // atom index of each centre, in the order of the list
-  std::vector<int> elements;  // [n_all] element index of each atom, -1: none
+  std::vector<int> elements;  // [n_all] element index of each atom, -1: none, or absent
 
-  void read(const Atoms &atoms, const Neighbours &list, const std::vector<int> &element_of_type);
+  void read(const Atoms &atoms, const Neighbours &list, const std::vector<int> &element_of_type, const Absent &absent);
 };
 
 // Consecutive centres with their pairs, sorted by centre. `neighbours`, `ends` and `vectors` may be longer than the

@@ -9,8 +9,10 @@
 #include "comm.h"
 #include "domain.h"
 #include "error.h"
+#include "exclusions.h"
 #include "fix.h"
 #include "force.h"
+#include "group.h"
 #include "memory.h"
 #include "modify.h"
 #include "neigh_list.h"
@@ -161,7 +163,7 @@ void PairUBMD::compute(int eflag, int vflag) {
 
 ubmd::Atoms PairUBMD::atoms() const {
   const int nall = atom->nlocal + atom->nghost;
-  return {atom->nlocal, nall, nall ? atom->x[0] : nullptr, atom->type};
+  return {atom->nlocal, nall, nall ? atom->x[0] : nullptr, atom->type, atom->mask};
 }
 
 ubmd::Neighbours PairUBMD::neighbours() const {
@@ -174,10 +176,13 @@ void PairUBMD::read_atoms() {
   if (bad >= 0)
     error->one(FLERR, "the position of atom {} is not a number at step {}: use a shorter time step or a better start",
                atom->tag[bad], update->ntimestep);
-  if (crystal_)
+  if (crystal_) {
     read_sites();
-  else
-    who_.read(atoms(), neighbours(), species_);
+    return;
+  }
+  ubmd::Absent absent;
+  if (neighbor->exclude) absent = ubmd::read_absent(*neighbor, *group, species_);
+  who_.read(atoms(), neighbours(), species_, absent);
 }
 
 // Block by block, of equal sizes.
@@ -329,6 +334,19 @@ void PairUBMD::check_crystal() const {
           "pair_style ubmd: the force-constant model of a crystal knows one cell only, but fix {} {} changes the "
           "box: remove it, and use fix nvt instead of fix npt",
           fix->id, fix->style);
+  check_exclusions();
+}
+
+// A crystal's energy is no sum over the pairs of a neighbour list.
+void PairUBMD::check_exclusions() const {
+  int mine = 0, bits;
+  for (int i = 0; i < atom->nlocal; ++i)
+    if (has_element(atom->type[i])) mine |= atom->mask[i];
+  MPI_Allreduce(&mine, &bits, 1, MPI_INT, MPI_BOR, world);
+  if (ubmd::excludes_pairs(*neighbor, *group, species_, bits))
+    error->all(FLERR,
+               "pair_style ubmd: the force-constant model of a crystal cannot leave out pairs of its atoms: remove "
+               "'neigh_modify exclude', or restrict it to atoms that are not of the crystal");
 }
 
 ubmd::Matrix PairUBMD::box() const {

@@ -48,9 +48,11 @@ class PairUBMD : public Pair {
   void request(const ubmd::Request &request);
   // An error if compute() didn't run since request().
   void check_evaluated() const;
-  // Owned atoms with an element.
+  // Owned atoms that take part: with an element, and not absent by an exclusion from all others.
   std::int64_t n_atoms() const { return static_cast<std::int64_t>(who_.centres.size()); }
-  // Uncertainties of the last evaluation that was asked for them, by atom index; 0 for atoms without element.
+  // Their indices, of the last evaluation.
+  const std::vector<int> &participants() const { return who_.centres; }
+  // Uncertainties of the last evaluation that was asked for them, by atom index; 0 for atoms that take no part.
   const double *uncertainties() const { return uncertainties_.data(); }
   // The kept blocks: all of this rank if the request named a bias, else none.
   std::size_t n_pieces() const { return n_kept_; }
@@ -81,6 +83,7 @@ class PairUBMD : public Pair {
   std::size_t block_size() const;
   void read_atoms();
   void check_crystal() const;
+  void check_exclusions() const;
   void read_sites();
   void map_sites();
   std::int64_t count_sites() const;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from ase.io import read
@@ -83,3 +85,114 @@ def test_only_frames_above_the_limit(lab, structures):
     saved = [frame.info["step"] for frame in read("frames.extxyz", ":") if frame.info["step"] > 0]
     assert saved == expected
     assert 3 < len(saved) < 20
+
+
+SAVE = "fix b all ubmd save 0.0 frames.extxyz every {}\n"
+MOVE = "displace_atoms all random 0.05 0.05 0.05 {} units box\n"
+
+
+def difference(frame, other):
+    """Largest change of a position or cell vector, Å; infinite if atoms or elements differ."""
+    if frame.get_chemical_symbols() != other.get_chemical_symbols():
+        return np.inf
+    return max(np.abs(frame.positions - other.positions).max(), np.abs(frame.cell.array - other.cell.array).max())
+
+
+def check_frames(lab, evaluator, outcome, steps):
+    """The file has frames of these steps, as many as the counter says; u as in Python; no two in a row are alike."""
+    frames = read("frames.extxyz", ":")
+    assert [frame.info["step"] for frame in frames] == steps
+    assert outcome.numbers["f_b[8]"][-1] == len(steps)
+    for frame in frames:
+        assert frame.info["uncertainty"] == pytest.approx(evaluator.predict_one(frame).u, rel=1e-9)
+    for frame, other in pairwise(frames):
+        assert difference(frame, other) > 1e-6
+    return frames
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("every", [1, 10])
+def test_every_setup_of_other_positions_is_a_frame(lab, evaluator, structures, every, ranks):
+    """However often `run 0` is given at one step; the same positions again are none."""
+    script = lab.head(structures["triclinic"]) + SAVE.format(every) + "run 0\nrun 0\n" + MOVE.format(11) + "run 0\n"
+    script += "run 0 post no\n" + MOVE.format(12) + "run 0\n" + "fix move all nve\ntimestep 0.0005\n" + MOVE.format(13)
+    script += "run 3\nrun 4\n" + MOVE.format(14) + "run 3\n" + lab.report("f_b[8]")
+    ones = [0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10]
+    check_frames(lab, evaluator, lab.run(script, ranks), ones if every == 1 else [0, 0, 0, 0, 7, 10])
+
+
+CHANGES = {
+    "set": "set atom 4 x 0.3\n",
+    "type": "set atom 4 type 2\n",
+    "delete": "group one id 4\ndelete_atoms group one compress no\n",
+    "create": "create_atoms 2 single 1.0 1.1 0.9\n",
+    "box": "change_box all x scale 1.02 remap\n",
+    "vacuum": "change_box all z final -1.0 12.0\n",
+    "read_dump": "read_dump old.dump 0 x y z box no\n",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_between_two_setups(lab, evaluator, structures, change):
+    script = lab.head(structures["cubic"])
+    script += "write_dump all custom old.dump id type x y z\n" + MOVE.format(3) + SAVE.format(5) + "run 0\n"
+    script += CHANGES[change] + "run 0\nrun 0\n" + lab.report("f_b[8]")
+    check_frames(lab, evaluator, lab.run(script), [0, 0])
+
+
+NOTHING = {
+    "velocities": "velocity all create 500.0 9\n",
+    "neighbours": "neighbor 1.5 bin\nneigh_modify delay 0 every 1 check no\n",
+    "order": "atom_modify sort 1 2.0\n",
+    "a monitor": "fix w all ave/atom 1 1 1 x\n",
+    "step": "reset_timestep 0\n",
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("nothing", NOTHING)
+def test_the_end_of_a_run_is_saved_once(lab, evaluator, structures, nothing, ranks):
+    """Atoms that left the box at the last step are wrapped, sorted and sent to other ranks in the next setup."""
+    hot = DYNAMICS.replace("900.0", "9000.0") + "neighbor 3.0 bin\nneigh_modify delay 50\n"
+    script = lab.head(structures["triclinic"]) + hot + SAVE.format(1) + "run 12\n" + NOTHING[nothing]
+    first = 0 if nothing == "step" else 12
+    steps = [*range(13), *range(first + 1, first + 6)]
+    check_frames(lab, evaluator, lab.run(script + "run 5\n" + lab.report("f_b[8]"), ranks), steps)
+
+
+def test_relaxations_between_setups(lab, evaluator, structures):
+    """`run 0`, minimize, the step set back, `run 0`: minimisations aren't saved, what they lead to is."""
+    script = lab.head(structures["triclinic"]) + SAVE.format(1) + "run 0\nminimize 0.0 1e-8 5 20\n"
+    script += "reset_timestep 0\nrun 0\nminimize 0.0 1e-8 3 20\nrun 0\nminimize 0.0 1e9 0 20\nrun 0\n"
+    outcome = lab.run(script + lab.report("f_b[8]"))
+    frames = read("frames.extxyz", ":")
+    check_frames(lab, evaluator, outcome, [0, 0, frames[2].info["step"]])
+    assert frames[2].info["step"] > 0
+
+
+def test_stop_saves_every_start_that_exceeds_it(lab, evaluator, structures):
+    """The same start again is no new frame, another start is one."""
+    script = lab.head(structures["molecule"]) + DYNAMICS + "fix b all ubmd stop 1e-9 save 1000.0 frames.extxyz\n"
+    script += "run 5\nrun 5\n" + MOVE.format(5) + "run 5\nrun 5\n" + lab.report("f_b[8]")
+    check_frames(lab, evaluator, lab.run(script), [0, 0])
+
+
+def test_frame_before_a_restart_is_not_saved_again(lab, evaluator, structures):
+    script = lab.head(structures["triclinic"]) + DYNAMICS + SAVE.format(2) + "run 4\nwrite_restart cut\n"
+    lab.run(script)
+    again = "units metal\natom_modify map array sort 0 0\nread_restart cut\nneighbor 1.0 bin\n"
+    again += "pair_style ubmd precision double\npair_coeff * * model.pt H C O\ntimestep 0.0005\nfix integrate all nve\n"
+    again += SAVE.format(2) + "run 2\n" + MOVE.format(8) + "run 2\n" + lab.report("f_b[8]")
+    check_frames(lab, evaluator, lab.run(again), [0, 2, 4, 6, 6, 8])
+
+
+def test_reruns_of_the_same_steps(lab, evaluator, structures):
+    """Two files of frames 0, 4, 8 are six frames."""
+    dynamics = DYNAMICS + "dump d all custom 4 {0}.dump id type x y z\nrun 8\n"
+    lab.run(lab.head(structures["cubic"]) + dynamics.format("a"))
+    lab.run(lab.head(structures["cubic"]) + dynamics.replace("31", "33").format("b"))
+    reruns = "rerun a.dump dump x y z box no\nrerun b.dump dump x y z box no\n"
+    outcome = lab.run(lab.head(structures["cubic"]) + SAVE.format(1) + reruns + lab.report("f_b[8]"))
+    frames = read("frames.extxyz", ":")
+    assert [frame.info["step"] for frame in frames] == [0, 4, 8, 0, 4, 8]
+    assert outcome.numbers["f_b[8]"] == [6.0]

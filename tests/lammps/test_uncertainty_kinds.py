@@ -135,6 +135,36 @@ def test_bias_of_summed_atomic_uncertainties_equals_python(lab, files, structure
         assert close(applied, 0.4 * np.linalg.norm(stress) / np.linalg.norm(strain) * strain)
 
 
+@PATHS
+@pytest.mark.parametrize("kind", KINDS)
+def test_excluded_atoms_count_nowhere(lab, files, structures, kind, path, ranks):
+    """Values, bias and its stress are those of the atoms that are not excluded from all others."""
+    atoms = structures["triclinic"]
+    evaluator = Evaluator(files[kind], "double")
+    exclude = "group gone id 2 5 11\nneigh_modify exclude group gone all\n"
+    names = ["pe", *VIRIAL, *BIAS_VIRIAL, *(f"f_b[{k}]" for k in range(1, 4))]
+    script = script_of(lab, atoms, files[kind], path) + exclude + MEASURE + lab.report(*names)
+    n = {name: values[0] for name, values in lab.run(script, ranks).numbers.items()}
+    frame = lab.dump("dump.test")[0]
+    there = ~np.isin(frame["id"], [2, 5, 11])
+    kept = atoms[there]
+    expected = evaluator.predict_one(kept)
+    u, gradient, strain = evaluator.uncertainty_gradient(kept)
+    bias = lab.to_ase(atoms, np.stack([frame[f"f_b[{k}]"] for k in (2, 3, 4)], 1))
+    scale = np.linalg.norm(expected.forces) / np.linalg.norm(gradient)
+    stress = voigt_6_to_full_3x3_stress(expected.stress)
+
+    assert close(n["pe"], expected.energy)
+    assert close([n[f"f_b[{k}]"] for k in range(1, 4)], [u, expected.atomic_u.max(), expected.atomic_u.mean()])
+    assert close(bias[there], 0.25 * scale * gradient)
+    assert close(lab.tensor_to_ase(atoms, [-n[name] / lab.bar for name in VIRIAL]), stress)
+    applied = lab.tensor_to_ase(atoms, [n[name] / lab.bar for name in BIAS_VIRIAL])
+    assert close(applied, 0.4 * np.linalg.norm(stress) / np.linalg.norm(strain) * strain)
+    for values in (bias, frame["f_b[1]"], frame["f_u"]):
+        assert not values[~there].any()
+    assert close(frame["f_u"][there], expected.atomic_u)
+
+
 @pytest.fixture(scope="module")
 def wide_file(structures, tmp_path_factory) -> Path:
     """So many features that 36 atoms are quicker by the structure's identities than atom by atom."""
