@@ -25,7 +25,7 @@ FORMAT = 1  # of the model file; raised when an older plugin could not read it
 RECORD = "ubmd.json"  # name of the extra file
 
 _LARGEST = 64 << 20  # bytes of a record, or of a pickled module without its tensors
-_DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+_DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
