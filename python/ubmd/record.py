@@ -179,6 +179,7 @@ def _description(pickled: bytes, path: Path) -> str | None:
         module = _Reader(BytesIO(pickled)).load()
     except Exception:  # a pickle can be wrong in any way
         raise no_model_file(path) from None
-    state = module.state if isinstance(module, _Object) else None
-    description = state.get("description") if isinstance(state, dict) else None
+    if not isinstance(module, _Object):  # weights, for example
+        raise no_model_file(path)
+    description = module.state.get("description") if isinstance(module.state, dict) else None
     return description if isinstance(description, str) else None
