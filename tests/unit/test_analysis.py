@@ -445,7 +445,7 @@ def test_commands_about_a_stranger_s_folder_run_nothing_in_it(run, tmp_path):
     (folder / "iterations" / "iter_001" / predictions.FILE).unlink()
     ubmd("report", ".")
     text = (folder / "report" / "report.md").read_text()
-    assert "has no predictions of its models: an earlier version of ubmd made it. Give --run-models" in text
+    assert "has no predictions of its models for these structures (an earlier version of ubmd made it" in text
     assert not victim.harmed
     assert not marker.exists()
     failed = subprocess.run([*command, "report", ".", "--run-models"], cwd=folder, capture_output=True, check=False)
@@ -701,7 +701,7 @@ def test_errors_of_cis_and_trans_test_structures(run, frames, tmp_path, kept):
     write_structures(folder / "test.extxyz", structures)
     rows, files = analysis.compare([folder], tmp_path / "before")
     assert not any("amides" in row.title for row in rows)  # what is kept is about other structures
-    assert "Give --run-models to make them now" in files[-3].read_text()
+    assert "Give --run-models to make them" in files[-3].read_text()
     model = folder / "iterations" / "iter_001" / "model.pt"
     shutil.copy(folder / "model.pt", model)
     if kept:

@@ -150,9 +150,14 @@ def predict(
         evaluator = Evaluator(model)
         return Predictions(evaluator.predict(structures), evaluator.metadata["uncertainty"])
     if found is None:
+        cure = (
+            f"{model} is gone, too."
+            if run_models
+            else "Give --run-models to make them; this runs the model files in the folder, so you must trust them."
+        )
         raise NotKept(
-            f"{folder.path} has no predictions of its models: an earlier version of ubmd made it. Give --run-models to "
-            "make them now; this runs the model files in the folder, so you must trust them."
+            f"{folder.path} has no predictions of its models for these structures (an earlier version of ubmd made it, "
+            f"or its test set is another one now). {cure}"
         )
     return found
 
@@ -187,16 +192,21 @@ def predict_unseen(folder: RunFolder, history: Sequence[Mapping[str, Any]], run_
 def _new_labels(
     folder: RunFolder, history: Sequence[Mapping[str, Any]], run_models: bool
 ) -> tuple[list[Atoms], list[Predictions]]:
-    """Labels of the newest iterations, and what the models that selected them say."""
+    """Labels of the newest iterations, and what the models that selected them say, where that is known."""
     labels = read_structures(folder.dataset, labelled=True)
     structures: list[Atoms] = []
     parts: list[Predictions] = []
+    missing: NotKept | None = None
     for entry in history[-_NEWEST:]:
         chosen = labels_of_iteration(labels, entry["iteration"])
-        where = folder.iteration(entry["iteration"])
-        if chosen and ((where / "model.pt").exists() or (where / FILE).exists()):
-            structures += chosen
-            parts.append(predict(folder, entry["iteration"], chosen, run_models))
+        try:
+            if chosen:
+                parts.append(predict(folder, entry["iteration"], chosen, run_models))
+                structures += chosen
+        except NotKept as error:
+            missing = missing or error
+    if missing is not None and not parts:
+        raise missing
     return structures, parts
 
 
