@@ -50,14 +50,24 @@ Metadata read(const Json &record, const std::string &file) {
   return metadata;
 }
 
-}  // namespace
-
-Metadata parse_metadata(const std::string &json, const std::string &file) {
+// Run `work` on JSON; what is no record becomes an Error.
+template <typename Work>
+auto with_json(const std::string &file, Work work) -> decltype(work()) {
   try {
-    return read(Json::parse(json), file);
+    return work();
   } catch (const Json::exception &) {
     throw Error("the metadata of model file " + file + " are not a ubmd record: export it again with 'ubmd train'");
   }
+}
+
+}  // namespace
+
+Metadata parse_metadata(const std::string &json, const std::string &file) {
+  return with_json(file, [&] { return read(Json::parse(json), file); });
+}
+
+bool same_record(const std::string &record, const std::string &other, const std::string &file) {
+  return with_json(file, [&] { return Json::parse(record) == Json::parse(other); });
 }
 
 std::vector<int> map_elements(const Metadata &metadata, const std::vector<std::string> &names,

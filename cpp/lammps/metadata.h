@@ -34,6 +34,9 @@ struct Metadata {
 // Read the record; throws Error naming `file` when it is no ubmd record or of a newer format.
 Metadata parse_metadata(const std::string &json, const std::string &file);
 
+// Whether two records say the same; throws Error naming `file` when one of them is no JSON.
+bool same_record(const std::string &record, const std::string &other, const std::string &file);
+
 // Species index of every LAMMPS type (-1 for NULL); throws Error for names the model doesn't know.
 std::vector<int> map_elements(const Metadata &metadata, const std::vector<std::string> &names, const std::string &file);
 

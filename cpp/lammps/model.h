@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -118,10 +119,15 @@ class Model {
   bool is_ensemble_ = false;
 };
 
-// Load and check; `device` is cpu, cuda or cuda:n, `block_size` the largest block of the fast path. Throws Error (one
-// sentence).
-std::unique_ptr<Model> load_model(const std::string &file, Precision precision, const std::string &device, int threads,
-                                  double energy_unit, std::size_t block_size);
+// The record that a file has beside its code (JSON, see python/ubmd/record.py), read without running the file; none in
+// files of earlier versions. Throws Error.
+std::optional<std::string> stored_record(const std::string &file);
+
+// Load, which runs the file's code, and check; `record` is its stored_record, `device` is cpu, cuda or cuda:n,
+// `block_size` the largest block of the fast path. Throws Error (one sentence).
+std::unique_ptr<Model> load_model(const std::string &file, const std::optional<std::string> &record,
+                                  Precision precision, const std::string &device, int threads, double energy_unit,
+                                  std::size_t block_size);
 
 // Version of the torch library that is loaded, e.g. 2.13.0; empty if it doesn't say.
 std::string loaded_torch_version();

@@ -93,7 +93,9 @@ void PairUBMD::coeff(int narg, char **arg) {
   names_.assign(arg + 3, arg + narg);
   try {
     unit_ = ubmd::energy_unit(update->unit_style);
-    model_ = ubmd::load_model(arg[2], precision_, device_, comm->nthreads, unit_.per_ev, block_size());
+    const auto record = ubmd::stored_record(arg[2]);
+    if (record) ubmd::map_elements(ubmd::parse_metadata(*record, arg[2]), names_, arg[2]);  // before its code runs
+    model_ = ubmd::load_model(arg[2], record, precision_, device_, comm->nthreads, unit_.per_ev, block_size());
     species_ = ubmd::map_elements(model_->metadata(), names_, arg[2]);
     crystal_.reset();
     if (model_->is_crystal()) crystal_ = std::make_unique<ubmd::Crystal>(*model_->metadata().lattice);

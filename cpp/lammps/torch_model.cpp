@@ -3,9 +3,12 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/cuda.h>
 
+#include <algorithm>
+#include <cctype>
 #include <fstream>
 
 #include "device.h"
@@ -16,8 +19,30 @@ namespace {
 constexpr const char *atomic_method = "atomic_uncertainties";
 constexpr const char *ensemble_method = "force_uncertainties";
 
+constexpr const char *record_name = "extra/ubmd.json";
+constexpr std::size_t largest_record = std::size_t{64} << 20;  // bytes
+
+Error damaged(const std::string &file) {
+  return Error("model file " + file + " is not a TorchScript file or is damaged: copy or export it again");
+}
+
+std::string lower(std::string text) {
+  std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return std::tolower(c); });
+  return text;
+}
+
+std::optional<std::string> read_record(const std::string &file) {
+  caffe2::serialize::PyTorchStreamReader reader(file);
+  const auto names = reader.getAllRecords();
+  const auto copies = std::count_if(names.begin(), names.end(), [](const auto &n) { return lower(n) == record_name; });
+  if (copies == 0) return std::nullopt;
+  if (copies > 1 || reader.getRecordSize(record_name) > largest_record)
+    throw Error("model file " + file + " has more than one record, or one that is too large: export it again");
+  const auto [content, size] = reader.getRecord(record_name);
+  return std::string(static_cast<const char *>(content.get()), size);
+}
+
 torch::jit::Module load(const std::string &file, const torch::Device &device) {
-  if (!std::ifstream(file).good()) throw Error("cannot read model file " + file + ": check the path in pair_coeff");
   try {
     return torch::jit::load(file, device);
   } catch (const std::exception &exception) {
@@ -26,7 +51,7 @@ torch::jit::Module load(const std::string &file, const torch::Device &device) {
         reason.find("Couldn't find an operator") != std::string::npos)
       throw Error("model file " + file + " needs an operator that isn't loaded (" + essence(exception) +
                   "): load its library before pair_coeff");
-    throw Error("model file " + file + " is not a TorchScript file or is damaged: copy or export it again");
+    throw damaged(file);
   }
 }
 
@@ -46,9 +71,16 @@ void check_methods(const torch::jit::Module &module, const std::vector<const cha
       throw Error("file " + file + " is TorchScript but has no method " + method + ": it is not a ubmd model file");
 }
 
-Metadata read_metadata(const torch::jit::Module &module, const std::string &file) {
+// The file's own record counts, if it has one; what the module says must be the same.
+Metadata read_metadata(const torch::jit::Module &module, const std::optional<std::string> &record,
+                       const std::string &file) {
   check_methods(module, {"metadata"}, file);
-  auto metadata = parse_metadata(module.get_method("metadata")({}).toStringRef(), file);
+  const std::string said = module.get_method("metadata")({}).toStringRef();
+  auto metadata = parse_metadata(record.value_or(said), file);
+  if (record && !same_record(*record, said, file))
+    throw Error("model file " + file +
+                " is refused: when it is run, it says something else about itself than its record does; export it "
+                "again, or get it anew from whoever made it");
   if (metadata.lattice) {
     check_methods(module,
                   {"evaluate", "uncertainty", "site_uncertainties", "strain_derivative", "by_structure", "features",
@@ -99,8 +131,20 @@ torch::Tensor wrap(const std::vector<std::int64_t> &values, at::IntArrayRef shap
   return torch::from_blob(const_cast<std::int64_t *>(values.data()), shape, torch::kInt64);
 }
 
-std::unique_ptr<Model> load_model(const std::string &file, Precision precision, const std::string &device, int threads,
-                                  double energy_unit, std::size_t block_size) {
+std::optional<std::string> stored_record(const std::string &file) {
+  if (!std::ifstream(file).good()) throw Error("cannot read model file " + file + ": check the path in pair_coeff");
+  try {
+    return read_record(file);
+  } catch (const Error &) {
+    throw;
+  } catch (const std::exception &) {
+    throw damaged(file);
+  }
+}
+
+std::unique_ptr<Model> load_model(const std::string &file, const std::optional<std::string> &record,
+                                  Precision precision, const std::string &device, int threads, double energy_unit,
+                                  std::size_t block_size) {
   at::set_num_threads(threads);
   return guarded("loading", file, false, [&] {
     Loaded loaded;
@@ -111,7 +155,7 @@ std::unique_ptr<Model> load_model(const std::string &file, Precision precision, 
     loaded.module = load(file, loaded.device);
     loaded.module.eval();
     set_precision(loaded.module, precision);
-    loaded.metadata = read_metadata(loaded.module, file);
+    loaded.metadata = read_metadata(loaded.module, record, file);
     if (loaded.metadata.lattice) loaded.dtype = torch::kFloat64;
     if (loaded.metadata.lattice && !loaded.device.is_cpu())
       throw Error("model file " + file + " is that of a crystal, which runs on the processor: remove 'device " +

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +14,10 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
 from ubmd.crystal.evaluator import NO_STRESS, CrystalEvaluator
 from ubmd.data.graph import VOIGT
-from ubmd.export import load_model
+from ubmd.export import load_with_record
 from ubmd.models.evaluation import Prediction
 from ubmd.models.evaluator import NetworkEvaluator
+from ubmd.record import complete_record
 
 __all__ = ["Calculator", "Evaluator", "Prediction"]
 
@@ -26,15 +26,15 @@ class Evaluator:
     """Energies, forces, stress and uncertainties of many structures from one model file, of whatever kind."""
 
     def __init__(self, path: Path | str, precision: str = "mixed") -> None:
-        self.module = load_model(Path(path), precision)
-        self.metadata: dict[str, Any] = json.loads(self.module.metadata())
+        self.module, self.metadata = load_with_record(Path(path), precision)
         self.elements: list[str] = self.metadata["elements"]
         self.cutoff: float = self.metadata["cutoff"]
-        self._kind: CrystalEvaluator | NetworkEvaluator = (
-            CrystalEvaluator(self.module, self.metadata)
-            if "lattice" in self.metadata
-            else NetworkEvaluator(self.module, self.metadata, precision)
-        )
+        with complete_record(Path(path)):
+            self._kind: CrystalEvaluator | NetworkEvaluator = (
+                CrystalEvaluator(self.module, self.metadata)
+                if "lattice" in self.metadata
+                else NetworkEvaluator(self.module, self.metadata, precision)
+            )
 
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
         """One prediction per structure."""

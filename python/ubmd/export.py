@@ -16,15 +16,15 @@ from ase import Atoms
 from ubmd import __version__
 from ubmd.data.graph import Batch, Graph, build_graph, chunks
 from ubmd.errors import DataError, ModelError
+from ubmd.models.crystal import CrystalModel
 from ubmd.models.deployed import Deployed, DeployedEnsemble, DeployedModel, LastLayerModel
 from ubmd.models.evaluation import evaluation
 from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.operators import available
 from ubmd.operators import load as load_operators
+from ubmd.record import FORMAT, RECORD, check_said, no_model_file, read_record
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import ConformalScale, LastLayerSketch, conformal_scale, make_sketch
-
-FORMAT = 1  # of the model file; raised when an older plugin could not read it
 
 # Settings that a kind of uncertainty doesn't use: they would only mislead in its file.
 WITHOUT_EFFECT = {
@@ -188,8 +188,11 @@ def structure_means(phi: torch.Tensor, batch: Batch) -> torch.Tensor:
     return sums / batch.counts.unsqueeze(1)
 
 
-def write_model(deployed: torch.nn.Module, path: Path, extra: Mapping[str, bytes] | None = None) -> None:
-    """Script the module and write it atomically (temporary file, fsync, rename); ``extra``: name -> further content."""
+def write_model(deployed: Deployed | CrystalModel, path: Path, extra: Mapping[str, bytes] | None = None) -> None:
+    """Script the module and write it atomically (temporary file, fsync, rename).
+
+    Its ``description`` is also kept beside its code, see `ubmd.record`; ``extra``: name -> further content.
+    """
     for parameter in deployed.parameters():
         parameter.requires_grad_(False)
     path = Path(path)
@@ -200,7 +203,7 @@ def write_model(deployed: torch.nn.Module, path: Path, extra: Mapping[str, bytes
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.jit.save(scripted, file, _extra_files=dict(extra or {}))
+            torch.jit.save(scripted, file, _extra_files={RECORD: deployed.description.encode(), **(extra or {})})
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -209,42 +212,44 @@ def write_model(deployed: torch.nn.Module, path: Path, extra: Mapping[str, bytes
 
 
 def load_model(path: Path, precision: str = "double") -> Any:
-    """Load a model file in a precision: mixed and single run the network in float32, double in float64.
+    """The module of a model file; see `load_with_record`."""
+    return load_with_record(path, precision)[0]
+
+
+def load_with_record(path: Path, precision: str = "double") -> tuple[Any, dict[str, Any]]:
+    """Load a model file, which runs its code, in a precision: mixed and single run the network in float32.
+
+    Returns:
+        (module, record). The record is that which the file has beside its code, if it has one.
 
     Raises:
-        ModelError: missing or corrupt file, newer format, unknown precision, or operators that can't be loaded.
+        ModelError: missing or corrupt file, newer format, unknown precision, operators that can't be loaded, or a
+            module that says something else about itself than the record.
     """
     path = Path(path)
     if precision not in ("mixed", "single", "double"):
         raise ModelError(f"Precision must be mixed, single or double, not {precision!r}.")
-    if not path.is_file():
-        raise ModelError(f"There is no model file {path}.")
+    record = read_record(path)
     operators = available()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             module = torch.jit.load(str(path), map_location="cpu")
-        metadata = json.loads(module.metadata())
+        said = module.metadata()
     except (RuntimeError, AttributeError, ValueError) as error:
         if not operators and "ubmd::" in str(error):
             raise ModelError(
                 f"{path} needs ubmd's compiled operators, which can't be loaded here: reinstall ubmd, or make the file "
                 "with 'ubmd export --no-operators'."
             ) from None
-        raise ModelError(
-            f"{path} is not a ubmd model file (or it is damaged); make one with 'ubmd train' or 'ubmd run'."
-        ) from None
-    if metadata.get("format", 0) > FORMAT:
-        raise ModelError(
-            f"{path} has format {metadata['format']}, but ubmd {__version__} reads up to {FORMAT}; "
-            "upgrade with 'pip install -U ubmd'."
-        )
+        raise no_model_file(path) from None
+    record = check_said(record, said, path)
     dtype = torch.float64 if precision == "double" else torch.float32
     for parameter in module.parameters():
         parameter.requires_grad_(False)
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    return module
+    return module, record
 
 
 def _metadata(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from hostile import RECORD, Victim, members, write_hostile
 
 
 def message_of(lab, script):
@@ -147,6 +150,69 @@ def test_other_module(lab, structures):
     script = lab.head(structures["molecule"])
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), "model.pt")
     assert "has no method metadata" in message_of(lab, script)
+
+
+def stored(record: dict | bytes) -> None:
+    """Write the extra file of model.pt anew, its record changed."""
+    content = members(Path("model.pt"))
+    (name,) = (name for name in content if name.endswith("extra/ubmd.json"))
+    content[name] = record if isinstance(record, bytes) else json.dumps(json.loads(content[name]) | record).encode()
+    with zipfile.ZipFile("model.pt", "w") as archive:
+        for member, text in content.items():
+            archive.writestr(member, text)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"cutoff": 4.5}, "model file model.pt is refused: when it is run, it says something else about itself"),
+        ({"elements": ["H", "C", "N"]}, "element O is not in model file model.pt, which knows H C N"),
+        ({"format": 99}, "has format 99 but this ubmd reads formats up to 1"),
+        ({"cutoff": "4.0"}, "are not a ubmd record"),
+        (b"no json", "are not a ubmd record"),
+        (b"", "are not a ubmd record"),
+    ],
+)
+def test_the_record_beside_the_code_counts(lab, structures, record, expected):
+    script = lab.head(structures["molecule"])
+    stored(record)
+    assert expected in message_of(lab, script)
+
+
+@pytest.mark.parametrize("name", ["archive/extra/ubmd.json", "archive/extra/UBMD.json"])
+def test_two_records_are_none(lab, structures, name):
+    script = lab.head(structures["molecule"])
+    with (
+        pytest.warns(UserWarning, match="Duplicate name") if name.islower() else nullcontext(),
+        zipfile.ZipFile("model.pt", "a") as archive,
+    ):
+        archive.writestr(name, json.dumps({"format": 1, "elements": ["H", "C", "O"], "cutoff": 4.0}))
+    assert "has more than one record" in message_of(lab, script)
+
+
+@pytest.mark.parametrize("record", [{"format": 99}, {"elements": ["Au"]}, {"cutoff": "4.0"}])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_the_record_rules_out_is_never_run(lab, structures, record, tmp_path):
+    script, victim = lab.head(structures["molecule"]), Victim(tmp_path)
+    write_hostile(Path("model.pt"), victim, record=RECORD | record)
+    message_of(lab, script)
+    assert not victim.harmed
+    write_hostile(Path("model.pt"), victim, record=RECORD | {"elements": ["H", "C", "O"]})
+    message_of(lab, script)
+    assert victim.harmed  # the attack is a real one: LAMMPS runs what it loads
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_files_of_earlier_versions_run_as_before(lab, structures):
+    """Without a record beside the code: that of metadata() counts."""
+    script = lab.head(structures["molecule"]) + "run 0\n"
+    energies = []
+    for _ in range(2):
+        with lab.session(script) as lammps:
+            energies.append(lammps.get_thermo("pe"))
+        torch.jit.load("model.pt").save("model.pt")
+    assert not any("extra/" in name for name in members(Path("model.pt")))
+    assert energies[0] == energies[1]
 
 
 def test_error_on_two_ranks_ends_with_words(lab, structures):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,9 @@ import pytest
 import tomli_w
 from rich.console import Console
 from silicon import make_settings, settings_table, write_inputs
+from typer.testing import CliRunner
 
+from ubmd.cli.main import app
 from ubmd.cli.template import dynamic_template
 from ubmd.errors import SettingsError
 from ubmd.learning import RunFolder
@@ -67,6 +70,36 @@ def test_status_has_a_row_per_refit(printed: tuple[Path, str]) -> None:
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("0 ", "1 "))]
     assert [row[:2] for row in rows] == [["0", "1"], ["1", "3"]]
     assert rows[1][-1] == f"{100 * history[1]['test']['relative']:.2f}"
+
+
+def test_info_of_a_dynamic_run_and_what_cannot_be_compared(
+    printed: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ubmd(*arguments: object) -> tuple[int, str, str]:
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return done.exit_code, done.stdout, done.stderr
+
+    monkeypatch.chdir(printed[0])
+    monkeypatch.setenv("COLUMNS", "150")
+    code, out, err = ubmd("info", "run")
+    assert code == 0, err
+    manifest = json.loads(Path("run/manifest.json").read_text())
+    assert all(value in out for value in manifest["inputs"].values())
+    assert re.search(r"dynamic\.labels +│ 3 +│ \d+", out)
+    code, out, _ = ubmd("info", "run", "--json")
+    assert (code, json.loads(out)) == (0, manifest)
+    sentence = "run holds a dynamic run, which can't be compared with others: see 'ubmd report run' for its errors"
+    code, out, err = ubmd("compare", "run", "run", "--out", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"Error: {sentence}")
+    code, out, err = ubmd("table", "run")
+    assert code == 0
+    assert err.startswith(f"Not counted: {sentence}")
+    for command in ("info", "status", "report", "compare"):
+        for path in (tmp_path, "settings.toml"):
+            code, _, err = ubmd(command, path)
+            assert (code, err.count("\n")) == (1, 1)
+            assert ("manifest.json." if path == tmp_path or command != "info" else "not a ubmd model file") in err
 
 
 def test_status_of_a_stopped_and_a_dead_run(printed: tuple[Path, str], tmp_path: Path) -> None:

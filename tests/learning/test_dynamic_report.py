@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile import Victim, write_hostile
 from silicon import make_settings, write_inputs
 
 from ubmd.analysis.dynamic_report import make_dynamic_report, newest_structures
@@ -111,3 +113,18 @@ def test_half_a_run_and_no_run(finished: RunFolder, tmp_path: Path) -> None:
     assert "No round has finished" in make_dynamic_report(tmp_path)[0].read_text()
     with pytest.raises(DataError, match="no run"):
         make_dynamic_report(tmp_path / "empty")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_stranger_s_model_file_is_not_run(finished: RunFolder, tmp_path: Path) -> None:
+    """Also where the files that the report reads are gone: model.pt has the same force constants, but is a program."""
+    folder, victim = tmp_path / "run", Victim(tmp_path)
+    shutil.copytree(finished.path, folder)
+    write_hostile(folder / "model.pt", victim)
+    for gone in ("rounds", "basis.npz"):
+        make_dynamic_report(folder)
+        assert not victim.harmed
+        shutil.rmtree(folder / gone) if (folder / gone).is_dir() else (folder / gone).unlink()
+    sections = re.findall(r"^## (.*)$", make_dynamic_report(folder)[-2].read_text(), re.MULTILINE)
+    assert sections == [name for name in SECTIONS if name not in ("Orders", "Phonons and elastic constants")]
+    assert not victim.harmed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import pytest
+from ase import Atoms
 from system import cluster, make_settings, write_inputs
 from test_workers import is_alive, wait_for
 
+from ubmd.analysis import make_report, predictions
 from ubmd.calculator import Evaluator
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import LabelError, SettingsError
@@ -85,6 +88,33 @@ def test_history_and_model_agree(finished: RunFolder) -> None:
     assert (finished.report / "report.md").exists()
 
 
+def check_kept(folder: RunFolder, iteration: int, structures: list[Atoms]) -> None:
+    """The run has kept what the model of an iteration says about these structures."""
+    where = folder.iteration(iteration)
+    kept = predictions.kept_predictions(where / predictions.FILE, structures)
+    evaluator = Evaluator(where / "model.pt")
+    assert kept.promise["forces"]["n_calibration"] == evaluator.metadata["uncertainty"]["forces"]["n_calibration"]
+    for a, b in zip(kept.each, evaluator.predict(structures), strict=True):
+        assert (a.energy, a.u) == (b.energy, b.u)
+        np.testing.assert_array_equal(a.forces, b.forces)
+        np.testing.assert_array_equal(a.atomic_u, b.atomic_u)
+
+
+def test_the_run_keeps_what_its_models_say(finished: RunFolder, tmp_path: Path) -> None:
+    """So its report needs no model: it is the same without one that can be run."""
+    test = read_structures(finished.test, labelled=True)
+    for iteration in range(3):
+        check_kept(finished, iteration, test)
+    folder = tmp_path / "run"
+    shutil.copytree(finished.path, folder)
+    for model in folder.rglob("model.pt"):
+        model.write_text("no model")
+    make_report(folder)
+    texts = [(path / "report" / "report.md").read_text().splitlines() for path in (folder, finished.path)]
+    one, other = ([line for line in text if "SHA-256 of model.pt" not in line] for text in texts)
+    assert one == other
+
+
 def test_replicas_are_biased_and_differ(finished: RunFolder) -> None:
     for entry in finished.read_history()[:2]:
         assert all(replica["stopped"] == "step limit" for replica in entry["replicas"])
@@ -119,6 +149,9 @@ def test_loop_with_other_uncertainties(inputs: Path, kind: str, method: str) -> 
     folder = RunFolder(run(make_settings(inputs / kind, **tables, loop={"labels": 6}, test=None), inputs))
     assert len(read_structures(folder.dataset, labelled=True)) == 6
     assert Evaluator(folder.model).metadata["uncertainty"]["kind"] == kind
+    labels = read_structures(folder.dataset)
+    check_kept(folder, 0, [atoms for atoms in labels if atoms.info["iteration"] == 0])  # in place of a test set
+    assert "So these are 2 labels of the newest iterations" in (folder.report / "report.md").read_text()
     assert all(0.1 < replica["bias_share"] < 1.0 for replica in folder.read_history()[0]["replicas"])
     for iteration in (0, 1):
         weights = sorted(path.parent.name for path in folder.iteration(iteration).rglob("weights.pt"))

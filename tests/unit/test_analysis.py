@@ -4,6 +4,8 @@ import base64
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,10 +18,11 @@ from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
 from ase.units import GPa
+from hostile import RECORD, Victim, write_hostile
 from scipy import stats
 
 from ubmd import analysis
-from ubmd.analysis import figures
+from ubmd.analysis import figures, predictions
 from ubmd.analysis.autocorrelation import statistical_inefficiency
 from ubmd.analysis.errors import parity_data, pearson, share_covered, spearman
 from ubmd.analysis.figures import at_labels, group_learning_figure, mean_curve, shared_labels
@@ -29,7 +32,7 @@ from ubmd.analysis.run_groups import Run
 from ubmd.analysis.table import run_values
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.graph import build_graph
-from ubmd.data.structures import write_structures
+from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import DataError
 from ubmd.export import export_model
 from ubmd.learning.run_folder import RunFolder, open_run, read_settings
@@ -224,8 +227,16 @@ def run(frames, tmp_path_factory):
         atoms.calc = None
         atoms.info = {"iteration": iteration, "reason": f"The force is {reason}."}
     write_structures(folder / "rejected.extxyz", rejected)
-    small_model(frames, folder / "model.pt")
+    evaluator = small_model(frames, folder / "model.pt")
+    keep(folder, 1, evaluator, frames)
     return folder
+
+
+def keep(folder: Path, iteration: int, evaluator: Evaluator, structures) -> None:
+    """What a run keeps of the predictions of its models."""
+    path = folder / "iterations" / f"iter_{iteration:03d}" / predictions.FILE
+    promise = evaluator.metadata["uncertainty"]
+    predictions.keep_predictions(path, structures, evaluator.predict(structures), promise)
 
 
 def _write_replicas(folder: Path, frames) -> None:
@@ -256,16 +267,16 @@ def test_frames_come_in_the_order_of_md(run):
 
 
 def test_calibration_data_is_about_the_same_atoms(run, frames):
-    predictions = Evaluator(run / "model.pt").predict(frames)
-    data = analysis.calibration_data(frames, predictions)
+    found = Evaluator(run / "model.pt").predict(frames)
+    data = analysis.calibration_data(frames, found)
     worst = [
         max(np.sqrt(np.mean((p.forces[i] - a.get_forces()[i]) ** 2)) for i in range(22))
-        for a, p in zip(frames, predictions, strict=True)
+        for a, p in zip(frames, found, strict=True)
     ]
     np.testing.assert_allclose(data.largest_error, worst, rtol=1e-12)
-    components = np.concatenate([(p.forces - a.get_forces()).ravel() for a, p in zip(frames, predictions, strict=True)])
+    components = np.concatenate([(p.forces - a.get_forces()).ravel() for a, p in zip(frames, found, strict=True)])
     assert data.force_rmse == pytest.approx(np.sqrt(np.mean(components**2)))
-    energies = np.array([(p.energy - a.get_potential_energy()) / 22 for a, p in zip(frames, predictions, strict=True)])
+    energies = np.array([(p.energy - a.get_potential_energy()) / 22 for a, p in zip(frames, found, strict=True)])
     assert data.energy_rmse == pytest.approx(1000 * np.sqrt(np.mean(energies**2)))
     assert data.atom_u.shape == (24 * 22,)
     assert data.largest_u == pytest.approx(data.atom_u.reshape(24, 22).max(axis=1))
@@ -347,7 +358,8 @@ def test_html_report_needs_no_other_file(run):
     assert "The force is no &lt;b&gt;." in text
 
 
-def test_without_a_test_set_new_labels_stand_in(run, frames, tmp_path):
+@pytest.mark.parametrize("kept", [True, False])
+def test_without_a_test_set_new_labels_stand_in(run, frames, tmp_path, kept):
     folder = tmp_path / "no_test"
     shutil.copytree(run, folder)
     (folder / "test.extxyz").unlink()
@@ -356,11 +368,89 @@ def test_without_a_test_set_new_labels_stand_in(run, frames, tmp_path):
         atoms.calc, atoms.info = frames[k].calc, {"label": k, "iteration": k // 3 - 1}
     write_structures(folder / "dataset.extxyz", labels)
     shutil.copy(folder / "model.pt", folder / "iterations" / "iter_000" / "model.pt")
-    text = analysis.make_report(folder)[-2].read_text()
+    if kept:
+        keep(folder, 0, Evaluator(folder / "model.pt"), labels[3:6])
+    text = analysis.make_report(folder, run_models=not kept)[-2].read_text()
     assert "The run has no test set. So these are 3 labels" in text
-    predictions = Evaluator(folder / "model.pt").predict(frames[3:6])
-    expected = analysis.calibration_data(frames[3:6], predictions).force_rmse
+    found = Evaluator(folder / "model.pt").predict(frames[3:6])
+    expected = analysis.calibration_data(frames[3:6], found).force_rmse
     assert f"force RMSE {expected:.4f} eV/Å." in text
+
+
+def test_kept_predictions_are_those_of_the_model(run, frames, tmp_path):
+    """Also without a stress; a file about other structures, or a damaged one, is none."""
+    evaluator, path = Evaluator(run / "model.pt"), tmp_path / "predictions.npz"
+    cell = bulk("C", "sc", a=2.3).repeat((2, 1, 1))
+    cell.calc = SinglePointCalculator(cell, energy=1.0, forces=np.ones((2, 3)))
+    structures = [frames[0], cell, frames[1]]
+    found = evaluator.predict(structures)
+    predictions.keep_predictions(path, structures, found, evaluator.metadata["uncertainty"])
+    write_structures(tmp_path / "structures.extxyz", structures)
+    kept = predictions.kept_predictions(path, read_structures(tmp_path / "structures.extxyz"))
+    assert kept.promise["alpha"] == 0.2
+    for a, b in zip(kept.each, found, strict=True):
+        assert (a.energy, a.u) == (b.energy, b.u)
+        np.testing.assert_array_equal(a.forces, b.forces)
+        np.testing.assert_array_equal(a.atomic_u, b.atomic_u)
+        assert (a.stress is None) == (b.stress is None)
+    np.testing.assert_array_equal(kept.each[1].stress, found[1].stress)
+    assert predictions.kept_predictions(path, structures[:2]) is None
+    assert predictions.kept_predictions(tmp_path / "absent.npz", structures) is None
+    content = dict(np.load(path))
+    for name, wrong in (
+        ("forces", content["forces"][:-1]),
+        ("energy", np.array(["a", "b", "c"])),
+        ("promise", json.dumps({"alpha": 0.2})),
+        ("promise", "[" * 100_000),
+        ("u", np.array([object()] * 3)),  # would be a pickle
+    ):
+        np.savez(tmp_path / "wrong.npz", **(content | {name: wrong}))
+        assert predictions.kept_predictions(tmp_path / "wrong.npz", structures) is None
+    path.write_bytes(path.read_bytes()[:1000])
+    assert predictions.kept_predictions(path, structures) is None
+
+
+EVIL = """
+from pathlib import Path
+Path({marker!r}).touch()
+raise ImportError("evil")
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_commands_about_a_stranger_s_folder_run_nothing_in_it(run, tmp_path):
+    """Hostile model files, modules with the names of packages, a reference of one's own: looking at them is safe."""
+    marker, victim = tmp_path / "marker", Victim(tmp_path)
+    folder = copy_run(run, tmp_path / "folder", reference={"calculator": "evil:Calculator"})
+    write_hostile(folder / "model.pt", victim, record=RECORD)
+    for iteration in (0, 1):
+        shutil.copy(folder / "model.pt", folder / "iterations" / f"iter_{iteration:03d}")
+    for name in ("evil", "numpy", "torch", "ase", "matplotlib", "ubmd", "json"):
+        (folder / f"{name}.py").write_text(EVIL.format(marker=str(marker)))
+    command = [Path(sys.executable).with_name("ubmd")]
+
+    def ubmd(*arguments: str) -> str:
+        done = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "evil:Calculator" in ubmd("info", ".")
+    assert "cutoff" in ubmd("info", "model.pt")
+    assert "iter" in ubmd("status", ".")
+    ubmd("report", ".")
+    assert (folder / "report" / "parity.png").exists()
+    ubmd("compare", ".", ".", "--out", "out")
+    assert (folder / "out" / "calibration.png").exists()
+    assert "labels" in ubmd("table", ".")
+    (folder / "iterations" / "iter_001" / predictions.FILE).unlink()
+    ubmd("report", ".")
+    text = (folder / "report" / "report.md").read_text()
+    assert "has no predictions of its models for these structures (an earlier version of ubmd made it" in text
+    assert not victim.harmed
+    assert not marker.exists()
+    failed = subprocess.run([*command, "report", ".", "--run-models"], cwd=folder, capture_output=True, check=False)
+    assert failed.returncode == 1  # it is no potential
+    assert victim.harmed  # the attack is a real one
 
 
 def test_parity_has_stress_in_mpa_where_there_are_labels():
@@ -578,6 +668,8 @@ def test_comparison_of_breathing_cells(run, tmp_path):
         np.savez(folder / "iterations" / "iter_000" / "trace_000.npz", **(values | {"cell": still}))
         copper_model(structures, folder / "model.pt")
     shutil.copy(runs[0] / "test.extxyz", runs[1] / "test.extxyz")
+    for folder in runs:
+        keep(folder, 1, Evaluator(folder / "model.pt"), read_structures(folder / "test.extxyz"))
     rows, files = analysis.compare(runs, tmp_path / "out")
     found = {row.title: row.values for row in rows}
     volume = bulk("Cu", cubic=True).get_volume() / 4
@@ -593,7 +685,8 @@ def test_comparison_of_breathing_cells(run, tmp_path):
     assert "Errors by volume" in text
 
 
-def test_errors_of_cis_and_trans_test_structures(run, frames, tmp_path):
+@pytest.mark.parametrize("kept", [True, False])
+def test_errors_of_cis_and_trans_test_structures(run, frames, tmp_path, kept):
     """In `ubmd compare` and `ubmd table`, of the model that the row is about."""
     folder = copy_run(run, tmp_path / "both")
     amide = analysis.amide_torsions(frames[0])[1]
@@ -606,15 +699,21 @@ def test_errors_of_cis_and_trans_test_structures(run, frames, tmp_path):
         flipped.append(other)
     structures = [*flipped, *frames[5:]]
     write_structures(folder / "test.extxyz", structures)
-    rows, _ = analysis.compare([folder], tmp_path / "before")
-    assert not any("amides" in row.title for row in rows)  # its model file is gone
-    shutil.copy(folder / "model.pt", folder / "iterations" / "iter_001" / "model.pt")
+    rows, files = analysis.compare([folder], tmp_path / "before")
+    assert not any("amides" in row.title for row in rows)  # what is kept is about other structures
+    assert "Give --run-models to make them" in files[-3].read_text()
+    model = folder / "iterations" / "iter_001" / "model.pt"
+    shutil.copy(folder / "model.pt", model)
+    if kept:
+        keep(folder, 1, Evaluator(model), structures)
+        model.unlink()
     predicted = Evaluator(folder / "model.pt").predict(structures)
     squares = [np.mean((p.forces - a.get_forces()) ** 2) for p, a in zip(predicted, structures, strict=True)]
     gaps = [(p.energy - a.get_potential_energy()) / 22 for p, a in zip(predicted, structures, strict=True)]
     expected = {"trans": np.sqrt(np.mean(squares[5:])), "cis": np.sqrt(np.mean(squares[:5]))}
     assert expected["cis"] > 1.5 * expected["trans"]
-    rows, _ = analysis.compare([folder], tmp_path / "after")
+    rows, files = analysis.compare([folder], tmp_path / "after", run_models=not kept)
+    assert "--run-models" not in files[-3].read_text()
     found = {row.title: row.values["both"] for row in rows}
     energies = {
         "trans": 1000 * np.sqrt(np.mean(np.square(gaps[5:]))),
@@ -622,9 +721,9 @@ def test_errors_of_cis_and_trans_test_structures(run, frames, tmp_path):
     }
     for name, error in expected.items():
         assert found[f"energy RMSE at the end, {name} amides, meV/atom"] == pytest.approx([energies[name]])
-        assert run_values(Run(folder))[f"energy_{name}"] == pytest.approx(energies[name])
+        assert run_values(Run(folder, not kept))[f"energy_{name}"] == pytest.approx(energies[name])
         assert found[f"force RMSE at the end, {name} amides, eV/Å"] == pytest.approx([error])
-        assert run_values(Run(folder))[f"force_{name}"] == pytest.approx(error)
+        assert run_values(Run(folder, not kept))[f"force_{name}"] == pytest.approx(error)
     assert "force_cis" not in run_values(Run(folder), labels=8)  # an older model, whose file is gone
     write_structures(folder / "test.extxyz", frames)
     assert "force_cis" not in run_values(Run(folder))

@@ -41,27 +41,31 @@ class Row:
         return [_mean(values) for values in self.values.values()]
 
 
-def compare(paths: Sequence[Path], out: Path, names: Sequence[str] | None = None) -> tuple[list[Row], list[Path]]:
+def compare(
+    paths: Sequence[Path], out: Path, names: Sequence[str] | None = None, run_models: bool = False
+) -> tuple[list[Row], list[Path]]:
     """Compare runs; writes comparison.html, .md, .json and the pictures into ``out``.
 
     Args:
         paths: run folders.
         out: folder for the results.
         names: of the groups, in the order in which they first appear; by default made from the folders' names.
+        run_models: run the model files of folders that don't have what their models say.
 
     Returns:
         (rows of the table, files written).
 
     Raises:
-        DataError: a folder holds no run, or nothing to compare yet.
+        DataError: a folder holds no run, a dynamic one, or nothing to compare yet.
     """
-    comparison = group_runs([Run(Path(path)) for path in paths], names)
+    comparison = group_runs([Run(Path(path), run_models) for path in paths], names)
     rows = _rows(comparison)
     document = Document(f"Comparison of {len(comparison.runs)} runs in {len(comparison.groups)} groups")
     changed = _overview(document, comparison)
     _numbers(document, comparison, rows)
     _pictures(document, comparison, Path(out))
     _dependence(document, rows, changed, Path(out))
+    _left_out(document, comparison)
     written = document.write(Path(out), "comparison")
     record = Path(out) / "comparison.json"
     record.write_text(json.dumps({row.title: row.values for row in rows}, indent=1, ensure_ascii=False) + "\n")
@@ -343,6 +347,18 @@ def _errors_by_volume(document: Document, comparison: Comparison, out: Path) -> 
     section.picture(path, "Root mean square errors of the newest models on the test set, by volume of the cell")
     counts = next(iter(bins.values()))[0]
     section.table(["volume (Å³)", "structures"], [[f"{b.low:.0f} to {b.high:.0f}", str(b.structures)] for b in counts])
+
+
+def _left_out(document: Document, comparison: Comparison) -> None:
+    """What could not be shown, and why."""
+    reasons = [run.lacks for run in comparison.runs if run.lacks]
+    if reasons:
+        section = document.section("Left out")
+        section.text(
+            "Errors of isomers, uncertainty against error, and errors by volume need predictions of the models."
+        )
+        for reason in reasons:
+            section.text(reason)
 
 
 def _dependence(document: Document, rows: Sequence[Row], changed: dict[str, list[str]], out: Path) -> None:

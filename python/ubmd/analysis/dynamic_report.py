@@ -80,7 +80,8 @@ class _Run:
     @cached_property
     def potential(self) -> Any:
         """Basis, parameters and posterior; None for networks, or before the first model."""
-        if not self.is_crystal or not (self.folder.path / "posterior.npz").exists():
+        files = (self.folder.path / name for name in ("basis.npz", "posterior.npz"))
+        if not self.is_crystal or not all(path.is_file() for path in files):  # never from model.pt, which is a program
             return None
         from ubmd.crystal.potential import load_potential
 

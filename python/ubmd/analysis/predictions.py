@@ -1,19 +1,44 @@
-"""What the models of a run say about structures that they were not trained on."""
+"""What the models of a run say about structures that they were not trained on.
+
+A model file is a program. The run keeps what its models say (``predictions.npz`` of an iteration), so that a report
+need not run them: the folder may be a stranger's.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 
 from ubmd.analysis.isomers import amide_torsions, count_cis
 from ubmd.calculator import Evaluator, Prediction
-from ubmd.data.structures import read_structures
+from ubmd.data.structures import dataset_hash, read_structures
+from ubmd.errors import DataError
 from ubmd.learning.run_folder import RunFolder
 
+FILE = "predictions.npz"
 _NEWEST = 8  # iterations whose new labels stand in for a test set
+
+
+class NotKept(DataError):
+    """A run folder lacks the predictions of its models: an earlier version of ubmd made it."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one model says about some structures."""
+
+    each: list[Prediction]
+    """without features"""
+    promise: dict[str, Any]
+    """calibration record of the model"""
 
 
 @dataclass(frozen=True)
@@ -28,40 +53,163 @@ class Unseen:
     """what the structures are, as the beginning of a sentence"""
 
 
-def predict_unseen(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> Unseen | None:
+# ------------------------------------------------------------------------------------------ kept by the run
+
+
+def keep_predictions(
+    path: Path, structures: Sequence[Atoms], predictions: Sequence[Prediction], promise: Mapping[str, Any]
+) -> None:
+    """Write what a model with this calibration record says about labelled structures."""
+    none = np.full(6, np.nan)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as handle:
+        np.savez_compressed(
+            handle,
+            structures=dataset_hash(structures),
+            promise=json.dumps(promise),
+            energy=np.array([p.energy for p in predictions]),
+            u=np.array([p.u for p in predictions]),
+            stress=np.array([none if p.stress is None else p.stress for p in predictions]),
+            forces=np.concatenate([p.forces for p in predictions]),
+            atomic_u=np.concatenate([p.atomic_u for p in predictions]),
+        )
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def kept_predictions(path: Path, structures: Sequence[Atoms]) -> Predictions | None:
+    """What the file says about these structures; None if it is damaged, about others, or not there."""
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as data:
+            if str(data["structures"]) != dataset_hash(structures):
+                return None
+            found = {name: data[name].astype(np.float64) for name in ("energy", "u", "stress", "forces", "atomic_u")}
+            promise = _checked(json.loads(str(data["promise"])))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, RecursionError, zipfile.BadZipFile):
+        return None
+    shapes = _shapes(structures)
+    if any(found[name].shape != shape for name, shape in shapes.items()):
+        return None
+    ends = np.cumsum([len(atoms) for atoms in structures])[:-1]
+    forces, atomic_u = np.split(found["forces"], ends), np.split(found["atomic_u"], ends)
+    return Predictions(
+        [
+            Prediction(
+                energy=float(found["energy"][k]),
+                forces=forces[k],
+                stress=None if np.isnan(found["stress"][k]).any() else found["stress"][k],
+                u=float(found["u"][k]),
+                atomic_u=atomic_u[k],
+                feature=np.empty(0),
+            )
+            for k in range(len(structures))
+        ],
+        promise,
+    )
+
+
+def _shapes(structures: Sequence[Atoms]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays about these structures."""
+    number, atoms = len(structures), sum(len(atoms) for atoms in structures)
+    return {"energy": (number,), "u": (number,), "stress": (number, 6), "forces": (atoms, 3), "atomic_u": (atoms,)}
+
+
+def _checked(promise: Any) -> dict[str, Any]:
+    """The numbers of a calibration record that a report needs; errors as of dictionaries and ``float``."""
+    parts = {name: promise[name] for name in ("energy", "forces")}
+    numbers = {
+        name: {"attainable": float(part["attainable"]), "n_calibration": int(part["n_calibration"])}
+        for name, part in parts.items()
+    }
+    return {"alpha": float(promise["alpha"]), **numbers}
+
+
+# ------------------------------------------------------------------------------------------ read by reports
+
+
+def predict(
+    folder: RunFolder, iteration: int, structures: Sequence[Atoms], run_models: bool, model: Path | None = None
+) -> Predictions:
+    """What the model of an iteration says about labelled structures: kept by the run, or (if told so) by running it.
+
+    Args:
+        folder: of the run.
+        iteration: number of the iteration.
+        structures: with labels.
+        run_models: whether files of the folder may be run.
+        model: the file to run, if not that of the iteration.
+
+    Raises:
+        NotKept: the run has kept none, and the model may not be run, or is gone.
+    """
+    where = folder.iteration(iteration)
+    found = kept_predictions(where / FILE, structures)
+    model = model or where / "model.pt"
+    if found is None and run_models and model.exists():
+        evaluator = Evaluator(model)
+        return Predictions(evaluator.predict(structures), evaluator.metadata["uncertainty"])
+    if found is None:
+        cure = (
+            f"{model} is gone, too."
+            if run_models
+            else "Give --run-models to make them; this runs the model files in the folder, so you must trust them."
+        )
+        raise NotKept(
+            f"{folder.path} has no predictions of its models for these structures (an earlier version of ubmd made it, "
+            f"or its test set is another one now). {cure}"
+        )
+    return found
+
+
+def predict_unseen(folder: RunFolder, history: Sequence[Mapping[str, Any]], run_models: bool = False) -> Unseen | None:
     """The newest model on the test set; without one, earlier models on the labels that they selected.
 
     The latter are the hardest structures that the replicas found. None if there is no model or no such label yet.
+
+    Raises:
+        NotKept: the folder has a model, but not what it says, and ``run_models`` is not set.
     """
-    if not folder.model.exists():
+    if not folder.model.exists() or not history:
         return None
-    newest = Evaluator(folder.model)
-    promise = newest.metadata["uncertainty"]
     if folder.test.exists():
         structures = read_structures(folder.test, labelled=True)
         amides = amide_torsions(structures[0])
         note = f" ({count_cis(structures, amides)} of them with a cis amide bond)" if amides else ""
         what = f"Newest model on the {len(structures)} structures of the test set{note}"
-        return Unseen(structures, newest.predict(structures), promise, what)
-    structures, predictions = _new_labels(folder, history)
-    if not structures:
+        found = predict(folder, history[-1]["iteration"], structures, run_models, folder.model)
+        return Unseen(structures, found.each, found.promise, what)
+    chosen, parts = _new_labels(folder, history, run_models)
+    if not chosen:
         return None
     what = (
-        f"The run has no test set. So these are {len(structures)} labels of the newest iterations, as predicted by the "
+        f"The run has no test set. So these are {len(chosen)} labels of the newest iterations, as predicted by the "
         "models that selected them and had not been trained on them (so the hardest of the replicas)"
     )
-    return Unseen(structures, predictions, promise, what)
+    return Unseen(chosen, [prediction for part in parts for prediction in part.each], parts[-1].promise, what)
 
 
-def _new_labels(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> tuple[list[Atoms], list[Prediction]]:
-    """Labels of the newest iterations, and what the models that selected them say."""
+def _new_labels(
+    folder: RunFolder, history: Sequence[Mapping[str, Any]], run_models: bool
+) -> tuple[list[Atoms], list[Predictions]]:
+    """Labels of the newest iterations, and what the models that selected them say, where that is known."""
     labels = read_structures(folder.dataset, labelled=True)
     structures: list[Atoms] = []
-    predictions: list[Prediction] = []
+    parts: list[Predictions] = []
+    missing: NotKept | None = None
     for entry in history[-_NEWEST:]:
-        chosen = [atoms for atoms in labels if atoms.info.get("iteration") == entry["iteration"]]
-        model = folder.iteration(entry["iteration"]) / "model.pt"
-        if chosen and model.exists():
-            structures += chosen
-            predictions += Evaluator(model).predict(chosen)
-    return structures, predictions
+        chosen = labels_of_iteration(labels, entry["iteration"])
+        try:
+            if chosen:
+                parts.append(predict(folder, entry["iteration"], chosen, run_models))
+                structures += chosen
+        except NotKept as error:
+            missing = missing or error
+    if missing is not None and not parts:
+        raise missing
+    return structures, parts
+
+
+def labels_of_iteration(labels: Sequence[Atoms], iteration: int) -> list[Atoms]:
+    """The labels that an iteration has added."""
+    return [atoms for atoms in labels if atoms.info.get("iteration") == iteration]

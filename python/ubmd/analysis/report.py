@@ -17,7 +17,7 @@ from ubmd.analysis.coverage import coverage
 from ubmd.analysis.document import Document, Section, number
 from ubmd.analysis.errors import CalibrationData, calibration_data, parity_data, pearson, share_covered, spearman
 from ubmd.analysis.isomers import amide_torsions, count_cis
-from ubmd.analysis.predictions import predict_unseen
+from ubmd.analysis.predictions import NotKept, predict_unseen
 from ubmd.analysis.provenance import add_provenance, conditions
 from ubmd.analysis.run_data import Frames, count_endings, read_frames, read_rejected, stage_seconds
 from ubmd.analysis.torsions import torsions
@@ -34,15 +34,17 @@ _SETS = {
 }
 
 
-def make_report(run: Path) -> list[Path]:
+def make_report(run: Path, run_models: bool = False) -> list[Path]:
     """Write report/*.png, report.md and report.html of a run folder from what is there; returns the files.
 
     Sections whose data the run does not have (no test set, no torsions, no finished iteration) are left out.
+    ``run_models``: run the newest model files where the folder doesn't have what they say, as in folders of earlier
+    versions; a stranger's file can do anything when it is run.
 
     Raises:
         DataError: the folder holds no run.
     """
-    data = _Run(RunFolder(Path(run)))
+    data = _Run(RunFolder(Path(run)), run_models)
     report = Document(f"Report of the run {data.folder.path.resolve().name}")
     if not data.history:
         report.introduction.append("No iteration has finished yet.")
@@ -61,6 +63,7 @@ class _Run:
     """What the sections read, each once."""
 
     folder: RunFolder
+    run_models: bool
 
     def __post_init__(self) -> None:
         self.settings: RunSettings = read_settings(self.folder)
@@ -159,7 +162,11 @@ def _learning(report: Document, data: _Run) -> None:
 
 def _accuracy(report: Document, data: _Run) -> None:
     """Parity and calibration of the newest model on the test set, or of earlier models on the labels they chose."""
-    found = predict_unseen(data.folder, data.history)
+    try:
+        found = predict_unseen(data.folder, data.history, data.run_models)
+    except NotKept as error:
+        report.section("Model against reference").text(str(error))
+        return
     if found is None:
         return
     structures, predictions, promise, what = found.structures, found.predictions, found.promise, found.what

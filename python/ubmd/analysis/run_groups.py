@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase import Atoms
 from numpy.typing import NDArray
 
 from ubmd.analysis.errors import CalibrationData, calibration_data, error_summary
 from ubmd.analysis.isomers import isomers
-from ubmd.analysis.predictions import Unseen, predict_unseen
+from ubmd.analysis.predictions import NotKept, Unseen, predict, predict_unseen
 from ubmd.analysis.provenance import setting_texts
 from ubmd.analysis.run_data import Frames, read_frames
 from ubmd.analysis.trajectory import Times, Trajectory, correlation_times, read_traces
-from ubmd.calculator import Evaluator
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
-from ubmd.learning.run_folder import RunFolder, read_settings
+from ubmd.learning.run_folder import RunFolder, is_dynamic_run, read_settings
 from ubmd.settings import RunSettings
 
 Curve = tuple[NDArray[Any], NDArray[Any]]
@@ -49,12 +49,23 @@ ERRORS = {
 class Run:
     """One run, read when needed.
 
+    Attributes:
+        run_models: whether its model files may be run, where the folder doesn't have what they say.
+        lacks: why something was left out; empty if nothing was.
+
     Raises:
-        DataError: the folder holds no run, or none of its iterations has finished.
+        DataError: the folder holds no run, a dynamic one, or none of its iterations has finished.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, run_models: bool = False) -> None:
         self.folder = RunFolder(path)
+        self.run_models = run_models
+        self.lacks = ""
+        if is_dynamic_run(self.folder):
+            raise DataError(
+                f"{path} holds a dynamic run, which can't be compared with others: see 'ubmd report {path}' for its "
+                "errors against labels, or compare runs of active-learning loops only."
+            )
         self.settings: RunSettings = read_settings(self.folder)
         self.history: list[dict[str, Any]] = self.folder.read_history()
         if not self.history:
@@ -77,7 +88,11 @@ class Run:
     @cached_property
     def unseen(self) -> Unseen | None:
         """Predictions for structures that the models have not seen; None if there are none."""
-        return predict_unseen(self.folder, self.history)
+        try:
+            return predict_unseen(self.folder, self.history, self.run_models)
+        except NotKept as error:
+            self.lacks = str(error)
+            return None
 
     def errors(self) -> CalibrationData | None:
         """Errors and uncertainties on structures that the models have not seen; None if there are none."""
@@ -86,15 +101,22 @@ class Run:
     def isomer_errors(self, index: int = -1) -> dict[str, dict[str, float]]:
         """'trans', 'cis' -> `error_summary` of a model (place in the history) on these structures of the test set.
 
-        Empty without a test set of a molecule with both isomers of its amide bonds, or if the model file is gone.
+        Empty without a test set of a molecule with both isomers of its amide bonds, or without predictions for it.
         """
-        model = self.folder.iteration(self.history[index]["iteration"]) / "model.pt"
-        if not self.folder.test.exists() or not model.exists():
+        found = isomers(self._tested) if self.folder.test.exists() else {}
+        if not found:
             return {}
-        structures = read_structures(self.folder.test, labelled=True)
-        found = isomers(structures)
-        predictions = Evaluator(model).predict(structures) if found else []
-        return {name: error_summary(structures, predictions, chosen) for name, chosen in found.items()}
+        try:
+            made = predict(self.folder, self.history[index]["iteration"], self._tested, self.run_models)
+        except NotKept as error:
+            self.lacks = str(error)
+            return {}
+        return {name: error_summary(self._tested, made.each, chosen) for name, chosen in found.items()}
+
+    @cached_property
+    def _tested(self) -> list[Atoms]:
+        """The test set."""
+        return read_structures(self.folder.test, labelled=True)
 
     def minutes(self, index: int = -1) -> float:
         """Wall time of all stages until a model (place in the history) was there, min; nan if it is not known.

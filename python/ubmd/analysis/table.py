@@ -161,6 +161,7 @@ def collect_rows(
     labels: int | None = None,
     titles: Mapping[str, str] | None = None,
     skip: Callable[[str], None] | None = None,
+    run_models: bool = False,
 ) -> list[Repeats]:
     """Rows from run folders (those that differ in their seed only are repeats) and from row files.
 
@@ -173,6 +174,7 @@ def collect_rows(
         labels: take the first model with at least this many labels (default: the last).
         titles: name of a run folder without its seed -> name of the row.
         skip: called with the reason for every run that has nothing to count yet; None: that is an error.
+        run_models: run the model files of folders that don't have what their models say.
 
     Raises:
         DataError: a path is neither, or (without ``skip``) a run has no finished iteration or lacks such a model.
@@ -180,7 +182,7 @@ def collect_rows(
     counted: dict[Run, Values] = {}
     for path in (Path(path) for path in paths if Path(path).suffix != ".json"):
         try:
-            run = Run(path)
+            run = Run(path, run_models)
             counted[run] = run_values(run, labels)
         except DataError as error:
             if skip is None:
@@ -213,7 +215,8 @@ def _provenance(runs: Sequence[Run]) -> str:
     dates = sorted({str(manifest["created"])[:10] for manifest in manifests})
     machine = manifests[0]["machine"]
     begun = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    return f"{folders}; seeds {seeds}; begun {begun}; {machine['cores']} cores, {machine['system']}"
+    lacks = "".join(f". Without errors by isomer: {run.lacks}" for run in runs if run.lacks)
+    return f"{folders}; seeds {seeds}; begun {begun}; {machine['cores']} cores, {machine['system']}{lacks}"
 
 
 def table_markdown(rows: Sequence[Repeats], published: Published | None = None) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ubmd.cli.run import RunModels
 from ubmd.cli.train import KeyOption, SetOption, label_mapping
 from ubmd.errors import SettingsError
 from ubmd.settings import TrainSettings, UncertaintySettings, make_settings
@@ -37,6 +38,7 @@ def table(
         int | None, typer.Option(help="Take the first model with at least this many labels (default: the last).")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Markdown file (default: print).")] = None,
+    run_models: RunModels = False,
 ) -> None:
     """Make the rows of a published table from finished runs: mean ± standard deviation over seeds.
 
@@ -50,6 +52,7 @@ def table(
         labels,
         read_titles(rows) if rows else None,
         lambda why: print(f"Not counted: {why}", file=sys.stderr),
+        run_models,
     )
     text = table_markdown(found, read_published(published) if published else None)
     if out is None:

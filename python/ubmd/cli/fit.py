@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from ubmd.cli.console import shown
 from ubmd.errors import DataError
 from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
 
@@ -224,7 +224,7 @@ def info_tables(metadata: dict[str, Any], title: str) -> list[Table]:
         "energy of the ideal crystal": f"{lattice['energy']:.8g} eV per primitive cell",
     }
     for row in rows.items():
-        head.add_row(*map(escape, row))
+        head.add_row(*map(shown, row))
     by_order = (
         {int(order): value for order, value in record.items()}
         for record in (
@@ -235,9 +235,9 @@ def info_tables(metadata: dict[str, Any], title: str) -> list[Table]:
         )
     )
     rest = info_table("record", ("key", "value"))
-    shown = {"cutoffs", "parameters", "lattice"}
-    kept = {key: value for key, value in metadata.items() if key not in shown}
+    beside = {"cutoffs", "parameters", "lattice"}
+    kept = {key: value for key, value in metadata.items() if key not in beside}
     kept["lattice"] = {key: value for key, value in lattice.items() if key != "sites"}
     for row in flat(kept):
-        rest.add_row(*map(escape, row))
+        rest.add_row(*map(shown, row))
     return [head, _orders_table(*by_order), rest]

@@ -17,6 +17,15 @@ Override = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting: --set loop.labels=64. May be repeated.")
 ]
 
+RunModels = Annotated[
+    bool,
+    typer.Option(
+        "--run-models",
+        help="Run the model files in a folder that lacks what its models say (one of an earlier version): only for "
+        "folders that you trust.",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
@@ -149,7 +158,7 @@ def status(run_dir: RunDir) -> None:
     make_console().print(describe_run(run_dir))
 
 
-def report(run_dir: RunDir) -> None:
+def report(run_dir: RunDir, run_models: RunModels = False) -> None:
     """Make the report of a run, also of an unfinished one: one HTML page with all tables and pictures.
 
     Learning curves, model against reference, uncertainty against error, what was explored, how replicas ended, rejected
@@ -164,7 +173,7 @@ def report(run_dir: RunDir) -> None:
         return
     from ubmd.analysis import make_report
 
-    print(f"Report: {make_report(run_dir)[-1]}")
+    print(f"Report: {make_report(run_dir, run_models)[-1]}")
 
 
 def compare(
@@ -173,6 +182,7 @@ def compare(
     name: Annotated[
         list[str] | None, typer.Option("--name", help="Name of a group, in order of the runs; may be repeated.")
     ] = None,
+    run_models: RunModels = False,
 ) -> None:
     """Compare runs: errors against labels and MD steps, what was explored, calibration.
 
@@ -184,7 +194,7 @@ def compare(
     from ubmd.analysis import compare as compare_runs
     from ubmd.cli.console import make_console
 
-    rows, files = compare_runs(run_dirs, out, name)
+    rows, files = compare_runs(run_dirs, out, name, run_models)
     table = Table(caption="mean ± standard deviation over the runs of a group")
     table.add_column("")
     for group in rows[0].values:

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import BaseModel
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from ubmd.cli.console import make_console
-from ubmd.errors import SettingsError, UbmdError
+from ubmd.cli.console import make_console, shown
+from ubmd.errors import ModelError, SettingsError, UbmdError
 from ubmd.settings import RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
 
 if TYPE_CHECKING:
@@ -282,7 +281,10 @@ def info(
     path: Annotated[Path, typer.Argument(help="Model file (model.pt), or folder of a run.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as it is in the file.")] = False,
 ) -> None:
-    """Print where a model file or a run comes from: versions, seeds, hashes, settings."""
+    """Print where a model file or a run comes from: versions, seeds, hashes, settings.
+
+    Nothing in the file or the folder is run: it may be a stranger's.
+    """
     with user_errors():
         record, tables = _run_info(path) if path.is_dir() else _model_info(path)
         if as_json:
@@ -295,30 +297,40 @@ def info(
 def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
     """(manifest, tables) of a run."""
     from ubmd.analysis.provenance import changed_settings, provenance_rows
-    from ubmd.learning.run_folder import RunFolder, read_json, read_settings
+    from ubmd.learning.dynamic.settings import DynamicRunSettings
+    from ubmd.learning.run_folder import RunFolder, is_dynamic_run, read_json, read_settings, read_settings_of
 
     run = RunFolder(folder)
-    settings = read_settings(run)
-    tables = [info_table(str(folder), ("what", "value")), info_table("changed settings", ("key", "value", "default"))]
+    settings = read_settings_of(run, DynamicRunSettings) if is_dynamic_run(run) else read_settings(run)
+    tables = [
+        info_table(shown(str(folder)), ("what", "value")),
+        info_table("changed settings", ("key", "value", "default")),
+    ]
     for table, rows in zip(tables, (provenance_rows(run), changed_settings(settings)), strict=True):
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(shown, row))
     return read_json(run.manifest), tables
 
 
 def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
-    """(metadata, table) of a model file."""
-    from ubmd.export import load_model
+    """(record, tables) of a model file, which is not run."""
+    from ubmd.record import complete_record, read_record
 
-    metadata = json.loads(load_model(path).metadata())
-    if "lattice" in metadata:
-        from ubmd.cli.fit import info_tables
+    record = read_record(path)
+    if record is None:
+        raise ModelError(
+            f"{path} has no record that can be read without running it, so nothing is known about it; whoever made it "
+            "can write one into it (see 'extra file ubmd.json' in the manual of pair_style ubmd)."
+        )
+    with complete_record(path):
+        if "lattice" in record:
+            from ubmd.cli.fit import info_tables
 
-        return metadata, info_tables(metadata, str(path))
-    table = info_table(str(path), ("key", "value"))
-    for row in flat(metadata):
-        table.add_row(*map(escape, row))
-    return metadata, [table]
+            return record, info_tables(record, shown(str(path)))
+        table = info_table(shown(str(path)), ("key", "value"))
+        for row in flat(record):
+            table.add_row(*map(shown, row))
+    return record, [table]
 
 
 def info_table(title: str, columns: Sequence[str]) -> Table:

@@ -12,10 +12,11 @@ from ubmd import __version__
 from ubmd.crystal.basis import ClusterBasis
 from ubmd.crystal.regression import Posterior
 from ubmd.errors import ModelError
-from ubmd.export import FORMAT, write_model
+from ubmd.export import write_model
 from ubmd.models.crystal import CrystalModel
 from ubmd.operators import available
 from ubmd.operators import load as load_operators
+from ubmd.record import FORMAT
 from ubmd.uncertainty.conformal import ConformalScale
 
 BASIS = "basis.npz"  # extra file in the model file: phonon programs need the force constants themselves

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -72,10 +71,10 @@ def _from_model(path: Path) -> Potential:
     import torch
 
     from ubmd.crystal.export import BASIS
-    from ubmd.export import load_model
+    from ubmd.export import load_with_record
 
-    module = load_model(path)
-    if json.loads(module.metadata()).get("kind") != "force constants":
+    module, record = load_with_record(path)
+    if record.get("kind") != "force constants":
         raise ModelError(
             f"{path} is no force-constant potential: give a model of a crystal, from settings with [crystal]."
         )

@@ -219,8 +219,8 @@ def _export_tiny_model(atoms: Atoms, elements: list[str], path: Path) -> None:
 
 
 def _python(code: str, folder: Path | None = None) -> tuple[bool, str]:
-    """Run code in a fresh interpreter; (success, its output)."""
-    return _process([sys.executable, "-c", code], folder)
+    """Run code in a fresh interpreter, without modules of the working directory; (success, its output)."""
+    return _process([sys.executable, "-P", "-c", code], folder)
 
 
 def _process(command: list[str], folder: Path | None = None) -> tuple[bool, str]:

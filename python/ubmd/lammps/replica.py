@@ -165,7 +165,9 @@ def _run_under_mpi(task: ReplicaTask) -> ReplicaResult:
     found.unlink(missing_ok=True)
     beside = Path(sys.executable).with_name("mpiexec")
     mpiexec = str(beside) if beside.exists() else "mpiexec"
-    command = [mpiexec, "-n", str(task.ranks), sys.executable, "-m", "ubmd.lammps.replica", str(given), str(found)]
+    # -P: a numpy.py of the working directory must not be taken for numpy
+    python = [sys.executable, "-P", "-m", "ubmd.lammps.replica"]
+    command = [mpiexec, "-n", str(task.ranks), *python, str(given), str(found)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not found.exists():
         said = [line for line in done.stderr.splitlines() if "Error" in line or "ERROR" in line]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ubmd.analysis import coverage, torsions
+from ubmd.analysis import coverage, error_summary, predictions, torsions
 from ubmd.calculator import Evaluator
 from ubmd.data.state import bare, structures_hash
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
@@ -354,22 +354,36 @@ class Loop(Walk):
             self._held_out.finish()
         test = read_structures(self.folder.test, labelled=True) if self.settings.test is not None else []
         sets = {"train": turn.training, "valid": turn.validation, "calib": turn.calibration, "test": test}
-        target = turn.once.folder / "errors.json"
+        target, kept = turn.once.folder / "errors.json", turn.once.folder / predictions.FILE
         precision = self.settings.md.precision
 
         def measure() -> None:
             evaluator = Evaluator(model, precision)
-            errors = {name: stages.errors_of(evaluator, atoms) for name, atoms in sets.items() if atoms}
+            found = {name: evaluator.predict(atoms) for name, atoms in sets.items() if atoms}
+            errors = {name: error_summary(sets[name], each) for name, each in found.items()}
+            if test:
+                predictions.keep_predictions(kept, test, found["test"], evaluator.metadata["uncertainty"])
             write_json(target, errors | {"calibration": stages.calibration_of(evaluator)})
 
         key = content_hash([turn.keys["export"], [dataset_hash(atoms) for atoms in sets.values()], precision])
-        turn.once.run("measure", key, [target], measure)
+        turn.once.run("measure", key, [target, kept] if test else [target], measure)
 
     def _explore(self, turn: _Turn, model: Path) -> None:
         """MD, selection, labels."""
         self._run_replicas(turn)
         candidates = partial(self._select, turn, model)
         self._label(turn.iteration, turn.keys["label"], candidates, turn.once.folder / "labels", turn.once)
+        self._keep_predictions(turn)
+
+    def _keep_predictions(self, turn: _Turn) -> None:
+        """What this iteration's model says about the labels that it has selected: the report's stand-in for a test."""
+        labels = predictions.labels_of_iteration(self.dataset, turn.iteration)
+        if labels and self.settings.test is None:
+            evaluator = Evaluator(turn.once.folder / "model.pt", self.settings.md.precision)
+            promise = evaluator.metadata["uncertainty"]
+            predictions.keep_predictions(
+                turn.once.folder / predictions.FILE, labels, evaluator.predict(labels), promise
+            )
 
     def _run_replicas(self, turn: _Turn) -> None:
         """Replicas in workers; leaves frames_RRR.extxyz, replicas.json, and left.json with those that run on."""
@@ -503,4 +517,4 @@ class Loop(Walk):
         """Pictures and tables of the run."""
         from ubmd.analysis import make_report
 
-        make_report(self.folder.path)
+        make_report(self.folder.path, run_models=True)  # its own models

@@ -10,7 +10,8 @@
     model.pt              the newest model
     report/               pictures and tables
     start/, test/         first labels, and parts of the test set
-    iterations/iter_NNN/  train/, model.pt, frames_RRR.extxyz, replicas.json, selected.json, labels/ of one iteration
+    iterations/iter_NNN/  train/, model.pt, frames_RRR.extxyz, replicas.json, selected.json, labels/ of one iteration;
+                          predictions.npz: what its model says about the test set, or about the labels it selected
 
 Files are written under a temporary name, flushed to disk and renamed; a finished stage leaves a mark with the hash of
 its inputs (`Stages`), so that a resumed run does what is missing, and again what has other inputs. Nothing in the

@@ -17,7 +17,6 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from ubmd.analysis import error_summary
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.state import bare, check_state, electrons_differ, state_hash, structures_hash
 from ubmd.data.structures import (
@@ -586,11 +585,6 @@ def _selected_structure(frame: Atoms, iteration: int, record: dict[str, Any], in
 
 
 # ------------------------------------------------------------------------------------------ errors
-
-
-def errors_of(evaluator: Evaluator, structures: Sequence[Atoms]) -> dict[str, float]:
-    """Root mean square errors of a model, and their number of structures; see `ubmd.analysis.error_summary`."""
-    return error_summary(structures, evaluator.predict(structures))
 
 
 def calibration_of(evaluator: Evaluator) -> dict[str, Any]:

@@ -1,0 +1,185 @@
+"""The record of a model file (what it is, what it was made from), read without running the file.
+
+A model file is a TorchScript program, and loading it runs code in it. Its record lies beside the code, as the JSON text
+of the zip member ``extra/ubmd.json``. Files of earlier versions have none: theirs is the attribute ``description`` of
+the pickled module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from ubmd import __version__
+from ubmd.errors import ModelError
+
+FORMAT = 1  # of the model file; raised when an older plugin could not read it
+RECORD = "ubmd.json"  # name of the extra file
+
+_LARGEST = 64 << 20  # bytes of a record, or of a pickled module without its tensors
+_DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record of a model file; nothing in the file is run.
+
+    Returns:
+        None if it has no record of its own, as networks of other programs, which only say it when they are run.
+
+    Raises:
+        ModelError: there is no such file, it is no model file, it is damaged, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"There is no model file {path}.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text = _member(archive, f"extra/{RECORD}", path)
+            pickled = None if text is not None else _member(archive, "data.pkl", path)
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, NotImplementedError, EOFError, ValueError):
+        raise no_model_file(path) from None
+    if text is None and pickled is None:
+        raise no_model_file(path)
+    description = text if text is not None else _description(pickled or b"", path)
+    return None if description is None else parse_record(description, path)
+
+
+def parse_record(text: str | bytes, path: Path) -> dict[str, Any]:
+    """The record from its text, with what every model file must say.
+
+    Raises:
+        ModelError: it is no such record, or of a newer format.
+    """
+    try:
+        record = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        raise no_model_file(path) from None
+    if not isinstance(record, dict):
+        raise no_model_file(path)
+    version, cutoff = record.get("format", 0), record.get("cutoff")
+    if _is_number(version) and version > FORMAT:
+        raise ModelError(
+            f"{path} has format {version}, but ubmd {__version__} reads up to {FORMAT}; "
+            "upgrade with 'pip install -U ubmd'."
+        )
+    elements = record.get("elements")
+    if not isinstance(elements, list) or not elements or not all(isinstance(name, str) for name in elements):
+        raise damaged(path, "elements is no list of names")
+    if not _is_number(cutoff) or not 0.0 < cutoff < math.inf:
+        raise damaged(path, "cutoff is no length")
+    if not _is_number(version):
+        raise damaged(path, "format is no number")
+    return record
+
+
+def check_said(record: dict[str, Any] | None, said: str, path: Path) -> dict[str, Any]:
+    """The record, checked against what the loaded file says about itself; without one that is the record.
+
+    Raises:
+        ModelError: they differ.
+    """
+    found = parse_record(said, path)
+    if record is not None and found != record and _canonical(found) != _canonical(record):
+        raise ModelError(
+            f"{path} is refused: when it is run, it says something else about itself than its record does; "
+            "export the model again, or get the file anew from whoever made it."
+        )
+    return found if record is None else record
+
+
+def no_model_file(path: Path) -> ModelError:
+    """The error for what cannot be read."""
+    return ModelError(f"{path} is not a ubmd model file (or it is damaged); make one with 'ubmd train' or 'ubmd run'.")
+
+
+def damaged(path: Path, what: str) -> ModelError:
+    """The error for a record that does not hold what it should."""
+    return ModelError(f"The record of model file {path} is damaged ({what}): export the model again.")
+
+
+@contextmanager
+def complete_record(path: Path) -> Iterator[None]:
+    """Where a record is used: what it lacks, or has of a wrong kind, becomes a ModelError."""
+    try:
+        yield
+    except _DAMAGED as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise damaged(path, what) from None
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _canonical(record: dict[str, Any]) -> str:
+    """Text that is the same for equal records, also with values that aren't numbers."""
+    return json.dumps(record, sort_keys=True)
+
+
+# ------------------------------------------------------------------------------------------ the zip file
+
+
+def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes | None:
+    """Content of a member below the archive's one folder; None if there is none.
+
+    Raises:
+        ModelError: two have this name (programs differ in which one they take), or it is too large.
+    """
+    names = archive.namelist()
+    wanted = f"{names[0].partition('/')[0]}/{name}" if names else name
+    found = [info for info in archive.infolist() if info.filename.lower() == wanted.lower()]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise damaged(path, f"it is there {len(found)} times")
+    if found[0].file_size > _LARGEST:
+        raise damaged(path, f"it has {found[0].file_size} bytes")
+    return archive.read(found[0])
+
+
+# ------------------------------------------------------------------------------------------ files of earlier versions
+
+
+class _Object:
+    """Stands for every object and every result of a function in a pickle: nothing of it is called."""
+
+    state: Any = None
+
+    def __new__(cls, *_: Any, **__: Any) -> _Object:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
+    """Builds text, numbers and containers only.
+
+    That of Python's own source: the compiled one takes memory for as many objects as a pickle claims to hold.
+    """
+
+    def find_class(self, module: str, name: str) -> type[_Object]:
+        return _Object
+
+    def persistent_load(self, pid: Any) -> None:
+        """Tensors are left out."""
+
+
+def _description(pickled: bytes, path: Path) -> str | None:
+    """The attribute ``description`` of a pickled module, None if it has none."""
+    try:
+        module = _Reader(BytesIO(pickled)).load()
+    except Exception:  # a pickle can be wrong in any way
+        raise no_model_file(path) from None
+    if not isinstance(module, _Object):  # weights, for example
+        raise no_model_file(path)
+    description = module.state.get("description") if isinstance(module.state, dict) else None
+    return description if isinstance(description, str) else None
