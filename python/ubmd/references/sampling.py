@@ -8,7 +8,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.md.langevin import Langevin
 
-from ubmd.errors import LabelError, UbmdError
+from ubmd.errors import LabelError, UbmdError, describe
 from ubmd.references.labels import cached_calculator, label, surroundings
 from ubmd.settings import ReferenceSettings, SamplingSettings
 
@@ -78,8 +78,8 @@ def _advance(dynamics: Langevin, steps: int, reference: ReferenceSettings) -> No
             dynamics.run(steps)
     except UbmdError:
         raise
-    except Exception as error:
-        raise LabelError(f"The reference failed during MD ({type(error).__name__}: {error}).") from error
+    except (Exception, SystemExit) as error:
+        raise LabelError(f"The reference failed during MD ({describe(error)}).") from error
 
 
 def _frame(dynamics: Langevin, reference: ReferenceSettings, base: Path, index: int) -> Atoms:

@@ -36,7 +36,7 @@ def tblite(method: str = "GFN1-xTB", accuracy: float = 0.1, **settings: Any) -> 
         raise SettingsError(f"reference.arguments.method = {method!r} is unknown; use {', '.join(METHODS)}.")
 
     def run(atoms: Atoms, _: Path) -> dict[str, Any]:
-        calculator = TBLite(method=method, accuracy=accuracy, verbosity=0, **settings)
+        calculator = TBLite(method=method, accuracy=accuracy, **({"verbosity": 0} | settings))
         calculator.calculate(atoms)
         return dict(calculator.results)
 
