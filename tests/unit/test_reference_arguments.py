@@ -1,6 +1,5 @@
 """Misspelt arguments of a reference are refused, real ones never, others are named; so are those of Calculator."""
 
-import importlib
 import itertools
 import pickle
 import random
@@ -92,6 +91,8 @@ def reference(calculator: str, **arguments: object) -> ReferenceSettings:
     ],
 )
 def test_misspelt_arguments_are_refused_with_the_name_that_was_meant(calculator: str, wrong: str, right: str) -> None:
+    if calculator.startswith("tblite"):
+        pytest.importorskip("tblite")
     with pytest.raises(SettingsError, match=rf"{wrong}.*; did you mean '{right}'\?$"):
         make_calculator(reference(calculator, **{wrong: 1}), Path())
 
@@ -120,17 +121,21 @@ REAL = {
 @pytest.mark.parametrize("calculator", REAL)
 def test_real_arguments_of_programs_are_never_refused(calculator: str) -> None:
     module, _, name = calculator.partition(":")
-    kind = getattr(importlib.import_module(module), name)
+    kind = getattr(pytest.importorskip(module), name)
     check_arguments(kind, calculator, REAL[calculator].split())
 
 
 def test_what_is_passed_on_and_not_recognised_is_named() -> None:
     assert unrecognised_arguments(reference("ase.calculators.emt:EMT", fixed_cutof=True), Path()) == ["fixed_cutof"]
-    assert unrecognised_arguments(reference("tblite", charge=1, max_iterations=9, foo=3), Path()) == ["foo"]
     espresso = reference("ase.calculators.espresso:Espresso", ecutwfc=30.0, kpts=[2, 2, 2], my_card=1)
     assert unrecognised_arguments(espresso, Path()) == ["my_card"]
     vasp = reference("ase.calculators.vasp:Vasp", istart=0, ml_mode="run")
     assert unrecognised_arguments(vasp, Path()) == ["ml_mode"]
+
+
+def test_keywords_of_tblite_go_to_its_library() -> None:
+    pytest.importorskip("tblite")
+    assert unrecognised_arguments(reference("tblite", charge=1, max_iterations=9, foo=3), Path()) == ["foo"]
 
 
 def test_arguments_without_a_place_are_refused_with_all_names() -> None:

@@ -54,19 +54,18 @@ def as_numbers(name: str, value: Any) -> np.ndarray:
         array = np.asarray(value)
     except ValueError as error:  # rows of different lengths
         raise LabelError(f"The reference returned {name} that are no array of numbers ({one_line(error)}).") from error
-    for item in array.ravel() if array.dtype == object else [array]:
+    for item in array.ravel() if array.dtype == object else array.ravel()[:1].tolist():
         _check_kind(name, item)
     return np.array(array, dtype=float)
 
 
 def _check_kind(name: str, value: Any) -> None:
-    """LabelError unless a value (of an array of objects) or an array is of real numbers."""
+    """LabelError unless a value is a real number."""
     kind = "O" if value is None else np.asarray(value).dtype.kind
     if kind == "c":
         raise LabelError(f"The reference returned {name} with complex numbers.")
     if kind not in "iuf":
-        what = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-        raise LabelError(f"The reference returned {name} with values that are not numbers ({what}).")
+        raise LabelError(f"The reference returned {name} with values that are not numbers ({type(value).__name__}).")
 
 
 def _energy(atoms: Atoms, calculator: GetPropertiesMixin) -> float:
