@@ -76,11 +76,8 @@ def not_installed(name: str, module_name: str, base: Path, error: ModuleNotFound
     missing = error.name or ""
     top = missing.partition(".")[0]
     if missing != module_name and not module_name.startswith(f"{missing}."):
-        hint = (
-            f"; install what is missing with: pip install {_PIP_NAMES.get(top, top)}"
-            if missing and missing == top
-            else "."
-        )
+        is_package = top and (missing == top or top in _PIP_NAMES)
+        hint = f"; install what is missing with: pip install {_PIP_NAMES.get(top, top)}" if is_package else "."
         return SettingsError(str(_broken(name, error, base)).rstrip(".") + hint)
     start = f"reference.calculator = {name!r}"
     if missing != top:
