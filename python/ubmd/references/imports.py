@@ -81,8 +81,10 @@ def not_installed(name: str, module_name: str, base: Path, error: ModuleNotFound
         return SettingsError(str(_broken(name, error, base)).rstrip(".") + hint)
     start = f"reference.calculator = {name!r}"
     if missing != top:
-        return SettingsError(f"{start}: the package {top} has no module {missing}; check its spelling.")
-    sentence = f"{start}: there is no {top}.py in {base}, and no installed package of that name"
+        return SettingsError(
+            f"{start} cannot be imported: the package {top} has no module {missing}; check its spelling."
+        )
+    sentence = f"{start} cannot be imported: there is no {top}.py in {base}, and no installed package of that name"
     if "." in module_name:
         return SettingsError(f"{sentence}; if it is a package, install it, for example with: pip install {top}")
     return SettingsError(f"{sentence}; check its spelling.")
