@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from ubmd.errors import LabelError, SettingsError, UbmdError
 from ubmd.learning.groups import run_tasks
 from ubmd.learning.run_folder import RunFolder
 from ubmd.learning.tasks import reference_record
-from ubmd.learning.workers import Executor, TaskFailed
-from ubmd.settings import ReferenceSettings
+from ubmd.learning.workers import Executor, TaskFailed, Workers
+from ubmd.settings import ReferenceSettings, WorkerSettings
 
 
 def look_at_reference(
@@ -51,6 +52,19 @@ def look_at_reference(
     if failures and not _cache_has_labels(settings, base):
         raise _cannot_be_made(settings, failures[0]) from None
     return found[0] if found else {}
+
+
+def check_here(settings: ReferenceSettings, workers: WorkerSettings, base: Path) -> Iterator[str]:
+    """Make the calculator once in a process of this machine, if labels will be made here; remarks about it.
+
+    Raises:
+        SettingsError: it cannot be imported or made.
+    """
+    if workers.executor != "pebble":
+        return
+    with tempfile.TemporaryDirectory(prefix="ubmd_check_") as name, Workers(1) as one:
+        record = look_at_reference(RunFolder(Path(name)), settings, Path(base).absolute(), one)
+    yield from (f"Remark: {text}" for text in remarks(record, settings))
 
 
 def remarks(record: dict[str, Any], settings: ReferenceSettings) -> Sequence[str]:

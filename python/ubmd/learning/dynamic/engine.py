@@ -40,7 +40,7 @@ from ubmd.learning.dynamic.learners import ForceConstants, Learner, Network
 from ubmd.learning.dynamic.settings import DynamicRunSettings, box_file
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
 from ubmd.learning.groups import run_tasks
-from ubmd.learning.reference import look_at_reference, remarks
+from ubmd.learning.reference import check_here, look_at_reference, remarks
 from ubmd.learning.rewind import argument_hashes
 from ubmd.learning.run_folder import (
     Listener,
@@ -764,3 +764,4 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
         orders = basis.parameter_orders
         counts = " + ".join(f"{int((orders == order).sum())}" for order in basis.orders)
         yield f"Force constants of orders {', '.join(map(str, basis.orders))}: {counts} = {len(orders)}."
+    yield from check_here(settings.reference, settings.workers, base)
