@@ -1,7 +1,7 @@
 """The folder of a run: where everything is, and how it is written so that a kill at any point loses nothing.
 
     settings.toml         resolved settings (every key, defaults included)
-    manifest.json         versions, seed, hashes of the inputs, threads of the training
+    manifest.json         versions, what labels, seed, hashes of the inputs, threads of the training
     events.jsonl          what happened, one JSON object per line, only ever appended
     history.json          one entry per finished iteration (errors, coverage, MD steps, seconds)
     dataset.extxyz        all labels; info has the label's id, iteration, replica, step and split
