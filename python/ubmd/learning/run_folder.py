@@ -105,7 +105,7 @@ class RunFolder:
         if self.dataset.exists() and self.dataset.stat().st_size:
             return True
         labels = ("start/label_*", "test/trajectory_*", "iterations/*/labels/label_*", "rounds/*/labels/label_*")
-        aside = ("aside/**/label_*.extxyz", "aside/**/dataset*.extxyz", "aside/**/trajectory_*.extxyz")
+        aside = ("aside/**/label_*", "aside/**/dataset*", "aside/**/trajectory_*")
         return any(
             True for pattern in (*(f"{name}.extxyz" for name in labels), *aside) for _ in self.path.glob(pattern)
         )
