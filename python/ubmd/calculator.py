@@ -14,12 +14,16 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
 from ubmd.crystal.evaluator import NO_STRESS, CrystalEvaluator
 from ubmd.data.graph import VOIGT
+from ubmd.errors import ArgumentError
 from ubmd.export import load_with_record
 from ubmd.models.evaluation import Prediction
 from ubmd.models.evaluator import NetworkEvaluator
 from ubmd.record import complete_record
+from ubmd.spelling import nearest
 
 __all__ = ["Calculator", "Evaluator", "Prediction"]
+
+_ASE_KEYWORDS = ("atoms", "label", "directory")  # of ASE's base class, those that have a meaning here
 
 
 class Evaluator:
@@ -75,7 +79,10 @@ class Calculator(AseCalculator):
     ``atomic_uncertainties`` ([n], eV/Å) and, from :meth:`get_bias_forces`, the raw uncertainty forces. With
     ``bias_force`` = f > 0 energies and forces are those of E - f·u (a fixed scale: LAMMPS's fix ubmd adapts it).
 
+    Keywords besides these are those of ASE's calculators: ``atoms``, ``label``, ``directory``.
+
     Raises:
+        ArgumentError: an unknown keyword (ASE would take it without a word).
         ModelError: missing or corrupt model file. DataError: an element that the model does not know; for a
             force-constant potential a box that doesn't hold its crystal, or an atom too far from its site.
     """
@@ -90,9 +97,16 @@ class Calculator(AseCalculator):
     ]
 
     def __init__(self, path: Path | str, precision: str = "double", bias_force: float = 0.0, **kwargs: Any) -> None:
+        _check_keywords(kwargs)
         super().__init__(**kwargs)
         self.evaluator = Evaluator(path, precision)
         self.bias_force = bias_force
+
+    def set(self, **kwargs: Any) -> dict[str, Any]:
+        """ASE's way to change settings; there are none here that could change after the model is loaded."""
+        if kwargs:
+            raise ArgumentError(f"ubmd.Calculator cannot change {', '.join(kwargs)}; make a new calculator.")
+        return {}
 
     def calculate(
         self,
@@ -130,3 +144,13 @@ class Calculator(AseCalculator):
     def get_bias_forces(self, atoms: Atoms) -> np.ndarray:
         """Raw uncertainty forces du/dr [n, 3] (they drive the uncertainty up), eV/Å per atom."""
         return self.evaluator.uncertainty_gradient(atoms)[1]
+
+
+def _check_keywords(found: Iterable[str]) -> None:
+    """ArgumentError for the first keyword that `Calculator` does not know."""
+    known = ("precision", "bias_force", *_ASE_KEYWORDS)
+    for name in found:
+        if name not in _ASE_KEYWORDS:
+            meant = nearest(name, known)
+            hint = f"did you mean {meant!r}?" if meant else f"known are path, {', '.join(known)}."
+            raise ArgumentError(f"ubmd.Calculator has no keyword {name!r}; {hint}")

@@ -131,7 +131,8 @@ class ReferenceSettings(Table):
     arguments: dict[str, Any] = Field(
         default_factory=dict,
         description="keyword arguments of the calculator, e.g. 'openmm': pdb, forcefield, cmap; 'lammps': commands, "
-        "elements, units; 'tblite': method; 'cp2k', 'espresso': launcher, threads and the program's settings",
+        "elements, units; 'tblite': method; 'cp2k', 'espresso': launcher, threads and the program's settings; misspelt "
+        "names are refused",
     )
     info: tuple[str, ...] = Field(
         ("charge", "spin", "multiplicity"),

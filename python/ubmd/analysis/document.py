@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from ubmd.analysis.style import DPI
 
@@ -27,6 +29,14 @@ th { border-bottom: 2px solid #999; }
 nav a { margin-right: 0.9rem; white-space: nowrap; }
 summary { cursor: pointer; margin: 0.6rem 0; }
 """
+
+# What begins or ends a style, code, a formula, a link, an HTML element or an entity.
+_MARKUP = re.compile(
+    r"\\(?=[!-/:-@\[-`{-~]|$)|[`$]|[*~](?=\S)|(?<=\S)[*~]|(?<![^\W_])_|_(?![^\W_])"
+    r"|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\#$"
+)
+# What makes of a paragraph a heading, a quotation, an item of a list or a rule when it stands at its start.
+_AT_START = re.compile(r"^(\d*)(>|[#+*=-](?=[\s#=-]|$)|(?<=\d)[.)](?=\s|$))")
 
 
 @dataclass(frozen=True)
@@ -105,11 +115,11 @@ class Document:
 
     def markdown(self) -> str:
         """The document as Markdown that also reads well as plain text."""
-        lines = [f"# {self.title}", ""]
+        lines = [f"# {escaped(self.title)}", ""]
         for text in self.introduction:
-            lines += [text, ""]
+            lines += [escaped(text), ""]
         for section in self.sections:
-            lines += [f"## {section.title}", ""]
+            lines += [f"## {escaped(section.title)}", ""]
             for block in section.blocks:
                 lines += [*_markdown(block), ""]
         return "\n".join(lines)
@@ -138,17 +148,31 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None or value != value or abs(value) == float("inf") else format(value, form)
 
 
+def escaped(text: str) -> str:
+    """A text on one line in which nothing is taken for Markdown or HTML: settings, reasons and names of files.
+
+    Signs that have no meaning where they stand (a minus, an underscore in a word) stay as they are, so that the file
+    reads well as plain text.
+    """
+    return _AT_START.sub(r"\g<1>\\\g<2>", _inline(text))
+
+
+def _inline(text: str) -> str:
+    """As `escaped`, for a text that is not the beginning of a line."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
 def _markdown(block: Block) -> list[str]:
     if isinstance(block, Text):
-        return [block.text]
+        return [escaped(block.text)]
     if isinstance(block, Picture):
-        return [f"![{block.caption}]({block.path.name})"]
+        return [f"![{_inline(block.caption)}]({quote(block.path.name)})"]
     return as_markdown(block)
 
 
 def as_markdown(block: Table) -> list[str]:
     """Lines of a Markdown table, its columns padded to equal widths."""
-    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [block.head, *block.rows]]
+    rows = [[_inline(cell).replace("|", "\\|") for cell in row] for row in [block.head, *block.rows]]
     widths = [max(len(row[k]) for row in rows) for k in range(len(block.head))]
     rows.insert(1, ["-" * width for width in widths])
     return [

@@ -16,13 +16,16 @@ _FILES = ("dataset", "test", "model")
 def provenance_rows(folder: RunFolder) -> list[list[str]]:
     """(what, value) of a run: manifest, and hashes of what it has made so far."""
     manifest = read_json(folder.manifest)
-    packages = ", ".join(f"{name} {found}" for name, found in manifest["packages"].items() if found)
+    calculator = str(manifest["settings"]["reference"]["calculator"])
+    # Runs of earlier versions list OpenMM whatever their reference is.
+    found = {name: known for name, known in manifest["packages"].items() if name != "openmm" or "openmm" in calculator}
     machine = manifest["machine"]
     rows = [
         ["started", manifest["created"]],
         ["ubmd", manifest["ubmd"]],
         ["python", manifest["python"]],
-        ["packages", packages],
+        ["packages", _versions(found)],
+        *_reference_rows(calculator, manifest.get("reference") or {}),
         ["machine", ", ".join(f"{value} {key}" if key == "cores" else str(value) for key, value in machine.items())],
         ["seed", f"{manifest['seed']}; {manifest['seeds']}"],
         ["threads of the training", str(manifest["threads"])],
@@ -35,6 +38,21 @@ def provenance_rows(folder: RunFolder) -> list[list[str]]:
         if path.exists():
             rows.append([f"SHA-256 of {path.name}", file_hash(path)])
     return rows
+
+
+def _reference_rows(calculator: str, record: dict[str, Any]) -> list[list[str]]:
+    """What labels; runs of earlier versions know its name only."""
+    parts = [calculator, _versions(record.get("packages", {}))]
+    parts += [path if path.endswith(name) else f"{name} {path}" for name, path in record.get("programs", {}).items()]
+    rows = [["labelled by", "; ".join(part for part in parts if part)]]
+    rows += [[f"SHA-256 of {name}", value] for name, value in record.get("files", {}).items()]
+    if record.get("unrecognised"):
+        rows.append(["arguments that the calculator does not name", ", ".join(record["unrecognised"])])
+    return rows
+
+
+def _versions(packages: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in packages.items() if version)
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:

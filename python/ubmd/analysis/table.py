@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ubmd.analysis.document import Table, as_markdown
+from ubmd.analysis.document import Table, as_markdown, escaped
 from ubmd.analysis.run_groups import Run, group_runs, value_or_nan
 from ubmd.errors import DataError
 from ubmd.learning.run_folder import read_json
@@ -240,6 +240,6 @@ def table_markdown(rows: Sequence[Repeats], published: Published | None = None) 
         if published and name in theirs:
             lines.append(["" if name in ours else name, "paper", *(published.cell(name, key) for key in used)])
     text = as_markdown(Table(["row", "whose", *(COLUMNS[key][0] for key in used)], lines))
-    notes = [f"Paper: {published.source}"] if published and published.source else []
-    notes += [f"{row.name}: {row.where}" for row in rows if row.where]
+    notes = [f"Paper: {escaped(published.source)}"] if published and published.source else []
+    notes += [escaped(f"{row.name}: {row.where}") for row in rows if row.where]
     return "\n".join([*text, "", *(f"- {note}" for note in notes), ""])

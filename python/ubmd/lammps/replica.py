@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ubmd.data.state import take_state
 from ubmd.data.structures import read_structures, write_structures
-from ubmd.errors import LabelError, SimulationError, UbmdError
+from ubmd.errors import LabelError, SimulationError, UbmdError, one_line
 from ubmd.references.labels import check_geometry
 
 FIX = "bias"
@@ -608,7 +608,7 @@ def error_message(error: Exception) -> str:
     if isinstance(error, UbmdError):
         return str(error)
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return re.sub(r"^ERROR( on proc \d+)?: ", "", re.sub(r" \((src|cpp|/).*", "", text))
+    return re.sub(r"^ERROR( on proc \d+)?: ", "", re.sub(r" \((src|cpp|/).*", "", one_line(text)))
 
 
 if __name__ == "__main__":

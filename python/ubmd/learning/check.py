@@ -150,6 +150,7 @@ def _test_calls(settings: RunSettings, base: Path) -> int:
 def _findings(folder: RunFolder) -> Iterator[str]:
     """What the miniature run found."""
     history, start = folder.read_history(), len(read_structures(folder.dataset))
+    yield from (f"Remark: {event['text']}" for event in folder.read_events() if event["event"] == "remark")
     replica = history[0]["replicas"][0]
     seconds = history[0]["seconds"]
     dynamics = f"MD: {replica['steps']} steps, {replica['stopped']}"

@@ -28,6 +28,7 @@ from ubmd.export import export_model
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
 from ubmd.learning import convergence, stages
 from ubmd.learning.groups import TaskGroup, run_tasks
+from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.rewind import input_hashes, take_back
 from ubmd.learning.run_folder import (
     Listener,
@@ -122,9 +123,11 @@ class Loop(Walk):
         self.start_structures = read_structures(base / settings.start.file)
         stages.check_start(self.start_structures, settings)
         stages.check_states(self.start_structures, settings)
-        self.plan, changes = open_run(folder, settings, input_hashes(settings, base), from_iteration)
+        record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
+        self.plan, changes = open_run(folder, settings, input_hashes(settings, base), from_iteration, record)
         self.settings = self.plan.at(START)
         super().__init__(base, folder, workers, listener, self.plan.threads, changes)
+        self._remark(remarks(record, settings.reference))
         self.newest: list[Atoms] = []  # labels of the last batch
         self._weights: Callable[[], list[Path]] | None = None  # of the last model's networks, made again if lost
         self._keys: dict[int, dict[str, str]] = {}

@@ -79,6 +79,8 @@ def describe_event(event: Event) -> str:
     match event["event"]:
         case "run_started":
             return f"Run to {event['labels_wanted']} labels."
+        case "remark":
+            return f"Remark: {event['text']}"
         case "stage_started" if event["stage"] in ("test_set", "train", "md"):
             return f"{_place(event)}{_stage_name(event['stage'])} …"
         case "stage_started" if event["stage"] == "label" and event.get("iteration", -1) < 0:

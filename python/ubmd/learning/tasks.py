@@ -1,4 +1,4 @@
-"""What worker processes do for the loop: label one structure, run one reference trajectory, run a replica, train.
+"""What worker processes do for the loop: look at the reference, label, run reference MD, run a replica, train.
 
 Each task leaves its result in a file and seals it (`ubmd.learning.run_folder.seal`): what a worker has finished stays
 finished, also if the driver is killed before it hears of it. A worker that labels imports no torch.
@@ -7,7 +7,7 @@ finished, also if the driver is killed before it hears of it. A worker that labe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.learning.run_folder import file_hash, seal, write_json
@@ -28,6 +28,17 @@ def label_file(source: Path, target: Path, key: str, settings: ReferenceSettings
 
     write_structures(target, [label(read_structures(source)[0], settings, base)])
     seal(target, key)
+
+
+def reference_record(settings: ReferenceSettings, base: Path) -> dict[str, Any]:
+    """Make the calculator of the labels, and say what it is; see `ubmd.references.origin.inspect_reference`.
+
+    Raises:
+        SettingsError: it cannot be imported or made.
+    """
+    from ubmd.references.origin import inspect_reference
+
+    return inspect_reference(settings, base)
 
 
 def sample_file(

@@ -108,6 +108,11 @@ class Walk:
         """From the start structures to the report."""
         raise NotImplementedError
 
+    def _remark(self, texts: Sequence[str]) -> None:
+        """Let the user know something that is no mistake."""
+        for text in texts:
+            self.events.write("remark", text=text)
+
     def _begin_test_set(self, start: Atoms) -> None:
         """Reference MD for the test set runs beside the first training."""
         if self.settings.test is not None:

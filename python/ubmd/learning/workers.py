@@ -37,12 +37,13 @@ from typing import Any, Protocol
 from pebble import ProcessExpired, ProcessPool
 
 from ubmd import errors
-from ubmd.errors import StorageError, UbmdError
+from ubmd.errors import StorageError, UbmdError, describe, one_line
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENMM_CPU_THREADS")
 _POLL = 0.2  # s between two looks whether all is to stop
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _keepers: list[subprocess.Popen[bytes]] = []
+_LONGEST_TRACEBACK = 20_000  # characters: the message at its end may be a whole output
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Reply = tuple[Any, str, str, str]
@@ -162,7 +163,7 @@ class Pools:
             return None, "TaskCrashed", _crash_reason(error.exitcode), ""
         except (BrokenProcessPool, CancelledError, RuntimeError) as error:
             self._discard(pool)
-            return None, "WorkersLost", f"The worker process was lost ({error}).", ""
+            return None, "WorkersLost", f"The worker process was lost ({one_line(error)}).", ""
         return reply
 
     def stop(self) -> None:
@@ -216,7 +217,7 @@ def outcome(future: Future[Any]) -> Any:
     try:
         value, kind, reason, details = future.result()
     except (CancelledError, Exception) as error:  # an executor's own: a lost node, a broken connection
-        raise WorkersLost(f"The executor lost the task ({type(error).__name__}: {error}).") from None
+        raise WorkersLost(f"The executor lost the task ({describe(error)}).") from None
     if not kind:
         return value
     if kind in _OWN_ERRORS:
@@ -230,12 +231,10 @@ def guarded(function: Callable[..., Any], *arguments: Any) -> Reply:
         return function(*arguments), "", "", ""
     except UbmdError as error:
         kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _OWN_ERRORS or hasattr(errors, c.__name__))
-        return None, kind, str(error), ""
-    except OSError as error:
-        kind = "StorageError" if is_full(error) else "TaskFailed"
-        return None, kind, f"{type(error).__name__}: {error}", traceback.format_exc()
-    except Exception as error:
-        return None, "TaskFailed", f"{type(error).__name__}: {error}", traceback.format_exc()
+        return None, kind, one_line(error) or type(error).__name__, ""
+    except (Exception, SystemExit) as error:
+        kind = "StorageError" if isinstance(error, OSError) and is_full(error) else "TaskFailed"
+        return None, kind, describe(error), traceback.format_exc()[:_LONGEST_TRACEBACK]
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from ase import Atoms
 from ase.calculators.abc import GetPropertiesMixin
 
-from ubmd.errors import SettingsError, UbmdError
+from ubmd.errors import SettingsError, UbmdError, describe
+from ubmd.references.arguments import check_arguments
+from ubmd.references.imports import import_attribute, not_installed
 from ubmd.settings import ReferenceSettings
 
 READY_MADE = {
@@ -25,8 +26,6 @@ READY_MADE = {
     "espresso": "ubmd.references.espresso:espresso",
 }
 """Short names of the references that ship with the package."""
-
-_PIP_NAMES = {"openmm": "'ubmd[openmm]'", "tblite": "'ubmd[tblite]'"}
 
 
 def make_calculator(settings: ReferenceSettings, base: Path) -> GetPropertiesMixin:
@@ -40,11 +39,25 @@ def make_calculator(settings: ReferenceSettings, base: Path) -> GetPropertiesMix
         base: folder of the settings file.
 
     Raises:
-        SettingsError: the calculator cannot be imported or refuses its arguments.
+        SettingsError: the calculator cannot be imported or refuses its arguments, or one of these is misspelt.
     """
     base = Path(base).resolve()
     with variables(settings.environment):
-        return _make(_import(settings.calculator, base), settings, base)
+        factory = import_attribute(settings.calculator, base, READY_MADE)
+        calculator = _make(factory, settings, base)
+    if isinstance(calculator, Atoms) or not hasattr(calculator, "get_forces"):
+        raise SettingsError(
+            f"reference.calculator = {settings.calculator!r} makes an object of type {type(calculator).__name__}, "
+            "which is no ASE calculator."
+        )
+    return calculator
+
+
+def unrecognised_arguments(settings: ReferenceSettings, base: Path) -> list[str]:
+    """Names of ``settings.arguments`` that the calculator is handed but does not name; errors as `make_calculator`."""
+    base = Path(base).resolve()
+    with variables(settings.environment):
+        return _check(import_attribute(settings.calculator, base, READY_MADE), settings, base)
 
 
 @contextmanager
@@ -63,51 +76,47 @@ def variables(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _make(factory: Any, settings: ReferenceSettings, base: Path) -> GetPropertiesMixin:
-    if settings.calculator in READY_MADE and "base" in signature(factory).parameters:
+    _check(factory, settings, base)
+    if _wants_base(factory, settings):
         # These look for their files themselves: also for folders, and for names inside commands.
         arguments = settings.arguments | {"base": base}
     else:
         arguments = _resolve(settings.arguments, base)
     try:
-        return factory(**arguments)
+        calculator: GetPropertiesMixin = factory(**arguments)
     except UbmdError:
         raise
-    except ImportError as error:
-        raise _not_installed(settings.calculator, error) from error
-    except Exception as error:
+    except ModuleNotFoundError as error:
+        raise not_installed(settings.calculator, _module_of(settings), base, error) from error
+    except (Exception, SystemExit) as error:
         # Whatever a foreign constructor raises, its arguments come from the settings file: say which table to mend.
-        message = f"reference.arguments don't suit the calculator {settings.calculator!r}: {error}"
-        raise SettingsError(message) from error
-
-
-def _import(name: str, base: Path) -> Any:
-    """The class or function behind a short name or an import path; modules in the settings file's folder count, too."""
-    path = READY_MADE.get(name, name)
-    module_name, separator, attribute = path.partition(":")
-    if not separator:
-        names = ", ".join(sorted(READY_MADE))
         raise SettingsError(
-            f"reference.calculator = {name!r} is neither a ready-made reference ({names}) "
-            "nor an import path like 'ase.calculators.emt:EMT'."
+            f"reference.arguments don't suit the calculator {settings.calculator!r}: {describe(error)}"
+        ) from error
+    return calculator
+
+
+def _check(factory: Any, settings: ReferenceSettings, base: Path) -> list[str]:
+    """Names of arguments that the factory does not name; SettingsError if one is misspelt."""
+    if not callable(factory):
+        kind = type(factory).__name__
+        raise SettingsError(
+            f"reference.calculator = {settings.calculator!r} is an object of type {kind}; name a class or a function "
+            "that makes an ASE calculator."
         )
-    top = module_name.partition(".")[0]
-    if ((base / f"{top}.py").is_file() or (base / top / "__init__.py").is_file()) and str(base) not in sys.path:
-        sys.path.append(str(base))  # at the end: a file of the user must not hide an installed package
+    ours = ("base",) if _wants_base(factory, settings) else ()
     try:
-        module = import_module(module_name)
-    except ImportError as error:
-        raise _not_installed(name, error) from error
-    if not hasattr(module, attribute):
-        raise SettingsError(f"reference.calculator: the module {module_name} has no {attribute!r}; check its spelling.")
-    return getattr(module, attribute)
+        return check_arguments(factory, settings.calculator, settings.arguments, ours)
+    except ModuleNotFoundError as error:
+        raise not_installed(settings.calculator, _module_of(settings), base, error) from error
 
 
-def _not_installed(calculator: str, error: ImportError) -> SettingsError:
-    package = (error.name or READY_MADE.get(calculator, calculator)).partition(".")[0].partition(":")[0]
-    return SettingsError(
-        f"reference.calculator = {calculator!r} cannot be imported ({error}); "
-        f"install it with: pip install {_PIP_NAMES.get(package, package)}"
-    )
+def _wants_base(factory: Any, settings: ReferenceSettings) -> bool:
+    return settings.calculator in READY_MADE and "base" in signature(factory).parameters
+
+
+def _module_of(settings: ReferenceSettings) -> str:
+    return READY_MADE.get(settings.calculator, settings.calculator).partition(":")[0]
 
 
 def _resolve(value: Any, base: Path) -> Any:

@@ -15,6 +15,7 @@ from ase import Atoms
 from ubmd.errors import LabelError, SettingsError
 from ubmd.references.electrons import spin_multiplicity, total_charge
 from ubmd.references.programs import Program, command_line, failed
+from ubmd.spelling import nearest
 
 DEFAULTS: dict[str, Any] = {
     "xc": "PBE",
@@ -136,7 +137,9 @@ def cp2k(
         raise SettingsError(f"reference.arguments.preset = {preset!r} is unknown; use {' or '.join(sorted(PRESETS))}.")
     unknown = sorted(set(settings) - set(DEFAULTS))
     if unknown:
-        raise SettingsError(f"reference.arguments.{unknown[0]} is unknown to cp2k; known are {', '.join(DEFAULTS)}.")
+        meant = nearest(unknown[0], DEFAULTS)
+        hint = f"did you mean {meant!r}?" if meant else f"known are {', '.join(DEFAULTS)}."
+        raise SettingsError(f"reference.arguments.{unknown[0]} is unknown to cp2k; {hint}")
     chosen = DEFAULTS | PRESETS[preset] | settings
     text = None if template is None else _read(Path(base) / template)
     words = command_line(command, launcher, threads, "cp2k")

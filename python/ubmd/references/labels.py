@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.abc import GetPropertiesMixin
-from ase.calculators.calculator import PropertyNotImplementedError, SCFError
+from ase.calculators.calculator import SCFError
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
 from ase.geometry import find_mic
 from ase.neighborlist import neighbor_list
 
 from ubmd.data.state import check_state, state_hash
-from ubmd.errors import DataError, LabelError, SettingsError
+from ubmd.errors import DataError, LabelError, SettingsError, describe, one_line
 from ubmd.references.cache import through_cache
 from ubmd.references.calculators import make_calculator, variables
 from ubmd.references.programs import DISK_FULL, scratch_folder
+from ubmd.references.results import Results, read_results
 from ubmd.settings import ReferenceSettings
 
 _MOVED = 0.01  # Å; a structure further than this from the one that was asked for is another one
@@ -112,40 +113,31 @@ def check_geometry(atoms: Atoms, min_distance: float) -> None:
         )
 
 
-def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> dict[str, np.ndarray | float]:
+def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Results:
     """Energy, forces and perhaps stress; whatever a foreign code raises becomes a LabelError."""
     calculator = cached_calculator(settings, base, state_hash(atoms, settings.info))
     try:
         with surroundings(calculator, settings):
-            results = _evaluate(atoms, calculator)
+            results = read_results(atoms, calculator)
         _check_computed(atoms, calculator)
     except (LabelError, SettingsError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # The state of a calculator after a failure is unknown: the next label starts a new one.
         _cache.pop(_key(settings, base), None)
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise  # no fault of this structure
         what = "did not converge" if _tells_no_convergence(error) else "failed"
-        raise LabelError(f"The reference {what} ({type(error).__name__}: {error}).") from error
-    if getattr(calculator, "converged", True) is False:
+        raise LabelError(f"The reference {what} ({describe(error)}).") from error
+    if _is_unconverged(calculator):
         raise LabelError("The reference did not converge.")
     return results
 
 
-def _evaluate(atoms: Atoms, calculator: GetPropertiesMixin) -> dict[str, np.ndarray | float]:
-    forces = np.array(_apart(atoms, calculator).get_forces())
-    results: dict[str, np.ndarray | float] = {"energy": _energy(_apart(atoms, calculator)), "forces": forces}
-    if atoms.pbc.all():
-        results |= _stress(_apart(atoms, calculator))
-    return results
-
-
-def _apart(atoms: Atoms, calculator: GetPropertiesMixin) -> Atoms:
-    """A copy for one question to a calculator, which may change it: wrap it, shift it, give it a cell."""
-    copy = atoms.copy()
-    copy.calc = calculator
-    return copy
+def _is_unconverged(calculator: GetPropertiesMixin) -> bool:
+    """Whether a calculator says so (some have a method or another thing of this name)."""
+    converged = getattr(calculator, "converged", True)
+    return isinstance(converged, bool | np.bool_) and not converged
 
 
 def _check_computed(atoms: Atoms, calculator: GetPropertiesMixin) -> None:
@@ -197,34 +189,20 @@ def _own_directory(calculator: GetPropertiesMixin) -> Iterator[None]:
             setattr(calculator, "directory", before)  # noqa: B010
 
 
-def _tells_no_convergence(error: Exception) -> bool:
-    return isinstance(error, SCFError) or "not converge" in str(error).lower()
+def _tells_no_convergence(error: BaseException) -> bool:
+    return isinstance(error, SCFError) or "not converge" in one_line(error).lower()
 
 
-def _energy(atoms: Atoms) -> float:
-    """The energy whose derivative the forces are, where the calculator tells it apart (smeared electrons)."""
-    try:
-        return float(atoms.get_potential_energy(force_consistent=True))
-    except PropertyNotImplementedError:
-        return float(atoms.get_potential_energy())
-
-
-def _stress(atoms: Atoms) -> dict[str, np.ndarray | float]:
-    """Stress, tension positive; empty for calculators without stress."""
-    try:
-        return {"stress": np.array(atoms.get_stress(voigt=True))}
-    except PropertyNotImplementedError:
-        return {}
-
-
-def _check_results(results: dict[str, np.ndarray | float], n_atoms: int, force_limit: float) -> None:
+def _check_results(results: Results, n_atoms: int, force_limit: float) -> None:
     """LabelError for labels that are not finite, of the wrong shape, or absurdly large."""
     for name, value in results.items():
         if not np.isfinite(value).all():
             raise LabelError(f"The reference returned a label that is not finite ({name}).")
     forces = np.asarray(results["forces"])
     if forces.shape != (n_atoms, 3):
-        raise LabelError(f"The reference returned forces of shape {forces.shape} for {n_atoms} atoms.")
+        raise LabelError(
+            f"The reference returned forces of shape {forces.shape} for {n_atoms} atoms instead of ({n_atoms}, 3)."
+        )
     size = np.linalg.norm(forces, axis=1)
     largest = int(np.argmax(size))
     if size[largest] > force_limit:

@@ -21,7 +21,7 @@ from typing import Any, cast
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
-from ubmd.errors import LabelError, SettingsError
+from ubmd.errors import LabelError, SettingsError, describe
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that are no fault of a structure."""
@@ -141,7 +141,7 @@ def failed(program: str, error: BaseException, output: Path, translate: Callable
         raise error
     text = output.read_text(errors="replace") if output.is_file() else ""
     reason = translate(text)
-    return LabelError(reason or f"{program} failed ({type(error).__name__}: {error}); it said: {tail(output)}")
+    return LabelError(reason or f"{program} failed ({describe(error)}); it said: {tail(output)}")
 
 
 def folder_of(base: Path, name: str | Path, argument: str) -> str:

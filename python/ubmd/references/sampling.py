@@ -14,7 +14,7 @@ from ase.md.langevin import Langevin
 
 from ubmd.data.state import state_hash
 from ubmd.data.structures import fixed_atoms
-from ubmd.errors import DataError, LabelError, SettingsError, UbmdError
+from ubmd.errors import DataError, LabelError, SettingsError, UbmdError, describe
 from ubmd.references.labels import cached_calculator, label, surroundings
 from ubmd.settings import ReferenceSettings, SamplingSettings
 
@@ -112,8 +112,8 @@ def _advance(dynamics: Langevin, steps: int, reference: ReferenceSettings) -> No
             dynamics.run(steps)
     except UbmdError:
         raise
-    except Exception as error:
-        raise LabelError(f"The reference failed during MD ({type(error).__name__}: {error}).") from error
+    except (Exception, SystemExit) as error:
+        raise LabelError(f"The reference failed during MD ({describe(error)}).") from error
 
 
 def _frame(dynamics: Langevin, reference: ReferenceSettings, base: Path, index: int) -> Atoms:

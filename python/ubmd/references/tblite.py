@@ -50,7 +50,7 @@ def tblite(
             "charge": total_charge(atoms, charge),
             "multiplicity": spin_multiplicity(atoms, multiplicity),
         }
-        calculator = TBLite(method=method, accuracy=accuracy, verbosity=0, **electrons, **settings)
+        calculator = TBLite(method=method, accuracy=accuracy, **({"verbosity": 0} | electrons | settings))
         calculator.calculate(atoms)
         return dict(calculator.results)
 

@@ -41,6 +41,7 @@ from ubmd.learning.dynamic.learners import ForceConstants, Learner, Network
 from ubmd.learning.dynamic.settings import DynamicRunSettings, box_file
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
 from ubmd.learning.groups import run_tasks
+from ubmd.learning.reference import check_here, look_at_reference, remarks
 from ubmd.learning.rewind import argument_hashes
 from ubmd.learning.run_folder import (
     Listener,
@@ -148,10 +149,12 @@ class Engine(Walk):
         self, settings: DynamicRunSettings, base: Path, folder: RunFolder, workers: Executor, listener: Listener | None
     ) -> None:
         self.box = ideal_box(settings, base)
-        plan, changes = open_run(folder, settings, input_hashes(settings, base))
+        record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
+        plan, changes = open_run(folder, settings, input_hashes(settings, base), reference=record)
         self.settings = plan.at(0)
         self.dynamic = self.settings.dynamic
         super().__init__(base, folder, workers, listener, plan.threads, changes)
+        self._remark(remarks(record, settings.reference))
         self._rounds: list[_Round] = []
         self._loaded = ""  # key of the model that the learner holds
         self._series: dict[int, list[ErrorSeries]] = {r: [] for r in range(self.dynamic.trajectories)}
@@ -782,3 +785,4 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
         orders = basis.parameter_orders
         counts = " + ".join(f"{int((orders == order).sum())}" for order in basis.orders)
         yield f"Force constants of orders {', '.join(map(str, basis.orders))}: {counts} = {len(orders)}."
+    yield from check_here(settings.reference, settings.workers, base)

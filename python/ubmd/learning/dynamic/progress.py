@@ -136,6 +136,8 @@ def describe_event(event: Event) -> str:
     match event["event"]:
         case "run_started":
             return f"Dynamic training: at most {event['labels_wanted']} labels and {event['steps_wanted']:,} MD steps."
+        case "remark":
+            return f"Remark: {event['text']}"
         case "basis":
             return f"{event['parameters']} parameters."
         case "stage_started" if event["stage"] == "test_set" or event.get("round") == -1:

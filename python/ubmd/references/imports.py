@@ -1,0 +1,119 @@
+"""Importing what the settings name as 'module:attribute', also from beside the settings file."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ubmd.errors import SettingsError, describe
+from ubmd.spelling import nearest
+
+_PIP_NAMES = {"openmm": "'ubmd[openmm]'", "tblite": "'ubmd[tblite]'"}
+
+
+def import_attribute(name: str, base: Path, short_names: Mapping[str, str]) -> Any:
+    """The class or function behind an import path or one of the short names for them.
+
+    Args:
+        name: 'package.module:Class', or a short name.
+        base: folder of the settings file; modules in it count, too, after the installed ones.
+        short_names: short name -> import path.
+
+    Raises:
+        SettingsError: there is no such module or attribute, or the module cannot be imported.
+    """
+    path = short_names.get(name, name)
+    module_name, separator, attribute = path.partition(":")
+    if not separator:
+        names = ", ".join(sorted(short_names))
+        meant = nearest(name, short_names)
+        raise SettingsError(
+            f"reference.calculator = {name!r} is neither a ready-made reference ({names}) "
+            f"nor an import path like 'ase.calculators.emt:EMT'" + (f"; did you mean {meant!r}?" if meant else ".")
+        )
+    module = _import_module(name, module_name, base)
+    if not hasattr(module, attribute):
+        raise SettingsError(_no_attribute(module, attribute, base))
+    return getattr(module, attribute)
+
+
+def own_file(module_name: str, base: Path) -> Path | None:
+    """The file (or folder) beside the settings file that an import path may mean."""
+    top = module_name.partition(".")[0]
+    for path in (base / f"{top}.py", base / top):
+        if top and (path.is_file() if path.suffix else path.is_dir()):
+            return path
+    return None
+
+
+def _import_module(name: str, module_name: str, base: Path) -> ModuleType:
+    if own_file(module_name, base) is not None and str(base) not in sys.path:
+        sys.path.append(str(base))  # at the end: a file of the user must not hide an installed package
+    try:
+        return import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise not_installed(name, module_name, base, error) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the module does when it is imported, sys.exit included
+        raise _broken(name, error, base) from error
+
+
+def not_installed(name: str, module_name: str, base: Path, error: ModuleNotFoundError) -> SettingsError:
+    """The sentence about a module that is not there: the one that was asked for, or one that it needs.
+
+    Args:
+        name: ``reference.calculator``.
+        module_name: the module that it stands for.
+        base: folder of the settings file.
+        error: names the module that is missing.
+    """
+    missing = error.name or ""
+    top = missing.partition(".")[0]
+    if missing != module_name and not module_name.startswith(f"{missing}."):
+        is_package = top and (missing == top or top in _PIP_NAMES)
+        hint = f"; install what is missing with: pip install {_PIP_NAMES.get(top, top)}" if is_package else "."
+        return SettingsError(str(_broken(name, error, base)).rstrip(".") + hint)
+    start = f"reference.calculator = {name!r}"
+    if missing != top:
+        return SettingsError(
+            f"{start} cannot be imported: the package {top} has no module {missing}; check its spelling."
+        )
+    sentence = f"{start} cannot be imported: there is no {top}.py in {base}, and no installed package of that name"
+    if "." in module_name:
+        return SettingsError(f"{sentence}; if it is a package, install it, for example with: pip install {top}")
+    return SettingsError(f"{sentence}; check its spelling.")
+
+
+def _broken(name: str, error: BaseException, base: Path) -> SettingsError:
+    told = f"SyntaxError: {error.msg}" if isinstance(error, SyntaxError) else describe(error)
+    return SettingsError(f"reference.calculator = {name!r} cannot be imported: {told}{_place(error, base)}.")
+
+
+def _no_attribute(module: ModuleType, attribute: str, base: Path) -> str:
+    meant = nearest(attribute, [key for key in vars(module) if not key.startswith("_")])
+    hint = f"did you mean {meant!r}?" if meant else "check its spelling."
+    own, file = own_file(module.__name__, base), getattr(module, "__file__", None)
+    if own is not None and (file is None or not Path(file).resolve().is_relative_to(base)):
+        hint = f"Python has a module of this name of its own ({file or 'built in'}): rename {own.name}."
+    return f"reference.calculator: the module {module.__name__} has no {attribute!r}; {hint}"
+
+
+def _place(error: BaseException, base: Path) -> str:
+    """Where an import failed: ' (FILE, line N)', in the user's own files if it passed through any."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}, line {error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_foreign(frame.filename)]
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(base)]
+    own = [frame for frame in own if "site-packages" not in frame.filename]  # an environment beside the settings
+    return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in (own or frames)[-1:])
+
+
+def _is_foreign(file: str) -> bool:
+    """Whether code is neither ours nor Python's machinery of imports."""
+    return not file.startswith("<frozen") and not Path(file).is_relative_to(Path(__file__).parents[1])

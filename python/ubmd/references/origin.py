@@ -1,0 +1,76 @@
+"""Which software makes the labels: packages with their versions, own modules and programs."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+from ubmd.references.calculators import READY_MADE, unrecognised_arguments
+from ubmd.references.labels import cached_calculator
+from ubmd.settings import ReferenceSettings
+
+_BASES = ("ase.calculators.abc", "ase.calculators.calculator", "ase.calculators.genericfileio")  # compute nothing
+_LIBRARIES = {"openmm": "openmm", "lammps": "lammps", "quickff_mil53": "lammps", "tblite": "tblite"}
+_PROGRAMS = {"cp2k": "cp2k_shell", "espresso": "pw.x"}
+"""Of the ready-made references: the library that computes, or the default of 'command'."""
+
+
+def inspect_reference(settings: ReferenceSettings, base: Path) -> dict[str, Any]:
+    """Make the calculator (the labels of this process use it, too) and say what it is.
+
+    Returns:
+        packages: name -> version of what computes; files: own module -> SHA-256; programs: name -> full path;
+        unrecognised: arguments that the calculator is handed but does not name.
+
+    Raises:
+        SettingsError: the calculator cannot be imported or made, or an argument is misspelt.
+    """
+    calculator = cached_calculator(settings, base)
+    kinds = [kind for kind in inspect.getmro(type(calculator)) if kind is not object]
+    path = READY_MADE.get(settings.calculator, settings.calculator)
+    modules = [path.partition(":")[0], *(kind.__module__ for kind in kinds if kind.__module__ not in _BASES)]
+    return {
+        "packages": _packages([*modules, _LIBRARIES.get(settings.calculator, "")]),
+        "files": dict(_own_files(modules, Path(base).resolve())),
+        "programs": _programs(settings),
+        "unrecognised": unrecognised_arguments(settings, base),
+    }
+
+
+def _packages(modules: Iterable[str]) -> dict[str, str]:
+    """Installed packages that modules belong to, with their versions; ubmd itself left out."""
+    known = packages_distributions()
+    names = {name for module in modules for name in known.get(module.partition(".")[0], []) if name != "ubmd"}
+    return {name: found for name in sorted(names, key=str.lower) if (found := _version(name))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # removed while this process runs
+        return None
+
+
+def _own_files(modules: Iterable[str], base: Path) -> Iterator[tuple[str, str]]:
+    """(path relative to the settings file, SHA-256) of modules that lie in its folder."""
+    for module in modules:
+        file = getattr(sys.modules.get(module), "__file__", None)
+        if file is None or "site-packages" in file or module.partition(".")[0] == "ubmd":
+            continue
+        path = Path(file).resolve()
+        if path.is_relative_to(base):
+            yield str(path.relative_to(base)), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _programs(settings: ReferenceSettings) -> dict[str, str]:
+    if settings.calculator not in _PROGRAMS:
+        return {}
+    command = shlex.split(str(settings.arguments.get("command", _PROGRAMS[settings.calculator])))[0]
+    return {Path(command).name: shutil.which(command) or command}
