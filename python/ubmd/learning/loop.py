@@ -75,6 +75,8 @@ def run(
     """
     # Workers may have another working directory.
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
+    # Before the folder is made: what is wrong here stays wrong.
+    stages.check_start(read_structures(base / settings.start.file), settings)
 
     def begin(workers: Executor) -> Loop:
         if from_iteration is not None:
@@ -119,7 +121,6 @@ class Loop(Walk):
         from_iteration: int | None = None,
     ) -> None:
         self.start_structures = read_structures(base / settings.start.file)
-        stages.check_start(self.start_structures, settings)
         self.plan, changes = open_run(folder, settings, input_hashes(settings, base), from_iteration)
         self.settings = self.plan.at(START)
         super().__init__(base, folder, workers, listener, self.plan.threads, changes)

@@ -61,7 +61,7 @@ def drive(
             reason: BaseException = full_disk(folder.path) if is_full(error) or folder.is_full() else error
             if walk is not None and isinstance(reason, KeyboardInterrupt | UbmdError):
                 with suppress(OSError):
-                    walk.events.write("run_stopped", why=str(reason) or "interrupted")
+                    walk.events.write("run_stopped", why=str(reason) or "interrupted", kind=type(reason).__name__)
             raise reason from (None if reason is error else error)
 
 

@@ -83,6 +83,7 @@ def run(
         StorageError: the disk is full.
     """
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
+    check_box(settings, base)  # before the folder is made: what is wrong here stays wrong
     drive(folder, settings.workers, executor, lambda workers: Engine(settings, base, folder, workers, listener))
     return Path(settings.run_dir)
 
@@ -96,6 +97,20 @@ def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
     """
     atoms = read_structures(box_file(settings, base))[0]
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc).repeat(settings.start.repeat)
+
+
+def check_box(settings: DynamicRunSettings, base: Path) -> Atoms:
+    """The box, if LAMMPS can move it.
+
+    Raises:
+        SettingsError: it cannot, or the file is missing.
+        DataError: the file holds no structure.
+    """
+    box = ideal_box(settings, base)
+    name = box_file(settings, base).name
+    stages.check_periodicity(box, name)
+    stages.check_movable(box, name, settings.reference.min_distance)
+    return box
 
 
 def input_hashes(settings: DynamicRunSettings, base: Path) -> dict[str, str]:
@@ -736,7 +751,7 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
     Raises:
         SettingsError, DataError: the first mistake.
     """
-    box = ideal_box(settings, base)
+    box = check_box(settings, base)
     if settings.bias is not None:
         for element in settings.bias.species:
             if element not in set(box.symbols):
