@@ -96,6 +96,10 @@ def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
         DataError: it holds no structure.
     """
     atoms = read_structures(box_file(settings, base))[0]
+    if settings.start.file is None and settings.crystal is not None:
+        from ubmd.crystal.symmetry import symmetrised
+
+        atoms = symmetrised(atoms, settings.crystal.tolerance)
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc).repeat(settings.start.repeat)
 
 
@@ -186,9 +190,12 @@ class Engine(Walk):
         """Made when first needed: a cluster basis may take seconds."""
         if self.settings.crystal is None:
             return Network(self.settings, self.threads)
+        from ubmd.crystal.ideal import describe_symmetry
+
         crystal = read_structures(self.settings.crystal.structure_file(self.base))[0]
         learner = ForceConstants(self.settings, self.box, self.folder.path / "basis.npz", crystal)
-        self.events.show("basis", parameters=learner.basis.n_parameters)
+        symmetry = list(describe_symmetry(crystal, learner.basis.lattice, self.settings.crystal.tolerance))
+        self.events.write("basis", parameters=learner.basis.n_parameters, symmetry=symmetry)
         return learner
 
     # -------------------------------------------------------------------------------------- before the rounds
@@ -769,9 +776,11 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
     )
     if settings.crystal is not None:
         from ubmd.crystal.basis import ClusterBasis
+        from ubmd.crystal.ideal import describe_symmetry
 
-        crystal = read_structures(settings.crystal.structure_file(base))[0]
-        basis = ClusterBasis.build(crystal, settings.crystal.cutoffs, settings.crystal.decay)
+        crystal, wanted = read_structures(settings.crystal.structure_file(base))[0], settings.crystal
+        basis = ClusterBasis.build(crystal, wanted.cutoffs, wanted.decay, wanted.tolerance)
+        yield from describe_symmetry(crystal, basis.lattice, wanted.tolerance)
         basis.supercell(box)
         orders = basis.parameter_orders
         counts = " + ".join(f"{int((orders == order).sum())}" for order in basis.orders)

@@ -138,7 +138,7 @@ def describe_event(event: Event) -> str:
         case "run_started":
             return f"Dynamic training: at most {event['labels_wanted']} labels and {event['steps_wanted']:,} MD steps."
         case "basis":
-            return f"{event['parameters']} parameters."
+            return " ".join([*event.get("symmetry", []), f"{event['parameters']} parameters."])
         case "stage_started" if event["stage"] == "test_set" or event.get("round") == -1:
             return f"{_place(event)}{STAGE_NAMES.get(event['stage'], event['stage'])} …"
         case "piece_done":
