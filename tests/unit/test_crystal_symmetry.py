@@ -192,7 +192,7 @@ def test_boxes_of_the_rounded_file_still_map() -> None:
 
 
 def test_too_loose_tolerances_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"crystal\.tolerance = 0\.5 Å is too loose for atoms that are 2\.35 Å apart"):
+    with pytest.raises(SettingsError, match=r"tolerance = 0\.5 Å is too loose for atoms that are 2\.35 Å apart"):
         Lattice.from_atoms(silicon(), 0.5)
     with pytest.raises(SettingsError, match=r"too loose for atoms that are 2\.5"):  # images of one atom
         Lattice.from_atoms(bulk("Cu", a=3.6), 0.3)
