@@ -71,7 +71,7 @@ def test_slabs_among_other_structures_count_where_replicas_start_from_them(tmp_p
         verify(make_settings(tmp_path / "run"), tmp_path)
 
 
-@pytest.mark.parametrize("atoms", [Atoms("Cu"), bulk("Cu")], ids=["atom", "cell"])
+@pytest.mark.parametrize("atoms", [Atoms("Au"), bulk("Au")], ids=["atom", "cell"])
 def test_single_atoms_are_refused(tmp_path: Path, atoms: Atoms) -> None:
     """Their forces are zero, and LAMMPS has no velocities for them."""
     write_structures(tmp_path / "start.extxyz", [atoms])
@@ -90,6 +90,22 @@ def test_overlapping_atoms_are_refused(tmp_path: Path) -> None:
     ):
         run(make_settings(tmp_path / "run"), tmp_path)
     verify(make_settings(tmp_path / "run", reference={"min_distance": 0.1}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"model": {"elements": ["Cu"]}}, r"holds Au; add it to model\.elements"),
+        ({"variables": {"torsions": {"phi": [0, 1, 2, 13]}}}, r"variables\.torsions\.phi"),
+        ({"md": {"colvars": "nowhere"}}, r"md\.colvars: there is no file"),
+        ({"start": {"file": "nowhere.extxyz"}}, r"start\.file: there is no file"),
+    ],
+)
+def test_python_refuses_what_the_command_line_refuses(tmp_path: Path, tables: dict, words: str) -> None:
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+    with pytest.raises(SettingsError, match=words):
+        run(make_settings(tmp_path / "run", **tables), tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_dynamic_runs_refuse_slabs(tmp_path: Path) -> None:

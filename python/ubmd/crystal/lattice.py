@@ -53,8 +53,7 @@ class Lattice:
             DataError: the cell isn't periodic, or spglib finds no symmetry in it.
             SettingsError: the tolerance is so loose that atoms would merge.
         """
-        if not atoms.pbc.all():
-            raise DataError("A crystal must be periodic in three directions: set pbc of the ideal structure to True.")
+        _check_periodic_and_finite(atoms)
         exact, tolerance = symmetrised(atoms, tolerance), min(tolerance, SYMMETRY_TOLERANCE)
         primitive = primitive_of(exact, tolerance)
         rotations, translations = operations(primitive, tolerance)

@@ -14,6 +14,8 @@ from ubmd.errors import DataError, SettingsError
 
 SYMMETRY_TOLERANCE = 1e-5  # Å, spglib's symprec; crystals that obey their symmetry this well are taken as they are
 _LARGEST_SHARE = 0.1  # of the shortest distance between atoms; with a looser tolerance, anything would be a symmetry
+_OVERLAP = 0.1  # Å
+_NO_GROUP = "spglib finds no space group: check the ideal structure for overlapping atoms or a flat cell."
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def operations(atoms: Atoms, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
         except getattr(spglib, "SpglibError", ()):
             dataset = None
     if dataset is None:
-        raise DataError("spglib finds no space group: check the ideal structure for overlapping atoms or a flat cell.")
+        raise DataError(_NO_GROUP)
     return np.array(dataset.rotations, dtype=np.int64), np.array(dataset.translations)
 
 
@@ -129,6 +131,8 @@ def _check_tolerance(atoms: Atoms, tolerance: float) -> None:
     pairs = (atoms.positions[:, None] - atoms.positions)[np.triu_indices(len(atoms), 1)]
     lengths = [*np.linalg.norm(cell, axis=1), *(find_mic(pairs, cell)[1] if len(pairs) else ())]
     shortest = float(min(lengths))
+    if shortest < _OVERLAP:
+        raise DataError(_NO_GROUP)
     if tolerance > _LARGEST_SHARE * shortest:
         raise SettingsError(
             f"crystal.tolerance = {tolerance:g} Å is too loose for atoms that are {shortest:.3g} Å apart: give at most "

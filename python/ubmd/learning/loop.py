@@ -26,6 +26,7 @@ from ubmd.errors import LabelError, ModelError, TrainingError, UbmdError
 from ubmd.export import export_model
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
 from ubmd.learning import convergence, stages
+from ubmd.learning.check import verify
 from ubmd.learning.groups import TaskGroup, run_tasks
 from ubmd.learning.rewind import input_hashes, take_back
 from ubmd.learning.run_folder import (
@@ -76,7 +77,7 @@ def run(
     # Workers may have another working directory.
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
     # Before the folder is made: what is wrong here stays wrong.
-    stages.check_start(read_structures(base / settings.start.file), settings)
+    verify(settings, base)
 
     def begin(workers: Executor) -> Loop:
         if from_iteration is not None:
