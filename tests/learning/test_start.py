@@ -15,7 +15,7 @@ from system import cluster, make_settings, write_inputs
 from test_cli import ubmd
 
 from ubmd.data.structures import read_structures, write_structures
-from ubmd.errors import SettingsError, SimulationError, UbmdError
+from ubmd.errors import LabelError, SettingsError, SimulationError, UbmdError
 from ubmd.learning import RunFolder, run
 from ubmd.learning.check import verify
 from ubmd.learning.dynamic.engine import run as run_dynamic
@@ -23,6 +23,7 @@ from ubmd.learning.dynamic.progress import status as dynamic_status
 from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.learning.run_folder import open_run
 from ubmd.learning.status import status
+from ubmd.settings import RunSettings
 
 SMALL = {"training": {"epochs": 1, "threads": 1}, "md": {"replicas": 2, "steps": 20}, "test": None}
 PARTIAL = r'is periodic in some directions only \(pbc = "T T F"\), but MD needs all three or none: .* empty gap'
@@ -205,3 +206,24 @@ def test_replicas_that_never_got_anywhere_are_tried_again(tmp_path: Path) -> Non
     assert "once the cause is mended, 'ubmd run'" in shown(tmp_path / "run")
     folder = RunFolder(run(make_settings(tmp_path / "run", **tables), tmp_path))
     assert len(read_structures(folder.dataset, labelled=True)) == 6
+
+
+def test_a_mended_reference_is_asked_again(tmp_path: Path) -> None:
+    """A program is missing at the start, and again later: what it has rejected must not end the run for ever."""
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+
+    def settings(labels: int, **environment: str) -> RunSettings:
+        reference = {"calculator": "unkind:InstalledEMT", "environment": environment}
+        loop = {"labels": labels, "warm_epochs": 1}
+        return make_settings(tmp_path / "run", **SMALL, loop=loop, reference=reference)
+
+    with pytest.raises(LabelError, match=r"Only 0 of 4 start structures could be labelled, .*dft\.x"):
+        run(settings(4), tmp_path)
+    assert "'ubmd run' with the same settings resumes it" in shown(tmp_path / "run")
+    folder = RunFolder(run(settings(4, PROGRAM="there"), tmp_path))
+    assert len(read_structures(folder.dataset, labelled=True)) == 4
+    with pytest.raises(LabelError, match=r"3 iterations in a row gave no label; .*dft\.x"):
+        run(settings(8), tmp_path)
+    run(settings(8, PROGRAM="there"), tmp_path)
+    labels = read_structures(folder.dataset, labelled=True)
+    assert [atoms.info["label"] for atoms in labels] == list(range(8))

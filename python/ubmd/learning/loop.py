@@ -22,7 +22,7 @@ from ase import Atoms
 from ubmd.analysis import coverage, torsions
 from ubmd.calculator import Evaluator
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
-from ubmd.errors import LabelError, ModelError, TrainingError, UbmdError
+from ubmd.errors import ModelError, TrainingError, UbmdError
 from ubmd.export import export_model
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
 from ubmd.learning import convergence, stages
@@ -178,12 +178,6 @@ class Loop(Walk):
         for k, atoms in enumerate(candidates):
             atoms.info |= {"iteration": START, "replica": k, "step": 0}
         self._label_start(candidates)
-        if len(self.dataset) < 2:
-            reasons = [atoms.info["reason"] for atoms in self.rejected]
-            raise LabelError(
-                f"Only {len(self.dataset)} of {len(candidates)} start structures could be labelled, at least 2 are "
-                f"needed; the first reason: {reasons[0]}"
-            )
 
     # -------------------------------------------------------------------------------------- keys
 

@@ -226,6 +226,12 @@ def mend_batch(folder: Path, known: Sequence[Atoms], settings: ReferenceSettings
             seal(target, label_key(candidate, settings))
 
 
+def forget_rejections(folder: Path) -> None:
+    """Let `label_batch` try again what it has rejected."""
+    for path in folder.glob("rejected_*.json"):
+        path.unlink()
+
+
 def batch_is_whole(folder: Path) -> bool:
     """Whether every structure of a labelled batch still has its undamaged label, or its reason."""
     for source in folder.glob("candidate_*.extxyz"):

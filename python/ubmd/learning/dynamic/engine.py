@@ -24,7 +24,7 @@ from ase import Atoms
 from ubmd.crystal.convergence import converged
 from ubmd.crystal.triggers import load_trigger
 from ubmd.data.structures import dataset_hash, read_structures
-from ubmd.errors import LabelError, SettingsError, SimulationError, UbmdError
+from ubmd.errors import SettingsError, SimulationError, UbmdError
 from ubmd.lammps.trajectory import (
     PieceResult,
     PieceTask,
@@ -210,13 +210,8 @@ class Engine(Walk):
             atoms.positions += rng.normal(0.0, self.settings.start.displacement, atoms.positions.shape)
             atoms.info |= {"iteration": START, "replica": k, "step": 0, "rule": "start"}
             candidates.append(atoms)
+        self.least_labels = 1 if self.settings.crystal is not None else 2
         self._label_start(candidates)
-        least = 1 if self.settings.crystal is not None else 2
-        if len(self.dataset) < least:
-            raise LabelError(
-                f"Only {len(self.dataset)} of {len(candidates)} start structures could be labelled, at least {least} "
-                f"needed; the first reason: {self.rejected[0].info['reason']}"
-            )
 
     # -------------------------------------------------------------------------------------- rounds
 
