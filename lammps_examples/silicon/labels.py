@@ -164,7 +164,7 @@ def fitted(work: Work, structures: list[Atoms]) -> tuple[ClusterBasis, Supercell
     assert work.settings.crystal is not None
     cutoffs = work.settings.crystal.cutoffs | work.arguments.cutoffs
     wanted = {order: cutoff for order, cutoff in cutoffs.items() if cutoff > 0.0}
-    basis = ClusterBasis.build(work.box(), wanted, work.settings.crystal.decay)
+    basis = ClusterBasis.build(work.box(), wanted, work.settings.crystal.decay, work.settings.crystal.tolerance)
     supercell = Supercell(basis.lattice, work.box())
     equations = NormalEquations(basis.parameter_orders)
     for atoms in structures:

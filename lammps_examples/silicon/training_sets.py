@@ -392,7 +392,7 @@ def main() -> None:
     box = ideal_box(settings, base)
     arguments.out.mkdir(parents=True, exist_ok=True)
     crystal = read_structures(settings.crystal.structure_file(base))[0]
-    basis = ClusterBasis.build(crystal, settings.crystal.cutoffs, settings.crystal.decay)
+    basis = ClusterBasis.build(crystal, settings.crystal.cutoffs, settings.crystal.decay, settings.crystal.tolerance)
     work = Work(arguments, settings, base, box, basis, basis.supercell(box))
     for temperature in sorted({work.temperature, *arguments.test_temperatures}):
         work.tests[temperature] = test_set(work, temperature)

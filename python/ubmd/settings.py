@@ -443,6 +443,12 @@ class CrystalSettings(Table):
         "default: no such expectation",
     )
     energies: bool = Field(False, description="fit the energies of the labels too, not only their forces")
+    tolerance: float = Field(
+        1e-5,
+        gt=0,
+        description="how far the crystal may be from its symmetry, Å; above 1e-5 it is moved onto it first, e.g. 1e-3 "
+        "for a file with 4 decimals",
+    )
     caution: float = Field(
         0.5,
         ge=0,

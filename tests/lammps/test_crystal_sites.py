@@ -14,6 +14,7 @@ from crystals import boron_arsenide, tin_selenide, triclinic
 from scipy.spatial.transform import Rotation
 
 from ubmd import _cpp
+from ubmd.crystal.symmetry import symmetrised
 
 
 def record(primitive, max_displacement=0.8):
@@ -171,3 +172,17 @@ def test_errors(problem):
     change(atoms)
     with pytest.raises(_cpp.Error, match=message):
         map_atoms(boron_arsenide(), atoms)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_boxes_of_a_rounded_crystal_are_mapped(turned):
+    """The model has the crystal with its symmetry made exact, the box 5 x 5 x 5 of the file's cells with 4 decimals."""
+    exact = bulk("Mg", "hcp", a=3.21, c=5.21)
+    rounded = Atoms("Mg2", scaled_positions=np.round(exact.get_scaled_positions(), 5), cell=exact.cell, pbc=True)
+    rounded.set_cell(np.round(exact.cell.array, 4), scale_atoms=True)
+    model, box = symmetrised(rounded, 1e-3), rounded.repeat(5)
+    if turned:
+        box.rotate(50.0, (1, 2, 3), rotate_cell=True)
+    crystal = map_atoms(model, box)
+    ideal, _ = ideal_positions(crystal, model, len(box))
+    assert 1e-8 < np.abs(find_mic(box.positions - ideal, box.cell.array)[0]).max() < 5e-4

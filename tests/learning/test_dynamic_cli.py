@@ -11,16 +11,21 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli_w
+from ase import Atoms
+from ase.build import bulk, make_supercell
 from rich.console import Console
 from silicon import make_settings, settings_table, write_inputs
 from typer.testing import CliRunner
 
 from ubmd.cli.main import app
 from ubmd.cli.template import dynamic_template
+from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
 from ubmd.learning import RunFolder
+from ubmd.learning.dynamic.learners import ForceConstants
 from ubmd.learning.dynamic.progress import Course, ProgressBars, ProgressLines, describe_event, status
 from ubmd.learning.dynamic.settings import DynamicRunSettings, DynamicSettings, TriggerSettings, is_dynamic
 from ubmd.settings import load_settings
@@ -149,8 +154,55 @@ def test_check_says_what_would_be_run(tmp_path: Path) -> None:
     assert code == 0, err
     assert "Si8, 8 atoms, periodic" in out
     assert "2 trajectories of 90 steps (0.18 ps) at 300, 900 K, unbiased; at most 7 structures" in out
+    assert "Space group Fd-3m (227), 48 operations, 2 atoms in the primitive cell." in out
     assert "Force constants of orders 2, 3:" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rounded_crystal_runs_with_its_symmetry(tmp_path: Path) -> None:
+    """Fractions of a hexagonal cell with 5 decimals: check and run say what they find; the box is made exact, too."""
+    table = settings_table(tmp_path / "run")
+    table["crystal"] |= {"structure": "rounded.extxyz"}
+    table["start"] = {"count": 1, "repeat": [1, 1, 2]}
+    table["dynamic"] |= {"labels": 2, "steps": 30}
+    exact = make_supercell(bulk("Si", a=5.431), [[1, -1, 0], [0, 1, -1], [1, 1, 1]])
+    exact = Atoms(exact.numbers, scaled_positions=exact.get_scaled_positions(), cell=exact.cell.cellpar(), pbc=True)
+    scaled, cell = np.round(exact.get_scaled_positions(), 5), np.round(exact.cell[:], 4)
+    write_structures(tmp_path / "rounded.extxyz", [Atoms(exact.numbers, scaled_positions=scaled, cell=cell, pbc=True)])
+    del table["test"]
+    (tmp_path / "settings.toml").write_text(tomli_w.dumps(table))
+    code, out, err = ubmd("check", "settings.toml", cwd=tmp_path)
+    assert code == 0, err
+    assert "With crystal.tolerance = 0.001 (Å) it is Fd-3m (227), 48 operations, 2 atoms in the primitive cell" in out
+    assert "Fd-3m" not in out.partition("With crystal.tolerance")[0]
+    few = ["--set", "crystal.tolerance=1e-3"]
+    code, out, err = ubmd("run", "settings.toml", *few, cwd=tmp_path)
+    assert code == 0, err
+    folder = RunFolder(tmp_path / "run")
+    event = next(event for event in folder.read_events() if event["event"] == "basis")
+    assert event["symmetry"][0] == "Space group Fd-3m (227), 48 operations, 2 atoms in the primitive cell."
+    assert event["symmetry"][0] in out
+    assert event["symmetry"][1].endswith("(crystal.tolerance = 0.001 Å).")
+    box = read_structures(folder.dataset)[0]
+    metric = box.cell[:] @ box.cell[:].T
+    assert metric[0, 1] == pytest.approx(-metric[0, 0] / 2.0, rel=1e-12)  # hexagonal beyond the file's decimals
+    code, _, err = ubmd("run", "settings.toml", cwd=tmp_path)
+    assert "crystal.tolerance = 0.001, now it is 1e-05" in err
+
+
+def test_older_runs_go_on_without_the_tolerance(printed: tuple[Path, str]) -> None:
+    """Neither keys nor manifests of before know it."""
+    settings = make_settings(printed[0] / "run")
+    assert settings.crystal is not None
+    old = settings.crystal.model_dump(mode="json", exclude={"structure", "tolerance"})
+    crystal = read_structures(settings.crystal.structure_file(printed[0]))[0]
+
+    def key(tolerance: float) -> object:
+        changed = settings.model_copy(update={"crystal": settings.crystal.model_copy(update={"tolerance": tolerance})})
+        return ForceConstants(changed, crystal, printed[0] / "run" / "basis.npz", crystal).key()
+
+    assert key(1e-5) == old
+    assert key(1e-3) == old | {"tolerance": 1e-3}
 
 
 @pytest.mark.parametrize(

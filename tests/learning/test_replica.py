@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +106,58 @@ def test_frames_have_the_uncertainties_of_python(model: Path, tmp_path: Path, st
     before, after = (a.get_all_distances(mic=bool(a.pbc.any())) for a in (start, frames[0]))
     np.testing.assert_allclose(after, before, atol=1e-9)
     assert np.abs(frames[-1].get_all_distances() - frames[0].get_all_distances()).max() > 0.05
+
+
+RING = [[2.5 * np.cos(np.pi * k / 3.0), 2.5 * np.sin(np.pi * k / 3.0), 0.0] for k in range(6)]
+CHAIN = [[2.4 * k, 0.0, 0.0] for k in range(3)]
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize(("symbols", "positions"), [("Cu5Au", RING), ("CuAuCu", CHAIN)], ids=["ring", "chain"])
+def test_flat_and_linear_molecules_run(
+    model: Path, tmp_path: Path, symbols: str, positions: list[list[float]], axes: tuple[int, int, int]
+) -> None:
+    """Along the axes LAMMPS has no bins for neighbours; forces and uncertainties are those of Python all the same."""
+    start = Atoms(symbols, np.array(positions)[:, axes])
+    assert np.ptp(start.positions, axis=0).min() == 0.0
+    result = run_replica(make_task(tmp_path, model, start))
+    assert (result.stopped, result.steps, result.frames, result.reason) == ("step limit", 40, 5, "")
+    frames = read_structures(tmp_path / "frames.extxyz")
+    np.testing.assert_array_equal(frames[0].positions, start.positions)
+    for frame, prediction in zip(frames, Evaluator(model, "double").predict(frames), strict=True):
+        assert frame.info["uncertainty"] == pytest.approx(prediction.u, rel=1e-9)
+        np.testing.assert_allclose(frame.arrays["atomic_uncertainty"], prediction.atomic_u, rtol=1e-9)
+
+
+def test_molecules_that_become_flat_run_from_the_beginning_without_bins(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turning dimer is thinner than the bins now and then; its frames are those of a run without bins."""
+    attempts: list[str] = []
+    original = replica._run_once
+
+    def note(task: ReplicaTask, neighbours: replica.Neighbours) -> Any:
+        attempts.append(neighbours)
+        return original(task, neighbours)
+
+    monkeypatch.setattr(replica, "_run_once", note)
+    dimer = Atoms("Cu2", [[0.0, 0.0, 0.0], [2.2, 0.2, 0.4]])
+    changes = {"steps": 4000, "temperature": 600.0, "force": 0.0}
+    result = run_replica(make_task(tmp_path, model, dimer, **changes))
+    assert attempts == ["bin", "nsq"]
+    assert (result.stopped, result.steps, result.frames) == ("step limit", 4000, 401)
+    content = (tmp_path / "frames.extxyz").read_bytes()
+    task = make_task(tmp_path, model, dimer, **changes)
+    original(task, "nsq")
+    result = replica.salvage(task, "as above")
+    assert (result.frames, (tmp_path / "frames.extxyz").read_bytes()) == (401, content)
+
+
+def test_bins_of_other_molecules_stay(model: Path, tmp_path: Path) -> None:
+    """The order in which bins list neighbours decides last digits: runs of before must repeat."""
+    commands = replica.system_commands(cluster(), model, "double")
+    assert "neighbor 1.0 bin" in commands
+    assert "boundary s s s" in commands
 
 
 CV = """

@@ -94,6 +94,15 @@ class UnkindEMT(EMT):
         super().calculate(atoms, *args, **kwargs)
 
 
+class InstalledEMT(EMT):
+    """EMT that says a program is missing until PROGRAM is in the environment."""
+
+    def calculate(self, atoms: Atoms, *args: object, **kwargs: object) -> None:
+        if "PROGRAM" not in os.environ:
+            raise FileNotFoundError("No program 'dft.x'")
+        super().calculate(atoms, *args, **kwargs)
+
+
 class FlakyEMT(EMT):
     """EMT that fails for a fifth of all structures, and hangs in a program for a few: always for the same ones."""
 

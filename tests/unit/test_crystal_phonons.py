@@ -162,6 +162,7 @@ def test_the_command_writes_pictures_and_numbers(tmp_path: Path):
     result = CliRunner().invoke(app, ["phonons", str(tmp_path), "--out", str(out), "--path", "GXKGL"])
     assert result.exit_code == 0, result.output
     assert "C11 = 151." in result.output
+    assert "Space group Fd-3m (227), 48 operations\n" in result.output
     numbers = np.load(out / "phonons.npz")
     assert numbers["labels"].tolist() == ["G", "X", "K", "G", "L"]
     np.testing.assert_allclose(numbers["frequencies"].max(), 17.83, atol=0.02)

@@ -367,6 +367,35 @@ def test_info_and_eval(trained, data):
     assert "lack that of the ideal crystal" in text
 
 
+def test_a_rounded_crystal_trains_the_same_potential_within_a_tolerance(trained, data, tmp_path):
+    """A primitive cell in a general orientation with 4 decimals: 1.5e-4 Å off, and without symmetry but inversion."""
+    ideal = silicon()
+    ideal.rotate(40.0, (1, 2, 3), rotate_cell=True)
+    ideal = Atoms(ideal.numbers, np.round(ideal.positions, 4), cell=np.round(ideal.cell[:], 4), pbc=True)
+    write_structures(tmp_path / "rounded.extxyz", [ideal])
+    change = ["--set", f"crystal.structure={tmp_path / 'rounded.extxyz'}", "--set", "crystal.cutoffs={2=4.0,3=2.5}"]
+    path = settings(data, tmp_path / "out")
+    code, text, _ = ubmd("train", path, *change)
+    assert code == 0
+    assert "Space group P-1 (2), 2 operations, 2 atoms in the primitive cell." in text
+    assert "With crystal.tolerance = 0.001 (Å) it is Fd-3m (227), 48 operations" in text
+    few = {}
+    for name, options in {"exact": change[2:], "rounded": [*change, "--set", "crystal.tolerance=1e-3"]}.items():
+        code, text, _ = ubmd("train", settings(data, tmp_path / name), *options)
+        assert code == 0
+        assert "Space group Fd-3m (227), 48 operations, 2 atoms in the primitive cell." in text
+        assert ("To make that exact, atoms were moved by at most" in text) == (name == "rounded")
+        few[name] = Evaluator(tmp_path / name / "model.pt")
+        assert few[name].metadata["space_group"] == "Fd-3m (227), 48 operations"
+    assert few["exact"].metadata["parameters"] == few["rounded"].metadata["parameters"]
+    for atoms in read_structures(data / "test.extxyz"):
+        one, other = (evaluator.predict_one(atoms).forces for evaluator in few.values())
+        # the box of the labels is not quite a multiple of the rounded cell
+        assert np.abs(one - other).max() < 2e-3 * np.abs(one).max()
+    code, text, _ = ubmd("info", tmp_path / "rounded" / "model.pt")
+    assert "Fd-3m (227), 48 operations" in text
+
+
 def test_the_basis_is_kept(data, tmp_path, monkeypatch):
     path = tmp_path / "basis.npz"
     first = cached_basis(silicon(), CUTOFFS, path)

@@ -70,6 +70,7 @@ def _harmonic(potential: Potential, out: Path, path: str | None, points: int) ->
     from ubmd.crystal.phonons import HarmonicCrystal
 
     crystal = HarmonicCrystal.from_basis(*potential)
+    print(f"Space group {potential.basis.lattice.space_group or 'unknown: it needs spglib'}")
     bands = crystal.dispersion(points, path)
     frequency, states = crystal.density_of_states()
     phonon_figure({"": bands}, (frequency, states), out / "phonons.png")

@@ -27,6 +27,7 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
     """Fit, calibrate and export; ``base`` is the folder of the settings file."""
     from ubmd.crystal.export import export_crystal
+    from ubmd.crystal.ideal import describe_symmetry
     from ubmd.crystal.training import cached_basis, fit_crystal
     from ubmd.data.structures import dataset_hash, describe
 
@@ -41,7 +42,10 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         (folder / "basis.npz").unlink(missing_ok=True)
     start = time.monotonic()
     with console.status("building the cluster basis"):
-        basis = cached_basis(ideal, settings.crystal.cutoffs, folder / "basis.npz", settings.crystal.decay)
+        crystal = settings.crystal
+        basis = cached_basis(ideal, crystal.cutoffs, folder / "basis.npz", crystal.decay, crystal.tolerance)
+    for line in describe_symmetry(ideal, basis.lattice, crystal.tolerance):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"cluster basis: {basis.n_parameters} parameters, {time.monotonic() - start:.1f} s", highlight=False)
     energy = None if ideal_energy is None else ideal_energy / (len(ideal) / len(basis.lattice.numbers))
     with _progress(console) as report:
@@ -216,6 +220,7 @@ def info_tables(metadata: dict[str, Any], title: str) -> list[Table]:
     guard, noise = lattice["max_displacement"], regression["noise"]["forces"]
     rows = {
         "kind": "force constants of a crystal",
+        "space group": metadata.get("space_group") or "not recorded",
         "primitive cell": f"{len(elements)} atoms: {' '.join(elements)}",
         "parameters P": str(uncertainty["projections"]),
         "determined by the data γ/P": f"{100 * regression['determined']:.3g} %",
@@ -235,7 +240,7 @@ def info_tables(metadata: dict[str, Any], title: str) -> list[Table]:
         )
     )
     rest = info_table("record", ("key", "value"))
-    beside = {"cutoffs", "parameters", "lattice"}
+    beside = {"cutoffs", "parameters", "lattice", "space_group"}
     kept = {key: value for key, value in metadata.items() if key not in beside}
     kept["lattice"] = {key: value for key, value in lattice.items() if key != "sites"}
     for row in flat(kept):

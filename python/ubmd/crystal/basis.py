@@ -25,7 +25,8 @@ import numpy as np
 from ase import Atoms
 
 from ubmd.crystal.clusters import ClusterTable, Orbit, OrbitTable, anchor, canonical, encode, neighbours
-from ubmd.crystal.lattice import SYMMETRY_TOLERANCE, Lattice, Supercell
+from ubmd.crystal.lattice import Lattice, Supercell
+from ubmd.crystal.symmetry import SYMMETRY_TOLERANCE
 from ubmd.errors import DataError, ModelError, SettingsError
 
 FORMAT = 1
@@ -101,7 +102,7 @@ class ClusterBasis:
             decay: length (Å) over which force constants are expected to fall by a factor e with the cluster's diameter.
                 It says what labels can't: in a box shorter than twice a cutoff, the force constants of a pair and of
                 its periodic images only occur as a sum, which goes to the nearest ones then. None: all alike.
-            tolerance: of the symmetry, Å.
+            tolerance: of the symmetry, Å; with more than the default, the crystal is symmetrised first.
 
         Raises:
             SettingsError: an order is outside 2-6, or a cutoff isn't positive or cuts through a shell of neighbours.

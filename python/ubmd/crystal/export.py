@@ -101,6 +101,7 @@ def _metadata(
         "model": "force constants",
         "units": {"energy": "eV", "length": "Å", "force": "eV/Å"},
         "precision": "float64",
+        "space_group": None if basis.lattice.space_group is None else str(basis.lattice.space_group),
         "cutoffs": _by_order(basis.cutoffs),
         "parameters": _by_order(posterior.counts),
         "uncertainty": {

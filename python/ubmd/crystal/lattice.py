@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.geometry import find_mic, minkowski_reduce
 
-from ubmd.errors import DataError, SettingsError
+from ubmd.crystal.symmetry import (
+    SYMMETRY_TOLERANCE,
+    SpaceGroup,
+    operations,
+    primitive_of,
+    space_group,
+    symmetric_cell,
+    symmetrised,
+)
+from ubmd.errors import DataError
 
-SYMMETRY_TOLERANCE = 1e-5  # Å, spglib's symprec
 LINDEMANN = 0.15  # rms displacement over the shortest distance between sites; crystals melt below this
 
 
@@ -39,22 +46,40 @@ class Lattice:
     def from_atoms(cls, atoms: Atoms, tolerance: float = SYMMETRY_TOLERANCE) -> Lattice:
         """Lattice of an ideal crystal, given as its primitive cell or any supercell of it (Å, pbc in three directions).
 
-        A primitive input cell is kept as it is; a larger one is reduced without turning or shifting the crystal.
+        A primitive input cell is kept as it is; a larger one is reduced without turning or shifting the crystal. With a
+        tolerance (Å) looser than the default, the crystal is symmetrised first.
 
         Raises:
             DataError: the cell isn't periodic, or spglib finds no symmetry in it.
+            SettingsError: the tolerance is so loose that atoms would merge.
         """
-        if not atoms.pbc.all():
-            raise DataError("A crystal must be periodic in three directions: set pbc of the ideal structure to True.")
-        primitive = _primitive(atoms, tolerance)
-        rotations, translations = _symmetry(primitive, tolerance)
-        cell = _symmetric_cell(np.array(primitive.cell), rotations)
+        _check_periodic_and_finite(atoms)
+        exact, tolerance = symmetrised(atoms, tolerance), min(tolerance, SYMMETRY_TOLERANCE)
+        primitive = primitive_of(exact, tolerance)
+        rotations, translations = operations(primitive, tolerance)
+        cell = symmetric_cell(np.array(primitive.cell), rotations)
         return cls(cell, primitive.get_scaled_positions(wrap=False), primitive.numbers.copy(), rotations, translations)
 
     @property
     def positions(self) -> np.ndarray:
         """Cartesian positions of the sublattices [S, 3], Å."""
         return self.scaled @ self.cell
+
+    @cached_property
+    def space_group(self) -> SpaceGroup | None:
+        """None without spglib."""
+        return space_group(self.cell, self.rotations, self.translations)
+
+    def is_same(self, other: Lattice) -> bool:
+        """Whether both are one crystal with the same symmetry; primitive vectors and last digits may differ."""
+        if self.rotations.shape != other.rotations.shape or len(self.numbers) != len(other.numbers):
+            return False
+        matrix = other.cell @ np.linalg.inv(self.cell)
+        if np.abs(matrix - np.rint(matrix)).max() > 1e-7 or abs(round(np.linalg.det(matrix))) != 1:
+            return False
+        distance = find_mic((other.positions[:, None] - self.positions).reshape(-1, 3), self.cell)[1]
+        distance[(other.numbers[:, None] != self.numbers).ravel()] = np.inf
+        return bool(distance.reshape(len(self.numbers), -1).min(axis=1).max() < 1e-6)
 
     def places(self, sites: np.ndarray) -> np.ndarray:
         """Cartesian positions [n, 3] of sites [n, 4] (cell, sublattice), Å."""
@@ -92,72 +117,6 @@ class Lattice:
         sublattice = sites[..., 3]
         offset = np.einsum("...ij,...j->...i", self.rotations[operation], sites[..., :3]) + shift[operation, sublattice]
         return np.concatenate([offset, target[operation, sublattice][..., None]], axis=-1)
-
-
-def _symmetry(atoms: Atoms, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        import spglib
-    except ImportError:
-        raise SettingsError("Force-constant potentials need spglib: pip install 'ubmd[crystal]'.") from None
-    cell: Any = (np.array(atoms.cell), atoms.get_scaled_positions(), atoms.numbers)
-    dataset = spglib.get_symmetry_dataset(cell, tolerance)
-    if dataset is None:
-        raise DataError("spglib finds no space group: check the ideal structure for overlapping atoms or a flat cell.")
-    return np.array(dataset.rotations, dtype=np.int64), np.array(dataset.translations)
-
-
-def _primitive(atoms: Atoms, tolerance: float) -> Atoms:
-    """Primitive cell at the crystal's own place and orientation (spglib's own reduction may shift the origin)."""
-    rotations, translations = _symmetry(atoms, tolerance)
-    pure = translations[(rotations == np.eye(3, dtype=np.int64)).all(axis=(1, 2))]
-    if len(pure) == 1:
-        return atoms.copy()
-    vectors = _shortest_basis(pure @ np.array(atoms.cell), np.array(atoms.cell))
-    keep = _distinct_modulo(atoms.positions, atoms.numbers, vectors, tolerance)
-    if len(keep) * len(pure) != len(atoms):
-        raise DataError("The primitive cell is ambiguous: give the ideal structure without displacements.")
-    return Atoms(atoms.numbers[keep], positions=atoms.positions[keep], cell=vectors, pbc=True)
-
-
-def _shortest_basis(pure: np.ndarray, cell: np.ndarray) -> np.ndarray:
-    """Basis of the lattice made by pure translations [T, 3] and the rows of cell, right-handed."""
-    reduced, _ = minkowski_reduce(cell)
-    shifts = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 3, indexing="ij"), axis=-1).reshape(-1, 3) @ reduced
-    short, _ = find_mic(pure, reduced)
-    candidates = (short[:, None] + shifts).reshape(-1, 3)
-    length = np.linalg.norm(candidates, axis=1)
-    candidates = candidates[np.argsort(length, kind="stable")][np.sort(length) > 1e-3]
-    volume = abs(np.linalg.det(cell)) / len(pure)
-    # The shortest independent vectors of a lattice in three dimensions are a basis of it.
-    basis: list[np.ndarray] = []
-    for candidate in candidates:
-        trial = np.array([*basis, candidate])
-        if np.linalg.svd(trial, compute_uv=False)[-1] > 1e-3 * length.max():
-            basis.append(candidate)
-        if len(basis) == 3:
-            break
-    found = np.array(basis)
-    if not np.isclose(abs(np.linalg.det(found)), volume, rtol=1e-3):
-        raise DataError("No primitive cell was found in the ideal structure: give the primitive cell itself.")
-    return found if np.linalg.det(found) > 0 else -found
-
-
-def _distinct_modulo(positions: np.ndarray, numbers: np.ndarray, cell: np.ndarray, tolerance: float) -> list[int]:
-    """Indices of the first atom of every class of atoms that differ by a vector of the lattice `cell`."""
-    keep: list[int] = []
-    for i, (position, number) in enumerate(zip(positions, numbers, strict=True)):
-        same = [j for j in keep if numbers[j] == number]
-        if not same or find_mic(positions[same] - position, cell)[1].min() > 10 * tolerance:
-            keep.append(i)
-    return keep
-
-
-def _symmetric_cell(cell: np.ndarray, rotations: np.ndarray) -> np.ndarray:
-    """Cell with the metric averaged over the point group, so that Cartesian rotations are orthogonal to rounding."""
-    metric = np.mean(rotations.transpose(0, 2, 1) @ (cell @ cell.T) @ rotations, axis=0)
-    inverse = np.linalg.inv(cell)
-    values, vectors = np.linalg.eigh(inverse @ metric @ inverse.T)
-    return cell @ (vectors * np.sqrt(values)) @ vectors.T
 
 
 class Supercell:

@@ -13,6 +13,7 @@ from ase import Atoms
 from ubmd.crystal.basis import ClusterBasis
 from ubmd.crystal.lattice import Lattice, Placer, Supercell
 from ubmd.crystal.regression import NormalEquations, Posterior, fit
+from ubmd.crystal.symmetry import SYMMETRY_TOLERANCE
 from ubmd.data.structures import labels_of
 from ubmd.errors import DataError, ModelError
 from ubmd.settings import CrystalSettings, UncertaintySettings
@@ -63,22 +64,27 @@ def frames(lattice: Lattice, structures: Iterable[Atoms], what: str = "structure
         yield Frame(placement.supercell, displacements, forces, labels.get("energy"))
 
 
-def cached_basis(crystal: Atoms, cutoffs: dict[int, float], path: Path, decay: float | None = None) -> ClusterBasis:
-    """The basis in a file, or a new one that is kept there if the file has none of this crystal, cutoffs and decay."""
-    lattice = Lattice.from_atoms(crystal)
+def cached_basis(
+    crystal: Atoms,
+    cutoffs: dict[int, float],
+    path: Path,
+    decay: float | None = None,
+    tolerance: float = SYMMETRY_TOLERANCE,
+) -> ClusterBasis:
+    """The basis in a file, or a new one that is kept there if the file has none of this crystal, cutoffs and decay.
+
+    The arguments are those of `ClusterBasis.build`.
+    """
+    lattice = Lattice.from_atoms(crystal, tolerance)
     if path.exists():
         try:
             basis = ClusterBasis.load(path)
         except ModelError:
             pass  # damaged: it is built again
         else:
-            known = basis.lattice
-            same = [
-                np.array_equal(getattr(known, name), getattr(lattice, name)) for name in ("cell", "scaled", "numbers")
-            ]
-            if all(same) and basis.cutoffs == cutoffs and basis.decay == decay:
+            if basis.lattice.is_same(lattice) and basis.cutoffs == cutoffs and basis.decay == decay:
                 return basis
-    basis = ClusterBasis.build(crystal, cutoffs, decay)
+    basis = ClusterBasis.build(crystal, cutoffs, decay, tolerance)
     path.parent.mkdir(parents=True, exist_ok=True)
     basis.save(path)
     return basis

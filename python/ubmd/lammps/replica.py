@@ -38,6 +38,13 @@ _PIECE = 500  # steps between checks; short enough to lose little, long enough t
 _BAR_PER_MPA = 10.0
 _SPLIT_MARGIN = 10.0  # Å of empty space when the first box of a molecule is made; LAMMPS shrinks it at once
 
+Neighbours = Literal["bin", "nsq"]
+"""how LAMMPS finds neighbours: in bins, or by trying all pairs"""
+
+
+class ThinBoxError(Exception):
+    """The box of a molecule is too thin for LAMMPS's bins: it is flat or linear along the axes, or has become so."""
+
 
 class ReplicaTask(BaseModel):
     """Everything that decides a replica's trajectory: the same task repeats it bit for bit on one machine."""
@@ -144,8 +151,16 @@ _Ended = tuple[Literal["threshold", "step limit", "failed"], str, int, float, fl
 
 def _run_here(task: ReplicaTask) -> tuple[int, _Ended]:
     """(MPI rank of this process, how the replica ended); all ranks of a replica call this."""
+    try:
+        return _run_once(task, "bin")
+    except ThinBoxError:  # all pairs need no box; bins come first, as their order decides last digits
+        return _run_once(task, "nsq")
+
+
+def _run_once(task: ReplicaTask, neighbours: Neighbours) -> tuple[int, _Ended]:
+    """`_run_here` with one way to find neighbours; ThinBoxError if it is the wrong one."""
     atoms = read_structures(task.start)[0]
-    engine = _Engine(task, atoms)
+    engine = _Engine(task, atoms, neighbours)
     trace = _Trace(task, atoms)
     try:
         begin = time.monotonic()
@@ -251,13 +266,13 @@ class _Trace:
 class _Engine:
     """A LAMMPS instance with one replica's system and fixes."""
 
-    def __init__(self, task: ReplicaTask, atoms: Atoms) -> None:
+    def __init__(self, task: ReplicaTask, atoms: Atoms, neighbours: Neighbours = "bin") -> None:
         self._log = task.frames.with_suffix(".log")
         self._logs = True
         self._lammps = start_lammps(self._log)
         self.rank = int(self._lammps.extract_setting("world_rank"))
         try:
-            for command in _system_commands(atoms, task):
+            for command in _system_commands(atoms, task, neighbours):
                 self._lammps.command(command)
             place_atoms(self._lammps, atoms)
             if task.colvars and self.rank == 0:
@@ -326,6 +341,7 @@ def _advance(
         try:
             engine.run(end - begin, begin == 0, logged=begin == 0 or whole)
         except Exception as error:  # the only type that the LAMMPS module raises
+            raise_if_box_is_thin(error)
             return "failed", f"LAMMPS stopped with an error: {error_message(error)}"
         stopped = engine.stopped()
         reason = _nonsense(engine, task, start) if whole or stopped else ""
@@ -483,14 +499,14 @@ def start_lammps(log: Path) -> Any:
         raise SimulationError(f"LAMMPS could not be started: {error_message(error)}; run 'ubmd doctor'.") from error
 
 
-def _system_commands(atoms: Atoms, task: ReplicaTask) -> list[str]:
+def _system_commands(atoms: Atoms, task: ReplicaTask, neighbours: Neighbours) -> list[str]:
     """Box, types and masses; the pair style."""
     if task.ensemble == "npt" and not atoms.pbc.all():
         raise SimulationError("md.ensemble = 'npt' needs a periodic start structure; use 'nvt' for a molecule.")
-    return system_commands(atoms, task.model, task.precision)
+    return system_commands(atoms, task.model, task.precision, neighbours)
 
 
-def system_commands(atoms: Atoms, model: Path, precision: str) -> list[str]:
+def system_commands(atoms: Atoms, model: Path, precision: str, neighbours: Neighbours = "bin") -> list[str]:
     """Commands for the box of a structure, types and masses, and a model's pair style.
 
     Raises:
@@ -511,7 +527,7 @@ def system_commands(atoms: Atoms, model: Path, precision: str) -> list[str]:
         *masses,
         f"pair_style ubmd precision {precision}",
         f'pair_coeff * * "{model}" {" ".join(symbol for symbol, _ in types)}',
-        "neighbor 1.0 bin",
+        f"neighbor 1.0 {neighbours}",
         "neigh_modify every 1 delay 0 check yes",
     ]
 
@@ -601,6 +617,12 @@ def _report_progress(task: ReplicaTask, step: int) -> None:
     temporary = progress_file(task).with_suffix(".progress.tmp")
     temporary.write_text(str(step))
     temporary.replace(progress_file(task))
+
+
+def raise_if_box_is_thin(error: Exception) -> None:
+    """ThinBoxError if LAMMPS stopped because of it."""
+    if "Cannot use neighbor bins" in str(error):
+        raise ThinBoxError from error
 
 
 def error_message(error: Exception) -> str:

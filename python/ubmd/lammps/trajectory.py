@@ -27,7 +27,16 @@ from pydantic import BaseModel, ConfigDict
 from ubmd.crystal.triggers import Trigger, load_trigger
 from ubmd.data.state import state_arrays
 from ubmd.errors import ModelError, SimulationError
-from ubmd.lammps.replica import error_message, place_atoms, start_lammps, symbols_of, system_commands
+from ubmd.lammps.replica import (
+    Neighbours,
+    ThinBoxError,
+    error_message,
+    place_atoms,
+    raise_if_box_is_thin,
+    start_lammps,
+    symbols_of,
+    system_commands,
+)
 
 Array = NDArray[np.float64]
 FIX = "monitor"
@@ -204,17 +213,25 @@ def run_piece(task: PieceTask) -> PieceResult:
         ModelError: the state cannot be read.
     """
     state = read_state(task.start)
-    piece = _Piece(task, state)
-    engine = _Engine(task, state)
     try:
-        begin = time.monotonic()
-        ended, reason = piece.run(engine)
-        seconds = time.monotonic() - begin
-    finally:
-        engine.close()
+        piece, ended, reason, seconds = _run_once(task, state, "bin")
+    except ThinBoxError:  # of a flat or linear molecule: as for replicas
+        piece, ended, reason, seconds = _run_once(task, state, "nsq")
     _write(task.result, piece.state().arrays() | vars(piece.data()))
     progress_file(task.result).unlink(missing_ok=True)
     return piece.result(ended, reason, seconds)
+
+
+def _run_once(task: PieceTask, state: TrajectoryState, neighbours: Neighbours) -> tuple[_Piece, _Ending, str, float]:
+    """(piece, how it ended, reason if it went wrong, wall time in s); ThinBoxError: it needs other neighbours."""
+    piece = _Piece(task, state)
+    engine = _Engine(task, state, neighbours)
+    try:
+        begin = time.monotonic()
+        ended, reason = piece.run(engine)
+        return piece, ended, reason, time.monotonic() - begin
+    finally:
+        engine.close()
 
 
 def write_piece_without_steps(task: PieceTask, reason: str) -> PieceResult:
@@ -254,6 +271,7 @@ class _Piece:
             try:
                 engine.run(self.task.check_every, first=check == 0)
             except Exception as error:  # the only type that the LAMMPS module raises
+                raise_if_box_is_thin(error)
                 return self._stopped_by(error_message(error))
             ending = self._check(engine, check)
             if ending is not None:
@@ -351,7 +369,7 @@ class _Frames:
 class _Engine:
     """A LAMMPS instance with a trajectory's system, thermostat and monitor; one process."""
 
-    def __init__(self, task: PieceTask, state: TrajectoryState) -> None:
+    def __init__(self, task: PieceTask, state: TrajectoryState, neighbours: Neighbours) -> None:
         self._task = task
         atoms = state.atoms()
         # LAMMPS turns cells; states and frames stay in the structure's own orientation.
@@ -359,7 +377,7 @@ class _Engine:
         self._rotation = Prism(state.cell).rot_mat if state.pbc else np.eye(3)
         self._lammps = start_lammps(Path("none"))
         try:
-            for command in system_commands(atoms, task.model, task.precision):
+            for command in system_commands(atoms, task.model, task.precision, neighbours):
                 self._lammps.command(command)
             place_atoms(self._lammps, atoms)
             self._shift = np.zeros_like(state.positions)

@@ -69,6 +69,15 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
     return structures
 
 
+def state_remarks(structures: list[Atoms], settings: RunSettings) -> Iterator[str]:
+    """What the start structures pass on to all others, and what they don't, in sentences."""
+    state = sorted({describe_state(atoms, settings.reference.info) for atoms in structures} - {""})
+    if state:
+        yield f"The calculator sees of all structures: {'; or '.join(state)}."
+    if any(len(fixed_atoms(atoms)) for atoms in structures):
+        yield "Fixed atoms (FixAtoms) are held in reference MD only: the replicas move all atoms."
+
+
 def miniature(settings: RunSettings, run_dir: Path) -> RunSettings:
     """The same settings, but two start labels, a few epochs, ten MD steps, one more label, no test set."""
     return settings.model_copy(
@@ -117,11 +126,7 @@ def plan(settings: RunSettings, base: Path, structures: list[Atoms]) -> Iterator
         f"({', '.join(formulas[:4])}{', …' if len(formulas) > 4 else ''}); {start.count} perturbed copies are labelled "
         f"by {settings.reference.calculator}."
     )
-    state = sorted({describe_state(atoms, settings.reference.info) for atoms in structures} - {""})
-    if state:
-        yield f"The calculator sees of all structures: {'; or '.join(state)}."
-    if any(len(fixed_atoms(atoms)) for atoms in structures):
-        yield "Fixed atoms (FixAtoms) are held in reference MD only: the replicas move all atoms."
+    yield from state_remarks(structures, settings)
     calls = _test_calls(settings, base)
     if calls:
         yield f"Test set: reference MD, {calls:,} reference calculations."

@@ -23,10 +23,11 @@ from ubmd.analysis import coverage, error_summary, predictions, torsions
 from ubmd.calculator import Evaluator
 from ubmd.data.state import bare, structures_hash
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
-from ubmd.errors import LabelError, ModelError, TrainingError, UbmdError
+from ubmd.errors import ModelError, TrainingError, UbmdError
 from ubmd.export import export_model
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
 from ubmd.learning import convergence, stages
+from ubmd.learning.check import state_remarks, verify
 from ubmd.learning.groups import TaskGroup, run_tasks
 from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.rewind import input_hashes, take_back
@@ -77,6 +78,8 @@ def run(
     """
     # Workers may have another working directory.
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
+    # Before the folder is made: what is wrong here stays wrong.
+    verify(settings, base)
 
     def begin(workers: Executor) -> Loop:
         if from_iteration is not None:
@@ -121,13 +124,12 @@ class Loop(Walk):
         from_iteration: int | None = None,
     ) -> None:
         self.start_structures = read_structures(base / settings.start.file)
-        stages.check_start(self.start_structures, settings)
-        stages.check_states(self.start_structures, settings)
         record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
         self.plan, changes = open_run(folder, settings, input_hashes(settings, base), from_iteration, record)
         self.settings = self.plan.at(START)
         super().__init__(base, folder, workers, listener, self.plan.threads, changes)
-        self._remark(remarks(record, settings.reference))
+        if record:  # of a run without labels: said once
+            self._remark([*remarks(record, settings.reference), *state_remarks(self.start_structures, settings)])
         self.newest: list[Atoms] = []  # labels of the last batch
         self._weights: Callable[[], list[Path]] | None = None  # of the last model's networks, made again if lost
         self._keys: dict[int, dict[str, str]] = {}
@@ -181,12 +183,6 @@ class Loop(Walk):
         for k, atoms in enumerate(candidates):
             atoms.info |= {"iteration": START, "replica": k, "step": 0}
         self._label_start(candidates)
-        if len(self.dataset) < 2:
-            reasons = [atoms.info["reason"] for atoms in self.rejected]
-            raise LabelError(
-                f"Only {len(self.dataset)} of {len(candidates)} start structures could be labelled, at least 2 are "
-                f"needed; the first reason: {reasons[0]}"
-            )
 
     # -------------------------------------------------------------------------------------- keys
 

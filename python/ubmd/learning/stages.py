@@ -27,7 +27,7 @@ from ubmd.data.structures import (
     repair_structures,
     write_structures,
 )
-from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError, one_line
+from ubmd.errors import DataError, LabelError, SettingsError, SimulationError, UbmdError, one_line
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask, progress_file, salvage
 from ubmd.learning.groups import TaskGroup, run_tasks
 from ubmd.learning.run_folder import (
@@ -45,6 +45,7 @@ from ubmd.learning.run_folder import (
 )
 from ubmd.learning.tasks import label_file, note_replica
 from ubmd.learning.workers import Executor
+from ubmd.references.labels import check_geometry
 from ubmd.selection import select
 from ubmd.settings import BiasRampSettings, MDRampSettings, ReferenceSettings, RunSettings, StartSettings
 
@@ -70,12 +71,42 @@ def random_generator(seed: int, iteration: int, stage: Stage, replica: int = 0) 
 
 
 def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
-    """SettingsError if the start structures don't fit the ensemble."""
+    """What is wrong with the start structures shows before anything is labelled or written.
+
+    Raises:
+        SettingsError: they don't fit the ensemble, or one that replicas start from cannot be moved.
+    """
     if settings.md.ensemble == "npt" and not all(atoms.pbc.all() for atoms in structures):
         raise SettingsError(
             f"md.ensemble = 'npt' needs start structures that are periodic in all directions, but "
             f"{settings.start.file} has one that is not; use 'nvt' for molecules."
         )
+    for k, atoms in enumerate(structures):
+        name = f"{settings.start.file}, structure {k}," if len(structures) > 1 else str(settings.start.file)
+        if k == 0 or settings.md.start_from == "labelled":
+            check_periodicity(atoms, name)
+        if k == 0:
+            check_movable(atoms, name, settings.reference.min_distance)
+
+
+def check_periodicity(atoms: Atoms, name: str) -> None:
+    """SettingsError if a structure is periodic in one or two directions; ``name`` is what the sentence calls it."""
+    if atoms.pbc.any() and not atoms.pbc.all():
+        flags = " ".join("T" if periodic else "F" for periodic in atoms.pbc)
+        raise SettingsError(
+            f'{name} is periodic in some directions only (pbc = "{flags}"), but MD needs all three or none: make a '
+            "slab or a wire periodic in all three, with an empty gap between the copies that is wider than the cutoff."
+        )
+
+
+def check_movable(atoms: Atoms, name: str, min_distance: float) -> None:
+    """SettingsError if MD cannot even begin with a structure; ``name`` is what the sentence calls it."""
+    if len(atoms) == 1:
+        raise SettingsError(f"{name} has a single atom, which has nothing to move against; repeat its cell.")
+    try:
+        check_geometry(atoms, min_distance)
+    except LabelError as error:
+        raise SettingsError(f"{name}: {error}") from None
 
 
 def check_states(structures: Sequence[Atoms], settings: RunSettings) -> None:
@@ -219,6 +250,12 @@ def mend_batch(folder: Path, known: Sequence[Atoms], settings: ReferenceSettings
         if place in at:
             write_structures(target, [_with_labels_of(candidate, at[place])])
             seal(target, label_key(candidate, settings))
+
+
+def forget_rejections(folder: Path) -> None:
+    """Let `label_batch` try again what it has rejected."""
+    for path in folder.glob("rejected_*.json"):
+        path.unlink()
 
 
 def batch_is_whole(folder: Path) -> bool:
@@ -478,6 +515,8 @@ def run_replicas(
     ordered = {origin: results[origin] for origin in sorted(results)}
     if not any(result.frames for result in ordered.values()):
         reason = next(iter(ordered.values())).reason
+        for origin in ordered:  # whoever resumes has mended something, LAMMPS perhaps: try them again then
+            _finished_file(tasks[origin]).unlink(missing_ok=True)
         raise SimulationError(f"Every replica failed before its first frame; the first said: {reason}")
     return ordered
 

@@ -22,6 +22,16 @@ from ubmd.settings import RunSettings
 
 _SHOWN = 12  # newest iterations in the table
 _QUIET = 1800.0  # s without a sign of life that are worth a word
+_AGAIN = "it would stop there again: change what the sentence names first, then 'ubmd run' goes on"
+_CAUSE = "once the cause is mended, 'ubmd run' with the same settings resumes it"
+# What to do after an error that comes again by itself; after others the same command simply goes on.
+_ADVICE = {
+    "SettingsError": _AGAIN,
+    "DataError": _AGAIN,
+    "TrainingError": _AGAIN,
+    "ModelError": _CAUSE,
+    "SimulationError": _CAUSE,
+}
 _ENDINGS = {"threshold": "thr", "step limit": "lim", "failed": "fail"}
 
 
@@ -80,6 +90,8 @@ class Ended(Protocol):
     @property
     def stopped(self) -> str: ...
     @property
+    def error(self) -> str: ...
+    @property
     def last_event(self) -> datetime | None: ...
     @property
     def process(self) -> int | None: ...
@@ -91,7 +103,7 @@ def describe_idle(run: Ended, doing: str = "") -> str:
         return f"finished. {run.finished}"
     resume = "'ubmd run' with the same settings resumes it"
     if run.stopped:
-        return f"stopped ({run.stopped.rstrip('.')}); {resume}"
+        return f"stopped ({run.stopped.rstrip('.')}); {_ADVICE.get(run.error, resume)}"
     if run.last_event is None:
         return f"not started; {resume}"
     ago = duration(max(0.0, (datetime.now(UTC) - run.last_event).total_seconds()))

@@ -29,6 +29,7 @@ class Timeline:
         labels: in the data set. rejected: structures without a label. iteration: the current one, -1 before the loop.
         running: stage -> when it began. work: stage -> (done, all) in whatever the stage counts.
         stopped: why the driver ended, as far as it could say; empty while it runs or if it was killed.
+        error: class of the error that stopped it; empty if none did, or in runs of older versions.
         finished: the stop rule that ended the run, or empty.
     """
 
@@ -40,7 +41,7 @@ class Timeline:
         self.running: dict[str, datetime] = {}
         self.work: dict[str, tuple[int, int]] = {}
         self.process: int | None = None
-        self.finished = self.stopped = ""
+        self.finished = self.stopped = self.error = ""
         self.last_event: datetime | None = None
         self._seconds: dict[int, dict[str, float]] = {}
         self._labels_of: dict[int, int] = {}  # iteration -> labels that its model was trained on
@@ -77,7 +78,7 @@ class Timeline:
             case "iteration_done":
                 self.labels = max(self.labels, event["labels"])
             case "run_stopped":
-                self.stopped = event.get("why", "")
+                self.stopped, self.error = event.get("why", ""), event.get("kind", "")
             case "run_done":
                 self.labels, self.finished = max(self.labels, event["labels"]), event["reason"]
                 self.running.clear()

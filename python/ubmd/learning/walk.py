@@ -62,7 +62,7 @@ def drive(
             reason: BaseException = full_disk(folder.path) if is_full(error) or folder.is_full() else error
             if walk is not None and isinstance(reason, KeyboardInterrupt | UbmdError):
                 with suppress(OSError):
-                    walk.events.write("run_stopped", why=str(reason) or "interrupted")
+                    walk.events.write("run_stopped", why=str(reason) or "interrupted", kind=type(reason).__name__)
             raise reason from (None if reason is error else error)
 
 
@@ -78,6 +78,8 @@ class Walk:
 
     unit: ClassVar[str]
     settings: Tested
+    least_labels = 2
+    """start structures that must get a label"""
 
     def __init__(
         self,
@@ -164,7 +166,23 @@ class Walk:
         if done.exists() and not stages.batch_is_whole(folder):
             done.unlink()
         once.run("label", key, [done], work)
-        self._append(number, *stages.read_batch(folder))
+        try:
+            self._append(number, *stages.read_batch(folder))
+            if number == START:
+                self._check_start_labels()
+        except LabelError:
+            # Whoever resumes has mended the reference: its rejections must not end the run again.
+            stages.forget_rejections(folder)
+            done.unlink()
+            raise
+
+    def _check_start_labels(self) -> None:
+        """Give up if there are too few to begin with."""
+        if len(self.dataset) < self.least_labels:
+            raise LabelError(
+                f"Only {len(self.dataset)} of {len(self.dataset) + len(self.rejected)} start structures could be "
+                f"labelled, at least {self.least_labels} needed; the first reason: {self.rejected[0].info['reason']}"
+            )
 
     def _known_of(self, number: int) -> list[Atoms]:
         """Labels of a turn that the data set had at the start of this walk."""

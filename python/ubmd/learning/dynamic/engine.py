@@ -25,7 +25,7 @@ from ubmd.crystal.convergence import converged
 from ubmd.crystal.triggers import load_trigger
 from ubmd.data.state import bare, check_state, describe_state, state_info, structures_hash, take_state
 from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures
-from ubmd.errors import DataError, LabelError, SettingsError, SimulationError, UbmdError
+from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError
 from ubmd.lammps.trajectory import (
     PieceResult,
     PieceTask,
@@ -85,6 +85,7 @@ def run(
         StorageError: the disk is full.
     """
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
+    check_box(settings, base)  # before the folder is made: what is wrong here stays wrong
     drive(folder, settings.workers, executor, lambda workers: Engine(settings, base, folder, workers, listener))
     return Path(settings.run_dir)
 
@@ -110,7 +111,27 @@ def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
             f"start.repeat: {path} has {name} = {value}, which is that of the unrepeated box; give a file of the "
             "repeated box as start.file."
         )
-    return bare(atoms, info).repeat(settings.start.repeat)
+    box = bare(atoms, info)
+    if settings.start.file is None and settings.crystal is not None:
+        from ubmd.crystal.symmetry import symmetrised
+
+        box = symmetrised(box, settings.crystal.tolerance)
+        take_state(box, atoms, info)
+    return box.repeat(settings.start.repeat)
+
+
+def check_box(settings: DynamicRunSettings, base: Path) -> Atoms:
+    """The box, if LAMMPS can move it.
+
+    Raises:
+        SettingsError: it cannot, or the file is missing.
+        DataError: the file holds no structure.
+    """
+    box = ideal_box(settings, base)
+    name = box_file(settings, base).name
+    stages.check_periodicity(box, name)
+    stages.check_movable(box, name, settings.reference.min_distance)
+    return box
 
 
 def input_hashes(settings: DynamicRunSettings, base: Path) -> dict[str, str]:
@@ -188,9 +209,12 @@ class Engine(Walk):
         """Made when first needed: a cluster basis may take seconds."""
         if self.settings.crystal is None:
             return Network(self.settings, self.threads)
+        from ubmd.crystal.ideal import describe_symmetry
+
         crystal = read_structures(self.settings.crystal.structure_file(self.base))[0]
         learner = ForceConstants(self.settings, self.box, self.folder.path / "basis.npz", crystal)
-        self.events.show("basis", parameters=learner.basis.n_parameters)
+        symmetry = list(describe_symmetry(crystal, learner.basis.lattice, self.settings.crystal.tolerance))
+        self.events.write("basis", parameters=learner.basis.n_parameters, symmetry=symmetry)
         return learner
 
     # -------------------------------------------------------------------------------------- before the rounds
@@ -205,13 +229,8 @@ class Engine(Walk):
             atoms.positions += rng.normal(0.0, self.settings.start.displacement, atoms.positions.shape)
             atoms.info |= {"iteration": START, "replica": k, "step": 0, "rule": "start"}
             candidates.append(atoms)
+        self.least_labels = 1 if self.settings.crystal is not None else 2
         self._label_start(candidates)
-        least = 1 if self.settings.crystal is not None else 2
-        if len(self.dataset) < least:
-            raise LabelError(
-                f"Only {len(self.dataset)} of {len(candidates)} start structures could be labelled, at least {least} "
-                f"needed; the first reason: {self.rejected[0].info['reason']}"
-            )
 
     # -------------------------------------------------------------------------------------- rounds
 
@@ -755,7 +774,7 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
     Raises:
         SettingsError, DataError: the first mistake.
     """
-    box = ideal_box(settings, base)
+    box = check_box(settings, base)
     if settings.bias is not None:
         for element in settings.bias.species:
             if element not in set(box.symbols):
@@ -778,9 +797,11 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
     )
     if settings.crystal is not None:
         from ubmd.crystal.basis import ClusterBasis
+        from ubmd.crystal.ideal import describe_symmetry
 
-        crystal = read_structures(settings.crystal.structure_file(base))[0]
-        basis = ClusterBasis.build(crystal, settings.crystal.cutoffs, settings.crystal.decay)
+        crystal, wanted = read_structures(settings.crystal.structure_file(base))[0], settings.crystal
+        basis = ClusterBasis.build(crystal, wanted.cutoffs, wanted.decay, wanted.tolerance)
+        yield from describe_symmetry(crystal, basis.lattice, wanted.tolerance)
         basis.supercell(box)
         orders = basis.parameter_orders
         counts = " + ".join(f"{int((orders == order).sum())}" for order in basis.orders)

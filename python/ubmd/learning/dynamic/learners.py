@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from ubmd.crystal.convergence import Signal
 from ubmd.data.structures import dataset_hash
-from ubmd.errors import DataError, ModelError
+from ubmd.errors import DataError
 from ubmd.learning.dynamic.settings import ConvergenceSettings, DynamicRunSettings
 from ubmd.learning.run_folder import copy_file
+from ubmd.settings import CrystalSettings
 
 Array = NDArray[np.float64]
 Progress = Callable[[dict[str, Any]], None]
@@ -113,16 +114,13 @@ class ForceConstants(Learner):
             basis_file: where the basis is kept.
             crystal: the ideal crystal.
         """
-        from ubmd.crystal.basis import ClusterBasis
         from ubmd.crystal.regression import NormalEquations
+        from ubmd.crystal.training import cached_basis
 
         assert settings.crystal is not None
         self.settings = settings.crystal
-        try:
-            self.basis = ClusterBasis.load(basis_file)
-        except ModelError:  # not there yet, or damaged
-            ClusterBasis.build(crystal, self.settings.cutoffs, self.settings.decay).save(basis_file)
-            self.basis = ClusterBasis.load(basis_file)
+        wanted = self.settings
+        self.basis = cached_basis(crystal, wanted.cutoffs, basis_file, wanted.decay, wanted.tolerance)
         self.box = self.basis.supercell(box)
         self._equations = NormalEquations(self.basis.parameter_orders)
         self._learnt: list[str] = []  # hashes of the labels in the sums
@@ -132,7 +130,10 @@ class ForceConstants(Learner):
 
     def key(self) -> Any:
         """Cutoffs and options."""
-        return self.settings.model_dump(mode="json", exclude={"structure"})
+        # A key that older runs did not have: those that leave it alone go on.
+        usual = CrystalSettings.model_fields["tolerance"].default
+        absent = {"tolerance"} if self.settings.tolerance == usual else set()
+        return self.settings.model_dump(mode="json", exclude={"structure"} | absent)
 
     def learn(
         self, labels: Sequence[Atoms], folder: Path, previous: Path | None, scale: float, progress: Progress

@@ -30,6 +30,7 @@ class Course:
     Attributes:
         labels, calls: in the data set, and asked for. wanted: most calls. steps, steps_wanted: of all replicas.
         running: stages. finished: why the run ended, or empty. stopped: why the driver ended, if it could say.
+        error: class of the error that stopped it, or empty.
     """
 
     def __init__(self, settings: DynamicRunSettings, events: Iterable[Event] = ()) -> None:
@@ -38,7 +39,7 @@ class Course:
         self.labels = self.calls = self.steps = self.round = 0
         self.running: dict[str, datetime] = {}
         self.process: int | None = None
-        self.finished = self.stopped = ""
+        self.finished = self.stopped = self.error = ""
         self.last_event: datetime | None = None
         self._settled = 0  # steps of finished rounds
         self._begun: tuple[float, int] | None = None  # time and steps when this driver began to move
@@ -71,7 +72,7 @@ class Course:
                 self.steps = self._settled = event["md_steps"]
                 self.calls = max(self.calls, event["calls"])
             case "run_stopped":
-                self.stopped = event.get("why", "")
+                self.stopped, self.error = event.get("why", ""), event.get("kind", "")
             case "run_done":
                 self.finished = event["reason"]
                 self.running.clear()
@@ -139,7 +140,7 @@ def describe_event(event: Event) -> str:
         case "remark":
             return f"Remark: {event['text']}"
         case "basis":
-            return f"{event['parameters']} parameters."
+            return " ".join([*event.get("symmetry", []), f"{event['parameters']} parameters."])
         case "stage_started" if event["stage"] == "test_set" or event.get("round") == -1:
             return f"{_place(event)}{STAGE_NAMES.get(event['stage'], event['stage'])} …"
         case "piece_done":
