@@ -16,8 +16,19 @@ namespace {
 constexpr const char *atomic_method = "atomic_uncertainties";
 constexpr const char *ensemble_method = "force_uncertainties";
 
+// What LAMMPS leaves of letters that are not ASCII is no text any more.
+[[noreturn]] void cannot_read(std::string file) {
+  bool ascii = true;
+  for (char &letter : file)
+    if (static_cast<unsigned char>(letter) > 127) ascii = false, letter = '?';
+  if (ascii) throw Error("cannot read model file " + file + ": check the path in pair_coeff");
+  throw Error("cannot read model file " + file +
+              ": LAMMPS changes letters of an input line that are not ASCII; start it with '-var model FILE' and write "
+              "${model} in pair_coeff, or rename the file");
+}
+
 torch::jit::Module load(const std::string &file, const torch::Device &device) {
-  if (!std::ifstream(file).good()) throw Error("cannot read model file " + file + ": check the path in pair_coeff");
+  if (!std::ifstream(file).good()) cannot_read(file);
   try {
     return torch::jit::load(file, device);
   } catch (const std::exception &exception) {

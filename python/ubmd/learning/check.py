@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
         DataError: the file with the start structures is no good.
         SettingsError: it is missing, or the settings speak of elements or atoms that the structures don't have.
     """
+    check_run_dir(Path(settings.run_dir))
     path = base / settings.start.file
     if not path.exists():
         raise SettingsError(f"start.file: there is no file {path} (the path is relative to the settings file).")
@@ -65,6 +67,16 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
                 f"{settings.start.file} has {smallest}."
             )
     return structures
+
+
+def check_run_dir(path: Path) -> None:
+    """SettingsError if the folder of the run cannot be made or written, as far as can be told without making it."""
+    there = _existing(path)
+    reason = "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is read-only"
+    if not there.is_dir():
+        reason = f"{there} is a file"
+    if reason:
+        raise SettingsError(f"run_dir = {path} cannot be made or written ({reason}); set another run_dir.")
 
 
 def miniature(settings: RunSettings, run_dir: Path) -> RunSettings:
