@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ def check_outputs(folder: Path, names: Iterable[str], key: str) -> None:
     Raises:
         SettingsError: they cannot.
     """
+    check_name(folder, key)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -31,6 +33,19 @@ def check_outputs(folder: Path, names: Iterable[str], key: str) -> None:
             raise SettingsError(
                 f"{key}: a file {folder / name} is to be written, but there is a folder of that name; move it away."
             )
+
+
+def check_name(path: Path, key: str) -> None:
+    """SettingsError if a full name is no text: neither settings nor model files could be written there."""
+    name = os.fsencode(path.absolute())
+    try:
+        name.decode()
+        str(path.absolute()).encode()
+    except UnicodeError:
+        raise SettingsError(
+            f"{key}: the name of {name.decode(errors='replace')} cannot be read as text in this locale; rename the "
+            "folder, or set LC_ALL=C.UTF-8."
+        ) from None
 
 
 def why(error: OSError) -> str:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +109,32 @@ def test_a_read_only_file_system(tmp_path: Path, read_only: Path, command: str) 
     assert (code, f"({read_only} is read-only); set another run_dir." in said) == (1, True), said
     with pytest.raises(SettingsError, match=r"cannot be made or written \(read-only file system\)"):
         take_lock(RunFolder(read_only))
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_names_that_are_no_text(tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / os.fsdecode(b"latin-\xe4")
+    odd.mkdir()
+    settings = write_settings(tmp_path, Path("run"))
+    for folder, override in ((tmp_path, f"run_dir={odd}/run"), (odd, "run_dir=run")):
+        monkeypatch.chdir(folder)
+        code, said = said_by(command, settings, "--set", override)
+        assert (code, "cannot be read as text in this locale; rename the folder" in said) == (1, True), said
+        assert f"run_dir: the name of {tmp_path}/latin-\ufffd/run" in said
+
+
+def test_a_locale_without_our_letters(tmp_path: Path) -> None:
+    code = "from ubmd.cli.entry import main; main()"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code, "check", str(write_settings(tmp_path, tmp_path / "run"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "largest uncertainty" in done.stdout
+
+
+def test_the_command_is_the_one_that_is_tested_here() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"]["ubmd"] == "ubmd.cli.entry:main"
 
 
 def test_results_that_could_not_be_written(finished: Path, tmp_path: Path) -> None:
@@ -251,12 +278,12 @@ def test_damaged_settings_of_a_run(run: Path, content: bytes) -> None:
 # ------------------------------------------------------------------------------------------ Ctrl-C
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.2, 0.5, 1.0, 2.0, 3.5])
+@pytest.mark.parametrize("delay", [0.1, 0.3, 0.6, 1.0, 2.0, 3.5])
 def test_ctrl_c_is_one_sentence_whenever_it_comes(tmp_path: Path, delay: float) -> None:
     """As in a terminal: the whole group of processes gets it."""
     settings = write_settings(tmp_path, tmp_path / "run")
-    code = f"import sys; print('here', flush=True); sys.argv = ['ubmd', 'run', {str(settings)!r}]\n"
-    code += "from ubmd.cli.entry import main; main()"
+    code = f"import sys; sys.argv = ['ubmd', 'run', {str(settings)!r}]; from ubmd.cli.entry import main\n"
+    code += "print('here', flush=True); main()"
     driver = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,

@@ -20,6 +20,7 @@ from ubmd.learning.run_folder import Listener, RunFolder
 from ubmd.learning.stages import check_start
 from ubmd.learning.timeline import duration
 from ubmd.learning.workers import available_cores
+from ubmd.outputs import check_name
 from ubmd.settings import RunSettings
 
 _EPOCHS = 4  # of the miniature; the first is slow and not counted
@@ -71,6 +72,7 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
 
 def check_run_dir(path: Path) -> None:
     """SettingsError if the folder of the run cannot be made or written, as far as can be told without making it."""
+    check_name(path, "run_dir")
     there = _existing(path)
     reason = "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is read-only"
     if not there.is_dir():

@@ -41,7 +41,7 @@ from pydantic import ValidationError
 
 import ubmd
 from ubmd.errors import DataError, SettingsError, StorageError
-from ubmd.outputs import why
+from ubmd.outputs import check_name, why
 from ubmd.settings import RunSettings, Table
 
 S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
@@ -144,6 +144,7 @@ class RunFolder:
 
     def _open_lock(self) -> TextIO:
         """The file of the lock; the folder is made, and can be written to."""
+        check_name(self.path, "run_dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             return (self.path / ".lock").open("a+")
