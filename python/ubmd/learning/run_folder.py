@@ -122,22 +122,17 @@ class RunFolder:
         with self._open_lock() as handle:
             if _is_taken(handle, fcntl.LOCK_EX):
                 raise SettingsError(f"Another process is working on {self.path}; wait for it, or set another run_dir.")
-            handle.seek(0)
-            handle.truncate()
-            handle.write(_this_process())
-            handle.flush()
+            _leave_note(handle, _this_process())
             try:
                 yield
             finally:
-                with suppress(OSError):  # the disk may be full or gone
-                    handle.seek(0)
-                    handle.truncate()
+                _leave_note(handle, "")
 
     def is_locked(self) -> bool:
         """Whether a process holds the lock."""
         lock = self.path / ".lock"
         try:
-            with lock.open() as handle:
+            with lock.open(errors="replace") as handle:
                 return _is_taken(handle, fcntl.LOCK_SH)
         except OSError:
             return False
@@ -147,7 +142,7 @@ class RunFolder:
         check_name(self.path, "run_dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            return (self.path / ".lock").open("a+")
+            return (self.path / ".lock").open("a+", errors="replace")
         except OSError as error:
             if error.errno in FULL:
                 raise full_disk(self.path) from error
@@ -303,6 +298,13 @@ def _is_taken(handle: TextIO, kind: int) -> bool:
         handle.seek(0)
         host, _, process = handle.read().partition(" ")
         return host == platform.node() and process == _process(process.partition(" ")[0])
+
+
+def _leave_note(handle: TextIO, text: str) -> None:
+    """Replace the content of a lock's file, if the disk has space for it."""
+    with suppress(OSError):
+        os.ftruncate(handle.fileno(), 0)
+        os.write(handle.fileno(), text.encode())
 
 
 def _this_process() -> str:
