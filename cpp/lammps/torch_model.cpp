@@ -26,6 +26,17 @@ Error damaged(const std::string &file) {
   return Error("model file " + file + " is not a TorchScript file or is damaged: copy or export it again");
 }
 
+// What LAMMPS leaves of letters that are not ASCII is no text any more.
+[[noreturn]] void cannot_read(std::string file) {
+  bool ascii = true;
+  for (char &letter : file)
+    if (static_cast<unsigned char>(letter) > 127) ascii = false, letter = '?';
+  if (ascii) throw Error("cannot read model file " + file + ": check the path in pair_coeff");
+  throw Error("cannot read model file " + file +
+              ": LAMMPS changes letters of an input line that are not ASCII; start it with '-var model FILE' and write "
+              "${model} in pair_coeff, or rename the file");
+}
+
 std::string lower(std::string text) {
   std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return std::tolower(c); });
   return text;
@@ -132,7 +143,7 @@ torch::Tensor wrap(const std::vector<std::int64_t> &values, at::IntArrayRef shap
 }
 
 std::optional<std::string> stored_record(const std::string &file) {
-  if (!std::ifstream(file).good()) throw Error("cannot read model file " + file + ": check the path in pair_coeff");
+  if (!std::ifstream(file).good()) cannot_read(file);
   try {
     return read_record(file);
   } catch (const Error &) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,10 +16,11 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
 from ubmd.crystal.evaluator import NO_STRESS, CrystalEvaluator
 from ubmd.data.graph import VOIGT
-from ubmd.errors import ArgumentError
+from ubmd.errors import ArgumentError, ModelError
 from ubmd.export import load_with_record
 from ubmd.models.evaluation import Prediction
 from ubmd.models.evaluator import NetworkEvaluator
+from ubmd.operators import available
 from ubmd.record import complete_record
 from ubmd.spelling import nearest
 
@@ -27,18 +30,51 @@ _ASE_KEYWORDS = ("atoms", "label", "directory")  # of ASE's base class, those th
 
 
 class Evaluator:
-    """Energies, forces, stress and uncertainties of many structures from one model file, of whatever kind."""
+    """Energies, forces, stress and uncertainties of many structures from one model file, of whatever kind.
+
+    It can be pickled and copied. A pickle holds the model itself, so that it works where the file is not.
+    """
 
     def __init__(self, path: Path | str, precision: str = "mixed") -> None:
-        self.module, self.metadata = load_with_record(Path(path), precision)
-        self.elements: list[str] = self.metadata["elements"]
-        self.cutoff: float = self.metadata["cutoff"]
+        module, record = load_with_record(Path(path), precision)
         with complete_record(Path(path)):
-            self._kind: CrystalEvaluator | NetworkEvaluator = (
-                CrystalEvaluator(self.module, self.metadata)
-                if "lattice" in self.metadata
-                else NetworkEvaluator(self.module, self.metadata, precision)
-            )
+            self._take(module, record, precision)
+
+    def _take(self, module: Any, metadata: dict[str, Any], precision: str) -> None:
+        """Evaluate a module that has been loaded in this precision."""
+        self.module = module
+        self.metadata = metadata
+        self.elements: list[str] = metadata["elements"]
+        self.cutoff: float = metadata["cutoff"]
+        self._precision = precision
+        self._kind: CrystalEvaluator | NetworkEvaluator = (
+            CrystalEvaluator(module, metadata)
+            if "lattice" in metadata
+            else NetworkEvaluator(module, metadata, precision)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The module as it is in memory: its file may have changed since."""
+        buffer = io.BytesIO()
+        with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # as in `load_model`
+            torch.jit.save(self.module, buffer)
+        return {"module": buffer.getvalue(), "metadata": self.metadata, "precision": self._precision}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Inverse of `__getstate__`.
+
+        Raises:
+            ModelError: the model needs the compiled operators, which can't be loaded here.
+        """
+        operators = available()
+        try:
+            with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
+                module = torch.jit.load(io.BytesIO(state["module"]), map_location="cpu")
+        except RuntimeError as error:
+            if not operators and "ubmd::" in str(error):
+                raise ModelError("The model needs ubmd's compiled operators, which can't be loaded here.") from None
+            raise
+        self._take(module, state["metadata"], state["precision"])
 
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
         """One prediction per structure."""
@@ -78,6 +114,7 @@ class Calculator(AseCalculator):
     Besides energy (eV), forces (eV/Å) and stress (eV/Å^3) its results hold ``uncertainty`` (structure, eV/atom),
     ``atomic_uncertainties`` ([n], eV/Å) and, from :meth:`get_bias_forces`, the raw uncertainty forces. With
     ``bias_force`` = f > 0 energies and forces are those of E - f·u (a fixed scale: LAMMPS's fix ubmd adapts it).
+    It can be copied, and pickled with the model in it: for multiprocessing, joblib or dask.
 
     Keywords besides these are those of ASE's calculators: ``atoms``, ``label``, ``directory``.
 

@@ -80,6 +80,61 @@ def test_stop_ends_tasks_and_their_programs(make: Callable[[Path], Executor], tm
     assert wait_for(lambda: not any(is_alive(program) for program in programs), 30.0)
 
 
+SCRIPT = """
+import multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, {tests!r})
+    from unkind import double, raise_sentence
+    from ubmd.errors import LabelError
+    from ubmd.learning.executors import Adapter
+    from ubmd.learning.workers import outcome
+
+    with {pool} as pool:
+        for turn in range(2):
+            adapter = Adapter(pool, Path({folder!r}))
+            try:
+                print([outcome(f) for f in [adapter.submit(double, k) for k in range(4)]], flush=True)
+                outcome(adapter.submit(raise_sentence))
+            except LabelError as error:
+                print(error, flush=True)
+            finally:
+                adapter.stop()
+    print("left the block")
+"""
+POOLS = {
+    **{how: f"ProcessPoolExecutor(2, multiprocessing.get_context({how!r}))" for how in ("spawn", "fork", "forkserver")},
+    "loky": "__import__('joblib').externals.loky.get_reusable_executor(max_workers=2)",
+}
+
+
+@pytest.mark.parametrize("how", POOLS)
+def test_a_with_block_around_runs_is_left(how: str, tmp_path: Path) -> None:
+    if how == "loky":
+        pytest.importorskip("joblib")
+    names = {"tests": str(Path(__file__).parent), "folder": str(tmp_path), "pool": POOLS[how]}
+    (tmp_path / "script.py").write_text(SCRIPT.format(**names))
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    results = ["[0, 2, 4, 6]", "The water is too deep."]
+    assert done.stdout.splitlines() == [*results, *results, "left the block"], done.stderr
+    assert done.returncode == 0
+
+
+def test_child_processes_end_with_the_run_if_the_pool_lives_on(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        adapter = Adapter(pool, tmp_path)
+        child = outcome(adapter.submit(process_id, 0))
+        assert outcome(adapter.submit(process_id, 0)) == child  # kept while the run goes on
+        adapter.stop()
+        assert wait_for(lambda: not is_alive(child), 30.0)
+        again = Adapter(pool, tmp_path)
+        assert outcome(again.submit(double, 4)) == 8
+        again.stop()
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

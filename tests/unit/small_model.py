@@ -7,6 +7,7 @@ from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from ubmd.calculator import Calculator
 from ubmd.settings import ModelSettings
 
 ELEMENTS = ["H", "C", "N", "O"]
@@ -48,3 +49,11 @@ def central(function: Callable[[np.ndarray], float], x: np.ndarray, h: float) ->
             8 * (function(x + step) - function(x - step)) - (function(x + 2 * step) - function(x - 2 * step))
         ) / (12 * h)
     return gradient
+
+
+def results_of(calculator: Calculator, atoms: Atoms) -> list[np.ndarray]:
+    """Energy, forces, bias forces, uncertainty and stress; the structure is not changed."""
+    atoms = atoms.copy()
+    atoms.calc = calculator
+    values = [atoms.get_potential_energy(), atoms.get_forces(), calculator.get_bias_forces(atoms)]
+    return [np.array(value) for value in [*values, *(calculator.results[k] for k in ("uncertainty", "stress"))]]

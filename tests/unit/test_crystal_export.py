@@ -1,6 +1,7 @@
 """Model files of crystals: what the file says in Python against the basis's own numpy formulas and differences."""
 
 import json
+import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -302,3 +303,13 @@ def test_a_file_without_calibration_promises_nothing(case, tmp_path):
     atoms = case.displaced(1, 0.05)
     ratio = Evaluator(tmp_path / "bare.pt").predict_one(atoms).atomic_u / case.evaluator().predict_one(atoms).atomic_u
     np.testing.assert_allclose(ratio, 2.0 / FORCE.scale, rtol=1e-11)
+
+
+def test_pickled_evaluators_are_the_same(case: Case) -> None:
+    evaluator = case.evaluator()
+    again = pickle.loads(pickle.dumps(evaluator))
+    for seed in range(2):
+        here, there = (e.predict_one(case.displaced(seed)) for e in (evaluator, again))
+        assert (here.energy, here.u) == (there.energy, there.u)
+        np.testing.assert_array_equal(here.forces, there.forces)
+        np.testing.assert_array_equal(here.atomic_u, there.atomic_u)

@@ -1,7 +1,11 @@
 """Every kind of uncertainty through its model file: naive oracles, derivatives, symmetries, precision."""
 
+import copy
 import json
+import multiprocessing
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
-from small_model import ELEMENTS, SETTINGS, central, labelled, triclinic
+from small_model import ELEMENTS, SETTINGS, central, labelled, results_of, triclinic
 
 from ubmd.calculator import Calculator, Evaluator, Prediction
 from ubmd.data.graph import build_graph, collate
@@ -256,3 +260,44 @@ def test_ase_calculator_runs_the_file(files: dict[str, Path], kind: str) -> None
     assert atoms.get_potential_energy() == pytest.approx(plain.energy - 0.3 * u, rel=1e-12)
     np.testing.assert_allclose(atoms.get_forces(), plain.forces + 0.3 * gradient, rtol=0, atol=1e-12)
     assert u == pytest.approx(plain.u, rel=1e-12)
+
+
+# ------------------------------------------------------------------------------------------ pickled
+
+
+@pytest.mark.parametrize(("kind", "precision"), [(k, "double") for k in KINDS] + [("distance", "single")])
+def test_pickled_calculators_are_the_same_without_their_file(
+    files: dict[str, Path], tmp_path: Path, kind: str, precision: str
+) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(files[kind].read_bytes())
+    original = Calculator(path, precision, bias_force=0.3, label="mine")
+    path.write_bytes(b"another file by now")
+    atoms = labelled(triclinic(2.0), 1)
+    expected = results_of(original, atoms)
+    for again in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original), copy.copy(original)):
+        assert again.bias_force == 0.3
+        assert again.label == "mine"
+        assert again.evaluator.metadata == original.evaluator.metadata
+        for value, other in zip(expected, results_of(again, atoms), strict=True):
+            np.testing.assert_array_equal(value, other)
+
+
+def test_calculators_work_in_other_processes(files: dict[str, Path]) -> None:
+    calculator = Calculator(files["distance"])
+    shaken = [labelled(triclinic(2.0), seed) for seed in range(3)]
+    expected = [results_of(calculator, atoms) for atoms in shaken]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(results_of, [calculator] * 3, shaken))
+    for values, others in zip(expected, found, strict=True):
+        for value, other in zip(values, others, strict=True):
+            np.testing.assert_array_equal(value, other)
+
+
+def test_structures_with_a_calculator_can_be_pickled_with_its_results(files: dict[str, Path]) -> None:
+    atoms = triclinic(2.0)
+    atoms.calc = Calculator(files["distance"])
+    energy = atoms.get_potential_energy()
+    again = pickle.loads(pickle.dumps(atoms))
+    assert again.calc.results["energy"] == energy
+    assert again.get_potential_energy() == energy

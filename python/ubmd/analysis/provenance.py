@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ubmd.analysis.document import Document
-from ubmd.learning.run_folder import RunFolder, file_hash, read_json, read_settings
+from ubmd.learning.run_folder import RunFolder, file_hash, read_settings
 from ubmd.settings import RunSettings, Table
 
 _FILES = ("dataset", "test", "model")
@@ -15,7 +15,7 @@ _FILES = ("dataset", "test", "model")
 
 def provenance_rows(folder: RunFolder) -> list[list[str]]:
     """(what, value) of a run: manifest, and hashes of what it has made so far."""
-    manifest = read_json(folder.manifest)
+    manifest = folder.read_manifest()
     calculator = str(manifest["settings"]["reference"]["calculator"])
     # Runs of earlier versions list OpenMM whatever their reference is.
     found = {name: known for name, known in manifest["packages"].items() if name != "openmm" or "openmm" in calculator}

@@ -15,7 +15,6 @@ import numpy as np
 from ubmd.analysis.document import Table, as_markdown, escaped
 from ubmd.analysis.run_groups import Run, group_runs, value_or_nan
 from ubmd.errors import DataError
-from ubmd.learning.run_folder import read_json
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "labels": ("labels", ".0f"),
@@ -209,7 +208,7 @@ def _read_row(path: Path) -> tuple[str, Values]:
 
 def _provenance(runs: Sequence[Run]) -> str:
     """Folders, seeds, date and machine, from the manifests."""
-    manifests = [read_json(run.folder.manifest) for run in runs]
+    manifests = [run.folder.read_manifest() for run in runs]
     folders = ", ".join(run.folder.path.resolve().name for run in runs)
     seeds = ", ".join(str(run.settings.seed) for run in runs)
     dates = sorted({str(manifest["created"])[:10] for manifest in manifests})

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ubmd.cli.console import shown
 from ubmd.errors import DataError
+from ubmd.outputs import check_outputs
 from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
 
 if TYPE_CHECKING:
@@ -32,12 +33,13 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
     from ubmd.data.structures import dataset_hash, describe
 
     assert settings.crystal is not None
+    names = ["basis.npz", "equations.npz", "posterior.npz", "fit.json", "model.pt", "uncertainty.png"]
+    check_outputs(settings.output_dir, names, "output_dir")
     ideal, ideal_energy = _ideal(settings.crystal.structure_file(base))
     training_set, validation_set = _sets(settings, base)
     console.print(describe(training_set, "training set"))
     console.print(describe(validation_set, "validation set"))
     folder = settings.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
     if fresh:
         (folder / "basis.npz").unlink(missing_ok=True)
     start = time.monotonic()
@@ -74,8 +76,8 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         console.print(table)
     for line in _remarks(fit):
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"picture: {_picture(fit, folder / 'uncertainty.png')}", soft_wrap=True, highlight=False)
-    console.print(f"model: {folder / 'model.pt'}", soft_wrap=True, highlight=False)
+    for name, path in (("picture", _picture(fit, folder / "uncertainty.png")), ("model", folder / "model.pt")):
+        console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _effective(settings: TrainSettings) -> dict[str, Any]:

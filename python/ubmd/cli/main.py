@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import ubmd
+from ubmd.cli.entry import INTERRUPTED
 from ubmd.errors import UbmdError
 
 # Idle OpenMP threads spin briefly, then sleep: read when torch is loaded, which commands do later. Long spinning slowed
@@ -49,7 +50,7 @@ class _Group(TyperGroup):
             print(f"Error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            print("Interrupted; the same command goes on where it was.", file=sys.stderr)
+            print(INTERRUPTED, file=sys.stderr)
             raise typer.Exit(130) from None
 
 

@@ -9,6 +9,7 @@ import typer
 
 from ubmd.errors import SettingsError
 from ubmd.learning.dynamic.settings import DynamicRunSettings, is_dynamic
+from ubmd.outputs import check_outputs
 from ubmd.settings import RunSettings, load_settings
 
 SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML).", show_default=False)]
@@ -48,6 +49,7 @@ def init(
         raise SettingsError(f"{path} is already there; name another file.")
     if not path.parent.is_dir():
         raise SettingsError(f"There is no folder {path.parent}; make it, or name another file.")
+    check_outputs(path.parent, [], "FILE")
     template = dynamic_template if dynamic else short_template if short else run_template
     path.write_text(template(path.name), encoding="utf-8")
     what = "crystal" if dynamic else "start.file"
@@ -166,6 +168,8 @@ def report(run_dir: RunDir, run_models: RunModels = False) -> None:
     """
     from ubmd.learning.run_folder import RunFolder, is_dynamic_run
 
+    if RunFolder(run_dir).manifest.exists():  # else there is no run to report
+        check_outputs(RunFolder(run_dir).report, [], "report")
     if is_dynamic_run(RunFolder(run_dir)):
         from ubmd.analysis.dynamic_report import make_dynamic_report
 
@@ -194,6 +198,7 @@ def compare(
     from ubmd.analysis import compare as compare_runs
     from ubmd.cli.console import make_console
 
+    check_outputs(out, [], "--out")
     rows, files = compare_runs(run_dirs, out, name, run_models)
     table = Table(caption="mean ± standard deviation over the runs of a group")
     table.add_column("")

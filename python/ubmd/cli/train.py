@@ -20,6 +20,7 @@ from rich.table import Table
 
 from ubmd.cli.console import make_console, shown
 from ubmd.errors import ModelError, SettingsError, UbmdError
+from ubmd.outputs import check_outputs
 from ubmd.settings import RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     from ubmd import training
     from ubmd.data.structures import describe
 
+    _check_outputs(settings)
     training_set, validation_set = _load_sets(settings, base)
     console.print(describe(training_set, "training set"))
     console.print(describe(validation_set, "validation set"))
@@ -103,8 +105,17 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     _export(models, training_set, validation_set, settings.uncertainty, path, settings.model_dump(mode="json"))
     for result, folder in zip(results, training.member_folders(settings.output_dir, len(results)), strict=True):
         console.print(_training_summary(result.best, len(result.history)))
-        console.print(f"log and picture: {folder / 'log.csv'}, learning_curve.png", soft_wrap=True)
-    console.print(f"model: {path}", soft_wrap=True)
+        console.print(f"log and picture: {folder / 'log.csv'}, learning_curve.png", soft_wrap=True, markup=False)
+    console.print(f"model: {path}", soft_wrap=True, markup=False)
+
+
+def _check_outputs(settings: TrainSettings) -> None:
+    """SettingsError if the results cannot be written."""
+    from ubmd.training import member_folders
+
+    check_outputs(settings.output_dir, ["model.pt"], "output_dir")
+    for folder in member_folders(settings.output_dir, settings.uncertainty.networks):
+        check_outputs(folder, ["log.csv", "learning_curve.png", "checkpoint.pt", "weights.pt"], "output_dir")
 
 
 def _load_sets(settings: TrainSettings, base: Path) -> tuple[list[Atoms], list[Atoms]]:
@@ -227,7 +238,7 @@ def evaluate(
             print(json.dumps(result, indent=2))
             return
         console = make_console()
-        console.print(describe(structures, str(data)))
+        console.print(describe(structures, shown(str(data))))
         console.print(_accuracy_table(result, evaluator.metadata))
 
 
@@ -298,7 +309,7 @@ def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
     """(manifest, tables) of a run."""
     from ubmd.analysis.provenance import changed_settings, provenance_rows
     from ubmd.learning.dynamic.settings import DynamicRunSettings
-    from ubmd.learning.run_folder import RunFolder, is_dynamic_run, read_json, read_settings, read_settings_of
+    from ubmd.learning.run_folder import RunFolder, is_dynamic_run, read_settings, read_settings_of
 
     run = RunFolder(folder)
     settings = read_settings_of(run, DynamicRunSettings) if is_dynamic_run(run) else read_settings(run)
@@ -309,7 +320,7 @@ def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
     for table, rows in zip(tables, (provenance_rows(run), changed_settings(settings)), strict=True):
         for row in rows:
             table.add_row(*map(shown, row))
-    return read_json(run.manifest), tables
+    return run.read_manifest(), tables
 
 
 def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
@@ -373,6 +384,7 @@ def export(
     from ubmd.training import load_weights
 
     with user_errors():
+        check_outputs(output.parent, [output.name], "--output")
         uncertainty = make_settings(UncertaintySettings, {}, overrides or [], "--set")
         models = [load_weights(path) for path in [weights, *(member or [])]]
         training_set = read_structures(training_file, labelled=True)

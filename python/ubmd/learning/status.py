@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections import Counter
@@ -60,15 +59,7 @@ def status(run_dir: Path) -> RenderableType:
 
 def is_running(folder: RunFolder) -> bool:
     """Whether a process holds the run's lock."""
-    lock = folder.path / ".lock"
-    if not lock.exists():
-        return False
-    with lock.open() as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return folder.is_locked()
 
 
 def _state(folder: RunFolder, timeline: Timeline, running: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,7 +47,8 @@ class Timeline:
         self._seconds: dict[int, dict[str, float]] = {}
         self._labels_of: dict[int, int] = {}  # iteration -> labels that its model was trained on
         for event in events:
-            self.add(event)
+            with suppress(KeyError, TypeError, ValueError):  # an old or damaged file
+                self.add(event)
 
     def add(self, event: Event) -> None:
         """Take note of an event."""

@@ -98,6 +98,7 @@ class Walk:
         self.events = EventLog(folder.events, listener)
         if changes:
             self.events.write("settings_changed", changes=changes)
+        folder.mend_history()
         self.known = stages.read_dataset(folder.dataset)
         self.dataset: list[Atoms] = []
         self.rejected: list[Atoms] = []

@@ -18,12 +18,14 @@ from ase.calculators.lammps import Prism
 from ase.data import atomic_masses, atomic_numbers
 from ase.geometry.cell import complete_cell
 
+from ubmd.aliases import Aliases
 from ubmd.errors import LabelError, SettingsError
 from ubmd.references.repetition import Repetition
 
 ENERGY_UNITS = {"metal": 1.0, "real": units.kcal / units.mol}
 """eV per energy unit of LAMMPS, for the unit systems with Å and electron charges."""
 
+_aliases = Aliases()  # of the files of force fields, as long as this process lives
 _MARGIN = 5.0  # Å of empty space around the atoms in directions that are not periodic
 _PRESSURE = "ubmd_pressure"  # id of a compute
 _FINISH = [
@@ -288,7 +290,8 @@ def _run_all(engine: Any, lines: Sequence[str]) -> None:
             engine.command(line)
         except Exception as error:  # the only type that the LAMMPS module raises
             engine.close()
-            raise SettingsError(f"LAMMPS refused '{line}' (reference.arguments): {_message(error)}.") from error
+            refused = _aliases.real(line)
+            raise SettingsError(f"LAMMPS refused '{refused}' (reference.arguments): {_message(error)}.") from error
 
 
 def _read_topology(lines: Sequence[str], elements: Sequence[str]) -> tuple[Atoms, np.ndarray]:
@@ -340,10 +343,11 @@ def _existing(base: Path, name: str | Path) -> Path:
 
 
 def _quoted(path: Path) -> str:
-    return f'"{path}"' if " " in str(path) else str(path)
+    name = str(_aliases.of(path))
+    return f'"{name}"' if " " in name else name
 
 
 def _message(error: Exception) -> str:
     """The sentence of a LAMMPS error, without its place in the source."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text.removeprefix("ERROR: ").split(" (src/")[0].split(" (/")[0].rstrip(".")
+    return _aliases.real(text.removeprefix("ERROR: ").split(" (src/")[0].split(" (/")[0].rstrip("."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class Course:
         self._settled = 0  # steps of finished rounds
         self._begun: tuple[float, int] | None = None  # time and steps when this driver began to move
         for event in events:
-            self.add(event)
+            with suppress(KeyError, TypeError, ValueError):  # an old or damaged file
+                self.add(event)
         self._begun = None
 
     def add(self, event: Event) -> None:

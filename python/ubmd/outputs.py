@@ -1,0 +1,55 @@
+"""Whether files can be written where they are wanted: asked before hours of work."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from ubmd.errors import SettingsError
+
+
+def check_outputs(folder: Path, names: Iterable[str], key: str) -> None:
+    """Make a folder (with those above it), and see that files of these names can be written in it.
+
+    Args:
+        folder: where.
+        names: of the files.
+        key: the setting or option that says where, for the message.
+
+    Raises:
+        SettingsError: they cannot.
+    """
+    check_name(folder, key)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SettingsError(f"{key}: {folder} cannot be made or written ({why(error)}); name another one.") from None
+    for name in names:
+        if (folder / name).is_dir():
+            raise SettingsError(
+                f"{key}: a file {folder / name} is to be written, but there is a folder of that name; move it away."
+            )
+
+
+def check_name(path: Path, key: str) -> None:
+    """SettingsError if a full name is no text: neither settings nor model files could be written there."""
+    name = os.fsencode(path.absolute())
+    try:
+        name.decode()
+        str(path.absolute()).encode()
+    except UnicodeError:
+        raise SettingsError(
+            f"{key}: the name of {name.decode(errors='replace')} cannot be read as text in this locale; rename the "
+            "folder, or set LC_ALL=C.UTF-8."
+        ) from None
+
+
+def why(error: OSError) -> str:
+    """The reason for which a folder cannot be made or written."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return "there is a file in the way"
+    return (error.strerror or str(error)).lower()
