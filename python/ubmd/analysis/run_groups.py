@@ -91,7 +91,7 @@ class Run:
         model = self.folder.iteration(self.history[index]["iteration"]) / "model.pt"
         if not self.folder.test.exists() or not model.exists():
             return {}
-        structures = read_structures(self.folder.test, labelled=True)
+        structures = read_structures(self.folder.test, labelled=True, compare=False)
         found = isomers(structures)
         predictions = Evaluator(model).predict(structures) if found else []
         return {name: error_summary(structures, predictions, chosen) for name, chosen in found.items()}
@@ -156,7 +156,9 @@ def group_runs(runs: Sequence[Run], names: Sequence[str] | None = None) -> Compa
     for run in runs:
         groups.setdefault(json.dumps(_identity(run.settings), sort_keys=True), []).append(run)
     if names is not None and len(names) != len(groups):
-        raise DataError(f"{len(names)} names for {len(groups)} groups: runs that differ in their seed only are one.")
+        raise DataError(
+            f"{len(names)} names (--name) for {len(groups)} groups: runs that differ in their seed only are one."
+        )
     chosen = list(names) if names is not None else _names(list(groups.values()))
     tested = all(run.history[-1].get("test") for run in runs)
     return Comparison(dict(zip(chosen, groups.values(), strict=True)), "test" if tested else "valid")

@@ -6,7 +6,7 @@ import csv
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ase import Atoms
@@ -15,6 +15,7 @@ from ase.data import atomic_numbers
 from ubmd.analysis.provenance import conditions
 from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
+from ubmd.learning.held_out import given_test_set
 from ubmd.learning.run_folder import Listener, RunFolder
 from ubmd.learning.stages import check_start
 from ubmd.learning.timeline import duration
@@ -27,11 +28,13 @@ _BYTES_PER_ATOM = 130  # of a stored frame
 _TYPICAL_BATCH_GAIN = 3.0  # a full mini-batch costs less per structure than the miniature's single ones
 
 
-def verify(settings: RunSettings, base: Path) -> list[Atoms]:
-    """Do the settings fit the start structures? Returns these.
+def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = lambda _: None) -> list[Atoms]:
+    """Do the settings fit the start structures, and is a given test set good? Returns the start structures.
+
+    ``remark`` is called with sentences on labels that may be a mistake.
 
     Raises:
-        DataError: the file with the start structures is no good.
+        DataError: the file with the start structures, or with the test set, is no good.
         SettingsError: it is missing, or the settings speak of elements or atoms that the structures don't have.
     """
     path = base / settings.start.file
@@ -41,7 +44,7 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
         raise SettingsError(
             f"md.colvars: there is no file {base / settings.md.colvars} (the path is relative to the settings file)."
         )
-    structures = read_structures(path)
+    structures = read_structures(path, settings.start.labels)
     present = sorted({symbol for atoms in structures for symbol in atoms.symbols}, key=atomic_numbers.__getitem__)
     found = ", ".join(present)
     for key, elements in (("bias.species", settings.bias.species), ("model.elements", settings.model.elements or ())):
@@ -64,6 +67,7 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
                 f"variables.torsions.{name} = {list(indices)} needs four different atoms, counted from 0; "
                 f"{settings.start.file} has {smallest}."
             )
+    given_test_set(settings.test, base, remark)
     return structures
 
 
@@ -95,8 +99,10 @@ def check(settings: RunSettings, base: Path, listener: Listener | None = None) -
     Raises:
         UbmdError: the first mistake.
     """
-    structures = verify(settings, base)
+    remarks: list[str] = []
+    structures = verify(settings, base, remarks.append)
     yield from plan(settings, base, structures)
+    yield from (f"Remark: {sentence}" for sentence in remarks)
     yield "Now every stage in miniature …"
     from ubmd.learning.loop import run
 

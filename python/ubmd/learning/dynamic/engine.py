@@ -40,6 +40,7 @@ from ubmd.learning.dynamic.learners import ForceConstants, Learner, Network
 from ubmd.learning.dynamic.settings import DynamicRunSettings, box_file
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
 from ubmd.learning.groups import run_tasks
+from ubmd.learning.held_out import given_test_set
 from ubmd.learning.rewind import argument_hashes
 from ubmd.learning.run_folder import (
     Listener,
@@ -94,7 +95,7 @@ def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
         SettingsError: its file is missing.
         DataError: it holds no structure.
     """
-    atoms = read_structures(box_file(settings, base))[0]
+    atoms = read_structures(box_file(settings, base), compare=False)[0]
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc).repeat(settings.start.repeat)
 
 
@@ -171,7 +172,7 @@ class Engine(Walk):
         """Made when first needed: a cluster basis may take seconds."""
         if self.settings.crystal is None:
             return Network(self.settings, self.threads)
-        crystal = read_structures(self.settings.crystal.structure_file(self.base))[0]
+        crystal = read_structures(self.settings.crystal.structure_file(self.base), compare=False)[0]
         learner = ForceConstants(self.settings, self.box, self.folder.path / "basis.npz", crystal)
         self.events.show("basis", parameters=learner.basis.n_parameters)
         return learner
@@ -272,7 +273,7 @@ class Engine(Walk):
             return
         if self._held_out is not None:
             self._held_out.finish()
-        test = read_structures(self.folder.test, labelled=True) if self.settings.test is not None else []
+        test = read_structures(self.folder.test, labelled=True, compare=False) if self.settings.test is not None else []
         labels, target = self.dataset[: now.labels], now.folder / "errors.json"
 
         def measure() -> None:
@@ -737,6 +738,9 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
         SettingsError, DataError: the first mistake.
     """
     box = ideal_box(settings, base)
+    remarks: list[str] = []
+    given_test_set(settings.test, base, remarks.append)
+    yield from (f"Remark: {sentence}" for sentence in remarks)
     if settings.bias is not None:
         for element in settings.bias.species:
             if element not in set(box.symbols):
@@ -755,7 +759,7 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
     if settings.crystal is not None:
         from ubmd.crystal.basis import ClusterBasis
 
-        crystal = read_structures(settings.crystal.structure_file(base))[0]
+        crystal = read_structures(settings.crystal.structure_file(base), compare=False)[0]
         basis = ClusterBasis.build(crystal, settings.crystal.cutoffs, settings.crystal.decay)
         basis.supercell(box)
         orders = basis.parameter_orders
