@@ -216,9 +216,7 @@ def load_model(path: Path, precision: str = "double") -> Any:
     """
     path = Path(path)
     if precision not in ("mixed", "single", "double"):
-        raise ModelError(
-            f"The precision (--precision, md.precision) must be mixed, single or double, not {precision!r}."
-        )
+        raise ModelError(f"Precision must be mixed, single or double, not {precision!r} (--precision, md.precision).")
     if not path.is_file():
         raise ModelError(f"There is no model file {path}.")
     operators = available()

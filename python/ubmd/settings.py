@@ -42,7 +42,7 @@ def check_label_names(value: dict[str, str]) -> dict[str, str]:
     for name in value:
         if name not in LABEL_NAMES:
             near = difflib.get_close_matches(name, LABEL_NAMES, n=1, cutoff=0.0)
-            raise ValueError(f"there is no label '{name}' (only {', '.join(LABEL_NAMES)}); did you mean '{near[0]}'?")
+            raise ValueError(f"there is no label '{name}', only {', '.join(LABEL_NAMES)}; the nearest is '{near[0]}'")
     return value
 
 

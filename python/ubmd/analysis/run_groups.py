@@ -157,7 +157,7 @@ def group_runs(runs: Sequence[Run], names: Sequence[str] | None = None) -> Compa
         groups.setdefault(json.dumps(_identity(run.settings), sort_keys=True), []).append(run)
     if names is not None and len(names) != len(groups):
         raise DataError(
-            f"{len(names)} names (--name) for {len(groups)} groups: runs that differ in their seed only are one."
+            f"--name: {len(names)} names for {len(groups)} groups: runs that differ in their seed only are one."
         )
     chosen = list(names) if names is not None else _names(list(groups.values()))
     tested = all(run.history[-1].get("test") for run in runs)

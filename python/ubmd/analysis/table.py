@@ -109,7 +109,7 @@ def run_values(run: Run, labels: int | None = None) -> Values:
     index = next((k for k, entry in enumerate(run.history) if labels is None or entry["labels"] >= labels), None)
     if index is None:
         raise DataError(
-            f"{run.folder.path} has no model with {labels} labels (--labels) yet; the last has seen {_last(run)}."
+            f"{run.folder.path} has no model with {labels} labels yet; the last has seen {_last(run)}. Lower --labels."
         )
     index = len(run.history) - 1 if labels is None else index
     entry, before = run.history[index], run.history[index - 1] if index else {}

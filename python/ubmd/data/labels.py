@@ -4,8 +4,9 @@ The rule for files (`read_structures`):
 
 - Energy, forces and stress are read from ``energy``, ``forces``, ``stress``, or from ``REF_energy``, ``REF_forces``,
   ``REF_stress``. Where a frame has both they must agree.
-- A virial (``virial``, ``virials``, ``REF_virial``, ``REF_virials``; eV; 9 numbers, or 6: xx yy zz yz xz xy) of a
-  structure that is periodic in all directions is the stress -virial/volume. Beside a stress it must agree with it.
+- A virial (``virial``, ``virials``, ``REF_virial``, ``REF_virials``; eV; 9 numbers, or 6: xx yy zz yz xz xy, except
+  under ``virial``) of a structure that is periodic in all directions is the stress -virial/volume. Beside a stress it
+  must agree with it.
 - All labels of a frame come from the keys with REF_, or all from those without.
 - ``energy`` counts, not ``free_energy``, which is read only where there is no ``energy``.
 - A mapping, e.g. ``{"energy": "dft_energy"}``, overrides all that for the labels that it names.
@@ -167,7 +168,7 @@ def _converted(name: str, value: Any, atoms: Atoms) -> Any:
 
 def _family(key: str, label: str) -> str:
     """What stands before the label in a key: REF_ of REF_energy; of dft_E, where there is no label, the key itself."""
-    names = _VIRIALS if label == "virial" else _KEYS[label]
+    names = sorted(_VIRIALS if label == "virial" else _KEYS[label], key=len, reverse=True)
     return next((key.removesuffix(name) for name in names if key.endswith(name)), key)
 
 
@@ -178,7 +179,7 @@ def _check_agreement(found: Mapping[str, Sequence[_Found]], mapping: Mapping[str
             if _differ(label, items[0].value, other.value):
                 both = {name: values for name, values in found.items() if len(values) > 1}
                 last = {name: values[-1].key for name, values in both.items()}
-                raise DataError(f"{_difference(label, items[0], other)}; say which counts: {_advice(last)}.")
+                raise DataError(f"{_difference(label, items[0], other)}; say which counts, e.g. {_advice(last)}.")
     free = _free(found, mapping)
     if free and not set.intersection(*({item.family for item in items} for items in free.values())):
         keys = {label: items[0].key for label, items in free.items()}
