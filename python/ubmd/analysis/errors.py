@@ -89,7 +89,7 @@ def check_finite(predictions: Sequence[Prediction], source: str) -> None:
         for name, value in (("energy", p.energy), ("forces", p.forces), ("uncertainty", [p.u, *p.atomic_u])):
             if not np.isfinite(value).all():
                 raise DataError(
-                    f"{source}, frame {number}: the model's {name} is not a finite number; look for atoms that are too "
+                    f"{source}, frame {number}: the model gives no finite {name}; look for atoms that are too "
                     "close, or remove the frame."
                 )
 
