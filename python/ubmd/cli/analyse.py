@@ -80,6 +80,8 @@ def trajectory(
     from ubmd.analysis.trajectory_report import describe_trajectories
     from ubmd.cli.console import make_console
 
+    if spacing is not None and not spacing > 0.0:
+        raise SettingsError(f"--spacing must be above 0 fs, not {spacing:g}.")
     rows, pictures = describe_trajectories(
         files, None if spacing is None else spacing / 1000.0, model, _torsions(torsion or []), shortest, out
     )
