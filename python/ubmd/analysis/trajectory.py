@@ -182,7 +182,7 @@ def correlation_times(trajectories: Iterable[Trajectory], shortest: float = SHOR
             continue
         spacings.add(round(trajectory.spacing, 9))
         if len(spacings) > 1:
-            raise DataError("Trajectories with different --spacing have no common autocorrelation time.")
+            raise DataError("Trajectories with different spacings (--spacing) have no common autocorrelation time.")
         durations.append(trajectory.duration)
         positions.add(trajectory.internal_positions())
         if trajectory.max_u is not None:
