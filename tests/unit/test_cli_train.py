@@ -14,10 +14,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from typer.testing import CliRunner
 
 from ubmd.calculator import Calculator, Evaluator, Prediction
-from ubmd.cli.train import _duration, _PlainProgress, register, valid_json
+from ubmd.cli.train import _duration, _PlainProgress, register
 from ubmd.data.structures import dataset_hash, labels_of, read_structures, write_structures
 from ubmd.errors import DataError
 from ubmd.training import split
+from ubmd.valid_json import valid_json
 
 SETTINGS = """
 training_file = "data/train.extxyz"
@@ -251,7 +252,7 @@ def test_atoms_at_one_place_and_cells_that_are_no_lattice(folder, tmp_path):
 
 
 def test_json_is_json_whatever_a_model_says(folder, tmp_path, monkeypatch):
-    """A number that is not finite is an error in eval, and text in info."""
+    """A number that is not finite is an error in eval, and null or text in info."""
     from ubmd.models.evaluator import NetworkEvaluator
 
     honest = NetworkEvaluator.predict
@@ -266,7 +267,7 @@ def test_json_is_json_whatever_a_model_says(folder, tmp_path, monkeypatch):
     assert "test.extxyz, frame 1: the model gives no finite forces" in err
     record = {"a": [float("nan"), 1.5], "b": {"c": float("-inf"), "d": None, "e": "x"}}
     assert json.loads(json.dumps(valid_json(record), allow_nan=False)) == {
-        "a": ["nan", 1.5],
+        "a": [None, 1.5],
         "b": {"c": "-inf", "d": None, "e": "x"},
     }
 

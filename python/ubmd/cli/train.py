@@ -6,7 +6,6 @@ The heavy imports (torch, ase) happen inside the commands, so that `ubmd --help`
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from rich.table import Table
 from ubmd.cli.console import make_console
 from ubmd.errors import SettingsError, UbmdError
 from ubmd.settings import RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
+from ubmd.valid_json import valid_json
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -315,15 +315,6 @@ def info(
             return
         for table in tables:
             make_console().print(table)
-
-
-def valid_json(value: Any) -> Any:
-    """A record in which numbers that JSON lacks (NaN, infinity) are text."""
-    if isinstance(value, dict):
-        return {key: valid_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [valid_json(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
