@@ -41,7 +41,9 @@ def check_cell(atoms: Atoms) -> None:
         if len(axes) == 3:
             raise DataError("the cell is flat: its three vectors lie in a plane.")
         first, second = ("abc"[axis] for axis in axes)
-        raise DataError(f"periodic along vectors {first} and {second}, but these cell vectors are parallel.")
+        raise DataError(
+            f"periodic along vectors {first} and {second}, but these cell vectors are parallel; correct the cell or pbc."
+        )
     for axis, height in zip(axes, _heights(vectors), strict=True):
         if height < _THINNEST:
             raise DataError(f"the cell is flat: it is only {height:.2g} Å thick along vector {'abc'[axis]}.")
