@@ -77,7 +77,8 @@ class Calculator(AseCalculator):
 
     Raises:
         ModelError: missing or corrupt model file. DataError: an element that the model does not know, two atoms at the
-            same place, a cell whose periodic vectors are parallel; for a force-constant potential a box that doesn't hold its crystal, or an atom too far from its site.
+            same place, a cell whose periodic vectors are parallel; for a force-constant potential a box that doesn't
+            hold its crystal, or an atom too far from its site.
     """
 
     implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]

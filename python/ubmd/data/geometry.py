@@ -42,7 +42,7 @@ def check_cell(atoms: Atoms) -> None:
             raise DataError("the cell is flat: its three vectors lie in a plane.")
         first, second = ("abc"[axis] for axis in axes)
         raise DataError(
-            f"periodic along vectors {first} and {second}, but these cell vectors are parallel; correct the cell or pbc."
+            f"periodic along vectors {first} and {second}, but these cell vectors are parallel; correct cell or pbc."
         )
     for axis, height in zip(axes, _heights(vectors), strict=True):
         if height < _THINNEST:
