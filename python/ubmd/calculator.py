@@ -120,8 +120,9 @@ class Calculator(AseCalculator):
 
     Raises:
         ArgumentError: an unknown keyword (ASE would take it without a word).
-        ModelError: missing or corrupt model file. DataError: an element that the model does not know; for a
-            force-constant potential a box that doesn't hold its crystal, or an atom too far from its site.
+        ModelError: missing or corrupt model file. DataError: an element that the model does not know, two atoms at the
+            same place, a cell whose periodic vectors are parallel; for a force-constant potential a box that doesn't
+            hold its crystal, or an atom too far from its site.
     """
 
     implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc]

@@ -228,7 +228,7 @@ def load_with_record(path: Path, precision: str = "double") -> tuple[Any, dict[s
     """
     path = Path(path)
     if precision not in ("mixed", "single", "double"):
-        raise ModelError(f"Precision must be mixed, single or double, not {precision!r}.")
+        raise ModelError(f"Precision must be mixed, single or double, not {precision!r} (--precision, md.precision).")
     record = read_record(path)
     operators = available()
     try:

@@ -11,9 +11,18 @@ import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from ubmd.errors import SettingsError
 
@@ -23,6 +32,25 @@ class Table(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
+
+LABEL_NAMES = ("energy", "forces", "stress", "virial")
+"""what a key of a file may be named for; a virial is read as a stress"""
+
+
+def check_label_names(value: dict[str, str]) -> dict[str, str]:
+    """ValueError if keys are named for a label that does not exist, with the nearest one that does."""
+    for name in value:
+        if name not in LABEL_NAMES:
+            near = difflib.get_close_matches(name, LABEL_NAMES, n=1, cutoff=0.0)
+            raise ValueError(f"there is no label '{name}', only {', '.join(LABEL_NAMES)}; the nearest is '{near[0]}'")
+    return value
+
+
+LabelKeys = Annotated[dict[str, str], AfterValidator(check_label_names)]
+_LABEL_KEYS = (
+    "keys of its labels where they are not energy, forces, stress (or REF_energy ...), e.g. "
+    '{energy = "dft_energy", forces = "dft_forces"}; virial (eV) instead of stress (eV/Å^3) is possible'
+)
 
 T = TypeVar("T", bound="Table")
 _FEWEST_WARM_EPOCHS = 10  # however few of the labels are new
@@ -111,6 +139,7 @@ class StartSettings(Table):
     file: Path = Field(
         description="one or more structures, extxyz or any file that ASE reads; relative to the settings file"
     )
+    labels: LabelKeys = Field(default_factory=dict, description=_LABEL_KEYS)
     count: int = Field(8, ge=2, description="perturbed copies that are labelled first")
     displacement: float = Field(0.02, ge=0, description="uniform random shift of every coordinate, ± Å")
     strain: float = Field(0.0, ge=0, lt=0.5, description="uniform random strain of periodic cells, ± (no unit)")
@@ -412,6 +441,7 @@ class TestSettings(Table):
     __test__: ClassVar[bool] = False  # pytest would collect it by its name
 
     file: Path | None = Field(None, description="extxyz with labels; made by 'sampling' there if it does not exist")
+    labels: LabelKeys = Field(default_factory=dict, description=_LABEL_KEYS)
     sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="how to make the file")
 
 
@@ -610,6 +640,7 @@ class TrainSettings(Table):
     validation_share: float = Field(
         0.1, gt=0, lt=1, description="share split off when there is no validation_file (no unit)"
     )
+    labels: LabelKeys = Field(default_factory=dict, description=_LABEL_KEYS.replace("its", "their", 1))
     output_dir: Path = Field(description="folder for log, picture and model.pt; relative to the working directory")
     seed: int = Field(0, ge=0, description="seed of the initial weights, the split and the order of mini-batches")
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -647,7 +678,7 @@ def load_settings(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T
         SettingsError: one sentence that names the exact key and, for a typo, the nearest valid name.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise SettingsError(f"There is no settings file {path}.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -164,3 +164,23 @@ def test_calibration_command_makes_tables_and_pictures(structures, tmp_path):
     result = CliRunner().invoke(app, ["calibration", str(tmp_path / "labels.extxyz"), "--kind", "postrior"])
     assert result.exit_code == 1
     assert "--kind" in result.output + (result.stderr if result.stderr_bytes else "")
+
+
+def test_the_rest_is_the_test_and_too_few_structures_name_the_options(structures, tmp_path):
+    """Without --test, 24 - 18 - 2 = 4 structures; whatever is too large is named with its option."""
+    data = tmp_path / "labels.extxyz"
+    write_structures(data, structures)
+    changes = ["model.hidden=[8, 8]", "model.n_radial=2", "training.epochs=1", "training.threads=1"]
+    options = [word for change in changes for word in ("--set", change)]
+    base = ["calibration", str(data), "--splits", "1", "--kind", "distance", "-o", str(tmp_path / "out"), *options]
+    result = CliRunner().invoke(app, [*base, "--training", "18", "--calibrating", "2"])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "out" / "calibration.md").read_text()
+    assert "into 18 training, 2 calibration and 4 test structures" in text
+    for sizes, message in (
+        ([], "24 structures: --training 45 and --calibrating 5 leave none for the test; lower them."),
+        (["--training", "10", "--test", "10"], "--training 10 and --calibrating 5 leave 9 for the test, not --test 10"),
+    ):
+        result = CliRunner().invoke(app, [*base, *sizes])
+        assert result.exit_code == 1
+        assert message in result.output + (result.stderr if result.stderr_bytes else "")

@@ -8,6 +8,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.io import write
 from scipy.spatial.transform import Rotation
+from typer.testing import CliRunner
 
 from ubmd.analysis.autocorrelation import (
     autocorrelation,
@@ -16,6 +17,7 @@ from ubmd.analysis.autocorrelation import (
     statistical_inefficiency,
 )
 from ubmd.analysis.trajectory import Trajectory, aligned, correlation_times, read_trajectory, without_cell
+from ubmd.cli.main import app
 from ubmd.errors import DataError
 
 
@@ -162,7 +164,7 @@ def test_traces_and_plain_files_are_the_same_trajectory(tmp_path: Path):
         np.testing.assert_allclose(found.volumes, [atoms.get_volume() for atoms in cells], rtol=1e-6)
         np.testing.assert_allclose(found.max_u, 0.1 * np.arange(6))
         np.testing.assert_allclose(found.structures()[3].get_all_distances(), cells[3].get_all_distances(), atol=1e-5)
-    with pytest.raises(DataError, match="give the time between them"):
+    with pytest.raises(DataError, match=r"give the time between them .--spacing, fs"):
         read_trajectory(tmp_path / "plain.extxyz")
     cells[4].info["step"] = 110
     write(tmp_path / "plain.extxyz", cells)
@@ -171,3 +173,22 @@ def test_traces_and_plain_files_are_the_same_trajectory(tmp_path: Path):
     write(tmp_path / "other.xyz", [Atoms("H2", positions=np.eye(2, 3)), Atoms("H")])
     with pytest.raises(DataError, match="frames of one system"):
         read_trajectory(tmp_path / "other.xyz", 0.01)
+
+
+def test_mistakes_of_the_command_name_their_options(tmp_path):
+    write(tmp_path / "a.xyz", [Atoms("H4", positions=np.eye(4, 3))] * 3)
+    spacing = ["--spacing", "10"]
+    for options, message in (
+        ([], "give the time between them (--spacing, fs)"),
+        (["--spacing", "0"], "--spacing must be above 0 fs, not 0."),
+        ([*spacing, "--torsion", "phi=0,1,2,4"], "--torsion phi=0,1,2,4: it needs four different atoms, counted from"),
+        ([*spacing, "--torsion", "phi=0,1,2,-1"], "--torsion phi=0,1,2,-1: it needs four different atoms"),
+    ):
+        result = CliRunner().invoke(app, ["trajectory", str(tmp_path / "a.xyz"), *options, "-o", str(tmp_path / "out")])
+        assert result.exit_code == 1
+        assert message in result.output + (result.stderr if result.stderr_bytes else "")
+    with pytest.raises(DataError, match=r"There is no file .*none.xyz"):
+        read_trajectory(tmp_path / "none.xyz", 0.01)
+    (tmp_path / "bad.xyz").write_text("2\n\nH 0 0\n")
+    with pytest.raises(DataError, match=r"ASE cannot read .*bad.xyz: "):
+        read_trajectory(tmp_path / "bad.xyz", 0.01)

@@ -1,6 +1,7 @@
 """The commands around one model, on real files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from typer.testing import CliRunner
 
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Calculator, Evaluator, Prediction
 from ubmd.cli.train import _duration, _PlainProgress, register
 from ubmd.data.structures import dataset_hash, labels_of, read_structures, write_structures
+from ubmd.errors import DataError
 from ubmd.training import split
+from ubmd.valid_json import valid_json
 
 SETTINGS = """
 training_file = "data/train.extxyz"
@@ -219,6 +222,109 @@ def test_mistakes_are_one_sentence_on_stderr(folder, arguments, message):
     assert message.format(folder=folder) in err
     assert err.count("\n") == 1
     assert "Traceback" not in out + err
+
+
+def test_atoms_at_one_place_and_cells_that_are_no_lattice(folder, tmp_path):
+    """Today's process must survive, and file, frame and atoms be named, whatever reads the structures."""
+    structures = read_structures(folder / "data" / "train.extxyz")
+    model = folder / "out" / "model.pt"
+    bad = structures[5].copy()
+    bad.positions[2] = bad.positions[0] + bad.cell[1]
+    bad.calc = SinglePointCalculator(bad, **labels_of(structures[5]))
+    data = tmp_path / "train.extxyz"
+    write_structures(data, [*structures[:5], bad, *structures[6:]])
+    sentence = "train.extxyz, frame 5: atoms 0 (Cu) and 2 (Cu), counted from 0, are at the same place"
+    train = ["train", folder / "train.toml", "--set", f'training_file="{data}"', "--set", f"output_dir={tmp_path}/out"]
+    for arguments in (["eval", model, data], ["eval", model, data, "--json"], train):
+        code, out, err = ubmd(*arguments)
+        assert code == 1
+        assert sentence in err
+        assert not out
+    bad.calc = Calculator(model)
+    with pytest.raises(DataError, match=r"^atoms 0 \(Cu\) and 2 \(Cu\)"):
+        bad.get_potential_energy()
+    with pytest.raises(DataError, match=r"^structure 1: atoms 0 \(Cu\) and 2 \(Cu\)"):
+        Evaluator(model).predict([structures[0], bad])
+    flat = Atoms("Cu2", [[0, 0, 0], [2, 0, 1]], cell=[[4, 0, 0], [8, 0, 0], [0, 0, 20]], pbc=[True, True, False])
+    flat.calc = Calculator(model)
+    with pytest.raises(DataError, match="periodic along vectors a and b, but these cell vectors are parallel"):
+        flat.get_forces()
+
+
+def test_json_is_json_whatever_a_model_says(folder, tmp_path, monkeypatch):
+    """A number that is not finite is an error in eval, and null or text in info."""
+    from ubmd.models.evaluator import NetworkEvaluator
+
+    honest = NetworkEvaluator.predict
+
+    def broken(self: NetworkEvaluator, structures: list[Atoms]) -> list[Prediction]:
+        found = honest(self, structures)
+        return [replace(found[0]), replace(found[1], forces=np.nan * found[1].forces), *found[2:]]
+
+    monkeypatch.setattr(NetworkEvaluator, "predict", broken)
+    code, out, err = ubmd("eval", folder / "out" / "model.pt", folder / "test.extxyz", "--json")
+    assert (code, out) == (1, "")
+    assert "test.extxyz, frame 1: the model gives no finite forces" in err
+    record = {"a": [float("nan"), 1.5], "b": {"c": float("-inf"), "d": None, "e": "x"}}
+    assert json.loads(json.dumps(valid_json(record), allow_nan=False)) == {
+        "a": [None, 1.5],
+        "b": {"c": "-inf", "d": None, "e": "x"},
+    }
+
+
+def renamed(structures: list[Atoms]) -> list[Atoms]:
+    """The same labels under other keys, wrong ones under the usual keys, and a virial instead of a stress."""
+    copies = []
+    for atoms in structures:
+        copy = atoms.copy()
+        copy.calc = SinglePointCalculator(copy, energy=0.0, forces=np.zeros((len(atoms), 3)))
+        copy.info["E"] = atoms.get_potential_energy()
+        copy.info["W"] = -atoms.get_volume() * atoms.get_stress(voigt=False)
+        copy.set_array("F", atoms.get_forces())
+        copies.append(copy)
+    return copies
+
+
+def test_keys_of_labels_in_settings_and_options(folder, tmp_path):
+    """The same model and errors, whatever the keys are called."""
+    for name in ("data/train.extxyz", "test.extxyz"):
+        write_structures(tmp_path / name, renamed(read_structures(folder / name)))
+    labels = 'labels = {energy = "E", forces = "F", virial = "W"}\n'
+    text = SETTINGS.format(output=tmp_path / "out").replace("epochs = 4", "epochs = 5")
+    (tmp_path / "train.toml").write_bytes(b"\xef\xbb\xbf" + (labels + text).encode())
+    code, _, err = ubmd("train", tmp_path / "train.toml")
+    assert code == 0, err
+    options = [word for pair in ("energy=E", "forces=F", "virial=W") for word in ("--label", pair)]
+    models = folder / "out" / "model.pt", tmp_path / "out" / "model.pt"
+    results = []
+    for model, data, keys in zip(models, (folder, tmp_path), ([], options), strict=True):
+        code, out, err = ubmd("eval", model, data / "test.extxyz", "--json", *keys)
+        assert code == 0, err
+        assert not err
+        results.append(json.loads(out))
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+    weights, train = tmp_path / "out" / "weights.pt", tmp_path / "data" / "train.extxyz"
+    export = ["export", weights, train, tmp_path / "test.extxyz", "-o", tmp_path / "new.pt", "--set", "projections=32"]
+    assert ubmd(*export, *options)[0] == 0
+    metadata = [Evaluator(path).metadata for path in (models[1], tmp_path / "new.pt")]
+    assert metadata[1]["uncertainty"]["energy"]["n_calibration"] == 6
+    hashes = [dataset_hash(read_structures(train, {"energy": "E", "forces": "F", "virial": "W"}))]
+    assert metadata[1]["training_set_hash"] == hashes[0]
+    code, _, err = ubmd("eval", models[0], tmp_path / "test.extxyz", "--label", "energy=E", "--label", "energy=F")
+    assert code == 1
+    assert "--label names two keys for energy: E and F; give one." in err
+
+
+def test_remarks_are_on_stderr(folder, tmp_path):
+    structures = read_structures(folder / "test.extxyz")
+    for atoms in structures:
+        atoms.calc = SinglePointCalculator(atoms, **{**labels_of(atoms), "stress": 160.2 * labels_of(atoms)["stress"]})
+    write_structures(tmp_path / "test.extxyz", structures)
+    code, out, err = ubmd("eval", folder / "out" / "model.pt", tmp_path / "test.extxyz", "--json")
+    assert code == 0
+    assert json.loads(out)["structures"] == 6
+    assert err.startswith(f"Remark: {tmp_path / 'test.extxyz'}: stresses of up to")
+    assert err.count("\n") == 1
 
 
 def test_plain_progress_is_sparse_and_estimates_the_time_left(capsys):

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from ubmd.errors import SettingsError
-from ubmd.learning.dynamic.settings import DynamicRunSettings
+from ubmd.learning.dynamic.settings import DynamicRunSettings, is_dynamic
 from ubmd.settings import RunSettings, Table, TrainSettings, load_settings
 
 EXAMPLES = Path(__file__).parents[2] / "lammps_examples"
@@ -156,6 +156,14 @@ def test_files_that_are_no_settings(tmp_path):
         load_settings(tmp_path / "binary.toml", RunSettings)
     with pytest.raises(SettingsError, match="cannot be read as a settings file"):
         load_settings(tmp_path, RunSettings)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_settings(run_file):
+    run_file.write_bytes(b"\xef\xbb\xbf" + run_file.read_bytes())
+    assert load_settings(run_file, RunSettings).seed == 3
+    assert not is_dynamic(run_file)
+    run_file.write_bytes(b"\xef\xbb\xbf[dynamic]\n")
+    assert is_dynamic(run_file)
 
 
 def test_settings_survive_json(run_file):

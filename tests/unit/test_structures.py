@@ -143,7 +143,10 @@ H 0.0 0.0 0.8 0.0 0.0 0.0
         (FRAME.format(extra="", force="0.0").replace("-1.0", "inf"), "frame 1: NaN or infinity in the energy"),
         (FRAME.format(extra="", force="0.0").replace("energy=-1.0", ""), "frame 1: no energy .1 of 2 frames"),
         ("2\n\nH 0 0 0\nH 0 0 1\n", "frame 1: no energy"),
-        (FRAME.format(extra="", force="0.0").replace("energy", "REF_energy"), "under 'REF_energy', but under 'energy'"),
+        (
+            FRAME.format(extra="", force="0.0").replace("energy", "REF_energy").replace("forces", "REF_forces"),
+            "under 'REF_energy', but under 'energy'",
+        ),
         (FRAME.format(extra='stress="1 0 0 0 1 0 0 0 1"', force="0.0"), "frame 1: a stress needs a cell"),
         (FRAME.format(extra='stress="1 0 0 1"', force="0.0"), "frame 1: not valid extended XYZ: .*stress"),
         (FRAME.format(extra='REF_stress="1 0 0 1"', force="0.0"), "frame 1: the stress must be 6 .* or 9 numbers"),

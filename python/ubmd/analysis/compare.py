@@ -22,6 +22,7 @@ from ubmd.analysis.torsions import torsions
 from ubmd.analysis.trajectory import SHORTEST, Trajectory
 from ubmd.analysis.volumes import errors_by_volume, slow_wave, volume_edges
 from ubmd.learning.run_folder import file_hash
+from ubmd.valid_json import valid_json
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the MD steps, and of the labels, that every run reached
 _COVERAGE = "coverage"
@@ -68,7 +69,8 @@ def compare(
     _left_out(document, comparison)
     written = document.write(Path(out), "comparison")
     record = Path(out) / "comparison.json"
-    record.write_text(json.dumps({row.title: row.values for row in rows}, indent=1, ensure_ascii=False) + "\n")
+    values = valid_json({row.title: row.values for row in rows})
+    record.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     return rows, [*document.pictures(), *written, record]
 
 

@@ -300,7 +300,7 @@ def newest_structures(folder: RunFolder, history: Sequence[dict[str, Any]]) -> t
     if found:
         return found, f"frames of the newest trajectories ({', '.join(found)})"
     source, what = (folder.test, "the test set") if folder.test.exists() else (folder.dataset, "the labels")
-    return {"": read_structures(source)[:_MOST_FRAMES]}, what
+    return {"": read_structures(source, compare=False)[:_MOST_FRAMES]}, what
 
 
 def _frames(path: Path) -> list[Atoms]:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ubmd.calculator import Prediction
 from ubmd.data.structures import EV_PER_A3_IN_MPA, labels_of
+from ubmd.errors import DataError
 
 Array = NDArray[np.float64]
 
@@ -80,6 +81,17 @@ def error_summary(
     if len(parity.stress):
         errors["stress_rmse_mpa"] = float(np.sqrt(np.mean((parity.stress - parity.stress_label) ** 2)))
     return errors | {"structures": len(structures)}
+
+
+def check_finite(predictions: Sequence[Prediction], source: str) -> None:
+    """DataError that names the first structure of ``source`` for which a model gives no finite numbers."""
+    for number, p in enumerate(predictions):
+        for name, value in (("energy", p.energy), ("forces", p.forces), ("uncertainty", [p.u, *p.atomic_u])):
+            if not np.isfinite(value).all():
+                raise DataError(
+                    f"{source}, frame {number}: the model gives no finite {name}; look for atoms that are too "
+                    "close, or remove the frame."
+                )
 
 
 def share_covered(error: ArrayLike, u: ArrayLike) -> float:

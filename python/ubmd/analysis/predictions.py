@@ -173,7 +173,7 @@ def predict_unseen(folder: RunFolder, history: Sequence[Mapping[str, Any]], run_
     if not folder.model.exists() or not history:
         return None
     if folder.test.exists():
-        structures = read_structures(folder.test, labelled=True)
+        structures = read_structures(folder.test, labelled=True, compare=False)
         amides = amide_torsions(structures[0])
         note = f" ({count_cis(structures, amides)} of them with a cis amide bond)" if amides else ""
         what = f"Newest model on the {len(structures)} structures of the test set{note}"

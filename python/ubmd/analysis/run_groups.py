@@ -116,7 +116,7 @@ class Run:
     @cached_property
     def _tested(self) -> list[Atoms]:
         """The test set."""
-        return read_structures(self.folder.test, labelled=True)
+        return read_structures(self.folder.test, labelled=True, compare=False)
 
     def minutes(self, index: int = -1) -> float:
         """Wall time of all stages until a model (place in the history) was there, min; nan if it is not known.
@@ -178,7 +178,9 @@ def group_runs(runs: Sequence[Run], names: Sequence[str] | None = None) -> Compa
     for run in runs:
         groups.setdefault(json.dumps(_identity(run.settings), sort_keys=True), []).append(run)
     if names is not None and len(names) != len(groups):
-        raise DataError(f"{len(names)} names for {len(groups)} groups: runs that differ in their seed only are one.")
+        raise DataError(
+            f"--name: {len(names)} names for {len(groups)} groups: runs that differ in their seed only are one."
+        )
     chosen = list(names) if names is not None else _names(list(groups.values()))
     tested = all(run.history[-1].get("test") for run in runs)
     return Comparison(dict(zip(chosen, groups.values(), strict=True)), "test" if tested else "valid")

@@ -85,7 +85,7 @@ def read_published(path: Path) -> Published:
         DataError: the file is no such table.
     """
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         rows = {row["name"]: {key: row[key] for key in row if key != "name"} for row in content["row"]}
         unknown = {key for row in rows.values() for key in row} - set(COLUMNS)
     except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
@@ -107,7 +107,9 @@ def run_values(run: Run, labels: int | None = None) -> Values:
     """
     index = next((k for k, entry in enumerate(run.history) if labels is None or entry["labels"] >= labels), None)
     if index is None:
-        raise DataError(f"{run.folder.path} has no model with {labels} labels yet; the last has seen {_last(run)}.")
+        raise DataError(
+            f"{run.folder.path} has no model with {labels} labels yet; the last has seen {_last(run)}. Lower --labels."
+        )
     index = len(run.history) - 1 if labels is None else index
     entry, before = run.history[index], run.history[index - 1] if index else {}
     test = entry.get("test") or {}
@@ -148,7 +150,7 @@ def read_titles(path: Path) -> dict[str, str]:
         DataError: there is no such file.
     """
     try:
-        rows = tomllib.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        rows = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))["rows"]
         return {name: str(row["title"]) for name, row in rows.items()}
     except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no rows (a table [rows.NAME] with a title each): {error}.") from None

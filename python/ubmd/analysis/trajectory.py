@@ -108,8 +108,13 @@ def read_trajectory(path: Path, spacing: float | None = None) -> Trajectory:
     if path.suffix == ".npz":
         return _read_trace(path)
     if spacing is None:
-        raise DataError(f"{path} doesn't say how far its frames are apart; give the time between them.")
-    frames: list[Atoms] = list(ase.io.iread(path, index=":"))
+        raise DataError(f"{path} doesn't say how far its frames are apart; give the time between them (--spacing, fs).")
+    if not path.is_file():
+        raise DataError(f"There is no file {path}.")
+    try:
+        frames: list[Atoms] = list(ase.io.iread(path, index=":"))
+    except Exception as error:  # ASE's readers raise anything from KeyError to AssertionError
+        raise DataError(f"ASE cannot read {path}: {' '.join(str(error).split()) or type(error).__name__}.") from error
     if len(frames) < 2 or any(len(atoms) != len(frames[0]) for atoms in frames):
         raise DataError(f"{path} must hold two or more frames of one system.")
     _check_spacing(path, [atoms.info["step"] for atoms in frames if "step" in atoms.info])
@@ -138,7 +143,7 @@ def _read_trace(path: Path) -> Trajectory:
 
 def _check_spacing(path: Path, steps: Sequence[int]) -> None:
     if len(set(np.diff(steps).tolist())) > 1:
-        raise DataError(f"The frames of {path} are not equally spaced: autocorrelations need a fixed stride.")
+        raise DataError(f"The frames of {path} are not equally spaced: autocorrelations need a fixed --spacing.")
 
 
 def read_traces(run: Path) -> Iterator[Trajectory]:
@@ -177,7 +182,7 @@ def correlation_times(trajectories: Iterable[Trajectory], shortest: float = SHOR
             continue
         spacings.add(round(trajectory.spacing, 9))
         if len(spacings) > 1:
-            raise DataError("Trajectories with different spacings have no common autocorrelation time.")
+            raise DataError("Trajectories with different spacings (--spacing) have no common autocorrelation time.")
         durations.append(trajectory.duration)
         positions.add(trajectory.internal_positions())
         if trajectory.max_u is not None:

@@ -14,6 +14,7 @@ from ubmd.analysis.document import number
 from ubmd.analysis.torsions import Torsion, torsions
 from ubmd.analysis.trajectory import Trajectory, correlation_times, read_trajectory
 from ubmd.analysis.volumes import slow_wave
+from ubmd.errors import DataError
 
 _WAVES = 4  # trajectories whose V(t) is drawn
 
@@ -64,10 +65,21 @@ def _add_torsions(
 ) -> None:
     if not variables:
         return
+    _check_atoms(variables, min(len(t.numbers) for t in found))
     angles = np.concatenate([torsions(t.structures(), list(variables.values())) for t in found])
     rows.append((f"coverage of ({', '.join(variables)})", f"{coverage(angles):.3f} by {len(angles):,} frames"))
     if len(variables) == 2:
         pictures.append(figures.torsion_histogram_figure({"": angles}, out / "torsions.png", list(variables)))
+
+
+def _check_atoms(variables: Mapping[str, Torsion], n_atoms: int) -> None:
+    """DataError if a torsion is not of four different atoms that are there."""
+    for name, atoms in variables.items():
+        if len(set(atoms)) < 4 or min(atoms) < 0 or max(atoms) >= n_atoms:
+            raise DataError(
+                f"--torsion {name}={','.join(map(str, atoms))}: it needs four different atoms, counted from 0 to "
+                f"{n_atoms - 1}."
+            )
 
 
 def _add_volumes(

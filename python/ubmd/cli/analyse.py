@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ubmd.cli.run import RunModels
-from ubmd.cli.train import KeyOption, SetOption, label_mapping
+from ubmd.cli.train import KeyOption, SetOption, label_mapping, print_remarks
 from ubmd.errors import SettingsError
 from ubmd.settings import TrainSettings, UncertaintySettings, make_settings
 
@@ -83,6 +83,8 @@ def trajectory(
     from ubmd.analysis.trajectory_report import describe_trajectories
     from ubmd.cli.console import make_console
 
+    if spacing is not None and not spacing > 0.0:
+        raise SettingsError(f"--spacing must be above 0 fs, not {spacing:g}.")
     rows, pictures = describe_trajectories(
         files, None if spacing is None else spacing / 1000.0, model, _torsions(torsion or []), shortest, out
     )
@@ -97,10 +99,12 @@ def trajectory(
 
 def calibration(
     data: Annotated[Path, typer.Argument(help="Labelled structures (extxyz, or any format that ASE reads).")],
-    training: Annotated[int, typer.Option(help="Training structures of every split.")] = 45,
-    calibrating: Annotated[int, typer.Option(help="Calibration structures of every split.")] = 5,
-    test: Annotated[int, typer.Option(help="Test structures of every split.")] = 500,
-    splits: Annotated[int, typer.Option(help="Random splits.")] = 5,
+    training: Annotated[int, typer.Option(min=1, help="Training structures of every split.")] = 45,
+    calibrating: Annotated[int, typer.Option(min=1, help="Calibration structures of every split.")] = 5,
+    test: Annotated[
+        int | None, typer.Option(min=1, help="Test structures of every split; default: all others.")
+    ] = None,
+    splits: Annotated[int, typer.Option(min=1, help="Random splits.")] = 5,
     kind: Annotated[
         list[str] | None, typer.Option("--kind", help="Kind of uncertainty; default: posterior, distance, ensemble.")
     ] = None,
@@ -125,9 +129,12 @@ def calibration(
     kinds = kind or list(KINDS)
     for name in kinds:  # a typo shows before the training
         make_settings(UncertaintySettings, {"kind": name}, (), "--kind")
-    sizes = Sizes(training, calibrating, test)
+    remarks: list[str] = []
+    structures = read_structures(data, label_mapping(label), labelled=True, remark=remarks.append)
+    print_remarks(remarks)
+    sizes = Sizes(training, calibrating, _test_size(data, len(structures), training, calibrating, test))
     outcomes = calibration_study(
-        read_structures(data, label_mapping(label), labelled=True),
+        structures,
         sizes,
         splits,
         kinds,
@@ -148,6 +155,24 @@ def calibration(
         shown.add_row(*(row[k] for k in columns))
     make_console().print(shown)
     print(f"Tables and pictures: {files[-1]}")
+
+
+def _test_size(data: Path, count: int, training: int, calibrating: int, test: int | None) -> int:
+    """Test structures of every split: so many, or all that are left.
+
+    Raises:
+        SettingsError: there are too few.
+    """
+    rest = count - training - calibrating
+    others = f"--training {training} and --calibrating {calibrating}"
+    if rest < 1:
+        raise SettingsError(f"{data} holds {count} structures: {others} leave none for the test; lower them.")
+    if test is not None and test > rest:
+        raise SettingsError(
+            f"{data} holds {count} structures: {others} leave {rest} for the test, not --test {test}; lower one of "
+            "them, or leave out --test."
+        )
+    return rest if test is None else test
 
 
 def _torsions(options: list[str]) -> dict[str, tuple[int, int, int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
     """Fit, calibrate and export; ``base`` is the folder of the settings file."""
+    from ubmd.cli.train import print_remarks
     from ubmd.crystal.export import export_crystal
     from ubmd.crystal.ideal import describe_symmetry
     from ubmd.crystal.training import cached_basis, fit_crystal
@@ -35,10 +36,12 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
     assert settings.crystal is not None
     names = ["basis.npz", "equations.npz", "posterior.npz", "fit.json", "model.pt", "uncertainty.png"]
     check_outputs(settings.output_dir, names, "output_dir")
-    ideal, ideal_energy = _ideal(settings.crystal.structure_file(base))
-    training_set, validation_set = _sets(settings, base)
+    ideal, ideal_energy = _ideal(settings.crystal.structure_file(base), settings.labels)
+    remarks: list[str] = []
+    training_set, validation_set = _sets(settings, base, remarks.append)
     console.print(describe(training_set, "training set"))
     console.print(describe(validation_set, "validation set"))
+    print_remarks(remarks)
     folder = settings.output_dir
     if fresh:
         (folder / "basis.npz").unlink(missing_ok=True)
@@ -86,25 +89,25 @@ def _effective(settings: TrainSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude={"model": True, "training": True, "uncertainty": unused})
 
 
-def _ideal(path: Path) -> tuple[Atoms, float | None]:
-    """The ideal crystal, and its energy (eV) where the file has one."""
+def _ideal(path: Path, labels: Mapping[str, str]) -> tuple[Atoms, float | None]:
+    """The ideal crystal, and its energy (eV) where the file has one; it may lack the keys that ``labels`` name."""
     from ubmd.data.structures import labels_of, read_structures
 
-    structures = read_structures(path)
+    structures = read_structures(path, labels, missing_ok=True)
     if len(structures) > 1:
         raise DataError(f"{path} holds {len(structures)} structures; crystal.structure needs the ideal crystal alone.")
     return structures[0], labels_of(structures[0]).get("energy")
 
 
-def _sets(settings: TrainSettings, base: Path) -> tuple[list[Atoms], list[Atoms]]:
+def _sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) -> tuple[list[Atoms], list[Atoms]]:
     """Training and validation structures."""
     from ubmd.data.structures import read_structures
     from ubmd.training import split
 
-    structures = read_structures(base / settings.training_file)
+    structures = read_structures(base / settings.training_file, settings.labels, remark=remark)
     if settings.validation_file is None:
         return split(structures, settings.validation_share, settings.seed)
-    return structures, read_structures(base / settings.validation_file)
+    return structures, read_structures(base / settings.validation_file, settings.labels, remark=remark)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -113,11 +114,16 @@ def run(
     from ubmd.learning.run_folder import RunFolder
     from ubmd.learning.timeline import Timeline
 
-    verify(values, settings.parent)
+    verify(values, settings.parent, _remark)
     timeline = Timeline(values, RunFolder(values.run_dir).read_events())
     with make_progress(Console(), timeline) as progress:
         folder = run_loop(values, settings.parent, progress, from_iteration=from_iteration)
     print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")
+
+
+def _remark(sentence: str) -> None:
+    """A remark on labels that may be a mistake."""
+    print(f"Remark: {sentence}", file=sys.stderr)
 
 
 def _check_dynamic(settings: Path, override: list[str]) -> None:
@@ -137,7 +143,10 @@ def _run_dynamic(settings: Path, override: list[str]) -> None:
 
     from ubmd.learning.dynamic.engine import run as run_engine
     from ubmd.learning.dynamic.progress import Course, make_progress
+    from ubmd.learning.held_out import given_test_set
     from ubmd.learning.run_folder import RunFolder
+
+    given_test_set(values.test, settings.parent, _remark)
 
     course = Course(values, RunFolder(values.run_dir).read_events())
     with make_progress(Console(), course) as progress:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ from ubmd.cli.console import make_console, shown
 from ubmd.errors import ModelError, SettingsError, UbmdError
 from ubmd.outputs import check_outputs
 from ubmd.settings import RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
+from ubmd.valid_json import valid_json
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -33,7 +34,12 @@ SetOption = Annotated[
 ]
 KeyOption = Annotated[
     list[str] | None,
-    typer.Option("--label", metavar="LABEL=KEY", help="Where a label is, e.g. energy=dft_energy; may be repeated."),
+    typer.Option(
+        "--label",
+        metavar="LABEL=KEY",
+        help="Key of a label (energy, forces, stress, virial), e.g. energy=dft_energy; may be repeated. Default: "
+        "energy, forces, stress or virial; else REF_energy ... A frame with both must say the same in both.",
+    ),
 ]
 
 
@@ -85,9 +91,11 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     from ubmd.data.structures import describe
 
     _check_outputs(settings)
-    training_set, validation_set = _load_sets(settings, base)
+    remarks: list[str] = []
+    training_set, validation_set = _load_sets(settings, base, remarks.append)
     console.print(describe(training_set, "training set"))
     console.print(describe(validation_set, "validation set"))
+    print_remarks(remarks)
     with _progress(console) as report:
         results = training.train_members(
             settings.uncertainty.networks,
@@ -118,15 +126,15 @@ def _check_outputs(settings: TrainSettings) -> None:
         check_outputs(folder, ["log.csv", "learning_curve.png", "checkpoint.pt", "weights.pt"], "output_dir")
 
 
-def _load_sets(settings: TrainSettings, base: Path) -> tuple[list[Atoms], list[Atoms]]:
+def _load_sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) -> tuple[list[Atoms], list[Atoms]]:
     """Training and validation structures; files are relative to the settings file."""
     from ubmd.data.structures import read_structures
     from ubmd.training import split
 
-    structures = read_structures(base / settings.training_file, labelled=True)
+    structures = read_structures(base / settings.training_file, settings.labels, labelled=True, remark=remark)
     if settings.validation_file is None:
         return split(structures, settings.validation_share, settings.seed)
-    return structures, read_structures(base / settings.validation_file, labelled=True)
+    return structures, read_structures(base / settings.validation_file, settings.labels, labelled=True, remark=remark)
 
 
 def _export(
@@ -225,32 +233,49 @@ def evaluate(
     label: KeyOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Compare a model with labelled structures: errors, and how often they stay below the uncertainty."""
-    from ubmd.analysis.errors import accuracy
+    """Compare a model with labelled structures: errors, and how often they stay below the uncertainty.
+
+    Labels in eV, eV/Å and eV/Å^3, tension positive; a virial in eV is the stress -virial/volume. "energy" counts, not
+    "free_energy", unless --label energy=free_energy says so. What looks like a mistake is printed as a remark.
+    """
+    from ubmd.analysis.errors import accuracy, check_finite
     from ubmd.calculator import Evaluator
     from ubmd.data.structures import describe, read_structures
 
     with user_errors():
         evaluator = Evaluator(model, precision)
-        structures = read_structures(data, label_mapping(label), labelled=True)
-        result = accuracy(evaluator.predict(structures), structures)
+        remarks: list[str] = []
+        structures = read_structures(data, label_mapping(label), labelled=True, remark=remarks.append)
+        predictions = evaluator.predict(structures)
+        check_finite(predictions, str(data))
+        result = accuracy(predictions, structures)
         if as_json:
-            print(json.dumps(result, indent=2))
+            print_remarks(remarks)
+            print(json.dumps(result, indent=2, allow_nan=False))
             return
         console = make_console()
         console.print(describe(structures, shown(str(data))))
+        print_remarks(remarks)
         console.print(_accuracy_table(result, evaluator.metadata))
 
 
 def label_mapping(pairs: Sequence[str] | None) -> dict[str, str]:
     """`label=key` options as a dictionary."""
-    mapping = {}
+    mapping: dict[str, str] = {}
     for pair in pairs or []:
         label, separator, key = pair.partition("=")
         if not separator or not key:
             raise SettingsError(f"--label needs LABEL=KEY, e.g. energy=dft_energy; got {pair!r}.")
+        if mapping.get(label, key) != key:
+            raise SettingsError(f"--label names two keys for {label}: {mapping[label]} and {key}; give one.")
         mapping[label] = key
     return mapping
+
+
+def print_remarks(remarks: Sequence[str]) -> None:
+    """Remarks on labels, on stderr like errors, so that JSON stays JSON."""
+    for sentence in remarks:
+        print(f"Remark: {sentence}", file=sys.stderr)
 
 
 def _accuracy_table(result: dict[str, Any], metadata: dict[str, Any]) -> Table:
@@ -299,7 +324,7 @@ def info(
     with user_errors():
         record, tables = _run_info(path) if path.is_dir() else _model_info(path)
         if as_json:
-            print(json.dumps(record, indent=2))
+            print(json.dumps(valid_json(record), indent=2))
             return
         for table in tables:
             make_console().print(table)
@@ -371,6 +396,7 @@ def export(
     member: Annotated[
         list[Path] | None, typer.Option("--member", help="weights.pt of each other member, with --set kind=ensemble.")
     ] = None,
+    label: KeyOption = None,
     operators: Annotated[
         bool | None,
         typer.Option(
@@ -387,8 +413,11 @@ def export(
         check_outputs(output.parent, [output.name], "--output")
         uncertainty = make_settings(UncertaintySettings, {}, overrides or [], "--set")
         models = [load_weights(path) for path in [weights, *(member or [])]]
-        training_set = read_structures(training_file, labelled=True)
-        calibration_set = read_structures(calibration_file, labelled=True)
+        remarks: list[str] = []
+        mapping = label_mapping(label)
+        training_set = read_structures(training_file, mapping, labelled=True, remark=remarks.append)
+        calibration_set = read_structures(calibration_file, mapping, labelled=True, remark=remarks.append)
+        print_remarks(remarks)
         settings = {"uncertainty": uncertainty.model_dump(mode="json")}
         metadata = _export(models, training_set, calibration_set, uncertainty, output, settings, operators)
         attainable = metadata["uncertainty"]["energy"]["attainable"]

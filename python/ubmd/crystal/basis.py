@@ -109,9 +109,11 @@ class ClusterBasis:
             DataError: the crystal has no usable symmetry.
         """
         if not cutoffs or not set(cutoffs) <= set(range(2, 7)):
-            raise SettingsError("Force constants have orders 2 to 6: give one cutoff for each order wanted, from 2 on.")
+            raise SettingsError(
+                "crystal.cutoffs: force constants have orders 2 to 6; give one cutoff for each order wanted, from 2 on."
+            )
         if not all(np.isfinite(c) and c > 0 for c in cutoffs.values()):
-            raise SettingsError("A cutoff of the force constants isn't a positive length: give every cutoff in Å.")
+            raise SettingsError("crystal.cutoffs: a cutoff isn't a positive length; give every cutoff in Å.")
         lattice = Lattice.from_atoms(crystal, tolerance)
         parts = [OrderBasis.build(lattice, order, cutoffs[order], decay) for order in sorted(cutoffs)]
         return cls(lattice, parts, decay)

@@ -97,7 +97,7 @@ class HarmonicCrystal:
             band = Cell(self.lattice.cell).bandpath(path, npoints=points)
         except (KeyError, ValueError, AssertionError) as error:
             raise SettingsError(
-                f"{path!r} is no path of this lattice ({error}): name its points, as in 'GXWKGL'."
+                f"{path!r} is no path of this lattice ({error}): name its points with --path, as in 'GXWKGL'."
             ) from error
         distance, places, labels = band.get_linear_kpoint_axis()
         # ASE knows the lattice up to its tolerance: the points are the same in units of either reciprocal cell.
@@ -147,7 +147,7 @@ def _checked(basis: ClusterBasis, parameters: ArrayLike) -> Array:
 def _pairs(basis: ClusterBasis, parameters: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
     """(first, second, offset, constants) of every orbit's ordered pairs, sites with themselves among them."""
     if 2 not in basis.orders:
-        raise SettingsError("Phonons and elastic constants need the second order: add it to the cutoffs of the basis.")
+        raise SettingsError("Phonons and elastic constants need the second order: add it to crystal.cutoffs.")
     part = basis.parts[basis.orders.index(2)]
     turns = basis.lattice.cartesian_rotations
     chosen = parameters[basis.parameter_orders == 2, None]
@@ -214,7 +214,7 @@ def make_phono3py(
     """
     values = _checked(basis, parameters)
     if not {2, 3} <= set(basis.orders):
-        raise SettingsError("Heat conductivity needs the orders 2 and 3: add both to the cutoffs of the basis.")
+        raise SettingsError("Heat conductivity needs the orders 2 and 3: add both to crystal.cutoffs.")
     try:
         from phono3py import Phono3py
         from phonopy.structure.atoms import PhonopyAtoms

@@ -1,4 +1,4 @@
-"""Structures as graphs: directed neighbour pairs within the cutoff, from vesin (any cell, any periodicity)."""
+"""Structures as graphs: directed neighbour pairs within the cutoff (any cell, any periodicity)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
-from vesin import NeighborList
 
+from ubmd.data.geometry import check_pairs, neighbours
 from ubmd.errors import DataError
 
 # ASE's Voigt order xx yy zz yz xz xy as row and column of the 3 x 3 tensor
@@ -99,25 +99,23 @@ def build_graph(atoms: Atoms, elements: Sequence[str], cutoff: float) -> Graph:
     """Graph of one structure; labels are taken from its calculator results, if there are any.
 
     Raises:
-        DataError: an element that is not in ``elements``, or positions or cell that are not finite.
+        DataError: an element that is not in ``elements``, two atoms at the same place, or positions or a cell that no
+            neighbour search can work with.
     """
     index = {element: k for k, element in enumerate(elements)}
     missing = sorted(set(atoms.symbols) - set(index))
     if missing:
         raise DataError(f"Element {missing[0]} is not one of the model's elements ({' '.join(elements)}).")
-    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
-        raise DataError("Positions or cell contain values that are not finite numbers.")
-    i, j, vectors = NeighborList(cutoff=cutoff, full_list=True, sorted=True).compute(
-        points=atoms.positions, box=atoms.cell.array, periodic=atoms.pbc, quantities="ijD"
-    )
+    i, j, vectors = neighbours(atoms, cutoff)
+    check_pairs(atoms, i, j, vectors)
     energy, forces, stress = _labels(atoms)
     species = np.array([index[symbol] for symbol in atoms.symbols], dtype=np.int64)
-    edge_index = np.stack([i, j]).astype(np.int64)
+    edge_index = np.stack([i, j])
     neighbour_counts = np.bincount(edge_index[0], minlength=len(atoms))
     return Graph(
         species=torch.from_numpy(species),
         edge_index=torch.from_numpy(edge_index),
-        edge_vector=torch.from_numpy(np.array(vectors, dtype=np.float64).reshape(-1, 3)),
+        edge_vector=torch.from_numpy(vectors),
         first=torch.from_numpy(np.concatenate([[0], np.cumsum(neighbour_counts)]).astype(np.int64)),
         neighbours=torch.from_numpy(species[edge_index[1]]),
         volume=abs(float(np.linalg.det(atoms.cell.array))),

@@ -7,18 +7,18 @@ reads is accepted as input. ASE's own writer keeps 8 decimals only, so this modu
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ase.io
 import numpy as np
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.io.extxyz import key_val_dict_to_str, key_val_str_to_dict
 from ase.io.formats import UnknownFileTypeError
@@ -26,10 +26,11 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from ase.units import GPa
 from rich.table import Table
 
+from ubmd.data.geometry import check_apart, check_cell
+from ubmd.data.labels import LABELS, check_mapping, label_remarks, shaped, take_labels
 from ubmd.errors import DataError
 
 EV_PER_A3_IN_MPA = 1000 / GPa
-LABELS = ("energy", "forces", "stress")
 _RESERVED = {"Lattice", "Properties", "pbc", *LABELS}
 _COLUMN_NAMES = {"positions": "pos", "numbers": "Z"}
 
@@ -38,18 +39,29 @@ _COLUMN_NAMES = {"positions": "pos", "numbers": "Z"}
 
 
 def read_structures(
-    path: Path | str, mapping: Mapping[str, str] | None = None, *, labelled: bool = False
+    path: Path | str,
+    mapping: Mapping[str, str] | None = None,
+    *,
+    labelled: bool = False,
+    missing_ok: bool = False,
+    compare: bool = True,
+    remark: Callable[[str], None] = lambda _: None,
 ) -> list[Atoms]:
     """Read all frames of an extxyz file, or of any file that ASE knows, and check them.
 
-    Labels are taken from the calculator results (``energy=``, ``forces``, ``stress=``), else from ``REF_energy``,
-    ``REF_forces``, ``REF_stress``. ``mapping`` names another source for a label, e.g. ``{"energy": "dft_energy"}``;
-    a label that it names is read from there and nowhere else.
+    Labels are ``energy``, ``forces``, ``stress`` (or ``virial``), else ``REF_energy``, ``REF_forces``, ``REF_stress``
+    (or ``REF_virial``); what holds where a frame has several is the rule of `ubmd.data.labels`. ``mapping`` names
+    another source for a label, e.g. ``{"energy": "dft_energy"}``; a label that it names is read from there and nowhere
+    else.
 
     Args:
         path: the file.
-        mapping: label -> key of ``atoms.info`` or ``atoms.arrays``.
+        mapping: label (energy, forces, stress, virial) -> key of ``atoms.info`` or ``atoms.arrays``.
         labelled: every frame must carry energy and forces (training, evaluation).
+        missing_ok: a key that the mapping names may be missing.
+        compare: with labels under other keys; not needed for files of a run folder, nor where nobody uses labels: there
+            the first of energy and REF_energy (forces, stress) that is there counts.
+        remark: called with sentences on what is no error but may be a mistake.
 
     Returns:
         Structures whose labels, where there are any, sit in a ``SinglePointCalculator``.
@@ -58,22 +70,24 @@ def read_structures(
         DataError: names the file, the frame (counted from 0) and what is wrong with it.
     """
     path = Path(path)
-    unknown = set(mapping or {}) - set(LABELS)
-    if unknown:
-        raise DataError(f"A label mapping may name {', '.join(LABELS)}, not '{sorted(unknown)[0]}'.")
-    structures, sources = [], []
+    mapping = dict(mapping or {})
+    check_mapping(mapping)
+    frames = []
     for number, atoms in enumerate(_read_frames(path)):
         try:
-            structure, source = _with_labels(atoms, mapping or {})
-            check_structure(structure)
+            frame = take_labels(atoms, mapping, compare=compare, missing_ok=missing_ok)
+            check_structure(frame.atoms)
+            if labelled:
+                check_apart(frame.atoms)
         except DataError as error:
             raise DataError(f"{path}, frame {number}: {error}") from None
-        structures.append(structure)
-        sources.append(source)
-    if not structures:
+        frames.append(frame)
+    if not frames:
         raise DataError(f"{path} holds no structures.")
-    _check_same_labels(path, sources, labelled)
-    return structures
+    _check_same_labels(path, [frame.sources for frame in frames], labelled)
+    for sentence in label_remarks(frames, mapping):
+        remark(f"{path}: {sentence}")
+    return [frame.atoms for frame in frames]
 
 
 def repair_structures(path: Path | str) -> int:
@@ -113,6 +127,8 @@ def _read_frames(path: Path) -> Iterable[Atoms]:
         except Exception as error:  # ASE's readers raise anything from KeyError to AssertionError
             raise DataError(f"ASE cannot read {path}: {_sentence(error)}") from error
     content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path} is text in UTF-16; save it as UTF-8.")
     frames, complete = _scan(path, content, strict_end=False)
     if content[complete:].strip():
         raise DataError(
@@ -124,7 +140,7 @@ def _read_frames(path: Path) -> Iterable[Atoms]:
 
 def _parse(path: Path, number: int, text: bytes) -> Atoms:
     try:
-        return next(ase.io.iread(io.StringIO(text.decode()), index=0, format="extxyz"))
+        return next(ase.io.iread(io.StringIO(text.decode("utf-8-sig")), index=0, format="extxyz"))
     except Exception as error:  # ASE's parser raises ValueError, KeyError, XYZError, AssertionError ...
         raise DataError(f"{path}, frame {number}: not valid extended XYZ: {_sentence(error)}") from error
 
@@ -157,7 +173,7 @@ def _scan(path: Path, content: bytes, strict_end: bool) -> tuple[list[tuple[int,
             if not rest.strip(b"\0 \t\r\n"):
                 return frames, offsets[line] if rest.strip() else len(content)
         is_last_line = line + 1 == len(lines) and not lines[line].endswith(b"\n")
-        count = lines[line].strip()
+        count = (lines[line].removeprefix(codecs.BOM_UTF8) if line == 0 else lines[line]).strip()
         if not count.isdigit() or int(count) == 0:
             raise DataError(f"{path}: line {line + 1} should be the number of atoms of frame {len(frames)}.")
         end = line + 2 + int(count)
@@ -171,62 +187,6 @@ def _scan(path: Path, content: bytes, strict_end: bool) -> tuple[list[tuple[int,
     return frames, len(content)
 
 
-def _with_labels(atoms: Atoms, mapping: Mapping[str, str]) -> tuple[Atoms, dict[str, str]]:
-    """A copy whose calculator holds the labels, and where each label was found."""
-    results = dict(atoms.calc.results) if atoms.calc is not None else {}
-    atoms = atoms.copy()
-    labels: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for label in LABELS:
-        keys = [mapping[label]] if label in mapping else [label, f"REF_{label}"]
-        for key in keys:
-            value = _pop(atoms, results, key)
-            if value is not None:
-                labels[label] = _shaped(label, value, len(atoms))
-                sources[label] = key
-                break
-        else:
-            if label in mapping:
-                raise DataError(f"there is no '{mapping[label]}', which the mapping names for the {label}.")
-    for key, value in results.items():  # other results (dipole, charges, ...) stay with the structure
-        if key not in LABELS:
-            (atoms.arrays if np.shape(value)[:1] == (len(atoms),) else atoms.info)[key] = value
-    if labels:
-        atoms.calc = SinglePointCalculator(atoms, **labels)
-    return atoms, sources
-
-
-def _pop(atoms: Atoms, results: dict[str, Any], key: str) -> Any:
-    for place in (results, atoms.arrays, atoms.info):
-        if key in place:
-            return place.pop(key)
-    return None
-
-
-def _shaped(label: str, value: Any, n_atoms: int) -> Any:
-    """A label as float64 in ASE's shape: energy scalar, forces [n, 3], stress [6] (xx yy zz yz xz xy)."""
-    try:
-        array = np.asarray(value, dtype=float)
-    except (TypeError, ValueError):
-        raise DataError(f"the {label} is not a number: {value!r}.") from None
-    if label == "energy":
-        if array.size != 1:
-            raise DataError(f"the energy must be one number (eV), got {array.size}.")
-        return float(array.reshape(()))
-    if label == "forces":
-        if array.size != 3 * n_atoms or (array.ndim == 2 and array.shape[1] != 3):
-            raise DataError(f"forces must be {n_atoms} x 3 numbers (eV/Å), got the shape {array.shape}.")
-        return array.reshape(n_atoms, 3)
-    if array.shape == (6,):
-        return array
-    if array.size != 9:
-        raise DataError(f"the stress must be 6 (xx yy zz yz xz xy) or 9 numbers (eV/Å^3), got {array.shape}.")
-    full = array.reshape(3, 3)
-    if not np.allclose(full, full.T, rtol=1e-4, atol=1e-8, equal_nan=True):
-        raise DataError("the stress tensor is not symmetric.")
-    return full[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-
-
 def check_structure(atoms: Atoms) -> None:
     """Raise DataError (without file name and frame number) if a structure or its labels cannot be used."""
     if len(atoms) == 0:
@@ -236,7 +196,7 @@ def check_structure(atoms: Atoms) -> None:
     if not np.isfinite(atoms.positions).all():
         bad = int(np.argmax(~np.isfinite(atoms.positions).all(axis=1)))
         raise DataError(f"the position of atom {bad} is not a finite number.")
-    _check_cell(atoms)
+    check_cell(atoms)
     labels = labels_of(atoms)
     for label, value in labels.items():
         if not np.isfinite(value).all():
@@ -261,18 +221,6 @@ def fixed_atoms(atoms: Atoms) -> np.ndarray:
     return np.unique(np.concatenate(indices)) if indices else np.empty(0, dtype=np.int64)
 
 
-def _check_cell(atoms: Atoms) -> None:
-    cell = np.asarray(atoms.cell)
-    if not np.isfinite(cell).all():
-        raise DataError("the cell contains NaN or infinity.")
-    lengths = np.linalg.norm(cell, axis=1)
-    for axis in np.flatnonzero(atoms.pbc):
-        if lengths[axis] < 1e-3:
-            raise DataError(f"periodic along vector {'abc'[axis]}, but that cell vector is zero.")
-    if atoms.pbc.all() and abs(np.linalg.det(cell)) < 1e-6 * lengths.prod():
-        raise DataError("the cell is flat: its three vectors lie in a plane.")
-
-
 def _check_same_labels(path: Path, sources: Sequence[Mapping[str, str]], labelled: bool) -> None:
     """Energy and forces belong to all frames or to none, and come from one key throughout."""
     for label in LABELS:
@@ -281,10 +229,11 @@ def _check_same_labels(path: Path, sources: Sequence[Mapping[str, str]], labelle
         if label != "stress" and lack and (have or labelled):
             raise DataError(
                 f"{path}, frame {lack[0]}: no {label} ({len(lack)} of {len(sources)} frames lack it); label these "
-                f"frames, remove them, or name the key that holds the {label}."
+                f"frames, remove them, or name the key that holds the {label}: --label {label}=KEY, in settings "
+                f'labels = {{{label} = "KEY"}}.'
             )
         names = {sources[number][label]: number for number in reversed(have)}
-        if len(names) > 1:
+        if len({name.startswith("REF_") for name in names} if label == "stress" else names) > 1:
             first, second = sorted(names, key=lambda name: names[name])[:2]
             raise DataError(
                 f"{path}, frame {names[second]}: the {label} is under '{second}', but under '{first}' in frame "
@@ -307,7 +256,7 @@ def labels_of(atoms: Atoms) -> dict[str, Any]:
     if changed:
         raise DataError(f"the labels are out of date: {', '.join(changed)} changed after they were computed.")
     results = atoms.calc.results
-    return {label: _shaped(label, results[label], len(atoms)) for label in LABELS if results.get(label) is not None}
+    return {label: shaped(label, results[label], len(atoms)) for label in LABELS if results.get(label) is not None}
 
 
 def check_labelled(structures: Sequence[Atoms], what: str) -> None:
@@ -321,6 +270,7 @@ def check_labelled(structures: Sequence[Atoms], what: str) -> None:
     for number, atoms in enumerate(structures):
         try:
             check_structure(atoms)
+            check_apart(atoms)
             labels = labels_of(atoms)
         except DataError as error:
             raise DataError(f"{what}, structure {number}: {error}") from None

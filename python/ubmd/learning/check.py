@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ase import Atoms
@@ -17,6 +17,7 @@ from ubmd.analysis.provenance import conditions
 from ubmd.data.state import describe_state
 from ubmd.data.structures import fixed_atoms, read_structures
 from ubmd.errors import SettingsError
+from ubmd.learning.held_out import given_test_set
 from ubmd.learning.run_folder import Listener, RunFolder
 from ubmd.learning.stages import check_start, check_states
 from ubmd.learning.timeline import duration
@@ -30,11 +31,13 @@ _BYTES_PER_ATOM = 130  # of a stored frame
 _TYPICAL_BATCH_GAIN = 3.0  # a full mini-batch costs less per structure than the miniature's single ones
 
 
-def verify(settings: RunSettings, base: Path) -> list[Atoms]:
-    """Do the settings fit the start structures? Returns these.
+def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = lambda _: None) -> list[Atoms]:
+    """Do the settings fit the start structures, and is a given test set good? Returns the start structures.
+
+    ``remark`` is called with sentences on labels that may be a mistake.
 
     Raises:
-        DataError: the file with the start structures is no good.
+        DataError: the file with the start structures, or with the test set, is no good.
         SettingsError: it is missing, or the settings speak of elements or atoms that the structures don't have.
     """
     check_run_dir(Path(settings.run_dir))
@@ -45,7 +48,7 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
         raise SettingsError(
             f"md.colvars: there is no file {base / settings.md.colvars} (the path is relative to the settings file)."
         )
-    structures = read_structures(path)
+    structures = read_structures(path, settings.start.labels)
     present = sorted({symbol for atoms in structures for symbol in atoms.symbols}, key=atomic_numbers.__getitem__)
     found = ", ".join(present)
     for key, elements in (("bias.species", settings.bias.species), ("model.elements", settings.model.elements or ())):
@@ -69,6 +72,7 @@ def verify(settings: RunSettings, base: Path) -> list[Atoms]:
                 f"variables.torsions.{name} = {list(indices)} needs four different atoms, counted from 0; "
                 f"{settings.start.file} has {smallest}."
             )
+    given_test_set(settings.test, base, remark)
     return structures
 
 
@@ -120,8 +124,10 @@ def check(settings: RunSettings, base: Path, listener: Listener | None = None) -
     Raises:
         UbmdError: the first mistake.
     """
-    structures = verify(settings, base)
+    remarks: list[str] = []
+    structures = verify(settings, base, remarks.append)
     yield from plan(settings, base, structures)
+    yield from (f"Remark: {sentence}" for sentence in remarks)
     yield "Now every stage in miniature …"
     from ubmd.learning.loop import run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +60,7 @@ class HeldOut:
         self._base = base
         self._events = events
         self._given = base / settings.test.file if settings.test.file is not None else None
+        self._labels = settings.test.labels
         given = [reference_key(settings.reference), self._sampling.model_dump(mode="json"), dataset_hash([start])]
         state, fixed = state_hash(start, settings.reference.info), fixed_atoms(start).tolist()
         self._key = content_hash(given + ([[state, fixed]] if state or fixed else []))
@@ -77,10 +79,11 @@ class HeldOut:
 
         Raises:
             SettingsError: the file was made with other settings.
+            DataError: it is no good.
         """
         if self._given is not None and self._given.exists():
             _check_note(self._given, self._key)
-            copy_file(self._given, self._folder.test)
+            self._take(self._given)
             self._finished = True
         elif not self._once.is_done("test_set", self._key):
             prepare_folder(self._folder.path / "test", self._key)
@@ -90,6 +93,15 @@ class HeldOut:
             self._group.add(
                 {k: (source, p, *fixed, k) for k, p in enumerate(self._parts) if not is_sealed(p, self._key)}
             )
+
+    def _take(self, given: Path) -> None:
+        """Put a given file into the run folder: as it is, unless its labels are under keys that only settings know."""
+        structures = read_test_set(given, self._labels)
+        is_plain = not self._labels and given.suffix.lower() in (".xyz", ".extxyz")
+        if is_plain and dataset_hash(read_structures(given, compare=False)) == dataset_hash(structures):
+            copy_file(given, self._folder.test)
+        else:
+            write_structures(self._folder.test, structures)
 
     def finish(self) -> None:
         """Wait for the trajectories; then the test set is in the run folder. Does nothing the second time.
@@ -118,8 +130,29 @@ class HeldOut:
         self._group.wait(done)
         if failed:
             raise LabelError(failed[0])
-        frames = [frame for part in self._parts for frame in read_structures(part, labelled=True)]
+        frames = [frame for part in self._parts for frame in read_structures(part, labelled=True, compare=False)]
         write_structures(self._folder.test, frames)
+
+
+def given_test_set(
+    test: TestSettings | None, base: Path, remark: Callable[[str], None] = lambda _: None
+) -> list[Atoms] | None:
+    """Structures in the file that ``test.file`` names; None if there is no test set, or it is yet to be made.
+
+    Raises:
+        DataError: a frame is no good. ``remark``: see `read_structures`.
+    """
+    if test is None or test.file is None or not (base / test.file).exists():
+        return None
+    return read_test_set(base / test.file, test.labels, remark)
+
+
+def read_test_set(
+    given: Path, labels: Mapping[str, str], remark: Callable[[str], None] = lambda _: None
+) -> list[Atoms]:
+    """Structures of a test set; one that `ubmd run` has made needs no second look at its labels."""
+    made = _note(given).exists()
+    return read_structures(given, labels, labelled=True, compare=not made, remark=remark)
 
 
 def _check_note(given: Path, key: str) -> None:

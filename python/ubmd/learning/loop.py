@@ -123,7 +123,7 @@ class Loop(Walk):
         listener: Listener | None,
         from_iteration: int | None = None,
     ) -> None:
-        self.start_structures = read_structures(base / settings.start.file)
+        self.start_structures = read_structures(base / settings.start.file, settings.start.labels)
         record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
         self.plan, changes = open_run(folder, settings, input_hashes(settings, base), from_iteration, record)
         self.settings = self.plan.at(START)
@@ -351,7 +351,7 @@ class Loop(Walk):
         """Errors on training, held-out and test labels (the last for the report only: nothing depends on it)."""
         if self._held_out is not None:
             self._held_out.finish()
-        test = read_structures(self.folder.test, labelled=True) if self.settings.test is not None else []
+        test = read_structures(self.folder.test, labelled=True, compare=False) if self.settings.test is not None else []
         sets = {"train": turn.training, "valid": turn.validation, "calib": turn.calibration, "test": test}
         target, kept = turn.once.folder / "errors.json", turn.once.folder / predictions.FILE
         precision = self.settings.md.precision

@@ -74,6 +74,7 @@ _HARMLESS = (
     "loop.plateau_tolerance",
     "training.checkpoint_every",
     "start.file",
+    "start.labels",
     "reference.timeout",
     "reference.cache",
     "reference.environment",

@@ -53,7 +53,9 @@ def sample_file(
     """Run trajectory ``index`` of a test set from the structure in ``source``; errors as for `label_file`."""
     from ubmd.references import sample_trajectory
 
-    write_structures(target, sample_trajectory(read_structures(source)[0], reference, sampling, base, index))
+    write_structures(
+        target, sample_trajectory(read_structures(source, compare=False)[0], reference, sampling, base, index)
+    )
     seal(target, key)
 
 

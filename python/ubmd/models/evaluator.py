@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from ase import Atoms
 
 from ubmd.data.graph import VOIGT, Batch, Graph, build_graph, chunks, collate, scatter_forces, strain_gradient
+from ubmd.errors import DataError
 from ubmd.export import structure_means
 from ubmd.models.evaluation import Evaluation, Prediction, evaluation, is_ensemble
 
@@ -30,8 +31,16 @@ class NetworkEvaluator:
 
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
         """See `Evaluator`; structures share evaluations of bounded size."""
-        batches = chunks(self.graph(atoms) for atoms in structures)
+        batches = chunks(self._graphs(list(structures)))
         return [prediction for batch in batches for prediction in self._predictions(batch, self._evaluation(batch))]
+
+    def _graphs(self, structures: Sequence[Atoms]) -> Iterator[Graph]:
+        """Graphs of structures; an error says which of several it is."""
+        for number, atoms in enumerate(structures):
+            try:
+                yield self.graph(atoms)
+            except DataError as error:
+                raise DataError(f"structure {number}: {error}" if len(structures) > 1 else str(error)) from None
 
     def _evaluation(self, pairs: Graph | Batch) -> Evaluation:
         return evaluation(self.module, pairs, pairs.edge_vector.to(self.edge_dtype))

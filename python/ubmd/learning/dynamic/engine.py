@@ -41,6 +41,7 @@ from ubmd.learning.dynamic.learners import ForceConstants, Learner, Network
 from ubmd.learning.dynamic.settings import DynamicRunSettings, box_file
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
 from ubmd.learning.groups import run_tasks
+from ubmd.learning.held_out import given_test_set
 from ubmd.learning.reference import check_here, look_at_reference, remarks
 from ubmd.learning.rewind import argument_hashes
 from ubmd.learning.run_folder import (
@@ -98,7 +99,7 @@ def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
         DataError: it holds no structure.
     """
     path, info = box_file(settings, base), settings.reference.info
-    atoms = read_structures(path)[0]
+    atoms = read_structures(path, compare=False)[0]
     try:
         check_state(atoms)
         fixed_atoms(atoms)
@@ -211,7 +212,7 @@ class Engine(Walk):
             return Network(self.settings, self.threads)
         from ubmd.crystal.ideal import describe_symmetry
 
-        crystal = read_structures(self.settings.crystal.structure_file(self.base))[0]
+        crystal = read_structures(self.settings.crystal.structure_file(self.base), compare=False)[0]
         learner = ForceConstants(self.settings, self.box, self.folder.path / "basis.npz", crystal)
         symmetry = list(describe_symmetry(crystal, learner.basis.lattice, self.settings.crystal.tolerance))
         self.events.write("basis", parameters=learner.basis.n_parameters, symmetry=symmetry)
@@ -308,7 +309,7 @@ class Engine(Walk):
             return
         if self._held_out is not None:
             self._held_out.finish()
-        test = read_structures(self.folder.test, labelled=True) if self.settings.test is not None else []
+        test = read_structures(self.folder.test, labelled=True, compare=False) if self.settings.test is not None else []
         labels, target = self.dataset[: now.labels], now.folder / "errors.json"
 
         def measure() -> None:
@@ -775,6 +776,9 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
         SettingsError, DataError: the first mistake.
     """
     box = check_box(settings, base)
+    said: list[str] = []
+    given_test_set(settings.test, base, said.append)
+    yield from (f"Remark: {sentence}" for sentence in said)
     if settings.bias is not None:
         for element in settings.bias.species:
             if element not in set(box.symbols):
@@ -799,7 +803,7 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
         from ubmd.crystal.basis import ClusterBasis
         from ubmd.crystal.ideal import describe_symmetry
 
-        crystal, wanted = read_structures(settings.crystal.structure_file(base))[0], settings.crystal
+        crystal, wanted = read_structures(settings.crystal.structure_file(base), compare=False)[0], settings.crystal
         basis = ClusterBasis.build(crystal, wanted.cutoffs, wanted.decay, wanted.tolerance)
         yield from describe_symmetry(crystal, basis.lattice, wanted.tolerance)
         basis.supercell(box)

@@ -258,7 +258,7 @@ def is_dynamic(path: Path) -> bool:
     Files that cannot be read are none: whoever loads them says what is wrong.
     """
     try:
-        return "dynamic" in tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return "dynamic" in tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
         return False
 

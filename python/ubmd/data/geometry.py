@@ -1,0 +1,124 @@
+"""Cells and positions that a neighbour search can work with, and the search itself."""
+
+from __future__ import annotations
+
+import numpy as np
+from ase import Atoms
+from ase.neighborlist import primitive_neighbor_list
+from numpy.typing import NDArray
+from vesin import NeighborList
+
+from ubmd.errors import DataError
+
+SAME_PLACE = 1e-3  # Å: closer atoms are one atom given twice
+_THINNEST = 0.1  # Å between lattice planes; thousands of periodic images otherwise
+_WIDEST = 1e6  # Å
+_MOST_CELLS = 5e4  # of a neighbour search, half of vesin's own limit
+_SEARCHED = 2.0  # Å, for atoms at one place: with less the search takes longer
+_SHORTEST = 1e-3  # Å, of a periodic vector
+_PARALLEL = 1e-6  # smallest volume of the periodic vectors, relative to the product of their lengths
+
+Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
+"""centres i [P], neighbours j [P], vectors x_j - x_i [P, 3] in Å"""
+
+
+def check_cell(atoms: Atoms) -> None:
+    """DataError if a cell is not finite, or its periodic vectors do not span a lattice. Others may be anything."""
+    cell = np.asarray(atoms.cell)
+    if not np.isfinite(cell).all():
+        raise DataError("the cell contains NaN or infinity.")
+    axes = np.flatnonzero(atoms.pbc)
+    vectors = cell[axes]
+    lengths = np.linalg.norm(vectors, axis=1)
+    for axis, length in zip(axes, lengths, strict=True):
+        name = "abc"[axis]
+        if length < _SHORTEST:
+            raise DataError(f"periodic along vector {name}, but that cell vector is zero.")
+        if length > _WIDEST:
+            raise DataError(f"cell vector {name} is {length:.3g} Å long; lengths are in Å.")
+    directions = vectors / lengths[:, None]
+    if len(axes) > 1 and np.sqrt(max(0.0, np.linalg.det(directions @ directions.T))) < _PARALLEL:
+        if len(axes) == 3:
+            raise DataError("the cell is flat: its three vectors lie in a plane.")
+        first, second = ("abc"[axis] for axis in axes)
+        raise DataError(
+            f"periodic along vectors {first} and {second}, but these cell vectors are parallel; correct cell or pbc."
+        )
+    for axis, height in zip(axes, _heights(vectors), strict=True):
+        if height < _THINNEST:
+            raise DataError(f"the cell is flat: it is only {height:.2g} Å thick along vector {'abc'[axis]}.")
+
+
+def _heights(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distances between the lattice planes of independent vectors [k, 3], Å."""
+    if not len(vectors):
+        return np.zeros(0)
+    return np.asarray(1.0 / np.linalg.norm(np.linalg.pinv(vectors), axis=0))
+
+
+def check_apart(atoms: Atoms) -> None:
+    """DataError that names two atoms at the same place, directly or through a periodic boundary."""
+    first, second, vectors = neighbours(atoms, _SEARCHED)
+    check_pairs(atoms, first, second, vectors)
+
+
+def check_pairs(
+    atoms: Atoms, first: NDArray[np.int64], second: NDArray[np.int64], vectors: NDArray[np.float64]
+) -> None:
+    """As `check_apart`, for pairs that are known."""
+    if not len(vectors):
+        return
+    squares = np.einsum("pk,pk->p", vectors, vectors)
+    pair = int(np.argmin(squares))
+    if squares[pair] < SAME_PLACE**2:
+        i, j = sorted((int(first[pair]), int(second[pair])))
+        raise DataError(
+            f"atoms {i} ({atoms.symbols[i]}) and {j} ({atoms.symbols[j]}), counted from 0, are at the same place "
+            f"({np.sqrt(squares[pair]):.1g} Å apart{_boundary(atoms, i, j)}); remove one of them."
+        )
+
+
+def _boundary(atoms: Atoms, i: int, j: int) -> str:
+    """What to add where two atoms meet through the periodic boundary only."""
+    apart = np.linalg.norm(atoms.positions[j] - atoms.positions[i])
+    return " through the periodic boundary" if apart > SAME_PLACE else ""
+
+
+def neighbours(atoms: Atoms, cutoff: float) -> Pairs:
+    """All directed pairs within ``cutoff`` (Å), sorted by centre.
+
+    Raises:
+        DataError: positions or cell that no search can work with.
+    """
+    if not np.isfinite(atoms.positions).all():
+        raise DataError("Positions or cell contain values that are not finite numbers.")
+    check_cell(atoms)
+    cell = np.asarray(atoms.cell)
+    if _is_slender(atoms, cutoff):
+        i, j, vectors = primitive_neighbor_list("ijD", atoms.pbc, cell, atoms.positions, float(cutoff))
+    else:
+        i, j, vectors = NeighborList(cutoff=cutoff, full_list=True, sorted=True).compute(
+            points=atoms.positions, box=cell, periodic=atoms.pbc, quantities="ijD"
+        )
+    return i.astype(np.int64), j.astype(np.int64), np.array(vectors, dtype=np.float64).reshape(-1, 3)
+
+
+def _is_slender(atoms: Atoms, cutoff: float) -> bool:
+    """Whether atoms are spread so wide, but not in all directions, that vesin would divide by zero.
+
+    It merges search cells by one factor for all directions once there are more than 1e5, until a thin direction has
+    none left.
+
+    Raises:
+        DataError: atoms so far apart that it must be a mistake.
+    """
+    periodic = np.asarray(atoms.pbc)
+    spans = np.ptp(atoms.positions, axis=0) if len(atoms) else np.zeros(3)
+    if not periodic.all() and (widest := float(np.linalg.norm(spans))) > _WIDEST:
+        raise DataError(f"the atoms are up to {widest:.3g} Å apart; positions are in Å.")
+    if periodic.any():
+        spans = np.full(3, np.linalg.norm(spans))
+        spans[periodic] = _heights(np.asarray(atoms.cell)[periodic])
+    cells = np.maximum(1.0, np.ceil(spans / cutoff))
+    total = float(cells.prod())
+    return total > _MOST_CELLS and bool(cells.min() * np.cbrt(_MOST_CELLS / total) < 2.0)

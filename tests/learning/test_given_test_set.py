@@ -1,0 +1,121 @@
+"""A test set that the user gives: its labels under any keys, in any format, read before anything is labelled."""
+
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from system import cluster, make_settings
+
+from ubmd.data.structures import dataset_hash, labels_of, read_structures, write_structures
+from ubmd.errors import DataError
+from ubmd.learning.check import verify
+from ubmd.learning.held_out import HeldOut
+from ubmd.learning.run_folder import EventLog, RunFolder
+
+
+def labelled(count: int) -> list[Atoms]:
+    found = []
+    for seed in range(count):
+        atoms = cluster()
+        atoms.rattle(0.05, seed=seed)
+        atoms.calc = EMT()
+        atoms.calc = SinglePointCalculator(atoms, energy=atoms.get_potential_energy(), forces=atoms.get_forces())
+        found.append(atoms)
+    return found
+
+
+def disguised(structures: list[Atoms]) -> list[Atoms]:
+    """Wrong labels under the usual keys, true ones under others."""
+    copies = []
+    for atoms in structures:
+        copy = atoms.copy()
+        copy.calc = SinglePointCalculator(copy, energy=0.0, forces=np.zeros((len(atoms), 3)))
+        copy.info["REF_energy"] = atoms.get_potential_energy()
+        copy.set_array("REF_forces", atoms.get_forces())
+        copies.append(copy)
+    return copies
+
+
+def taken(base: Path, **test: object) -> tuple[RunFolder, list[Atoms]]:
+    """Run folder, and its test set after `HeldOut.begin`."""
+    settings = make_settings(base / "run", test=test)
+    folder = RunFolder(base / "run")
+    folder.path.mkdir(exist_ok=True)
+    HeldOut(settings, cluster(), folder, base, None, EventLog(folder.events)).begin()  # type: ignore[arg-type]
+    return folder, read_structures(folder.test, labelled=True, compare=False)
+
+
+def test_a_plain_file_is_copied_as_it_is(tmp_path):
+    write_structures(tmp_path / "test.extxyz", labelled(3))
+    folder, found = taken(tmp_path, file="test.extxyz")
+    assert folder.test.read_bytes() == (tmp_path / "test.extxyz").read_bytes()
+    assert dataset_hash(found) == dataset_hash(labelled(3))
+
+
+def test_labels_may_be_under_other_keys_and_in_other_formats(tmp_path):
+    structures = labelled(3)
+    write_structures(tmp_path / "test.extxyz", disguised(structures))
+    ase.io.write(tmp_path / "test.traj", structures)
+    keys = {"energy": "REF_energy", "forces": "REF_forces"}
+    for given in ({"file": "test.extxyz", "labels": keys}, {"file": "test.traj"}):
+        _, found = taken(tmp_path, **given)
+        assert dataset_hash(found) == dataset_hash(structures)
+
+
+def test_a_virial_is_there_as_stress(tmp_path):
+    atoms = cluster()
+    atoms.set_cell([12.0, 13.0, 14.0])
+    atoms.pbc = True
+    atoms.rattle(0.05, seed=1)
+    atoms.calc = EMT()
+    stress = atoms.get_stress()
+    copy = atoms.copy()
+    copy.calc = SinglePointCalculator(copy, energy=atoms.get_potential_energy(), forces=atoms.get_forces())
+    copy.info["virials"] = -stress * atoms.get_volume()
+    write_structures(tmp_path / "test.extxyz", [copy])
+    _, (found,) = taken(tmp_path, file="test.extxyz")
+    np.testing.assert_allclose(labels_of(found)["stress"], stress, rtol=1e-12)
+
+
+def test_a_bad_test_set_is_told_before_any_label(tmp_path):
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+    write_structures(tmp_path / "test.extxyz", disguised(labelled(2)))
+    settings = make_settings(tmp_path / "run", test={"file": "test.extxyz"})
+    with pytest.raises(DataError, match=r"test.extxyz, frame 0: 'energy' is 0 eV, but 'REF_energy' is"):
+        verify(settings, tmp_path)
+    structures = labelled(2)
+    for atoms in structures:
+        atoms.info["free_energy"] = atoms.get_potential_energy() - 1.0
+    write_structures(tmp_path / "test.extxyz", structures)
+    remarks: list[str] = []
+    verify(settings, tmp_path, remarks.append)
+    assert len(remarks) == 1
+    assert "'energy' is read, which differs from 'free_energy' by up to 76.9 meV/atom" in remarks[0]
+
+
+def test_keys_of_the_start_structures_labels(tmp_path):
+    write_structures(tmp_path / "start.extxyz", disguised(labelled(1)))
+    with pytest.raises(DataError, match=r"start.extxyz, frame 0: 'energy' is 0 eV, but 'REF_energy' is"):
+        verify(make_settings(tmp_path / "run", test=None), tmp_path)
+    keys = {"energy": "REF_energy", "forces": "REF_forces"}
+    settings = make_settings(tmp_path / "run", test=None, start={"labels": keys})
+    assert labels_of(verify(settings, tmp_path)[0])["energy"] == labels_of(labelled(1)[0])["energy"]
+
+
+def test_a_test_set_of_an_older_version_is_taken_as_it_is(tmp_path):
+    """Its frames may carry labels of the start structure in REF_energy; the note beside it says who made it."""
+    structures = labelled(2)
+    for atoms in structures:
+        atoms.info["REF_energy"] = -1.0
+    write_structures(tmp_path / "test.extxyz", structures)
+    settings = make_settings(tmp_path / "run", test={"file": "test.extxyz"})
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    held_out = HeldOut(settings, cluster(), folder, tmp_path, None, EventLog(folder.events))  # type: ignore[arg-type]
+    (tmp_path / "test.extxyz.json").write_text(f'{{"made_by": "ubmd run", "key": "{held_out._key}"}}')
+    held_out.begin()
+    assert dataset_hash(read_structures(folder.test, compare=False)) == dataset_hash(labelled(2))
