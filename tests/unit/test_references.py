@@ -171,6 +171,14 @@ def test_rejects_atoms_that_are_too_close():
         label(atoms, ALANINE, EXAMPLE)
 
 
+def test_rejects_atoms_at_one_place_whatever_the_limit():
+    atoms = bulk("Cu", cubic=True)
+    atoms.positions[1] = atoms.positions[0] + atoms.cell[2]
+    settings = EMT_SETTINGS.model_copy(update={"min_distance": 0.0})
+    with pytest.raises(LabelError, match=r"atoms 0 \(Cu\) and 1 \(Cu\), counted from 0, are at the same place"):
+        label(atoms, settings, Path())
+
+
 def test_rejects_atoms_too_close_through_the_periodic_boundary():
     atoms = Atoms("Cu2", positions=[[0, 0, 0], [9.5, 0, 0]], cell=[10, 10, 10], pbc=True)
     with pytest.raises(LabelError, match=r"too close: 0\.500 Å"):

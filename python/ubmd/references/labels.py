@@ -17,6 +17,7 @@ from ase.data import covalent_radii
 from ase.geometry import find_mic
 from ase.neighborlist import neighbor_list
 
+from ubmd.data.geometry import check_apart
 from ubmd.data.state import check_state, state_hash
 from ubmd.errors import DataError, LabelError, SettingsError, describe, one_line
 from ubmd.references.cache import through_cache
@@ -98,7 +99,10 @@ def _noise(atoms: Atoms) -> np.ndarray:
 
 
 def check_geometry(atoms: Atoms, min_distance: float) -> None:
-    """LabelError if a position is not finite or two atoms are closer than this share of their covalent radii."""
+    """LabelError if a position is not finite, or two atoms are closer than this share of their covalent radii.
+
+    Whatever the share, two atoms may not be at the same place.
+    """
     bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
     if len(bad):
         raise LabelError(f"The position of atom {bad[0]} (from 0) is not finite.")
@@ -111,6 +115,10 @@ def check_geometry(atoms: Atoms, min_distance: float) -> None:
             f"Atoms {i} ({atoms.symbols[i]}) and {j} ({atoms.symbols[j]}) are too close: {distance[pair]:.3f} Å, "
             f"limit {limit:.3f} Å (reference.min_distance)."
         )
+    try:
+        check_apart(atoms)
+    except DataError as error:
+        raise LabelError(f"The structure cannot be labelled: {error}") from None
 
 
 def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Results:
