@@ -132,6 +132,11 @@ def test_a_run_without_labels_takes_any_settings(folder: RunFolder) -> None:
     write_json(folder.manifest, read_json(folder.manifest) | {"format": 1})
     begin(folder, "b", loop={"labels": 5})
     assert read_json(folder.manifest)["format"] == 2
+    # and one whose manifest is damaged
+    for damage in ("", "{", '{"format": 2}'):
+        folder.manifest.write_text(damage)
+        begin(folder, "b", loop={"labels": 5})
+        assert read_json(folder.manifest)["settings"]["loop"]["labels"] == 5
     # and one of dynamic training
     (folder.path.parent / "silicon.extxyz").touch()
     open_run(folder, silicon.make_settings(folder.path), {})

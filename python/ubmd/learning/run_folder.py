@@ -516,13 +516,16 @@ def open_run(
 def _begin_anew(
     folder: RunFolder, settings: Table, inputs: dict[str, str], reference: dict[str, Any]
 ) -> dict[str, list[Any]]:
-    """Move what a run without labels has written aside if it is of other settings, files or software.
+    """Move what a run without labels has written aside if it is damaged, or of other settings, files or software.
 
     Nothing depends on it yet: whoever mistyped the calculator must not need another folder. Returns what changed.
     """
     if not folder.manifest.exists():
         return {}
-    manifest = read_json(folder.manifest)
+    try:
+        manifest = folder.read_manifest()
+    except DataError:
+        manifest = {}
     is_ours = manifest.get("format") == _FORMAT
     changes = _changes(manifest["settings"], settings) if is_ours else {}
     same = is_ours and manifest["inputs"] == inputs and manifest.get("reference", reference) == reference
