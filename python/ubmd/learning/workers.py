@@ -163,7 +163,7 @@ class Pools:
             return None, "TaskCrashed", _crash_reason(error.exitcode), ""
         except (BrokenProcessPool, CancelledError, RuntimeError) as error:
             self._discard(pool)
-            return None, "WorkersLost", f"The worker process was lost ({one_line(error)}).", ""
+            return None, "WorkersLost", f"The worker process was lost ({one_line(error)}).{_unguarded()}", ""
         return reply
 
     def stop(self) -> None:
@@ -204,6 +204,16 @@ class Pools:
             self._pools.pop(threading.get_ident(), None)
         pool.stop()
         pool.join()
+
+
+def _unguarded() -> str:
+    """What to do where each new process runs the driver's script again, because multiprocessing imports it."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    try:
+        guarded = script is None or "__name__" in Path(script).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        guarded = True
+    return "" if guarded else f" Put what {script} does below a line if __name__ == '__main__': workers import it."
 
 
 def outcome(future: Future[Any]) -> Any:
