@@ -20,7 +20,7 @@ from ubmd.errors import SettingsError
 from ubmd.lammps.replica import _Engine, run_replica, types_of
 from ubmd.lammps.trajectory import TrajectoryState
 from ubmd.learning import RunFolder, run
-from ubmd.learning.check import plan
+from ubmd.learning.check import plan, verify
 from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.run_folder import content_hash, write_text
@@ -124,6 +124,22 @@ def test_the_plan_says_what_the_calculator_sees_and_that_fixed_atoms_move(inputs
     assert "charge = 1, initial charges, initial magnetic moments, tags, masses" in said
     assert "the replicas move all atoms" in said
     assert "calculator sees" not in "\n".join(plan(settings_of(inputs), inputs, [cluster()]))
+
+
+def test_a_given_test_set_in_another_state_is_remarked_on(inputs: Path, finished: RunFolder, tmp_path: Path) -> None:
+    frames = read_structures(finished.test, labelled=True)
+    said: list[str] = []
+    for charge in (1, 0):
+        for frame in frames:
+            frame.info["charge"] = charge
+        write_structures(tmp_path / "test.extxyz", frames)
+        settings = settings_of(tmp_path, test={"file": tmp_path / "test.extxyz"})
+        assert not said
+        verify(settings, inputs, said.append)
+    assert said == [
+        "test.file: frame 0 has the composition of frame 0 of start.extxyz but charge = 1 and 0; labels of two states "
+        "cannot be compared."
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- masses in LAMMPS

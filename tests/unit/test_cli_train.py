@@ -327,6 +327,17 @@ def test_remarks_are_on_stderr(folder, tmp_path):
     assert err.count("\n") == 1
 
 
+def test_labels_of_two_states_are_remarked_on(folder, tmp_path):
+    structures = read_structures(folder / "data" / "train.extxyz")
+    structures[3].info["charge"] = 1
+    write_structures(tmp_path / "train.extxyz", structures)
+    settings = tmp_path / "train.toml"
+    settings.write_text(SETTINGS.format(output=tmp_path / "out").replace("data/train.extxyz", "train.extxyz"))
+    code, _, err = ubmd("train", settings, "--set", "training.epochs=1")
+    assert code == 0, err
+    assert "Remark: train.extxyz: frames 0 and 3 have the same composition but charge = not given and 1, which" in err
+
+
 def test_plain_progress_is_sparse_and_estimates_the_time_left(capsys):
     from rich.console import Console
 

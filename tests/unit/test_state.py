@@ -408,6 +408,10 @@ def test_states_that_a_model_need_not_tell_apart_pass():
     swapped = made["moments"].copy()
     swapped.set_initial_magnetic_moments([-1.0, 1.0, -1.0, 1.0])
     assert not electrons_differ(made["moments"], swapped, INFO)  # the same moments on other atoms
+    rounded = made["moments"].copy()
+    rounded.set_initial_magnetic_moments([0.97, -1.02, 1.01, -0.98])
+    rounded.set_initial_charges([0.004, -0.001, 0.0, 0.002])
+    assert not electrons_differ(made["moments"], rounded, INFO)  # as an earlier calculation left them
 
 
 @pytest.mark.parametrize(

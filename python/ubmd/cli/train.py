@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,10 +129,16 @@ def _check_outputs(settings: TrainSettings) -> None:
 
 def _load_sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) -> tuple[list[Atoms], list[Atoms]]:
     """Training and validation structures; files are relative to the settings file."""
+    from ubmd.data.state import INFO, mixed_states
     from ubmd.data.structures import read_structures
     from ubmd.training import split
 
     structures = read_structures(base / settings.training_file, settings.labels, labelled=True, remark=remark)
+    for first, second, difference in islice(mixed_states(structures, INFO), 1):
+        remark(
+            f"{settings.training_file}: frames {first} and {second} have the same composition but {difference}, which "
+            "a model cannot tell apart."
+        )
     if settings.validation_file is None:
         return split(structures, settings.validation_share, settings.seed)
     return structures, read_structures(base / settings.validation_file, settings.labels, labelled=True, remark=remark)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,13 @@ from ase.data import atomic_masses
 
 from ubmd.data.structures import dataset_hash
 from ubmd.errors import DataError
+
+INFO = ("charge", "spin", "multiplicity")
+"""Usual keys of ``atoms.info`` that belong to a state."""
+
+# Initial charges and moments are often those of an earlier calculation, rounded.
+_SAME_CHARGE = 0.05  # e, of the whole structure
+_SAME_MOMENT = 0.1  # μ_B
 
 _NAMES = {
     "initial_charges": "initial charges",
@@ -103,15 +110,24 @@ def electrons_differ(first: Atoms, second: Atoms, info: Iterable[str]) -> str:
         if one != other:
             return f"{name} = {_told(one)} and {_told(other)}"
     totals = [float(atoms.get_initial_charges().sum()) for atoms in (first, second)]
-    if abs(totals[0] - totals[1]) > 1e-6:
+    if abs(totals[0] - totals[1]) > _SAME_CHARGE:
         return f"a sum of initial charges of {totals[0]:g} and {totals[1]:g} e"
-    if not np.allclose(_moments(first), _moments(second), rtol=0.0, atol=1e-6):
+    if not np.allclose(_moments(first), _moments(second), rtol=0.0, atol=_SAME_MOMENT):
         return "different initial magnetic moments"
     return ""
 
 
+def mixed_states(structures: Sequence[Atoms], info: Iterable[str]) -> Iterator[tuple[int, int, str]]:
+    """(first structure of a composition, another one, how `electrons_differ`): a model cannot tell these apart."""
+    names, first = list(info), dict[str, int]()
+    for number, atoms in enumerate(structures):
+        other = first.setdefault(atoms.symbols.formula.format("hill"), number)
+        if difference := electrons_differ(structures[other], atoms, names):
+            yield other, number, difference
+
+
 def _told(value: Any) -> str:
-    return "not given" if value is None else str(value)
+    return "not given" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _moments(atoms: Atoms) -> np.ndarray:

@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from ubmd.analysis.provenance import conditions
-from ubmd.data.state import describe_state
+from ubmd.data.state import describe_state, mixed_states
 from ubmd.data.structures import fixed_atoms, read_structures
 from ubmd.errors import SettingsError
 from ubmd.learning.held_out import given_test_set
@@ -72,8 +72,22 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
                 f"variables.torsions.{name} = {list(indices)} needs four different atoms, counted from 0; "
                 f"{settings.start.file} has {smallest}."
             )
-    given_test_set(settings.test, base, remark)
+    _check_test_states(structures, given_test_set(settings.test, base, remark) or [], settings, remark)
     return structures
+
+
+def _check_test_states(
+    structures: list[Atoms], test: list[Atoms], settings: RunSettings, remark: Callable[[str], None]
+) -> None:
+    """A remark on a given test set that says that its structures are in another state than the start structures."""
+    n = len(structures)
+    for first, second, difference in mixed_states([*structures, *test], settings.reference.info):
+        if first < n <= second:
+            remark(
+                f"test.file: frame {second - n} has the composition of frame {first} of {settings.start.file} but "
+                f"{difference}; labels of two states cannot be compared."
+            )
+            return
 
 
 def state_remarks(structures: list[Atoms], settings: RunSettings) -> Iterator[str]:

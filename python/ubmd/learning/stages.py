@@ -18,7 +18,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ubmd.calculator import Evaluator, Prediction
-from ubmd.data.state import bare, check_state, electrons_differ, state_hash, structures_hash
+from ubmd.data.state import bare, check_state, mixed_states, state_hash, structures_hash
 from ubmd.data.structures import (
     append_structures,
     fixed_atoms,
@@ -116,20 +116,19 @@ def check_states(structures: Sequence[Atoms], settings: RunSettings) -> None:
         SettingsError: a mass or moment that makes no sense, a constraint that is not FixAtoms, or structures of one
             composition in different states, unless start.mixed_states allows them.
     """
-    first: dict[str, int] = {}
     for number, atoms in enumerate(structures):
         try:
             check_state(atoms)
             fixed_atoms(atoms)
         except DataError as error:
             raise SettingsError(f"{settings.start.file}, frame {number}: {error}") from None
-        other = first.setdefault(atoms.symbols.formula.format("hill"), number)
-        difference = electrons_differ(structures[other], atoms, settings.reference.info)
-        if difference and not settings.start.mixed_states:
-            raise SettingsError(
-                f"{settings.start.file}: frames {other} and {number} have the same composition but {difference}, which "
-                "a model cannot tell apart: start from one state, or set start.mixed_states = true."
-            )
+    mixed = next(mixed_states(structures, settings.reference.info), None)
+    if mixed is not None and not settings.start.mixed_states:
+        first, second, difference = mixed
+        raise SettingsError(
+            f"{settings.start.file}: frames {first} and {second} have the same composition but {difference}, which a "
+            "model cannot tell apart: start from one state, or set start.mixed_states = true."
+        )
 
 
 def perturb(
