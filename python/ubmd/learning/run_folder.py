@@ -216,7 +216,8 @@ class RunFolder:
         for line in self.events.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 event = json.loads(line)
-                whole = isinstance(event["event"], str) and datetime.fromisoformat(event["time"]).tzinfo is not None
+                dated = "time" not in event or datetime.fromisoformat(event["time"]).tzinfo is not None
+                whole = isinstance(event["event"], str) and dated
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue
             if whole:
