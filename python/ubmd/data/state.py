@@ -143,8 +143,8 @@ def _plain(value: Any) -> Any:
     """A value of ``info`` as JSON; 2, 2.0 and numpy's 2 are one number."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+    if isinstance(value, list | tuple):  # extxyz gives back an array of one number as that number
+        return _plain(value[0]) if len(value) == 1 else [_plain(item) for item in value]
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     return float(value) if isinstance(value, int | float) else value

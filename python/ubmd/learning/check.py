@@ -15,8 +15,8 @@ from ase.data import atomic_numbers
 
 from ubmd.analysis.provenance import conditions
 from ubmd.data.state import describe_state, mixed_states
-from ubmd.data.structures import fixed_atoms, read_structures
-from ubmd.errors import SettingsError
+from ubmd.data.structures import check_free, fixed_atoms, read_structures
+from ubmd.errors import DataError, SettingsError
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.run_folder import Listener, RunFolder
 from ubmd.learning.stages import check_start, check_states
@@ -65,6 +65,7 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
             raise SettingsError(f"{settings.start.file} holds {element}; add it to model.elements.")
     check_start(structures, settings)
     check_states(structures, settings)
+    _check_sampled(structures[0], settings, base)
     smallest = min(len(atoms) for atoms in structures)
     for name, indices in settings.variables.torsions.items():
         if max(indices) >= smallest or min(indices) < 0 or len(set(indices)) < 4:
@@ -74,6 +75,17 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
             )
     _check_test_states(structures, given_test_set(settings.test, base, remark) or [], settings, remark)
     return structures
+
+
+def _check_sampled(atoms: Atoms, settings: RunSettings, base: Path) -> None:
+    """SettingsError if reference MD is to make the test set, but every atom of its start is fixed."""
+    test = settings.test
+    if test is None or (test.file is not None and (base / test.file).exists()):
+        return
+    try:
+        check_free(atoms)
+    except DataError as error:
+        raise SettingsError(f"{settings.start.file}, from which reference MD makes the test set: {error}") from None
 
 
 def _check_test_states(
