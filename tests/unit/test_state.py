@@ -18,6 +18,7 @@ from ubmd.learning.check import verify
 from ubmd.learning.stages import check_start, check_states, label_key, perturb
 from ubmd.references import label, labels, sample
 from ubmd.references.cache import label_hash, structure_hash
+from ubmd.references.electrons import spin_multiplicity, total_charge
 from ubmd.settings import ReferenceSettings, RunSettings, SamplingSettings, StartSettings, TestSettings
 
 INFO = ("charge", "spin", "multiplicity")
@@ -583,3 +584,34 @@ def test_tblite_reads_charge_and_multiplicity_of_the_structure(tmp_path):
         energy(water(charge=1, spin=1))
     with pytest.raises(LabelError, match="is not a number"):
         energy(water(charge="plus"))
+
+
+def test_a_sum_of_rounded_charges_is_a_whole_number():
+    """tblite computes nonsense from 0.98 e: 77 eV above the cation."""
+    for charges, whole in (([0.5, 0.24, 0.24], 1.0), ([-0.8, 0.4, 0.41], 0.0), ([-1.5, 0.25, 0.26], -1.0)):
+        atoms = water()
+        atoms.set_initial_charges(charges)
+        assert total_charge(atoms, None) == whole
+        assert total_charge(atoms, whole) == whole
+    atoms.set_initial_charges([0.5, 0.0, 0.0])
+    for fraction, argument in ((atoms, None), (water(charge=0.5), None), (water(), 0.5)):
+        assert total_charge(fraction, argument, whole=False) == 0.5
+        with pytest.raises(LabelError, match=r"charge of 0\.5 e, but the reference needs a whole number"):
+            total_charge(fraction, argument)
+
+
+@pytest.mark.parametrize("multiplicity", [0, -3, 2.5])
+def test_multiplicities_that_are_none(multiplicity):
+    for atoms, argument in ((water(multiplicity=multiplicity), None), (water(), multiplicity)):
+        with pytest.raises(LabelError, match=f"multiplicity of {multiplicity:g}; it is 2 S"):
+            spin_multiplicity(atoms, argument)
+
+
+def test_non_collinear_moments_are_no_multiplicity():
+    """Their components must not be added up."""
+    atoms = water()
+    atoms.set_initial_magnetic_moments([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    assert spin_multiplicity(atoms, None) == 3  # along z
+    atoms.set_initial_magnetic_moments([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    with pytest.raises(LabelError, match="non-collinear"):
+        spin_multiplicity(atoms, None)
