@@ -518,8 +518,44 @@ def test_one_composition_in_two_states_is_refused_unless_told(name, message):
     check_states(pair, run_settings(mixed_states=True))
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"frame 0: info\['charge'\] is nan"),
+        (1 + 2j, r"frame 0: info\['charge'\] = \(1\+2j\) would be another value"),
+        ("a\nb", r"frame 0: .*line break"),
+    ],
+)
+def test_info_that_a_file_cannot_keep_is_refused(value, message):
+    """Workers read structures from files."""
+    atoms = copper()
+    atoms.info["charge"] = value
+    with pytest.raises(SettingsError, match=message):
+        check_states([atoms], run_settings())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(1, -1.5, True, np.bool_(False), np.float32(0.1), 1e-300, None),
+        *("+1", "12", "", "a b", 'q"\\'),
+        *([1, 2], (0.1, 0.2), ["a", "b"], [[1.0, 0.5], [0.1, 2.0]], {"a": [1, "x"]}),
+        *(np.array([1.5]), np.arange(4), np.eye(3), np.zeros((2, 3, 3))),
+    ],
+)
+def test_info_that_a_file_keeps_passes_and_comes_back(value, tmp_path):
+    atoms = copper()
+    atoms.info["charge"] = value
+    check_states([atoms], run_settings())
+    write_structures(tmp_path / "a.extxyz", [atoms])
+    assert state_hash(read_structures(tmp_path / "a.extxyz")[0], INFO) == state_hash(atoms, INFO)
+
+
 def test_states_that_a_model_need_not_tell_apart_pass():
     made = states()
+    neutral = copper()
+    neutral.info["charge"] = 0
+    check_states([made["none"], neutral], run_settings())
     check_states([made["none"], made["tags"], made["masses"]], run_settings())
     other = Atoms("Cu3", made["none"].positions[:3])
     other.info["charge"] = 1

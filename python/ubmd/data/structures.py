@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import io
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -416,6 +417,19 @@ def _header(atoms: Atoms, labels: Mapping[str, Any], properties: str) -> str:
     if "\n" in line or "\r" in line:
         raise DataError("atoms.info holds text with a line break, which extxyz cannot keep.")
     return line
+
+
+def info_from_file(key: str, value: Any) -> Any:
+    """What a value of ``atoms.info`` is after `write_structures` and reading.
+
+    Raises:
+        DataError: the format cannot hold it.
+    """
+    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # of ASE, which leaves such a value out
+        item = _info_item(key, value)
+    if "\n" in item or "\r" in item:
+        raise DataError(f"info['{key}'] holds a line break, which extxyz cannot keep.")
+    return key_val_str_to_dict(item).get(key)
 
 
 def _info_item(key: str, value: Any) -> str:

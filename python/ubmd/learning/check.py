@@ -28,6 +28,7 @@ from ubmd.settings import RunSettings
 _EPOCHS = 4  # of the miniature; the first is slow and not counted
 _STEPS = 10  # few: the model of two structures soon leads astray
 _BYTES_PER_ATOM = 130  # of a stored frame
+_KEYS = 8  # that a sentence lists
 _TYPICAL_BATCH_GAIN = 3.0  # a full mini-batch costs less per structure than the miniature's single ones
 
 
@@ -107,6 +108,13 @@ def state_remarks(structures: list[Atoms], settings: RunSettings) -> Iterator[st
     state = sorted({describe_state(atoms, settings.reference.info) for atoms in structures} - {""})
     if state:
         yield f"The calculator sees of all structures: {'; or '.join(state)}."
+    unseen = sorted({key for atoms in structures for key in atoms.info} - {*settings.reference.info})
+    if unseen:
+        more = ", ..." if len(unseen) > _KEYS else ""
+        yield (
+            f"The calculator does not see these keys of info: {', '.join(map(str, unseen[:_KEYS]))}{more} (those that "
+            "it reads belong in reference.info)."
+        )
     if any(len(fixed_atoms(atoms)) for atoms in structures):
         yield "Fixed atoms (FixAtoms) are held in reference MD only: the replicas move all atoms."
 

@@ -124,7 +124,7 @@ def check_states(structures: Sequence[Atoms], settings: RunSettings) -> None:
     """
     for number, atoms in enumerate(structures):
         try:
-            check_state(atoms)
+            check_state(atoms, settings.reference.info)
             fixed_atoms(atoms)
         except DataError as error:
             raise SettingsError(f"{settings.start.file}, frame {number}: {error}") from None

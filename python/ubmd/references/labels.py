@@ -81,7 +81,7 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
     copy = atoms.copy()
     copy.set_constraint()
     try:
-        check_state(copy)
+        check_state(copy, settings.info)
     except DataError as error:
         raise LabelError(f"The structure cannot be labelled: {error}") from None
     results = through_cache(copy, settings, base, lambda: _compute(bare(copy, settings.info), settings, base))
