@@ -150,6 +150,15 @@ class StartSettings(Table):
     )
 
 
+_TAKEN = {
+    *("Lattice", "Properties", "pbc"),
+    *("iteration", "replica", "step", "rule", "trajectory", "label", "split", "reason", "unconstrained"),
+    *("temperature", "predicted_error", "uncertainty", "max_uncertainty"),
+    *("energy", "free_energy", "forces", "stress", "virial", "virials"),
+}
+"""Keys of atoms.info that the frames of a run have (and those of labels, with REF_ or without)."""
+
+
 class ReferenceSettings(Table):
     """Who labels structures: a ready-made reference or any ASE calculator by import path."""
 
@@ -194,6 +203,17 @@ class ReferenceSettings(Table):
         description="standard deviation of Gaussian noise that is added to the forces, eV/Å, to study how a method "
         "takes it (the same structure always gets the same noise)",
     )
+
+    @field_validator("info")
+    @classmethod
+    def _info_is_free(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name.removeprefix("REF_") in _TAKEN:
+                raise ValueError(
+                    f"reference.info names {name!r}, under which ubmd keeps something else; rename it in the "
+                    "structures and in what reads it"
+                )
+        return value
 
 
 class MDRampSettings(Table):

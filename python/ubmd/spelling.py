@@ -34,6 +34,9 @@ def nearest(name: str, known: Iterable[str], strict: Iterable[str] = ()) -> str 
     found = []
     for other in sorted(known):
         least = min(len(name), len(other))
+        if least > 1 and name.lower() == other.lower():  # 'ENCUT' for 'encut'
+            found.append((0, other))
+            continue
         begins = name.startswith(other) or other.startswith(name)  # 'rcut' for 'rc'
         allowed = 0 if least <= 1 else 1 if other in strict or (least <= _SHORT and not begins) else 2
         if abs(len(name) - len(other)) <= allowed and (away := distance(name, other)) <= allowed:

@@ -85,6 +85,7 @@ def reference(calculator: str, **arguments: object) -> ReferenceSettings:
         ("ase.calculators.espresso:Espresso", "kptss", "kpts"),
         ("ase.calculators.espresso:Espresso", "ecutwf", "ecutwfc"),
         ("ase.calculators.vasp:Vasp", "encutt", "encut"),
+        ("ase.calculators.vasp:Vasp", "ENCUT", "encut"),  # Vasp writes an INCAR without it
         ("ase.calculators.siesta:Siesta", "mesh_cutof", "mesh_cutoff"),
         ("ase.calculators.tip3p:TIP3P", "widht", "width"),
         ("ase.calculators.dftb:Dftb", "slako_dri", "slako_dir"),
@@ -147,7 +148,9 @@ def test_arguments_without_a_place_are_refused_with_all_names() -> None:
 
 
 OWN = """
+from functools import partial
 from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
 
 class Renamed(EMT):
     def __init__(self, base="b", model_paths=None, **kwargs):
@@ -158,6 +161,12 @@ class Renamed(EMT):
 
 def Factory(scale_factor=1.0, **kwargs):
     return EMT(**kwargs)
+
+Partial = partial(LennardJones, sigma=2.0)
+
+def Popping(**settings):
+    settings.pop("functional", None)
+    return EMT(asap_cutoff=settings["sharp"] if "sharp" in settings else False)
 """
 
 
@@ -175,6 +184,22 @@ def test_own_calculators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SettingsError, match=r"did you mean 'scale_factor'\?"):
         make_calculator(reference("own_arguments:Factory", scalefactor=2.0), tmp_path)
     assert isinstance(make_calculator(reference("own_arguments:Factory"), tmp_path), EMT)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [("Partial", "epsilom", "epsilon"), ("Popping", "functionl", "functional"), ("Popping", "sharpp", "sharp")],
+)
+def test_names_behind_keywords_are_known(
+    name: str, wrong: str, right: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a partial those of its function; those that a function takes out of its ``**kwargs``."""
+    (tmp_path / "own_arguments.py").write_text(OWN)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "own_arguments", raising=False)
+    with pytest.raises(SettingsError, match=rf"{wrong}.*did you mean '{right}'\?"):
+        make_calculator(reference(f"own_arguments:{name}", **{wrong: 1.0}), tmp_path)
+    assert unrecognised_arguments(reference(f"own_arguments:{name}", **{right: 1.0}), tmp_path) == []
 
 
 def test_names_of_ready_made_references_are_corrected() -> None:

@@ -1,8 +1,11 @@
 """Labels that are kept in a folder and found again."""
 
+import datetime
+
 import numpy as np
 import pytest
 from ase.build import bulk
+from ase.calculators.calculator import Calculator, all_changes
 
 from ubmd.errors import LabelError, SettingsError
 from ubmd.references import label, labels
@@ -129,3 +132,38 @@ def test_a_cache_that_is_a_file_is_refused(copper, tmp_path):
     (tmp_path / "kept").write_text("", encoding="utf-8")
     with pytest.raises(SettingsError, match=r"reference\.cache"):
         label(atoms, settings(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("forces", "message"),
+    [
+        (np.zeros(12), r"forces of shape \(12,\) for 4 atoms"),
+        (np.ones((3, 4)), r"forces of shape \(3, 4\) for 4 atoms"),
+        (np.full((4, 3), np.nan), r"not finite \(forces\)"),
+    ],
+)
+def test_what_is_no_label_is_no_label_with_a_cache_either(copper, tmp_path, monkeypatch, forces, message):
+    """Neither the first time nor the second."""
+
+    class Odd(Calculator):
+        implemented_properties = ("energy", "forces")
+
+        def calculate(self, atoms=None, properties=("energy",), system_changes=tuple(all_changes)):
+            super().calculate(atoms, properties, system_changes)
+            self.results = {"energy": 0.0, "forces": forces}
+
+    labels._cache.clear()
+    monkeypatch.setattr(labels, "make_calculator", lambda *_: Odd())
+    settings = ReferenceSettings(calculator="ase.calculators.emt:EMT", cache="kept")
+    for _ in range(2):
+        with pytest.raises(LabelError, match=message):
+            label(copper[0], settings, tmp_path)
+    assert not list((tmp_path / "kept").glob("*/*.extxyz"))
+
+
+def test_dates_in_arguments_have_a_name_too(copper, tmp_path):
+    made = [
+        ReferenceSettings(calculator="x:Y", arguments={"day": datetime.date(2026, 1, day)}, cache="kept")
+        for day in (1, 2)
+    ]
+    assert label_hash(copper[0], made[0], tmp_path) != label_hash(copper[0], made[1], tmp_path)

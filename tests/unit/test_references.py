@@ -200,6 +200,24 @@ def test_rejects_positions_that_are_not_finite():
         label(atoms, ALANINE, EXAMPLE)
 
 
+@pytest.mark.parametrize(
+    ("cell", "pbc", "message"),
+    [
+        (
+            [[5, 0, 0], [5, 0, 0], [0, 0, 9]],
+            [True, True, False],
+            "vectors a and b, but these cell vectors are parallel",
+        ),
+        ([[5, 0, 0], [0, 5, 0], [5, 5, 0]], True, "the cell is flat"),
+        ([[5, 0, 0], [0, np.nan, 0], [0, 0, 5]], True, "NaN or infinity"),
+    ],
+)
+def test_rejects_cells_that_are_no_lattice(cell, pbc, message):
+    atoms = Atoms("Cu2", [[0, 0, 0], [2.5, 0, 0]], cell=cell, pbc=pbc)
+    with pytest.raises(LabelError, match=message):
+        label(atoms, ReferenceSettings(calculator="ase.calculators.emt:EMT"), EXAMPLE)
+
+
 def test_rejects_wrong_composition_and_order():
     with pytest.raises(LabelError, match="has 3 atoms but the PDB file 22"):
         label(molecule("H2O"), ALANINE, EXAMPLE)

@@ -9,15 +9,17 @@ from ase.build import bulk, fcc111, molecule
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixBondLength, FixCartesian, Hookean
-from ase.io import read
+from ase.io import read, write
 
 from ubmd.data.state import bare, electrons_differ, state_hash, structures_hash
-from ubmd.data.structures import dataset_hash, read_structures, write_structures
-from ubmd.errors import LabelError, SettingsError
-from ubmd.learning.stages import check_states, label_key, perturb
+from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures, write_structures
+from ubmd.errors import DataError, LabelError, SettingsError
+from ubmd.learning.check import verify
+from ubmd.learning.stages import check_start, check_states, label_key, perturb
 from ubmd.references import label, labels, sample
 from ubmd.references.cache import label_hash, structure_hash
-from ubmd.settings import ReferenceSettings, RunSettings, SamplingSettings, StartSettings
+from ubmd.references.electrons import spin_multiplicity, total_charge
+from ubmd.settings import ReferenceSettings, RunSettings, SamplingSettings, StartSettings, TestSettings
 
 INFO = ("charge", "spin", "multiplicity")
 
@@ -269,6 +271,10 @@ def rename(atoms: Atoms) -> None:
         (move, True, "moved the atoms"),
         (stretch, True, "another cell"),
         (rename, True, "other elements"),
+        (lambda atoms: atoms.set_pbc(False), False, ""),
+        (lambda atoms: atoms.set_pbc(False), True, r"without its periodicity \(pbc\)"),
+        (lambda atoms: atoms.info.clear(), True, ""),
+        (lambda atoms: setattr(atoms, "calc", None), True, ""),
     ],
 )
 def test_calculators_that_change_their_atoms(change, before, reason, monkeypatch, tmp_path):
@@ -291,6 +297,76 @@ def test_calculators_that_change_their_atoms(change, before, reason, monkeypatch
     asked.calc = EMT()
     assert made.get_potential_energy() == pytest.approx(asked.get_potential_energy(), abs=1e-9)
     np.testing.assert_allclose(made.get_stress(), asked.get_stress(), rtol=0, atol=1e-9)
+
+
+class Sorting(Calculator):
+    """Sorts the atoms that it is given, and returns forces in the new order."""
+
+    implemented_properties = ("energy", "forces")
+
+    def __init__(self, by) -> None:
+        super().__init__()
+        self.by = by
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=tuple(all_changes)):
+        super().calculate(atoms, properties, system_changes)
+        atoms.arrays = atoms[np.argsort(self.by(atoms), kind="stable")].arrays
+        self.results = {"energy": 0.0, "forces": emt_forces(atoms)}
+
+
+@pytest.mark.parametrize("by", [lambda atoms: atoms.numbers, lambda atoms: atoms.positions[:, 0]])
+def test_forces_that_may_be_in_another_order_are_refused(by, monkeypatch, tmp_path):
+    settings = ReferenceSettings(calculator="ase.calculators.emt:EMT", cache="kept")
+    labels._cache.clear()
+    monkeypatch.setattr(labels, "make_calculator", lambda *_: Sorting(by))
+    atoms = slab()
+    atoms.numbers[0], atoms.positions[0, 0] = 79, atoms.positions[0, 0] + 0.1  # neither by element nor by x
+    for _ in range(2):  # the second time the calculator has results of its own
+        with pytest.raises(LabelError, match="sorted the atoms"):
+            label(atoms, settings, tmp_path)
+    with pytest.raises(LabelError, match="sorted the atoms"):
+        sample(atoms, settings, SAMPLING, tmp_path)
+    in_order = atoms[np.argsort(by(atoms), kind="stable")]
+    made = label(in_order, settings, tmp_path)
+    np.testing.assert_allclose(made.get_forces(), emt_forces(in_order), rtol=0, atol=1e-9)
+
+
+class Told(Calculator):
+    """Its energy is the sum of the numbers in info."""
+
+    implemented_properties = ("energy", "forces")
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=tuple(all_changes)):
+        super().calculate(atoms, properties, system_changes)
+        self.results = {"energy": float(sum(atoms.info.values())), "forces": np.ones((len(atoms), 3))}
+
+
+@pytest.mark.parametrize("cache", [None, "kept"])
+def test_a_calculator_reads_of_info_what_the_settings_name(cache, monkeypatch, tmp_path):
+    """Its labels depend on nothing that their names in the cache don't: so a kept one is never that of another."""
+    settings = ReferenceSettings(calculator="ase.calculators.emt:EMT", cache=cache, info=("charge", "field"))
+    labels._cache.clear()
+    monkeypatch.setattr(labels, "make_calculator", lambda *_: Told())
+    atoms = slab()
+    for field, step in ((10, 100), (20, 100), (20, 200), (10, 300)):
+        atoms.info = {"charge": 1, "field": field, "step": step}
+        made = label(atoms, settings, tmp_path)
+        assert made.get_potential_energy() == 1 + field
+        assert made.info == atoms.info
+
+
+@pytest.mark.parametrize("name", ["step", "temperature", "replica", "energy", "REF_forces", "pbc"])
+def test_info_under_a_name_that_frames_of_a_run_have_is_refused(name):
+    """A run writes its own values there."""
+    with pytest.raises(ValueError, match=f"reference.info names '{name}'"):
+        ReferenceSettings(calculator="ase.calculators.emt:EMT", info=("charge", name))
+
+
+def test_an_array_of_one_number_has_the_hash_of_that_number_as_a_file_gives_it_back(tmp_path):
+    atoms = copper()
+    atoms.info["charge"] = np.array([1.5])
+    write_structures(tmp_path / "a.extxyz", [atoms])
+    assert state_hash(read_structures(tmp_path / "a.extxyz")[0], INFO) == state_hash(atoms, INFO)
 
 
 def test_a_molecule_may_get_a_cell(monkeypatch, tmp_path):
@@ -336,6 +412,13 @@ def test_reference_md_with_another_constraint_is_refused(tmp_path):
         sample(atoms, EMT_CACHED, SAMPLING, tmp_path)
 
 
+def test_reference_md_needs_an_atom_that_moves(tmp_path):
+    atoms = slab()
+    atoms.set_constraint(FixAtoms(range(len(atoms))))
+    with pytest.raises(SettingsError, match="all atoms are fixed"):
+        sample(atoms, EMT_CACHED, SAMPLING, tmp_path)
+
+
 def test_a_calculator_cannot_move_the_atoms_of_reference_md(monkeypatch, tmp_path):
     settings = ReferenceSettings(calculator="ase.calculators.emt:EMT")
     expected = sample(slab(), settings, SAMPLING, tmp_path)
@@ -353,7 +436,43 @@ def test_fixed_atoms_survive_a_file_that_ase_reads(tmp_path):
         assert set(constraint.index) == {0, 5}
 
 
+def test_fixed_atoms_counted_from_the_end_stay_fixed_in_files(tmp_path):
+    atoms = slab()
+    atoms.set_constraint([FixAtoms([-1]), FixAtoms([0, -2])])
+    expected = [0, len(atoms) - 2, len(atoms) - 1]
+    write(tmp_path / "a.traj", atoms)  # keeps negative indices
+    back = read_structures(tmp_path / "a.traj")[0]
+    write_structures(tmp_path / "a.extxyz", [back])
+    for found in (atoms, back, read_structures(tmp_path / "a.extxyz")[0]):
+        assert fixed_atoms(found).tolist() == expected
+
+
+def test_fixed_atoms_that_are_not_there_are_named(tmp_path):
+    atoms = slab()
+    atoms.set_constraint(FixAtoms([1, 100]))
+    for work in (fixed_atoms, lambda atoms: write_structures(tmp_path / "a.extxyz", [atoms])):
+        with pytest.raises(DataError, match=f"FixAtoms holds atom 100, but there are only {len(atoms)} atoms"):
+            work(atoms)
+
+
 # ---------------------------------------------------------------------------------------------- start structures
+
+
+def test_every_start_structure_needs_atoms_apart():
+    """Displaced copies of another one would cost a label each."""
+    second = copper()
+    second.positions[3] = second.positions[1]
+    with pytest.raises(SettingsError, match=r"structure 1, .*atoms 1 \(Cu\) and 3 \(Cu\).*at the same place"):
+        check_start([copper(), second], run_settings())
+
+
+def test_a_test_set_from_a_start_whose_atoms_are_all_fixed_is_refused_before_the_run(tmp_path):
+    atoms = copper()
+    atoms.set_constraint(FixAtoms(range(4)))
+    write_structures(tmp_path / "start.extxyz", [atoms])
+    with pytest.raises(SettingsError, match=r"start\.extxyz, .*all atoms are fixed"):
+        verify(run_settings().model_copy(update={"test": TestSettings(sampling=SAMPLING)}), tmp_path)
+    verify(run_settings(), tmp_path)  # replicas move all atoms
 
 
 def test_perturbed_copies_keep_the_state_and_lose_everything_else():
@@ -399,8 +518,44 @@ def test_one_composition_in_two_states_is_refused_unless_told(name, message):
     check_states(pair, run_settings(mixed_states=True))
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"frame 0: info\['charge'\] is nan"),
+        (1 + 2j, r"frame 0: info\['charge'\] = \(1\+2j\) would be another value"),
+        ("a\nb", r"frame 0: .*line break"),
+    ],
+)
+def test_info_that_a_file_cannot_keep_is_refused(value, message):
+    """Workers read structures from files."""
+    atoms = copper()
+    atoms.info["charge"] = value
+    with pytest.raises(SettingsError, match=message):
+        check_states([atoms], run_settings())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(1, -1.5, True, np.bool_(False), np.float32(0.1), 1e-300, None),
+        *("+1", "12", "", "a b", 'q"\\'),
+        *([1, 2], (0.1, 0.2), ["a", "b"], [[1.0, 0.5], [0.1, 2.0]], {"a": [1, "x"]}),
+        *(np.array([1.5]), np.arange(4), np.eye(3), np.zeros((2, 3, 3))),
+    ],
+)
+def test_info_that_a_file_keeps_passes_and_comes_back(value, tmp_path):
+    atoms = copper()
+    atoms.info["charge"] = value
+    check_states([atoms], run_settings())
+    write_structures(tmp_path / "a.extxyz", [atoms])
+    assert state_hash(read_structures(tmp_path / "a.extxyz")[0], INFO) == state_hash(atoms, INFO)
+
+
 def test_states_that_a_model_need_not_tell_apart_pass():
     made = states()
+    neutral = copper()
+    neutral.info["charge"] = 0
+    check_states([made["none"], neutral], run_settings())
     check_states([made["none"], made["tags"], made["masses"]], run_settings())
     other = Atoms("Cu3", made["none"].positions[:3])
     other.info["charge"] = 1
@@ -465,3 +620,34 @@ def test_tblite_reads_charge_and_multiplicity_of_the_structure(tmp_path):
         energy(water(charge=1, spin=1))
     with pytest.raises(LabelError, match="is not a number"):
         energy(water(charge="plus"))
+
+
+def test_a_sum_of_rounded_charges_is_a_whole_number():
+    """tblite computes nonsense from 0.98 e: 77 eV above the cation."""
+    for charges, whole in (([0.5, 0.24, 0.24], 1.0), ([-0.8, 0.4, 0.41], 0.0), ([-1.5, 0.25, 0.26], -1.0)):
+        atoms = water()
+        atoms.set_initial_charges(charges)
+        assert total_charge(atoms, None) == whole
+        assert total_charge(atoms, whole) == whole
+    atoms.set_initial_charges([0.5, 0.0, 0.0])
+    for fraction, argument in ((atoms, None), (water(charge=0.5), None), (water(), 0.5)):
+        assert total_charge(fraction, argument, whole=False) == 0.5
+        with pytest.raises(LabelError, match=r"charge of 0\.5 e, but the reference needs a whole number"):
+            total_charge(fraction, argument)
+
+
+@pytest.mark.parametrize("multiplicity", [0, -3, 2.5])
+def test_multiplicities_that_are_none(multiplicity):
+    for atoms, argument in ((water(multiplicity=multiplicity), None), (water(), multiplicity)):
+        with pytest.raises(LabelError, match=f"multiplicity of {multiplicity:g}; it is 2 S"):
+            spin_multiplicity(atoms, argument)
+
+
+def test_non_collinear_moments_are_no_multiplicity():
+    """Their components must not be added up."""
+    atoms = water()
+    atoms.set_initial_magnetic_moments([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    assert spin_multiplicity(atoms, None) == 3  # along z
+    atoms.set_initial_magnetic_moments([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    with pytest.raises(LabelError, match="non-collinear"):
+        spin_multiplicity(atoms, None)

@@ -16,7 +16,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_masses
 
-from ubmd.data.structures import dataset_hash
+from ubmd.data.structures import dataset_hash, info_from_file
 from ubmd.errors import DataError
 
 INFO = ("charge", "spin", "multiplicity")
@@ -89,8 +89,15 @@ def describe_state(atoms: Atoms, info: Iterable[str]) -> str:
     return ", ".join([*keys, *(_NAMES[name] for name in state_arrays(atoms))])
 
 
-def check_state(atoms: Atoms) -> None:
-    """DataError (without file name and frame number) if a state cannot be one."""
+def check_state(atoms: Atoms, info: Iterable[str] = ()) -> None:
+    """DataError (without file name and frame number) if a state cannot be one, or its ``info`` not be kept in files."""
+    for key, value in state_info(atoms, info).items():
+        if isinstance(value, float | np.floating) and not np.isfinite(value):
+            raise DataError(f"info['{key}'] is {value}, which is not a finite number.")
+        if _plain(info_from_file(key, value)) != _plain(value):
+            raise DataError(
+                f"info['{key}'] = {value!r} would be another value in an extxyz file; give a number, a text or a list."
+            )
     for name, array in state_arrays(atoms).items():
         if not np.isfinite(array).all():
             raise DataError(f"NaN or infinity in the {_NAMES[name]}.")
@@ -107,7 +114,7 @@ def electrons_differ(first: Atoms, second: Atoms, info: Iterable[str]) -> str:
     names = list(info)
     for name in names:
         one, other = (_plain(atoms.info.get(name)) for atoms in (first, second))
-        if one != other:
+        if one != other and not (name == "charge" and not one and not other):  # no charge is a charge of 0
             return f"{name} = {_told(one)} and {_told(other)}"
     totals = [float(atoms.get_initial_charges().sum()) for atoms in (first, second)]
     if abs(totals[0] - totals[1]) > _SAME_CHARGE:
@@ -143,8 +150,8 @@ def _plain(value: Any) -> Any:
     """A value of ``info`` as JSON; 2, 2.0 and numpy's 2 are one number."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+    if isinstance(value, list | tuple):  # extxyz gives back an array of one number as that number
+        return _plain(value[0]) if len(value) == 1 else [_plain(item) for item in value]
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     return float(value) if isinstance(value, int | float) else value

@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import io
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -206,10 +207,10 @@ def check_structure(atoms: Atoms) -> None:
 
 
 def fixed_atoms(atoms: Atoms) -> np.ndarray:
-    """Indices of the atoms that ASE's FixAtoms holds.
+    """Indices of the atoms that ASE's FixAtoms holds, sorted, from 0 (-1 is the last atom).
 
     Raises:
-        DataError: a constraint of another kind, which is not supported.
+        DataError: a constraint of another kind, which is not supported, or one on atoms that are not there.
     """
     for constraint in atoms.constraints:
         if not isinstance(constraint, FixAtoms):
@@ -217,8 +218,23 @@ def fixed_atoms(atoms: Atoms) -> np.ndarray:
                 f"the structure has a constraint {type(constraint).__name__}, but only FixAtoms is supported: remove "
                 "it with atoms.set_constraint()."
             )
-    indices = [np.asarray(constraint.index) for constraint in atoms.constraints]
-    return np.unique(np.concatenate(indices)) if indices else np.empty(0, dtype=np.int64)
+    return _held(atoms)
+
+
+def check_free(atoms: Atoms) -> None:
+    """DataError if no atom can move: constraints other than FixAtoms, or FixAtoms on every atom."""
+    if len(fixed_atoms(atoms)) == len(atoms):
+        raise DataError("all atoms are fixed (FixAtoms), so that nothing would move: leave some of them free.")
+
+
+def _held(atoms: Atoms) -> np.ndarray:
+    """Indices of the atoms that FixAtoms holds, whatever other constraints there are."""
+    held = [np.asarray(c.index, dtype=np.int64) for c in atoms.constraints if isinstance(c, FixAtoms)]
+    indices = np.concatenate([np.empty(0, dtype=np.int64), *held])
+    out = indices[(indices < -len(atoms)) | (indices >= len(atoms))]
+    if len(out):
+        raise DataError(f"FixAtoms holds atom {out[0]}, but there are only {len(atoms)} atoms (counted from 0).")
+    return np.unique(indices % max(1, len(atoms)))
 
 
 def _check_same_labels(path: Path, sources: Sequence[Mapping[str, str]], labelled: bool) -> None:
@@ -344,9 +360,8 @@ def _frame(atoms: Atoms) -> str:
     columns = {"positions": atoms.positions, **_extra_columns(atoms)}
     if "forces" in labels:
         columns["forces"] = labels["forces"]
-    held = [c for c in atoms.constraints if isinstance(c, FixAtoms)]
-    if held:
-        columns["move_mask"] = ~np.isin(np.arange(len(atoms)), np.concatenate([c.index for c in held]))
+    if any(isinstance(constraint, FixAtoms) for constraint in atoms.constraints):
+        columns["move_mask"] = ~np.isin(np.arange(len(atoms)), _held(atoms))
     properties, texts = ["species:S:1"], [np.array(atoms.get_chemical_symbols())[:, None]]
     for name, array in columns.items():
         kind, text = _column(name, array, len(atoms))
@@ -402,6 +417,19 @@ def _header(atoms: Atoms, labels: Mapping[str, Any], properties: str) -> str:
     if "\n" in line or "\r" in line:
         raise DataError("atoms.info holds text with a line break, which extxyz cannot keep.")
     return line
+
+
+def info_from_file(key: str, value: Any) -> Any:
+    """What a value of ``atoms.info`` is after `write_structures` and reading.
+
+    Raises:
+        DataError: the format cannot hold it.
+    """
+    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # of ASE, which leaves such a value out
+        item = _info_item(key, value)
+    if "\n" in item or "\r" in item:
+        raise DataError(f"info['{key}'] holds a line break, which extxyz cannot keep.")
+    return key_val_str_to_dict(item).get(key)
 
 
 def _info_item(key: str, value: Any) -> str:

@@ -15,8 +15,8 @@ from ase.data import atomic_numbers
 
 from ubmd.analysis.provenance import conditions
 from ubmd.data.state import describe_state, mixed_states
-from ubmd.data.structures import fixed_atoms, read_structures
-from ubmd.errors import SettingsError
+from ubmd.data.structures import check_free, fixed_atoms, read_structures
+from ubmd.errors import DataError, SettingsError
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.run_folder import Listener, RunFolder
 from ubmd.learning.stages import check_start, check_states
@@ -28,6 +28,7 @@ from ubmd.settings import RunSettings
 _EPOCHS = 4  # of the miniature; the first is slow and not counted
 _STEPS = 10  # few: the model of two structures soon leads astray
 _BYTES_PER_ATOM = 130  # of a stored frame
+_KEYS = 8  # that a sentence lists
 _TYPICAL_BATCH_GAIN = 3.0  # a full mini-batch costs less per structure than the miniature's single ones
 
 
@@ -65,6 +66,7 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
             raise SettingsError(f"{settings.start.file} holds {element}; add it to model.elements.")
     check_start(structures, settings)
     check_states(structures, settings)
+    _check_sampled(structures[0], settings, base)
     smallest = min(len(atoms) for atoms in structures)
     for name, indices in settings.variables.torsions.items():
         if max(indices) >= smallest or min(indices) < 0 or len(set(indices)) < 4:
@@ -74,6 +76,17 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
             )
     _check_test_states(structures, given_test_set(settings.test, base, remark) or [], settings, remark)
     return structures
+
+
+def _check_sampled(atoms: Atoms, settings: RunSettings, base: Path) -> None:
+    """SettingsError if reference MD is to make the test set, but every atom of its start is fixed."""
+    test = settings.test
+    if test is None or (test.file is not None and (base / test.file).exists()):
+        return
+    try:
+        check_free(atoms)
+    except DataError as error:
+        raise SettingsError(f"{settings.start.file}, from which reference MD makes the test set: {error}") from None
 
 
 def _check_test_states(
@@ -95,6 +108,13 @@ def state_remarks(structures: list[Atoms], settings: RunSettings) -> Iterator[st
     state = sorted({describe_state(atoms, settings.reference.info) for atoms in structures} - {""})
     if state:
         yield f"The calculator sees of all structures: {'; or '.join(state)}."
+    unseen = sorted({key for atoms in structures for key in atoms.info} - {*settings.reference.info})
+    if unseen:
+        more = ", ..." if len(unseen) > _KEYS else ""
+        yield (
+            f"The calculator does not see these keys of info: {', '.join(map(str, unseen[:_KEYS]))}{more} (those that "
+            "it reads belong in reference.info)."
+        )
     if any(len(fixed_atoms(atoms)) for atoms in structures):
         yield "Fixed atoms (FixAtoms) are held in reference MD only: the replicas move all atoms."
 

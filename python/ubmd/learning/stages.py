@@ -18,6 +18,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ubmd.calculator import Evaluator, Prediction
+from ubmd.data.geometry import check_apart
 from ubmd.data.state import bare, check_state, mixed_states, state_hash, structures_hash
 from ubmd.data.structures import (
     append_structures,
@@ -74,7 +75,8 @@ def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
     """What is wrong with the start structures shows before anything is labelled or written.
 
     Raises:
-        SettingsError: they don't fit the ensemble, or one that replicas start from cannot be moved.
+        SettingsError: they don't fit the ensemble, one that replicas start from cannot be moved, or one has two atoms
+            at the same place.
     """
     if settings.md.ensemble == "npt" and not all(atoms.pbc.all() for atoms in structures):
         raise SettingsError(
@@ -87,6 +89,10 @@ def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
             check_periodicity(atoms, name)
         if k == 0:
             check_movable(atoms, name, settings.reference.min_distance)
+        try:
+            check_apart(atoms)
+        except DataError as error:
+            raise SettingsError(f"{name} cannot be labelled: {error}") from None
 
 
 def check_periodicity(atoms: Atoms, name: str) -> None:
@@ -118,7 +124,7 @@ def check_states(structures: Sequence[Atoms], settings: RunSettings) -> None:
     """
     for number, atoms in enumerate(structures):
         try:
-            check_state(atoms)
+            check_state(atoms, settings.reference.info)
             fixed_atoms(atoms)
         except DataError as error:
             raise SettingsError(f"{settings.start.file}, frame {number}: {error}") from None

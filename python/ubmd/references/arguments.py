@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -66,10 +67,12 @@ def check_arguments(
 def known_arguments(factory: Callable[..., Any]) -> tuple[set[str], bool]:
     """(names that a calculator is known to take, whether it takes any other).
 
-    Known are the parameters of its signature, where that has ``**kwargs`` those of its base classes' constructors, and
-    the ``default_parameters`` of ASE's calculators.
+    Known are the parameters of its signature, where that has ``**kwargs`` what is taken out of these by name and the
+    parameters of its base classes' constructors, and the ``default_parameters`` of ASE's calculators.
     """
     known, takes_any = _signature(factory)
+    if isinstance(factory, partial):
+        return known | known_arguments(factory.func)[0], takes_any
     goes_on = takes_any
     for kind in _kinds(factory):
         defaults = vars(kind).get("default_parameters")
@@ -102,7 +105,18 @@ def _signature(function: Callable[..., Any]) -> tuple[set[str], bool]:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # compiled, without a signature
         return set(), True
-    return {p.name for p in parameters if p.kind in _BY_NAME}, any(p.kind is _ANY for p in parameters)
+    others = [p.name for p in parameters if p.kind is _ANY]
+    names = {p.name for p in parameters if p.kind in _BY_NAME}
+    return names.union(*(_taken_from(name, function) for name in others)), bool(others)
+
+
+def _taken_from(others: str, function: Callable[..., Any]) -> set[str]:
+    """Names that a function takes out of its ``**others``, as in others.pop("xc") or others["xc"]."""
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        return set()
+    return set(re.findall(rf"""\b{others}(?:\.(?:pop|get|setdefault)\(|\[)\s*['"](\w+)['"]""", source))
 
 
 def _keyword_tables(factory: Callable[..., Any]) -> set[str]:

@@ -74,7 +74,7 @@ def label_hash(atoms: Atoms, settings: ReferenceSettings, base: Path) -> str:
     applied to the kept label, don't count.
     """
     arguments = {key: value for key, value in settings.arguments.items() if key not in ("launcher", "threads")}
-    text = json.dumps([settings.calculator, arguments], sort_keys=True)
+    text = json.dumps([settings.calculator, arguments], sort_keys=True, default=str)  # TOML has dates, too
     content = hashlib.sha256(text.encode())
     for word in sorted(set(_words(arguments))):
         if (Path(base) / word).is_file():

@@ -8,22 +8,34 @@ from ase import Atoms
 
 from ubmd.errors import LabelError
 
-_TOLERANCE = 1e-3  # e or μ_B; initial charges are often rounded
+_TOLERANCE = 1e-3  # e or μ_B
+_ROUNDING = 0.05  # e, of the sum of initial charges
 
 
-def total_charge(atoms: Atoms, argument: float | None) -> float:
+def total_charge(atoms: Atoms, argument: float | None, *, whole: bool = True) -> float:
     """Total charge (e): ``reference.arguments.charge``, else ``info['charge']``, else the sum of the initial charges.
 
+    A sum next to a whole number is that number: charges of atoms are rounded.
+
+    Args:
+        atoms: the structure.
+        argument: what the settings say.
+        whole: it must be a whole number (tblite computes nonsense from others).
+
     Raises:
-        LabelError: two of them that differ (a sum of zero counts as not given).
+        LabelError: two of them that differ (a sum of zero counts as not given), or a fraction of a charge.
     """
     total = float(atoms.get_initial_charges().sum())
+    total = round(total) if abs(total - round(total)) < _ROUNDING else total
     given = {
         "reference.arguments.charge": argument,
         "its info['charge']": atoms.info.get("charge"),
         "the sum of its initial charges": total if abs(total) > _TOLERANCE else None,
     }
-    return float(_agreed("charge", given) or 0.0)
+    charge = float(_agreed("charge", given) or 0.0)
+    if whole and charge != round(charge):
+        raise LabelError(f"The structure has a charge of {charge:g} e, but the reference needs a whole number.")
+    return charge
 
 
 def spin_multiplicity(atoms: Atoms, argument: int | None) -> int | None:
@@ -32,9 +44,13 @@ def spin_multiplicity(atoms: Atoms, argument: int | None) -> int | None:
     None if nothing says it.
 
     Raises:
-        LabelError: two of them that differ; or ``info['spin']`` alone, which is 2 S in one program, 2 S + 1 in another.
+        LabelError: two of them that differ; one that is no whole number above zero; non-collinear moments; or
+            ``info['spin']`` alone, which is 2 S in one program, 2 S + 1 in another.
     """
-    moment = float(atoms.get_initial_magnetic_moments().sum())
+    moments = atoms.get_initial_magnetic_moments().reshape(len(atoms), -1)
+    if moments[:, :-1].any():
+        raise LabelError("The structure has non-collinear magnetic moments, which the reference cannot compute.")
+    moment = float(moments[:, -1].sum())
     given = {
         "reference.arguments.multiplicity": argument,
         "its info['multiplicity']": atoms.info.get("multiplicity"),
@@ -45,6 +61,11 @@ def spin_multiplicity(atoms: Atoms, argument: int | None) -> int | None:
         raise LabelError(
             f"The structure has spin = {atoms.info['spin']} in its info, which means 2 S in some programs and 2 S + 1 "
             "in others; give info['multiplicity'] (2 S + 1) or reference.arguments.multiplicity."
+        )
+    if agreed is not None and (agreed < 1.0 or agreed != round(agreed)):
+        raise LabelError(
+            f"The structure has a multiplicity of {agreed:g}; it is 2 S + 1, a whole number: 1 for a singlet, 2 for a "
+            "doublet."
         )
     return None if agreed is None else round(agreed)
 

@@ -132,7 +132,9 @@ def _run(
         input_data=namelist,
         **options,
     )
-    total_charge(atoms, float(namelist["system"].get("tot_charge", 0.0)))  # only whether the structure agrees
+    total_charge(
+        atoms, float(namelist["system"].get("tot_charge", 0.0)), whole=False
+    )  # only whether the structure agrees
     output = scratch / "espresso.pwo"
     try:
         calculator.calculate(atoms, ["energy", "forces", "stress"], [])

@@ -17,8 +17,8 @@ from ase.data import covalent_radii
 from ase.geometry import find_mic
 from ase.neighborlist import neighbor_list
 
-from ubmd.data.geometry import check_apart
-from ubmd.data.state import check_state, state_hash
+from ubmd.data.geometry import check_apart, check_cell
+from ubmd.data.state import bare, check_state, state_hash
 from ubmd.errors import DataError, LabelError, SettingsError, describe, one_line
 from ubmd.references.cache import through_cache
 from ubmd.references.calculators import make_calculator, variables
@@ -64,7 +64,8 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
 
     Args:
         atoms: the structure; not changed. The calculator sees a copy of its own, with charges, moments, tags, masses
-            and ``info`` but without constraints: a label has the reference's own forces.
+            and the keys of ``info`` that the settings name: what the cache tells apart. Constraints are left out: a
+            label has the reference's own forces.
         settings: calculator, its arguments, the cache and the limits beyond which a label is rejected.
         base: folder that file arguments are relative to.
 
@@ -80,11 +81,11 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
     copy = atoms.copy()
     copy.set_constraint()
     try:
-        check_state(copy)
+        check_state(copy, settings.info)
     except DataError as error:
         raise LabelError(f"The structure cannot be labelled: {error}") from None
-    results = through_cache(copy, settings, base, lambda: _compute(copy, settings, base))
-    _check_results(results, len(copy), settings.force_limit)
+    results = through_cache(copy, settings, base, lambda: _compute(bare(copy, settings.info), settings, base))
+    _check_force(np.asarray(results["forces"]), settings.force_limit)
     if settings.noise > 0.0:
         results["forces"] = results["forces"] + settings.noise * _noise(copy)
     copy.calc = SinglePointCalculator(copy, **results)
@@ -99,13 +100,17 @@ def _noise(atoms: Atoms) -> np.ndarray:
 
 
 def check_geometry(atoms: Atoms, min_distance: float) -> None:
-    """LabelError if a position is not finite, or two atoms are closer than this share of their covalent radii.
+    """LabelError if positions or cell make no sense, or two atoms are closer than this share of their covalent radii.
 
     Whatever the share, two atoms may not be at the same place.
     """
     bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
     if len(bad):
         raise LabelError(f"The position of atom {bad[0]} (from 0) is not finite.")
+    try:
+        check_cell(atoms)
+    except DataError as error:
+        raise LabelError(f"The structure cannot be labelled: {error}") from None
     first, second, distance = neighbor_list("ijd", atoms, cutoff=min_distance * covalent_radii[atoms.numbers])
     if len(distance):
         pair = int(np.argmin(distance))
@@ -128,17 +133,22 @@ def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Results:
         with surroundings(calculator, settings):
             results = read_results(atoms, calculator)
         _check_computed(atoms, calculator)
-    except (LabelError, SettingsError):
+    except SettingsError:
         raise
     except (Exception, SystemExit) as error:
-        # The state of a calculator after a failure is unknown: the next label starts a new one.
+        # The state of a calculator after a failure is unknown (ASE's keep results): the next label starts a new one.
         _cache.pop(_key(settings, base), None)
+        if isinstance(error, LabelError):
+            raise
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise  # no fault of this structure
         what = "did not converge" if _tells_no_convergence(error) else "failed"
         raise LabelError(f"The reference {what} ({describe(error)}).") from error
     if _is_unconverged(calculator):
         raise LabelError("The reference did not converge.")
+    for name, value in results.items():
+        if not np.isfinite(value).all():
+            raise LabelError(f"The reference returned a label that is not finite ({name}).")
     return results
 
 
@@ -160,6 +170,8 @@ def _check_computed(atoms: Atoms, calculator: GetPropertiesMixin) -> None:
         raise LabelError("The reference computed a structure with other elements than the one that was asked for.")
     if atoms.pbc.any() and not np.allclose(computed.cell[:], atoms.cell[:], rtol=0.0, atol=_MOVED):
         raise LabelError("The reference computed a structure with another cell than the one that was asked for.")
+    if (atoms.pbc & ~computed.pbc).any():
+        raise LabelError("The reference computed the structure without its periodicity (pbc).")
     moved = computed.positions - atoms.positions
     distance = find_mic(moved - moved[0], atoms.cell, atoms.pbc)[1]
     if distance.max() > _MOVED:
@@ -201,16 +213,8 @@ def _tells_no_convergence(error: BaseException) -> bool:
     return isinstance(error, SCFError) or "not converge" in one_line(error).lower()
 
 
-def _check_results(results: Results, n_atoms: int, force_limit: float) -> None:
-    """LabelError for labels that are not finite, of the wrong shape, or absurdly large."""
-    for name, value in results.items():
-        if not np.isfinite(value).all():
-            raise LabelError(f"The reference returned a label that is not finite ({name}).")
-    forces = np.asarray(results["forces"])
-    if forces.shape != (n_atoms, 3):
-        raise LabelError(
-            f"The reference returned forces of shape {forces.shape} for {n_atoms} atoms instead of ({n_atoms}, 3)."
-        )
+def _check_force(forces: np.ndarray, force_limit: float) -> None:
+    """LabelError for forces [n, 3] (eV/Å) that are absurdly large."""
     size = np.linalg.norm(forces, axis=1)
     largest = int(np.argmax(size))
     if size[largest] > force_limit:

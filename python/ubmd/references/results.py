@@ -27,16 +27,48 @@ def read_results(atoms: Atoms, calculator: GetPropertiesMixin) -> Results:
     Raises:
         LabelError: there is no energy, there are no forces, or they are not real numbers.
     """
-    try:
-        forces = as_numbers("forces", _apart(atoms, calculator).get_forces(apply_constraint=False))
-    except PropertyNotImplementedError as error:
-        raise LabelError(f"The reference computes no forces ({error}).") from error
-    results: Results = {"energy": _energy(atoms, calculator), "forces": forces}
+    results: Results = {"forces": read_forces(atoms, calculator)}
+    results["energy"] = _energy(atoms, calculator)
     if atoms.pbc.all():
         stress = _stress(atoms, calculator)
-        if stress is not None and (stress.any() or not forces.any()):
+        if stress is not None and (stress.any() or not np.any(results["forces"])):
             results["stress"] = stress
     return results
+
+
+def read_forces(atoms: Atoms, calculator: GetPropertiesMixin) -> np.ndarray:
+    """Forces [n, 3] of a structure, eV/Å; it is not changed, the calculator gets a copy.
+
+    Raises:
+        LabelError: there are none, they are not real numbers, one per component, or perhaps not in the order of the
+            atoms.
+    """
+    copy = _apart(atoms, calculator)
+    try:
+        forces = as_numbers("forces", copy.get_forces(apply_constraint=False))
+    except PropertyNotImplementedError as error:
+        raise LabelError(f"The reference computes no forces ({error}).") from error
+    n_atoms = len(atoms)
+    if forces.shape != (n_atoms, 3):
+        raise LabelError(
+            f"The reference returned forces of shape {forces.shape} for {n_atoms} atoms instead of ({n_atoms}, 3)."
+        )
+    if _is_reordered(atoms, copy):
+        raise LabelError(
+            "The reference sorted the atoms that it was given: its forces may be in another order. Let it sort a copy."
+        )
+    return forces
+
+
+def _is_reordered(before: Atoms, after: Atoms) -> bool:
+    """Whether a structure has the same atoms as before in another order."""
+    if len(before) != len(after):
+        return False
+    for columns in ([0], [0, 1, 2, 3]):  # elements alone: the calculator may have moved the atoms, too
+        old, new = (np.column_stack([a.numbers, a.positions])[:, columns] for a in (before, after))
+        if not np.array_equal(old, new) and np.array_equal(old[np.lexsort(old.T)], new[np.lexsort(new.T)]):
+            return True
+    return False
 
 
 def _apart(atoms: Atoms, calculator: GetPropertiesMixin) -> Atoms:

@@ -12,10 +12,11 @@ from ase.calculators.abc import GetPropertiesMixin
 from ase.calculators.calculator import Calculator, all_changes
 from ase.md.langevin import Langevin
 
-from ubmd.data.state import state_hash
-from ubmd.data.structures import fixed_atoms
+from ubmd.data.state import bare, state_hash
+from ubmd.data.structures import check_free
 from ubmd.errors import DataError, LabelError, SettingsError, UbmdError, describe
 from ubmd.references.labels import cached_calculator, label, surroundings
+from ubmd.references.results import read_forces
 from ubmd.settings import ReferenceSettings, SamplingSettings
 
 
@@ -27,7 +28,8 @@ def sample(atoms: Atoms, reference: ReferenceSettings, sampling: SamplingSetting
 
     Raises:
         LabelError: the reference fails, or rejects most frames.
-        SettingsError: the calculator cannot be made, or ``atoms`` has a constraint other than FixAtoms.
+        SettingsError: the calculator cannot be made, or ``atoms`` has a constraint other than FixAtoms, or one that
+            holds every atom.
     """
     frames: list[Atoms] = []
     for index in range(sampling.trajectories):
@@ -45,7 +47,7 @@ def sample_trajectory(
     """
     share = len(range(index, sampling.frames, sampling.trajectories))
     try:
-        fixed_atoms(atoms)
+        check_free(atoms)
     except DataError as error:
         raise SettingsError(f"Reference MD: {error}") from None
     dynamics = _start(atoms, reference, sampling, base, index)
@@ -69,7 +71,7 @@ def _start(atoms: Atoms, reference: ReferenceSettings, sampling: SamplingSetting
     """Langevin dynamics at the first step, with Maxwell-Boltzmann velocities."""
     rng = np.random.default_rng([sampling.seed, index])
     copy = atoms.copy()
-    copy.calc = _OnCopies(cached_calculator(reference, base, state_hash(atoms, reference.info)))
+    copy.calc = _OnCopies(cached_calculator(reference, base, state_hash(atoms, reference.info)), reference.info)
     width = np.sqrt(copy.get_masses() * units.kB * sampling.temperature)
     copy.set_momenta(width[:, None] * rng.standard_normal((len(copy), 3)))
     return Langevin(
@@ -83,13 +85,14 @@ def _start(atoms: Atoms, reference: ReferenceSettings, sampling: SamplingSetting
 
 
 class _OnCopies(Calculator):
-    """Forces of another calculator, which gets copies: it cannot move the atoms of the dynamics."""
+    """Forces of another calculator, which gets what it gets for labels: bare copies, and never the atoms that move."""
 
     implemented_properties = ["forces"]  # noqa: RUF012 (ASE declares it so)
 
-    def __init__(self, calculator: GetPropertiesMixin) -> None:
+    def __init__(self, calculator: GetPropertiesMixin, info: Sequence[str]) -> None:
         super().__init__()
         self.calculator = calculator
+        self.info = info
 
     def calculate(
         self,
@@ -99,10 +102,7 @@ class _OnCopies(Calculator):
     ) -> None:
         """Fill ``results`` with forces."""
         super().calculate(atoms, properties, system_changes)
-        copy = cast(Atoms, self.atoms).copy()
-        copy.set_constraint()
-        copy.calc = self.calculator
-        self.results = {"forces": np.array(copy.get_forces())}
+        self.results = {"forces": read_forces(bare(cast(Atoms, self.atoms), self.info), self.calculator)}
 
 
 def _advance(dynamics: Langevin, steps: int, reference: ReferenceSettings) -> None:

@@ -101,7 +101,7 @@ def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
     path, info = box_file(settings, base), settings.reference.info
     atoms = read_structures(path, compare=False)[0]
     try:
-        check_state(atoms)
+        check_state(atoms, info)
         fixed_atoms(atoms)
     except DataError as error:
         raise SettingsError(f"{path}: {error}") from None
