@@ -249,6 +249,16 @@ def test_a_damaged_history_is_made_again(run: Path, content: bytes) -> None:
     assert any(path.name.startswith("history.json") for path in (run / "aside").iterdir())
 
 
+@pytest.mark.parametrize(("command", "name"), [("status", "events.jsonl"), ("run", "dataset.extxyz")])
+def test_what_the_system_refuses_is_one_sentence(run: Path, command: str, name: str) -> None:
+    """As for files that may not be read (root may read all), folders that vanish and full disks."""
+    (run / name).unlink()
+    (run / name).mkdir()
+    code, said = said_by(command, run.parent / "settings.toml" if command == "run" else run)
+    assert code == 1, said
+    assert f"{name}: is a directory; put that right and give the same command again." in said
+
+
 def test_damaged_events(run: Path) -> None:
     whole = RunFolder(run).read_events()
     lines = (run / "events.jsonl").read_bytes().splitlines(keepends=True)

@@ -156,6 +156,73 @@ def test_a_virial_may_have_any_name_but_not_that_of_a_stress(tmp_path):
         read(tmp_path, frame('energy=1 W="1 2 3 4 5 6"', pbc="T T F"), mapping={"virial": "W"})
 
 
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"stress": "DFT_virials"}, "'DFT_virials' is a virial, not a stress: .*--label virial=DFT_virials"),
+        ({"virial": "dft_stress"}, "'dft_stress' is a stress, not a virial: .*--label stress=dft_stress"),
+        ({"energy": "dft_enrgy"}, "there is no 'dft_enrgy', .* for the energy; did you mean 'dft_energy'"),
+    ],
+)
+def test_names_of_keys_that_say_something_else(tmp_path, mapping, message):
+    """Stress and virial have one shape: under the other's name, labels would be wrong by the volume and the sign."""
+    text = frame(f'energy=-3.25 dft_energy=-3 DFT_virials="{numbers(FULL)}" dft_stress="{numbers(FULL)}"')
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, text, mapping=mapping)
+
+
+def test_a_missing_label_names_keys_that_may_hold_it(tmp_path):
+    with pytest.raises(DataError, match=r"holds the energy, perhaps 'dft_energy': --label energy=KEY"):
+        read(tmp_path, frame("dft_energy=-3.25 dft_energies=_JSON[1,2] step=3"))
+    with pytest.raises(DataError, match=r"holds the forces, perhaps 'force': --label forces=KEY"):
+        read(tmp_path, frame("energy=-3.25", {"force": FORCES}))
+    with pytest.raises(DataError, match=r"holds the forces: --label forces=KEY"):
+        read(tmp_path, frame("energy=-3.25", {}))
+
+
+def test_a_stress_of_zero_beside_forces_is_remarked(tmp_path):
+    """Programs that compute no stress write zeros; an ideal crystal has neither stress nor forces."""
+    zero = frame('energy=1 stress="0 0 0 0 0 0 0 0 0"')
+    _, remarks = read(tmp_path, zero, zero)
+    assert [text for text in remarks if "the stress of 2 frames is exactly zero, but not the forces" in text]
+    _, remarks = read(tmp_path, zero, frame(f'energy=1 stress="{numbers(FULL)}"'), frame("energy=1"))
+    assert [text for text in remarks if "the stress of 1 frame is exactly zero, but not the forces" in text]
+    assert not read(tmp_path, frame('energy=1 stress="0 0 0 0 0 0 0 0 0"', {"forces": 0.0 * FORCES}))[1]
+
+
+CIF = """data_x
+_cell_length_a 4.0
+_cell_length_b 4.0
+_cell_length_c 4.0
+_cell_angle_alpha 90
+_cell_angle_beta 90
+_cell_angle_gamma 90
+_symmetry_space_group_name_H-M 'P 1'
+loop_
+_atom_site_label
+_atom_site_type_symbol
+_atom_site_fract_x
+_atom_site_fract_y
+_atom_site_fract_z
+_atom_site_occupancy
+O1 O 0.5 0.5 0.5 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("sites", "told"),
+    [("Cu1 Cu 0 0 0 0.5\nAu1 Au 0 0 0 0.5\n", "Cu 0.5 and Au 0.5"), ("Cu1 Cu 0 0 0 0.25\n", "Cu 0.25")],
+)
+def test_sites_that_are_occupied_in_part_are_refused(tmp_path, sites, told):
+    """ASE reads a whole atom there, without a word."""
+    path = tmp_path / "disordered.cif"
+    path.write_text(CIF + sites)
+    with pytest.raises(DataError, match=rf"disordered.cif, frame 0: a site is occupied by {told}, of which ASE makes"):
+        read_structures(path)
+    path.write_text(CIF + "Cu1 Cu 0 0 0 1.0\n")
+    assert str(read_structures(path)[0].symbols) in ("OCu", "CuO")
+
+
 def test_remarks_name_what_is_not_used(tmp_path):
     _, remarks = read(tmp_path, frame("energy=1"), frame('energy=1 virial="1 0 0 0 1 0 0 0 1"', pbc="T T F"))
     assert len(remarks) == 1

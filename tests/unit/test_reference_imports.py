@@ -22,6 +22,8 @@ FILES = {
     "code.py": "class Calc: pass",
     "fine.py": "from ase import Atoms\nX = 3\nclass Calc: pass\ndef late():\n    import no_such_package\n"
     "def leaving():\n    raise SystemExit('no licence')\n",
+    "helped.py": "import no_such_helper",
+    "zero.py": "x = 1\0",
     "package/inner.py": "class Calc: pass",
 }
 
@@ -63,6 +65,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("fine:Atoms", "makes an object of type Atoms, which is no ASE calculator."),
         ("fine:late", "No module named 'no_such_package' (FOLDER/fine.py, line 5); .*pip install no_such_package"),
         ("fine:leaving", "don't suit the calculator 'fine:leaving': SystemExit: no licence"),
+        ("fine.Calc", "nor an import path like 'ase.calculators.emt:EMT'; did you mean 'fine:Calc'?"),
+        ("fine.py:Calc", "'fine.py:Calc' names a file, but a module is wanted: write 'fine:Calc'."),
+        ("./fine:Calc", "names a file, but a module is wanted: write 'fine:Calc'."),
+        ("package/inner.py:Calc", "names a file, but a module is wanted: write 'package.inner:Calc'."),
+        ("/elsewhere/own.py:Calc", "names a file, but a module is wanted: put it into FOLDER and write 'own:Calc'."),
+        (".fine:Calc", "'.fine:Calc' is no import path; write it like 'ase.calculators.emt:EMT'."),
+        ("fine:", "'fine:' is no import path"),
+        (" fine:Calc", "' fine:Calc' is no import path"),
+        ("package:Calc", "has no 'Calc'; FOLDER/package is a folder: name the module in it, perhaps package.inner."),
+        (
+            "helped:Calc",
+            "no_such_helper' (FOLDER/helped.py, line 1); there is no no_such_helper.py in FOLDER either.*pip install",
+        ),
+        ("zero:Calc", "SyntaxError: source code string cannot contain null bytes."),
         ("package.inner:Calc", "makes an object of type Calc, which is no ASE calculator."),
     ],
 )
@@ -80,3 +96,9 @@ def test_long_messages_of_an_import_are_cut(folder: Path) -> None:
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 1000
     assert str(caught.value).endswith(f"(cut: 7,000,000 characters) ({folder}/talkative.py, line 1).")
+
+
+def test_a_folder_named_like_a_package_is_not_blamed_for_a_misspelt_class(folder: Path) -> None:
+    (folder / "ase").mkdir()
+    with pytest.raises(SettingsError, match=r"has no 'EMTT'; did you mean 'EMT'\?$"):
+        make_calculator(ReferenceSettings(calculator="ase.calculators.emt:EMTT"), folder)

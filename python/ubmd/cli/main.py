@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 import ubmd
 from ubmd.cli.entry import INTERRUPTED
 from ubmd.errors import UbmdError
+from ubmd.outputs import why
 
 # Idle OpenMP threads spin briefly, then sleep: read when torch is loaded, which commands do later. Long spinning slowed
 # training and prediction down up to 25 times where other programs used the cores too.
@@ -48,6 +49,14 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except UbmdError as error:
             print(f"Error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except BrokenPipeError:  # | head: typer ends without a word
+            raise
+        except OSError as error:  # a full disk, a folder that vanished, a file that may not be read
+            if error.filename is None and error.strerror is None:
+                raise
+            what = "" if error.filename is None else f"{error.filename}: "
+            print(f"Error: {what}{why(error)}; put that right and give the same command again.", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             print(INTERRUPTED, file=sys.stderr)

@@ -25,6 +25,7 @@ from ase.units import GPa
 
 from ubmd.errors import DataError
 from ubmd.settings import check_label_names
+from ubmd.spelling import nearest
 
 LABELS = ("energy", "forces", "stress")
 _UNITS = {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å^3"}
@@ -134,11 +135,20 @@ def _mapped(
         if value is None:
             if missing_ok:
                 continue
-            raise DataError(f"there is no '{key}', which the mapping names for the {name}.")
-        if name == "stress" and key in _KNOWN and key.endswith(_VIRIALS):
-            raise DataError(f"'{key}' is a virial, not a stress: name it with virial, as in --label virial={key}.")
+            meant = nearest(key, [known for place in places for known in place])
+            hint = f"; did you mean '{meant}'?" if meant else "."
+            raise DataError(f"there is no '{key}', which the mapping names for the {name}{hint}")
+        _check_kind(name, key)
         found.append(_Found(key, _family(key, name), _converted(name, value, atoms)))
     return found
+
+
+def _check_kind(name: str, key: str) -> None:
+    """DataError if a virial is named as stress, or a stress as virial: both have the same shape."""
+    kinds = {"stress": ("stress",), "virial": _VIRIALS}
+    other = "virial" if name == "stress" else "stress"
+    if name in kinds and key.lower().endswith(kinds[other]):
+        raise DataError(f"'{key}' is a {other}, not a {name}: name it with {other}, as in --label {other}={key}.")
 
 
 def _candidates(
@@ -294,6 +304,7 @@ def label_remarks(frames: Sequence[Frame], mapping: Mapping[str, str]) -> Iterat
             f"{_advice({'energy': 'free_energy'})}."
         )
     yield from _strange_stress([frame.atoms for frame in frames])
+    yield from _no_stress([frame.atoms for frame in frames])
 
 
 def _mixed_sources(frames: Sequence[Frame], mapping: Mapping[str, str]) -> Iterator[str]:
@@ -310,6 +321,22 @@ def _mixed_sources(frames: Sequence[Frame], mapping: Mapping[str, str]) -> Itera
                     "if that is another level of theory."
                 )
                 return
+
+
+def _no_stress(structures: Sequence[Atoms]) -> Iterator[str]:
+    """Programs that did not compute a stress may write zeros."""
+    zero = [
+        atoms
+        for atoms in structures
+        if atoms.calc is not None
+        and not np.any(atoms.calc.results.get("stress", 1.0))
+        and np.any(atoms.calc.results.get("forces", 0.0))
+    ]
+    if zero:
+        yield (
+            f"the stress of {len(zero)} frame{'s' if len(zero) > 1 else ''} is exactly zero, but not the forces: if "
+            "it was not computed, remove it from the file; a model would learn it."
+        )
 
 
 def _strange_stress(structures: Sequence[Atoms]) -> Iterator[str]:

@@ -28,10 +28,11 @@ from ase.units import GPa
 from rich.table import Table
 
 from ubmd.data.geometry import check_apart, check_cell
-from ubmd.data.labels import LABELS, check_mapping, label_remarks, shaped, take_labels
+from ubmd.data.labels import LABELS, Frame, check_mapping, label_remarks, shaped, take_labels
 from ubmd.errors import DataError
 
 EV_PER_A3_IN_MPA = 1000 / GPa
+_FULL = 1e-3  # by which the occupancy of a site may differ from 1
 _RESERVED = {"Lattice", "Properties", "pbc", *LABELS}
 _COLUMN_NAMES = {"positions": "pos", "numbers": "Z"}
 
@@ -85,7 +86,7 @@ def read_structures(
         frames.append(frame)
     if not frames:
         raise DataError(f"{path} holds no structures.")
-    _check_same_labels(path, [frame.sources for frame in frames], labelled)
+    _check_same_labels(path, frames, labelled)
     for sentence in label_remarks(frames, mapping):
         remark(f"{path}: {sentence}")
     return [frame.atoms for frame in frames]
@@ -122,11 +123,14 @@ def _read_frames(path: Path) -> Iterable[Atoms]:
         raise DataError(f"There is no file {path}.")
     if path.suffix.lower() not in (".xyz", ".extxyz"):
         try:
-            return list(ase.io.iread(path, index=":"))
+            structures = list(ase.io.iread(path, index=":"))
         except UnknownFileTypeError:
             raise DataError(f"ASE cannot read {path}: it is of no known kind; give structures as extxyz.") from None
         except Exception as error:  # ASE's readers raise anything from KeyError to AssertionError
             raise DataError(f"ASE cannot read {path}: {_sentence(error)}") from error
+        for number, atoms in enumerate(structures):
+            _check_occupancies(path, number, atoms)
+        return structures
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{path} is text in UTF-16; save it as UTF-8.")
@@ -137,6 +141,18 @@ def _read_frames(path: Path) -> Iterable[Atoms]:
             "for other files remove it or write the file again."
         )
     return [_parse(path, number, content[start:end]) for number, (start, end) in enumerate(frames)]
+
+
+def _check_occupancies(path: Path, number: int, atoms: Atoms) -> None:
+    """DataError if a site of a CIF file holds several elements or is not always filled: ASE puts one atom there."""
+    sites = atoms.info.get("occupancy")
+    for shares in sites.values() if isinstance(sites, dict) else ():
+        if len(shares) != 1 or abs(sum(shares.values()) - 1.0) > _FULL:
+            told = " and ".join(f"{element} {share:g}" for element, share in shares.items())
+            raise DataError(
+                f"{path}, frame {number}: a site is occupied by {told}, of which ASE makes one whole atom; give a "
+                "supercell with whole atoms instead."
+            )
 
 
 def _parse(path: Path, number: int, text: bytes) -> Atoms:
@@ -237,16 +253,17 @@ def _held(atoms: Atoms) -> np.ndarray:
     return np.unique(indices % max(1, len(atoms)))
 
 
-def _check_same_labels(path: Path, sources: Sequence[Mapping[str, str]], labelled: bool) -> None:
+def _check_same_labels(path: Path, frames: Sequence[Frame], labelled: bool) -> None:
     """Energy and forces belong to all frames or to none, and come from one key throughout."""
+    sources = [frame.sources for frame in frames]
     for label in LABELS:
         have = [number for number, source in enumerate(sources) if label in source]
         lack = [number for number, source in enumerate(sources) if label not in source]
         if label != "stress" and lack and (have or labelled):
             raise DataError(
                 f"{path}, frame {lack[0]}: no {label} ({len(lack)} of {len(sources)} frames lack it); label these "
-                f"frames, remove them, or name the key that holds the {label}: --label {label}=KEY, in settings "
-                f'labels = {{{label} = "KEY"}}.'
+                f"frames, remove them, or name the key that holds the {label}{_perhaps(label, frames[lack[0]].atoms)}: "
+                f'--label {label}=KEY, in settings labels = {{{label} = "KEY"}}.'
             )
         names = {sources[number][label]: number for number in reversed(have)}
         if len({name.startswith("REF_") for name in names} if label == "stress" else names) > 1:
@@ -255,6 +272,14 @@ def _check_same_labels(path: Path, sources: Sequence[Mapping[str, str]], labelle
                 f"{path}, frame {names[second]}: the {label} is under '{second}', but under '{first}' in frame "
                 f"{names[first]}; use one key in the whole file."
             )
+
+
+def _perhaps(label: str, atoms: Atoms) -> str:
+    """Keys of a frame that may hold a label, as ', perhaps ...'."""
+    n = 3 * len(atoms) if label == "forces" else 1
+    items = (atoms.arrays if label == "forces" else atoms.info).items()
+    found = [f"'{key}'" for key, value in items if label.removesuffix("s") in key.lower() and np.size(value) == n]
+    return f", perhaps {' or '.join(found)}" if found else ""
 
 
 # -------------------------------------------------------------------------------------------- labels

@@ -31,15 +31,30 @@ def import_attribute(name: str, base: Path, short_names: Mapping[str, str]) -> A
     module_name, separator, attribute = path.partition(":")
     if not separator:
         names = ", ".join(sorted(short_names))
-        meant = nearest(name, short_names)
+        meant = nearest(name, short_names) or (":".join(name.rsplit(".", 1)) if "." in name.strip(".") else None)
         raise SettingsError(
             f"reference.calculator = {name!r} is neither a ready-made reference ({names}) "
             f"nor an import path like 'ase.calculators.emt:EMT'" + (f"; did you mean {meant!r}?" if meant else ".")
         )
+    _check_path(name, module_name, attribute, base)
     module = _import_module(name, module_name, base)
     if not hasattr(module, attribute):
         raise SettingsError(_no_attribute(module, attribute, base))
     return getattr(module, attribute)
+
+
+def _check_path(name: str, module_name: str, attribute: str, base: Path) -> None:
+    """SettingsError for what is no import path: a file's name, or one that begins or ends with nothing."""
+    start = f"reference.calculator = {name!r}"
+    if "/" in module_name or (module_name.endswith(".py") and own_file(module_name.removesuffix(".py"), base)):
+        path = Path(base, module_name.removesuffix(".py"))
+        if path.is_relative_to(base) and ".." not in path.parts:
+            meant = f": write '{'.'.join(path.relative_to(base).parts)}:{attribute}'."
+        else:
+            meant = f": put it into {base} and write '{path.name}:{attribute}'."
+        raise SettingsError(f"{start} names a file, but a module is wanted{meant}")
+    if not (attribute and all(module_name.split("."))) or name != name.strip():
+        raise SettingsError(f"{start} is no import path; write it like 'ase.calculators.emt:EMT'.")
 
 
 def own_file(module_name: str, base: Path) -> Path | None:
@@ -77,7 +92,8 @@ def not_installed(name: str, module_name: str, base: Path, error: ModuleNotFound
     top = missing.partition(".")[0]
     if missing != module_name and not module_name.startswith(f"{missing}."):
         is_package = top and (missing == top or top in _PIP_NAMES)
-        hint = f"; install what is missing with: pip install {_PIP_NAMES.get(top, top)}" if is_package else "."
+        own = f"there is no {top}.py in {base} either; " if _own_frames(error, base) else ""
+        hint = f"; {own}install what is missing with: pip install {_PIP_NAMES.get(top, top)}" if is_package else "."
         return SettingsError(str(_broken(name, error, base)).rstrip(".") + hint)
     start = f"reference.calculator = {name!r}"
     if missing != top:
@@ -99,7 +115,10 @@ def _no_attribute(module: ModuleType, attribute: str, base: Path) -> str:
     meant = nearest(attribute, [key for key in vars(module) if not key.startswith("_")])
     hint = f"did you mean {meant!r}?" if meant else "check its spelling."
     own, file = own_file(module.__name__, base), getattr(module, "__file__", None)
-    if own is not None and (file is None or not Path(file).resolve().is_relative_to(base)):
+    if file is None and own is not None and own.is_dir():
+        parts = sorted(path.stem for path in own.glob("*.py"))
+        hint = f"{own} is a folder: name the module in it{f', perhaps {module.__name__}.{parts[0]}' if parts else ''}."
+    elif own is not None and "." not in module.__name__ and not Path(file or "/").resolve().is_relative_to(base):
         hint = f"Python has a module of this name of its own ({file or 'built in'}): rename {own.name}."
     return f"reference.calculator: the module {module.__name__} has no {attribute!r}; {hint}"
 
@@ -109,11 +128,18 @@ def _place(error: BaseException, base: Path) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}, line {error.lineno})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_foreign(frame.filename)]
+    chosen = _own_frames(error, base) or frames
+    return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in chosen[-1:])
+
+
+def _own_frames(error: BaseException, base: Path) -> list[traceback.FrameSummary]:
+    """Where an error passed through the user's own files; an environment beside the settings is none."""
+    frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(base)]
-    own = [frame for frame in own if "site-packages" not in frame.filename]  # an environment beside the settings
-    return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in (own or frames)[-1:])
+    return [frame for frame in own if "site-packages" not in frame.filename and _is_foreign(frame.filename)]
 
 
 def _is_foreign(file: str) -> bool:
     """Whether code is neither ours nor Python's machinery of imports."""
-    return not file.startswith("<frozen") and not Path(file).is_relative_to(Path(__file__).parents[1])
+    machinery = file.startswith("<frozen") or Path(file).parent.name == "importlib"
+    return not machinery and not Path(file).is_relative_to(Path(__file__).parents[1])
