@@ -492,7 +492,7 @@ void FixUBMD::check_save() {
   const bool regular = (block != last_block_ || start == Start::changed) && u_max_ > settings_.save_above;
   last_block_ = block;
   if (!(regular || stopped_)) return;
-  if (start != Start::changed && last_saved_ == (start == Start::same ? end : step)) return;
+  if (in_setup_ && start != Start::changed && last_saved_ == (start == Start::same ? end : step)) return;
   last_saved_ = step;
   ++frames_;
   save_frame();

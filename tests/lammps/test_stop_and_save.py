@@ -160,6 +160,14 @@ def test_the_end_of_a_run_is_saved_once(lab, evaluator, structures, nothing, ran
     check_frames(lab, evaluator, lab.run(script + "run 5\n" + lab.report("f_b[8]"), ranks), steps)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_number_that_comes_again_is_another_frame(lab, evaluator, structures, ranks):
+    """After `reset_timestep` the last frame of the run before has the number of a later step."""
+    script = lab.head(structures["triclinic"]) + DYNAMICS + SAVE.format(5) + "run 5\nreset_timestep 0\nrun 5\n"
+    script += "reset_timestep 3\nrun 4\n" + lab.report("f_b[8]")
+    check_frames(lab, evaluator, lab.run(script, ranks), [0, 5, 5, 5])
+
+
 def test_relaxations_between_setups(lab, evaluator, structures):
     """`run 0`, minimize, the step set back, `run 0`: minimisations aren't saved, what they lead to is."""
     script = lab.head(structures["triclinic"]) + SAVE.format(1) + "run 0\nminimize 0.0 1e-8 5 20\n"

@@ -102,6 +102,29 @@ def test_runs_that_have_not_come_so_far_are_named_and_left_out(tmp_path):
     assert "There is no run in" in result.output
 
 
+def test_outputs_that_cannot_be_written(tmp_path):
+    """One sentence that names the option; a folder that is missing is made."""
+    run = make_run(tmp_path / "run", 0, 1.0, [8, 16])
+    (tmp_path / "file").write_text("mine")
+    for command in (["table", str(run), "--out", "file/x.md"], ["trajectory", "a.xyz", "--spacing", "1", "-o", "file"]):
+        command[-1] = str(tmp_path / command[-1])
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 1
+        assert (
+            f"Error: --out: {tmp_path / 'file'} cannot be made or written (there is a file in the way)" in result.stderr
+        )
+    assert (tmp_path / "file").read_text() == "mine"
+    assert CliRunner().invoke(app, ["table", str(run), "--out", str(tmp_path / "new" / "x.md")]).exit_code == 0
+    assert cells((tmp_path / "new" / "x.md").read_text(), "run")[0][1] == "ours, 1 run"
+
+
+def test_runs_without_their_test_sets_are_compared(tmp_path):
+    runs = [make_run(tmp_path / f"run_{k}", k, 1.0, [8, 16]) for k in range(2)]
+    _, files = analysis.compare(runs, tmp_path / "out")
+    (page,) = (path.read_text() for path in files if path.name.endswith(".md"))
+    assert "Careful: whether the test sets are the same is not known: there is no" in page
+
+
 def test_titles_of_rows_by_the_names_of_folders(tmp_path):
     runs = [make_run(tmp_path / f"biased_no_cmap_seed{seed}", seed, 1.0, [8, 16]) for seed in (0, 1)]
     alone = make_run(tmp_path / "plain_seed0", 0, 1.0, [8, 16], bias={"force": 0.0})

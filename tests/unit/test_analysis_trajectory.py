@@ -187,8 +187,16 @@ def test_mistakes_of_the_command_name_their_options(tmp_path):
         result = CliRunner().invoke(app, ["trajectory", str(tmp_path / "a.xyz"), *options, "-o", str(tmp_path / "out")])
         assert result.exit_code == 1
         assert message in result.output + (result.stderr if result.stderr_bytes else "")
-    with pytest.raises(DataError, match=r"There is no file .*none.xyz"):
-        read_trajectory(tmp_path / "none.xyz", 0.01)
+    for none in ("none.xyz", "none.npz"):
+        with pytest.raises(DataError, match=rf"There is no file .*{none}"):
+            read_trajectory(tmp_path / none)
+    with pytest.raises(DataError, match="is a folder; name the trajectories in it"):
+        read_trajectory(tmp_path)
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    for content in ((tmp_path / "other.npz").read_bytes(), b"", b"PK\x03\x04", b"text"):
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(DataError, match=r"bad.npz is no trace of a replica .md.trace_every., or it is damaged"):
+            read_trajectory(tmp_path / "bad.npz")
     (tmp_path / "bad.xyz").write_text("2\n\nH 0 0\n")
     with pytest.raises(DataError, match=r"ASE cannot read .*bad.xyz: "):
         read_trajectory(tmp_path / "bad.xyz", 0.01)

@@ -214,12 +214,19 @@ def _numbers(document: Document, comparison: Comparison, rows: Sequence[Row]) ->
         "interpolated (in their logarithm). Coverage and volumes count stored frames, at equal numbers of MD steps of "
         "all replicas together."
     )
-    if comparison.set_name == "test" and not _same_test(comparison):
+    if comparison.set_name != "test":
+        return
+    missing = [str(run.folder.test) for run in comparison.runs if not run.folder.test.is_file()]
+    if missing:
+        section.text(f"Careful: whether the test sets are the same is not known: there is no {', '.join(missing)}.")
+    elif not _same_test(comparison):
         section.text("Careful: the runs have different test sets, so their errors are not quite comparable.")
 
 
 def _same_test(comparison: Comparison) -> bool:
-    return len({file_hash(run.folder.test) for run in comparison.runs}) == 1
+    """Whether all runs have one test set; no if one of them has lost its own."""
+    files = [run.folder.test for run in comparison.runs]
+    return all(path.is_file() for path in files) and len({file_hash(path) for path in files}) == 1
 
 
 def _pictures(document: Document, comparison: Comparison, out: Path) -> None:

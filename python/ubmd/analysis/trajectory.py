@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import ase.io
 import numpy as np
@@ -102,15 +103,17 @@ def read_trajectory(path: Path, spacing: float | None = None) -> Trajectory:
         spacing: time between records, ps; traces know it.
 
     Raises:
-        DataError: no spacing, records that are not equally spaced or not of one system, or fewer than two.
+        DataError: no such file, no spacing, records that are not equally spaced or not of one system, or fewer than
+            two.
     """
     path = Path(path)
+    if not path.is_file():
+        folder = f"{path} is a folder; name the trajectories in it."
+        raise DataError(folder if path.is_dir() else f"There is no file {path}.")
     if path.suffix == ".npz":
         return _read_trace(path)
     if spacing is None:
         raise DataError(f"{path} doesn't say how far its frames are apart; give the time between them (--spacing, fs).")
-    if not path.is_file():
-        raise DataError(f"There is no file {path}.")
     try:
         frames: list[Atoms] = list(ase.io.iread(path, index=":"))
     except Exception as error:  # ASE's readers raise anything from KeyError to AssertionError
@@ -129,16 +132,20 @@ def read_trajectory(path: Path, spacing: float | None = None) -> Trajectory:
 
 
 def _read_trace(path: Path) -> Trajectory:
-    with np.load(path) as trace:
-        steps = trace["step"]
-        _check_spacing(path, steps.tolist())
-        return Trajectory(
-            trace["numbers"],
-            trace["positions"].astype(np.float64),
-            trace["cell"] if trace["cell"].any() else None,
-            float(trace["timestep"]) * float(steps[0]) / 1000.0,
-            trace["max_u"],
-        )
+    try:
+        with path.open("rb") as file, np.load(file) as trace:
+            steps = trace["step"]
+            found = Trajectory(
+                trace["numbers"],
+                trace["positions"].astype(np.float64),
+                trace["cell"] if trace["cell"].any() else None,
+                float(trace["timestep"]) * float(steps[0]) / 1000.0,
+                trace["max_u"],
+            )
+    except (OSError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError, BadZipFile):
+        raise DataError(f"{path} is no trace of a replica (md.trace_every), or it is damaged.") from None
+    _check_spacing(path, steps.tolist())
+    return found
 
 
 def _check_spacing(path: Path, steps: Sequence[int]) -> None:

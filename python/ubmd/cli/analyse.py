@@ -11,6 +11,7 @@ import typer
 from ubmd.cli.run import RunModels
 from ubmd.cli.train import KeyOption, SetOption, label_mapping, print_remarks
 from ubmd.errors import SettingsError
+from ubmd.outputs import check_outputs
 from ubmd.settings import TrainSettings, UncertaintySettings, make_settings
 
 
@@ -46,6 +47,8 @@ def table(
     """
     from ubmd.analysis.table import collect_rows, read_published, read_titles, table_markdown
 
+    if out is not None:
+        check_outputs(out.parent, [out.name], "--out")
     found = collect_rows(
         runs,
         name,
@@ -85,6 +88,7 @@ def trajectory(
 
     if spacing is not None and not spacing > 0.0:
         raise SettingsError(f"--spacing must be above 0 fs, not {spacing:g}.")
+    check_outputs(out, [], "--out")
     rows, pictures = describe_trajectories(
         files, None if spacing is None else spacing / 1000.0, model, _torsions(torsion or []), shortest, out
     )

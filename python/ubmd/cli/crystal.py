@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ubmd.outputs import check_outputs
+
 if TYPE_CHECKING:
     from ubmd.crystal.potential import Potential
 
@@ -56,7 +58,7 @@ def phonons(
     from ubmd.crystal.potential import load_potential
 
     potential = load_potential(model)
-    out.mkdir(parents=True, exist_ok=True)
+    check_outputs(out, [], "--out")
     _harmonic(potential, out, path, points)
     if conductivity:
         _conductivity(potential, out, mesh, temperature or [300.0], isotopes)
