@@ -232,7 +232,9 @@ def test_a_manifest_of_another_version(run: Path) -> None:
     assert (code, "was made by another version of ubmd (9.0)" in said) == (1, True), said
 
 
-@pytest.mark.parametrize("content", [b"", b"[{", b"{}", b"[1]", b"\xff\xfe"], ids=str)
+@pytest.mark.parametrize(
+    "content", [b"", b"[{", b"{}", b"[1]", b'[{"iteration": 0, "labels": "4"}]', b"\xff\xfe"], ids=str
+)
 def test_a_damaged_history_is_made_again(run: Path, content: bytes) -> None:
     before, labels = json.loads((run / "history.json").read_text()), (run / "dataset.extxyz").read_text()
     (run / "history.json").write_bytes(content)

@@ -197,7 +197,7 @@ class RunFolder:
         if not self.history.exists():
             return []
         entries = _read_json_if_whole(self.history)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        if not isinstance(entries, list) or not all(map(_is_entry, entries)):
             raise DataError(f"{self.history} is damaged; 'ubmd run' makes it again from the results of the iterations.")
         return entries
 
@@ -298,6 +298,16 @@ class Stages:
 
     def _mark(self, name: str) -> Path:
         return self.folder / ".stages" / f"{name}.json"
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether this is an entry of a history, of an iteration or of a round."""
+    if not isinstance(value, dict):
+        return False
+    numbers = (value.get("iteration", value.get("round")), value.get("labels"), value.get("md_steps"))
+    replicas = value.get("replicas", [])
+    whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+    return whole and isinstance(replicas, list) and all(isinstance(replica, dict) for replica in replicas)
 
 
 def _is_taken(handle: TextIO, kind: int) -> bool:
