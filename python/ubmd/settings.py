@@ -150,6 +150,9 @@ class StartSettings(Table):
     )
 
 
+USUAL_INFO = ("charge", "spin", "multiplicity")
+"""Usual keys of atoms.info that a calculator reads."""
+
 _TAKEN = {
     *("Lattice", "Properties", "pbc"),
     *("iteration", "replica", "step", "rule", "trajectory", "label", "split", "reason", "unconstrained"),
@@ -173,7 +176,7 @@ class ReferenceSettings(Table):
         "names are refused",
     )
     info: tuple[str, ...] = Field(
-        ("charge", "spin", "multiplicity"),
+        USUAL_INFO,
         description="keys of atoms.info that the calculator reads: they go from the start structures to every "
         "structure that is labelled, as initial charges, initial magnetic moments, tags and masses always do",
     )

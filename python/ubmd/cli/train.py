@@ -22,7 +22,7 @@ from rich.table import Table
 from ubmd.cli.console import make_console, shown
 from ubmd.errors import ModelError, SettingsError, UbmdError
 from ubmd.outputs import check_outputs
-from ubmd.settings import RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
+from ubmd.settings import USUAL_INFO, RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
 from ubmd.valid_json import valid_json
 
 if TYPE_CHECKING:
@@ -129,12 +129,12 @@ def _check_outputs(settings: TrainSettings) -> None:
 
 def _load_sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) -> tuple[list[Atoms], list[Atoms]]:
     """Training and validation structures; files are relative to the settings file."""
-    from ubmd.data.state import INFO, mixed_states
+    from ubmd.data.state import mixed_states
     from ubmd.data.structures import read_structures
     from ubmd.training import split
 
     structures = read_structures(base / settings.training_file, settings.labels, labelled=True, remark=remark)
-    for first, second, difference in islice(mixed_states(structures, INFO), 1):
+    for first, second, difference in islice(mixed_states(structures, USUAL_INFO), 1):
         remark(
             f"{settings.training_file}: frames {first} and {second} have the same composition but {difference}, which "
             "a model cannot tell apart."

@@ -19,9 +19,6 @@ from ase.data import atomic_masses
 from ubmd.data.structures import dataset_hash, info_from_file
 from ubmd.errors import DataError
 
-INFO = ("charge", "spin", "multiplicity")
-"""Usual keys of ``atoms.info`` that belong to a state."""
-
 # Initial charges and moments are often those of an earlier calculation, rounded.
 _SAME_CHARGE = 0.05  # e, of the whole structure
 _SAME_MOMENT = 0.1  # μ_B

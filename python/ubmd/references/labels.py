@@ -17,7 +17,7 @@ from ase.data import covalent_radii
 from ase.geometry import find_mic
 from ase.neighborlist import neighbor_list
 
-from ubmd.data.geometry import check_apart, check_cell
+from ubmd.data.geometry import SAME_PLACE, check_apart, check_cell
 from ubmd.data.state import bare, check_state, state_hash
 from ubmd.errors import DataError, LabelError, SettingsError, describe, one_line
 from ubmd.references.cache import through_cache
@@ -80,10 +80,8 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
     check_geometry(atoms, settings.min_distance)
     copy = atoms.copy()
     copy.set_constraint()
-    try:
+    with _unfit_structures():
         check_state(copy, settings.info)
-    except DataError as error:
-        raise LabelError(f"The structure cannot be labelled: {error}") from None
     results = through_cache(copy, settings, base, lambda: _compute(bare(copy, settings.info), settings, base))
     _check_force(np.asarray(results["forces"]), settings.force_limit)
     if settings.noise > 0.0:
@@ -99,6 +97,15 @@ def _noise(atoms: Atoms) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((len(atoms), 3))
 
 
+@contextmanager
+def _unfit_structures() -> Iterator[None]:
+    """A DataError about a structure as a LabelError."""
+    try:
+        yield
+    except DataError as error:
+        raise LabelError(f"The structure cannot be labelled: {error}") from None
+
+
 def check_geometry(atoms: Atoms, min_distance: float) -> None:
     """LabelError if positions or cell make no sense, or two atoms are closer than this share of their covalent radii.
 
@@ -107,23 +114,21 @@ def check_geometry(atoms: Atoms, min_distance: float) -> None:
     bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
     if len(bad):
         raise LabelError(f"The position of atom {bad[0]} (from 0) is not finite.")
-    try:
+    with _unfit_structures():
         check_cell(atoms)
-    except DataError as error:
-        raise LabelError(f"The structure cannot be labelled: {error}") from None
-    first, second, distance = neighbor_list("ijd", atoms, cutoff=min_distance * covalent_radii[atoms.numbers])
+    limits = min_distance * covalent_radii[atoms.numbers]
+    first, second, distance = neighbor_list("ijd", atoms, cutoff=limits)
     if len(distance):
         pair = int(np.argmin(distance))
         i, j = first[pair], second[pair]
-        limit = min_distance * covalent_radii[atoms.numbers[[i, j]]].sum()
+        limit = limits[[i, j]].sum()
         raise LabelError(
             f"Atoms {i} ({atoms.symbols[i]}) and {j} ({atoms.symbols[j]}) are too close: {distance[pair]:.3f} Å, "
             f"limit {limit:.3f} Å (reference.min_distance)."
         )
-    try:
-        check_apart(atoms)
-    except DataError as error:
-        raise LabelError(f"The structure cannot be labelled: {error}") from None
+    if 2.0 * limits.min() <= SAME_PLACE:  # else the search above has seen them
+        with _unfit_structures():
+            check_apart(atoms)
 
 
 def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Results:
