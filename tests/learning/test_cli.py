@@ -23,6 +23,7 @@ from system import make_settings, write_inputs
 from test_workers import is_alive, wait_for
 from typer.testing import CliRunner
 
+from ubmd.attempts import steps_so_far
 from ubmd.cli.main import app
 from ubmd.cli.template import run_template, short_template
 from ubmd.data.structures import write_structures
