@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import silicon
 from system import cluster, make_settings
 
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import WorkerError
 from ubmd.learning import RunFolder, run
+from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.progress import describe_event
 from ubmd.learning.run_folder import read_json, write_json
 
@@ -36,7 +38,7 @@ class Nodes(ThreadPoolExecutor):
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
         task, (first, *_) = pickle.loads(arguments[3])
-        path = first if isinstance(first, Path) else getattr(first, "frames", Path())
+        path = first if isinstance(first, Path) else getattr(first, "result", None) or getattr(first, "frames", "")
         if self._lost(task.__name__, str(path)):
             return super().submit(self._lose)
         return super().submit(function, *arguments, **keywords)
@@ -178,5 +180,33 @@ def test_what_an_earlier_version_rejected_for_the_machine_is_asked_again(base: P
         path.rename(base / path.name)
     write_json(folder.history, read_json(base / "history.json")[:1])
     go(base)
+    assert folder.dataset.read_bytes() == calm.dataset.read_bytes()
+    assert not folder.rejected.exists()
+
+
+# ------------------------------------------------------------------------------------------ dynamic runs
+
+
+def go_dynamic(base: Path, lost: Lost = lambda function, file: False, name: str = "run") -> RunFolder:
+    silicon.write_inputs(base, base / name)
+    settings = silicon.make_settings(base / name, test=None)
+    with Nodes(lost) as nodes:
+        return RunFolder(run_dynamic(settings, base, executor=nodes))
+
+
+def test_a_trajectory_whose_piece_is_lost_goes_on_in_the_next_round(tmp_path: Path) -> None:
+    folder = go_dynamic(tmp_path, lambda name, file: file.endswith("round_0001/piece_001.npz"))
+    assert losses(folder) == [("piece of replica", 1, True), ("piece of replica", 1, False)]
+    before, gone, after = ({r["replica"]: r for r in e["replicas"]}[1] for e in folder.read_history()[:3])
+    assert gone["ended"] == "segment"
+    assert "node n7" in gone["reason"]
+    assert before["end"] == gone["begin"] == gone["end"] == after["begin"] < after["end"]
+
+
+def test_a_dynamic_run_that_the_machine_ends_goes_on(tmp_path: Path) -> None:
+    for function in ("piece_file", "label_file"):
+        with pytest.raises(WorkerError, match="could be run, by a fault of the machine"):
+            go_dynamic(tmp_path, lambda name, file, wanted=function: name == wanted)
+    calm, folder = go_dynamic(tmp_path, name="calm"), go_dynamic(tmp_path)
     assert folder.dataset.read_bytes() == calm.dataset.read_bytes()
     assert not folder.rejected.exists()
