@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,14 +11,17 @@ from typing import Any
 
 import pytest
 import silicon
+from rich.console import Console, RenderableType
 from system import cluster, make_settings
 
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import WorkerError
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import run as run_dynamic
+from ubmd.learning.dynamic.progress import status as dynamic_status
 from ubmd.learning.progress import describe_event
 from ubmd.learning.run_folder import read_json, write_json
+from ubmd.learning.status import status
 
 SHORT = {
     "loop": {"labels": 8, "threshold": 1000.0, "warm_epochs": 4},
@@ -63,6 +67,12 @@ def losses(folder: RunFolder) -> list[tuple[str, int, bool]]:
     return [(e["what"], e["index"], e["again"]) for e in folder.read_events() if e["event"] == "task_lost"]
 
 
+def shown(folder: RunFolder, describe: Callable[[Path], RenderableType] = status) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(describe(folder.path))
+    return console.export_text()
+
+
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """An undisturbed run."""
@@ -90,6 +100,7 @@ def test_a_task_that_is_lost_once_changes_nothing(base: Path, calm: RunFolder) -
         in (lines)
     )
     assert not folder.rejected.exists()
+    assert "Processes lost since its last start: 14; the last was that of label" in shown(folder)
 
 
 def test_what_is_lost_again_and_again_is_asked_later(base: Path, calm: RunFolder) -> None:
@@ -197,6 +208,7 @@ def go_dynamic(base: Path, lost: Lost = lambda function, file: False, name: str 
 def test_a_trajectory_whose_piece_is_lost_goes_on_in_the_next_round(tmp_path: Path) -> None:
     folder = go_dynamic(tmp_path, lambda name, file: file.endswith("round_0001/piece_001.npz"))
     assert losses(folder) == [("piece of replica", 1, True), ("piece of replica", 1, False)]
+    assert "since its last start: 2; the last was that of piece of replica 1: The exec" in shown(folder, dynamic_status)
     before, gone, after = ({r["replica"]: r for r in e["replicas"]}[1] for e in folder.read_history()[:3])
     assert gone["ended"] == "segment"
     assert "node n7" in gone["reason"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
@@ -201,6 +201,20 @@ def describe_loss(event: Mapping[str, Any]) -> str:
     if event["again"]:
         return f"{name}: {event['why']} It is tried again."
     return f"{name}: {event['why']}" + ("" if event["crashed"] else " It is left for later.")
+
+
+def describe_losses(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line on the losses since the newest start of a run, if there were any."""
+    losses: list[str] = []
+    for event in events:
+        match event:
+            case {"event": "run_started"}:
+                losses = []
+            case {"event": "task_lost", "what": _, "index": _, "why": _, "again": _, "crashed": _}:
+                losses.append(describe_loss(event))
+    if not losses:
+        return []
+    return [f"Processes lost since its last start: {len(losses)}; the last was that of {losses[-1]}"]
 
 
 def nothing_ended(what: str, error: UbmdError) -> WorkerError:
