@@ -262,12 +262,15 @@ def _run_once(task: PieceTask, attempt: Attempt, state: TrajectoryState, neighbo
         engine.close()
 
 
-def write_piece_without_steps(task: PieceTask, reason: str) -> PieceResult:
-    """The result of a piece whose process was lost: nothing has happened, and attempts at it are over."""
+def write_piece_without_steps(task: PieceTask, reason: str, ended: _Ending) -> PieceResult:
+    """The result of a piece whose process was lost: nothing has happened. After 'segment' the trajectory goes on.
+
+    Attempts at it are over, also if their processes live on.
+    """
     end_attempts(task.result)
     piece = _Piece(task, read_state(task.start))
     _write_piece(task.result, piece)
-    return piece.result("failed", reason, 0.0)
+    return piece.result(ended, reason, 0.0)
 
 
 def _write_piece(path: Path, piece: _Piece) -> None:

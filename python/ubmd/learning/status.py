@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ubmd.attempts import steps_so_far, targets_in_work
+from ubmd.learning.groups import describe_losses
 from ubmd.learning.run_folder import RunFolder, read_settings
 from ubmd.learning.timeline import STAGE_NAMES, Timeline, describe_work, duration
 from ubmd.settings import RunSettings
@@ -31,6 +32,7 @@ _ADVICE = {
     "TrainingError": _AGAIN,
     "ModelError": _CAUSE,
     "SimulationError": _CAUSE,
+    "WorkerError": _CAUSE,
 }
 _ENDINGS = {"threshold": "thr", "step limit": "lim", "failed": "fail"}
 
@@ -43,11 +45,13 @@ def status(run_dir: Path) -> RenderableType:
     """
     folder = RunFolder(run_dir)
     settings, history = read_settings(folder), folder.read_history()
-    timeline = Timeline(settings, folder.read_events())
+    events = folder.read_events()
+    timeline = Timeline(settings, events)
     running = is_running(folder)
     lines = [f"{folder.path}: {_state(folder, timeline, running)}", _labels(timeline, folder)]
     if running:
         lines += _now(folder, timeline, settings)
+    lines += describe_losses(events)
     legend = (
         "ended: replicas that passed the threshold (thr), reached the step limit (lim), or failed; "
         "train, MD, label: wall time."
