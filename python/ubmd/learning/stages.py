@@ -18,6 +18,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from ubmd.attempts import steps_so_far
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.geometry import check_apart
 from ubmd.data.state import bare, check_state, mixed_states, state_hash, structures_hash
@@ -30,7 +31,7 @@ from ubmd.data.structures import (
     write_structures,
 )
 from ubmd.errors import DataError, LabelError, SettingsError, SimulationError, UbmdError, one_line
-from ubmd.lammps.replica import ReplicaResult, ReplicaTask, progress_file, salvage
+from ubmd.lammps.replica import ReplicaResult, ReplicaTask, salvage
 from ubmd.learning.groups import Lost, TaskGroup, nothing_ended, run_tasks
 from ubmd.learning.run_folder import (
     check_space,
@@ -45,7 +46,7 @@ from ubmd.learning.run_folder import (
     write_json,
     write_text,
 )
-from ubmd.learning.tasks import label_file, note_replica
+from ubmd.learning.tasks import label_file, note_replica, read_finished
 from ubmd.learning.workers import Executor, WorkersLost
 from ubmd.references.labels import check_geometry
 from ubmd.selection import select
@@ -537,14 +538,14 @@ def run_replicas(
     results = {
         origin: kept
         for origin, task in tasks.items()
-        if origin not in group.running() and (kept := _read_finished(task, keys[origin]))
+        if origin not in group.running() and (kept := read_finished(task, keys[origin], _finished_file(task)))
     }
     enough = math.ceil(share * len(tasks))
     lost: dict[Origin, UbmdError] = {}
 
     def done(origin: Origin, result: ReplicaResult | None, error: UbmdError | None) -> None:
         task = tasks[origin]
-        result = result or _read_finished(task, keys[origin])  # else only the answer was lost
+        result = result or read_finished(task, keys[origin], _finished_file(task))  # else only the answer was lost
         if result is None and isinstance(error, WorkersLost):
             lost[origin] = error
             return
@@ -555,7 +556,7 @@ def run_replicas(
         report(result)
 
     def tick() -> None:
-        progress([results[o].steps if o in results else _steps_so_far(t) for o, t in tasks.items()])
+        progress([results[o].steps if o in results else steps_so_far(t.frames) or 0 for o, t in tasks.items()])
 
     missing = {origin: task for origin, task in tasks.items() if origin not in results}
     group.add({origin: (task, keys[origin], _finished_file(task)) for origin, task in missing.items()})
@@ -584,16 +585,6 @@ def _salvage(task: ReplicaTask, key: str, error: UbmdError | None) -> ReplicaRes
     return result
 
 
-def _read_finished(task: ReplicaTask, key: str) -> ReplicaResult | None:
-    """The kept result of a replica, or None if there is none for this very task, or its frames are damaged."""
-    try:
-        kept = read_json(_finished_file(task))
-        whole = kept["task"] == key and kept["sha256"] == file_hash(task.frames)
-        return ReplicaResult.model_validate(kept["result"]) if whole else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def frames_are_damaged(frames: Path) -> bool:
     """Whether the frames of a finished replica are there, but not as it left them."""
     try:
@@ -618,13 +609,6 @@ def _task_key(task: ReplicaTask, model_key: str) -> str:
     """Hash of everything that decides the trajectory; where its files lie does not."""
     starts = read_structures(task.start)
     return content_hash([settled(task), model_key, structures_hash(starts, starts[0].info)])
-
-
-def _steps_so_far(task: ReplicaTask) -> int:
-    try:
-        return int(progress_file(task).read_text())
-    except (FileNotFoundError, ValueError):
-        return 0
 
 
 # ------------------------------------------------------------------------------------------ pool and selection
