@@ -13,6 +13,7 @@ from ase import Atoms
 from ubmd.data.state import describe_state, structures_hash
 from ubmd.data.structures import dataset_hash, write_structures
 from ubmd.errors import LabelError, SettingsError, UbmdError
+from ubmd.faults import is_full
 from ubmd.learning import stages
 from ubmd.learning.executors import Adapter, make_executor
 from ubmd.learning.held_out import HeldOut, Tested
@@ -25,7 +26,7 @@ from ubmd.learning.run_folder import (
     full_disk,
     write_json,
 )
-from ubmd.learning.workers import Executor, is_full
+from ubmd.learning.workers import Executor
 from ubmd.references import energy_jumps
 from ubmd.settings import WorkerSettings
 
