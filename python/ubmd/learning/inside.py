@@ -6,6 +6,7 @@ The next task finds all that matters as the first one did; where that cannot be 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import locale
 import os
@@ -42,7 +43,17 @@ def run_task(function: Callable[..., Any], *arguments: Any) -> tuple[Reply, bool
     """The reply of a call in a worker, and whether the process must not be used again."""
     _mend_streams()  # whoever read what this process prints may be gone: printing would fail
     reply = guarded(function, *arguments)
-    return reply, _state.mend()
+    mend_process()
+    return reply, _state.worn
+
+
+def mend_process() -> None:
+    """Put right what a calculator has changed in this worker: after a task, and before its result is written.
+
+    One that has closed the pipes to the driver ends the process: no answer can be trusted any more.
+    """
+    if _state.remembered:
+        _state.mend()
 
 
 def guarded(function: Callable[..., Any], *arguments: Any) -> Reply:
@@ -149,7 +160,8 @@ class _State:
     """
 
     def __init__(self) -> None:
-        self._remembered = False
+        self.remembered = False
+        self.worn = False  # whether the process must be replaced
 
     def remember(self) -> None:
         """Take the present state for the right one."""
@@ -161,15 +173,10 @@ class _State:
         self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._streams = sys.stdout, sys.stderr
         self._descriptors = _open_files()
-        self._remembered = True
+        self.remembered = True
 
-    def mend(self) -> bool:
-        """Put right what a task has changed; whether the process must be replaced all the same.
-
-        A task that has closed the pipes to the driver ends the process: no answer can be trusted any more.
-        """
-        if not self._remembered:
-            return False
+    def mend(self) -> None:
+        """See `mend_process`."""
         if any(_file(number) != file for number, file in self._descriptors.items()):
             os._exit(CLOSED)
         _mend_streams()
@@ -179,7 +186,10 @@ class _State:
             locale.setlocale(locale.LC_ALL, self._locale)
         sys.setrecursionlimit(max(self._recursion, sys.getrecursionlimit()))
         self._mend_signals()
-        return _working_directory() != self._folder
+        if _working_directory() != self._folder:
+            self.worn = True  # the calculator may rely on its own folder: it finds the right one as at first
+            with contextlib.suppress(OSError):
+                os.chdir(self._folder)
 
     def _mend_signals(self) -> None:
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
@@ -240,4 +250,4 @@ def _mend_streams() -> None:
 
 def _usable(stream: TextIO) -> TextIO:
     """A stream, or one that leads nowhere if a task has closed it."""
-    return open(os.devnull, "w") if stream is not None and stream.closed else stream
+    return Path(os.devnull).open("w") if stream is not None and stream.closed else stream

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ubmd.data.structures import read_structures, write_structures
+from ubmd.learning.inside import mend_process
 from ubmd.learning.run_folder import file_hash, seal, write_json
 from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, TrainingSettings
 
@@ -26,7 +27,9 @@ def label_file(source: Path, target: Path, key: str, settings: ReferenceSettings
     """
     from ubmd.references import label
 
-    write_structures(target, [label(read_structures(source)[0], settings, base)])
+    labelled = label(read_structures(source)[0], settings, base)
+    mend_process()
+    write_structures(target, [labelled])
     seal(target, key)
 
 
@@ -53,9 +56,9 @@ def sample_file(
     """Run trajectory ``index`` of a test set from the structure in ``source``; errors as for `label_file`."""
     from ubmd.references import sample_trajectory
 
-    write_structures(
-        target, sample_trajectory(read_structures(source, compare=False)[0], reference, sampling, base, index)
-    )
+    frames = sample_trajectory(read_structures(source, compare=False)[0], reference, sampling, base, index)
+    mend_process()
+    write_structures(target, frames)
     seal(target, key)
 
 
