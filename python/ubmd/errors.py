@@ -54,6 +54,10 @@ class StorageError(UbmdError):
     """A disk, a quota or a limit on file sizes is full: nothing is lost; with space, the same command goes on."""
 
 
+class MachineError(UbmdError):
+    """The machine ran out of something, or lost it: no fault of what was computed, which can be tried again."""
+
+
 def one_line(text: object) -> str:
     """A text of another program as one line for a message, a table or a file.
 
@@ -77,5 +81,5 @@ def describe(error: BaseException) -> str:
 def _as_text(value: object) -> str:
     try:
         return str(value)
-    except Exception:  # a foreign __str__ may do anything
+    except BaseException:  # a foreign __str__ may do anything, sys.exit included
         return "(its message cannot be shown)"

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from ubmd.errors import SettingsError
-from ubmd.learning.workers import Executor, Pools, Reply, Workers, available_cores, start_keeper
+from ubmd.learning.inside import Reply, start_keeper
+from ubmd.learning.workers import Executor, Pools, Workers, available_cores
 from ubmd.settings import WorkerSettings
 
 _LOOK = 2.0  # s between two looks for the file that says that tasks are wanted

@@ -19,6 +19,7 @@ from ase import Atoms
 
 from ubmd.attempts import Attempt, TakenOver
 from ubmd.data.structures import read_structures, write_structures
+from ubmd.learning.inside import mend_process
 from ubmd.learning.run_folder import file_hash, is_sealed, json_text, read_json, seal, write_text
 from ubmd.learning.workers import WorkersLost
 from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, TrainingSettings
@@ -43,6 +44,7 @@ def label_file(source: Path, target: Path, key: str, settings: ReferenceSettings
 
 def _keep(target: Path, structures: Iterable[Atoms], key: str) -> None:
     """Write a result, unless another process has done so meanwhile: what may have been read already stays as it is."""
+    mend_process()
     if not is_sealed(target, key):
         write_structures(target, structures)
         seal(target, key)

@@ -13,6 +13,7 @@ from ase import Atoms
 from ubmd.data.state import bare, describe_state, structures_hash
 from ubmd.data.structures import dataset_hash, write_structures
 from ubmd.errors import LabelError, SettingsError, UbmdError, WorkerError
+from ubmd.faults import is_full
 from ubmd.learning import stages
 from ubmd.learning.executors import Adapter, make_executor
 from ubmd.learning.groups import note_losses
@@ -27,7 +28,7 @@ from ubmd.learning.run_folder import (
     read_json,
     write_json,
 )
-from ubmd.learning.workers import Executor, is_full
+from ubmd.learning.workers import Executor
 from ubmd.references import energy_jumps
 from ubmd.settings import WorkerSettings
 
