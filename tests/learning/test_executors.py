@@ -16,7 +16,8 @@ from test_workers import is_alive, linux, wait_for
 from unkind import crash, double, environment, process_id, raise_sentence, start_programs, wait_forever
 
 from ubmd.errors import LabelError, SettingsError
-from ubmd.learning.executors import Adapter, make_executor, parsl_config
+from ubmd.learning.clusters import parsl_config
+from ubmd.learning.executors import Adapter, make_executor
 from ubmd.learning.workers import Executor, TaskCrashed, TaskTimeout, outcome
 from ubmd.settings import RunSettings, WorkerSettings, load_settings
 
@@ -159,7 +160,7 @@ def test_the_slurm_example_is_what_parsl_wants(tmp_path: Path) -> None:
     pytest.importorskip("parsl")
     settings = load_settings(SLURM, RunSettings)
     assert settings.loop.asynchronous
-    (executor,) = parsl_config(settings.workers, tmp_path).executors
+    (executor,) = parsl_config(settings.workers, tmp_path, "token").executors
     assert executor.max_workers_per_node == 16
     assert "--partition=standard" in executor.provider.scheduler_options
     assert executor.provider.walltime == settings.workers.options["provider"]["walltime"]

@@ -147,6 +147,7 @@ def start_keeper(name: str, *options: str) -> None:
     )
     _keepers.append(process)  # Python would warn about a forgotten one
     os.environ[name] = value
+    os.environ["SPT_NOENV"] = "1"  # setproctitle, which Parsl uses, would overwrite it
 
 
 # ------------------------------------------------------------------------------------------ what a task may change

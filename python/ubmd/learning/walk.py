@@ -15,7 +15,7 @@ from ubmd.data.structures import dataset_hash, write_structures
 from ubmd.errors import LabelError, SettingsError, UbmdError, WorkerError
 from ubmd.faults import is_full
 from ubmd.learning import stages
-from ubmd.learning.executors import Adapter, make_executor
+from ubmd.learning.executors import Adapter, forget_dead_drivers, make_executor
 from ubmd.learning.groups import note_losses
 from ubmd.learning.held_out import HeldOut, Tested
 from ubmd.learning.run_folder import (
@@ -56,6 +56,7 @@ def drive(
     with ExitStack() as stack:
         try:
             stack.enter_context(folder.locked())
+            forget_dead_drivers(folder.path)
             given = Adapter(executor, folder.path) if executor is not None else None
             workers = given or make_executor(settings, folder.path)
             stack.callback(workers.stop)
