@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "learning")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "learning"))  # the small system
+sys.path.insert(0, str(Path(__file__).parent))
 
-import one_machine  # noqa: E402
-from slurm_runs import PROCESSES, Cluster, Run, make_values  # noqa: E402
+import one_machine
+from slurm_runs import PROCESSES, Cluster, Run, make_values
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +34,8 @@ def machine() -> Iterator[Cluster]:
     """The cluster, for all tests."""
     if os.environ.get("UBMD_TEST_SLURM") != "1":
         pytest.skip("set UBMD_TEST_SLURM=1 to test with a real SLURM")
-    pytest.importorskip("parsl")
+    if importlib.util.find_spec("parsl") is None:
+        pytest.skip("parsl is not installed")
     if reason := one_machine.why_not():
         pytest.skip(f"no SLURM here: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="ubmd_slurm_"))  # not below pytest's, which munge cannot reach

@@ -131,6 +131,20 @@ class Cluster:
         self.ask("scancel", "-u", "root")
         assert wait_for(lambda: not self.jobs(), 60.0), self.ask("squeue")
 
+    def workers(self) -> list[int]:
+        """Processes on the nodes that run tasks."""
+        found = []
+        for process in (process for node in NODES for process in descendants(self.first(node))):
+            with suppress(OSError):
+                if b"spawn_main" in Path(f"/proc/{process}/cmdline").read_bytes():
+                    found.append(process)
+        return found
+
+    def signal_step(self, job: str, number: int) -> None:
+        """Send a signal to all processes of a job's step, if it is still there."""
+        command = ["scancel", f"--signal={int(number)}", f"{job}.0"]
+        subprocess.run(command, env=self.environment, capture_output=True, timeout=60, check=False)
+
     def left_on_nodes(self) -> list[str]:
         """Command lines of processes on the machines that are not SLURM's, and files in their memory."""
         found = []

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_runs import PARSL, UBMD, Cluster, Run, make_values, wait_for
+from slurm_runs import PARSL, PROCESSES, UBMD, Cluster, Driver, Run, make_values, wait_for
+
+from ubmd.data.structures import read_structures
 
 
 def parsl_with(**provider: Any) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def test_scancel(cluster: Cluster, calm: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_preemption(cluster: Cluster, calm: Run, tmp_path: Path) -> None:
+def test_preemption(cluster: Cluster, tmp_path: Path) -> None:
     """Three jobs cancelled one after the other during labels (preemption)."""
     run = Run(tmp_path, make_values(3.0, PARSL), cluster)
     driver = run.start()
@@ -127,11 +132,13 @@ def test_preemption(cluster: Cluster, calm: Run, tmp_path: Path) -> None:
         run.wait_for_calls(run.count("begin") + 1)
         cancel_running(cluster)
     code, said = driver.end()
-    if code != 0:  # every label was lost as often as it may be: the run says so, and goes on
+    if code != 0:  # every structure was lost as often as it is tried: the run says so, and goes on when started again
         assert code == 1, said
-        assert run.rejected() == []
+        assert "by a fault of the machine or cluster" in said
         run.finish()
-    check_equal(run, calm)
+    assert run.rejected() == []
+    assert len(read_structures(run.folder.dataset, labelled=True)) == 8
+    check_nothing_left(cluster)
 
 
 @pytest.mark.slow
@@ -201,3 +208,72 @@ def test_executorlib(cluster: Cluster, calm: Run, tmp_path: Path) -> None:
     code, said = run.start(*allocation).end()
     assert code == 0, said
     check_equal(run, calm)
+
+
+# ------------------------------------------------------------------------------------------ random blows
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGSTOP)
+TARGETS = ("driver", "group", "worker", "step")
+
+
+def strike(run: Run, driver: Driver, target: str, number: int, rng: random.Random) -> bool:
+    """Send a signal to the driver, its process group, a worker process on a node, or a job's step; was there one?"""
+    if target in ("driver", "group"):
+        driver.signal(number, group=target == "group")
+        return True
+    hit = run.cluster.workers() if target == "worker" else run.cluster.jobs("R")
+    if hit and target == "worker":
+        with suppress(ProcessLookupError):
+            os.kill(rng.choice(hit), number)
+    elif hit:
+        run.cluster.signal_step(rng.choice(hit), number)
+    return bool(hit)
+
+
+def wake(run: Run, driver: Driver) -> None:
+    """End what SIGSTOP began."""
+    driver.signal(signal.SIGCONT, group=True)
+    for worker in run.cluster.workers():
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGCONT)
+    for job in run.cluster.jobs("R"):
+        run.cluster.signal_step(job, signal.SIGCONT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_random_blows(cluster: Cluster, tmp_path: Path) -> None:
+    """Ten random blows: KILL, TERM, HUP, INT, STOP to driver, its process group, a worker, a job's step."""
+    rng = random.Random(17)
+    # Every signal twice, every target at least twice.
+    plan = zip(rng.sample(SIGNALS * 2, 10), rng.sample(TARGETS * 2 + TARGETS[:2], 10), strict=True)
+    calm, run = (
+        Run(tmp_path / name, make_values(2.0, workers, loop={"labels": 20}), cluster)
+        for name, workers in (("calm", PROCESSES), ("struck", PARSL | {"retries": 50}))
+    )
+    calm.finish()
+    driver, dealt = run.start(), []
+    for number, target in plan:
+        while not wait_for(lambda: bool(cluster.workers()) or driver.ended()) or driver.ended():  # noqa: B023
+            driver = go_on(run, driver)
+        time.sleep(rng.uniform(0.0, 4.0))
+        if strike(run, driver, target, number, rng):
+            dealt.append((number.name, target))
+        if number == signal.SIGSTOP:
+            time.sleep(rng.uniform(1.0, 15.0))
+            wake(run, driver)
+    while (code := driver.end(900.0)[0]) != 0:
+        driver = go_on(run, driver)
+    assert code == 0
+    assert len(dealt) >= 8, dealt
+    check_equal(run, calm)
+
+
+def go_on(run: Run, driver: Driver) -> Driver:
+    """The next driver, after one that a blow has ended."""
+    code, said = driver.end()
+    assert code in (1, 130, -signal.SIGKILL), said  # not 0: there must be something left to hit
+    assert "Traceback" not in said
+    assert run.rejected() == []
+    check_nothing_left(run.cluster)
+    return run.start()
