@@ -46,6 +46,10 @@ class TrainingError(UbmdError):
     """A training diverged, or a checkpoint belongs to another training."""
 
 
+class WorkerError(UbmdError):
+    """No task comes to an end, by a fault of the machine or cluster: nothing is lost or rejected; mend it and go on."""
+
+
 class StorageError(UbmdError):
     """A disk, a quota or a limit on file sizes is full: nothing is lost; with space, the same command goes on."""
 

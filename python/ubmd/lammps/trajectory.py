@@ -235,12 +235,12 @@ def _run_once(task: PieceTask, state: TrajectoryState, neighbours: Neighbours) -
         engine.close()
 
 
-def write_piece_without_steps(task: PieceTask, reason: str) -> PieceResult:
-    """The result of a piece whose process was lost: nothing has happened."""
+def write_piece_without_steps(task: PieceTask, reason: str, ended: _Ending) -> PieceResult:
+    """The result of a piece whose process was lost: nothing has happened. After 'segment' the trajectory goes on."""
     piece = _Piece(task, read_state(task.start))
     _write(task.result, piece.state().arrays() | vars(piece.data()))
     progress_file(task.result).unlink(missing_ok=True)
-    return piece.result("failed", reason, 0.0)
+    return piece.result(ended, reason, 0.0)
 
 
 def progress_file(result: Path) -> Path:

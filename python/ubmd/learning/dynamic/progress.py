@@ -16,6 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ubmd.learning.dynamic.settings import DynamicRunSettings
+from ubmd.learning.groups import describe_loss
 from ubmd.learning.live import Bars, Lines
 from ubmd.learning.run_folder import Event, RunFolder, read_settings_of
 from ubmd.learning.status import describe_idle, is_running
@@ -147,6 +148,8 @@ def describe_event(event: Event) -> str:
             return f"{_place(event)}{STAGE_NAMES.get(event['stage'], event['stage'])} …"
         case "piece_done":
             return describe_piece(event)
+        case "task_lost":
+            return f"{_place(event)}{describe_loss(event)}"
         case "label_rejected":
             return f"{_place(event)}label {event['index']} rejected: {event['why']}"
         case "round_done":
