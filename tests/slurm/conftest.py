@@ -45,14 +45,13 @@ def machine() -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
-        shutil.rmtree(folder)
 
 
 @pytest.fixture
 def cluster(machine: Cluster) -> Iterator[Cluster]:
     """The cluster with an empty queue, and nothing left of earlier runs."""
     yield machine
-    machine.cancel_all()
+    machine.clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """A SLURM cluster on one machine: ``python one_machine.py FOLDER`` holds it until its input closes.
 
-Everything is in FOLDER: configuration, key and socket of its own munge, state, logs. The login node and the nodes n1
-and n2 have processes, /dev/shm and temporary files of their own, as other machines would, and share all else. Needs
-root; from Debian: slurmd slurmctld slurm-client munge.
+Everything is in FOLDER, which is removed in the end: configuration, key and socket of its own munge, state, logs. The
+login node and the nodes n1 and n2 have processes, /dev/shm and temporary files of their own, as other machines would,
+and share all else. Needs root; from Debian: slurmd slurmctld slurm-client munge.
 
 Input: lines ``kill n1`` (the node loses power) and ``start n1``; each is answered by a line. All processes are
 descendants of this program, also those that jobs leave behind, and end with it, however the one that uses it ends.
@@ -227,7 +227,7 @@ class Machine:
         end = time.monotonic() + _PATIENCE
         while not condition():
             if time.monotonic() > end:
-                raise TimeoutError(f"waited for {what}; see the logs in {self._folder}")
+                raise TimeoutError(f"waited for {what}:\n{(self._folder / 'programs.log').read_text()}")
             time.sleep(0.2)
 
 
@@ -263,6 +263,7 @@ def main(folder: Path) -> None:
         print(error, flush=True)
     finally:
         machine.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

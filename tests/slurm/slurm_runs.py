@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Cluster:
             start_new_session=True,  # Ctrl-C is ours
         )
         said = self._process.stdout.readline().strip()
-        assert said == "ready", said + "\n" + (self.folder / "programs.log").read_text()
+        assert said == "ready", said + self._process.stdout.read()
 
     def stop(self) -> None:
         """End all its processes."""
@@ -126,37 +126,41 @@ class Cluster:
         lines = [line.split() for line in self.ask("squeue", "-h", "-o", "%i %t").splitlines()]
         return [job for job, state in lines if not states or state in states]
 
-    def cancel_all(self) -> None:
-        """Leave an empty queue and idle nodes."""
+    def clear(self) -> None:
+        """Leave an empty queue, and nothing of a failed test on the machines."""
         self.ask("scancel", "-u", "root")
         assert wait_for(lambda: not self.jobs(), 60.0), self.ask("squeue")
+        for process, _ in self._processes():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        for path in self._shared_memory():
+            path.unlink()
 
     def workers(self) -> list[int]:
         """Processes on the nodes that run tasks."""
-        found = []
-        for process in (process for node in NODES for process in descendants(self.first(node))):
-            with suppress(OSError):
-                if b"spawn_main" in Path(f"/proc/{process}/cmdline").read_bytes():
-                    found.append(process)
-        return found
+        return [process for process, name in self._processes() if "spawn_main" in name and not name.startswith(LOGIN)]
 
     def signal_step(self, job: str, number: int) -> None:
         """Send a signal to all processes of a job's step, if it is still there."""
         command = ["scancel", f"--signal={int(number)}", f"{job}.0"]
         subprocess.run(command, env=self.environment, capture_output=True, timeout=60, check=False)
 
-    def left_on_nodes(self) -> list[str]:
-        """Command lines of processes on the machines that are not SLURM's, and files in their memory."""
-        found = []
+    def left(self) -> list[str]:
+        """Processes on the machines that are not SLURM's, and files in their shared memory."""
+        return [name for _, name in self._processes()] + list(map(str, self._shared_memory()))
+
+    def _processes(self) -> Iterator[tuple[int, str]]:
+        """(id, machine and command line) of those that are not SLURM's."""
         for machine in (LOGIN, *NODES):
-            first = self.first(machine)
-            for process in descendants(first):
+            for process in descendants(self.first(machine)):
                 with suppress(OSError):
                     command = Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ").strip()
                     if command and not command.startswith(("slurmd -D", "sleep infinity")):
-                        found.append(f"{machine}: {command}")
-            found += [f"{machine}: {path}" for path in Path(f"/proc/{first}/root/dev/shm").iterdir()]
-        return found
+                        yield process, f"{machine}: {command}"
+
+    def _shared_memory(self) -> Iterator[Path]:
+        for machine in (LOGIN, *NODES):
+            yield from Path(f"/proc/{self.first(machine)}/root/dev/shm").iterdir()
 
 
 class Run:

@@ -33,7 +33,7 @@ def check_equal(run: Run, calm: Run) -> None:
 def check_nothing_left(cluster: Cluster) -> None:
     """No job in the queue; no process or shared memory on any machine."""
     assert wait_for(lambda: not cluster.jobs(), 60.0), cluster.ask("squeue")
-    assert wait_for(lambda: not cluster.left_on_nodes(), 60.0), cluster.left_on_nodes()
+    assert wait_for(lambda: not cluster.left(), 60.0), cluster.left()
 
 
 def test_parsl(cluster: Cluster, calm: Run, tmp_path: Path) -> None:
