@@ -46,6 +46,21 @@ def wait_forever(started: Path) -> None:
     time.sleep(1000)
 
 
+def be_stopped(seconds: float) -> int:
+    """Be stopped (SIGSTOP), as by a batch system, and go on after this time, s."""
+    program = subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return program.wait()
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def end_quietly() -> None:
+    os._exit(0)
+
+
 def start_programs(folder: Path) -> None:
     """Programs as a reference may start them: a child, a grandchild, one in a session of its own, a forked Python."""
     programs = [

@@ -180,7 +180,7 @@ class _State:
         if any(_file(number) != file for number, file in self._descriptors.items()):
             os._exit(CLOSED)
         _mend_streams()
-        sys.stdout, sys.stderr = (_usable(stream) for stream in self._streams)
+        self._streams = sys.stdout, sys.stderr = (_usable(self._streams[0]), _usable(self._streams[1]))
         os.umask(self._umask)
         if locale.setlocale(locale.LC_ALL) != self._locale:  # decimal commas
             locale.setlocale(locale.LC_ALL, self._locale)
