@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -188,11 +189,25 @@ def test_lammps_finds_no_room_in_shared_memory(tmp_path: Path) -> None:
 
 
 @linux
-def test_no_more_processes(tmp_path: Path) -> None:
-    """Another user, who may have as many as run already."""
-    limits = "import os, resource\nos.chmod(os.path.dirname(os.path.abspath(__file__)), 0o777)\nimport torch\n"
-    pytest.skip("later")
-    del limits
+@pytest.mark.parametrize("processes", [1, 3, 5, 7])  # not enough for a thread, a process, pebble's threads, a keeper
+def test_no_more_processes(tmp_path: Path, processes: int) -> None:
+    """The limit binds no root: another user, who may read this folder all the same."""
+    one = "-all,+dac_override"
+    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", f"--inh-caps={one}", f"--ambient-caps={one}"]
+    if not shutil.which("setpriv") or subprocess.run([*user, "ls", tmp_path], check=False).returncode:
+        pytest.skip("only root may become another user")
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_NPROC, ({processes}, {processes}))\n"
+    (tmp_path / "driver.py").write_text(limit + DRIVER.format(task="double, 1"))
+    words = [*user, sys.executable, "-B", tmp_path / "driver.py"]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    found = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.splitlines()) == 3
+    for line in found.stdout.splitlines():
+        assert (line == "2" and processes > 3) or re.match(r"^A worker process could not be started: .*ulimit -u", line)
+    assert found.stderr == ""
 
 
 def test_errors_keep_their_sentence(workers: Workers) -> None:
