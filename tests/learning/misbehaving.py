@@ -368,3 +368,12 @@ def raises_when_made() -> NoReturn:
 
 def interrupts_when_made() -> NoReturn:
     raise KeyboardInterrupt
+
+
+class Ends(EMT):
+    """EMT that ends the process for half of all structures."""
+
+    def calculate(self, atoms: Atoms, *args: Any, **kwargs: Any) -> None:
+        super().calculate(atoms, *args, **kwargs)
+        if atoms.positions[0, 0] < 0.0:
+            sys.exit("SCF did not converge, stopping")

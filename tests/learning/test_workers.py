@@ -27,6 +27,7 @@ from unkind import (
     raise_sentence,
     raise_unpicklable,
     shared_memory_of_lammps,
+    shared_memory_of_ours,
     start_programs,
     torch_threads,
     wait_forever,
@@ -251,6 +252,14 @@ def test_the_memory_of_mpi_is_given_back(how: str) -> None:
         if how == "kill":
             os.kill(outcome(pool.submit(process_id, 0)), signal.SIGKILL)
     assert wait_for(lambda: not any(segment.exists() for segment in segments))
+
+
+@linux
+def test_a_worker_with_lammps_leaves_nothing_behind_whatever_kills_it(workers: Workers) -> None:
+    """On the nodes of a cluster the keeper may be killed, too."""
+    names, energy = outcome(workers.submit(shared_memory_of_ours))
+    assert names == []
+    assert energy < 0.0
 
 
 def sleeping(folder: Path) -> list[int]:
