@@ -233,7 +233,7 @@ def test_jobs_that_never_start_lose_the_task_with_what_they_said(tmp_path: Path)
     pytest.importorskip("parsl")
     provider = {"name": "LocalProvider", "worker_init": "echo 'srun: error: no such node' >&2; exit 3"}
     made = make_executor(WorkerSettings(executor="parsl", options={"provider": provider}), tmp_path)
-    with pytest.raises(WorkersLost, match=r"^The executor lost the task \(srun: error: no such node\)\.$"):
+    with pytest.raises(WorkersLost, match=r"^The executor lost the task .*srun: error: no such node"):
         outcome(made.submit(double, 1))
     made.stop()
 
