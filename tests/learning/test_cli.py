@@ -23,6 +23,7 @@ from system import make_settings, write_inputs
 from test_workers import is_alive, wait_for
 from typer.testing import CliRunner
 
+from ubmd.attempts import steps_so_far
 from ubmd.cli.main import app
 from ubmd.cli.template import run_template, short_template
 from ubmd.data.structures import write_structures
@@ -234,8 +235,8 @@ def test_interrupt_status_resume(tmp_path: Path) -> None:
     command = [*UBMD, "run", settings.name, *changes]
     driver = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
-        running = tmp_path / "run" / "iterations" / "iter_000" / "frames_000.progress"
-        assert wait_for(running.exists, 120.0)
+        frames = tmp_path / "run" / "iterations" / "iter_000" / "frames_000.extxyz"
+        assert wait_for(lambda: steps_so_far(frames) is not None, 120.0)
         while_running = ubmd("status", "run", cwd=tmp_path).stdout
         children = [int(n) for p in Path(f"/proc/{driver.pid}/task").glob("*/children") for n in p.read_text().split()]
     finally:

@@ -23,7 +23,7 @@ from test_workers import descendants, is_alive, linux, wait_for
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.learning import RunFolder
 
-UBMD = [sys.executable, "-c", "from ubmd.cli.main import app; app()"]
+UBMD = [sys.executable, "-c", "from ubmd.cli.entry import main; main()"]
 HERE = str(Path(__file__).parent)
 
 
@@ -168,6 +168,12 @@ SOAKED: dict[str, Any] = {
 }
 
 
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGSTOP)
+TARGETS = ("driver", "driver's group", "worker", "worker's group")
+Blow = tuple[str, signal.Signals | None]
+"""(what is hit, with which signal); the disk is filled instead"""
+
+
 def workers_of(driver: subprocess.Popen[str]) -> list[int]:
     """Worker processes, with or without a task."""
     found = []
@@ -178,6 +184,63 @@ def workers_of(driver: subprocess.Popen[str]) -> list[int]:
     return found
 
 
+def plan_blows(count: int, disks: int, rng: random.Random) -> list[Blow]:
+    """Blows of all kinds in random order, all but ``disks`` of them signals: as evenly as their number allows."""
+    every: list[Blow] = [(target, number) for target in TARGETS for number in SIGNALS]
+    signals = [blow for _ in range(count // len(every) + 1) for blow in rng.sample(every, len(every))]
+    plan = signals[: count - disks] + [("disk", None)] * disks
+    return rng.sample(plan, len(plan))
+
+
+def send(process: int, number: signal.Signals, group: bool, rng: random.Random) -> None:
+    """A signal to a process or its group; one that stops it is followed by one that lets it go on."""
+    deliver = os.killpg if group else os.kill
+    with suppress(OSError):
+        deliver(process, number)
+        if number == signal.SIGSTOP:
+            time.sleep(rng.uniform(1.0, 5.0))
+            deliver(process, signal.SIGCONT)
+
+
+def check_interrupted(driver: subprocess.Popen[str], number: signal.Signals) -> None:
+    """The driver ends as after Ctrl-C, unless the signal came before it could listen."""
+    _, errors = driver.communicate(timeout=120)
+    assert driver.returncode in (128 + number, -number, 0), errors
+    if driver.returncode == 128 + number:
+        assert errors.splitlines()[-1] == "Interrupted; the same command goes on where it was."
+    assert "Traceback" not in errors
+
+
+def strike(run: Run, driver: subprocess.Popen[str], blow: Blow, disk: Path | None, rng: random.Random) -> None:
+    """One blow; afterwards the driver has ended, or goes on."""
+    target, number = blow
+    if number is None:
+        assert disk is not None
+        ballast = fill(disk)
+        check_sentence(driver, run.folder.path)
+        ballast.unlink()
+        return
+    process = driver.pid if target.startswith("driver") else rng.choice(workers_of(driver))
+    send(process, number, target.endswith("group"), rng)
+    if target.startswith("driver") and number != signal.SIGSTOP:
+        if number == signal.SIGKILL:
+            driver.communicate()
+        else:
+            check_interrupted(driver, number)
+
+
+def litter(run: Run) -> list[str]:
+    """What no finished run leaves in its folder."""
+    names = (".wanted-*", "*.tmp", "*.tmp-*", "*.attempt", "*.progress", "*.task", "*.ended", "postponed_*")
+    return sorted(str(path.relative_to(run.folder.path)) for name in names for path in run.folder.path.rglob(name))
+
+
+def abandoned_memory() -> set[str]:
+    """Shared memory of MPI processes that are gone (MPICH names it after their ids)."""
+    segments = {path.name: path.name.split("_")[2] for path in Path("/dev/shm").glob("mpich_shm_*")}
+    return {name for name, number in segments.items() if not is_alive(int(number, 16))}
+
+
 def soak(tmp_path: Path, disk: Path | None, labels: int, blows: int, seed: int) -> None:
     """The same data set as an undisturbed run, after this many blows at random moments."""
     tables = SOAKED | {"loop": SOAKED["loop"] | {"labels": labels}}
@@ -185,38 +248,31 @@ def soak(tmp_path: Path, disk: Path | None, labels: int, blows: int, seed: int) 
     calm.finish()
     run = Run(tmp_path / "soaked", (disk or tmp_path / "soaked") / "run", **tables)
     rng = random.Random(seed)
-    kinds = ["driver", "worker", "worker", "disk" if disk is not None else "driver"]
-    plan = [kind for _ in range(blows // len(kinds)) for kind in rng.sample(kinds, len(kinds))]
+    before = abandoned_memory()
     dealt: Counter[str] = Counter()
     driver = run.start()
-    for blow in plan:
+    for blow in plan_blows(blows, blows // 6 if disk is not None else 0, rng):
         # On a busy machine it takes a while until there is something to hit.
         wait_for(lambda: bool(workers_of(driver)) or driver.poll() is not None, 120.0)  # noqa: B023
         time.sleep(rng.uniform(0.0, 4.0))
         if driver.poll() is not None:
             break  # it has come to its end
-        if blow == "worker" and not workers_of(driver):
-            blow = "driver"
-        dealt[blow] += 1
-        if blow == "worker":
-            with suppress(OSError):
-                os.kill(rng.choice(workers_of(driver)), signal.SIGKILL)
-            continue
-        if blow == "driver":
-            driver.kill()
-            driver.communicate()
-        else:
-            ballast = fill(disk)
-            check_sentence(driver, run.folder.path)
-            ballast.unlink()
-        assert wait_for(lambda: not run.orphans()), (blow, run.orphans())
-        driver = run.start()
+        if blow[0].startswith("worker") and not workers_of(driver):
+            blow = "driver", blow[1]
+        dealt[blow[0]] += 1
+        strike(run, driver, blow, disk, rng)
+        if driver.poll() is not None:
+            assert wait_for(lambda: not run.orphans()), (blow, run.orphans())
+            driver = run.start()
     _, errors = driver.communicate(timeout=900)
     assert driver.returncode == 0, errors
     check_whole(run, labels)
     assert dealt["driver"] > 0, dealt
     assert dealt["worker"] > 0, dealt
     assert run.folder.dataset.read_bytes() == calm.folder.dataset.read_bytes()
+    assert run.folder.rejected.read_bytes() == calm.folder.rejected.read_bytes()
+    assert litter(run) == []
+    assert wait_for(lambda: abandoned_memory() <= before), abandoned_memory()
     rejected = [atoms.info["reason"] for atoms in read_structures(run.folder.rejected)]
     assert any("12 s" in reason for reason in rejected)
     assert any("The wind has changed." in reason for reason in rejected)
@@ -226,11 +282,11 @@ def soak(tmp_path: Path, disk: Path | None, labels: int, blows: int, seed: int) 
 @pytest.mark.slow
 @pytest.mark.slow_ci
 def test_soak(small_disk: Path, tmp_path: Path) -> None:
-    soak(tmp_path, small_disk, labels=15, blows=12, seed=1)
+    soak(tmp_path, small_disk, labels=15, blows=14, seed=1)
 
 
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3])
 def test_long_soak(small_disk: Path, tmp_path: Path, seed: int) -> None:
-    soak(tmp_path, small_disk, labels=30, blows=60, seed=seed)
+    soak(tmp_path, small_disk, labels=30, blows=50, seed=seed)

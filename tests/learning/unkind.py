@@ -111,5 +111,6 @@ class FlakyEMT(EMT):
         if luck < 51:
             raise RuntimeError("The wind has changed.")
         if 230 <= luck < 240:  # the fourth start structure of the soak test, and few others
-            subprocess.run(["sleep", "1000"], check=False)
+            while True:  # whatever happens to the program
+                subprocess.run(["sleep", "1000"], check=False)
         super().calculate(atoms, *args, **kwargs)

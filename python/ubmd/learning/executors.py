@@ -24,8 +24,9 @@ from typing import Any
 
 from ubmd.errors import SettingsError, describe, one_line
 from ubmd.learning.clusters import executorlib_executor, job_label, parsl_executor, tasks_at_once
+from ubmd.learning.inside import Reply, start_keeper
 from ubmd.learning.keeper import cancel_jobs
-from ubmd.learning.workers import Executor, Pools, Reply, Workers, available_cores, start_keeper
+from ubmd.learning.workers import Executor, Pools, Workers, available_cores
 from ubmd.settings import WorkerSettings
 
 _WANTED = ".wanted-"  # how the name of the file begins that says that tasks are wanted

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
-from ubmd.errors import LabelError, SimulationError, TrainingError, UbmdError
+from ubmd.errors import LabelError, SimulationError, TrainingError, UbmdError, WorkerError
+from ubmd.learning.run_folder import EventLog
 from ubmd.learning.workers import Executor, TaskCrashed, TaskFailed, WorkersLost, outcome
 
 _POLL = 1.0  # s between two looks at running tasks
-_LOST = 3  # submissions of a task that was lost without having run
+_PAUSE = 1.0  # s before a lost task is tried again; the next pauses are twice as long each
+_LONGEST_PAUSE = 60.0
 
 Done = Callable[[Any, Any, UbmdError | None], None]
+Lost = Callable[[Any, UbmdError, bool], None]
 
 
 class TaskGroup:
-    """Tasks of one kind, known by their keys."""
+    """Tasks of one kind, known by their keys.
+
+    A task that raises or takes too long has failed by itself. One whose process crashes is tried again, as it may have
+    been innocent; then it has failed, too. One that is lost by a fault of the machine (`WorkersLost`: a lost node, a
+    process killed from outside, no memory for a new one) is tried as often, and then handed back without a verdict.
+    """
 
     def __init__(
         self,
@@ -26,6 +35,7 @@ class TaskGroup:
         timeout: float | None,
         retries: int = 0,
         at_once: int | None = None,
+        lost: Lost = lambda key, error, again: None,
     ) -> None:
         """Nothing is submitted yet.
 
@@ -33,15 +43,18 @@ class TaskGroup:
             workers: where the tasks run.
             function: importable by the workers.
             timeout: of each task, s from its start; None: no limit.
-            retries: how often a task is tried again whose process crashed or was killed.
+            retries: how often a task is tried again whose process crashed or was lost.
             at_once: submit no more than this; None: all, the executor queues them.
+            lost: called as (key, error, whether it is tried again) when a task's process crashed or was lost.
         """
         self._workers = workers
         self._function = function
         self._timeout = timeout
         self._retries = retries
         self._at_once = at_once
+        self._lost = lost
         self._queue: deque[Hashable] = deque()
+        self._resting: dict[Hashable, float] = {}  # lost tasks, and when they may be tried again
         self._arguments: dict[Hashable, tuple[Any, ...]] = {}
         self._running: dict[Future[Any], Hashable] = {}
         self._crashes: dict[Hashable, int] = {}
@@ -60,11 +73,12 @@ class TaskGroup:
         return set(self._running.values())
 
     def withdraw(self) -> set[Any]:
-        """Take back the tasks that were never submitted; returns their keys."""
-        waiting = set(self._queue)
+        """Take back the tasks that are not running; returns their keys."""
+        waiting = {*self._queue, *self._resting}
         self._queue.clear()
+        self._resting.clear()
         for key in waiting:
-            del self._arguments[key]
+            self._forget(key)
         return waiting
 
     def wait(
@@ -73,56 +87,78 @@ class TaskGroup:
         """Wait for all tasks, or until ``enough()``.
 
         Args:
-            done: called in this thread with (key, result, None) or (key, None, error), in order of completion.
+            done: called in this thread with (key, result, None) or (key, None, error), in order of completion. A
+                `WorkersLost` says nothing about the task itself.
             tick: called about once per second.
             enough: asked after each completion.
         """
         self._collect(0.0, done)  # what has ended since the last call
-        while self._running and not (enough is not None and enough()):
+        while (self._running or self._resting) and not (enough is not None and enough()):
             self._collect(_POLL, done)
             if tick is not None:
                 tick()
 
     def _collect(self, timeout: float, done: Done) -> None:
-        finished, _ = wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED)
-        for future in finished:
-            self._end(future, done)
+        if self._running:
+            finished, _ = wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED)
+            for future in finished:
+                self._end(future, done)
+        elif self._resting:
+            time.sleep(min(timeout, max(0.0, min(self._resting.values()) - time.monotonic())))
         self._fill()
 
     def _end(self, future: Future[Any], done: Done) -> None:
         key = self._running.pop(future)
         try:
             result = outcome(future)
-        except WorkersLost as error:
-            if self._again(key, self._losses, _LOST - 1):
+        except TaskCrashed as error:
+            self._crashes[key] = self._crashes.get(key, 0) + 1
+            again = self._crashes[key] <= self._retries
+            self._lost(key, error, again)
+            if again:
+                self._queue.appendleft(key)
                 return
             failure: UbmdError = error
-        except TaskCrashed as error:
-            if self._again(key, self._crashes, self._retries):
+        except WorkersLost as error:
+            self._losses[key] = self._losses.get(key, 0) + 1
+            again = self._losses[key] <= self._retries
+            self._lost(key, error, again)
+            if again:
+                pause = min(_PAUSE * 2 ** (self._losses[key] - 1), _LONGEST_PAUSE)
+                self._resting[key] = time.monotonic() + pause
                 return
             failure = error
         except (LabelError, SimulationError, TrainingError, TaskFailed) as error:
             failure = error
         else:
-            del self._arguments[key]
+            self._forget(key)
             done(key, result, None)
             return
-        del self._arguments[key]
+        self._forget(key)
         done(key, None, failure)
 
-    def _again(self, key: Hashable, counts: dict[Hashable, int], most: int) -> bool:
-        """Put a task back in front of the queue, unless it has had its chances."""
-        counts[key] = counts.get(key, 0) + 1
-        if counts[key] > most:
-            return False
-        self._queue.appendleft(key)
-        return True
+    def _forget(self, key: Hashable) -> None:
+        """A task that is added again later has all its chances again."""
+        for known in (self._arguments, self._crashes, self._losses):
+            known.pop(key, None)  # type: ignore[attr-defined]
 
     def _fill(self) -> None:
+        now = time.monotonic()
+        for key in [key for key, due in self._resting.items() if due <= now]:
+            del self._resting[key]
+            self._queue.append(key)
         while self._queue and (self._at_once is None or len(self._running) < self._at_once):
             key = self._queue.popleft()
-            future = self._workers.submit(self._function, *self._arguments[key], timeout=self._timeout)
-            self._running[future] = key
+            self._running[self._submit(key)] = key
+
+    def _submit(self, key: Hashable) -> Future[Any]:
+        """The task's future; a broken executor, or one that can start no thread, loses the task."""
+        try:
+            return self._workers.submit(self._function, *self._arguments[key], timeout=self._timeout)
+        except Exception as error:
+            refused: Future[Any] = Future()
+            refused.set_exception(error)
+            return refused
 
 
 def run_tasks(
@@ -134,8 +170,56 @@ def run_tasks(
     tick: Callable[[], None] | None = None,
     retries: int = 0,
     at_once: int | None = None,
+    lost: Lost = lambda key, error, again: None,
 ) -> None:
     """A `TaskGroup` from beginning to end."""
-    group = TaskGroup(workers, function, timeout, retries, at_once)
+    group = TaskGroup(workers, function, timeout, retries, at_once, lost)
     group.add(arguments)
     group.wait(done, tick)
+
+
+def note_losses(events: EventLog, what: str, **context: Any) -> Lost:
+    """Writes an event for every process that crashes or is lost.
+
+    Args:
+        events: of the run.
+        what: the kind of the tasks ('label', 'replica', ...); their number is the key, or the last item of it.
+        context: more for the event, such as the iteration.
+    """
+
+    def lost(key: Any, error: UbmdError, again: bool) -> None:
+        number = key[-1] if isinstance(key, tuple) else key
+        crashed = isinstance(error, TaskCrashed)
+        events.write("task_lost", what=what, index=number, why=str(error), again=again, crashed=crashed, **context)
+
+    return lost
+
+
+def describe_loss(event: Mapping[str, Any]) -> str:
+    """One line about such an event."""
+    name = event["what"] if event["what"] == "reference" else f"{event['what']} {event['index']}"
+    if event["again"]:
+        return f"{name}: {event['why']} It is tried again."
+    return f"{name}: {event['why']}" + ("" if event["crashed"] else " It is left for later.")
+
+
+def describe_losses(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line on the losses since the newest start of a run, if there were any."""
+    losses: list[str] = []
+    for event in events:
+        match event:
+            case {"event": "run_started"}:
+                losses = []
+            case {"event": "task_lost", "what": _, "index": _, "why": _, "again": _, "crashed": _}:
+                losses.append(describe_loss(event))
+    if not losses:
+        return []
+    return [f"Processes lost since its last start: {len(losses)}; the last was that of {losses[-1]}"]
+
+
+def nothing_ended(what: str, error: UbmdError) -> WorkerError:
+    """The error that ends a run in which no task of a kind came to an end."""
+    return WorkerError(
+        f"No {what} could be run, by a fault of the machine or cluster; the first was lost with: {error} Nothing is "
+        "rejected or lost: mend the cause, and the same command goes on."
+    )

@@ -10,8 +10,8 @@ from ase import Atoms
 
 from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures, write_structures
-from ubmd.errors import LabelError, SettingsError, UbmdError
-from ubmd.learning.groups import TaskGroup
+from ubmd.errors import LabelError, SettingsError, UbmdError, WorkerError
+from ubmd.learning.groups import TaskGroup, note_losses
 from ubmd.learning.run_folder import (
     EventLog,
     RunFolder,
@@ -25,7 +25,7 @@ from ubmd.learning.run_folder import (
 )
 from ubmd.learning.stages import prepare_folder, reference_key
 from ubmd.learning.tasks import sample_file
-from ubmd.learning.workers import Executor
+from ubmd.learning.workers import Executor, WorkersLost
 from ubmd.settings import ReferenceSettings, TestSettings, WorkerSettings
 
 
@@ -67,7 +67,8 @@ class HeldOut:
         # The time-out of a label holds for every step.
         steps = self._sampling.equilibration + self._sampling.frames * self._sampling.stride
         timeout = settings.reference.timeout * max(1, steps)
-        self._group = TaskGroup(workers, sample_file, timeout, settings.workers.retries)
+        lost = note_losses(events, "trajectory")
+        self._group = TaskGroup(workers, sample_file, timeout, settings.workers.retries, lost=lost)
         # With fewer frames than trajectories the last ones have no share.
         count = min(self._sampling.trajectories, self._sampling.frames)
         self._parts = [folder.path / "test" / f"trajectory_{k:03d}.extxyz" for k in range(count)]
@@ -108,6 +109,7 @@ class HeldOut:
 
         Raises:
             LabelError: a trajectory failed (with its reason).
+        WorkerError: a trajectory was lost, by a fault of the machine.
         """
         if self._finished:
             return
@@ -119,17 +121,21 @@ class HeldOut:
         self._finished = True
 
     def _collect(self) -> None:
-        failed: list[str] = []
+        failed: list[UbmdError] = []
 
         def done(index: int, _: Any, error: UbmdError | None) -> None:
+            if error is not None and is_sealed(self._parts[index], self._key):
+                error = None  # only the answer was lost
             if error is not None:
                 check_space(self._folder.path)
-                failed.append(f"Trajectory {index} of the test set failed: {error}")
+                text = f"Trajectory {index} of the test set failed: {error}"
+                machine = isinstance(error, WorkersLost)
+                failed.append(WorkerError(f"{text} The same command goes on.") if machine else LabelError(text))
             self._events.write("trajectory_done", trajectory=index, why=str(error or ""))
 
         self._group.wait(done)
         if failed:
-            raise LabelError(failed[0])
+            raise failed[0]
         frames = [frame for part in self._parts for frame in read_structures(part, labelled=True, compare=False)]
         write_structures(self._folder.test, frames)
 

@@ -28,7 +28,7 @@ from ubmd.export import export_model
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
 from ubmd.learning import convergence, stages
 from ubmd.learning.check import state_remarks, verify
-from ubmd.learning.groups import TaskGroup, run_tasks
+from ubmd.learning.groups import TaskGroup, note_losses, nothing_ended, run_tasks
 from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.rewind import input_hashes, take_back
 from ubmd.learning.run_folder import (
@@ -47,7 +47,7 @@ from ubmd.learning.run_folder import (
 from ubmd.learning.stages import Origin, Stage, random_generator
 from ubmd.learning.tasks import replica_file, train_member
 from ubmd.learning.walk import START, Walk, drive
-from ubmd.learning.workers import Executor, TaskFailed
+from ubmd.learning.workers import Executor, TaskFailed, WorkersLost
 from ubmd.settings import RunSettings
 from ubmd.training import load_weights, member_folders, train_members
 from ubmd.training.members import member_seed
@@ -75,6 +75,7 @@ def run(
         LabelError: the reference fails for all start structures, or for whole batches again and again.
         SimulationError: no replica starts.
         StorageError: the disk is full.
+        WorkerError: no task comes to an end, by a fault of the machine or cluster.
     """
     # Workers may have another working directory.
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
@@ -135,7 +136,12 @@ class Loop(Walk):
         self._keys: dict[int, dict[str, str]] = {}
         self._left: dict[Origin, ReplicaTask] = {}  # replicas of earlier iterations that run on
         self._replicas = TaskGroup(
-            workers, replica_file, settings.md.timeout, settings.workers.retries, self._replicas_at_once(settings)
+            workers,
+            replica_file,
+            settings.md.timeout,
+            settings.workers.retries,
+            self._replicas_at_once(settings),
+            lambda origin, *loss: note_losses(self.events, "replica", iteration=origin[0])(origin, *loss),
         )
         self._torsions: list[np.ndarray] = []
 
@@ -170,6 +176,11 @@ class Loop(Walk):
 
     def _end(self, iteration: int, verdict: convergence.Verdict) -> None:
         """The report, and why the run has ended."""
+        if self.postponed:
+            many = f"{len(self.postponed)} structures were" if len(self.postponed) > 1 else "One structure was"
+            self._remark(
+                [f"{many} lost by a fault of the machine and not labelled; with more labels, the run asks again."]
+            )
         self._report()
         ending = {"reason": verdict.reason, "rule": verdict.rule, "evidence": verdict.evidence}
         self.events.write("run_done", labels=len(self.dataset), iterations=iteration + 1, **ending)
@@ -216,7 +227,8 @@ class Loop(Walk):
         md = content_hash([model, [stages.settled(task) for task in tasks.values()], where, left])
         selection = settings.selection.model_dump(mode="json")
         select = content_hash([md, sets, selection, settings.uncertainty.lambda2, settings.seed])
-        label = content_hash([select, stages.reference_key(settings.reference)])
+        again = [structures_hash(self.postponed, settings.reference.info)] if self.postponed else []
+        label = content_hash([select, stages.reference_key(settings.reference), *again])
         keys = {"train": train, "export": model, "md": md, "select": select, "label": label}
         self._keys[iteration] = keys
         return _Turn(iteration, once, training, validation, calibration, starts, tasks, keys, epochs)
@@ -247,7 +259,7 @@ class Loop(Walk):
             move_aside(frames, self.folder.path / "aside")
         self._left = self._read_left(turn)
         self.history.append(self.folder.read_history()[turn.iteration])
-        self._append(turn.iteration, *stages.read_batch(turn.once.folder / "labels"))
+        self._take(turn.iteration, turn.once.folder / "labels")
         self._coverage(self._frame_files(turn))
 
     # -------------------------------------------------------------------------------------- one iteration
@@ -337,6 +349,8 @@ class Loop(Walk):
         }
 
         def done(_: int, __: None, error: UbmdError | None) -> None:
+            if isinstance(error, WorkersLost):
+                raise nothing_ended("training", error)
             if error is not None:
                 raise TrainingError(f"A training failed: {error}") if isinstance(error, TaskFailed) else error
 
@@ -345,7 +359,8 @@ class Loop(Walk):
             finished = sum(len(log.read_text().splitlines()) - 1 for log in logs if log.exists())
             show({"epoch": finished, "epochs": count * turn.epochs})
 
-        run_tasks(self.workers, train_member, tasks, None, done, tick, settings.workers.retries, at_once)
+        lost = note_losses(self.events, "training", iteration=turn.iteration)
+        run_tasks(self.workers, train_member, tasks, None, done, tick, settings.workers.retries, at_once, lost)
 
     def _measure(self, turn: _Turn, model: Path) -> None:
         """Errors on training, held-out and test labels (the last for the report only: nothing depends on it)."""
@@ -427,7 +442,7 @@ class Loop(Walk):
         return [f / f"frames_{r['replica']:03d}.extxyz" for f, r in zip(folders, results, strict=True)]
 
     def _select(self, turn: _Turn, model: Path) -> list[Atoms]:
-        """The batch to label next."""
+        """The batch to label next: what this iteration selects, then postponed structures if there is room for them."""
         target, record = turn.once.folder / "selected.extxyz", turn.once.folder / "selected.json"
 
         def work() -> None:
@@ -439,7 +454,8 @@ class Loop(Walk):
             write_json(record, summary)
 
         turn.once.run("select", turn.keys["select"], [target, record], work)
-        return stages.read_frames(target)
+        chosen = stages.read_frames(target)
+        return chosen + self._ask_again(turn.iteration, self._affordable() - len(chosen))
 
     def _accept(self, number: int, labelled: list[Atoms]) -> None:
         """Give labels their sides."""

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TaskID
 
+from ubmd.learning.groups import describe_loss
 from ubmd.learning.live import Bars, Lines
 from ubmd.learning.run_folder import Event
 from ubmd.learning.timeline import STAGE_NAMES, Timeline, describe_work, duration
@@ -89,6 +90,8 @@ def describe_event(event: Event) -> str:
             return f"{_place(event)}trained on {event['labels']} labels in {duration(event['seconds'])}."
         case "replica_done":
             return f"{_place(event)}{describe_replica(event)}"
+        case "task_lost":
+            return f"{_place(event)}{describe_loss(event)}"
         case "label_rejected":
             return f"{_place(event)}label {event['index']} rejected: {event['why']}"
         case "iteration_done":

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ubmd.errors import LabelError, SettingsError, UbmdError
-from ubmd.learning.groups import run_tasks
+from ubmd.learning.groups import nothing_ended, run_tasks
 from ubmd.learning.run_folder import RunFolder
 from ubmd.learning.tasks import reference_record
-from ubmd.learning.workers import Executor, TaskFailed, Workers
+from ubmd.learning.workers import Executor, TaskFailed, Workers, WorkersLost
 from ubmd.settings import ReferenceSettings, WorkerSettings
 
 
@@ -32,6 +32,7 @@ def look_at_reference(
 
     Raises:
         SettingsError: the calculator cannot be imported or made.
+        WorkerError: no worker could try, by a fault of the machine.
     """
     if folder.has_labels():
         return {}
@@ -76,6 +77,8 @@ def remarks(record: dict[str, Any], settings: ReferenceSettings) -> Sequence[str
 
 
 def _cannot_be_made(settings: ReferenceSettings, error: UbmdError) -> UbmdError:
+    if isinstance(error, WorkersLost):
+        return nothing_ended("task", error)
     if not isinstance(error, TaskFailed | LabelError):
         return error
     return SettingsError(f"reference.calculator = {settings.calculator!r} cannot be made: {error}")

@@ -27,6 +27,7 @@ import itertools
 import json
 import os
 import platform
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
@@ -41,8 +42,9 @@ import tomli_w
 from pydantic import ValidationError
 
 import ubmd
+from ubmd.attempts import remove_leftovers
 from ubmd.errors import DataError, SettingsError, StorageError
-from ubmd.outputs import check_name, why
+from ubmd.outputs import check_name, replacing, why
 from ubmd.settings import RunSettings, Table
 
 S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
@@ -125,7 +127,8 @@ class RunFolder:
         """Keep other drivers off; the kernel releases the lock when this process ends, also by ``kill -9``.
 
         Where the file system has no such locks, only processes of this machine are kept off, as far as the note of the
-        last one tells.
+        last one tells. What earlier processes have left of unfinished work is removed, in the end that of this one's
+        workers, too.
 
         Raises:
             SettingsError: another process works on this run, or the folder cannot be made or written.
@@ -135,9 +138,11 @@ class RunFolder:
             if _is_taken(handle, fcntl.LOCK_EX):
                 raise SettingsError(f"Another process is working on {self.path}; wait for it, or set another run_dir.")
             _leave_note(handle, _this_process())
+            remove_leftovers(self.path)
             try:
                 yield
             finally:
+                remove_leftovers(self.path)
                 _leave_note(handle, "")
 
     def is_locked(self) -> bool:
@@ -396,9 +401,8 @@ def keep_copy(path: Path, folder: Path) -> None:
 
 def check_space(folder: Path) -> None:
     """StorageError if not even a small file can be written."""
-    probe = folder / ".probe"
     try:
-        with probe.open("wb") as handle:
+        with tempfile.TemporaryFile(dir=folder) as handle:  # without a name: nothing is left if this is killed
             handle.write(b"\0" * _PROBE_BYTES)
             handle.flush()
             os.fsync(handle.fileno())
@@ -406,8 +410,6 @@ def check_space(folder: Path) -> None:
         if error.errno in FULL:
             raise full_disk(folder) from error
         raise
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def full_disk(folder: Path) -> StorageError:
@@ -421,17 +423,18 @@ def full_disk(folder: Path) -> StorageError:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    with replacing(path) as handle:
+        handle.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of JSON."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON as our files have it."""
+    return json.dumps(value, indent=1) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -441,12 +444,8 @@ def read_json(path: Path) -> Any:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file; the target is replaced in one step."""
-    temporary = target.with_name(target.name + ".tmp")
-    with temporary.open("wb") as handle:
+    with replacing(target) as handle:
         handle.write(source.read_bytes())
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(target)
 
 
 def _append(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from ubmd.attempts import steps_so_far
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.geometry import check_apart
 from ubmd.data.state import bare, check_state, mixed_states, state_hash, structures_hash
@@ -29,8 +31,8 @@ from ubmd.data.structures import (
     write_structures,
 )
 from ubmd.errors import DataError, LabelError, SettingsError, SimulationError, UbmdError, one_line
-from ubmd.lammps.replica import ReplicaResult, ReplicaTask, progress_file, salvage
-from ubmd.learning.groups import TaskGroup, run_tasks
+from ubmd.lammps.replica import ReplicaResult, ReplicaTask, salvage
+from ubmd.learning.groups import Lost, TaskGroup, nothing_ended, run_tasks
 from ubmd.learning.run_folder import (
     check_space,
     content_hash,
@@ -44,13 +46,15 @@ from ubmd.learning.run_folder import (
     write_json,
     write_text,
 )
-from ubmd.learning.tasks import label_file, note_replica
-from ubmd.learning.workers import Executor
+from ubmd.learning.tasks import label_file, note_replica, read_finished
+from ubmd.learning.workers import Executor, WorkersLost
 from ubmd.references.labels import check_geometry
 from ubmd.selection import select
 from ubmd.settings import BiasRampSettings, MDRampSettings, ReferenceSettings, RunSettings, StartSettings
 
 _LARGEST_SEED = 900_000_000  # of LAMMPS's random-number generators
+# Earlier versions rejected structures for good when a machine had lost them; their reasons begin like this.
+_OLD_LOSSES = ("The executor lost the task (", "The worker process was lost (", "The worker process was stopped.")
 
 
 class Stage(IntEnum):
@@ -181,11 +185,14 @@ def label_batch(
     report: Callable[[int, str], None],
     known: Sequence[Atoms] = (),
     retries: int = 0,
-) -> tuple[list[Atoms], list[Atoms]]:
+    lost: Lost = lambda key, error, again: None,
+) -> None:
     """Label structures in workers; a failure of any kind costs one structure.
 
     Every label (``label_RRR.extxyz``, sealed) and every reason (``rejected_RRR.json``) is kept in ``folder`` as soon as
-    it is known: an interrupted batch continues there. The results' order is that of the candidates.
+    it is known: an interrupted batch continues there. Structures that the machine lost again and again while others
+    came to an end are postponed (``postponed_RRR.json``): neither labelled nor rejected. For the results see
+    `read_batch` and `read_postponed`.
 
     Args:
         candidates: what to label; their info is kept.
@@ -195,14 +202,13 @@ def label_batch(
         workers: where to run.
         report: called as (index, reason or empty text) after each label.
         known: labels that the data set already has; a lost or damaged file is written again from them.
-        retries: how often a structure is tried again whose worker crashed or was killed.
-
-    Returns:
-        (labelled structures, rejected structures with their reason in ``info``).
+        retries: how often a structure is tried again whose worker crashed or was lost.
+        lost: called when that happens; see `TaskGroup`.
 
     Raises:
         SettingsError: the reference's calculator cannot be made at all.
         StorageError: the disk is full; no structure is rejected for that.
+        WorkerError: not a single structure came to an end, by a fault of the machine.
     """
     keys = [label_key(candidate, settings) for candidate in candidates]
     files = [(folder / f"candidate_{k:03d}.extxyz", folder / f"label_{k:03d}.extxyz") for k in range(len(candidates))]
@@ -210,20 +216,34 @@ def label_batch(
     for candidate, (source, _) in zip(candidates, files, strict=True):
         write_structures(source, [candidate])
     mend_batch(folder, known, settings)
+    for note in folder.glob("postponed_*.json"):  # of a driver that was killed here: asked again now
+        note.unlink()
     missing = {}
     for k, (source, target) in enumerate(files):
         if is_sealed(target, keys[k]) or _read_reason(reasons[k], keys[k]):
             continue
         missing[k] = (source, target, keys[k], settings, base)
 
+    postponed: dict[int, UbmdError] = {}
+
     def done(index: int, _: None, error: UbmdError | None) -> None:
+        if isinstance(error, WorkersLost) and is_sealed(files[index][1], keys[index]):
+            error = None  # only the answer was lost
+        if isinstance(error, WorkersLost):
+            postponed[index] = error
+            return
         if error is not None:
             check_space(folder)
             write_json(reasons[index], {"reason": str(error), "key": keys[index]})
         report(index, str(error or ""))
 
-    run_tasks(workers, label_file, missing, settings.timeout, done, retries=retries)
-    return read_batch(folder)
+    run_tasks(workers, label_file, missing, settings.timeout, done, retries=retries, lost=lost)
+    if postponed:
+        check_space(folder)
+    if postponed and len(postponed) == len(missing):
+        raise nothing_ended("label", next(iter(postponed.values())))
+    for index, error in postponed.items():
+        write_json(folder / f"postponed_{index:03d}.json", {"reason": str(error)})
 
 
 def label_key(candidate: Atoms, settings: ReferenceSettings) -> str:
@@ -245,7 +265,7 @@ def mend_batch(folder: Path, known: Sequence[Atoms], settings: ReferenceSettings
     for source in folder.glob("candidate_*.extxyz"):
         number = source.stem.removeprefix("candidate_")
         target = folder / f"label_{number}.extxyz"
-        if is_intact(target) or (folder / f"rejected_{number}.json").exists():
+        if is_intact(target) or _has_verdict(folder, number):
             continue
         try:
             candidate = read_structures(source)[0]
@@ -263,28 +283,48 @@ def forget_rejections(folder: Path) -> None:
         path.unlink()
 
 
+def free_lost(folder: Path) -> bool:
+    """Let `label_batch` ask again for what an earlier version rejected for a fault of the machine; was there any?"""
+    freed = False
+    for path in folder.glob("rejected_*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if str(read_json(path)["reason"]).startswith(_OLD_LOSSES):
+                path.unlink()
+                freed = True
+    return freed
+
+
 def batch_is_whole(folder: Path) -> bool:
-    """Whether every structure of a labelled batch still has its undamaged label, or its reason."""
-    for source in folder.glob("candidate_*.extxyz"):
-        number = source.stem.removeprefix("candidate_")
-        if not (is_intact(folder / f"label_{number}.extxyz") or (folder / f"rejected_{number}.json").exists()):
-            return False
-    return True
+    """Whether every structure of a labelled batch still has its undamaged label, or a note why it has none."""
+    numbers = (source.stem.removeprefix("candidate_") for source in folder.glob("candidate_*.extxyz"))
+    return all(is_intact(folder / f"label_{number}.extxyz") or _has_verdict(folder, number) for number in numbers)
+
+
+def _has_verdict(folder: Path, number: str) -> bool:
+    """Whether a note says why a structure has no label."""
+    return any((folder / f"{kind}_{number}.json").exists() for kind in ("rejected", "postponed"))
 
 
 def read_batch(folder: Path) -> tuple[list[Atoms], list[Atoms]]:
-    """(labelled, rejected) structures of a finished `label_batch`."""
+    """(labelled structures, rejected ones with their reason in ``info``) of a finished `label_batch`, in its order."""
     labelled, rejected = [], []
     for source in sorted(folder.glob("candidate_*.extxyz")):
         number = source.stem.removeprefix("candidate_")
         label, reason = folder / f"label_{number}.extxyz", folder / f"rejected_{number}.json"
-        if label.exists() and not reason.exists():
-            labelled += read_structures(label)
-        else:
+        if reason.exists():
             atoms = read_structures(source)[0]
             atoms.info["reason"] = one_line(read_json(reason)["reason"])
             rejected.append(atoms)
+        elif label.exists():
+            labelled += read_structures(label)
     return labelled, rejected
+
+
+def read_postponed(folder: Path) -> list[Atoms]:
+    """Structures that a finished `label_batch` has postponed, in its order."""
+    notes = sorted(folder.glob("postponed_*.json"))
+    sources = [note.with_name(note.stem.replace("postponed", "candidate") + ".extxyz") for note in notes]
+    return [read_structures(source)[0] for source in sources]
 
 
 def _read_reason(path: Path, key: str) -> str:
@@ -492,31 +532,43 @@ def run_replicas(
     Raises:
         SimulationError: no replica that has ended has a frame.
         StorageError: the disk is full.
+        WorkerError: not a single replica came to an end, by a fault of the machine.
     """
     keys = {origin: _task_key(task, model_keys[origin[0]]) for origin, task in tasks.items()}
     results = {
         origin: kept
         for origin, task in tasks.items()
-        if origin not in group.running() and (kept := _read_finished(task, keys[origin]))
+        if origin not in group.running() and (kept := read_finished(task, keys[origin], _finished_file(task)))
     }
     enough = math.ceil(share * len(tasks))
+    lost: dict[Origin, UbmdError] = {}
 
     def done(origin: Origin, result: ReplicaResult | None, error: UbmdError | None) -> None:
         task = tasks[origin]
+        result = result or read_finished(task, keys[origin], _finished_file(task))  # else only the answer was lost
+        if result is None and isinstance(error, WorkersLost):
+            lost[origin] = error
+            return
         if result is None:
             check_space(task.frames.parent)
-            result = salvage(task, str(error))
-            note_replica(task, keys[origin], _finished_file(task), result)
+            result = _salvage(task, keys[origin], error)
         results[origin] = result
         report(result)
 
     def tick() -> None:
-        progress([results[o].steps if o in results else _steps_so_far(t) for o, t in tasks.items()])
+        progress([results[o].steps if o in results else steps_so_far(t.frames) or 0 for o, t in tasks.items()])
 
     missing = {origin: task for origin, task in tasks.items() if origin not in results}
     group.add({origin: (task, keys[origin], _finished_file(task)) for origin, task in missing.items()})
-    group.wait(done, tick, lambda: len(results) >= enough)
+    group.wait(done, tick, lambda: len(results) + len(lost) >= enough)
     group.withdraw()
+    if lost:
+        check_space(next(iter(tasks.values())).frames.parent)
+    if lost and not results:
+        raise nothing_ended("replica", next(iter(lost.values())))
+    for origin, error in lost.items():  # nothing waits for them: what they have explored counts
+        results[origin] = _salvage(tasks[origin], keys[origin], error)
+        report(results[origin])
     ordered = {origin: results[origin] for origin in sorted(results)}
     if not any(result.frames for result in ordered.values()):
         reason = next(iter(ordered.values())).reason
@@ -526,14 +578,11 @@ def run_replicas(
     return ordered
 
 
-def _read_finished(task: ReplicaTask, key: str) -> ReplicaResult | None:
-    """The kept result of a replica, or None if there is none for this very task, or its frames are damaged."""
-    try:
-        kept = read_json(_finished_file(task))
-        whole = kept["task"] == key and kept["sha256"] == file_hash(task.frames)
-        return ReplicaResult.model_validate(kept["result"]) if whole else None
-    except (OSError, ValueError, KeyError):
-        return None
+def _salvage(task: ReplicaTask, key: str, error: UbmdError | None) -> ReplicaResult:
+    """Keep what a failed or lost replica has explored."""
+    result = salvage(task, str(error))
+    note_replica(task, key, _finished_file(task), result)
+    return result
 
 
 def frames_are_damaged(frames: Path) -> bool:
@@ -560,13 +609,6 @@ def _task_key(task: ReplicaTask, model_key: str) -> str:
     """Hash of everything that decides the trajectory; where its files lie does not."""
     starts = read_structures(task.start)
     return content_hash([settled(task), model_key, structures_hash(starts, starts[0].info)])
-
-
-def _steps_so_far(task: ReplicaTask) -> int:
-    try:
-        return int(progress_file(task).read_text())
-    except (FileNotFoundError, ValueError):
-        return 0
 
 
 # ------------------------------------------------------------------------------------------ pool and selection

@@ -75,6 +75,9 @@ class Timeline:
                 self.rejected += event["event"] == "label_rejected"
                 done, total = self.work.get("label", (0, self._batch()))
                 self.work["label"] = (min(done + 1, total), total)
+            case "task_lost" if event["what"] == "label" and not (event["again"] or event["crashed"]):
+                done, total = self.work.get("label", (0, self._batch()))
+                self.work["label"] = (min(done + 1, total), total)
             case "label_appended":
                 self.labels = event["label"] + 1
             case "iteration_done":

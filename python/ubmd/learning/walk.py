@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 
 from ase import Atoms
 
-from ubmd.data.state import describe_state, structures_hash
+from ubmd.data.state import bare, describe_state, structures_hash
 from ubmd.data.structures import dataset_hash, write_structures
-from ubmd.errors import LabelError, SettingsError, UbmdError
+from ubmd.errors import LabelError, SettingsError, UbmdError, WorkerError
+from ubmd.faults import is_full
 from ubmd.learning import stages
 from ubmd.learning.executors import Adapter, forget_dead_drivers, make_executor
+from ubmd.learning.groups import note_losses
 from ubmd.learning.held_out import HeldOut, Tested
 from ubmd.learning.run_folder import (
     EventLog,
@@ -23,9 +25,10 @@ from ubmd.learning.run_folder import (
     Stages,
     content_hash,
     full_disk,
+    read_json,
     write_json,
 )
-from ubmd.learning.workers import Executor, is_full
+from ubmd.learning.workers import Executor
 from ubmd.references import energy_jumps
 from ubmd.settings import WorkerSettings
 
@@ -75,6 +78,7 @@ class Walk:
         settings: those of the current turn.
         known: labels that the data set had at the start of this walk.
         dataset, rejected, history: what this walk has come to so far.
+        postponed: structures that the machine has lost, in the order in which they were; to be asked again.
     """
 
     unit: ClassVar[str]
@@ -103,6 +107,7 @@ class Walk:
         self.known = stages.read_dataset(folder.dataset)
         self.dataset: list[Atoms] = []
         self.rejected: list[Atoms] = []
+        self.postponed: list[Atoms] = []
         self.history: list[dict[str, Any]] = []
         self._held_out: HeldOut | None = None
         self._fruitless = 0
@@ -152,6 +157,7 @@ class Walk:
 
         def work() -> None:
             batch = candidates()
+            again = sum("first_iteration" in atoms.info for atoms in batch)
             stages.prepare_folder(folder, key)
             stages.label_batch(
                 batch,
@@ -162,37 +168,69 @@ class Walk:
                 report,
                 self._known_of(number),
                 settings.workers.retries,
+                note_losses(self.events, "label", **{self.unit: number}),
             )
-            write_json(done, {"candidates": len(batch)})
+            write_json(done, {"candidates": len(batch)} | ({"asked_again": again} if again else {}))
 
+        self._mend_labels(number, folder)
         if done.exists() and not stages.batch_is_whole(folder):
             done.unlink()
         once.run("label", key, [done], work)
         try:
-            self._append(number, *stages.read_batch(folder))
+            self._take(number, folder)
             if number == START:
                 self._check_start_labels()
-        except LabelError:
+        except (LabelError, WorkerError):
             # Whoever resumes has mended the reference: its rejections must not end the run again.
             stages.forget_rejections(folder)
             done.unlink()
             raise
 
+    def _take(self, number: int, folder: Path) -> None:
+        """Append a labelled batch; what it has postponed comes behind what was not asked again of earlier ones."""
+        done = folder / "done.json"
+        self._append(number, *stages.read_batch(folder))
+        again = read_json(done).get("asked_again", 0) if done.exists() else 0
+        self.postponed = self.postponed[again:] + stages.read_postponed(folder)
+
+    def _ask_again(self, number: int, room: int) -> list[Atoms]:
+        """The first postponed structures, at most ``room``, as candidates of a turn."""
+        copies = [bare(atoms, self.settings.reference.info) for atoms in self.postponed[: max(room, 0)]]
+        for copy, atoms in zip(copies, self.postponed, strict=False):
+            first = atoms.info.get("first_iteration", atoms.info["iteration"])
+            copy.info |= {key: atoms.info[key] for key in ("replica", "step")}
+            copy.info |= {"iteration": number, "first_iteration": first}
+        return copies
+
     def _check_start_labels(self) -> None:
         """Give up if there are too few to begin with."""
-        if len(self.dataset) < self.least_labels:
-            raise LabelError(
-                f"Only {len(self.dataset)} of {len(self.dataset) + len(self.rejected)} start structures could be "
-                f"labelled, at least {self.least_labels} needed; the first reason: {self.rejected[0].info['reason']}"
+        labelled, lost = len(self.dataset), len(self.postponed)
+        if labelled >= self.least_labels:
+            return
+        have = f"Only {labelled} of {labelled + len(self.rejected) + lost} start structures could be labelled"
+        if lost:
+            raise WorkerError(
+                f"{have}, {lost} were lost by a fault of the machine or cluster: mend the cause, and the same command "
+                "goes on."
             )
+        reason = self.rejected[0].info["reason"]
+        raise LabelError(f"{have}, at least {self.least_labels} needed; the first reason: {reason}")
 
     def _known_of(self, number: int) -> list[Atoms]:
         """Labels of a turn that the data set had at the start of this walk."""
         return [atoms for atoms in self.known if atoms.info["iteration"] == number]
 
     def _mend_labels(self, number: int, folder: Path) -> None:
-        """Make a damaged batch whole again, from what the data set has of it."""
-        if folder.exists() and not stages.batch_is_whole(folder):
+        """Make a damaged batch whole again, from what the data set has of it.
+
+        The newest batch is asked again for what an earlier version rejected for a fault of the machine.
+        """
+        if not folder.exists():
+            return
+        if len(self.folder.read_history()) <= number + 1 and stages.free_lost(folder):
+            self._write_rejected()
+            self._remark(["Structures that were rejected for a fault of the machine are asked for again."])
+        if not stages.batch_is_whole(folder):
             stages.mend_batch(folder, self._known_of(number), self.settings.reference)
 
     def _is_settled(self, number: int, once: Stages, stages_done: tuple[str, ...], key: str) -> bool:
@@ -231,9 +269,15 @@ class Walk:
         self.dataset += labelled
         if rejected:
             self.rejected += rejected
-            write_structures(self.folder.rejected, self.rejected)
+            self._write_rejected()
         if number > START:
             self._check_fruitful(labelled, rejected)
+
+    def _write_rejected(self) -> None:
+        if self.rejected:
+            write_structures(self.folder.rejected, self.rejected)
+        else:
+            self.folder.rejected.unlink(missing_ok=True)
 
     def _accept(self, number: int, labelled: list[Atoms]) -> None:
         """Called with new labels before they are written: what else their ``info`` has to say."""

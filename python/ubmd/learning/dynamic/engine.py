@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
+from ubmd.attempts import steps_so_far
 from ubmd.crystal.convergence import converged
 from ubmd.crystal.triggers import load_trigger
 from ubmd.data.state import bare, check_state, describe_state, state_info, structures_hash, take_state
@@ -30,7 +31,6 @@ from ubmd.lammps.trajectory import (
     PieceResult,
     PieceTask,
     TrajectoryState,
-    progress_file,
     read_piece,
     write_piece_without_steps,
     write_state,
@@ -40,7 +40,7 @@ from ubmd.learning.dynamic.history import ErrorSeries, error_file
 from ubmd.learning.dynamic.learners import ForceConstants, Learner, Network
 from ubmd.learning.dynamic.settings import DynamicRunSettings, box_file
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
-from ubmd.learning.groups import run_tasks
+from ubmd.learning.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.reference import check_here, look_at_reference, remarks
 from ubmd.learning.rewind import argument_hashes
@@ -58,7 +58,7 @@ from ubmd.learning.run_folder import (
 )
 from ubmd.learning.stages import Stage, random_generator
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
-from ubmd.learning.workers import Executor
+from ubmd.learning.workers import Executor, WorkersLost
 from ubmd.uncertainty.conformal import conformal_scale
 
 _LARGEST_SEED = 900_000_000  # of LAMMPS's random-number generators
@@ -280,7 +280,7 @@ class Engine(Walk):
         entry = self.folder.read_history()[now.number]
         self.history.append(entry)
         self._ensure_pieces(now)
-        self._append(now.number, *stages.read_batch(now.folder / "labels"))
+        self._take(now.number, now.folder / "labels")
         self._note_series(now, entry["replicas"])
         self._check_sane(entry["replicas"])
 
@@ -491,25 +491,46 @@ class Engine(Walk):
         key = now.keys["move"]
         results = {r: kept for r, task in tasks.items() if (kept := read_finished(task, key))}
         errors: list[UbmdError] = []
+        gone: dict[int, UbmdError] = {}
 
-        def done(r: int, result: PieceResult | None, error: UbmdError | None) -> None:
-            if result is None:
-                assert error is not None
-                check_space(now.folder)
-                errors.append(error)
-                result = write_piece_without_steps(tasks[r], str(error))
-                note_piece(tasks[r], key, result)
+        def end(r: int, result: PieceResult) -> None:
             results[r] = result
             self.events.write("piece_done", round=now.number, **result.model_dump())
 
+        def rest(r: int, error: UbmdError, lost: bool) -> None:
+            check_space(now.folder)
+            result = write_piece_without_steps(tasks[r], str(error), "segment" if lost else "failed")
+            note_piece(tasks[r], key, result)
+            end(r, result)
+
+        def done(r: int, result: PieceResult | None, error: UbmdError | None) -> None:
+            result = result or read_finished(tasks[r], key)  # else only the answer was lost
+            if result is not None:
+                end(r, result)
+            elif isinstance(error, WorkersLost):
+                gone[r] = error
+            else:
+                assert error is not None
+                errors.append(error)
+                rest(r, error, lost=False)
+
         def tick() -> None:
-            steps = [results[r].end - results[r].begin if r in results else _steps_so_far(t) for r, t in tasks.items()]
+            steps = [
+                results[r].end - results[r].begin if r in results else steps_so_far(task.result) or 0
+                for r, task in tasks.items()
+            ]
             self.events.show("md_steps", round=now.number, steps=steps, limits=[t.steps for t in tasks.values()])
 
         missing = {r: (task, key) for r, task in tasks.items() if r not in results}
-        run_tasks(self.workers, piece_file, missing, self.dynamic.timeout, done, tick, self.settings.workers.retries)
+        lost = note_losses(self.events, "piece of replica", round=now.number)
+        retries = self.settings.workers.retries
+        run_tasks(self.workers, piece_file, missing, self.dynamic.timeout, done, tick, retries, lost=lost)
         if len(errors) == len(tasks):
             raise SimulationError(f"No trajectory could be run; the first said: {errors[0]}")
+        if gone and len(gone) == len(missing):
+            raise nothing_ended("piece of a trajectory", next(iter(gone.values())))
+        for r, error in gone.items():  # they stay where they are, and go on in the next round
+            rest(r, error, lost=True)
         return [results[r] for r in sorted(results)]
 
     # -------------------------------------------------------------------------------------- signals
@@ -743,13 +764,6 @@ def _asked(atoms: Atoms, results: dict[int, dict[str, Any]], drops: dict[str, fl
         "drop": drops.get(str(replica)),
         "seen": result["error"],
     }
-
-
-def _steps_so_far(task: PieceTask) -> int:
-    try:
-        return int(progress_file(task.result).read_text())
-    except (FileNotFoundError, ValueError):
-        return 0
 
 
 def _joined(parts: Sequence[ErrorSeries]) -> ErrorSeries:

@@ -16,6 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ubmd.learning.dynamic.settings import DynamicRunSettings
+from ubmd.learning.groups import describe_loss, describe_losses
 from ubmd.learning.live import Bars, Lines
 from ubmd.learning.run_folder import Event, RunFolder, read_settings_of
 from ubmd.learning.status import describe_idle, is_running
@@ -147,6 +148,8 @@ def describe_event(event: Event) -> str:
             return f"{_place(event)}{STAGE_NAMES.get(event['stage'], event['stage'])} …"
         case "piece_done":
             return describe_piece(event)
+        case "task_lost":
+            return f"{_place(event)}{describe_loss(event)}"
         case "label_rejected":
             return f"{_place(event)}label {event['index']} rejected: {event['why']}"
         case "round_done":
@@ -198,8 +201,8 @@ def status(run_dir: Path) -> RenderableType:
     """
     folder = RunFolder(run_dir)
     settings = read_settings_of(folder, DynamicRunSettings)
-    course = Course(settings, folder.read_events())
-    running = is_running(folder)
+    events = folder.read_events()
+    course, running = Course(settings, events), is_running(folder)
     lines = [
         f"{folder.path}: {'running' if running else describe_idle(course)}",
         f"{course.labels} labels, {course.calls} of at most {course.wanted} structures asked for; "
@@ -211,6 +214,7 @@ def status(run_dir: Path) -> RenderableType:
             f"{STAGE_NAMES.get(s, s)} since {duration((now - t).total_seconds())}" for s, t in course.running.items()
         ]
         lines.append(f"Round {course.round}: {', '.join(doing)}.")
+    lines += describe_losses(events)
     history = folder.read_history()
     parts: list[RenderableType] = [Text(line) for line in lines]
     if history:

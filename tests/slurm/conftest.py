@@ -1,0 +1,100 @@
+"""A real SLURM, where it is wanted (UBMD_TEST_SLURM=1) and possible: one machine, root, Debian's packages.
+
+``--slurm-table FILE`` writes what ran, as a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "learning"))  # the small system
+sys.path.insert(0, str(Path(__file__).parent))
+
+import one_machine
+from slurm_runs import PROCESSES, Cluster, Run, make_values
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--slurm-table``."""
+    parser.addoption("--slurm-table", metavar="FILE", help="write a table of the SLURM cases that ran")
+
+
+@pytest.fixture(scope="session")
+def machine() -> Iterator[Cluster]:
+    """The cluster, for all tests."""
+    if os.environ.get("UBMD_TEST_SLURM") != "1":
+        pytest.skip("set UBMD_TEST_SLURM=1 to test with a real SLURM")
+    if importlib.util.find_spec("parsl") is None:
+        pytest.skip("parsl is not installed")
+    if reason := one_machine.why_not():
+        pytest.skip(f"no SLURM here: {reason}")
+    folder = Path(tempfile.mkdtemp(prefix="ubmd_slurm_"))  # not below pytest's, which munge cannot reach
+    cluster = Cluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def cluster(machine: Cluster) -> Iterator[Cluster]:
+    """The cluster with an empty queue, and nothing left of earlier runs."""
+    yield machine
+    machine.clear()
+
+
+@pytest.fixture(scope="session")
+def calm(machine: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that all others must equal: undisturbed, with processes of one machine."""
+    run = Run(tmp_path_factory.mktemp("calm"), make_values(0.0, PROCESSES), machine)
+    run.finish()
+    return run
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember how the cases ended."""
+    wanted = dict(report.user_properties).get("case")
+    if wanted and (report.when == "call" or report.failed):
+        _outcomes[wanted] = "failed" if report.failed else "passed" if report.passed else "skipped"
+
+
+_outcomes: dict[str, str] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The first line of a test's docstring is its row."""
+    text = (getattr(item, "function", None) and item.function.__doc__) or ""
+    if "slurm" in Path(item.path).parent.name and text:
+        item.user_properties.append(("case", text.splitlines()[0].rstrip(".")))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the table."""
+    file = session.config.getoption("--slurm-table", None)
+    ran = {case: outcome for case, outcome in _outcomes.items() if outcome != "skipped"}
+    if file is None or not ran:
+        return
+    slurm = shutil.which("sbatch") and os.popen("sbatch --version").read().split()[-1]
+    packages = [f"{name} {_version(name)}" for name in ("parsl", "executorlib")]
+    rows = [f"| {case} | {outcome} |" for case, outcome in ran.items()]
+    text = f"SLURM {slurm}, {', '.join(packages)}, {datetime.now(UTC):%d %B %Y}:\n\n| case | outcome |\n|---|---|\n"
+    Path(file).write_text(text + "\n".join(rows) + "\n")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
