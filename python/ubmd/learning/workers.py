@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import RLock
@@ -87,6 +89,7 @@ class Workers:
     def __init__(self, processes: int | None = None) -> None:
         """``processes`` workers; None: one per core that this process may use."""
         self.processes = processes or available_cores()
+        _start_tracker()
         self._pools = Pools()
         self._threads = ThreadPoolExecutor(self.processes, "ubmd_worker")
 
@@ -114,6 +117,18 @@ class Workers:
         """End all workers at once, whatever they are doing."""
         self._pools.stop()
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_tracker() -> None:
+    """Start the process that cleans up after multiprocessing, deaf to SIGHUP.
+
+    By itself it only ignores Ctrl-C and SIGTERM: when a terminal closes it would die, and a new one show a traceback.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 class _Spawn(SpawnContext):
