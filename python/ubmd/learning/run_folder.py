@@ -11,7 +11,8 @@
     report/               pictures and tables
     start/, test/         first labels, and parts of the test set
     iterations/iter_NNN/  train/, model.pt, frames_RRR.extxyz, replicas.json, selected.json, labels/ of one iteration;
-                          predictions.npz: what its model says about the test set, or about the labels it selected
+                          predictions.npz: what its model says about the test set, or about the labels it selected;
+                          frames_RRR.<token>.attempt/: a replica that is running, with LAMMPS's log
 
 Files are written under a temporary name, flushed to disk and renamed; a finished stage leaves a mark with the hash of
 its inputs (`Stages`), so that a resumed run does what is missing, and again what has other inputs. Nothing in the
@@ -44,7 +45,7 @@ from pydantic import ValidationError
 import ubmd
 from ubmd.attempts import remove_leftovers
 from ubmd.errors import DataError, SettingsError, StorageError
-from ubmd.outputs import check_name, replacing, why
+from ubmd.outputs import check_name, replacing, temporary_name, why
 from ubmd.settings import RunSettings, Table
 
 S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
@@ -393,7 +394,7 @@ def move_aside(path: Path, folder: Path, name: str = "") -> Path | None:
 
 def keep_copy(path: Path, folder: Path) -> None:
     """Keep a copy of a file in ``folder``, under a dated name."""
-    scratch = path.with_name(f".{path.name}.copy")
+    scratch = temporary_name(path)
     copy_file(path, scratch)
     stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%f")
     move_aside(scratch, folder, f"{path.stem}.{stamp}{path.suffix}")
