@@ -212,7 +212,21 @@ def test_check_explains_the_run_and_does_every_stage(tmp_path: Path) -> None:
         r"Rough time on this machine \(2 processes\): labels \d+ s, MD at most \d+ s, training", result.stdout
     )
     assert re.search(r"Rough disk space: at most \d+ [kM]B\.$", result.stdout, re.MULTILINE)
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # nothing beside run_dir
+
+
+def test_check_works_beside_the_run_and_keeps_the_logs_of_a_failure(tmp_path: Path) -> None:
+    settings = write_inputs(tmp_path, tmp_path / "runs" / "a[1]")
+    (tmp_path / "runs" / ".a[1].check-earlier_").mkdir(parents=True)
+    (tmp_path / "colvars").write_text("nonsense 3\n")
+    failed = ubmd("check", settings.name, "--set", "md.colvars=colvars", cwd=tmp_path)
+    (kept,) = (tmp_path / "runs").iterdir()
+    assert kept.name.startswith(".a[1].check-")
+    assert re.search(rf"collective.*Until the next check its files are in {re.escape(str(kept))}.$", failed.stderr)
+    assert any("nonsense" in log.read_text() for log in kept.rglob("*.log"))
+    missing = ubmd("check", settings.name, "--set", "reference.calculator=no.such:Thing", cwd=tmp_path)
+    assert missing.returncode == 1
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_interrupt_status_resume(tmp_path: Path) -> None:

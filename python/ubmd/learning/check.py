@@ -177,7 +177,8 @@ def check(settings: RunSettings, base: Path, listener: Listener | None = None) -
 def _folder_beside(settings: RunSettings) -> Iterator[Path]:
     """A folder for the miniature run, where nodes of a cluster see it as they will see the run's.
 
-    If the miniature fails, it is kept until the next check, in case that a log in it says more.
+    If the miniature fails, other than by a mistake in the settings, it is kept until the next check: its logs may say
+    more than the error.
     """
     run_dir = Path(settings.run_dir).absolute()
     parent = next((p for p in (_existing(run_dir.parent), run_dir) if os.access(p, os.W_OK | os.X_OK)), None)
@@ -190,8 +191,7 @@ def _folder_beside(settings: RunSettings) -> Iterator[Path]:
     try:
         yield folder
     except UbmdError as error:
-        elsewhere = settings.workers.executor != "pebble" and not isinstance(error, SettingsError | StorageError)
-        keep = elsewhere or str(folder) in str(error)
+        keep = not isinstance(error, SettingsError | StorageError)
         if keep:
             error.args = (f"{str(error).rstrip('.')}. Until the next check its files are in {folder}.", *error.args[1:])
         raise

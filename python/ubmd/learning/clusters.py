@@ -13,22 +13,22 @@ import ipaddress
 import os
 import re
 import shlex
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor as StandardExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ubmd.errors import SettingsError, one_line
+from ubmd.errors import SettingsError, describe, one_line
 from ubmd.learning.workers import available_cores
 from ubmd.settings import WorkerSettings
 from ubmd.spelling import nearest
 
 _EXECUTORLIB = ("SingleNodeExecutor", "SlurmJobExecutor")
-_ON_THIS_MACHINE = (None, "SimpleLauncher", "SingleNodeLauncher")
-"""launchers of Parsl's LocalProvider that start workers on this machine only"""
 _LAST_TASK = 0.75  # of a job's walltime, after which it takes no new tasks
 _FAILED_BLOCKS = 60  # in a row, some minutes of trying, after which the batch system is given up
 _ANSWER = 60.0  # s that Parsl's interchange may take to answer
@@ -69,11 +69,33 @@ def parsl_executor(settings: WorkerSettings, folder: Path, token: str) -> Standa
         token: part of the names of its jobs.
 
     Raises:
-        SettingsError: an option is wrong.
+        SettingsError: an option is wrong, or Parsl does not start.
     """
-    from parsl.concurrent import ParslPoolExecutor
+    config = parsl_config(settings, folder, token)
+    try:
+        return _Parsl(config)
+    except Exception as error:
+        raise SettingsError(f"Parsl does not start ({describe(error)}); its logs are in {config.run_dir}.") from error
 
-    return ParslPoolExecutor(parsl_config(settings, folder, token))
+
+class _Parsl(StandardExecutor):
+    """An executor around a kernel of Parsl; a script may have another one."""
+
+    def __init__(self, config: Any) -> None:
+        from parsl import DataFlowKernel
+        from parsl.concurrent import ParslPoolExecutor
+
+        self._kernel = DataFlowKernel(config)
+        self._pool = ParslPoolExecutor(dfk=self._kernel)
+        self._kernel.job_status_poller.poll()  # submits the first jobs, else only after some seconds
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = self._pool.submit(function, *args, **kwargs)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if not self._kernel.cleanup_called:
+            self._kernel.cleanup()
 
 
 def job_label(settings: WorkerSettings, token: str) -> str:
@@ -93,7 +115,7 @@ def parsl_config(settings: WorkerSettings, folder: Path, token: str) -> Any:
     options = dict(settings.options)
     provider = _provider(options.pop("provider", {"name": "LocalProvider"}), f"{where}.provider")
     defaults = {
-        "address": _address(settings),
+        "address": _address(provider, options),
         "encrypted": True,
         "max_workers_per_node": settings.processes,
         "interchange_launch_cmd": [sys.executable, "-P", "-c", _INTERCHANGE],
@@ -101,6 +123,8 @@ def parsl_config(settings: WorkerSettings, folder: Path, token: str) -> Any:
     }
     if hasattr(provider, "walltime"):
         defaults["drain_period"] = int(_LAST_TASK * _seconds(provider.walltime))
+    if "address" in options:
+        _check_address(options["address"])
     options = defaults | options | {"label": job_label(settings, token)}
     executor = _made(_high_throughput_executor(), options, where, provider=provider)
     # 'simple' would end idle jobs only when all are idle.
@@ -146,25 +170,35 @@ def _seconds(walltime: Any) -> int:
     return 3600 * hours + 60 * minutes + seconds
 
 
-def _address(settings: WorkerSettings) -> str | None:
+def _address(provider: Any, options: Mapping[str, Any]) -> str | None:
     """Where workers find this machine. Without one, Parsl would listen on all its addresses, and ask the internet."""
-    if "address" in settings.options:
-        return None  # not used
-    provider = settings.options.get("provider", {"name": "LocalProvider"})
-    if (
-        isinstance(provider, Mapping)
-        and provider.get("name") == "LocalProvider"
-        and provider.get("launcher") in _ON_THIS_MACHINE
-    ):
-        return "127.0.0.1"
     from parsl.addresses import address_by_hostname, address_by_route
+    from parsl.launchers import SimpleLauncher, SingleNodeLauncher
+    from parsl.providers import LocalProvider
 
+    if "address" in options:
+        return None
+    if isinstance(provider, LocalProvider) and isinstance(provider.launcher, SimpleLauncher | SingleNodeLauncher):
+        return "127.0.0.1"
     for find in (address_by_hostname, address_by_route):  # neither sends anything
         with suppress(OSError, ValueError):
             address = str(find())
             if not ipaddress.ip_address(address).is_loopback:  # many machines call themselves 127.0.1.1
                 return address
     return "127.0.0.1"
+
+
+def _check_address(address: Any) -> None:
+    """SettingsError if it is none of this machine: Parsl would wait for minutes, and say nothing."""
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+        with socket.socket(family) as one:
+            one.bind((address, 0))
+    except (OSError, ValueError, TypeError):
+        raise SettingsError(
+            f"workers.options.address = {address!r} must be an IP address of this machine (of the network that the "
+            "nodes see; 'ip address' shows them)."
+        ) from None
 
 
 def _high_throughput_executor() -> Callable[..., Any]:
