@@ -26,6 +26,9 @@ from ubmd.faults import WORKER, in_worker, is_full, machine_fault
 CLOSED = 211
 """Exit code of a worker whose task has closed the pipes to the driver."""
 
+NO_PROCESS = 212
+"""Exit code of a worker that may not start its keeper."""
+
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENMM_CPU_THREADS")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LONGEST_TRACEBACK = 20_000  # characters: the message at its end may be a whole output
@@ -125,7 +128,10 @@ def _die_with(driver: int) -> None:
 
 def _take_along_what_it_starts() -> None:
     """Let all programs that this process starts end with it."""
-    start_keeper(WORKER, "session")
+    try:
+        start_keeper(WORKER, "session")
+    except BlockingIOError:  # no more processes; Python would print a traceback
+        os._exit(NO_PROCESS)
     os.setsid()
 
 
@@ -181,7 +187,7 @@ class _State:
         if any(_file(number) != file for number, file in self._descriptors.items()):
             os._exit(CLOSED)
         _mend_streams()
-        sys.stdout, sys.stderr = (_usable(stream) for stream in self._streams)
+        self._streams = sys.stdout, sys.stderr = (_usable(self._streams[0]), _usable(self._streams[1]))
         os.umask(self._umask)
         if locale.setlocale(locale.LC_ALL) != self._locale:  # decimal commas
             locale.setlocale(locale.LC_ALL, self._locale)
