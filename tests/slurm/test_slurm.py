@@ -44,7 +44,7 @@ def test_parsl(cluster: Cluster, calm: Run, tmp_path: Path) -> None:
     check_equal(run, calm)
 
 
-@pytest.mark.parametrize("stage", ["label", "md"])
+@pytest.mark.parametrize("stage", ["label", pytest.param("md", marks=pytest.mark.slow)])
 def test_driver_killed(cluster: Cluster, calm: Run, tmp_path: Path, stage: str) -> None:
     """Driver killed (SIGKILL) during labels and during MD, then started again."""
     run = Run(tmp_path, make_values(1.0, PARSL), cluster)
