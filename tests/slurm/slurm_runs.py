@@ -145,9 +145,14 @@ class Cluster:
         command = ["scancel", f"--signal={int(number)}", f"{job}.0"]
         subprocess.run(command, env=self.environment, capture_output=True, timeout=60, check=False)
 
-    def left(self) -> list[str]:
-        """Processes on the machines that are not SLURM's, and files in their shared memory."""
-        return [name for _, name in self._processes()] + list(map(str, self._shared_memory()))
+    def left(self, keepers: bool = False) -> list[str]:
+        """Processes on the machines that are not SLURM's, and files in their shared memory.
+
+        Args:
+            keepers: also those that look for jobs of an ended driver, which they do for a minute.
+        """
+        found = [name for _, name in self._processes() if keepers or "keeper.py" not in name]
+        return found + list(map(str, self._shared_memory()))
 
     def _processes(self) -> Iterator[tuple[int, str]]:
         """(id, machine and command line) of those that are not SLURM's."""
