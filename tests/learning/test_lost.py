@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from system import cluster, make_settings
 
 from ubmd.data.structures import read_structures, write_structures
-from ubmd.errors import WorkerError
+from ubmd.errors import MachineError
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.dynamic.progress import status as dynamic_status
@@ -152,7 +152,7 @@ def test_if_nothing_comes_to_an_end_the_run_does_and_goes_on_when_that_is_mended
 ) -> None:
     what = {"label_file": "label", "replica_file": "replica", "reference_record": "task"}[function]
     for _ in range(2):
-        with pytest.raises(WorkerError, match=f"^No {what} could be run, by a fault .* node n7 does not answer"):
+        with pytest.raises(MachineError, match=f"^No {what} could be run, by a fault .* node n7 does not answer"):
             go(base, lambda name, file: name == function)
     folder = go(base)
     assert folder.dataset.read_bytes() == calm.dataset.read_bytes()
@@ -160,7 +160,7 @@ def test_if_nothing_comes_to_an_end_the_run_does_and_goes_on_when_that_is_mended
 
 
 def test_too_few_start_labels_for_a_fault_of_the_machine(base: Path, calm: RunFolder) -> None:
-    with pytest.raises(WorkerError, match=r"^Only 1 of 4 start structures could be labelled, 3 were lost by a fault"):
+    with pytest.raises(MachineError, match=r"^Only 1 of 4 start structures could be labelled, 3 were lost by a fault"):
         go(base, lambda name, file: "start/candidate" in file and "000" not in file)
     assert go(base).dataset.read_bytes() == calm.dataset.read_bytes()
 
@@ -217,7 +217,7 @@ def test_a_trajectory_whose_piece_is_lost_goes_on_in_the_next_round(tmp_path: Pa
 
 def test_a_dynamic_run_that_the_machine_ends_goes_on(tmp_path: Path) -> None:
     for function in ("piece_file", "label_file"):
-        with pytest.raises(WorkerError, match="could be run, by a fault of the machine"):
+        with pytest.raises(MachineError, match="could be run, by a fault of the machine"):
             go_dynamic(tmp_path, lambda name, file, wanted=function: name == wanted)
     calm, folder = go_dynamic(tmp_path, name="calm"), go_dynamic(tmp_path)
     assert folder.dataset.read_bytes() == calm.dataset.read_bytes()

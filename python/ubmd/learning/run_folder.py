@@ -4,7 +4,8 @@
     manifest.json         versions, what labels, seed, hashes of the inputs, threads of the training
     events.jsonl          what happened, one JSON object per line, only ever appended
     history.json          one entry per finished iteration (errors, coverage, MD steps, seconds)
-    dataset.extxyz        all labels; info has the label's id, iteration, replica, step and split
+    dataset.extxyz        all labels; info has the label's id, iteration, replica, step and split (and
+                          first_iteration, for one that was postponed)
     rejected.extxyz       structures without a label; info has the reason
     test.extxyz           test set, if there is one
     model.pt              the newest model

@@ -209,7 +209,7 @@ def label_batch(
     Raises:
         SettingsError: the reference's calculator cannot be made at all.
         StorageError: the disk is full; no structure is rejected for that.
-        WorkerError: not a single structure came to an end, by a fault of the machine.
+        MachineError: not a single structure came to an end, by a fault of the machine.
     """
     keys = [label_key(candidate, settings) for candidate in candidates]
     files = [(folder / f"candidate_{k:03d}.extxyz", folder / f"label_{k:03d}.extxyz") for k in range(len(candidates))]
@@ -524,7 +524,7 @@ def run_replicas(
     Raises:
         SimulationError: no replica that has ended has a frame.
         StorageError: the disk is full.
-        WorkerError: not a single replica came to an end, by a fault of the machine.
+        MachineError: not a single replica came to an end, by a fault of the machine.
     """
     keys = {origin: _task_key(task, model_keys[origin[0]]) for origin, task in tasks.items()}
     results = {
