@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
-from ubmd.errors import LabelError, SimulationError, TrainingError, UbmdError, MachineError
+from ubmd.errors import LabelError, MachineError, SimulationError, TrainingError, UbmdError
 from ubmd.learning.run_folder import EventLog
 from ubmd.learning.workers import Executor, TaskCrashed, TaskFailed, WorkersLost, outcome
 

@@ -10,7 +10,7 @@ from ase import Atoms
 
 from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures, write_structures
-from ubmd.errors import LabelError, SettingsError, UbmdError, MachineError
+from ubmd.errors import LabelError, MachineError, SettingsError, UbmdError
 from ubmd.learning.groups import TaskGroup, note_losses
 from ubmd.learning.run_folder import (
     EventLog,

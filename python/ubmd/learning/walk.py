@@ -12,7 +12,7 @@ from ase import Atoms
 
 from ubmd.data.state import bare, describe_state, structures_hash
 from ubmd.data.structures import dataset_hash, write_structures
-from ubmd.errors import LabelError, SettingsError, UbmdError, MachineError
+from ubmd.errors import LabelError, MachineError, SettingsError, UbmdError
 from ubmd.faults import is_full
 from ubmd.learning import stages
 from ubmd.learning.executors import Adapter, forget_dead_drivers, make_executor
