@@ -138,6 +138,24 @@ def test_a_worker_that_ends_quietly_is_noticed(busy: bool) -> None:
         assert outcome(pool.submit(double, 4)) == 8
 
 
+def test_nobody_reads_what_a_task_prints(tmp_path: Path) -> None:
+    """As behind ``ubmd run | head``, or when the terminal is gone."""
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "from pathlib import Path\nfrom ubmd.learning.workers import Workers, outcome\nfrom unkind import say\n"
+        "if __name__ == '__main__':\n"
+        "    with Workers(1) as pool:\n"
+        "        Path('said').write_text(outcome(pool.submit(say, 'hello')))\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, script]
+    subprocess.run(words, stdout=writer, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=120)
+    os.close(writer)
+    assert (tmp_path / "said").read_text() == "hello"
+
+
 def run_apart(tmp_path: Path, before: str, driver: str) -> subprocess.CompletedProcess[str]:
     """A driver's program with a /dev/shm of its own; ``before``: shell commands that change it."""
     if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], check=False).returncode:

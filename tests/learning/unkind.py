@@ -73,6 +73,11 @@ def interrupted() -> None:
     raise KeyboardInterrupt
 
 
+def say(words: str) -> str:
+    print(words, flush=True)
+    return words
+
+
 def end_quietly() -> None:
     os._exit(0)
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -189,7 +190,8 @@ class _State:
         self._streams = sys.stdout, sys.stderr = (_usable(self._streams[0]), _usable(self._streams[1]))
         os.umask(self._umask)
         if locale.setlocale(locale.LC_ALL) != self._locale:  # decimal commas
-            locale.setlocale(locale.LC_ALL, self._locale)
+            with contextlib.suppress(locale.Error):
+                locale.setlocale(locale.LC_ALL, self._locale)
         sys.setrecursionlimit(max(self._recursion, sys.getrecursionlimit()))
         self._mend_signals()
         if _working_directory() != self._folder:
@@ -220,12 +222,15 @@ def _working_directory() -> str:
 
 
 def _open_files() -> dict[int, tuple[int, int] | None]:
-    """Descriptors of this process beyond the standard ones, and which files they are."""
+    """Descriptors of this process beyond the standard ones, and which files they are.
+
+    Python itself may open that of multiprocessing's resource tracker anew.
+    """
     try:
         numbers = [int(path.name) for path in Path("/dev/fd").iterdir()]
     except OSError:
         return {}
-    files = {number: _file(number) for number in numbers if number > 2}
+    files = {number: _file(number) for number in numbers if number > 2 and number != resource_tracker.getfd()}
     return {number: file for number, file in files.items() if file is not None}  # one was that of /dev/fd
 
 
