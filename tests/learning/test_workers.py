@@ -93,13 +93,13 @@ def test_a_time_out_costs_one_task(workers: Workers, tmp_path: Path) -> None:
 
 @linux
 def test_time_in_which_a_worker_is_stopped_does_not_count(workers: Workers) -> None:
-    assert outcome(workers.submit(be_stopped, 3.0, timeout=2.0)) == 0
+    assert outcome(workers.submit(be_stopped, 6.0, timeout=4.0)) == 0
 
 
 @linux
 def test_a_worker_that_stays_stopped_is_lost(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ubmd.learning.workers._LONGEST_HALT", 1.0)
-    with pytest.raises(WorkersLost, match=r"^The worker process was stopped \(SIGSTOP\) for 1 s\.$"):
+    with pytest.raises(WorkersLost, match=r"^The worker process was stopped \(SIGSTOP\) for \d+ s\.$"):
         outcome(workers.submit(be_stopped, 1000.0, timeout=100.0))
 
 
@@ -112,8 +112,8 @@ def test_time_in_which_the_driver_is_stopped_does_not_count(tmp_path: Path) -> N
         "if __name__ == '__main__':\n"
         "    with Workers(1) as pool:\n"
         "        outcome(pool.submit(double, 1))\n"
-        "        future = pool.submit(time.sleep, 1.0, timeout=3.0)\n"
-        "        be_stopped(5.0)\n"
+        "        future = pool.submit(time.sleep, 1.0, timeout=4.0)\n"
+        "        be_stopped(7.0)\n"
         "        assert outcome(future) is None\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
