@@ -104,16 +104,19 @@ def test_a_worker_that_stays_stopped_is_lost(workers: Workers, monkeypatch: pyte
 
 
 @linux
-def test_time_in_which_the_driver_is_stopped_does_not_count(tmp_path: Path) -> None:
-    """As on a laptop that sleeps: the task ran for a moment only, by the clock for longer than its limit."""
+def test_time_in_which_all_is_stopped_does_not_count(tmp_path: Path) -> None:
+    """As on a laptop that sleeps, or when a batch system suspends the job."""
     script = tmp_path / "driver.py"
     script.write_text(
-        "import time\nfrom ubmd.learning.workers import Workers, outcome\nfrom unkind import be_stopped, double\n"
+        "import os, subprocess\n"
+        "from ubmd.learning.workers import Workers, outcome\n"
+        "from unkind import nap, process_id\n"
         "if __name__ == '__main__':\n"
         "    with Workers(1) as pool:\n"
-        "        outcome(pool.submit(double, 1))\n"
-        "        future = pool.submit(time.sleep, 1.0, timeout=4.0)\n"
-        "        be_stopped(7.0)\n"
+        "        both = f'{outcome(pool.submit(process_id, 0))} {os.getpid()}'\n"
+        "        future = pool.submit(nap, 20, timeout=5.0)\n"
+        "        words = f'sleep 0.5; kill -STOP {both}; sleep 6; kill -CONT {both}'\n"
+        "        subprocess.run(['sh', '-c', words], check=True)\n"
         "        assert outcome(future) is None\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
