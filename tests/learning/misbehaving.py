@@ -219,6 +219,11 @@ def open_too_many(calculator: Misbehaving, *_: object) -> None:
     calculator.files = [os.dup(0) for _ in range(100)]
 
 
+def lower_limits(*_: object) -> None:
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE, resource.RLIMIT_CORE):
+        resource.setrlimit(limit, (16, resource.getrlimit(limit)[1]))
+
+
 def change_signals(*_: object) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
@@ -326,6 +331,7 @@ DEEDS: dict[str, Callable[..., Any]] = {
     "close pipes": calls(os.closerange, 3, 256),
     "replace pipes": replace_pipes,
     "open files": open_too_many,
+    "limits": lower_limits,
     "signals": change_signals,
     "settings": change_settings,
     "move atoms": move_atoms,

@@ -70,6 +70,7 @@ KINDS = {
     "close pipes": (TaskCrashed, r"^The task closed files \(pipes\) that its worker process needs"),
     "replace pipes": (TaskCrashed, r"^The task closed files \(pipes\) that its worker process needs"),
     "open files": (WorkersLost, r"^The reference failed: the machine ran out of .*Too many open files"),
+    "limits": RIGHT,
     "signals": RIGHT,
     "settings": RIGHT,
     "move atoms": (LabelError, r"^The reference moved the atoms before it computed them"),

@@ -69,8 +69,19 @@ def be_stopped(seconds: float) -> int:
     return program.wait()
 
 
+def nap(moments: int) -> None:
+    """Take this many tenths of a second of time in which this process runs."""
+    for _ in range(moments):
+        time.sleep(0.1)
+
+
 def interrupted() -> None:
     raise KeyboardInterrupt
+
+
+def say(words: str) -> str:
+    print(words, flush=True)
+    return words
 
 
 def end_quietly() -> None:
