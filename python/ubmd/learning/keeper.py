@@ -21,7 +21,7 @@ from pathlib import Path
 _PATIENCE = 10.0  # s that new processes may go on to appear
 _QUIET = 3  # looks in a row that find nothing
 _ANSWER = 60.0  # s that SLURM may take to answer
-_AGAIN = (0.0, 5.0, 60.0)  # s before each try to cancel jobs: one may just have been submitted, SLURM may be away
+_TRIES = (0.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # s before each try to cancel jobs: SLURM may be away
 
 
 def wait_for_end(worker: int) -> None:
@@ -77,16 +77,19 @@ def free_shared_memory(process: int) -> None:
             segment.unlink()
 
 
-def cancel_jobs(part: str) -> None:
-    """Cancel this user's jobs in SLURM whose names contain a text, as far as SLURM answers."""
+def cancel_jobs(part: str) -> bool:
+    """Cancel this user's jobs in SLURM whose names contain a text; returns whether SLURM has answered."""
     if shutil.which("squeue") is None:
-        return
+        return True
     listing = ["squeue", "--noheader", "--user", str(os.getuid()), "--format", "%i %j"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
+    try:
         lines = subprocess.run(listing, capture_output=True, text=True, check=True, timeout=_ANSWER).stdout.splitlines()
         jobs = [job for job, _, name in (line.partition(" ") for line in lines) if part in name]
         if jobs:
-            subprocess.run(["scancel", *jobs], capture_output=True, check=False, timeout=_ANSWER)
+            subprocess.run(["scancel", *jobs], capture_output=True, check=True, timeout=_ANSWER)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
 
 
 def main(worker: int, cookie: str, session: bool, jobs: str) -> None:
@@ -98,9 +101,12 @@ def main(worker: int, cookie: str, session: bool, jobs: str) -> None:
             os.killpg(worker, signal.SIGKILL)  # where there is no /proc, this is all
     end_all(worker if session else None, cookie.encode())
     free_shared_memory(worker)
-    for pause in _AGAIN if jobs else ():
+    answers = 0
+    for pause in _TRIES if jobs else ():
         time.sleep(pause)
-        cancel_jobs(jobs)
+        answers += cancel_jobs(jobs)
+        if answers == 2:  # a job may have been submitted just before
+            break
 
 
 if __name__ == "__main__":
