@@ -64,7 +64,7 @@ def test_an_orphan_ends_and_harms_nothing(model: Path, tmp_path: Path, ranks: in
         said, errors = orphan.communicate(timeout=120)
     finally:
         orphan.kill()
-    assert said == "frames_003.extxyz was taken over by another process, which has begun the same later.\n", errors
+    assert said == "frames_003.extxyz was taken over by another process with the same task.\n", errors
     assert (result.stopped, result.frames) == (expected.stopped, expected.frames) == ("step limit", 5)
     here, there = files_of(task.frames.parent), files_of(alone.frames.parent)
     assert here.keys() == there.keys()
@@ -190,7 +190,7 @@ def test_a_training_that_was_taken_over_ends(tmp_path: Path) -> None:
         said, errors = orphan.communicate(timeout=120)
     finally:
         orphan.kill()
-    assert said == "weights.pt was taken over by another process, which has begun the same later.\n", errors
+    assert said == "weights.pt was taken over by another process with the same task.\n", errors
     assert [line.split(",")[0] for line in log.read_text().splitlines()] == ["epoch", "1", "2", "3", "4", "5"]
     assert not [path for path in log.parent.iterdir() if path.name.endswith((".attempt", ".tmp"))]
 

@@ -30,7 +30,7 @@ from ubmd.learning.workers import Executor, Pools, Workers, available_cores
 from ubmd.settings import WorkerSettings
 
 _WANTED = ".wanted-"  # how the name of the file begins that says that tasks are wanted
-_BATCH_SYSTEM = re.compile(r"\b(?:sbatch|srun|slurmstepd|qsub|bsub|condor_submit): [^\n]+")  # its own messages
+_BATCH_SYSTEM = re.compile(r"\b(?:sbatch|qsub|bsub|condor_submit): [^\n]+")  # why it takes no job
 _LOOK = 2.0  # s between two looks for the file that says that tasks are wanted
 
 

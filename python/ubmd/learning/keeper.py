@@ -43,11 +43,11 @@ def left_behind(session: int | None, cookie: bytes) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            fields = (entry / "stat").read_bytes().rsplit(b")", 1)[1].split()  # a name may be any bytes
             mine = int(fields[3]) == session or cookie in (entry / "environ").read_bytes().split(b"\0")
         except (OSError, IndexError):
             continue  # it has ended, or belongs to somebody else
-        if mine and fields[0] != "Z" and int(entry.name) != os.getpid():
+        if mine and fields[0] != b"Z" and int(entry.name) != os.getpid():
             found.append(int(entry.name))
     return found
 
