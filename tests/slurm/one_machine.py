@@ -179,7 +179,7 @@ class Machine:
         processes = descendants(outer.pid)
         outer.kill()
         outer.wait()
-        self._wait(lambda: not any(Path(f"/proc/{process}").exists() for process in processes), f"the end of {node}")
+        self._wait(lambda: not any(map(_is_there, processes)), f"the end of {node}")
 
     def stop(self) -> None:
         """End everything."""
@@ -232,6 +232,13 @@ class Machine:
             if time.monotonic() > end:
                 raise TimeoutError(f"waited for {what}:\n{(self._folder / 'programs.log').read_text()}")
             time.sleep(0.2)
+
+
+def _is_there(process: int) -> bool:
+    """Whether a process is alive; takes notice of it if it was left to us and has ended."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(process, os.WNOHANG)
+    return Path(f"/proc/{process}").exists()
 
 
 def _free_ports(count: int) -> list[int]:
