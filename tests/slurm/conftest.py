@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -86,8 +85,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     file = session.config.getoption("--slurm-table", None)
     if file is None or not _outcomes:
         return
-    slurm = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
-    versions = [f"SLURM {slurm}", *(f"{name} {_version(name)}" for name in ("Parsl", "executorlib"))]
+    versions = [f"SLURM {one_machine.version()}", *(f"{name} {_version(name)}" for name in ("Parsl", "executorlib"))]
     known = Path(file).read_text().splitlines() if Path(file).exists() else []
     rows = dict(line.strip("| ").split(" | ") for line in known if line.startswith("| ") and line != _HEAD) | _outcomes
     lines = [_HEAD, "|---|---|", *(f"| {case} | {outcome} |" for case, outcome in sorted(rows.items()))]

@@ -100,6 +100,12 @@ def why_not() -> str:
     return ""
 
 
+def version() -> str:
+    """Of SLURM."""
+    program = shutil.which("slurmctld", path=f"{os.environ['PATH']}:{_ADMIN}")
+    return subprocess.run([program, "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
 def _foreign() -> set[str]:
     """Names of SLURM's programs that run here and are not of such a cluster as this one (two may run side by side)."""
     found = set()
