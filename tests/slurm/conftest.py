@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -62,6 +61,7 @@ def calm(machine: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+_HEAD = "| case | outcome |"
 _outcomes: dict[str, str] = {}  # of the cases that ran
 
 
@@ -81,13 +81,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the table."""
+    """Write the table; rows of cases that did not run this time stay."""
     file = session.config.getoption("--slurm-table", None)
     if file is None or not _outcomes:
         return
-    slurm = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
-    versions = [f"SLURM {slurm}", *(f"{name} {_version(name)}" for name in ("Parsl", "executorlib"))]
-    lines = ["| case | outcome |", "|---|---|", *(f"| {case} | {outcome} |" for case, outcome in _outcomes.items())]
+    versions = [f"SLURM {one_machine.version()}", *(f"{name} {_version(name)}" for name in ("Parsl", "executorlib"))]
+    known = Path(file).read_text().splitlines() if Path(file).exists() else []
+    rows = dict(line.strip("| ").split(" | ") for line in known if line.startswith("| ") and line != _HEAD) | _outcomes
+    lines = [_HEAD, "|---|---|", *(f"| {case} | {outcome} |" for case, outcome in sorted(rows.items()))]
     Path(file).write_text(f"{', '.join(versions)}; {datetime.now(UTC):%d %B %Y}:\n\n" + "\n".join(lines) + "\n")
 
 

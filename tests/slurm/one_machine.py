@@ -100,6 +100,12 @@ def why_not() -> str:
     return ""
 
 
+def version() -> str:
+    """Of SLURM."""
+    program = shutil.which("slurmctld", path=f"{os.environ['PATH']}:{_ADMIN}")
+    return subprocess.run([program, "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
 def _foreign() -> set[str]:
     """Names of SLURM's programs that run here and are not of such a cluster as this one (two may run side by side)."""
     found = set()
@@ -179,7 +185,7 @@ class Machine:
         processes = descendants(outer.pid)
         outer.kill()
         outer.wait()
-        self._wait(lambda: not any(Path(f"/proc/{process}").exists() for process in processes), f"the end of {node}")
+        self._wait(lambda: not any(map(_is_there, processes)), f"the end of {node}")
 
     def stop(self) -> None:
         """End everything."""
@@ -232,6 +238,13 @@ class Machine:
             if time.monotonic() > end:
                 raise TimeoutError(f"waited for {what}:\n{(self._folder / 'programs.log').read_text()}")
             time.sleep(0.2)
+
+
+def _is_there(process: int) -> bool:
+    """Whether a process is alive; takes notice of it if it was left to us and has ended."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(process, os.WNOHANG)
+    return Path(f"/proc/{process}").exists()
 
 
 def _free_ports(count: int) -> list[int]:

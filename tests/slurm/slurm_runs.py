@@ -244,6 +244,7 @@ class Driver:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_heed_signals,
             )
         assert wait_for(lambda: bool(descendants(self._outer.pid)) or self.ended(), 20.0)
         self.pid, *_ = descendants(self._outer.pid) or [0]
@@ -273,3 +274,9 @@ class Driver:
         """With SIGKILL, from one moment to the next."""
         self.signal(signal.SIGKILL)
         self._outer.wait(60.0)
+
+
+def _heed_signals() -> None:
+    """Those that a shell ignores in what it starts in the background (Ctrl-C), or nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
