@@ -178,14 +178,15 @@ class _Unwanted:
         self._driver = driver
         self._parent = os.getppid()
         self._next = 0.0
+        self._gone = False
 
     def __call__(self) -> bool:
         if os.getpid() != self._driver and os.getppid() != self._parent:
             os._exit(1)  # what started this process was killed: nobody will fetch the result
-        if time.monotonic() < self._next:
-            return False
-        self._next = time.monotonic() + _LOOK
-        return not self._wanted.exists()
+        if not self._gone and time.monotonic() >= self._next:  # two threads ask: neither must miss it
+            self._next = time.monotonic() + _LOOK
+            self._gone = not self._wanted.exists()
+        return self._gone
 
 
 class _Children:
