@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from test_workers import is_alive, linux, wait_for
 from unkind import crash, double, environment, process_id, raise_sentence, start_programs, wait_forever
 
 from ubmd.errors import LabelError, SettingsError
+from ubmd.learning import keeper
 from ubmd.learning.clusters import parsl_config, tasks_at_once
 from ubmd.learning.executors import Adapter, make_executor
 from ubmd.learning.keeper import left_behind
@@ -227,6 +229,26 @@ def test_a_process_of_any_name_is_found_by_the_keeper() -> None:
         process.stdout.readline()
         assert left_behind(None, b"UBMD_TEST=5f3a") == [process.pid]
         process.kill()
+
+
+@linux
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_batch_system_cannot_end_the_keeper_before_it_has_cleaned_up(ending: signal.Signals) -> None:
+    """A job that is cancelled gets SIGTERM in all its processes, some time before SIGKILL."""
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as worker:
+        memory = Path(f"/dev/shm/mpich_shm_{worker.pid:x}_0")
+        memory.touch()
+        command = [sys.executable, "-I", "-S", keeper.__file__, str(worker.pid), "UBMD_TEST=90c1", "session"]
+        with subprocess.Popen(command) as watching:
+            status = Path(f"/proc/{watching.pid}/status")
+            try:
+                assert wait_for(lambda: int(re.search(r"SigIgn:\s*(\w+)", status.read_text())[1], 16) >> ending - 1 & 1)
+                watching.send_signal(ending)
+                assert memory.exists()
+            finally:
+                worker.kill()
+            assert watching.wait(timeout=30) == 0
+    assert not memory.exists()
 
 
 def test_jobs_that_never_start_lose_the_task_with_what_they_said(tmp_path: Path) -> None:

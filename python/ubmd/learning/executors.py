@@ -178,12 +178,12 @@ class _Unwanted:
         self._driver = driver
         self._parent = os.getppid()
         self._next = 0.0
-        self._gone = False  # two threads ask: what one has seen, the other must hear, too
+        self._gone = False
 
     def __call__(self) -> bool:
         if os.getpid() != self._driver and os.getppid() != self._parent:
             os._exit(1)  # what started this process was killed: nobody will fetch the result
-        if not self._gone and time.monotonic() >= self._next:
+        if not self._gone and time.monotonic() >= self._next:  # two threads ask: neither must miss it
             self._next = time.monotonic() + _LOOK
             self._gone = not self._wanted.exists()
         return self._gone

@@ -94,7 +94,8 @@ def cancel_jobs(part: str) -> bool:
 
 def main(worker: int, cookie: str, session: bool, jobs: str) -> None:
     """Wait, then clean up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a batch system sends SIGTERM to all first
+        signal.signal(ending, signal.SIG_IGN)
     wait_for_end(worker)
     if session:
         with contextlib.suppress(OSError):
