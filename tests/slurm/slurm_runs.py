@@ -145,14 +145,17 @@ class Cluster:
         command = ["scancel", f"--signal={int(number)}", f"{job}.0"]
         subprocess.run(command, env=self.environment, capture_output=True, timeout=60, check=False)
 
-    def left(self, keepers: bool = False) -> list[str]:
+    def left(self, keepers: bool = False, semaphores: bool = True) -> list[str]:
         """Processes on the machines that are not SLURM's, and files in their shared memory.
 
         Args:
             keepers: also those that look for jobs of an ended driver, which they do for a minute.
+            semaphores: also those of Python, 32 bytes each. SIGKILL to all processes of a job leaves some on its node:
+                that of Python which would remove them is among those processes.
         """
         found = [name for _, name in self._processes() if keepers or "keeper.py" not in name]
-        return found + list(map(str, self._shared_memory()))
+        memory = (path for path in self._shared_memory() if semaphores or not path.name.startswith("sem.mp-"))
+        return found + list(map(str, memory))
 
     def _processes(self) -> Iterator[tuple[int, str]]:
         """(id, machine and command line) of those that are not SLURM's."""
