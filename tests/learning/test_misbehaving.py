@@ -17,7 +17,7 @@ from processes import is_alive, wait_for
 
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import LabelError, SettingsError
-from ubmd.learning.stages import label_batch
+from ubmd.learning.stages import label_batch, read_batch
 from ubmd.learning.tasks import label_file
 from ubmd.learning.workers import TaskCrashed, TaskTimeout, Workers, WorkersLost, outcome
 from ubmd.settings import ReferenceSettings
@@ -184,7 +184,8 @@ def test_a_batch_of_which_half_ends_the_process(ending: Workers, tmp_path: Path)
     for k, x in enumerate((-0.1, 0.1, 0.2, -0.2)):
         structures[k].positions[:, 0] += x - structures[k].positions[0, 0]
     settings = ReferenceSettings(calculator="misbehaving:Ends")
-    labelled, rejected = label_batch(structures, tmp_path, settings, tmp_path, ending, lambda *_: None)
+    label_batch(structures, tmp_path, settings, tmp_path, ending, lambda *_: None)
+    labelled, rejected = read_batch(tmp_path)
     assert [atoms.positions[0, 0] for atoms in labelled] == pytest.approx([0.1, 0.2])
     reason = "The reference did not converge (SystemExit: SCF did not converge, stopping)."
     assert [atoms.info["reason"] for atoms in rejected] == [reason, reason]

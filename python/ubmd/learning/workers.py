@@ -18,7 +18,6 @@ What a task gets everywhere:
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -27,10 +26,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import RLock
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,52 +125,47 @@ def _start_tracker() -> None:
     """
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
-        resource_tracker.ensure_running()
+        with suppress(OSError):  # no more processes: those that need it will say so
+            resource_tracker.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+class _NoLock:
+    """Stands for a lock that one process alone would ever take."""
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """Always."""
+        return True
+
+    def release(self) -> None:
+        """Nothing to do."""
 
 
 class _Spawn(SpawnContext):
     """How processes start: fork would copy the driver's torch threads and locks in an unknown state.
 
-    It keeps the processes of its pool: pebble takes one that ends with exit code 0 for finished, and waits on. It keeps
-    the locks, too: pebble removes them from the system before it stops the process, and one that is just starting would
-    not find them and print a traceback.
+    It keeps the processes of its pool: pebble takes one that ends with exit code 0 for finished, and waits on. Locks
+    are for workers that share a pool: ours have one each, and a real lock would take a semaphore in /dev/shm, which
+    stays there when driver and workers are killed together.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.processes: list[BaseProcess] = []
-        self._locks: list[RLock] = []
 
     def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:  # type: ignore[override]
         """A process, not yet started."""
         self.processes.append(SpawnProcess(*args, **kwargs))
         return self.processes[-1]
 
-    def RLock(self) -> RLock:
-        """A lock that lives as long as this context.
-
-        Raises:
-            MachineError: the system has no room for one.
-        """
-        try:
-            self._locks.append(super().RLock())
-        except OSError as error:
-            if machine_fault(error) and error.errno != errno.EROFS:
-                raise
-            raise MachineError(
-                f"/dev/shm (shared memory) cannot be used ({error.strerror or error}): make room in it, or mount it so "
-                "that it can be written."
-            ) from error
-        return self._locks[-1]
+    def RLock(self) -> Any:
+        """No lock."""
+        return _NoLock()
 
 
 class _Worker:
-    """A worker process in a pebble pool of its own.
-
-    One that is killed while it holds the lock of a shared queue would block all.
-    """
+    """A worker process in a pebble pool of its own: one that is killed in the middle of a message blocks no other."""
 
     def __init__(self) -> None:
         """The process starts with the first task."""
@@ -205,7 +199,7 @@ class _Worker:
 def _state(process: int | None) -> str:
     """Letter of the state of a process, see proc(5); empty where it is not known."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return Path(f"/proc/{process}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()[0]
     except (OSError, IndexError):
         return ""
 
