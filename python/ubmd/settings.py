@@ -576,7 +576,10 @@ class WorkerSettings(Table):
         "and keyword arguments), or of executorlib's SingleNodeExecutor or SlurmJobExecutor ('name'); not for pebble",
     )
     retries: int = Field(
-        1, ge=0, description="how often a task is tried again whose process was killed or crashed (time-outs never are)"
+        1,
+        ge=0,
+        description="how often a task is tried again whose process crashed (then it is rejected) or was lost by a "
+        "fault of the machine or cluster (then it is postponed); never after a time-out",
     )
 
 
