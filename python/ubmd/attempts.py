@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from ubmd.errors import SimulationError
@@ -74,7 +75,7 @@ class Attempt:
             if error.errno not in _GONE:
                 raise
             name = self.target.name
-            raise TakenOver(f"{name} was taken over by another process, which has begun the same later.") from None
+            raise TakenOver(f"{name} was taken over by another process with the same task.") from None
 
     def report(self, steps: int) -> None:
         """Note the number of steps done, for `steps_so_far`; TakenOver as in `check`."""
@@ -121,8 +122,7 @@ class Attempt:
 
 def attempts(target: Path) -> list[Path]:
     """Folders of the attempts at a result, the newest last."""
-    found = [path for path in _folders(target.parent) if path.name.startswith(f"{target.stem}.")]
-    return sorted(found, key=_age)
+    return sorted(_folders(target.parent, f"{escape(target.stem)}.*"), key=_age)
 
 
 def end_attempts(target: Path) -> None:
@@ -156,8 +156,8 @@ def targets_in_work(folder: Path) -> list[str]:
     return sorted({path.name.removesuffix(_SUFFIX).rpartition(".")[0] for path in _folders(folder)})
 
 
-def _folders(parent: Path) -> list[Path]:
-    return [path for path in parent.glob(f"*{_SUFFIX}") if path.is_dir()]
+def _folders(parent: Path, names: str = "*") -> list[Path]:
+    return [path for path in parent.glob(names + _SUFFIX) if path.is_dir()]
 
 
 def _age(folder: Path) -> float:

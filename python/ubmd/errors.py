@@ -46,16 +46,12 @@ class TrainingError(UbmdError):
     """A training diverged, or a checkpoint belongs to another training."""
 
 
-class WorkerError(UbmdError):
-    """No task comes to an end, by a fault of the machine or cluster: nothing is lost or rejected; mend it and go on."""
-
-
 class StorageError(UbmdError):
     """A disk, a quota or a limit on file sizes is full: nothing is lost; with space, the same command goes on."""
 
 
 class MachineError(UbmdError):
-    """The machine ran out of something, or lost it: no fault of what was computed, which can be tried again."""
+    """The machine or cluster failed: no fault of what was computed, and nothing is lost; later, or mended, it works."""
 
 
 def one_line(text: object) -> str:

@@ -41,6 +41,7 @@ _HINTS = {
     "SIGBUS": " (often: /dev/shm or a disk is full)",
     "SIGSEGV": " (a crash in compiled code)",
 }
+_ERRNO_HINTS = {errno.EAGAIN: "; often no more processes are allowed: ulimit -u", errno.EMFILE: "; ulimit -n"}
 _NO_THREADS = "can't start new thread"  # Python's RuntimeError when the system allows no more
 _NO_FOLDER = "No usable temporary directory"  # Python's FileNotFoundError when it can write to none
 _ASE_PROGRAM = re.compile(r"with error code (-?\d+)")  # a CalculationFailed of ASE
@@ -83,7 +84,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, MachineError):
         return one_line(error).rstrip(".")
     if isinstance(error, OSError) and (error.errno in _ERRNOS or _NO_FOLDER in str(error.strerror)):
-        return f"the machine ran out of something or lost it ({one_line(error)})"
+        return (
+            f"the machine ran out of something or lost it ({one_line(error)}{_ERRNO_HINTS.get(error.errno or 0, '')})"
+        )
     if isinstance(error, RuntimeError) and _NO_THREADS in one_line(error):
         return "the system allows no more processes and threads (ulimit -u)"
     number = killed_from_outside(_exit_code(error))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -62,35 +61,35 @@ def calm(machine: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Remember how the cases ended."""
-    wanted = dict(report.user_properties).get("case")
-    if wanted and (report.when == "call" or report.failed):
-        _outcomes[wanted] = "failed" if report.failed else "passed" if report.passed else "skipped"
-
-
-_outcomes: dict[str, str] = {}
+_HEAD = "| case | outcome |"
+_outcomes: dict[str, str] = {}  # of the cases that ran
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """The first line of a test's docstring is its row."""
-    text = (getattr(item, "function", None) and item.function.__doc__) or ""
-    if "slurm" in Path(item.path).parent.name and text:
-        item.user_properties.append(("case", text.splitlines()[0].rstrip(".")))
+def pytest_runtest_setup(item: pytest.Function) -> None:
+    """Tests are known by the first lines of their docstrings, and by their parameters."""
+    case = (item.function.__doc__ or item.name).splitlines()[0].rstrip(".")
+    parameters = f" ({item.callspec.id})" if hasattr(item, "callspec") else ""
+    item.user_properties.append(("case", case + parameters))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember how a case ended."""
+    case = dict(report.user_properties).get("case")
+    if case and (report.failed or (report.when == "call" and report.passed)):
+        _outcomes[case] = "failed" if report.failed else _outcomes.get(case, "passed")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the table."""
+    """Write the table; rows of cases that did not run this time stay."""
     file = session.config.getoption("--slurm-table", None)
-    ran = {case: outcome for case, outcome in _outcomes.items() if outcome != "skipped"}
-    if file is None or not ran:
+    if file is None or not _outcomes:
         return
-    slurm = shutil.which("sbatch") and os.popen("sbatch --version").read().split()[-1]
-    packages = [f"{name} {_version(name)}" for name in ("parsl", "executorlib")]
-    rows = [f"| {case} | {outcome} |" for case, outcome in ran.items()]
-    text = f"SLURM {slurm}, {', '.join(packages)}, {datetime.now(UTC):%d %B %Y}:\n\n| case | outcome |\n|---|---|\n"
-    Path(file).write_text(text + "\n".join(rows) + "\n")
+    versions = [f"SLURM {one_machine.version()}", *(f"{name} {_version(name)}" for name in ("Parsl", "executorlib"))]
+    known = Path(file).read_text().splitlines() if Path(file).exists() else []
+    rows = dict(line.strip("| ").split(" | ") for line in known if line.startswith("| ") and line != _HEAD) | _outcomes
+    lines = [_HEAD, "|---|---|", *(f"| {case} | {outcome} |" for case, outcome in sorted(rows.items()))]
+    Path(file).write_text(f"{', '.join(versions)}; {datetime.now(UTC):%d %B %Y}:\n\n" + "\n".join(lines) + "\n")
 
 
 def _version(package: str) -> str:

@@ -4,6 +4,8 @@ Everything is in FOLDER, which is removed in the end: configuration, key and soc
 login node and the nodes n1 and n2 have processes, /dev/shm and temporary files of their own, as other machines would,
 and share all else. Needs root; from Debian: slurmd slurmctld slurm-client munge.
 
+Without FOLDER it only says, with status 1, why there can be no such cluster here.
+
 Input: lines ``kill n1`` (the node loses power) and ``start n1``; each is answered by a line. All processes are
 descendants of this program, also those that jobs leave behind, and end with it, however the one that uses it ends.
 """
@@ -30,6 +32,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _PATIENCE = 60.0  # s
 _UP = ("idle", "mixed", "allocated", "completing")  # states of a node that answers
 _ADMIN = "/usr/sbin:/sbin"  # not on everybody's PATH
+_OWN = ("unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")  # mounts and processes
 
 # Ports on the loopback only. A short KillWait and SlurmdTimeout, for short tests: a lost node is down after 10 s.
 _CONFIGURATION = """\
@@ -85,15 +88,22 @@ def why_not() -> str:
     missing = [name for name in _PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:{_ADMIN}") is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
-    if Path("/etc/slurm/slurm.conf").exists() or Path("/etc/slurm-llnl/slurm.conf").exists():
-        return "this machine belongs to a cluster (/etc/slurm/slurm.conf)"
+    known = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", os.environ.get("SLURM_CONF", "/nowhere"))
+    if "SLURM_JOB_ID" in os.environ or any(Path(path).exists() for path in known):
+        return "this machine belongs to a cluster"
     foreign = _foreign()
     if foreign:
         return f"{' and '.join(sorted(foreign))} run already"
-    attempt = ["unshare", "-m", "-p", "-f", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
-    if subprocess.run(attempt, capture_output=True, check=False).returncode:
+    attempt = subprocess.run([*_OWN, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True, check=False)
+    if attempt.returncode:
         return "this container may not mount file systems"
     return ""
+
+
+def version() -> str:
+    """Of SLURM."""
+    program = shutil.which("slurmctld", path=f"{os.environ['PATH']}:{_ADMIN}")
+    return subprocess.run([program, "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 def _foreign() -> set[str]:
@@ -164,8 +174,7 @@ class Machine:
     def _start_machine(self, name: str, program: str) -> None:
         """Processes, /dev/shm and temporary files of their own; FOLDER/NAME.pid says which process is the first."""
         script = _NODE.format(folder=self._folder, program=program)
-        command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "bash", "-c", script]
-        self._machines[name] = self._run(*command)
+        self._machines[name] = self._run(*_OWN, "bash", "-c", script)
         self._wait(lambda: bool(descendants(self._machines[name].pid)), name)
         first, *_ = descendants(self._machines[name].pid)
         (self._folder / f"{name}.pid").write_text(str(first))
@@ -176,7 +185,7 @@ class Machine:
         processes = descendants(outer.pid)
         outer.kill()
         outer.wait()
-        self._wait(lambda: not any(Path(f"/proc/{process}").exists() for process in processes), f"the end of {node}")
+        self._wait(lambda: not any(map(_is_there, processes)), f"the end of {node}")
 
     def stop(self) -> None:
         """End everything."""
@@ -231,6 +240,13 @@ class Machine:
             time.sleep(0.2)
 
 
+def _is_there(process: int) -> bool:
+    """Whether a process is alive; takes notice of it if it was left to us and has ended."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(process, os.WNOHANG)
+    return Path(f"/proc/{process}").exists()
+
+
 def _free_ports(count: int) -> list[int]:
     """Ports of the loopback that nobody listens at."""
     with contextlib.ExitStack() as stack:
@@ -267,4 +283,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    if len(sys.argv) == 2:
+        main(Path(sys.argv[1]).resolve())
+    else:
+        sys.exit(why_not() or None)

@@ -145,9 +145,17 @@ class Cluster:
         command = ["scancel", f"--signal={int(number)}", f"{job}.0"]
         subprocess.run(command, env=self.environment, capture_output=True, timeout=60, check=False)
 
-    def left(self) -> list[str]:
-        """Processes on the machines that are not SLURM's, and files in their shared memory."""
-        return [name for _, name in self._processes()] + list(map(str, self._shared_memory()))
+    def left(self, keepers: bool = False, semaphores: bool = True) -> list[str]:
+        """Processes on the machines that are not SLURM's, and files in their shared memory.
+
+        Args:
+            keepers: also those that look for jobs of an ended driver, which they do for a minute.
+            semaphores: also those of Python, 32 bytes each. SIGKILL to all processes of a job leaves some on its node:
+                that of Python which would remove them is among those processes.
+        """
+        found = [name for _, name in self._processes() if keepers or "keeper.py" not in name]
+        memory = (path for path in self._shared_memory() if semaphores or not path.name.startswith("sem.mp-"))
+        return found + list(map(str, memory))
 
     def _processes(self) -> Iterator[tuple[int, str]]:
         """(id, machine and command line) of those that are not SLURM's."""
@@ -239,6 +247,7 @@ class Driver:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_heed_signals,
             )
         assert wait_for(lambda: bool(descendants(self._outer.pid)) or self.ended(), 20.0)
         self.pid, *_ = descendants(self._outer.pid) or [0]
@@ -268,3 +277,9 @@ class Driver:
         """With SIGKILL, from one moment to the next."""
         self.signal(signal.SIGKILL)
         self._outer.wait(60.0)
+
+
+def _heed_signals() -> None:
+    """Those that a shell ignores in what it starts in the background (Ctrl-C), or nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

@@ -49,6 +49,17 @@ def mpi_library() -> Path | None:
     return None
 
 
+def free_shared_memory() -> None:
+    """Give back the name of what MPICH keeps in /dev/shm for this process (1 MB) when a LAMMPS has started in it.
+
+    A process that is killed would leave it behind, in the way of a later one of its id. The memory stays as long as it
+    is in use, and no other process looks for it: where ``mpiexec`` has started several, it has another kind of name.
+    """
+    for segment in Path("/dev/shm").glob(f"mpich_shm_{os.getpid():x}_*"):
+        with contextlib.suppress(OSError):
+            segment.unlink()
+
+
 def _forget_inherited(folder: str) -> None:
     """Drop `folder` from the inherited path: a child process would load the plugin twice and print a warning."""
     inherited = os.environ.get("LAMMPS_PLUGIN_PATH")

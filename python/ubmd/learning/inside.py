@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import locale
 import os
+import resource
 import secrets
 import select
 import signal
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,10 +28,14 @@ from ubmd.faults import WORKER, in_worker, is_full, machine_fault
 CLOSED = 211
 """Exit code of a worker whose task has closed the pipes to the driver."""
 
+NO_PROCESS = 212
+"""Exit code of a worker that may not start its keeper."""
+
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENMM_CPU_THREADS")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LONGEST_TRACEBACK = 20_000  # characters: the message at its end may be a whole output
 _OWN_MODULES = ("ubmd.errors", "ubmd.learning.workers")  # of errors that the driver raises again
+_LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 _keepers: list[subprocess.Popen[bytes]] = []
 
 Reply = tuple[Any, str, str, str]
@@ -125,7 +131,10 @@ def _die_with(driver: int) -> None:
 
 def _take_along_what_it_starts() -> None:
     """Let all programs that this process starts end with it."""
-    start_keeper(WORKER, "session")
+    try:
+        start_keeper(WORKER, "session")
+    except BlockingIOError:  # no more processes; Python would print a traceback
+        os._exit(NO_PROCESS)
     os.setsid()
 
 
@@ -171,6 +180,7 @@ class _State:
         os.umask(self._umask)
         self._locale = locale.setlocale(locale.LC_ALL)
         self._recursion = sys.getrecursionlimit()
+        self._limits = {limit: resource.getrlimit(limit)[0] for limit in _LIMITS}
         self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._streams = sys.stdout, sys.stderr
         self._descriptors = _open_files()
@@ -181,16 +191,28 @@ class _State:
         if any(_file(number) != file for number, file in self._descriptors.items()):
             os._exit(CLOSED)
         _mend_streams()
-        sys.stdout, sys.stderr = (_usable(stream) for stream in self._streams)
+        self._streams = sys.stdout, sys.stderr = (_usable(self._streams[0]), _usable(self._streams[1]))
         os.umask(self._umask)
         if locale.setlocale(locale.LC_ALL) != self._locale:  # decimal commas
-            locale.setlocale(locale.LC_ALL, self._locale)
+            with contextlib.suppress(locale.Error):
+                locale.setlocale(locale.LC_ALL, self._locale)
         sys.setrecursionlimit(max(self._recursion, sys.getrecursionlimit()))
         self._mend_signals()
+        self._mend_limits()
         if _working_directory() != self._folder:
             self.worn = True  # the calculator may rely on its own folder: it finds the right one as at first
             with contextlib.suppress(OSError):
                 os.chdir(self._folder)
+
+    def _mend_limits(self) -> None:
+        """Of memory, file sizes, open files, ...: only lower ones are in the way."""
+        for limit, before in self._limits.items():
+            now, highest = resource.getrlimit(limit)
+            if now != before and now != resource.RLIM_INFINITY and (now < before or before == resource.RLIM_INFINITY):
+                try:
+                    resource.setrlimit(limit, (before, highest))
+                except (OSError, ValueError):  # the task has lowered what only root may raise
+                    self.worn = True
 
     def _mend_signals(self) -> None:
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
@@ -215,12 +237,15 @@ def _working_directory() -> str:
 
 
 def _open_files() -> dict[int, tuple[int, int] | None]:
-    """Descriptors of this process beyond the standard ones, and which files they are."""
+    """Descriptors of this process beyond the standard ones, and which files they are.
+
+    Python itself may open that of multiprocessing's resource tracker anew.
+    """
     try:
         numbers = [int(path.name) for path in Path("/dev/fd").iterdir()]
     except OSError:
         return {}
-    files = {number: _file(number) for number in numbers if number > 2}
+    files = {number: _file(number) for number in numbers if number > 2 and number != resource_tracker.getfd()}
     return {number: file for number, file in files.items() if file is not None}  # one was that of /dev/fd
 
 

@@ -4,14 +4,16 @@
     manifest.json         versions, what labels, seed, hashes of the inputs, threads of the training
     events.jsonl          what happened, one JSON object per line, only ever appended
     history.json          one entry per finished iteration (errors, coverage, MD steps, seconds)
-    dataset.extxyz        all labels; info has the label's id, iteration, replica, step and split
+    dataset.extxyz        all labels; info has the label's id, iteration, replica, step and split (and
+                          first_iteration, for one that was postponed)
     rejected.extxyz       structures without a label; info has the reason
     test.extxyz           test set, if there is one
     model.pt              the newest model
     report/               pictures and tables
     start/, test/         first labels, and parts of the test set
     iterations/iter_NNN/  train/, model.pt, frames_RRR.extxyz, replicas.json, selected.json, labels/ of one iteration;
-                          predictions.npz: what its model says about the test set, or about the labels it selected
+                          predictions.npz: what its model says about the test set, or about the labels it selected;
+                          frames_RRR.<token>.attempt/: a replica that is running, with LAMMPS's log
 
 Files are written under a temporary name, flushed to disk and renamed; a finished stage leaves a mark with the hash of
 its inputs (`Stages`), so that a resumed run does what is missing, and again what has other inputs. Nothing in the
@@ -44,7 +46,7 @@ from pydantic import ValidationError
 import ubmd
 from ubmd.attempts import remove_leftovers
 from ubmd.errors import DataError, SettingsError, StorageError
-from ubmd.outputs import check_name, replacing, why
+from ubmd.outputs import check_name, replacing, temporary_name, why
 from ubmd.settings import RunSettings, Table
 
 S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
@@ -393,7 +395,7 @@ def move_aside(path: Path, folder: Path, name: str = "") -> Path | None:
 
 def keep_copy(path: Path, folder: Path) -> None:
     """Keep a copy of a file in ``folder``, under a dated name."""
-    scratch = path.with_name(f".{path.name}.copy")
+    scratch = temporary_name(path)
     copy_file(path, scratch)
     stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%f")
     move_aside(scratch, folder, f"{path.stem}.{stamp}{path.suffix}")

@@ -24,6 +24,7 @@ from ubmd.data.geometry import check_apart
 from ubmd.data.state import bare, check_state, mixed_states, state_hash, structures_hash
 from ubmd.data.structures import (
     append_structures,
+    as_extxyz,
     fixed_atoms,
     labels_of,
     read_structures,
@@ -208,7 +209,7 @@ def label_batch(
     Raises:
         SettingsError: the reference's calculator cannot be made at all.
         StorageError: the disk is full; no structure is rejected for that.
-        WorkerError: not a single structure came to an end, by a fault of the machine.
+        MachineError: not a single structure came to an end, by a fault of the machine.
     """
     keys = [label_key(candidate, settings) for candidate in candidates]
     files = [(folder / f"candidate_{k:03d}.extxyz", folder / f"label_{k:03d}.extxyz") for k in range(len(candidates))]
@@ -399,7 +400,7 @@ def append_once(path: Path, offset: int, labels: Sequence[Atoms], report: Callab
     attempt is cut off first. Only the newest batch may be unfinished, so later batches are never touched. A file that
     goes on differently is kept aside before it is cut: no label is ever lost.
     """
-    frames = [_as_bytes(path, atoms) for atoms in labels]
+    frames = [as_extxyz([atoms]).encode() for atoms in labels]
     content = b"".join(frames)
     present = path.read_bytes() if path.exists() else b""
     if len(present) < offset:
@@ -429,15 +430,6 @@ def read_dataset(path: Path) -> list[Atoms]:
     except DataError:
         move_aside(path, path.parent / "aside")
         return []
-
-
-def _as_bytes(path: Path, atoms: Atoms) -> bytes:
-    """A frame as `append_structures` writes it."""
-    scratch = path.with_name(f".{path.name}.new")
-    write_structures(scratch, [atoms])
-    content = scratch.read_bytes()
-    scratch.unlink()
-    return content
 
 
 # ------------------------------------------------------------------------------------------ MD
@@ -532,7 +524,7 @@ def run_replicas(
     Raises:
         SimulationError: no replica that has ended has a frame.
         StorageError: the disk is full.
-        WorkerError: not a single replica came to an end, by a fault of the machine.
+        MachineError: not a single replica came to an end, by a fault of the machine.
     """
     keys = {origin: _task_key(task, model_keys[origin[0]]) for origin, task in tasks.items()}
     results = {

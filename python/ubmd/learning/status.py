@@ -32,7 +32,7 @@ _ADVICE = {
     "TrainingError": _AGAIN,
     "ModelError": _CAUSE,
     "SimulationError": _CAUSE,
-    "WorkerError": _CAUSE,
+    "MachineError": _CAUSE,
 }
 _ENDINGS = {"threshold": "thr", "step limit": "lim", "failed": "fail"}
 

@@ -39,7 +39,7 @@ from pebble import ProcessExpired, ProcessPool
 from ubmd import errors
 from ubmd.errors import MachineError, UbmdError, describe, one_line
 from ubmd.faults import killed_by, killed_from_outside, machine_fault
-from ubmd.learning.inside import CLOSED, Reply, initialise, run_task
+from ubmd.learning.inside import CLOSED, NO_PROCESS, Reply, initialise, run_task
 
 _POLL = 0.2  # s between two looks at a running task
 _LONGEST_STEP = 1.0  # s between two such looks that count; what is longer, this process could not run
@@ -110,7 +110,7 @@ class Workers:
                 raise
             refused.set()  # it stays in the queue of threads that may have started before
             lost: Future[Any] = Future()
-            lost.set_result((None, "WorkersLost", f"A worker could not be started: {reason}.", ""))
+            lost.set_result((None, "WorkersLost", f"{_UNSTARTED}: {reason}.", ""))
             return lost
 
     def stop(self) -> None:
@@ -312,6 +312,7 @@ class Pools:
         worker.end()
 
 
+_UNSTARTED = "A worker process could not be started"
 _STOPPED: Reply = (None, "WorkersLost", "The worker process was stopped.", "")
 
 
@@ -320,6 +321,8 @@ def _end_of(code: int | None, began: bool = True) -> tuple[str, str]:
     if code is not None and code < 0:
         kind = "WorkersLost" if killed_from_outside(code) else "TaskCrashed"
         reason = f"The worker process was {killed_by(-code)}."
+    elif code == NO_PROCESS:
+        return "WorkersLost", f"{_UNSTARTED}: the system allows no more processes (ulimit -u)."
     elif code == CLOSED:
         kind, reason = "TaskCrashed", "The task closed files (pipes) that its worker process needs (os.close)."
     else:
@@ -333,7 +336,7 @@ def _not_started(error: BaseException) -> str:
     """One sentence for a worker that is not there."""
     fault = machine_fault(error)
     if fault:
-        return f"A worker process could not be started: {fault}."
+        return f"{_UNSTARTED}: {fault}."
     return f"The worker process was lost ({one_line(error)}).{_unguarded()}"
 
 

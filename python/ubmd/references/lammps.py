@@ -20,6 +20,7 @@ from ase.geometry.cell import complete_cell
 
 from ubmd.aliases import Aliases
 from ubmd.errors import LabelError, SettingsError
+from ubmd.lammps.plugin import free_shared_memory
 from ubmd.references.repetition import Repetition
 
 ENERGY_UNITS = {"metal": 1.0, "real": units.kcal / units.mol}
@@ -278,9 +279,11 @@ def _start_lammps() -> Any:
     from lammps import lammps
 
     try:
-        return lammps(cmdargs=["-screen", "none", "-log", "none", "-nocite"])
+        engine = lammps(cmdargs=["-screen", "none", "-log", "none", "-nocite"])
     except Exception as error:
         raise SettingsError(f"LAMMPS could not be started: {_message(error)}; run 'ubmd doctor'.") from error
+    free_shared_memory()
+    return engine
 
 
 def _run_all(engine: Any, lines: Sequence[str]) -> None:

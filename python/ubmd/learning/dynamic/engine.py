@@ -84,6 +84,7 @@ def run(
         LabelError: the reference fails for all start structures, or for whole rounds again and again.
         SimulationError: no trajectory can be run.
         StorageError: the disk is full.
+        MachineError: no task comes to an end, by a fault of the machine or cluster.
     """
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
     check_box(settings, base)  # before the folder is made: what is wrong here stays wrong
