@@ -173,6 +173,12 @@ def processes_of(text: str) -> list[int]:
     return found
 
 
+def interchanges() -> set[int]:
+    """Those of Parsl that this process has started."""
+    children = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    return set(map(int, children.split())) & set(processes_of("parsl: HTEX interchange"))
+
+
 @linux
 def test_a_killed_driver_leaves_nothing_of_parsl(tmp_path: Path) -> None:
     pytest.importorskip("parsl")
@@ -197,7 +203,7 @@ def test_a_killed_driver_leaves_nothing_of_parsl(tmp_path: Path) -> None:
 def test_parsl_keeps_a_waiting_job_and_notices_when_its_interchange_dies(tmp_path: Path) -> None:
     """Parsl itself cancels a job that has not started yet when there are fewer tasks than workers, again and again."""
     pytest.importorskip("parsl")
-    before = set(processes_of("parsl: HTEX interchange"))
+    before = interchanges()
     queue = {"name": "LocalProvider", "worker_init": "sleep 7"}  # longer than Parsl waits between two looks
     made = make_executor(WorkerSettings(executor="parsl", processes=2, options={"provider": queue}), tmp_path)
     try:
@@ -205,7 +211,7 @@ def test_parsl_keeps_a_waiting_job_and_notices_when_its_interchange_dies(tmp_pat
         assert wait_for(first.done, 120.0)
         assert outcome(first) == 2
         assert len(list((tmp_path / "parsl" / "000" / "submit_scripts").glob("*.sh"))) == 1
-        (interchange,) = set(processes_of("parsl: HTEX interchange")) - before
+        (interchange,) = interchanges() - before
         assert os.getsid(interchange) == interchange  # Ctrl-C in a terminal does not reach it
         running = made.submit(wait_forever, tmp_path / "pid")
         assert wait_for((tmp_path / "pid").exists, 60.0)

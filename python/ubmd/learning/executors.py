@@ -31,6 +31,7 @@ from ubmd.settings import WorkerSettings
 
 _WANTED = ".wanted-"  # how the name of the file begins that says that tasks are wanted
 _BATCH_SYSTEM = re.compile(r"\b(?:sbatch|qsub|bsub|condor_submit): [^\n]+")  # why it takes no job
+_TOKEN = 8  # bytes of a driver's token
 _LOOK = 2.0  # s between two looks for the file that says that tasks are wanted
 
 
@@ -42,7 +43,7 @@ def make_executor(settings: WorkerSettings, folder: Path) -> Executor:
     """
     if settings.executor == "pebble":
         return Workers(settings.processes)
-    token = secrets.token_hex(8)
+    token = secrets.token_hex(_TOKEN)
     jobs = _jobs(settings, token)
     # Their own processes on this machine, and their jobs, would survive a killed driver.
     start_keeper("UBMD_DRIVER", *([f"jobs={jobs}"] if jobs else []))
@@ -76,9 +77,9 @@ def forget_dead_drivers(folder: Path) -> None:
     """
     for wanted in folder.glob(f"{_WANTED}*"):
         with suppress(OSError):
-            jobs = wanted.read_text(errors="replace")
+            jobs, token = wanted.read_text(errors="replace"), wanted.name.removeprefix(_WANTED)
             wanted.unlink()
-            if jobs and jobs.endswith(wanted.name.removeprefix(_WANTED)):
+            if len(token) == 2 * _TOKEN and jobs.endswith(f"-{token}"):  # nothing that other jobs' names contain, too
                 cancel_jobs(jobs)
 
 
@@ -112,7 +113,7 @@ class Adapter:
         self._executor = executor
         self._owned = owned
         self._jobs = jobs
-        self._wanted = folder / f"{_WANTED}{token or secrets.token_hex(8)}"
+        self._wanted = folder / f"{_WANTED}{token or secrets.token_hex(_TOKEN)}"
         folder.mkdir(parents=True, exist_ok=True)
         self._wanted.write_text(jobs)
 
