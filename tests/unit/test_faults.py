@@ -102,8 +102,12 @@ def test_exit_codes_of_killed_programs(code: int, number: int) -> None:
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGKILL, 9), (signal.SIGSEGV, 0)])
 def test_mpiexec_says_how_a_rank_ended(number: int, expected: int) -> None:
     words = ["mpiexec", "-n", "2", "sh", "-c", f"kill -{int(number)} $$"]
-    found = subprocess.run(words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    assert killed_rank(found.stdout + found.stderr) == expected
+    for _ in range(5):  # seen on a busy machine: mpiexec itself fails ("assert (!closed) failed")
+        found = subprocess.run(words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        said = found.stdout + found.stderr
+        if "BAD TERMINATION" in said:
+            break
+    assert killed_rank(said) == expected
 
 
 def label_failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:

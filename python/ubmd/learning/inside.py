@@ -109,6 +109,7 @@ def initialise(driver: int) -> None:
     # A Ctrl-C is for the driver. Not SIG_IGN: programs that a reference starts would inherit that.
     signal.signal(signal.SIGINT, _pass)
     signal.siginterrupt(signal.SIGINT, False)  # what waits in compiled code is not disturbed
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the driver has blocked it for the start
     _take_along_what_it_starts()
     for name in _THREAD_VARIABLES:
         os.environ[name] = "1"

@@ -40,7 +40,8 @@ from ubmd.errors import MachineError, UbmdError, describe, one_line
 from ubmd.faults import killed_by, killed_from_outside, machine_fault
 from ubmd.learning.inside import CLOSED, NO_PROCESS, Reply, initialise, run_task
 
-_POLL = 0.2  # s between two looks at a running task
+_POLL = 0.2  # s between two looks at a running task, or less for shorter time limits
+_SHORTEST_POLL = 0.01
 _LONGEST_STEP = 1.0  # s between two such looks that count; what is longer, this process could not run
 _GRACE = 1.0  # s in which pebble notices by itself that a process has ended
 _LONGEST_HALT = 60.0  # s that a worker may be stopped (SIGSTOP) before it is given up
@@ -142,6 +143,18 @@ class _NoLock:
         """Nothing to do."""
 
 
+class _Process(SpawnProcess):
+    """A process that Ctrl-C in a terminal does not reach while it starts; see `ubmd.learning.inside.initialise`."""
+
+    def start(self) -> None:
+        """Start it with SIGINT blocked: before it can handle the signal, it would end with a traceback."""
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 class _Spawn(SpawnContext):
     """How processes start: fork would copy the driver's torch threads and locks in an unknown state.
 
@@ -156,7 +169,7 @@ class _Spawn(SpawnContext):
 
     def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:  # type: ignore[override]
         """A process, not yet started."""
-        self.processes.append(SpawnProcess(*args, **kwargs))
+        self.processes.append(_Process(*args, **kwargs))
         return self.processes[-1]
 
     def RLock(self) -> Any:
@@ -252,7 +265,8 @@ class Pools:
         """
         ran = halted = ended = 0.0  # s
         last = time.monotonic()
-        while not wait([future], timeout=_POLL).done:
+        poll = _POLL if timeout is None else min(_POLL, max(timeout, _SHORTEST_POLL))
+        while not wait([future], timeout=poll).done:
             now = time.monotonic()
             step, last = min(now - last, _LONGEST_STEP), now
             # A pool that is stopped may leave its futures waiting.
