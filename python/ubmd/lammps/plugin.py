@@ -7,6 +7,7 @@ imports it too) and puts the returned folders into ``LAMMPS_PLUGIN_PATH``; LAMMP
 import contextlib
 import ctypes
 import os
+import re
 from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
@@ -56,11 +57,11 @@ def mpi_library() -> Path | None:
 
 @contextlib.contextmanager
 def starting_lammps() -> Iterator[None]:
-    """Around the start of a LAMMPS: MPICH keeps 1 MB in /dev/shm for the process of the first.
+    """Around the start of a LAMMPS: MPICH keeps 1 MB per process in /dev/shm from the first on.
 
-    A process that is killed would leave that behind, in the way of a later one of its id, so its name is given back.
-    The memory stays as long as it is in use, and no other process looks for it: where ``mpiexec`` has started several,
-    it has another kind of name.
+    Processes that are killed would leave that behind, in the way of later ones of their ids, so its name is given back.
+    The memory stays as long as it is in use, and nobody looks for it any more: all ranks of ``mpiexec`` have it when
+    they have started a LAMMPS together.
 
     Raises:
         MachineError: there is no room for it.
@@ -70,9 +71,10 @@ def starting_lammps() -> Iterator[None]:
         check_shared_memory()
     yield
     _started = True
-    for segment in Path("/dev/shm").glob(f"mpich_shm_{os.getpid():x}_*"):
-        with contextlib.suppress(OSError):
-            segment.unlink()
+    with contextlib.suppress(OSError):  # no /proc
+        maps = Path("/proc/self/maps").read_text(errors="replace")
+        for segment in set(re.findall(r"/dev/shm/mpich_shm_\w+$", maps, re.MULTILINE)):
+            Path(segment).unlink(missing_ok=True)
 
 
 def check_shared_memory() -> None:

@@ -34,7 +34,8 @@ from ubmd.aliases import Aliases
 from ubmd.attempts import Attempt, end_attempts
 from ubmd.data.state import take_state
 from ubmd.data.structures import as_extxyz, read_structures
-from ubmd.errors import LabelError, SimulationError, UbmdError, one_line
+from ubmd.errors import LabelError, MachineError, SimulationError, UbmdError, one_line
+from ubmd.faults import killed_by, killed_rank
 from ubmd.lammps.plugin import check_shared_memory, starting_lammps
 from ubmd.references.labels import check_geometry
 
@@ -151,6 +152,7 @@ def run_replica(task: ReplicaTask, note: Callable[[Attempt, ReplicaResult], None
             end before what this writes (through the attempt) is there.
 
     Raises:
+        MachineError: a process of it was killed from outside, or MPI has no room in /dev/shm.
         TakenOver: another process has begun the same replica; nothing of what that one writes is touched.
         SimulationError: the run could not be started (no LAMMPS, no plugin, no model, unknown element).
     """
@@ -218,6 +220,8 @@ def _run_under_mpi(task: ReplicaTask, attempt: Attempt) -> _Ended:
         return ended
     attempt.check()
     errors = [line for line in said.splitlines() if "Error" in line or "ERROR" in line]
+    if (number := killed_rank(said)) and not errors:
+        raise MachineError(f"An MPI rank of the replica was {killed_by(number)}.")
     last = errors[-1].strip() if errors else f"mpiexec ended with exit code {code}"
     if not _count_frames(attempt.folder / _FRAMES):
         raise SimulationError(f"The replica could not be run on {task.ranks} MPI ranks: {last}")
@@ -225,14 +229,14 @@ def _run_under_mpi(task: ReplicaTask, attempt: Attempt) -> _Ended:
 
 
 def _wait_for(command: list[str], attempt: Attempt) -> tuple[int, str]:
-    """(exit code, what it said to stderr) of a program, which ends when the attempt is over."""
+    """(exit code, what it said) of a program, which ends when the attempt is over."""
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as program:
         try:
             while True:
                 with suppress(subprocess.TimeoutExpired):
-                    _, said = program.communicate(timeout=_LOOK)
+                    said, _ = program.communicate(timeout=_LOOK)
                     return program.returncode, said
                 attempt.check()
         except BaseException:
