@@ -46,12 +46,12 @@ class TrainingError(UbmdError):
     """A training diverged, or a checkpoint belongs to another training."""
 
 
-class WorkerError(UbmdError):
-    """No task comes to an end, by a fault of the machine or cluster: nothing is lost or rejected; mend it and go on."""
-
-
 class StorageError(UbmdError):
     """A disk, a quota or a limit on file sizes is full: nothing is lost; with space, the same command goes on."""
+
+
+class MachineError(UbmdError):
+    """The machine or cluster failed: no fault of what was computed, and nothing is lost; later, or mended, it works."""
 
 
 def one_line(text: object) -> str:
@@ -77,5 +77,5 @@ def describe(error: BaseException) -> str:
 def _as_text(value: object) -> str:
     try:
         return str(value)
-    except Exception:  # a foreign __str__ may do anything
+    except BaseException:  # a foreign __str__ may do anything, sys.exit included
         return "(its message cannot be shown)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from ubmd.models.evaluation import evaluation
 from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.operators import available
 from ubmd.operators import load as load_operators
+from ubmd.outputs import replacing
 from ubmd.record import FORMAT, RECORD, check_said, no_model_file, read_record
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import ConformalScale, LastLayerSketch, conformal_scale, make_sketch
@@ -200,15 +200,8 @@ def write_model(deployed: Deployed | CrystalModel, path: Path, extra: Mapping[st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated, and our file format
         scripted = torch.jit.script(deployed)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.jit.save(scripted, file, _extra_files={RECORD: deployed.description.encode(), **(extra or {})})
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        torch.jit.save(scripted, file, _extra_files={RECORD: deployed.description.encode(), **(extra or {})})
 
 
 def load_model(path: Path, precision: str = "double") -> Any:

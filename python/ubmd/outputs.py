@@ -1,13 +1,46 @@
-"""Whether files can be written where they are wanted: asked before hours of work."""
+"""Files that are written whole or not at all, and whether they can be written where they are wanted."""
 
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ubmd.errors import SettingsError
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of ``path`` once it is complete and on disk, or leaves no trace.
+
+    A reader sees the old or the new content, never a part, also after a power cut or with several writers.
+    """
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside a file that no other process, here or on another machine, will choose."""
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name was on its way, or on its way out, when its process was killed."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def check_outputs(folder: Path, names: Iterable[str], key: str) -> None:

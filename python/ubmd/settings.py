@@ -561,20 +561,25 @@ class WorkerSettings(Table):
     """Where labels and replicas run. Nothing here changes a result: a run may go on with other workers."""
 
     processes: int | None = Field(
-        None, ge=1, description="tasks at the same time (parsl: per node); default: all cores that this process may use"
+        None,
+        ge=1,
+        description="tasks at the same time (parsl: per node); default: one per core that may be used",
     )
     executor: Literal["pebble", "parsl", "executorlib"] = Field(
         "pebble",
-        description="pebble: processes of this machine; parsl or executorlib (pip install 'ubmd[parallel]'): clusters, "
-        "with a file system that all nodes share",
+        description="pebble: processes of this machine; parsl (pip install 'ubmd[parallel]'): jobs of a cluster, whose "
+        "nodes share a file system; executorlib: inside one job, through an unprotected port",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="keyword arguments of parsl's HighThroughputExecutor (and in a table 'provider' its name, launcher "
-        "and keyword arguments), or of the executorlib class that 'name' gives; not used by pebble",
+        "and keyword arguments), or of executorlib's SingleNodeExecutor or SlurmJobExecutor ('name'); not for pebble",
     )
     retries: int = Field(
-        1, ge=0, description="how often a task is tried again whose process was killed or crashed (time-outs never are)"
+        1,
+        ge=0,
+        description="how often a task is tried again whose process crashed (then it is rejected) or was lost by a "
+        "fault of the machine or cluster (then it is postponed); never after a time-out",
     )
 
 

@@ -23,6 +23,7 @@ from system import make_settings, write_inputs
 from test_workers import is_alive, wait_for
 from typer.testing import CliRunner
 
+from ubmd.attempts import steps_so_far
 from ubmd.cli.main import app
 from ubmd.cli.template import run_template, short_template
 from ubmd.data.structures import write_structures
@@ -211,7 +212,21 @@ def test_check_explains_the_run_and_does_every_stage(tmp_path: Path) -> None:
         r"Rough time on this machine \(2 processes\): labels \d+ s, MD at most \d+ s, training", result.stdout
     )
     assert re.search(r"Rough disk space: at most \d+ [kM]B\.$", result.stdout, re.MULTILINE)
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # nothing beside run_dir
+
+
+def test_check_works_beside_the_run_and_keeps_the_logs_of_a_failure(tmp_path: Path) -> None:
+    settings = write_inputs(tmp_path, tmp_path / "runs" / "a[1]")
+    (tmp_path / "runs" / ".a[1].check-earlier_").mkdir(parents=True)
+    (tmp_path / "colvars").write_text("nonsense 3\n")
+    failed = ubmd("check", settings.name, "--set", "md.colvars=colvars", cwd=tmp_path)
+    (kept,) = (tmp_path / "runs").iterdir()
+    assert kept.name.startswith(".a[1].check-")
+    assert re.search(rf"collective.*Until the next check its files are in {re.escape(str(kept))}.$", failed.stderr)
+    assert any("nonsense" in log.read_text() for log in kept.rglob("*.log"))
+    missing = ubmd("check", settings.name, "--set", "reference.calculator=no.such:Thing", cwd=tmp_path)
+    assert missing.returncode == 1
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_interrupt_status_resume(tmp_path: Path) -> None:
@@ -220,8 +235,8 @@ def test_interrupt_status_resume(tmp_path: Path) -> None:
     command = [*UBMD, "run", settings.name, *changes]
     driver = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     try:
-        running = tmp_path / "run" / "iterations" / "iter_000" / "frames_000.progress"
-        assert wait_for(running.exists, 120.0)
+        frames = tmp_path / "run" / "iterations" / "iter_000" / "frames_000.extxyz"
+        assert wait_for(lambda: steps_so_far(frames) is not None, 120.0)
         while_running = ubmd("status", "run", cwd=tmp_path).stdout
         children = [int(n) for p in Path(f"/proc/{driver.pid}/task").glob("*/children") for n in p.read_text().split()]
     finally:

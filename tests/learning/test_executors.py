@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_workers import is_alive, linux, wait_for
 from unkind import crash, double, environment, process_id, raise_sentence, start_programs, wait_forever
 
 from ubmd.errors import LabelError, SettingsError
-from ubmd.learning.executors import Adapter, make_executor, parsl_config
-from ubmd.learning.workers import Executor, TaskCrashed, TaskTimeout, outcome
+from ubmd.learning import keeper
+from ubmd.learning.clusters import parsl_config, tasks_at_once
+from ubmd.learning.executors import Adapter, make_executor
+from ubmd.learning.keeper import left_behind
+from ubmd.learning.run_folder import RunFolder
+from ubmd.learning.walk import Walk, drive
+from ubmd.learning.workers import Executor, TaskCrashed, TaskTimeout, WorkersLost, outcome
 from ubmd.settings import RunSettings, WorkerSettings, load_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the executors' own code
@@ -135,19 +144,231 @@ def test_child_processes_end_with_the_run_if_the_pool_lives_on(tmp_path: Path) -
         again.stop()
 
 
+SCRIPT_OF_A_DRIVER = """
+import sys, time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, {tests!r})
+    from unkind import double, start_programs
+    from ubmd.learning.executors import make_executor
+    from ubmd.learning.workers import outcome
+    from ubmd.settings import WorkerSettings
+
+    folder = Path({folder!r})
+    executor = make_executor(WorkerSettings(executor="parsl", processes=2), folder)
+    assert outcome(executor.submit(double, 2)) == 4
+    executor.submit(start_programs, folder)
+    time.sleep(1000)
+"""
+
+
+def processes_of(text: str) -> list[int]:
+    """Processes with a text in their command lines."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if text.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def interchanges() -> set[int]:
+    """Those of Parsl that this process has started."""
+    children = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    return set(map(int, children.split())) & set(processes_of("parsl: HTEX interchange"))
+
+
+@linux
+def test_a_killed_driver_leaves_nothing_of_parsl(tmp_path: Path) -> None:
+    pytest.importorskip("parsl")
+    names = {"tests": str(Path(__file__).parent), "folder": str(tmp_path / "run")}
+    (tmp_path / "script.py").write_text(SCRIPT_OF_A_DRIVER.format(**names))
+    driver = subprocess.Popen([sys.executable, str(tmp_path / "script.py")], cwd=tmp_path)
+    try:
+        assert wait_for((tmp_path / "run" / "pids").exists, 120.0)
+        children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split()
+        started = [*map(int, children), *map(int, (tmp_path / "run" / "pids").read_text().split())]
+        jobs = processes_of(str(tmp_path / "run" / "parsl"))
+        titles = [Path(f"/proc/{process}/cmdline").read_bytes() for process in children]
+    finally:
+        driver.kill()
+        driver.wait()
+    assert any(title.startswith(b"parsl: HTEX interchange") for title in titles)
+    assert jobs
+    assert wait_for(lambda: not any(map(is_alive, started + jobs)), 30.0)
+
+
+@linux
+def test_parsl_keeps_a_waiting_job_and_notices_when_its_interchange_dies(tmp_path: Path) -> None:
+    """Parsl itself cancels a job that has not started yet when there are fewer tasks than workers, again and again."""
+    pytest.importorskip("parsl")
+    before = interchanges()
+    queue = {"name": "LocalProvider", "worker_init": "sleep 7"}  # longer than Parsl waits between two looks
+    made = make_executor(WorkerSettings(executor="parsl", processes=2, options={"provider": queue}), tmp_path)
+    try:
+        first = made.submit(double, 1)
+        assert wait_for(first.done, 120.0)
+        assert outcome(first) == 2
+        assert len(list((tmp_path / "parsl" / "000" / "submit_scripts").glob("*.sh"))) == 1
+        (interchange,) = interchanges() - before
+        assert os.getsid(interchange) == interchange  # Ctrl-C in a terminal does not reach it
+        running = made.submit(wait_forever, tmp_path / "pid")
+        assert wait_for((tmp_path / "pid").exists, 60.0)
+        os.kill(interchange, signal.SIGKILL)
+        with pytest.raises(WorkersLost, match="the interchange of Parsl has died"):
+            outcome(running)
+        with pytest.raises(WorkersLost, match="the interchange of Parsl has died"):
+            outcome(made.submit(double, 1))
+    finally:
+        made.stop()
+    assert wait_for(lambda: not is_alive(int((tmp_path / "pid").read_text())), 30.0)
+
+
+@linux
+def test_a_process_of_any_name_is_found_by_the_keeper() -> None:
+    name = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff'); print(flush=True); input()"  # PR_SET_NAME
+    environment = os.environ | {"UBMD_TEST": "5f3a"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", name], env=environment, **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert left_behind(None, b"UBMD_TEST=5f3a") == [process.pid]
+        process.kill()
+
+
+@linux
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_batch_system_cannot_end_the_keeper_before_it_has_cleaned_up(ending: signal.Signals) -> None:
+    """A job that is cancelled gets SIGTERM in all its processes, some time before SIGKILL."""
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as worker:
+        memory = Path(f"/dev/shm/mpich_shm_{worker.pid:x}_0")
+        memory.touch()
+        command = [sys.executable, "-I", "-S", keeper.__file__, str(worker.pid), "UBMD_TEST=90c1", "session"]
+        with subprocess.Popen(command) as watching:
+            status = Path(f"/proc/{watching.pid}/status")
+            try:
+                assert wait_for(lambda: int(re.search(r"SigIgn:\s*(\w+)", status.read_text())[1], 16) >> ending - 1 & 1)
+                watching.send_signal(ending)
+                assert memory.exists()
+            finally:
+                worker.kill()
+            assert watching.wait(timeout=30) == 0
+    assert not memory.exists()
+
+
+def test_jobs_that_never_start_lose_the_task_with_what_they_said(tmp_path: Path) -> None:
+    pytest.importorskip("parsl")
+    provider = {"name": "LocalProvider", "worker_init": "echo 'srun: error: no such node' >&2; exit 3"}
+    made = make_executor(WorkerSettings(executor="parsl", options={"provider": provider}), tmp_path)
+    with pytest.raises(WorkersLost, match=r"^The executor lost the task .*srun: error: no such node"):
+        outcome(made.submit(double, 1))
+    made.stop()
+
+
+def test_an_executor_that_is_broken_loses_the_task(tmp_path: Path) -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    adapter = Adapter(pool, tmp_path)
+    with pytest.raises(WorkersLost, match="cannot schedule new futures after shutdown"):
+        outcome(adapter.submit(double, 1))
+    adapter.stop()
+
+
+def test_what_dead_drivers_wanted_is_not_wanted_any_more(tmp_path: Path) -> None:
+    """The next driver of the run removes their files: what they left on other machines ends."""
+    folder = RunFolder(tmp_path / "run")
+    dead = Adapter(ThreadPoolExecutor(2), folder.path)
+    running = dead.submit(wait_forever, tmp_path / "pid")
+    assert wait_for((tmp_path / "pid").exists, 60.0)
+
+    def begin(_: Executor) -> Walk:
+        with pytest.raises(WorkersLost):
+            outcome(running)
+        raise SettingsError("That is all.")
+
+    with pytest.raises(SettingsError, match="That is all"):
+        drive(folder, WorkerSettings(), None, begin)
+    assert not list(folder.path.glob(".wanted-*"))
+    dead.stop()
+
+
+# ------------------------------------------------------------------------------------------ options
+
+PROVIDER = "workers.options.provider"
+
+
+def slurm(**options: object) -> dict:
+    return {"provider": {"name": "SlurmProvider"} | options}
+
+
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("executor", "options", "words"),
     [
-        ({"executor": "parsl", "options": {"no_such_option": 1}}, "workers.options do not suit parsl.*no_such_option"),
-        ({"executor": "parsl", "options": {"provider": {"name": "None"}}}, "workers.options do not suit parsl.*None"),
-        ({"executor": "parsl", "options": {"provider": {}}}, "workers.options.provider needs a name"),
-        ({"executor": "executorlib", "options": {"name": "Nothing"}}, "workers.options do not suit executorlib"),
+        ("parsl", {"cores_per_workers": 1}, "workers.options has no option 'cores_per_workers' (perhaps 'cores_per_"),
+        ("parsl", {"poll_period": "1"}, "workers.options.poll_period = '1' must be of type int."),
+        ("parsl", {"address": "192.0.2.250"}, "workers.options.address = '192.0.2.250' must be an IP address of this"),
+        ("parsl", {"address": "login1"}, "workers.options.address = 'login1' must be an IP address of this machine"),
+        ("parsl", {"worker_port": "54000"}, "workers.options.worker_port = '54000' must be of type Optional[int]."),
+        ("parsl", {"provider": "SlurmProvider"}, f"{PROVIDER} must be a table with a name"),
+        ("parsl", {"provider": {}}, f"{PROVIDER}.name is missing: give a name, such as 'SlurmProvider'."),
+        ("parsl", {"provider": {"name": "SlurmProvidr"}}, "(perhaps 'SlurmProvider'?)."),
+        ("parsl", slurm(partitions="a"), f"{PROVIDER} has no option 'partitions' (perhaps 'partition'?); see the docu"),
+        ("parsl", slurm(max_blocks="2"), f"{PROVIDER}.max_blocks = '2' must be of type int."),
+        ("parsl", slurm(launcher="SrunLaunchr"), f"{PROVIDER}.launcher = 'SrunLaunchr' must be one of "),
+        ("parsl", slurm(launcher={"name": "SrunLauncher", "override": ""}), "(perhaps 'overrides'?)"),
+        ("parsl", slurm(walltime="4h"), f"{PROVIDER}.walltime = '4h' must be hours, minutes and seconds, such as "),
+        ("parsl", slurm(walltime=datetime.time(4)), f"{PROVIDER}.walltime = 04:00:00 must be in quotes."),
+        ("executorlib", {"name": "SlurmClusterExecutor"}, "for tasks in jobs of their own, set workers.executor = 'pa"),
+        ("executorlib", {"name": "SlurmJobExecutr"}, "(perhaps 'SlurmJobExecutor'?)"),
+        ("executorlib", {"name": "SlurmJobExecutor"}, "'SlurmJobExecutor' works inside a SLURM job: start the run in"),
+        ("executorlib", {"max_worker": 2}, "workers.options has no option 'max_worker' (perhaps 'max_workers'?)"),
     ],
 )
-def test_wrong_options_are_one_sentence(settings: dict, words: str, tmp_path: Path) -> None:
-    pytest.importorskip(settings["executor"])
-    with pytest.raises(SettingsError, match=words):
-        make_executor(WorkerSettings(**settings), tmp_path)
+def test_wrong_options_are_one_sentence(
+    executor: str, options: dict, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(executor)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(SettingsError) as caught:
+        make_executor(WorkerSettings(executor=executor, options=options), tmp_path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_parsl_is_told_unless_the_options_say_otherwise(tmp_path: Path) -> None:
+    pytest.importorskip("parsl")
+
+    def made(options: dict, processes: int | None = None) -> Any:
+        return parsl_config(WorkerSettings(executor="parsl", processes=processes, options=options), tmp_path, "token")
+
+    (here,) = made({}).executors
+    assert (here.address, here.encrypted, here.drain_period) == ("127.0.0.1", True, None)
+    (there,) = made(slurm(walltime="10:00:00"), 16).executors
+    assert there.max_workers_per_node == 16
+    assert there.address
+    assert there.drain_period == 27000  # s, of 36000
+    assert there.label == "ubmd-token"
+    own = {"address": "127.0.0.2", "encrypted": False, "drain_period": 60, "worker_port_range": [50000, 50010]}
+    (chosen,) = made(slurm() | own).executors
+    assert (chosen.address, chosen.encrypted, chosen.drain_period) == ("127.0.0.2", False, 60)
+    assert chosen.worker_port_range == (50000, 50010)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"processes": 3}, 3),
+        ({"executor": "parsl", "processes": 16}, 16),
+        ({"executor": "parsl", "processes": 16, "options": slurm(nodes_per_block=2, max_blocks=3)}, 96),
+        ({"executor": "parsl", "options": {"max_workers_per_node": 4} | slurm(max_blocks=2)}, 8),
+        ({"executor": "parsl", "options": {"cores_per_worker": 4} | slurm(cores_per_node=32)}, 8),
+        ({"executor": "executorlib", "options": {"max_workers": 5}}, 5),
+        ({"executor": "executorlib", "options": {"max_cores": 8, "resource_dict": {"cores": 2}}}, 4),
+    ],
+)
+def test_tasks_at_once_are_those_of_all_nodes(settings: dict, expected: int) -> None:
+    assert tasks_at_once(WorkerSettings(**settings)) == expected
 
 
 # ------------------------------------------------------------------------------------------ the SLURM example
@@ -159,7 +380,7 @@ def test_the_slurm_example_is_what_parsl_wants(tmp_path: Path) -> None:
     pytest.importorskip("parsl")
     settings = load_settings(SLURM, RunSettings)
     assert settings.loop.asynchronous
-    (executor,) = parsl_config(settings.workers, tmp_path).executors
+    (executor,) = parsl_config(settings.workers, tmp_path, "token").executors
     assert executor.max_workers_per_node == 16
     assert "--partition=standard" in executor.provider.scheduler_options
     assert executor.provider.walltime == settings.workers.options["provider"]["walltime"]

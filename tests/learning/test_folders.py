@@ -6,10 +6,12 @@ import errno
 import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 import tomllib
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 from system import cluster, settings_table
+from test_workers import wait_for
 from typer.testing import CliRunner
 
 from ubmd.cli.main import app
@@ -287,7 +290,7 @@ def test_damaged_settings_of_a_run(run: Path, content: bytes) -> None:
     assert said_by("status", run)[0] == 0
 
 
-# ------------------------------------------------------------------------------------------ Ctrl-C
+# ------------------------------------------------------------------------------------------ Ctrl-C and other signals
 
 
 @pytest.mark.parametrize("delay", [0.1, 0.3, 0.6, 1.0, 2.0, 3.5])
@@ -316,4 +319,59 @@ def test_ctrl_c_is_one_sentence_whenever_it_comes(tmp_path: Path, delay: float) 
         (0, err.splitlines()[-1:]),
     )
     if driver.returncode == 0:
+        assert len(read_structures(tmp_path / "run" / "dataset.extxyz")) == 5
+
+
+MAIN = [sys.executable, "-c", "from ubmd.cli.entry import main; main()"]
+
+
+def started(run_dir: Path) -> bool:
+    events = run_dir / "events.jsonl"
+    return events.exists() and '"run_started"' in events.read_text()
+
+
+def why_stopped(run_dir: Path) -> list[str]:
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [event["why"] for event in events if event["event"] == "run_stopped"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_end_a_run_like_ctrl_c_and_once_is_enough(tmp_path: Path, name: str) -> None:
+    settings, number = write_settings(tmp_path, tmp_path / "run"), signal.Signals[name]
+    driver = subprocess.Popen([*MAIN, "run", settings], stderr=subprocess.PIPE, text=True)
+    assert wait_for(lambda: started(tmp_path / "run"), 120.0)
+    driver.send_signal(number)
+    while driver.poll() is None:  # more of them while it cleans up
+        time.sleep(0.01)
+        driver.send_signal(number)
+    _, said = driver.communicate()
+    assert said == "Interrupted; the same command goes on where it was.\n"
+    assert driver.returncode == 128 + number
+    assert why_stopped(tmp_path / "run") == [f"ended by {name}"]
+
+
+@pytest.mark.parametrize("nohup", [True, False])
+def test_the_terminal_of_a_run_vanishes(tmp_path: Path, nohup: bool) -> None:
+    """Started with nohup, or by a script in the background, a run goes on; otherwise it ends."""
+    settings = write_settings(tmp_path, tmp_path / "run")
+    ours, its = pty.openpty()
+
+    def prepare() -> None:
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)  # the terminal that the process belongs to
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN if nohup else signal.SIG_DFL)
+
+    driver = subprocess.Popen(
+        [*MAIN, "run", settings], stdin=its, stdout=its, stderr=its, start_new_session=True, preexec_fn=prepare
+    )
+    os.close(its)
+    shown = b""
+    while b"Run to 5 labels." not in shown:
+        shown += os.read(ours, 10_000)
+    if nohup:
+        driver.send_signal(signal.SIGINT)
+    os.close(ours)
+    assert driver.wait(timeout=120) == (0 if nohup else 129)
+    assert why_stopped(tmp_path / "run") == ([] if nohup else ["ended by SIGHUP"])
+    if nohup:
         assert len(read_structures(tmp_path / "run" / "dataset.extxyz")) == 5

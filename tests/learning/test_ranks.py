@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
+from processes import descendants, wait_for
 from system import cluster, make_settings
 from test_replica import crystal_model, make_task, model  # noqa: F401 (fixtures)
+from test_workers import linux
 
+from ubmd.attempts import steps_so_far
 from ubmd.data.structures import read_structures, write_structures
-from ubmd.errors import SimulationError
+from ubmd.errors import MachineError, SimulationError
 from ubmd.lammps.replica import run_replica
 from ubmd.learning import RunFolder, run
 
@@ -45,6 +51,26 @@ def test_what_fails_on_the_ranks_is_one_sentence(model: Path, tmp_path: Path) ->
     start.symbols[:] = "Fe"
     with pytest.raises(SimulationError, match=r"^The replica could not be run on 2 MPI ranks: .*Fe"):
         run_replica(make_task(tmp_path, model, start, ranks=2))
+
+
+@linux
+def test_a_rank_that_is_killed_is_no_fault_of_the_replica(model: Path, tmp_path: Path) -> None:  # noqa: F811
+    task = make_task(tmp_path, model, cluster(), ranks=2, steps=10**7)
+
+    def ranks() -> list[int]:
+        commands = {p: Path(f"/proc/{p}/cmdline").read_bytes() for p in descendants(os.getpid())}
+        return [p for p, command in commands.items() if b"ubmd.lammps.replica" in command and b"mpiexec" not in command]
+
+    with ThreadPoolExecutor(1) as thread:
+        replica = thread.submit(run_replica, task)
+        assert wait_for(lambda: bool(steps_so_far(task.frames)), 120.0)
+        maps = [line for p in ranks() for line in Path(f"/proc/{p}/maps").read_text().splitlines()]
+        shared = [line for line in maps if "/dev/shm/mpich_shm_" in line]
+        assert all(line.endswith("(deleted)") for line in shared), shared  # nothing stays behind
+        os.kill(ranks()[-1], signal.SIGKILL)
+        with pytest.raises(MachineError, match=r"^An MPI rank of the replica was killed by SIGKILL \(often: out of"):
+            replica.result(120.0)
+    assert wait_for(lambda: not ranks())
 
 
 def test_ranks_import_nothing_from_the_working_directory(

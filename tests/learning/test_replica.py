@@ -15,6 +15,7 @@ from ase.calculators.lammps import Prism
 from ase.calculators.singlepoint import SinglePointCalculator
 from system import cluster
 
+from ubmd.attempts import Attempt
 from ubmd.calculator import Evaluator
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SimulationError
@@ -136,9 +137,9 @@ def test_molecules_that_become_flat_run_from_the_beginning_without_bins(
     attempts: list[str] = []
     original = replica._run_once
 
-    def note(task: ReplicaTask, neighbours: replica.Neighbours) -> Any:
+    def note(task: ReplicaTask, attempt: Attempt, neighbours: replica.Neighbours) -> Any:
         attempts.append(neighbours)
-        return original(task, neighbours)
+        return original(task, attempt, neighbours)
 
     monkeypatch.setattr(replica, "_run_once", note)
     dimer = Atoms("Cu2", [[0.0, 0.0, 0.0], [2.2, 0.2, 0.4]])
@@ -148,7 +149,7 @@ def test_molecules_that_become_flat_run_from_the_beginning_without_bins(
     assert (result.stopped, result.steps, result.frames) == ("step limit", 4000, 401)
     content = (tmp_path / "frames.extxyz").read_bytes()
     task = make_task(tmp_path, model, dimer, **changes)
-    original(task, "nsq")
+    original(task, Attempt.begin(task.frames), "nsq")
     result = replica.salvage(task, "as above")
     assert (result.frames, (tmp_path / "frames.extxyz").read_bytes()) == (401, content)
 
@@ -327,7 +328,7 @@ def test_a_lost_process_leaves_its_frames(model: Path, tmp_path: Path) -> None:
     task = make_task(tmp_path, model)
     run_replica(task)
     content = task.frames.read_text()
-    task.frames.with_name("frames.extxyz.tmp").write_text(content[:-200])  # the last frame is cut short
+    (Attempt.begin(task.frames).folder / "frames.extxyz").write_text(content[:-200])  # the last frame is cut short
     task.frames.unlink()
     result = salvage(task, "The worker process was killed by SIGSEGV.")
     assert (result.stopped, result.reason) == ("failed", "The worker process was killed by SIGSEGV.")
@@ -429,14 +430,14 @@ def test_the_barostat_moves_what_it_may(crystal_model: Path, tmp_path: Path, cou
 
 def test_frames_have_the_cell_of_the_run(crystal_model: Path, tmp_path: Path) -> None:
     task = make_task(tmp_path, crystal_model, crystal(), **NPT)
-    engine = replica._Engine(task, crystal())
+    engine = replica._Engine(task, tmp_path, crystal())
     try:
         np.testing.assert_allclose(engine.cell(), Prism(crystal().cell[:]).lammps_cell, atol=1e-12)
         engine.run(task.steps, first=True)
         cell, volume = engine.cell(), engine._lammps.get_thermo("vol")
     finally:
         engine.close()
-    *_, last = replica._sane_frames(task)
+    *_, last = replica._sane_frames(task, tmp_path)
     np.testing.assert_array_equal(last.cell[:], cell)
     assert last.get_volume() == pytest.approx(volume, rel=1e-12)
     assert volume != pytest.approx(crystal().get_volume(), rel=1e-4)

@@ -23,6 +23,10 @@ from test_workers import descendants, is_alive, linux, wait_for
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.learning import RunFolder
 
+# Whether a process may have a folder of its own as /dev/shm.
+OWN_MEMORY = shutil.which("unshare") is not None and not subprocess.call(
+    ["unshare", "-m", "mount", "--bind", "/tmp", "/dev/shm"], stderr=subprocess.DEVNULL
+)
 UBMD = [sys.executable, "-c", "from ubmd.cli.entry import main; main()"]
 HERE = str(Path(__file__).parent)
 
@@ -40,6 +44,8 @@ class Run:
         write_structures(base / "start.extxyz", [cluster()])
         (base / "settings.toml").write_text(tomli_w.dumps(values))
         self.base = base
+        self.memory = base / "memory"
+        self.memory.mkdir()
         self.folder = RunFolder(run_dir)
         self.mark = f"{os.getpid()}-{base.name}-{time.monotonic_ns()}"  # in the environment of all its processes
 
@@ -50,6 +56,16 @@ class Run:
         command = [*UBMD, "run", str(self.base / "settings.toml")]
         if largest_file is not None:
             command = ["prlimit", f"--fsize={largest_file}", *command]
+        if OWN_MEMORY:
+            command = [
+                "unshare",
+                "-m",
+                "sh",
+                "-c",
+                'mount --bind "$0" /dev/shm && exec "$@"',
+                str(self.memory),
+                *command,
+            ]
         return subprocess.Popen(
             command,
             cwd=self.base,
@@ -235,12 +251,6 @@ def litter(run: Run) -> list[str]:
     return sorted(str(path.relative_to(run.folder.path)) for name in names for path in run.folder.path.rglob(name))
 
 
-def abandoned_memory() -> set[str]:
-    """Shared memory of MPI processes that are gone (MPICH names it after their ids)."""
-    segments = {path.name: path.name.split("_")[2] for path in Path("/dev/shm").glob("mpich_shm_*")}
-    return {name for name, number in segments.items() if not is_alive(int(number, 16))}
-
-
 def soak(tmp_path: Path, disk: Path | None, labels: int, blows: int, seed: int) -> None:
     """The same data set as an undisturbed run, after this many blows at random moments."""
     tables = SOAKED | {"loop": SOAKED["loop"] | {"labels": labels}}
@@ -248,7 +258,6 @@ def soak(tmp_path: Path, disk: Path | None, labels: int, blows: int, seed: int) 
     calm.finish()
     run = Run(tmp_path / "soaked", (disk or tmp_path / "soaked") / "run", **tables)
     rng = random.Random(seed)
-    before = abandoned_memory()
     dealt: Counter[str] = Counter()
     driver = run.start()
     for blow in plan_blows(blows, blows // 6 if disk is not None else 0, rng):
@@ -272,7 +281,7 @@ def soak(tmp_path: Path, disk: Path | None, labels: int, blows: int, seed: int) 
     assert run.folder.dataset.read_bytes() == calm.folder.dataset.read_bytes()
     assert run.folder.rejected.read_bytes() == calm.folder.rejected.read_bytes()
     assert litter(run) == []
-    assert wait_for(lambda: abandoned_memory() <= before), abandoned_memory()
+    assert wait_for(lambda: not list(run.memory.iterdir())), list(run.memory.iterdir())
     rejected = [atoms.info["reason"] for atoms in read_structures(run.folder.rejected)]
     assert any("12 s" in reason for reason in rejected)
     assert any("The wind has changed." in reason for reason in rejected)

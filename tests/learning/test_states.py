@@ -158,7 +158,7 @@ def test_atoms_of_one_element_and_several_masses_are_several_types() -> None:
 def test_lammps_moves_every_atom_with_its_own_mass(tmp_path: Path, model: Path) -> None:  # noqa: F811
     atoms = charged_cluster()
     task = make_task(tmp_path, model, start=atoms)
-    engine = _Engine(task, atoms)
+    engine = _Engine(task, tmp_path, atoms)
     try:
         numbers = np.array(engine._lammps.gather_atoms("type", 0, 1))
         masses = np.array(engine._lammps.extract_atom("mass")[0 : numbers.max() + 1])[numbers]
@@ -184,7 +184,7 @@ def test_heavy_atoms_hardly_move(tmp_path: Path, model: Path) -> None:  # noqa: 
 def test_usual_masses_leave_the_commands_as_they_were(tmp_path: Path, model: Path) -> None:  # noqa: F811
     """So that trajectories of earlier versions repeat bit for bit: one type per element, in the order of Z."""
     atoms = cluster()
-    engine = _Engine(make_task(tmp_path, model, start=atoms), atoms)
+    engine = _Engine(make_task(tmp_path, model, start=atoms), tmp_path, atoms)
     try:
         types = np.array(engine._lammps.gather_atoms("type", 0, 1)).tolist()
         assert types == [2, 2] + [1] * 11

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pebble.pool.process
 import pytest
+from processes import descendants, is_alive, wait_for
 from unkind import (
+    be_stopped,
     crash,
     double,
+    end_quietly,
     environment,
+    interrupted,
     process_id,
     raise_sentence,
     raise_unpicklable,
     shared_memory_of_lammps,
+    shared_memory_of_ours,
     start_programs,
     torch_threads,
     wait_forever,
 )
 
 from ubmd.errors import LabelError
-from ubmd.learning.workers import TaskFailed, Workers, outcome
+from ubmd.learning.inside import guarded
+from ubmd.learning.workers import TaskCrashed, TaskFailed, Workers, WorkersLost, outcome
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, needs PR_SET_PDEATHSIG")
 
@@ -37,22 +44,6 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks i
 def workers() -> Iterator[Workers]:
     with Workers(2) as pool:
         yield pool
-
-
-def is_alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_for(condition, seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_results_come_back(workers: Workers) -> None:
@@ -100,6 +91,138 @@ def test_a_time_out_costs_one_task(workers: Workers, tmp_path: Path) -> None:
     assert wait_for(lambda: not is_alive(int((tmp_path / "pid").read_text())))
 
 
+@linux
+def test_time_in_which_a_worker_is_stopped_does_not_count(workers: Workers) -> None:
+    assert outcome(workers.submit(be_stopped, 6.0, timeout=4.0)) == 0
+
+
+@linux
+def test_a_worker_that_stays_stopped_is_lost(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ubmd.learning.workers._LONGEST_HALT", 1.0)
+    with pytest.raises(WorkersLost, match=r"^The worker process was stopped \(SIGSTOP\) for \d+ s\.$"):
+        outcome(workers.submit(be_stopped, 1000.0, timeout=100.0))
+
+
+@linux
+def test_time_in_which_all_is_stopped_does_not_count(tmp_path: Path) -> None:
+    """As on a laptop that sleeps, or when a batch system suspends the job."""
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "import os, subprocess\n"
+        "from ubmd.learning.workers import Workers, outcome\n"
+        "from unkind import nap, process_id\n"
+        "if __name__ == '__main__':\n"
+        "    with Workers(1) as pool:\n"
+        "        both = f'{outcome(pool.submit(process_id, 0))} {os.getpid()}'\n"
+        "        future = pool.submit(nap, 20, timeout=5.0)\n"
+        "        words = f'sleep 0.5; kill -STOP {both}; sleep 6; kill -CONT {both}'\n"
+        "        subprocess.run(['sh', '-c', words], check=True)\n"
+        "        assert outcome(future) is None\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": path}, check=True, timeout=120)
+
+
+def test_an_interrupt_outside_of_workers_is_nobodys_fault() -> None:
+    assert guarded(interrupted)[1:3] == ("WorkersLost", "The task was interrupted.")
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_worker_that_ends_quietly_is_noticed(busy: bool) -> None:
+    """pebble takes it for a finished one."""
+    with Workers(1) as pool:
+        process = outcome(pool.submit(process_id, 0))
+        if busy:
+            with pytest.raises(TaskCrashed, match=r"^The worker process ended by itself with exit code 0\.$"):
+                outcome(pool.submit(end_quietly))
+        else:
+            os.kill(process, signal.SIGTERM)
+            assert wait_for(lambda: not is_alive(process))
+        assert outcome(pool.submit(double, 4)) == 8
+
+
+def test_nobody_reads_what_a_task_prints(tmp_path: Path) -> None:
+    """As behind ``ubmd run | head``, or when the terminal is gone."""
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "from pathlib import Path\nfrom ubmd.learning.workers import Workers, outcome\nfrom unkind import say\n"
+        "if __name__ == '__main__':\n"
+        "    with Workers(1) as pool:\n"
+        "        Path('said').write_text(outcome(pool.submit(say, 'hello')))\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, script]
+    subprocess.run(words, stdout=writer, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=120)
+    os.close(writer)
+    assert (tmp_path / "said").read_text() == "hello"
+
+
+def run_apart(tmp_path: Path, before: str, driver: str) -> subprocess.CompletedProcess[str]:
+    """A driver's program with a /dev/shm of its own; ``before``: shell commands that change it."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("only root may mount")
+    (tmp_path / "driver.py").write_text(driver)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = f"{before}\nexec {sys.executable} {tmp_path / 'driver.py'}"
+    words = ["unshare", "-m", "sh", "-ec", command]
+    return subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+DRIVER = """
+from ubmd.learning.workers import Workers, WorkersLost, outcome
+from unkind import double, start_replica_engine
+if __name__ == '__main__':
+    with Workers(2) as pool:
+        for future in [pool.submit({task}) for _ in range(3)]:
+            try:
+                print(outcome(future))
+            except WorkersLost as error:
+                print(error)
+"""
+
+
+@linux
+@pytest.mark.parametrize(
+    ("options", "said"), [("ro,size=8m", "read-only"), ("size=100k", "full")], ids=["read-only", "full"]
+)
+def test_shared_memory_that_cannot_be_used(tmp_path: Path, options: str, said: str) -> None:
+    """MPICH keeps 1 MB there for LAMMPS; other tasks need none."""
+    before = f"mount -t tmpfs -o {options} tmpfs /dev/shm"
+    found = run_apart(tmp_path, before, DRIVER.format(task="double, 1"))
+    assert found.stdout.splitlines() == ["2"] * 3, found.stderr
+    found = run_apart(tmp_path, before, DRIVER.format(task="start_replica_engine"))
+    line = f"/dev/shm (shared memory), which MPI needs, is {said}: make room in it"
+    assert [text.startswith(line) for text in found.stdout.splitlines()] == [True] * 3, found.stdout
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""
+
+
+@linux
+@pytest.mark.parametrize("processes", [1, 3, 5, 7])  # not enough for a thread, a process, pebble's threads, a keeper
+def test_no_more_processes(tmp_path: Path, processes: int) -> None:
+    """The limit binds no root: another user, who may read this folder all the same."""
+    one = "-all,+dac_override"
+    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", f"--inh-caps={one}", f"--ambient-caps={one}"]
+    if not shutil.which("setpriv") or subprocess.run([*user, "ls", tmp_path], check=False).returncode:
+        pytest.skip("only root may become another user")
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_NPROC, ({processes}, {processes}))\n"
+    (tmp_path / "driver.py").write_text(limit + DRIVER.format(task="double, 1"))
+    words = [*user, sys.executable, "-B", tmp_path / "driver.py"]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    found = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.splitlines()) == 3
+    for line in found.stdout.splitlines():
+        assert (line == "2" and processes > 3) or re.match(r"^A worker process could not be started: .*ulimit -u", line)
+    assert found.stderr == ""
+
+
 def test_errors_keep_their_sentence(workers: Workers) -> None:
     with pytest.raises(LabelError, match=r"^The water is too deep.$"):
         outcome(workers.submit(raise_sentence))
@@ -113,15 +236,6 @@ def test_an_idle_worker_that_dies_does_not_end_the_pool() -> None:
         os.kill(outcome(pool.submit(process_id, 0)), signal.SIGKILL)
         time.sleep(1.0)
         assert outcome(pool.submit(double, 4)) == 8
-
-
-def descendants(process: int) -> list[int]:
-    """A process's children, their children and so on."""
-    children = []
-    for path in Path(f"/proc/{process}/task").glob("*/children"):
-        with suppress(OSError):
-            children += [int(number) for number in path.read_text().split()]
-    return children + [d for child in children for d in descendants(child)]
 
 
 @linux
@@ -150,6 +264,14 @@ def test_the_memory_of_mpi_is_given_back(how: str) -> None:
         if how == "kill":
             os.kill(outcome(pool.submit(process_id, 0)), signal.SIGKILL)
     assert wait_for(lambda: not any(segment.exists() for segment in segments))
+
+
+@linux
+def test_a_worker_with_lammps_leaves_nothing_behind_whatever_kills_it(workers: Workers) -> None:
+    """On the nodes of a cluster the keeper may be killed, too."""
+    names, energy = outcome(workers.submit(shared_memory_of_ours))
+    assert names == []
+    assert energy < 0.0
 
 
 def sleeping(folder: Path) -> list[int]:

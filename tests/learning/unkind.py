@@ -41,9 +41,57 @@ def shared_memory_of_lammps() -> list[Path]:
         return list(Path("/dev/shm").glob(f"mpich_shm_{os.getpid():x}_*"))
 
 
+def shared_memory_of_ours() -> tuple[list[Path], float]:
+    """The same while a LAMMPS of a replica and that of a reference are in use; the energy of argon, eV."""
+    from ase.build import bulk
+
+    from ubmd.lammps.replica import start_lammps
+    from ubmd.references.lammps import LAMMPS
+
+    commands = ["pair_style lj/cut 5.0", "pair_coeff * * 0.01 3.4"]
+    engine, atoms = start_lammps(Path("none")), bulk("Ar", a=5.3, cubic=True) * (2, 2, 2)
+    atoms.calc = LAMMPS(elements=["Ar"], commands=commands)
+    energy = atoms.get_potential_energy()
+    names = list(Path("/dev/shm").glob(f"mpich_shm_{os.getpid():x}_*"))
+    engine.close()
+    return names, energy
+
+
+def start_replica_engine() -> None:
+    from ubmd.lammps.replica import start_lammps
+
+    start_lammps(Path("none")).close()
+
+
 def wait_forever(started: Path) -> None:
     started.write_text(str(os.getpid()))
     time.sleep(1000)
+
+
+def be_stopped(seconds: float) -> int:
+    """Be stopped (SIGSTOP), as by a batch system, and go on after this time, s."""
+    program = subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return program.wait()
+
+
+def nap(moments: int) -> None:
+    """Take this many tenths of a second of time in which this process runs."""
+    for _ in range(moments):
+        time.sleep(0.1)
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def say(words: str) -> str:
+    print(words, flush=True)
+    return words
+
+
+def end_quietly() -> None:
+    os._exit(0)
 
 
 def start_programs(folder: Path) -> None:

@@ -25,6 +25,7 @@ from ubmd.data.structures import check_labelled, dataset_hash
 from ubmd.errors import DataError
 from ubmd.export import export_model
 from ubmd.learning.run_folder import content_hash
+from ubmd.outputs import replacing
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
 from ubmd.training import train_members
 from ubmd.uncertainty.conformal import conformal_scale
@@ -176,9 +177,8 @@ def _evaluate(path: Path, kind: str, split: int, calibration: Sequence[Atoms], t
 def _write(path: Path, outcome: Outcome, key: str) -> None:
     parts = {"calibration": outcome.calibration, "test": outcome.test}
     arrays = {f"{part}_{name}": getattr(data, name) for part, data in parts.items() for name in _FIELDS}
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, key=key, **arrays)  # type: ignore[arg-type]
-    temporary.replace(path)
+    with replacing(path) as file:
+        np.savez_compressed(file, key=key, **arrays)  # type: ignore[arg-type]
 
 
 def _read(path: Path, kind: str, split: int, key: str) -> Outcome | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ubmd.analysis.style import DPI
+from ubmd.outputs import replacing
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;
@@ -108,9 +109,8 @@ class Document:
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{name}.md", folder / f"{name}.html"]
         for path, text in zip(files, (self.markdown(), self.html()), strict=True):
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            with replacing(path) as file:
+                file.write(text.encode())
         return files
 
     def markdown(self) -> str:

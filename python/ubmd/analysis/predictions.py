@@ -7,7 +7,6 @@ need not run them: the folder may be a stranger's.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.structures import dataset_hash, read_structures
 from ubmd.errors import DataError
 from ubmd.learning.run_folder import RunFolder
+from ubmd.outputs import replacing
 
 FILE = "predictions.npz"
 _NEWEST = 8  # iterations whose new labels stand in for a test set
@@ -61,8 +61,7 @@ def keep_predictions(
 ) -> None:
     """Write what a model with this calibration record says about labelled structures."""
     none = np.full(6, np.nan)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as handle:
+    with replacing(path) as handle:
         np.savez_compressed(
             handle,
             structures=dataset_hash(structures),
@@ -73,9 +72,6 @@ def keep_predictions(
             forces=np.concatenate([p.forces for p in predictions]),
             atomic_u=np.concatenate([p.atomic_u for p in predictions]),
         )
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
 
 
 def kept_predictions(path: Path, structures: Sequence[Atoms]) -> Predictions | None:

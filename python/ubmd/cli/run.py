@@ -63,7 +63,8 @@ def check(settings: SettingsFile, override: Override = None) -> None:
     For dynamic training (settings with a \\[dynamic] table) only the first.
 
     Labels two structures, trains a few epochs, runs ten biased MD steps, selects and labels one more. From this it
-    tells roughly how long the whole run would take and how much it would write. Nothing is left behind.
+    tells roughly how long the whole run would take and how much it would write. It works in a hidden folder beside
+    run_dir, which is kept until the next check if a stage fails.
     """
     if is_dynamic(settings):
         _check_dynamic(settings, override or [])

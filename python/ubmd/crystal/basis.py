@@ -28,6 +28,7 @@ from ubmd.crystal.clusters import ClusterTable, Orbit, OrbitTable, anchor, canon
 from ubmd.crystal.lattice import Lattice, Supercell
 from ubmd.crystal.symmetry import SYMMETRY_TOLERANCE
 from ubmd.errors import DataError, ModelError, SettingsError
+from ubmd.outputs import replacing
 
 FORMAT = 1
 NULL_TOLERANCE = 1e-8  # eigenvalues of the sum rules' Gram matrix: rounding is below 1e-12, the rules above 1e-3
@@ -219,10 +220,9 @@ class ClusterBasis:
         return result
 
     def save(self, path: Path) -> None:
-        """Write the basis to an npz file (temporary file, then rename)."""
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(self.to_bytes())
-        temporary.replace(path)
+        """Write the basis to an npz file."""
+        with replacing(path) as handle:
+            handle.write(self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """Content of that file."""

@@ -22,6 +22,7 @@ import scipy.linalg as sl  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike, NDArray
 
 from ubmd.errors import DataError, ModelError
+from ubmd.outputs import replacing
 
 Array = NDArray[np.float64]
 CHANNELS = ("forces", "energies", "stresses")
@@ -472,10 +473,8 @@ def _drops(candidates: Sequence[Array], probes: tuple[Array, list[int]], beta: f
 
 
 def _write(path: Path, kind: str, arrays: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as handle:
+    with replacing(path) as handle:
         np.savez(handle, format=FORMAT, kind=kind, **arrays)
-    temporary.replace(path)
 
 
 def _read(path: Path, kind: str) -> dict[str, Any]:

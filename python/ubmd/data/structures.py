@@ -30,6 +30,7 @@ from rich.table import Table
 from ubmd.data.geometry import check_apart, check_cell
 from ubmd.data.labels import LABELS, Frame, check_mapping, label_remarks, shaped, take_labels
 from ubmd.errors import DataError
+from ubmd.outputs import replacing
 
 EV_PER_A3_IN_MPA = 1000 / GPa
 _FULL = 1e-3  # by which the occupancy of a site may differ from 1
@@ -334,17 +335,10 @@ def write_structures(path: Path | str, structures: Iterable[Atoms]) -> None:
         DataError: something that the format cannot hold, or labels that do not belong to the structure.
     """
     path = Path(path)
-    text = "".join(_frame(atoms) for atoms in structures)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = as_extxyz(structures)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
     _sync_folder(path.parent)
 
 
@@ -357,7 +351,7 @@ def append_structures(path: Path | str, structures: Iterable[Atoms]) -> None:
         DataError: as in `write_structures` and `repair_structures`.
     """
     path = Path(path)
-    text = "".join(_frame(atoms) for atoms in structures)
+    text = as_extxyz(structures)
     path.parent.mkdir(parents=True, exist_ok=True)
     repair_structures(path)
     is_new = not path.exists()
@@ -367,6 +361,11 @@ def append_structures(path: Path | str, structures: Iterable[Atoms]) -> None:
         os.fsync(file.fileno())
     if is_new:
         _sync_folder(path.parent)
+
+
+def as_extxyz(structures: Iterable[Atoms]) -> str:
+    """Structures as the text that `write_structures` writes; DataError as there."""
+    return "".join(_frame(atoms) for atoms in structures)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,11 +7,17 @@ imports it too) and puts the returned folders into ``LAMMPS_PLUGIN_PATH``; LAMMP
 import contextlib
 import ctypes
 import os
+import re
+from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from ubmd.errors import MachineError
+
 PLUGIN_FILE = "ubmdplugin.so"
+_ROOM = 4 << 20  # bytes of shared memory: MPICH takes 1 MB per process
+_started = False  # whether this process has had a LAMMPS
 
 
 def plugin_folder() -> str:
@@ -47,6 +53,46 @@ def mpi_library() -> Path | None:
         if file.name.startswith("libmpi.so."):
             return Path(str(file.locate())).resolve()
     return None
+
+
+@contextlib.contextmanager
+def starting_lammps() -> Iterator[None]:
+    """Around the start of a LAMMPS: MPICH keeps 1 MB per process in /dev/shm from the first on.
+
+    Processes that are killed would leave that behind, in the way of later ones of their ids, so its name is given back.
+    The memory stays as long as it is in use, and nobody looks for it any more: all ranks of ``mpiexec`` have it when
+    they have started a LAMMPS together.
+
+    Raises:
+        MachineError: there is no room for it.
+    """
+    global _started
+    if not _started:
+        check_shared_memory()
+    yield
+    _started = True
+    with contextlib.suppress(OSError):  # no /proc
+        maps = Path("/proc/self/maps").read_text(errors="replace")
+        for segment in set(re.findall(r"/dev/shm/mpich_shm_\w+$", maps, re.MULTILINE)):
+            Path(segment).unlink(missing_ok=True)
+
+
+def check_shared_memory() -> None:
+    """Whether MPI can start: it would end the process without a word, or with SIGBUS.
+
+    Raises:
+        MachineError: there is no room in /dev/shm, or it cannot be written.
+    """
+    try:
+        memory = os.statvfs("/dev/shm")
+    except OSError:  # this system has none
+        return
+    reason = "read-only" if memory.f_flag & os.ST_RDONLY else "full"
+    if reason == "read-only" or memory.f_bavail * memory.f_frsize < _ROOM:
+        raise MachineError(
+            f"/dev/shm (shared memory), which MPI needs, is {reason}: make room in it ({_ROOM >> 20} MB), or mount it "
+            "so that it can be written."
+        )
 
 
 def _forget_inherited(folder: str) -> None:

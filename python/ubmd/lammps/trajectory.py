@@ -12,7 +12,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import c_double
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ubmd.aliases import Aliases
+from ubmd.attempts import Attempt, end_attempts
 from ubmd.crystal.triggers import Trigger, load_trigger
 from ubmd.data.state import state_arrays
 from ubmd.errors import ModelError, SimulationError
@@ -38,6 +39,7 @@ from ubmd.lammps.replica import (
     symbols_of,
     system_commands,
 )
+from ubmd.outputs import replacing
 
 Array = NDArray[np.float64]
 FIX = "monitor"
@@ -98,6 +100,7 @@ class TrajectoryState:
 
 def write_state(path: Path, state: TrajectoryState) -> None:
     """Write a state to an npz file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, state.arrays())
 
 
@@ -204,48 +207,74 @@ def read_piece(path: Path) -> tuple[TrajectoryState, PieceData]:
         return state, PieceData(**{name: data[name] for name in PieceData.__dataclass_fields__})
 
 
-def run_piece(task: PieceTask) -> PieceResult:
+def run_piece(task: PieceTask, note: Callable[[Attempt, PieceResult], None] | None = None) -> PieceResult:
     """Run a piece to its end and write its file.
 
     Failures of the dynamics are part of the result.
 
+    Args:
+        task: what to run.
+        note: called when the file is in its place and the attempt is not yet over, as for replicas.
+
     Raises:
+        TakenOver: another process has begun the same piece; nothing of what that one writes is touched.
         SimulationError: it could not be started (no LAMMPS, no plugin, no model, unknown element).
         ModelError: the state cannot be read.
     """
     state = read_state(task.start)
+    attempt = Attempt.begin(task.result)
     try:
-        piece, ended, reason, seconds = _run_once(task, state, "bin")
+        piece, ended, reason, seconds = _run_here(task, attempt, state)
+        _write_piece(attempt.folder / task.result.name, piece)
+        attempt.put(task.result.name, task.result)
+        result = piece.result(ended, reason, seconds)
+        if note is not None:
+            note(attempt, result)
+    except OSError:
+        attempt.check()  # without the folder it cannot write
+        raise
+    finally:
+        attempt.end()
+    end_attempts(task.result)
+    return result
+
+
+_Ran = tuple["_Piece", "_Ending", str, float]
+"""(piece, how it ended, reason if it went wrong, wall time in s)"""
+
+
+def _run_here(task: PieceTask, attempt: Attempt, state: TrajectoryState) -> _Ran:
+    try:
+        return _run_once(task, attempt, state, "bin")
     except ThinBoxError:  # of a flat or linear molecule: as for replicas
-        piece, ended, reason, seconds = _run_once(task, state, "nsq")
-    _write(task.result, piece.state().arrays() | vars(piece.data()))
-    progress_file(task.result).unlink(missing_ok=True)
-    return piece.result(ended, reason, seconds)
+        return _run_once(task, attempt, state, "nsq")
 
 
-def _run_once(task: PieceTask, state: TrajectoryState, neighbours: Neighbours) -> tuple[_Piece, _Ending, str, float]:
-    """(piece, how it ended, reason if it went wrong, wall time in s); ThinBoxError: it needs other neighbours."""
+def _run_once(task: PieceTask, attempt: Attempt, state: TrajectoryState, neighbours: Neighbours) -> _Ran:
+    """`_run_here` with one way to find neighbours; ThinBoxError if it is the wrong one."""
     piece = _Piece(task, state)
     engine = _Engine(task, state, neighbours)
     try:
         begin = time.monotonic()
-        ended, reason = piece.run(engine)
+        ended, reason = piece.run(engine, attempt)
         return piece, ended, reason, time.monotonic() - begin
     finally:
         engine.close()
 
 
 def write_piece_without_steps(task: PieceTask, reason: str, ended: _Ending) -> PieceResult:
-    """The result of a piece whose process was lost: nothing has happened. After 'segment' the trajectory goes on."""
+    """The result of a piece whose process was lost: nothing has happened. After 'segment' the trajectory goes on.
+
+    Attempts at it are over, also if their processes live on.
+    """
+    end_attempts(task.result)
     piece = _Piece(task, read_state(task.start))
-    _write(task.result, piece.state().arrays() | vars(piece.data()))
-    progress_file(task.result).unlink(missing_ok=True)
+    _write_piece(task.result, piece)
     return piece.result(ended, reason, 0.0)
 
 
-def progress_file(result: Path) -> Path:
-    """File that holds the number of steps that a running piece has done."""
-    return result.with_suffix(".progress")
+def _write_piece(path: Path, piece: _Piece) -> None:
+    _write(path, piece.state().arrays() | vars(piece.data()))
 
 
 _Ending = Literal["asked", "segment", "guard", "failed"]
@@ -266,7 +295,7 @@ class _Piece:
         self._series: list[tuple[int, float, float, float]] = []
         self._frames = _Frames(task.frames)
 
-    def run(self, engine: _Engine) -> tuple[_Ending, str]:
+    def run(self, engine: _Engine, attempt: Attempt) -> tuple[_Ending, str]:
         """(how it ended, reason if it went wrong)."""
         for check in range(self.task.steps // self.task.check_every):
             try:
@@ -277,6 +306,8 @@ class _Piece:
             ending = self._check(engine, check)
             if ending is not None:
                 return ending
+            if check % _LOOK == 0:
+                attempt.report(self._sane[0] - self.begin)
         return "segment", ""
 
     def _stopped_by(self, message: str) -> tuple[_Ending, str]:
@@ -296,7 +327,6 @@ class _Piece:
             limit = 10.0 * self.task.temperature + 5000.0
             if not (temperature := engine.temperature()) < limit:
                 return "failed", f"The temperature is {temperature:.0f} K at step {step}: it exploded."
-            _note_progress(self.task.result, step - self.begin)
         threshold, mean = self.trigger.threshold, self.trigger.mean
         call = self.trigger.observe(error, self.task.noise)
         self._series.append((step, error, threshold, mean))
@@ -453,17 +483,7 @@ class _Engine:
         return float(self._lammps.extract_fix(FIX, 0, 1, index))
 
 
-def _note_progress(result: Path, steps: int) -> None:
-    path = progress_file(result)
-    temporary = path.with_suffix(".progress.tmp")
-    temporary.write_text(str(steps))
-    temporary.replace(path)
-
-
 def _write(path: Path, arrays: dict[str, Any]) -> None:
-    """An npz file through a temporary one; the same arrays always give the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as handle:
+    """An npz file; the same arrays always give the same bytes."""
+    with replacing(path) as handle:
         np.savez(handle, **arrays)
-    temporary.replace(path)

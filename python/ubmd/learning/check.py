@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import glob
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ase import Atoms
@@ -16,12 +18,12 @@ from ase.data import atomic_numbers
 from ubmd.analysis.provenance import conditions
 from ubmd.data.state import describe_state, mixed_states
 from ubmd.data.structures import check_free, fixed_atoms, read_structures
-from ubmd.errors import DataError, SettingsError
+from ubmd.errors import DataError, SettingsError, StorageError, UbmdError
+from ubmd.learning.clusters import tasks_at_once
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.run_folder import Listener, RunFolder
 from ubmd.learning.stages import check_start, check_states
 from ubmd.learning.timeline import duration
-from ubmd.learning.workers import available_cores
 from ubmd.outputs import check_name
 from ubmd.settings import RunSettings
 
@@ -153,7 +155,7 @@ def miniature(settings: RunSettings, run_dir: Path) -> RunSettings:
 
 
 def check(settings: RunSettings, base: Path, listener: Listener | None = None) -> Iterator[str]:
-    """Sentences: what would be run; then, from a miniature run in a temporary folder, what it would cost.
+    """Sentences: what would be run; then, from a miniature run in a folder beside the run's, what it would cost.
 
     Raises:
         UbmdError: the first mistake.
@@ -165,10 +167,37 @@ def check(settings: RunSettings, base: Path, listener: Listener | None = None) -
     yield "Now every stage in miniature …"
     from ubmd.learning.loop import run
 
-    with tempfile.TemporaryDirectory(prefix="ubmd_check_") as name:
-        folder = RunFolder(run(miniature(settings, Path(name)), base, listener))
+    with _folder_beside(settings) as path:
+        folder = RunFolder(run(miniature(settings, path), base, listener))
         yield from _findings(folder)
         yield from _costs(settings, base, len(structures[0]), folder)
+
+
+@contextmanager
+def _folder_beside(settings: RunSettings) -> Iterator[Path]:
+    """A folder for the miniature run, where nodes of a cluster see it as they will see the run's.
+
+    If the miniature fails, other than by a mistake in the settings, it is kept until the next check: its logs may say
+    more than the error.
+    """
+    run_dir = Path(settings.run_dir).absolute()
+    parent = next((p for p in (_existing(run_dir.parent), run_dir) if os.access(p, os.W_OK | os.X_OK)), None)
+    prefix = f".{run_dir.name}.check-"
+    for old in parent.glob(f"{glob.escape(prefix)}????????") if parent else ():
+        if not RunFolder(old).is_locked():
+            shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    keep = False
+    try:
+        yield folder
+    except UbmdError as error:
+        keep = not isinstance(error, SettingsError | StorageError)
+        if keep:
+            error.args = (f"{str(error).rstrip('.')}. Until the next check its files are in {folder}.", *error.args[1:])
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def plan(settings: RunSettings, base: Path, structures: list[Atoms]) -> Iterator[str]:
@@ -224,7 +253,7 @@ def _findings(folder: RunFolder) -> Iterator[str]:
 
 def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -> Iterator[str]:
     """Time and disk of the whole run, from the miniature's speeds; rough, and MD as if no replica stopped early."""
-    processes = settings.workers.processes or available_cores()
+    processes = tasks_at_once(settings.workers)
     rounds, batch = _iterations(settings), settings.selection.batch
     history = folder.read_history()
     label = min(float(entry["seconds"]["label"]) for entry in history if "label" in entry["seconds"])
@@ -233,9 +262,11 @@ def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -
     at_once = max(1, processes // settings.md.ranks)
     dynamics = step * settings.md.steps * rounds * math.ceil(settings.md.replicas / at_once)
     training = _training_time(settings, folder)
+    here = settings.workers.executor == "pebble"
+    where = f"on this machine ({processes} processes)" if here else f"with {processes} tasks at once"
     total = reference + dynamics + training
     yield (
-        f"Rough time on this machine ({processes} processes): labels {duration(reference)}, "
+        f"Rough time {where}: labels {duration(reference)}, "
         f"MD at most {duration(dynamics)}, training {duration(training)}; together at most {duration(total)}."
     )
     frames = rounds * settings.md.replicas * (settings.md.steps // settings.md.frames_every + 1)

@@ -8,24 +8,30 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import re
 import secrets
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import Executor as StandardExecutor
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-from ubmd.errors import SettingsError
-from ubmd.learning.workers import Executor, Pools, Reply, Workers, available_cores, start_keeper
+from ubmd.errors import SettingsError, describe, one_line
+from ubmd.learning.clusters import executorlib_executor, job_label, parsl_executor, tasks_at_once
+from ubmd.learning.inside import Reply, start_keeper
+from ubmd.learning.keeper import cancel_jobs
+from ubmd.learning.workers import Executor, Pools, Workers, available_cores
 from ubmd.settings import WorkerSettings
 
+_WANTED = ".wanted-"  # how the name of the file begins that says that tasks are wanted
+_BATCH_SYSTEM = re.compile(r"\b(?:sbatch|qsub|bsub|condor_submit): [^\n]+")  # why it takes no job
+_TOKEN = 8  # bytes of a driver's token
 _LOOK = 2.0  # s between two looks for the file that says that tasks are wanted
 
 
@@ -37,18 +43,44 @@ def make_executor(settings: WorkerSettings, folder: Path) -> Executor:
     """
     if settings.executor == "pebble":
         return Workers(settings.processes)
-    start_keeper("UBMD_DRIVER")  # their own processes on this machine would survive a killed driver
-    maker = {"parsl": _parsl, "executorlib": _executorlib}[settings.executor]
+    token = secrets.token_hex(_TOKEN)
+    jobs = _jobs(settings, token)
+    # Their own processes on this machine, and their jobs, would survive a killed driver.
+    start_keeper("UBMD_DRIVER", *([f"jobs={jobs}"] if jobs else []))
     try:
-        executor = maker(settings, folder)
+        executor = _made(settings, folder, token)
     except ModuleNotFoundError as error:
         raise SettingsError(
             f"workers.executor = '{settings.executor}' needs a package that is not installed ({error}); "
             "install it with: pip install 'ubmd[parallel]'"
         ) from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise SettingsError(f"workers.options do not suit {settings.executor}: {error}") from error
-    return Adapter(executor, folder, settings.processes, owned=True)
+    return Adapter(executor, folder, tasks_at_once(settings), owned=True, token=token, jobs=jobs)
+
+
+def _made(settings: WorkerSettings, folder: Path, token: str) -> StandardExecutor:
+    if settings.executor == "parsl":
+        return parsl_executor(settings, folder, token)
+    return executorlib_executor(settings)
+
+
+def _jobs(settings: WorkerSettings, token: str) -> str:
+    """What the names of the jobs contain that this executor hands to SLURM; empty if it hands it none."""
+    provider = settings.options.get("provider", {})
+    is_slurm = isinstance(provider, Mapping) and provider.get("name") == "SlurmProvider"
+    return job_label(settings, token) if settings.executor == "parsl" and is_slurm else ""
+
+
+def forget_dead_drivers(folder: Path) -> None:
+    """End what earlier drivers of a run have left on other machines; the caller holds the lock of its folder.
+
+    Tasks on nodes end when the file is gone that says that they are wanted. Jobs that still wait are cancelled.
+    """
+    for wanted in folder.glob(f"{_WANTED}*"):
+        with suppress(OSError):
+            jobs, token = wanted.read_text(errors="replace"), wanted.name.removeprefix(_WANTED)
+            wanted.unlink()
+            if len(token) == 2 * _TOKEN and jobs.endswith(f"-{token}"):  # nothing that other jobs' names contain, too
+                cancel_jobs(jobs)
 
 
 class Adapter:
@@ -59,20 +91,44 @@ class Adapter:
     """
 
     def __init__(
-        self, executor: StandardExecutor, folder: Path, processes: int | None = None, owned: bool = False
+        self,
+        executor: StandardExecutor,
+        folder: Path,
+        processes: int | None = None,
+        owned: bool = False,
+        token: str | None = None,
+        jobs: str = "",
     ) -> None:
-        """``folder``: seen by the tasks; ``processes``: tasks at once; ``owned``: shut the executor down in the end."""
+        """The executor may be in use elsewhere, too.
+
+        Args:
+            executor: where the tasks run.
+            folder: seen by the tasks.
+            processes: tasks at once.
+            owned: shut the executor down in the end.
+            token: of this driver; None: a new one.
+            jobs: what the names of its jobs in SLURM contain: they are cancelled in the end.
+        """
         self.processes = processes or getattr(executor, "_max_workers", None) or available_cores()
         self._executor = executor
         self._owned = owned
-        self._wanted = folder / f".wanted-{secrets.token_hex(8)}"
+        self._jobs = jobs
+        self._wanted = folder / f"{_WANTED}{token or secrets.token_hex(_TOKEN)}"
         folder.mkdir(parents=True, exist_ok=True)
-        self._wanted.touch()
+        self._wanted.write_text(jobs)
 
     def submit(self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None) -> Future[Any]:
-        """Run ``function(*arguments)`` wherever the executor likes."""
+        """Run ``function(*arguments)`` wherever the executor likes; one that is broken loses the task."""
         task = pickle.dumps((function, arguments))
-        return self._executor.submit(isolated, list(sys.path), str(self._wanted), os.getpid(), task, timeout)
+        reply: Future[Reply] = Future()
+        reply.set_running_or_notify_cancel()
+        try:
+            theirs = self._executor.submit(isolated, list(sys.path), str(self._wanted), os.getpid(), task, timeout)
+        except Exception as error:
+            reply.set_result(_lost(error))
+        else:
+            theirs.add_done_callback(lambda done: reply.set_result(_reply(done)))
+        return reply
 
     def stop(self) -> None:
         """Stop all tasks; the executor too, if it is ours: one that was given may have other work."""
@@ -81,6 +137,21 @@ class Adapter:
         if self._owned:
             with warnings.catch_warnings(action="ignore"):  # parsl says that it cannot cancel: we have done it
                 self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._jobs:  # Parsl leaves those of a broken executor
+            cancel_jobs(self._jobs)
+
+
+def _reply(done: Future[Reply]) -> Reply:
+    try:
+        return done.result()
+    except (CancelledError, Exception) as error:  # an executor's own: a lost node, a broken connection
+        return _lost(error)
+
+
+def _lost(error: BaseException) -> Reply:
+    """The reply of a task that an executor has lost; what the batch system says about it matters most."""
+    said = dict.fromkeys(one_line(line) for line in _BATCH_SYSTEM.findall(str(error)))
+    return None, "WorkersLost", f"The executor lost the task ({'; '.join(said) or describe(error)}).", ""
 
 
 def isolated(path: list[str], wanted: str, driver: int, task: bytes, timeout: float | None) -> Reply:
@@ -108,14 +179,15 @@ class _Unwanted:
         self._driver = driver
         self._parent = os.getppid()
         self._next = 0.0
+        self._gone = False
 
     def __call__(self) -> bool:
         if os.getpid() != self._driver and os.getppid() != self._parent:
             os._exit(1)  # what started this process was killed: nobody will fetch the result
-        if time.monotonic() < self._next:
-            return False
-        self._next = time.monotonic() + _LOOK
-        return not self._wanted.exists()
+        if not self._gone and time.monotonic() >= self._next:  # two threads ask: neither must miss it
+            self._next = time.monotonic() + _LOOK
+            self._gone = not self._wanted.exists()
+        return self._gone
 
 
 class _Children:
@@ -192,47 +264,3 @@ def _forget_children() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_children)
-
-
-def _parsl(settings: WorkerSettings, folder: Path) -> StandardExecutor:
-    from parsl.concurrent import ParslPoolExecutor
-
-    return ParslPoolExecutor(parsl_config(settings, folder))
-
-
-def parsl_config(settings: WorkerSettings, folder: Path) -> Any:
-    """A parsl Config; options: those of HighThroughputExecutor, and of its provider with 'name' and 'launcher'."""
-    from parsl import Config
-    from parsl.executors import HighThroughputExecutor
-
-    options = dict(settings.options)
-    provider = dict(options.pop("provider", {"name": "LocalProvider", "init_blocks": 1, "max_blocks": 1}))
-    name, launcher = provider.pop("name", None), provider.pop("launcher", None)
-    if name is None:
-        raise SettingsError("workers.options.provider needs a name, such as 'SlurmProvider' or 'LocalProvider'.")
-    if launcher is not None:
-        provider["launcher"] = getattr(import_module("parsl.launchers"), launcher)()
-    if settings.processes is not None:
-        options.setdefault("max_workers_per_node", settings.processes)
-    options.setdefault("label", "ubmd")
-    executor = HighThroughputExecutor(provider=getattr(import_module("parsl.providers"), name)(**provider), **options)
-    # 'simple' would end idle jobs only when all are idle.
-    return Config(
-        executors=[executor], run_dir=str(folder / "parsl"), strategy="htex_auto_scale", initialize_logging=False
-    )
-
-
-def _executorlib(settings: WorkerSettings, folder: Path) -> StandardExecutor:
-    """An executor of executorlib; options: its own, and its 'name'."""
-    options = dict(settings.options)
-    name = options.pop("name", "SingleNodeExecutor")
-    if settings.processes is not None:
-        options.setdefault("max_workers", settings.processes)
-    if name.endswith("ClusterExecutor"):  # one job per task; it talks through files
-        options.setdefault("cache_directory", str(folder / "executorlib"))
-    else:
-        options.setdefault("block_allocation", True)  # processes that stay, else each task starts a new one
-    # Each task would be searched for futures among its arguments, and wait for them: ours have none.
-    options.setdefault("disable_dependencies", True)
-    made: StandardExecutor = getattr(import_module("executorlib"), name)(**options)
-    return made

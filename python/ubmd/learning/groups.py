@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
-from ubmd.errors import LabelError, SimulationError, TrainingError, UbmdError, WorkerError
+from ubmd.errors import LabelError, MachineError, SimulationError, TrainingError, UbmdError
 from ubmd.learning.run_folder import EventLog
 from ubmd.learning.workers import Executor, TaskCrashed, TaskFailed, WorkersLost, outcome
 
@@ -200,7 +200,7 @@ def describe_loss(event: Mapping[str, Any]) -> str:
     name = event["what"] if event["what"] == "reference" else f"{event['what']} {event['index']}"
     if event["again"]:
         return f"{name}: {event['why']} It is tried again."
-    return f"{name}: {event['why']}" + ("" if event["crashed"] else " It is left for later.")
+    return f"{name}: {event['why']}" + ("" if event["crashed"] else " It is postponed.")
 
 
 def describe_losses(events: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -217,9 +217,9 @@ def describe_losses(events: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"Processes lost since its last start: {len(losses)}; the last was that of {losses[-1]}"]
 
 
-def nothing_ended(what: str, error: UbmdError) -> WorkerError:
+def nothing_ended(what: str, error: UbmdError) -> MachineError:
     """The error that ends a run in which no task of a kind came to an end."""
-    return WorkerError(
+    return MachineError(
         f"No {what} could be run, by a fault of the machine or cluster; the first was lost with: {error} Nothing is "
-        "rejected or lost: mend the cause, and the same command goes on."
+        "rejected or lost: once the cause is fixed, rerun the same command to resume."
     )

@@ -10,7 +10,7 @@ from ase import Atoms
 
 from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures, write_structures
-from ubmd.errors import LabelError, SettingsError, UbmdError, WorkerError
+from ubmd.errors import LabelError, MachineError, SettingsError, UbmdError
 from ubmd.learning.groups import TaskGroup, note_losses
 from ubmd.learning.run_folder import (
     EventLog,
@@ -109,7 +109,7 @@ class HeldOut:
 
         Raises:
             LabelError: a trajectory failed (with its reason).
-        WorkerError: a trajectory was lost, by a fault of the machine.
+        MachineError: a trajectory was lost, by a fault of the machine.
         """
         if self._finished:
             return
@@ -130,7 +130,9 @@ class HeldOut:
                 check_space(self._folder.path)
                 text = f"Trajectory {index} of the test set failed: {error}"
                 machine = isinstance(error, WorkersLost)
-                failed.append(WorkerError(f"{text} The same command goes on.") if machine else LabelError(text))
+                failed.append(
+                    MachineError(f"{text} Rerun the same command to resume.") if machine else LabelError(text)
+                )
             self._events.write("trajectory_done", trajectory=index, why=str(error or ""))
 
         self._group.wait(done)

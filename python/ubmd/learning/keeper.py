@@ -1,9 +1,9 @@
-"""Ends whatever a process leaves behind: a program of its own, run as ``python keeper.py PID NAME=VALUE [session]``.
+"""Ends whatever a process leaves behind: ``python keeper.py PID NAME=VALUE [session] [jobs=TEXT]``.
 
 A reference may start programs, and those more programs (``mpiexec`` and its ranks, some in sessions of their own). When
 the watched process ends, however that happens, all that inherited this environment variable are killed, and with
-'session' all of its session, too; its shared memory is given back. Imports nothing of ubmd, so that it starts in
-milliseconds and stays small.
+'session' all of its session, too; its shared memory is given back. With 'jobs' its jobs in SLURM whose names contain
+the text are cancelled. Imports nothing of ubmd, so that it starts in milliseconds and stays small.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 _PATIENCE = 10.0  # s that new processes may go on to appear
 _QUIET = 3  # looks in a row that find nothing
+_ANSWER = 60.0  # s that SLURM may take to answer
+_TRIES = (0.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # s before each try to cancel jobs: SLURM may be away
 
 
 def wait_for_end(worker: int) -> None:
@@ -39,11 +43,11 @@ def left_behind(session: int | None, cookie: bytes) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            fields = (entry / "stat").read_bytes().rsplit(b")", 1)[1].split()  # a name may be any bytes
             mine = int(fields[3]) == session or cookie in (entry / "environ").read_bytes().split(b"\0")
         except (OSError, IndexError):
             continue  # it has ended, or belongs to somebody else
-        if mine and fields[0] != "Z" and int(entry.name) != os.getpid():
+        if mine and fields[0] != b"Z" and int(entry.name) != os.getpid():
             found.append(int(entry.name))
     return found
 
@@ -73,16 +77,39 @@ def free_shared_memory(process: int) -> None:
             segment.unlink()
 
 
-def main(worker: int, cookie: str, session: bool) -> None:
+def cancel_jobs(part: str) -> bool:
+    """Cancel this user's jobs in SLURM whose names contain a text; returns whether SLURM has answered."""
+    if shutil.which("squeue") is None:
+        return True
+    listing = ["squeue", "--noheader", "--user", str(os.getuid()), "--format", "%i %j"]
+    try:
+        lines = subprocess.run(listing, capture_output=True, text=True, check=True, timeout=_ANSWER).stdout.splitlines()
+        jobs = [job for job, _, name in (line.partition(" ") for line in lines) if part in name]
+        if jobs:
+            subprocess.run(["scancel", *jobs], capture_output=True, check=True, timeout=_ANSWER)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def main(worker: int, cookie: str, session: bool, jobs: str) -> None:
     """Wait, then clean up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a batch system sends SIGTERM to all first
+        signal.signal(ending, signal.SIG_IGN)
     wait_for_end(worker)
     if session:
         with contextlib.suppress(OSError):
             os.killpg(worker, signal.SIGKILL)  # where there is no /proc, this is all
     end_all(worker if session else None, cookie.encode())
     free_shared_memory(worker)
+    answers = 0
+    for pause in _TRIES if jobs else ():
+        time.sleep(pause)
+        answers += cancel_jobs(jobs)
+        if answers == 2:  # a job may have been submitted just before
+            break
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], "session" in sys.argv[3:])
+    given = dict(option.partition("=")[::2] for option in sys.argv[3:])
+    main(int(sys.argv[1]), sys.argv[2], "session" in given, given.get("jobs", ""))

@@ -75,7 +75,7 @@ def run(
         LabelError: the reference fails for all start structures, or for whole batches again and again.
         SimulationError: no replica starts.
         StorageError: the disk is full.
-        WorkerError: no task comes to an end, by a fault of the machine or cluster.
+        MachineError: no task comes to an end, by a fault of the machine or cluster.
     """
     # Workers may have another working directory.
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()

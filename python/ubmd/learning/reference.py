@@ -32,7 +32,7 @@ def look_at_reference(
 
     Raises:
         SettingsError: the calculator cannot be imported or made.
-        WorkerError: no worker could try, by a fault of the machine.
+        MachineError: no worker could try, by a fault of the machine.
     """
     if folder.has_labels():
         return {}

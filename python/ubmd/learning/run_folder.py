@@ -4,14 +4,16 @@
     manifest.json         versions, what labels, seed, hashes of the inputs, threads of the training
     events.jsonl          what happened, one JSON object per line, only ever appended
     history.json          one entry per finished iteration (errors, coverage, MD steps, seconds)
-    dataset.extxyz        all labels; info has the label's id, iteration, replica, step and split
+    dataset.extxyz        all labels; info has the label's id, iteration, replica, step and split (and
+                          first_iteration, for one that was postponed)
     rejected.extxyz       structures without a label; info has the reason
     test.extxyz           test set, if there is one
     model.pt              the newest model
     report/               pictures and tables
     start/, test/         first labels, and parts of the test set
     iterations/iter_NNN/  train/, model.pt, frames_RRR.extxyz, replicas.json, selected.json, labels/ of one iteration;
-                          predictions.npz: what its model says about the test set, or about the labels it selected
+                          predictions.npz: what its model says about the test set, or about the labels it selected;
+                          frames_RRR.<token>.attempt/: a replica that is running, with LAMMPS's log
 
 Files are written under a temporary name, flushed to disk and renamed; a finished stage leaves a mark with the hash of
 its inputs (`Stages`), so that a resumed run does what is missing, and again what has other inputs. Nothing in the
@@ -27,6 +29,7 @@ import itertools
 import json
 import os
 import platform
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
@@ -41,8 +44,9 @@ import tomli_w
 from pydantic import ValidationError
 
 import ubmd
+from ubmd.attempts import remove_leftovers
 from ubmd.errors import DataError, SettingsError, StorageError
-from ubmd.outputs import check_name, why
+from ubmd.outputs import check_name, replacing, temporary_name, why
 from ubmd.settings import RunSettings, Table
 
 S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
@@ -125,7 +129,8 @@ class RunFolder:
         """Keep other drivers off; the kernel releases the lock when this process ends, also by ``kill -9``.
 
         Where the file system has no such locks, only processes of this machine are kept off, as far as the note of the
-        last one tells.
+        last one tells. What earlier processes have left of unfinished work is removed, in the end that of this one's
+        workers, too.
 
         Raises:
             SettingsError: another process works on this run, or the folder cannot be made or written.
@@ -135,9 +140,11 @@ class RunFolder:
             if _is_taken(handle, fcntl.LOCK_EX):
                 raise SettingsError(f"Another process is working on {self.path}; wait for it, or set another run_dir.")
             _leave_note(handle, _this_process())
+            remove_leftovers(self.path)
             try:
                 yield
             finally:
+                remove_leftovers(self.path)
                 _leave_note(handle, "")
 
     def is_locked(self) -> bool:
@@ -388,7 +395,7 @@ def move_aside(path: Path, folder: Path, name: str = "") -> Path | None:
 
 def keep_copy(path: Path, folder: Path) -> None:
     """Keep a copy of a file in ``folder``, under a dated name."""
-    scratch = path.with_name(f".{path.name}.copy")
+    scratch = temporary_name(path)
     copy_file(path, scratch)
     stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%f")
     move_aside(scratch, folder, f"{path.stem}.{stamp}{path.suffix}")
@@ -396,9 +403,8 @@ def keep_copy(path: Path, folder: Path) -> None:
 
 def check_space(folder: Path) -> None:
     """StorageError if not even a small file can be written."""
-    probe = folder / ".probe"
     try:
-        with probe.open("wb") as handle:
+        with tempfile.TemporaryFile(dir=folder) as handle:  # without a name: nothing is left if this is killed
             handle.write(b"\0" * _PROBE_BYTES)
             handle.flush()
             os.fsync(handle.fileno())
@@ -406,8 +412,6 @@ def check_space(folder: Path) -> None:
         if error.errno in FULL:
             raise full_disk(folder) from error
         raise
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def full_disk(folder: Path) -> StorageError:
@@ -421,17 +425,18 @@ def full_disk(folder: Path) -> StorageError:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    with replacing(path) as handle:
+        handle.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of JSON."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON as our files have it."""
+    return json.dumps(value, indent=1) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -441,12 +446,8 @@ def read_json(path: Path) -> Any:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file; the target is replaced in one step."""
-    temporary = target.with_name(target.name + ".tmp")
-    with temporary.open("wb") as handle:
+    with replacing(target) as handle:
         handle.write(source.read_bytes())
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(target)
 
 
 def _append(path: Path, text: str) -> None:

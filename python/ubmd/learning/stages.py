@@ -18,11 +18,13 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from ubmd.attempts import steps_so_far
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.geometry import check_apart
 from ubmd.data.state import bare, check_state, mixed_states, state_hash, structures_hash
 from ubmd.data.structures import (
     append_structures,
+    as_extxyz,
     fixed_atoms,
     labels_of,
     read_structures,
@@ -30,7 +32,7 @@ from ubmd.data.structures import (
     write_structures,
 )
 from ubmd.errors import DataError, LabelError, SettingsError, SimulationError, UbmdError, one_line
-from ubmd.lammps.replica import ReplicaResult, ReplicaTask, progress_file, salvage
+from ubmd.lammps.replica import ReplicaResult, ReplicaTask, salvage
 from ubmd.learning.groups import Lost, TaskGroup, nothing_ended, run_tasks
 from ubmd.learning.run_folder import (
     check_space,
@@ -45,7 +47,7 @@ from ubmd.learning.run_folder import (
     write_json,
     write_text,
 )
-from ubmd.learning.tasks import label_file, note_replica
+from ubmd.learning.tasks import label_file, note_replica, read_finished
 from ubmd.learning.workers import Executor, WorkersLost
 from ubmd.references.labels import check_geometry
 from ubmd.selection import select
@@ -207,7 +209,7 @@ def label_batch(
     Raises:
         SettingsError: the reference's calculator cannot be made at all.
         StorageError: the disk is full; no structure is rejected for that.
-        WorkerError: not a single structure came to an end, by a fault of the machine.
+        MachineError: not a single structure came to an end, by a fault of the machine.
     """
     keys = [label_key(candidate, settings) for candidate in candidates]
     files = [(folder / f"candidate_{k:03d}.extxyz", folder / f"label_{k:03d}.extxyz") for k in range(len(candidates))]
@@ -398,7 +400,7 @@ def append_once(path: Path, offset: int, labels: Sequence[Atoms], report: Callab
     attempt is cut off first. Only the newest batch may be unfinished, so later batches are never touched. A file that
     goes on differently is kept aside before it is cut: no label is ever lost.
     """
-    frames = [_as_bytes(path, atoms) for atoms in labels]
+    frames = [as_extxyz([atoms]).encode() for atoms in labels]
     content = b"".join(frames)
     present = path.read_bytes() if path.exists() else b""
     if len(present) < offset:
@@ -428,15 +430,6 @@ def read_dataset(path: Path) -> list[Atoms]:
     except DataError:
         move_aside(path, path.parent / "aside")
         return []
-
-
-def _as_bytes(path: Path, atoms: Atoms) -> bytes:
-    """A frame as `append_structures` writes it."""
-    scratch = path.with_name(f".{path.name}.new")
-    write_structures(scratch, [atoms])
-    content = scratch.read_bytes()
-    scratch.unlink()
-    return content
 
 
 # ------------------------------------------------------------------------------------------ MD
@@ -531,20 +524,20 @@ def run_replicas(
     Raises:
         SimulationError: no replica that has ended has a frame.
         StorageError: the disk is full.
-        WorkerError: not a single replica came to an end, by a fault of the machine.
+        MachineError: not a single replica came to an end, by a fault of the machine.
     """
     keys = {origin: _task_key(task, model_keys[origin[0]]) for origin, task in tasks.items()}
     results = {
         origin: kept
         for origin, task in tasks.items()
-        if origin not in group.running() and (kept := _read_finished(task, keys[origin]))
+        if origin not in group.running() and (kept := read_finished(task, keys[origin], _finished_file(task)))
     }
     enough = math.ceil(share * len(tasks))
     lost: dict[Origin, UbmdError] = {}
 
     def done(origin: Origin, result: ReplicaResult | None, error: UbmdError | None) -> None:
         task = tasks[origin]
-        result = result or _read_finished(task, keys[origin])  # else only the answer was lost
+        result = result or read_finished(task, keys[origin], _finished_file(task))  # else only the answer was lost
         if result is None and isinstance(error, WorkersLost):
             lost[origin] = error
             return
@@ -555,7 +548,7 @@ def run_replicas(
         report(result)
 
     def tick() -> None:
-        progress([results[o].steps if o in results else _steps_so_far(t) for o, t in tasks.items()])
+        progress([results[o].steps if o in results else steps_so_far(t.frames) or 0 for o, t in tasks.items()])
 
     missing = {origin: task for origin, task in tasks.items() if origin not in results}
     group.add({origin: (task, keys[origin], _finished_file(task)) for origin, task in missing.items()})
@@ -584,16 +577,6 @@ def _salvage(task: ReplicaTask, key: str, error: UbmdError | None) -> ReplicaRes
     return result
 
 
-def _read_finished(task: ReplicaTask, key: str) -> ReplicaResult | None:
-    """The kept result of a replica, or None if there is none for this very task, or its frames are damaged."""
-    try:
-        kept = read_json(_finished_file(task))
-        whole = kept["task"] == key and kept["sha256"] == file_hash(task.frames)
-        return ReplicaResult.model_validate(kept["result"]) if whole else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def frames_are_damaged(frames: Path) -> bool:
     """Whether the frames of a finished replica are there, but not as it left them."""
     try:
@@ -618,13 +601,6 @@ def _task_key(task: ReplicaTask, model_key: str) -> str:
     """Hash of everything that decides the trajectory; where its files lie does not."""
     starts = read_structures(task.start)
     return content_hash([settled(task), model_key, structures_hash(starts, starts[0].info)])
-
-
-def _steps_so_far(task: ReplicaTask) -> int:
-    try:
-        return int(progress_file(task).read_text())
-    except (FileNotFoundError, ValueError):
-        return 0
 
 
 # ------------------------------------------------------------------------------------------ pool and selection

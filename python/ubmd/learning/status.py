@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ubmd.attempts import steps_so_far, targets_in_work
 from ubmd.learning.groups import describe_losses
 from ubmd.learning.run_folder import RunFolder, read_settings
 from ubmd.learning.timeline import STAGE_NAMES, Timeline, describe_work, duration
@@ -31,7 +32,7 @@ _ADVICE = {
     "TrainingError": _AGAIN,
     "ModelError": _CAUSE,
     "SimulationError": _CAUSE,
-    "WorkerError": _CAUSE,
+    "MachineError": _CAUSE,
 }
 _ENDINGS = {"threshold": "thr", "step limit": "lim", "failed": "fail"}
 
@@ -169,13 +170,9 @@ def _work(
 
 def _replica_steps(folder: Path) -> dict[int, int]:
     """Steps of the replicas that are running."""
-    steps = {}
-    for path in sorted(folder.glob("frames_*.progress")):
-        try:
-            steps[int(path.stem[-3:])] = int(path.read_text())
-        except (FileNotFoundError, ValueError):  # the replica has just ended, or is writing
-            continue
-    return steps
+    targets = [folder / name for name in targets_in_work(folder) if name.startswith("frames_")]
+    found = {int(target.name.removeprefix("frames_")): steps_so_far(target) for target in targets}
+    return {replica: steps for replica, steps in found.items() if steps is not None}
 
 
 # ------------------------------------------------------------------------------------------ table

@@ -2,19 +2,31 @@
 
 Each task leaves its result in a file and seals it (`ubmd.learning.run_folder.seal`): what a worker has finished stays
 finished, also if the driver is killed before it hears of it. A worker that labels imports no torch.
+
+Several processes may be at the same task: a worker on another machine goes on without its driver while the next driver
+has the task done again. The first to finish counts; MD and trainings that another process has begun anew end early
+(`ubmd.attempts`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ase import Atoms
+
+from ubmd.attempts import Attempt, TakenOver
 from ubmd.data.structures import read_structures, write_structures
-from ubmd.learning.run_folder import file_hash, seal, write_json
+from ubmd.learning.inside import mend_process
+from ubmd.learning.run_folder import file_hash, is_sealed, json_text, read_json, seal, write_text
+from ubmd.learning.workers import WorkersLost
 from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from ubmd.lammps.replica import ReplicaResult, ReplicaTask
+    from ubmd.training.history import Row
 
 
 def label_file(source: Path, target: Path, key: str, settings: ReferenceSettings, base: Path) -> None:
@@ -26,8 +38,25 @@ def label_file(source: Path, target: Path, key: str, settings: ReferenceSettings
     """
     from ubmd.references import label
 
-    write_structures(target, [label(read_structures(source)[0], settings, base)])
-    seal(target, key)
+    if not is_sealed(target, key):
+        _keep(target, [label(read_structures(source)[0], settings, base)], key)
+
+
+def _keep(target: Path, structures: Iterable[Atoms], key: str) -> None:
+    """Write a result, unless another process has done so meanwhile: what may have been read already stays as it is."""
+    mend_process()
+    if not is_sealed(target, key):
+        write_structures(target, structures)
+        seal(target, key)
+
+
+@contextmanager
+def lost_if_taken_over() -> Iterator[None]:
+    """A task that another process has begun anew is no failure: whoever still wants its result may ask again."""
+    try:
+        yield
+    except TakenOver as error:
+        raise WorkersLost(str(error)) from None
 
 
 def reference_record(settings: ReferenceSettings, base: Path) -> dict[str, Any]:
@@ -53,28 +82,46 @@ def sample_file(
     """Run trajectory ``index`` of a test set from the structure in ``source``; errors as for `label_file`."""
     from ubmd.references import sample_trajectory
 
-    write_structures(
-        target, sample_trajectory(read_structures(source, compare=False)[0], reference, sampling, base, index)
-    )
-    seal(target, key)
+    if not is_sealed(target, key):
+        start = read_structures(source, compare=False)[0]
+        _keep(target, sample_trajectory(start, reference, sampling, base, index), key)
 
 
 def replica_file(task: ReplicaTask, key: str, finished: Path) -> ReplicaResult:
-    """Run a replica, and note in ``finished`` how it ended.
+    """Run a replica, and note in ``finished`` how it ended; one that has ended is not run again.
 
     Raises:
         SimulationError: it could not be started.
+        WorkersLost: another process has begun the same replica.
     """
     from ubmd.lammps.replica import run_replica
 
-    result = run_replica(task)
-    note_replica(task, key, finished, result)
-    return result
+    def note(attempt: Attempt, result: ReplicaResult) -> None:
+        attempt.put_text(_note(task, key, result), finished)
+
+    with lost_if_taken_over():
+        return read_finished(task, key, finished) or run_replica(task, note)
 
 
 def note_replica(task: ReplicaTask, key: str, finished: Path, result: ReplicaResult) -> None:
     """Write the result of a replica, the key of its task, and the hash of its frames."""
-    write_json(finished, {"task": key, "sha256": file_hash(task.frames), "result": result.model_dump()})
+    write_text(finished, _note(task, key, result))
+
+
+def _note(task: ReplicaTask, key: str, result: ReplicaResult) -> str:
+    return json_text({"task": key, "sha256": file_hash(task.frames), "result": result.model_dump()})
+
+
+def read_finished(task: ReplicaTask, key: str, finished: Path) -> ReplicaResult | None:
+    """The kept result of a replica, or None if there is none for this very task, or its frames are damaged."""
+    from ubmd.lammps.replica import ReplicaResult
+
+    try:
+        kept = read_json(finished)
+        whole = kept["task"] == key and kept["sha256"] == file_hash(task.frames)
+        return ReplicaResult.model_validate(kept["result"]) if whole else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def train_member(
@@ -92,9 +139,23 @@ def train_member(
 
     Raises:
         TrainingError: the training diverged.
+        WorkersLost: another process has begun the same training.
     """
     from ubmd.training import train
 
+    weights = folder / "weights.pt"
+    if is_sealed(weights, key):
+        return
     sets = read_structures(training, labelled=True), read_structures(validation, labelled=True)
-    train(model, options, *sets, folder, seed, initial=initial, epochs=epochs)
-    seal(folder / "weights.pt", key)
+    attempt = Attempt.begin(weights)
+
+    def watch(_: Row) -> None:
+        attempt.check()
+
+    try:
+        with lost_if_taken_over():
+            train(model, options, *sets, folder, seed, initial=initial, epochs=epochs, progress=watch)
+            attempt.check()
+            seal(weights, key)
+    finally:
+        attempt.end()

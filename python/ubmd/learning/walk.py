@@ -12,9 +12,10 @@ from ase import Atoms
 
 from ubmd.data.state import bare, describe_state, structures_hash
 from ubmd.data.structures import dataset_hash, write_structures
-from ubmd.errors import LabelError, SettingsError, UbmdError, WorkerError
+from ubmd.errors import LabelError, MachineError, SettingsError, UbmdError
+from ubmd.faults import is_full
 from ubmd.learning import stages
-from ubmd.learning.executors import Adapter, make_executor
+from ubmd.learning.executors import Adapter, forget_dead_drivers, make_executor
 from ubmd.learning.groups import note_losses
 from ubmd.learning.held_out import HeldOut, Tested
 from ubmd.learning.run_folder import (
@@ -27,7 +28,7 @@ from ubmd.learning.run_folder import (
     read_json,
     write_json,
 )
-from ubmd.learning.workers import Executor, is_full
+from ubmd.learning.workers import Executor
 from ubmd.references import energy_jumps
 from ubmd.settings import WorkerSettings
 
@@ -55,6 +56,7 @@ def drive(
     with ExitStack() as stack:
         try:
             stack.enter_context(folder.locked())
+            forget_dead_drivers(folder.path)
             given = Adapter(executor, folder.path) if executor is not None else None
             workers = given or make_executor(settings, folder.path)
             stack.callback(workers.stop)
@@ -178,7 +180,7 @@ class Walk:
             self._take(number, folder)
             if number == START:
                 self._check_start_labels()
-        except (LabelError, WorkerError):
+        except (LabelError, MachineError):
             # Whoever resumes has mended the reference: its rejections must not end the run again.
             stages.forget_rejections(folder)
             done.unlink()
@@ -207,9 +209,9 @@ class Walk:
             return
         have = f"Only {labelled} of {labelled + len(self.rejected) + lost} start structures could be labelled"
         if lost:
-            raise WorkerError(
-                f"{have}, {lost} were lost by a fault of the machine or cluster: mend the cause, and the same command "
-                "goes on."
+            raise MachineError(
+                f"{have}, {lost} were lost by a fault of the machine or cluster: once the cause is fixed, rerun the "
+                "same command to resume."
             )
         reason = self.rejected[0].info["reason"]
         raise LabelError(f"{have}, at least {self.least_labels} needed; the first reason: {reason}")

@@ -7,8 +7,10 @@ of pebble. Arguments and results are small (settings, paths): structures travel 
 
 What a task gets everywhere:
 
-- a crash (segmentation fault, out of memory), a time-out or an exception costs the task it happened in, no other one,
-  and becomes a `TaskFailed` with one sentence;
+- a crash (segmentation fault), a time-out or an exception costs the task it happened in, no other one, and becomes a
+  `TaskFailed` with one sentence; what is the machine's fault (a process killed from outside, no memory, no more
+  processes) becomes `WorkersLost`;
+- whatever a task leaves changed in its process does not reach the next one (`ubmd.learning.inside`);
 - torch, OpenMP and BLAS use one thread, so that a task repeats bit for bit;
 - its process ends with the driver, also when that is killed with ``kill -9`` (Linux: PR_SET_PDEATHSIG), and so do the
   programs that a reference has started (`ubmd.learning.keeper`).
@@ -16,38 +18,33 @@ What a task gets everywhere:
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-import secrets
 import signal
-import subprocess
 import sys
 import threading
-import traceback
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.context import SpawnContext
-from multiprocessing.synchronize import RLock
+from contextlib import suppress
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
 
 from ubmd import errors
-from ubmd.errors import StorageError, UbmdError, describe, one_line
+from ubmd.errors import MachineError, UbmdError, describe, one_line
+from ubmd.faults import killed_by, killed_from_outside, machine_fault
+from ubmd.learning.inside import CLOSED, NO_PROCESS, Reply, initialise, run_task
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENMM_CPU_THREADS")
-_POLL = 0.2  # s between two looks whether all is to stop
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_keepers: list[subprocess.Popen[bytes]] = []
-_LONGEST_TRACEBACK = 20_000  # characters: the message at its end may be a whole output
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-Reply = tuple[Any, str, str, str]
-"""(value, kind of error or empty text, reason, traceback): errors as text: foreign ones may not survive pickle."""
+_POLL = 0.2  # s between two looks at a running task, or less for shorter time limits
+_SHORTEST_POLL = 0.01
+_LONGEST_STEP = 1.0  # s between two such looks that count; what is longer, this process could not run
+_GRACE = 1.0  # s in which pebble notices by itself that a process has ended
+_LONGEST_HALT = 60.0  # s that a worker may be stopped (SIGSTOP) before it is given up
 
 
 class TaskFailed(UbmdError):
@@ -63,11 +60,11 @@ class TaskTimeout(TaskFailed):
 
 
 class TaskCrashed(TaskFailed):
-    """The process of a task was lost: perhaps its own fault, perhaps that of the machine."""
+    """The process of a task crashed or ended itself (segmentation fault, abort, ``os._exit``)."""
 
 
 class WorkersLost(TaskFailed):
-    """The task never ran to an end, by no fault of its own: it may be submitted again."""
+    """The task never ran to an end, by no fault of its own, but of the machine: it may be submitted again."""
 
 
 _OWN_ERRORS = {kind.__name__: kind for kind in (TaskFailed, TaskTimeout, TaskCrashed, WorkersLost)}
@@ -92,6 +89,7 @@ class Workers:
     def __init__(self, processes: int | None = None) -> None:
         """``processes`` workers; None: one per core that this process may use."""
         self.processes = processes or available_cores()
+        _start_tracker()
         self._pools = Pools()
         self._threads = ThreadPoolExecutor(self.processes, "ubmd_worker")
 
@@ -103,7 +101,17 @@ class Workers:
 
     def submit(self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None) -> Future[Any]:
         """Run ``function(*arguments)`` in a worker process; see `Executor`."""
-        return self._threads.submit(self._pools.run, function, arguments, timeout)
+        refused = threading.Event()
+        try:
+            return self._threads.submit(self._pools.run, function, arguments, timeout, refused.is_set)
+        except RuntimeError as error:
+            reason = machine_fault(error)
+            if not reason:
+                raise
+            refused.set()  # it stays in the queue of threads that may have started before
+            lost: Future[Any] = Future()
+            lost.set_result((None, "WorkersLost", f"{_UNSTARTED}: {reason}.", ""))
+            return lost
 
     def stop(self) -> None:
         """End all workers at once, whatever they are doing."""
@@ -111,32 +119,110 @@ class Workers:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
+def _start_tracker() -> None:
+    """Start the process that cleans up after multiprocessing, deaf to SIGHUP.
+
+    By itself it only ignores Ctrl-C and SIGTERM: when a terminal closes it would die, and a new one show a traceback.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        with suppress(OSError):  # no more processes: those that need it will say so
+            resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+class _NoLock:
+    """Stands for a lock that one process alone would ever take."""
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """Always."""
+        return True
+
+    def release(self) -> None:
+        """Nothing to do."""
+
+
+class _Process(SpawnProcess):
+    """A process that Ctrl-C in a terminal does not reach while it starts; see `ubmd.learning.inside.initialise`."""
+
+    def start(self) -> None:
+        """Start it with SIGINT blocked: before it can handle the signal, it would end with a traceback."""
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 class _Spawn(SpawnContext):
     """How processes start: fork would copy the driver's torch threads and locks in an unknown state.
 
-    It keeps the locks of its pool: pebble removes them from the system before it stops the process, and one that is
-    just starting would not find them and print a traceback.
+    It keeps the processes of its pool: pebble takes one that ends with exit code 0 for finished, and waits on. Locks
+    are for workers that share a pool: ours have one each, and a real lock would take a semaphore in /dev/shm, which
+    stays there when driver and workers are killed together.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._locks: list[RLock] = []
+        self.processes: list[BaseProcess] = []
 
-    def RLock(self) -> RLock:
-        """A lock that lives as long as this context."""
-        self._locks.append(super().RLock())
-        return self._locks[-1]
+    def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:  # type: ignore[override]
+        """A process, not yet started."""
+        self.processes.append(_Process(*args, **kwargs))
+        return self.processes[-1]
+
+    def RLock(self) -> Any:
+        """No lock."""
+        return _NoLock()
+
+
+class _Worker:
+    """A worker process in a pebble pool of its own: one that is killed in the middle of a message blocks no other."""
+
+    def __init__(self) -> None:
+        """The process starts with the first task."""
+        self._context = _Spawn()
+        self._pool = ProcessPool(max_workers=1, initializer=initialise, initargs=(os.getpid(),), context=self._context)
+
+    def submit(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Future[tuple[Reply, bool]]:
+        """Run ``run_task(function, *arguments)``."""
+        future: Future[tuple[Reply, bool]] = self._pool.schedule(run_task, args=(function, *arguments))
+        return future
+
+    def is_fit(self) -> bool:
+        """Whether it can take a task."""
+        return self.exit_code() is None and self._pool.active
+
+    def exit_code(self) -> int | None:
+        """Exit code of the process (negative: the signal that killed it) if it has ended."""
+        ended = [process.exitcode for process in self._context.processes if process.exitcode is not None]
+        return ended[0] if ended else None
+
+    def is_stopped(self) -> bool:
+        """Whether the process is held up by SIGSTOP or a debugger (where there is a /proc)."""
+        return any(_state(process.pid) in ("T", "t") for process in self._context.processes)
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        self._pool.stop()
+        self._pool.join()
+
+
+def _state(process: int | None) -> str:
+    """Letter of the state of a process, see proc(5); empty where it is not known."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 class Pools:
-    """One child process per calling thread, kept from task to task (a force field is built once).
-
-    Every process has a pool of its own: one that is killed while it holds the lock of a shared queue would block all.
-    """
+    """One child process per calling thread, kept from task to task (a force field is built once)."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pools: dict[int, ProcessPool] = {}
+        self._workers: dict[int, _Worker] = {}
         self._stopped = False
 
     def run(
@@ -147,63 +233,119 @@ class Pools:
         unwanted: Callable[[], bool] | None = None,
     ) -> Reply:
         """Run a task in this thread's process and wait for it, or until ``unwanted()``."""
-        pool = self._pool()
+        if unwanted is not None and unwanted():
+            return _STOPPED
+        worker = None
         try:
-            future = pool.schedule(guarded, args=(function, *arguments), timeout=timeout)
-            # A pool that is stopped may leave its futures waiting.
-            while not wait([future], timeout=_POLL).done:
-                if self._stopped or (unwanted is not None and unwanted()):
-                    self._discard(pool)
-                    return None, "WorkersLost", "The worker process was stopped.", ""
-            reply: Reply = future.result()
-        except FutureTimeout:
-            return None, "TaskTimeout", f"It took longer than the limit of {timeout:g} s.", ""
+            worker = self._worker()
+            future = worker.submit(function, arguments)
+            given_up = self._wait(worker, future, timeout, unwanted)
+            reply, worn = (given_up, True) if given_up is not None else future.result()
         except ProcessExpired as error:
-            self._discard(pool)  # it may have held a lock of its pool
-            return None, "TaskCrashed", _crash_reason(error.exitcode), ""
-        except (BrokenProcessPool, CancelledError, RuntimeError) as error:
-            self._discard(pool)
-            return None, "WorkersLost", f"The worker process was lost ({one_line(error)}).{_unguarded()}", ""
+            reply, worn = (None, *_end_of(error.exitcode), ""), True
+        except (BrokenProcessPool, CancelledError, RuntimeError, OSError, MachineError) as error:
+            code = None if worker is None else worker.exit_code()
+            reason = _not_started(error) if code is None else _end_of(code, began=False)[1]
+            reply, worn = (None, "WorkersLost", reason, ""), True
+        if worn or reply[1] == "WorkersLost":
+            self._discard(worker)
         return reply
+
+    def _wait(
+        self,
+        worker: _Worker,
+        future: Future[Any],
+        timeout: float | None,
+        unwanted: Callable[[], bool] | None,
+    ) -> Reply | None:
+        """Wait until a task is done, or return why not.
+
+        Only time in which the task can run counts: not that in which the machine sleeps, or a batch system or a user
+        has stopped the worker or this process.
+        """
+        ran = halted = ended = 0.0  # s
+        last = time.monotonic()
+        poll = _POLL if timeout is None else min(_POLL, max(timeout, _SHORTEST_POLL))
+        while not wait([future], timeout=poll).done:
+            now = time.monotonic()
+            step, last = min(now - last, _LONGEST_STEP), now
+            # A pool that is stopped may leave its futures waiting.
+            if self._stopped or (unwanted is not None and unwanted()):
+                return _STOPPED
+            code = worker.exit_code()
+            if code is not None:
+                ended += step
+                if ended > _GRACE:  # pebble has had its time to say so
+                    return (None, *_end_of(code, future.running()), "")
+            elif worker.is_stopped():
+                halted += step
+                if halted > _LONGEST_HALT:
+                    return None, "WorkersLost", f"The worker process was stopped (SIGSTOP) for {halted:.0f} s.", ""
+            else:
+                halted = 0.0
+                ran += step if future.running() else 0.0
+            if timeout is not None and ran > timeout:
+                return None, "TaskTimeout", f"It took longer than the limit of {timeout:g} s.", ""
+        return None
 
     def stop(self) -> None:
         """End all processes; later tasks are lost."""
         with self._lock:
             self._stopped = True
-            pools = list(self._pools.values())
-        for pool in pools:
-            pool.stop()
-        for pool in pools:
-            pool.join()
+            workers = list(self._workers.values())
+        for worker in workers:
+            worker.end()
 
-    def _pool(self) -> ProcessPool:
-        """This thread's pool; a new one if an idle process's death has broken the last one."""
+    def _worker(self) -> _Worker:
+        """This thread's worker; a new one if the last one has died idle."""
         thread = threading.get_ident()
         with self._lock:
-            pool = self._pools.get(thread)
-        if pool is not None and not pool.active:
-            self._discard(pool)
-            pool = None
-        if pool is None:
-            pool = ProcessPool(
-                max_workers=1,
-                initializer=_initialise,
-                initargs=(os.getpid(),),
-                context=_Spawn(),
-            )
+            worker = self._workers.get(thread)
+        if worker is not None and not worker.is_fit():
+            self._discard(worker)
+            worker = None
+        if worker is None:
+            worker = _Worker()
         with self._lock:
             if self._stopped:
                 raise CancelledError
-            self._pools[thread] = pool
-        return pool
+            self._workers[thread] = worker
+        return worker
 
-    def _discard(self, pool: ProcessPool) -> None:
+    def _discard(self, worker: _Worker | None) -> None:
         with self._lock:
-            if self._stopped:
+            if self._stopped or worker is None:
                 return
-            self._pools.pop(threading.get_ident(), None)
-        pool.stop()
-        pool.join()
+            self._workers.pop(threading.get_ident(), None)
+        worker.end()
+
+
+_UNSTARTED = "A worker process could not be started"
+_STOPPED: Reply = (None, "WorkersLost", "The worker process was stopped.", "")
+
+
+def _end_of(code: int | None, began: bool = True) -> tuple[str, str]:
+    """(kind of error, one sentence) for the exit code of a lost worker (negative: the signal that killed it)."""
+    if code is not None and code < 0:
+        kind = "WorkersLost" if killed_from_outside(code) else "TaskCrashed"
+        reason = f"The worker process was {killed_by(-code)}."
+    elif code == NO_PROCESS:
+        return "WorkersLost", f"{_UNSTARTED}: the system allows no more processes (ulimit -u)."
+    elif code == CLOSED:
+        kind, reason = "TaskCrashed", "The task closed files (pipes) that its worker process needs (os.close)."
+    else:
+        kind, reason = "TaskCrashed", f"The worker process ended by itself with exit code {code}."
+    if not began:
+        return "WorkersLost", f"{reason[:-1]} before it began the task.{_unguarded()}"
+    return kind, reason
+
+
+def _not_started(error: BaseException) -> str:
+    """One sentence for a worker that is not there."""
+    fault = machine_fault(error)
+    if fault:
+        return f"{_UNSTARTED}: {fault}."
+    return f"The worker process was lost ({one_line(error)}).{_unguarded()}"
 
 
 def _unguarded() -> str:
@@ -235,84 +377,8 @@ def outcome(future: Future[Any]) -> Any:
     raise getattr(errors, kind)(reason)
 
 
-def guarded(function: Callable[..., Any], *arguments: Any) -> Reply:
-    """The reply of a call, also if it raises."""
-    try:
-        return function(*arguments), "", "", ""
-    except UbmdError as error:
-        kind = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _OWN_ERRORS or hasattr(errors, c.__name__))
-        return None, kind, one_line(error) or type(error).__name__, ""
-    except (Exception, SystemExit) as error:
-        kind = "StorageError" if isinstance(error, OSError) and is_full(error) else "TaskFailed"
-        return None, kind, describe(error), traceback.format_exc()[:_LONGEST_TRACEBACK]
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or the one that it came from, says that a disk, quota or file-size limit is full."""
-    while error is not None:
-        if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in _FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def available_cores() -> int:
     """Cores that this process may use (a batch system may allow fewer than the machine has)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _crash_reason(code: int | None) -> str:
-    """One sentence for the exit code of a lost worker (negative: the signal that killed it)."""
-    if code is None or code >= 0:
-        return f"The worker process ended by itself with exit code {code}."
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    hint = {"SIGKILL": " (often: out of memory)", "SIGSEGV": " (a crash in compiled code)"}.get(name, "")
-    return f"The worker process was killed by {name}{hint}."
-
-
-def _initialise(driver: int) -> None:
-    """Tie this worker to its driver (a process id) and limit it to one thread, before torch or LAMMPS is imported."""
-    _die_with(driver)
-    # pebble's own handler is Python code, which waits for a busy LAMMPS to return.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _take_along_what_it_starts()
-    for name in _THREAD_VARIABLES:
-        os.environ[name] = "1"
-    if "torch" in sys.modules:  # a driver script that imports torch at its top
-        sys.modules["torch"].set_num_threads(1)
-
-
-def _die_with(driver: int) -> None:
-    """Ask the kernel to kill this process when the driver (its parent) ends, however that happens."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != driver:  # it ended before we could ask
-        os._exit(1)
-
-
-def _take_along_what_it_starts() -> None:
-    """Let all programs that this process starts end with it."""
-    start_keeper("UBMD_WORKER", "session")
-    os.setsid()
-
-
-def start_keeper(name: str, *options: str) -> None:
-    """Start the keeper, which outlives this process just long enough to kill what it has started.
-
-    Args:
-        name: environment variable of this process, and of what it starts from now on.
-        options: see `ubmd.learning.keeper`.
-    """
-    value = f"{os.getpid()}-{secrets.token_hex(8)}"
-    keeper = str(Path(__file__).with_name("keeper.py"))
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", keeper, str(os.getpid()), f"{name}={value}", *options],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,  # a pipe that the driver writes to must close with the driver
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    _keepers.append(process)  # Python would warn about a forgotten one
-    os.environ[name] = value

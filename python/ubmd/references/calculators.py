@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.calculators.abc import GetPropertiesMixin
 
 from ubmd.errors import SettingsError, UbmdError, describe
+from ubmd.faults import check_machine, in_worker
 from ubmd.references.arguments import check_arguments
 from ubmd.references.imports import import_attribute, not_installed
 from ubmd.settings import ReferenceSettings
@@ -39,6 +40,7 @@ def make_calculator(settings: ReferenceSettings, base: Path) -> GetPropertiesMix
         base: folder of the settings file.
 
     Raises:
+        MachineError: the machine ran out of something meanwhile.
         SettingsError: the calculator cannot be imported or refuses its arguments, or one of these is misspelt.
     """
     base = Path(base).resolve()
@@ -88,7 +90,10 @@ def _make(factory: Any, settings: ReferenceSettings, base: Path) -> GetPropertie
         raise
     except ModuleNotFoundError as error:
         raise not_installed(settings.calculator, _module_of(settings), base, error) from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not in_worker():
+            raise
+        check_machine(error)
         # Whatever a foreign constructor raises, its arguments come from the settings file: say which table to mend.
         raise SettingsError(
             f"reference.arguments don't suit the calculator {settings.calculator!r}: {describe(error)}"

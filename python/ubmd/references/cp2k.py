@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -182,7 +184,7 @@ def _run(
     except Exception as error:
         if "already present" in str(error):  # ASE adds coordinates, cell and run type
             raise SettingsError(f"reference.arguments.template: {error}; leave that keyword out.") from error
-        raise failed("CP2K", error, output, _reason) from error
+        raise failed("CP2K", error, output, _reason, _end(calculator)) from error
     finally:
         _end(calculator)
     reason = _reason(output.read_text(errors="replace"))
@@ -191,14 +193,19 @@ def _run(
     return results
 
 
-def _end(calculator: Any) -> None:
-    """Make sure that no process is left, whatever has happened."""
+def _end(calculator: Any) -> int:
+    """Make sure that no process is left, whatever has happened; the exit code of one that had ended by itself, or 0."""
     shell: Any = getattr(calculator, "_shell", None)
     child = getattr(shell, "_child", None)
-    if child is not None:
-        child.kill()
-        child.communicate()
-        shell._child, shell.isready = None, False
+    if child is None:
+        return 0
+    code = None
+    with suppress(subprocess.TimeoutExpired):  # its pipe breaks a moment before it has ended
+        code = child.wait(0.5)
+    child.kill()
+    child.communicate()
+    shell._child, shell.isready = None, False
+    return code or 0
 
 
 def _reason(output: str) -> str:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ubmd.errors import SettingsError, describe
+from ubmd.faults import check_machine, in_worker
 from ubmd.spelling import nearest
 
 _PIP_NAMES = {"openmm": "'ubmd[openmm]'", "tblite": "'ubmd[tblite]'"}
@@ -73,9 +74,10 @@ def _import_module(name: str, module_name: str, base: Path) -> ModuleType:
         return import_module(module_name)
     except ModuleNotFoundError as error:
         raise not_installed(name, module_name, base, error) from error
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # whatever the module does when it is imported, sys.exit included
+        if isinstance(error, KeyboardInterrupt) and not in_worker():
+            raise
+        check_machine(error)
         raise _broken(name, error, base) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,10 @@ from ase.neighborlist import neighbor_list
 from ubmd.data.geometry import SAME_PLACE, check_apart, check_cell
 from ubmd.data.state import bare, check_state, state_hash
 from ubmd.errors import DataError, LabelError, SettingsError, describe, one_line
+from ubmd.faults import FULL, check_machine, in_worker
 from ubmd.references.cache import through_cache
 from ubmd.references.calculators import make_calculator, variables
-from ubmd.references.programs import DISK_FULL, scratch_folder
+from ubmd.references.programs import scratch_folder
 from ubmd.references.results import Results, read_results
 from ubmd.settings import ReferenceSettings
 
@@ -75,6 +77,7 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
 
     Raises:
         LabelError: one sentence with the reason for the rejection.
+        MachineError: the machine failed, no fault of the structure.
         SettingsError: the calculator cannot be made.
     """
     check_geometry(atoms, settings.min_distance)
@@ -132,7 +135,13 @@ def check_geometry(atoms: Atoms, min_distance: float) -> None:
 
 
 def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Results:
-    """Energy, forces and perhaps stress; whatever a foreign code raises becomes a LabelError."""
+    """Energy, forces and perhaps stress; whatever a foreign code raises becomes a LabelError.
+
+    Raises:
+        MachineError: the machine failed.
+        OSError: the disk is full.
+        KeyboardInterrupt: somebody's Ctrl-C, outside of workers.
+    """
     calculator = cached_calculator(settings, base, state_hash(atoms, settings.info))
     try:
         with surroundings(calculator, settings):
@@ -140,13 +149,12 @@ def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Results:
         _check_computed(atoms, calculator)
     except SettingsError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # some libraries end the process (sys.exit), or have their own kinds
         # The state of a calculator after a failure is unknown (ASE's keep results): the next label starts a new one.
         _cache.pop(_key(settings, base), None)
         if isinstance(error, LabelError):
             raise
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise  # no fault of this structure
+        raise_if_not_its_own(error)
         what = "did not converge" if _tells_no_convergence(error) else "failed"
         raise LabelError(f"The reference {what} ({describe(error)}).") from error
     if _is_unconverged(calculator):
@@ -187,11 +195,36 @@ def _check_computed(atoms: Atoms, calculator: GetPropertiesMixin) -> None:
         )
 
 
+def raise_if_not_its_own(error: BaseException) -> None:
+    """Raise an error of a calculator again if it is no fault of the structure: of the machine, the disk, the user.
+
+    Raises:
+        MachineError: with the machine's fault.
+        BaseException: the error itself.
+    """
+    if isinstance(error, OSError) and error.errno in FULL:
+        raise error
+    if isinstance(error, KeyboardInterrupt) and not in_worker():
+        raise error
+    check_machine(error)
+
+
 @contextmanager
 def surroundings(calculator: GetPropertiesMixin, settings: ReferenceSettings) -> Iterator[None]:
     """What a calculator finds while it computes: the variables of the settings, and a folder for its files."""
-    with variables(settings.environment), _own_directory(calculator):
+    with variables(settings.environment), _own_directory(calculator), _one_process():
         yield
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Only the process that has begun leaves the block: a child that a calculator forked and let return ends here."""
+    process = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != process:
+            os._exit(0)
 
 
 @contextmanager

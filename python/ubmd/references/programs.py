@@ -7,7 +7,6 @@ too; on Linux the kernel also ends them with the process that has started them.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import shlex
@@ -21,10 +20,8 @@ from typing import Any, cast
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
-from ubmd.errors import LabelError, SettingsError, describe
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors that are no fault of a structure."""
+from ubmd.errors import LabelError, MachineError, SettingsError, describe
+from ubmd.faults import FULL, killed_by, killed_from_outside, killed_rank, machine_fault
 
 _PROPERTIES = ("energy", "free_energy", "forces", "stress")
 _TAIL = 3  # last lines of an output that a reason quotes
@@ -66,10 +63,19 @@ def scratch_folder() -> Iterator[Path]:
     """A new folder under the system's temporary directory; it goes afterwards, also after a failure.
 
     Folders that killed processes of this machine have left are removed, too.
+
+    Raises:
+        MachineError: it cannot be made (a full disk is an OSError).
     """
-    sweep_scratch()
-    prefix = f"{_scratch_name()}{os.getpid()}_"
-    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+    try:
+        sweep_scratch()
+        prefix = f"{_scratch_name()}{os.getpid()}_"
+        scratch = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise MachineError(f"No folder can be made in the system's temporary directory (TMPDIR): {error}.") from error
+    with scratch as folder:
         yield Path(folder)
 
 
@@ -135,12 +141,30 @@ def tail(path: Path) -> str:
     return " | ".join(told[-_TAIL:])[-300:] or "no output"
 
 
-def failed(program: str, error: BaseException, output: Path, translate: Callable[[str], str]) -> LabelError:
-    """The reason for a failure: ``translate`` finds a sentence in the program's output, else its last lines do."""
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
+def failed(
+    program: str, error: BaseException, output: Path, translate: Callable[[str], str], code: int = 0
+) -> LabelError:
+    """The reason for a failure: ``translate`` finds a sentence in the program's output, else its last lines do.
+
+    Args:
+        program: its name.
+        error: what was raised.
+        output: the program's file.
+        translate: the text of the output -> a sentence, or an empty text.
+        code: the program's exit code, where the error does not say it.
+
+    Raises:
+        MachineError: the program was killed from outside, or the machine ran out of something.
+        OSError: the disk is full.
+    """
+    if isinstance(error, OSError) and error.errno in FULL:
         raise error
     text = output.read_text(errors="replace") if output.is_file() else ""
     reason = translate(text)
+    number = killed_from_outside(code) or killed_rank(text)
+    fault = f"it was {killed_by(number)}" if number else machine_fault(error)
+    if fault and not reason:
+        raise MachineError(f"{program} failed: {fault}.") from error
     return LabelError(reason or f"{program} failed ({describe(error)}); it said: {tail(output)}")
 
 

@@ -15,7 +15,7 @@ from ase.md.langevin import Langevin
 from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import check_free
 from ubmd.errors import DataError, LabelError, SettingsError, UbmdError, describe
-from ubmd.references.labels import cached_calculator, label, surroundings
+from ubmd.references.labels import cached_calculator, label, raise_if_not_its_own, surroundings
 from ubmd.references.results import read_forces
 from ubmd.settings import ReferenceSettings, SamplingSettings
 
@@ -112,7 +112,8 @@ def _advance(dynamics: Langevin, steps: int, reference: ReferenceSettings) -> No
             dynamics.run(steps)
     except UbmdError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        raise_if_not_its_own(error)
         raise LabelError(f"The reference failed during MD ({describe(error)}).") from error
 
 

@@ -6,7 +6,6 @@ They hold tensors, numbers and text only, so that they are read with ``weights_o
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -16,21 +15,15 @@ import torch
 
 from ubmd.errors import ModelError
 from ubmd.models import GaussianMomentNetwork
+from ubmd.outputs import replacing
 
 FORMAT = 1
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
     """``torch.save`` to a temporary file that is renamed once it is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def save_weights(model: GaussianMomentNetwork, path: Path) -> None:

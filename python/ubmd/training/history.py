@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ubmd.outputs import replacing
 
 Row = dict[str, Any]
 
@@ -35,6 +36,7 @@ class Log:
 
     def __init__(self, path: Path, history: Sequence[Row] = ()) -> None:
         """Start the file with the rows of ``history`` only: rows after a checkpoint are computed again."""
+        path.unlink(missing_ok=True)  # whoever still writes to it, elsewhere, must not write into this one
         self._file = path.open("w", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, COLUMNS, restval="", extrasaction="ignore")
         self._writer.writeheader()
@@ -75,6 +77,5 @@ def draw(history: Sequence[Row], path: Path) -> None:
             axis.axvline(row["epoch"], color="gray", linestyle=":", label="kept")
         axis.set(xlabel="epoch", ylabel=label, xscale="log", yscale="log")
         axis.legend()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
+from ubmd.attempts import steps_so_far
 from ubmd.crystal.convergence import converged
 from ubmd.crystal.triggers import load_trigger
 from ubmd.data.state import bare, check_state, describe_state, state_info, structures_hash, take_state
@@ -30,7 +31,6 @@ from ubmd.lammps.trajectory import (
     PieceResult,
     PieceTask,
     TrajectoryState,
-    progress_file,
     read_piece,
     write_piece_without_steps,
     write_state,
@@ -84,6 +84,7 @@ def run(
         LabelError: the reference fails for all start structures, or for whole rounds again and again.
         SimulationError: no trajectory can be run.
         StorageError: the disk is full.
+        MachineError: no task comes to an end, by a fault of the machine or cluster.
     """
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
     check_box(settings, base)  # before the folder is made: what is wrong here stays wrong
@@ -515,7 +516,10 @@ class Engine(Walk):
                 rest(r, error, lost=False)
 
         def tick() -> None:
-            steps = [results[r].end - results[r].begin if r in results else _steps_so_far(t) for r, t in tasks.items()]
+            steps = [
+                results[r].end - results[r].begin if r in results else steps_so_far(task.result) or 0
+                for r, task in tasks.items()
+            ]
             self.events.show("md_steps", round=now.number, steps=steps, limits=[t.steps for t in tasks.values()])
 
         missing = {r: (task, key) for r, task in tasks.items() if r not in results}
@@ -761,13 +765,6 @@ def _asked(atoms: Atoms, results: dict[int, dict[str, Any]], drops: dict[str, fl
         "drop": drops.get(str(replica)),
         "seen": result["error"],
     }
-
-
-def _steps_so_far(task: PieceTask) -> int:
-    try:
-        return int(progress_file(task.result).read_text())
-    except (FileNotFoundError, ValueError):
-        return 0
 
 
 def _joined(parts: Sequence[ErrorSeries]) -> ErrorSeries:

@@ -59,6 +59,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ubmd.outputs import replacing
+
 
 @dataclass(frozen=True)
 class ErrorSeries:
@@ -78,11 +80,9 @@ class ErrorSeries:
     """[C] steps at which the replica asked"""
 
     def save(self, path: Path) -> None:
-        """Write an npz file through a temporary one."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as handle:
+        """Write an npz file."""
+        with replacing(path) as handle:
             np.savez_compressed(handle, **vars(self))
-        temporary.replace(path)
 
 
 def error_file(run: Path, replica: int) -> Path:
