@@ -36,7 +36,6 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LONGEST_TRACEBACK = 20_000  # characters: the message at its end may be a whole output
 _OWN_MODULES = ("ubmd.errors", "ubmd.learning.workers")  # of errors that the driver raises again
 _LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
-_keepers: list[subprocess.Popen[bytes]] = []
 
 Reply = tuple[Any, str, str, str]
 """(value, kind of error or empty text, reason, traceback): errors as text: foreign ones may not survive pickle."""
@@ -155,7 +154,7 @@ def start_keeper(name: str, *options: str) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    _keepers.append(process)  # Python would warn about a forgotten one
+    process.returncode = 0  # it outlives this process: Python would warn
     os.environ[name] = value
     os.environ["SPT_NOENV"] = "1"  # setproctitle, which Parsl uses, would overwrite it
 
