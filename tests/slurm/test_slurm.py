@@ -75,19 +75,16 @@ def test_driver_told_to_end(cluster: Cluster, calm: Run, tmp_path: Path, number:
     check_equal(run, calm)
 
 
-def test_wrong_partition(cluster: Cluster, calm: Run, tmp_path: Path) -> None:
-    """Partition that does not exist; mended, started again."""
-    run = Run(tmp_path, make_values(0.0, parsl_with(partition="nowhere")), cluster)
-    check_no_jobs(run)
-    run.set(make_values(0.0, PARSL) | {"run_dir": str(run.folder.path)})
-    run.finish()
-    check_equal(run, calm)
-
-
-@pytest.mark.slow
-def test_closed_partition(cluster: Cluster, calm: Run, tmp_path: Path) -> None:
-    """Partition that takes no jobs; mended, started again."""
-    run = Run(tmp_path, make_values(0.0, parsl_with(partition="closed")), cluster)
+@pytest.mark.parametrize(
+    "partition",
+    [
+        pytest.param("nowhere", id="does not exist"),
+        pytest.param("closed", id="takes no jobs", marks=pytest.mark.slow),
+    ],
+)
+def test_wrong_partition(cluster: Cluster, calm: Run, tmp_path: Path, partition: str) -> None:
+    """Wrong partition; mended, started again."""
+    run = Run(tmp_path, make_values(0.0, parsl_with(partition=partition)), cluster)
     check_no_jobs(run)
     run.set(make_values(0.0, PARSL) | {"run_dir": str(run.folder.path)})
     run.finish()
