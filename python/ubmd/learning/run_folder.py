@@ -22,7 +22,6 @@ folder needs to know where the folder is.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -46,6 +45,7 @@ from pydantic import ValidationError
 import ubmd
 from ubmd.attempts import remove_leftovers
 from ubmd.errors import DataError, SettingsError, StorageError
+from ubmd.faults import FULL
 from ubmd.outputs import check_name, replacing, temporary_name, why
 from ubmd.settings import RunSettings, Table
 
@@ -53,7 +53,6 @@ S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORMAT = 2  # of the run folder
 _MANIFEST = {
     **dict.fromkeys(("inputs", "settings", "packages", "machine"), dict),
