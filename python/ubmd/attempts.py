@@ -19,7 +19,7 @@ from glob import escape
 from pathlib import Path
 
 from ubmd.errors import SimulationError
-from ubmd.outputs import is_temporary, temporary_name
+from ubmd.files import is_temporary, temporary_name
 
 _SUFFIX = ".attempt"
 _PROGRESS = "progress"

@@ -15,13 +15,13 @@ from ase import Atoms
 from ubmd import __version__
 from ubmd.data.graph import Batch, Graph, build_graph, chunks
 from ubmd.errors import DataError, ModelError
+from ubmd.files import replacing
 from ubmd.models.crystal import CrystalModel
 from ubmd.models.deployed import Deployed, DeployedEnsemble, DeployedModel, LastLayerModel
 from ubmd.models.evaluation import evaluation
 from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.operators import available
 from ubmd.operators import load as load_operators
-from ubmd.outputs import replacing
 from ubmd.record import FORMAT, RECORD, check_said, no_model_file, read_record
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import ConformalScale, LastLayerSketch, conformal_scale, make_sketch

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ubmd.analysis.style import DPI
-from ubmd.outputs import replacing
+from ubmd.files import replacing
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;

@@ -11,7 +11,7 @@ import typer
 from ubmd.cli.run import RunModels
 from ubmd.cli.train import KeyOption, SetOption, label_mapping, print_remarks
 from ubmd.errors import SettingsError
-from ubmd.outputs import check_outputs
+from ubmd.files import check_outputs
 from ubmd.settings import TrainSettings, UncertaintySettings, make_settings
 
 

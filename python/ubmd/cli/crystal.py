@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ubmd.outputs import check_outputs
+from ubmd.files import check_outputs
 
 if TYPE_CHECKING:
     from ubmd.crystal.potential import Potential

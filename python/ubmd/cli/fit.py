@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ubmd.cli.console import shown
 from ubmd.errors import DataError
-from ubmd.outputs import check_outputs
+from ubmd.files import check_outputs
 from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
 
 if TYPE_CHECKING:

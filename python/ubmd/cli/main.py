@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 import ubmd
 from ubmd.cli.entry import INTERRUPTED
 from ubmd.errors import UbmdError
-from ubmd.outputs import why
+from ubmd.files import why
 
 # Idle OpenMP threads spin briefly, then sleep: read when torch is loaded, which commands do later. Long spinning slowed
 # training and prediction down up to 25 times where other programs used the cores too.

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ubmd.errors import SettingsError
+from ubmd.files import check_outputs
 from ubmd.learning.dynamic.settings import DynamicRunSettings, is_dynamic
-from ubmd.outputs import check_outputs
 from ubmd.settings import RunSettings, load_settings
 
 SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML).", show_default=False)]

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ubmd.cli.console import make_console, shown
 from ubmd.errors import ModelError, SettingsError, UbmdError
-from ubmd.outputs import check_outputs
+from ubmd.files import check_outputs
 from ubmd.settings import USUAL_INFO, RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
 from ubmd.valid_json import valid_json
 

@@ -28,7 +28,7 @@ from ubmd.crystal.clusters import ClusterTable, Orbit, OrbitTable, anchor, canon
 from ubmd.crystal.lattice import Lattice, Supercell
 from ubmd.crystal.symmetry import SYMMETRY_TOLERANCE
 from ubmd.errors import DataError, ModelError, SettingsError
-from ubmd.outputs import replacing
+from ubmd.files import replacing
 
 FORMAT = 1
 NULL_TOLERANCE = 1e-8  # eigenvalues of the sum rules' Gram matrix: rounding is below 1e-12, the rules above 1e-3

@@ -22,7 +22,7 @@ import scipy.linalg as sl  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike, NDArray
 
 from ubmd.errors import DataError, ModelError
-from ubmd.outputs import replacing
+from ubmd.files import replacing
 
 Array = NDArray[np.float64]
 CHANNELS = ("forces", "energies", "stresses")

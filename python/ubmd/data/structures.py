@@ -30,7 +30,7 @@ from rich.table import Table
 from ubmd.data.geometry import check_apart, check_cell
 from ubmd.data.labels import LABELS, Frame, check_mapping, label_remarks, shaped, take_labels
 from ubmd.errors import DataError
-from ubmd.outputs import replacing
+from ubmd.files import replacing
 
 EV_PER_A3_IN_MPA = 1000 / GPa
 _FULL = 1e-3  # by which the occupancy of a site may differ from 1

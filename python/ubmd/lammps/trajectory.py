@@ -29,6 +29,7 @@ from ubmd.attempts import Attempt, end_attempts
 from ubmd.crystal.triggers import Trigger, load_trigger
 from ubmd.data.state import state_arrays
 from ubmd.errors import ModelError, SimulationError
+from ubmd.files import replacing
 from ubmd.lammps.replica import (
     Neighbours,
     ThinBoxError,
@@ -39,7 +40,6 @@ from ubmd.lammps.replica import (
     symbols_of,
     system_commands,
 )
-from ubmd.outputs import replacing
 
 Array = NDArray[np.float64]
 FIX = "monitor"

@@ -19,12 +19,12 @@ from ubmd.analysis.provenance import conditions
 from ubmd.data.state import describe_state, mixed_states
 from ubmd.data.structures import check_free, fixed_atoms, read_structures
 from ubmd.errors import DataError, SettingsError, StorageError, UbmdError
+from ubmd.files import check_name
 from ubmd.learning.clusters import tasks_at_once
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.run_folder import Listener, RunFolder
 from ubmd.learning.stages import check_start, check_states
 from ubmd.learning.timeline import duration
-from ubmd.outputs import check_name
 from ubmd.settings import RunSettings
 
 _EPOCHS = 4  # of the miniature; the first is slow and not counted

@@ -46,7 +46,7 @@ import ubmd
 from ubmd.attempts import remove_leftovers
 from ubmd.errors import DataError, SettingsError, StorageError
 from ubmd.faults import FULL
-from ubmd.outputs import check_name, replacing, temporary_name, why
+from ubmd.files import check_name, replacing, temporary_name, why
 from ubmd.settings import RunSettings, Table
 
 S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ubmd.errors import ModelError
+from ubmd.files import replacing
 from ubmd.models import GaussianMomentNetwork
-from ubmd.outputs import replacing
 
 FORMAT = 1
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ubmd.outputs import replacing
+from ubmd.files import replacing
 
 Row = dict[str, Any]
 

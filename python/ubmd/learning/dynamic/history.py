@@ -59,7 +59,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ubmd.outputs import replacing
+from ubmd.files import replacing
 
 
 @dataclass(frozen=True)
