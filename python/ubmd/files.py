@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import os
 import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from ubmd.errors import SettingsError
+from ubmd.errors import SettingsError, StorageError
+from ubmd.faults import FULL
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
@@ -86,3 +91,124 @@ def why(error: OSError) -> str:
     if isinstance(error, FileExistsError | NotADirectoryError):
         return "there is a file in the way"
     return (error.strerror or str(error)).lower()
+
+
+_PROBE_BYTES = 1 << 16
+
+
+def seal(path: Path, key: str) -> None:
+    """Note beside a finished file what it was made from, and its hash."""
+    write_json(_seal(path), {"key": key, "sha256": file_hash(path)})
+
+
+def is_sealed(path: Path, key: str) -> bool:
+    """Whether a file is finished, undamaged, and made with this key."""
+    note = read_json_if_whole(_seal(path))
+    return note is not None and path.exists() and note["key"] == key and note["sha256"] == file_hash(path)
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a sealed file is undamaged, whatever it was made from."""
+    note = read_json_if_whole(_seal(path))
+    return note is not None and path.exists() and note["sha256"] == file_hash(path)
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f".{path.name}.seal")
+
+
+def read_json_if_whole(path: Path) -> Any:
+    """The value in a JSON file; None if there is none, or a damaged one."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def move_aside(path: Path, folder: Path, name: str = "") -> Path | None:
+    """Move a file or folder into ``folder``, never over another one; returns where it is now (None: there is none)."""
+    if not path.exists():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
+    target = folder / (name or f"{path.name}.{stamp}")
+    for number in itertools.count(1):
+        if not target.exists():
+            break
+        target = folder / f"{name or path.name}.{stamp}.{number}"
+    path.rename(target)
+    return target
+
+
+def keep_copy(path: Path, folder: Path) -> None:
+    """Keep a copy of a file in ``folder``, under a dated name."""
+    scratch = temporary_name(path)
+    copy_file(path, scratch)
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%f")
+    move_aside(scratch, folder, f"{path.stem}.{stamp}{path.suffix}")
+
+
+def check_space(folder: Path) -> None:
+    """StorageError if not even a small file can be written."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as handle:  # without a name: nothing is left if this is killed
+            handle.write(b"\0" * _PROBE_BYTES)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        if error.errno in FULL:
+            raise full_disk(folder) from error
+        raise
+
+
+def full_disk(folder: Path) -> StorageError:
+    """The error that ends a run on a full disk."""
+    return StorageError(
+        f"There is no space left for {folder} (disk, quota or limit on file sizes); nothing finished is lost: "
+        "free some, and the same command goes on."
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as handle:
+        handle.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of JSON."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON as our files have it."""
+    return json.dumps(value, indent=1) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file; the target is replaced in one step."""
+    with replacing(target) as handle:
+        handle.write(source.read_bytes())
+
+
+def append_text(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 of a value as JSON; pass no paths, a run may move."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -16,11 +16,11 @@ from system import cluster, make_settings
 
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import MachineError
+from ubmd.files import read_json, write_json
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.dynamic.progress import status as dynamic_status
 from ubmd.learning.progress import describe_event
-from ubmd.learning.run_folder import read_json, write_json
 from ubmd.learning.status import status
 
 SHORT = {

@@ -15,12 +15,13 @@ from test_cli import ubmd
 from ubmd.analysis.provenance import provenance_rows
 from ubmd.data.structures import write_structures
 from ubmd.errors import LabelError, SettingsError
+from ubmd.files import read_json, write_json
 from ubmd.learning import RunFolder, Workers, run
 from ubmd.learning.dynamic.engine import check as check_dynamic
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.progress import describe_event
 from ubmd.learning.reference import look_at_reference, remarks
-from ubmd.learning.run_folder import open_run, read_json, write_json
+from ubmd.learning.run_folder import open_run
 from ubmd.settings import ReferenceSettings
 
 SHORT = {"loop": {"labels": 4}, "training": {"epochs": 2}, "test": None}

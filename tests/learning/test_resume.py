@@ -12,8 +12,8 @@ from test_loop import without_times
 
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
+from ubmd.files import file_hash
 from ubmd.learning import RunFolder, run
-from ubmd.learning.run_folder import file_hash
 
 LABELS = {"loop": {"labels": 8, "warm_epochs": 4}, "training": {"epochs": 6}, "test": None}
 

@@ -17,13 +17,13 @@ from test_replica import make_task, model  # noqa: F401 (a fixture)
 from ubmd.data.state import state_hash
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
+from ubmd.files import content_hash, write_text
 from ubmd.lammps.replica import _Engine, run_replica, types_of
 from ubmd.lammps.trajectory import TrajectoryState
 from ubmd.learning import RunFolder, run
 from ubmd.learning.check import plan, verify
 from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.learning.dynamic.engine import run as run_dynamic
-from ubmd.learning.run_folder import content_hash, write_text
 from ubmd.learning.stages import reference_key
 
 INFO = ("charge", "spin", "multiplicity")

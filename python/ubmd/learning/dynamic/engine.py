@@ -27,6 +27,7 @@ from ubmd.crystal.triggers import load_trigger
 from ubmd.data.state import bare, check_state, describe_state, state_info, structures_hash, take_state
 from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures
 from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError
+from ubmd.files import check_space, content_hash, copy_file, file_hash, read_json, write_json
 from ubmd.lammps.trajectory import (
     PieceResult,
     PieceTask,
@@ -44,18 +45,7 @@ from ubmd.learning.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.reference import check_here, look_at_reference, remarks
 from ubmd.learning.rewind import argument_hashes
-from ubmd.learning.run_folder import (
-    Listener,
-    RunFolder,
-    Stages,
-    check_space,
-    content_hash,
-    copy_file,
-    file_hash,
-    open_run,
-    read_json,
-    write_json,
-)
+from ubmd.learning.run_folder import Listener, RunFolder, Stages, open_run
 from ubmd.learning.stages import Stage, random_generator
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.workers import Executor, WorkersLost

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from ubmd.crystal.convergence import Signal
 from ubmd.data.structures import dataset_hash
 from ubmd.errors import DataError
+from ubmd.files import copy_file
 from ubmd.learning.dynamic.settings import ConvergenceSettings, DynamicRunSettings
-from ubmd.learning.run_folder import copy_file
 from ubmd.settings import CrystalSettings
 
 Array = NDArray[np.float64]

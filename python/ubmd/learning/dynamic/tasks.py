@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ubmd.attempts import Attempt
-from ubmd.learning.run_folder import file_hash, json_text, read_json, write_text
+from ubmd.files import file_hash, json_text, read_json, write_text
 from ubmd.learning.tasks import lost_if_taken_over
 
 if TYPE_CHECKING:
