@@ -20,8 +20,10 @@ from ase import Atoms, units
 from ase.io import read
 from ff19sb_lammps import start
 
-from ubmd.analysis import amide_torsions, count_cis, coverage, torsions
 from ubmd.data.structures import write_structures
+from ubmd.measure.coverage import coverage
+from ubmd.measure.isomers import amide_torsions, count_cis
+from ubmd.measure.torsions import torsions
 from ubmd.references import label
 from ubmd.settings import ReferenceSettings
 

@@ -18,7 +18,8 @@ from ase import Atoms
 from system import cluster, make_settings, write_inputs
 from test_workers import is_alive, wait_for
 
-from ubmd.analysis import make_report, predictions
+from ubmd.analysis import predictions
+from ubmd.analysis.report import make_report
 from ubmd.calculator import Evaluator
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import LabelError, SettingsError

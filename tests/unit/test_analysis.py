@@ -23,8 +23,7 @@ from scipy import stats
 
 from ubmd import analysis
 from ubmd.analysis import figures, predictions
-from ubmd.analysis.autocorrelation import statistical_inefficiency
-from ubmd.analysis.errors import parity_data, pearson, share_covered, spearman
+from ubmd.analysis.compare import compare
 from ubmd.analysis.figures import at_labels, group_learning_figure, mean_curve, shared_labels
 from ubmd.analysis.provenance import conditions
 from ubmd.analysis.run_data import Frames, read_frames
@@ -36,6 +35,8 @@ from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import DataError
 from ubmd.export import export_model
 from ubmd.learning.run_folder import RunFolder, open_run, read_settings
+from ubmd.measure.autocorrelation import statistical_inefficiency
+from ubmd.measure.errors import parity_data, pearson, share_covered, spearman
 from ubmd.models import GaussianMomentNetwork
 from ubmd.references import sample
 from ubmd.settings import (
@@ -567,7 +568,7 @@ def copy_run(run: Path, folder: Path, entries: int = 2, **changes) -> Path:
 def test_comparison_groups_by_seed_and_interpolates_at_equal_md_steps(run, tmp_path):
     biased = [copy_run(run, tmp_path / f"biased_seed{k}", seed=k) for k in (0, 1)]
     unbiased = [copy_run(run, tmp_path / f"plain{k}", 2 - k, seed=k, bias={"force": 0.0}) for k in (0, 1)]
-    rows, files = analysis.compare([biased[0], *unbiased, biased[1]], tmp_path / "out")
+    rows, files = compare([biased[0], *unbiased, biased[1]], tmp_path / "out")
     values = {row.title: row.values for row in rows}
     steps, share = read_frames(run).coverage_curve([PHI, PSI])
     for mark in (108, 215, 322, 430):  # quarters of the last frame of the shortest run
@@ -611,7 +612,7 @@ def test_comparison_at_labels_that_one_run_lacks(run, tmp_path):
     history = json.loads((runs[1] / "history.json").read_text())
     history[0]["labels"], history[1]["labels"] = 7, 13
     (runs[1] / "history.json").write_text(json.dumps(history))
-    values = {row.title: row.values for row in analysis.compare(runs, tmp_path / "out")[0]}
+    values = {row.title: row.values for row in compare(runs, tmp_path / "out")[0]}
     a, b = np.log(20.0), np.log(10.0)
     expected = [np.exp(a + (b - a) * 5 / 8), 10.0]  # 13 labels: between 8 and 16 of one run, the last of the other
     assert values["energy RMSE at 13 labels, meV/atom"]["run_0"] == pytest.approx(expected)
@@ -628,7 +629,7 @@ def test_comparison_of_traces_and_of_three_strengths(run, tmp_path):
         values["max_u"] = np.abs(noise[:, 0, 0])
         np.savez(folder / "iterations" / "iter_001" / "trace_000.npz", **values)
         expected[folder.name] = [pytest.approx(0.01 * statistical_inefficiency(values["max_u"]))]
-    rows, files = analysis.compare(runs, tmp_path / "out")
+    rows, files = compare(runs, tmp_path / "out")
     found = {row.title: row.values for row in rows}
     assert found["autocorrelation time of max u, ps"] == expected
     assert all(0.1 < time[0] < 3.0 for time in found["autocorrelation time of positions, ps"].values())
@@ -670,7 +671,7 @@ def test_comparison_of_breathing_cells(run, tmp_path):
     shutil.copy(runs[0] / "test.extxyz", runs[1] / "test.extxyz")
     for folder in runs:
         keep(folder, 1, Evaluator(folder / "model.pt"), read_structures(folder / "test.extxyz"))
-    rows, files = analysis.compare(runs, tmp_path / "out")
+    rows, files = compare(runs, tmp_path / "out")
     found = {row.title: row.values for row in rows}
     volume = bulk("Cu", cubic=True).get_volume() / 4
     waves = 1 + 0.2 * np.sin(np.arange(20) / 3)
@@ -699,7 +700,7 @@ def test_errors_of_cis_and_trans_test_structures(run, frames, tmp_path, kept):
         flipped.append(other)
     structures = [*flipped, *frames[5:]]
     write_structures(folder / "test.extxyz", structures)
-    rows, files = analysis.compare([folder], tmp_path / "before")
+    rows, files = compare([folder], tmp_path / "before")
     assert not any("amides" in row.title for row in rows)  # what is kept is about other structures
     assert "Give --run-models to make them" in files[-3].read_text()
     model = folder / "iterations" / "iter_001" / "model.pt"
@@ -712,7 +713,7 @@ def test_errors_of_cis_and_trans_test_structures(run, frames, tmp_path, kept):
     gaps = [(p.energy - a.get_potential_energy()) / 22 for p, a in zip(predicted, structures, strict=True)]
     expected = {"trans": np.sqrt(np.mean(squares[5:])), "cis": np.sqrt(np.mean(squares[:5]))}
     assert expected["cis"] > 1.5 * expected["trans"]
-    rows, files = analysis.compare([folder], tmp_path / "after", run_models=not kept)
+    rows, files = compare([folder], tmp_path / "after", run_models=not kept)
     assert "--run-models" not in files[-3].read_text()
     found = {row.title: row.values["both"] for row in rows}
     energies = {
@@ -733,7 +734,7 @@ def test_comparison_without_a_common_test_set(run, tmp_path):
     runs = [copy_run(run, tmp_path / name, selection={"method": name}) for name in ("random", "max_det")]
     history = json.loads((runs[0] / "history.json").read_text())
     (runs[0] / "history.json").write_text(json.dumps([entry | {"test": None} for entry in history]))
-    rows, files = analysis.compare(runs, tmp_path / "out")
+    rows, files = compare(runs, tmp_path / "out")
     assert {row.title: row.values for row in rows}["force RMSE at the end, eV/Å"] == {
         "random": [0.125],
         "max_det": [0.125],
@@ -742,16 +743,16 @@ def test_comparison_without_a_common_test_set(run, tmp_path):
     pictures = ["learning_curves.png", "coverage.png", "torsions.png", "calibration.png"]
     assert [path.name for path in files][:4] == pictures
     with pytest.raises(DataError, match="1 names for 2 groups"):
-        analysis.compare(runs, tmp_path / "out", ["one"])
+        compare(runs, tmp_path / "out", ["one"])
     (runs[1] / "history.json").unlink()
     with pytest.raises(DataError, match=r"No iteration of the run in .*max_det has finished"):
-        analysis.compare(runs, tmp_path / "out")
+        compare(runs, tmp_path / "out")
 
 
 def test_comparison_says_when_test_sets_differ(run, frames, tmp_path):
     runs = [copy_run(run, tmp_path / f"run_{k}", seed=k) for k in range(2)]
     write_structures(runs[1] / "test.extxyz", frames[:5])
-    _, files = analysis.compare(runs, tmp_path / "out")
+    _, files = compare(runs, tmp_path / "out")
     assert "Careful: the runs have different test sets" in files[-3].read_text()
 
 

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from ubmd.analysis import figures
 from ubmd.analysis.calibration_study import Outcome, Sizes, calibration_study, summary_rows
-from ubmd.analysis.errors import CalibrationData, calibration_data, share_covered
 from ubmd.calculator import Evaluator
 from ubmd.cli.main import app
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import DataError
 from ubmd.export import export_model
+from ubmd.measure.errors import CalibrationData, calibration_data, share_covered
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
 from ubmd.training import load_weights
 

@@ -12,13 +12,14 @@ from ase.io import read, write
 from typer.testing import CliRunner
 
 from ubmd import analysis
-from ubmd.analysis.autocorrelation import statistical_inefficiency
+from ubmd.analysis.compare import compare
 from ubmd.analysis.table import collect_rows, read_published, table_markdown
 from ubmd.analysis.trajectory import aligned
 from ubmd.cli.main import app
 from ubmd.data.structures import write_structures
 from ubmd.errors import DataError
 from ubmd.learning.run_folder import RunFolder, open_run
+from ubmd.measure.autocorrelation import statistical_inefficiency
 from ubmd.settings import RunSettings
 
 EXAMPLES = Path(__file__).parents[2] / "lammps_examples"
@@ -120,7 +121,7 @@ def test_outputs_that_cannot_be_written(tmp_path):
 
 def test_runs_without_their_test_sets_are_compared(tmp_path):
     runs = [make_run(tmp_path / f"run_{k}", k, 1.0, [8, 16]) for k in range(2)]
-    _, files = analysis.compare(runs, tmp_path / "out")
+    _, files = compare(runs, tmp_path / "out")
     (page,) = (path.read_text() for path in files if path.name.endswith(".md"))
     assert "Careful: whether the test sets are the same is not known: there is no" in page
 

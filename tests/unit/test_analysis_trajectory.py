@@ -10,15 +10,15 @@ from ase.io import write
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
-from ubmd.analysis.autocorrelation import (
+from ubmd.analysis.trajectory import Trajectory, aligned, correlation_times, read_trajectory, without_cell
+from ubmd.cli.main import app
+from ubmd.errors import DataError
+from ubmd.measure.autocorrelation import (
     autocorrelation,
     autocorrelation_time,
     mean_autocorrelation,
     statistical_inefficiency,
 )
-from ubmd.analysis.trajectory import Trajectory, aligned, correlation_times, read_trajectory, without_cell
-from ubmd.cli.main import app
-from ubmd.errors import DataError
 
 
 def correlated(length: int, memory: float, seed: int, shape: tuple[int, ...] = ()) -> np.ndarray:

@@ -9,9 +9,9 @@ from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ubmd.analysis import trajectory_figures as figures
-from ubmd.analysis.errors import error_summary
-from ubmd.analysis.volumes import errors_by_volume, slow_wave, volume_edges
 from ubmd.calculator import Prediction
+from ubmd.measure.errors import error_summary
+from ubmd.measure.volumes import errors_by_volume, slow_wave, volume_edges
 
 # --- the slow wave ----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
-from ubmd.analysis.errors import accuracy
 from ubmd.calculator import Evaluator
 from ubmd.cli.train import register
 from ubmd.crystal.basis import ClusterBasis
@@ -30,6 +29,7 @@ from ubmd.crystal.training import (
 )
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import DataError
+from ubmd.measure.errors import accuracy
 from ubmd.references.lammps import LAMMPS
 from ubmd.settings import CrystalSettings, UncertaintySettings
 

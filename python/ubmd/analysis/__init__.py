@@ -1,39 +1,34 @@
-"""What a run has learnt and explored: torsions, coverage, calibration, pictures, report."""
+"""What a run has learnt and explored: pictures, tables, report; and by their old names, what is measured.
 
-from ubmd.analysis.compare import compare
-from ubmd.analysis.coverage import coverage, coverage_growth
-from ubmd.analysis.errors import CalibrationData, calibration_data, error_summary
-from ubmd.analysis.figures import (
-    calibration_figure,
-    coverage_figure,
-    learning_curve_figure,
-    ramachandran_figure,
-    uncertainty_figure,
-    volume_figure,
-)
-from ubmd.analysis.isomers import amide_torsions, count_cis, isomers
-from ubmd.analysis.report import make_report
-from ubmd.analysis.run_data import Frames, read_frames
-from ubmd.analysis.torsions import torsions
+The names are loaded when they are used (PEP 562): pictures load matplotlib.
+"""
 
-__all__ = [
-    "CalibrationData",
-    "Frames",
-    "amide_torsions",
-    "calibration_data",
-    "calibration_figure",
-    "compare",
-    "count_cis",
-    "coverage",
-    "coverage_figure",
-    "coverage_growth",
-    "error_summary",
-    "isomers",
-    "learning_curve_figure",
-    "make_report",
-    "ramachandran_figure",
-    "read_frames",
-    "torsions",
-    "uncertainty_figure",
-    "volume_figure",
-]
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "CalibrationData": "ubmd.measure.errors",
+    "Frames": "ubmd.analysis.run_data",
+    "amide_torsions": "ubmd.measure.isomers",
+    "calibration_data": "ubmd.measure.errors",
+    "calibration_figure": "ubmd.analysis.figures",
+    "count_cis": "ubmd.measure.isomers",
+    "coverage": "ubmd.measure.coverage",
+    "coverage_figure": "ubmd.analysis.figures",
+    "coverage_growth": "ubmd.measure.coverage",
+    "error_summary": "ubmd.measure.errors",
+    "isomers": "ubmd.measure.isomers",
+    "learning_curve_figure": "ubmd.analysis.figures",
+    "make_report": "ubmd.analysis.report",
+    "ramachandran_figure": "ubmd.analysis.figures",
+    "read_frames": "ubmd.analysis.run_data",
+    "torsions": "ubmd.measure.torsions",
+    "uncertainty_figure": "ubmd.analysis.figures",
+    "volume_figure": "ubmd.analysis.figures",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'ubmd.analysis' has no attribute '{name}'")

@@ -17,7 +17,6 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from ubmd.analysis.document import Document
-from ubmd.analysis.errors import CalibrationData, calibration_data, pearson, share_covered, spearman
 from ubmd.analysis.figures import group_calibration_figure
 from ubmd.analysis.style import COLOURS, GREY, new_figure, save
 from ubmd.calculator import Evaluator
@@ -25,6 +24,7 @@ from ubmd.data.structures import check_labelled, dataset_hash
 from ubmd.errors import DataError
 from ubmd.export import export_model
 from ubmd.files import content_hash, replacing
+from ubmd.measure.errors import CalibrationData, calibration_data, pearson, share_covered, spearman
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
 from ubmd.training import train_members
 from ubmd.uncertainty.conformal import conformal_scale

@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ubmd.analysis import figures, trajectory_figures
-from ubmd.analysis.autocorrelation import mean_autocorrelation
 from ubmd.analysis.document import Document, Section
-from ubmd.analysis.errors import CalibrationData
 from ubmd.analysis.provenance import setting_texts
 from ubmd.analysis.run_groups import ERRORS, Comparison, Curve, Run, group_runs, value_or_nan
-from ubmd.analysis.torsions import torsions
 from ubmd.analysis.trajectory import SHORTEST, Trajectory
-from ubmd.analysis.volumes import errors_by_volume, slow_wave, volume_edges
 from ubmd.files import file_hash
+from ubmd.measure.autocorrelation import mean_autocorrelation
+from ubmd.measure.errors import CalibrationData
+from ubmd.measure.torsions import torsions
+from ubmd.measure.volumes import errors_by_volume, slow_wave, volume_edges
 from ubmd.valid_json import valid_json
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the MD steps, and of the labels, that every run reached

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ubmd.analysis import crystal_figures, figures
 from ubmd.analysis.document import Document, Section, number
-from ubmd.analysis.errors import share_covered, spearman
 from ubmd.analysis.provenance import add_provenance
 from ubmd.analysis.run_data import read_rejected
 from ubmd.data.structures import read_structures
@@ -23,6 +22,7 @@ from ubmd.lammps.trajectory import read_piece
 from ubmd.learning.dynamic.history import read_errors
 from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.learning.run_folder import RunFolder, read_settings_of
+from ubmd.measure.errors import share_covered, spearman
 
 _MOST_PANELS = 6  # trajectories in the picture of errors
 _MOST_FRAMES = 24  # structures that the shares of the orders are measured on

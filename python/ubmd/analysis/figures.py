@@ -21,7 +21,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from ubmd.analysis.errors import ParityData, share_covered
 from ubmd.analysis.style import (
     BLUE,
     COLOURS,
@@ -38,6 +37,7 @@ from ubmd.analysis.style import (
     save,
     symbol,
 )
+from ubmd.measure.errors import ParityData, share_covered
 
 _HEXBIN_FROM = 600  # more points than this are drawn as counts
 

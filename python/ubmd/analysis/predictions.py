@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ubmd.analysis.isomers import amide_torsions, count_cis
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.structures import dataset_hash, read_structures
 from ubmd.errors import DataError
 from ubmd.files import replacing
 from ubmd.learning.run_folder import RunFolder
+from ubmd.measure.isomers import amide_torsions, count_cis
 
 FILE = "predictions.npz"
 _NEWEST = 8  # iterations whose new labels stand in for a test set

@@ -14,8 +14,6 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from ubmd.analysis.errors import CalibrationData, calibration_data, error_summary
-from ubmd.analysis.isomers import isomers
 from ubmd.analysis.predictions import NotKept, Unseen, predict, predict_unseen
 from ubmd.analysis.provenance import setting_texts
 from ubmd.analysis.run_data import Frames, read_frames
@@ -23,6 +21,8 @@ from ubmd.analysis.trajectory import Times, Trajectory, correlation_times, read_
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.learning.run_folder import RunFolder, is_dynamic_run, read_settings
+from ubmd.measure.errors import CalibrationData, calibration_data, error_summary
+from ubmd.measure.isomers import isomers
 from ubmd.settings import RunSettings
 
 Curve = tuple[NDArray[Any], NDArray[Any]]

@@ -12,10 +12,10 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from ubmd.analysis.autocorrelation import EffectiveSamples
 from ubmd.calculator import Evaluator
 from ubmd.errors import DataError
 from ubmd.learning.run_folder import RunFolder
+from ubmd.measure.autocorrelation import EffectiveSamples
 
 Array = NDArray[np.float64]
 

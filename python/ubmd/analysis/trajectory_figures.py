@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from ubmd.analysis.style import BLUE, COLOURS, COUNTS, GREY, ORANGE, count_bar, legend_above, new_figure, save, symbol
-from ubmd.analysis.volumes import SlowWave, VolumeBin
+from ubmd.measure.volumes import SlowWave, VolumeBin
 
 _CELLS = 32  # per torsion: the finest level of the coverage tree
 

@@ -185,7 +185,7 @@ def report(run_dir: RunDir, run_models: RunModels = False) -> None:
 
         print(f"Report: {make_dynamic_report(run_dir)[-1]}")
         return
-    from ubmd.analysis import make_report
+    from ubmd.analysis.report import make_report
 
     print(f"Report: {make_report(run_dir, run_models)[-1]}")
 
@@ -205,7 +205,7 @@ def compare(
     from rich.markup import escape
     from rich.table import Table
 
-    from ubmd.analysis import compare as compare_runs
+    from ubmd.analysis.compare import compare as compare_runs
     from ubmd.cli.console import make_console
 
     check_outputs(out, [], "--out")

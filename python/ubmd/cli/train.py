@@ -245,9 +245,9 @@ def evaluate(
     Labels in eV, eV/Å and eV/Å^3, tension positive; a virial in eV is the stress -virial/volume. "energy" counts, not
     "free_energy", unless --label energy=free_energy says so. What looks like a mistake is printed as a remark.
     """
-    from ubmd.analysis.errors import accuracy, check_finite
     from ubmd.calculator import Evaluator
     from ubmd.data.structures import describe, read_structures
+    from ubmd.measure.errors import accuracy, check_finite
 
     with user_errors():
         evaluator = Evaluator(model, precision)

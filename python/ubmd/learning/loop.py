@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ubmd.analysis import coverage, error_summary, predictions, torsions
+from ubmd.analysis import predictions
 from ubmd.calculator import Evaluator
 from ubmd.data.state import bare, structures_hash
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
@@ -37,6 +37,9 @@ from ubmd.learning.stages import Origin, Stage, random_generator
 from ubmd.learning.tasks import replica_file, train_member
 from ubmd.learning.walk import START, Walk, drive
 from ubmd.learning.workers import Executor, TaskFailed, WorkersLost
+from ubmd.measure.coverage import coverage
+from ubmd.measure.errors import error_summary
+from ubmd.measure.torsions import torsions
 from ubmd.settings import RunSettings
 from ubmd.training import load_weights, member_folders, train_members
 from ubmd.training.members import member_seed
@@ -519,6 +522,6 @@ class Loop(Walk):
 
     def _report(self) -> None:
         """Pictures and tables of the run."""
-        from ubmd.analysis import make_report
+        from ubmd.analysis.report import make_report
 
         make_report(self.folder.path, run_models=True)  # its own models

@@ -9,8 +9,8 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import ArrayLike, NDArray
 
-from ubmd.analysis.errors import error_summary
 from ubmd.calculator import Prediction
+from ubmd.measure.errors import error_summary
 
 Array = NDArray[np.float64]
 

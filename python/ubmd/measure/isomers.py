@@ -9,7 +9,7 @@ from ase import Atoms
 from ase.neighborlist import natural_cutoffs, neighbor_list
 from numpy.typing import NDArray
 
-from ubmd.analysis.torsions import Torsion, torsions
+from ubmd.measure.torsions import Torsion, torsions
 
 
 def amide_torsions(atoms: Atoms) -> list[Torsion]:

@@ -1,0 +1,1 @@
+"""What is measured: errors against labels, coverage, torsions, isomers, volumes, correlation times."""
