@@ -35,7 +35,7 @@ from ubmd.export import export_model
 from ubmd.references import label
 from ubmd.selection import select
 from ubmd.settings import TrainSettings
-from ubmd.training import split, train
+from ubmd.training.trainer import split, train
 
 HERE = Path(__file__).resolve().parent
 DATASET = Path("inp_run/dataset.extxyz").resolve()

@@ -20,7 +20,7 @@ from ubmd.data.structures import dataset_hash, write_structures
 from ubmd.export import export_model
 from ubmd.references import sample
 from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, TrainingSettings, UncertaintySettings
-from ubmd.training import split, train
+from ubmd.training.trainer import split, train
 
 FOLDER = Path("copper_run")
 REFERENCE = ReferenceSettings(calculator="ase.calculators.emt:EMT")

@@ -18,9 +18,9 @@ from ase import Atoms
 
 from ubmd.analysis.crystal_figures import order_shares_figure
 from ubmd.analysis.dynamic_report import newest_structures
-from ubmd.crystal.potential import Potential, anharmonicity, load_potential, order_shares
 from ubmd.data.structures import read_structures
 from ubmd.learning import RunFolder
+from ubmd.potentials.force_constants.potential import Potential, anharmonicity, load_potential, order_shares
 
 
 def read(source: str) -> tuple[Potential, list[Atoms]]:

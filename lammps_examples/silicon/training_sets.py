@@ -35,14 +35,14 @@ import numpy as np
 from ase import Atoms
 
 from ubmd.analysis.style import BLUE, COLOURS, GREY, MARKERS, legend_above, log_ticks, new_figure, save
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.export import export_crystal
-from ubmd.crystal.lattice import Supercell
-from ubmd.crystal.regression import NormalEquations, Posterior, fit
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.dynamic.settings import DynamicRunSettings
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.export import export_crystal
+from ubmd.potentials.force_constants.lattice import Supercell
+from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
 from ubmd.references import label, sample
 from ubmd.settings import SamplingSettings, load_settings
 

@@ -14,13 +14,13 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
-from ubmd.crystal.evaluator import NO_STRESS, CrystalEvaluator
 from ubmd.data.graph import VOIGT
 from ubmd.errors import ArgumentError, ModelError
 from ubmd.export import load_with_record
 from ubmd.models.evaluation import Prediction
 from ubmd.models.evaluator import NetworkEvaluator
 from ubmd.operators import available
+from ubmd.potentials.force_constants.evaluator import NO_STRESS, CrystalEvaluator
 from ubmd.record import complete_record
 from ubmd.spelling import nearest
 

@@ -16,15 +16,16 @@ from ubmd import __version__
 from ubmd.data.graph import Batch, Graph, build_graph, chunks
 from ubmd.errors import DataError, ModelError
 from ubmd.files import replacing
-from ubmd.models.crystal import CrystalModel
 from ubmd.models.deployed import Deployed, DeployedEnsemble, DeployedModel, LastLayerModel
 from ubmd.models.evaluation import evaluation
 from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.operators import available
 from ubmd.operators import load as load_operators
+from ubmd.potentials.force_constants.model import CrystalModel
 from ubmd.record import FORMAT, RECORD, check_said, no_model_file, read_record
 from ubmd.settings import UncertaintySettings
-from ubmd.uncertainty import ConformalScale, LastLayerSketch, conformal_scale, make_sketch
+from ubmd.uncertainty import ConformalScale, conformal_scale
+from ubmd.uncertainty.sketch import LastLayerSketch, make_sketch
 
 # Settings that a kind of uncertainty doesn't use: they would only mislead in its file.
 WITHOUT_EFFECT = {

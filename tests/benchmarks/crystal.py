@@ -18,10 +18,10 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.regression import Posterior
-from ubmd.models.crystal import CrystalModel
 from ubmd.operators import load
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.model import CrystalModel
+from ubmd.potentials.force_constants.regression import Posterior
 
 
 def silicon() -> Atoms:

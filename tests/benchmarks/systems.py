@@ -108,7 +108,7 @@ def write_model(folder: Path, name: str, model_name: str, energy_scale: float = 
     """
     from ubmd.data.graph import build_graph
     from ubmd.export import export_model
-    from ubmd.models import GaussianMomentNetwork
+    from ubmd.models.gmnn import GaussianMomentNetwork
     from ubmd.settings import ModelSettings, UncertaintySettings
 
     system = SYSTEMS[name]

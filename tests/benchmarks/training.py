@@ -43,7 +43,7 @@ def plain_path() -> AbstractContextManager[object]:
 def step_seconds(structures: list[Atoms], epochs: int, path: AbstractContextManager[object]) -> float:
     """Shortest mean time of a step in an epoch, s; everything included but the validation of the last epoch."""
     from ubmd.settings import ModelSettings, TrainingSettings
-    from ubmd.training import train
+    from ubmd.training.trainer import train
 
     settings = TrainingSettings(batch_size=BATCH, threads=1, validation_every=10**6, learning_rate=0.001)
     ends: list[float] = []
@@ -129,7 +129,7 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Rows of the log of a training, with the time so far, s; `initial` is the folder of an earlier one."""
     from ubmd.settings import ModelSettings, TrainingSettings
-    from ubmd.training import train
+    from ubmd.training.trainer import train
 
     start, rows = now(), []
     train(

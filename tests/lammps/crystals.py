@@ -14,11 +14,11 @@ from ase.calculators.lammps import Prism
 from ase.data import atomic_masses
 from ase.geometry import find_mic
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.lattice import Supercell
-from ubmd.crystal.regression import Posterior
-from ubmd.models.crystal import TINY, CrystalModel
 from ubmd.operators import available
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.lattice import Supercell
+from ubmd.potentials.force_constants.model import TINY, CrystalModel
+from ubmd.potentials.force_constants.regression import Posterior
 
 ENERGY_SCALE, FORCE_SCALE, ENERGY = 1.3, 0.7, -3.0  # the last: eV per primitive cell
 

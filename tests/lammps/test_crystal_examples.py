@@ -13,9 +13,9 @@ import pytest
 import tomli_w
 from ase.build import bulk
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.regression import NormalEquations, fit
 from ubmd.data.structures import read_structures, write_structures
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.regression import NormalEquations, fit
 
 pytest.importorskip("spglib")
 EXAMPLE = Path(__file__).resolve().parents[2] / "lammps_examples" / "silicon"

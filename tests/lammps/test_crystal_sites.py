@@ -14,7 +14,7 @@ from crystals import boron_arsenide, tin_selenide, triclinic
 from scipy.spatial.transform import Rotation
 
 from ubmd import _cpp
-from ubmd.crystal.symmetry import symmetrised
+from ubmd.potentials.force_constants.symmetry import symmetrised
 
 
 def record(primitive, max_displacement=0.8):

@@ -15,12 +15,12 @@ from test_replica import labelled, make_task, model, shaken  # noqa: F401 (a fix
 from test_workers import wait_for
 
 from ubmd.attempts import Attempt, TakenOver, attempts, steps_so_far
-from ubmd.crystal.triggers import AbsoluteTrigger
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.files import file_hash, write_json
 from ubmd.lammps import replica
 from ubmd.lammps.replica import ReplicaTask, run_replica, salvage
 from ubmd.lammps.trajectory import PieceTask, TrajectoryState, run_piece, write_state
+from ubmd.lammps.triggers import AbsoluteTrigger
 from ubmd.learning.groups import TaskGroup
 from ubmd.learning.run_folder import RunFolder
 from ubmd.learning.stages import run_replicas

@@ -18,16 +18,16 @@ from silicon import make_settings, settings_table, write_inputs
 from test_loop import start_driver, tear
 from test_workers import is_alive, wait_for
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.regression import NormalEquations, Posterior, fit
-from ubmd.crystal.triggers import AbsoluteTrigger, AverageTrigger
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import LabelError, SettingsError
 from ubmd.lammps.trajectory import PieceTask, TrajectoryState, read_piece, read_state, run_piece, write_state
+from ubmd.lammps.triggers import AbsoluteTrigger, AverageTrigger
 from ubmd.learning import RunFolder
 from ubmd.learning.dynamic.engine import run
 from ubmd.learning.dynamic.history import read_errors
 from ubmd.learning.dynamic.settings import DynamicRunSettings
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
 from ubmd.references import label
 from ubmd.references.lammps import LAMMPS
 

@@ -13,13 +13,13 @@ from hostile import Victim, write_hostile
 from silicon import make_settings, write_inputs
 
 from ubmd.analysis.dynamic_report import make_dynamic_report, newest_structures
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.potential import anharmonicity, load_potential, order_shares
-from ubmd.crystal.regression import Posterior
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.learning import RunFolder
 from ubmd.learning.dynamic.engine import run
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.potential import anharmonicity, load_potential, order_shares
+from ubmd.potentials.force_constants.regression import Posterior
 
 PICTURES = {"learning_curve", "calibration", "trajectories", "signals", "orders", "phonons"}
 SECTIONS = [

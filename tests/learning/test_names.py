@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 
 from ubmd.aliases import Aliases
 from ubmd.cli.main import app
-from ubmd.crystal.triggers import AbsoluteTrigger
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SimulationError
 from ubmd.export import export_model
 from ubmd.lammps.replica import ReplicaTask, run_replica
 from ubmd.lammps.trajectory import PieceTask, TrajectoryState, read_state, run_piece, write_state
-from ubmd.models import GaussianMomentNetwork
+from ubmd.lammps.triggers import AbsoluteTrigger
+from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.references.lammps import LAMMPS
 from ubmd.settings import ModelSettings, UncertaintySettings
 

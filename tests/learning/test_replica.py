@@ -25,7 +25,7 @@ from ubmd.lammps.replica import ReplicaTask, run_replica, salvage
 from ubmd.learning.stages import perturb
 from ubmd.references import label
 from ubmd.settings import ModelSettings, ReferenceSettings, StartSettings, TrainingSettings, UncertaintySettings
-from ubmd.training import train
+from ubmd.training.trainer import train
 
 
 def labelled(atoms: Atoms) -> Atoms:

@@ -6,8 +6,8 @@ import numpy as np
 from ase import Atoms
 from ase.build import bulk
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.regression import NormalEquations, fit
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.regression import NormalEquations, fit
 from ubmd.references.lammps import LAMMPS
 
 CONSTANT = 5.43095  # Å, where the potential has no stress

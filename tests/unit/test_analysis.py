@@ -37,7 +37,7 @@ from ubmd.export import export_model
 from ubmd.learning.run_folder import RunFolder, open_run, read_settings
 from ubmd.measure.autocorrelation import statistical_inefficiency
 from ubmd.measure.errors import parity_data, pearson, share_covered, spearman
-from ubmd.models import GaussianMomentNetwork
+from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.references import sample
 from ubmd.settings import (
     ModelSettings,

@@ -22,7 +22,7 @@ from ubmd.errors import DataError
 from ubmd.export import export_model
 from ubmd.measure.errors import CalibrationData, calibration_data, share_covered
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
-from ubmd.training import load_weights
+from ubmd.training.checkpoint import load_weights
 
 MODEL = ModelSettings(hidden=(16, 16), n_radial=2)
 TRAINING = TrainingSettings(epochs=4, threads=1)

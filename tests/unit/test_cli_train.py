@@ -17,7 +17,7 @@ from ubmd.calculator import Calculator, Evaluator, Prediction
 from ubmd.cli.train import _duration, _PlainProgress, register
 from ubmd.data.structures import dataset_hash, labels_of, read_structures, write_structures
 from ubmd.errors import DataError
-from ubmd.training import split
+from ubmd.training.trainer import split
 from ubmd.valid_json import valid_json
 
 SETTINGS = """

@@ -9,10 +9,10 @@ from ase import Atoms
 from ase.build import bulk, make_supercell
 from known_crystals import boron_arsenide, silicon, tin_selenide
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.clusters import decode, encode
-from ubmd.crystal.regression import NormalEquations, fit
 from ubmd.errors import DataError, ModelError, SettingsError
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.clusters import decode, encode
+from ubmd.potentials.force_constants.regression import NormalEquations, fit
 
 pytest.importorskip("spglib")
 

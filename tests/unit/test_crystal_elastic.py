@@ -8,10 +8,10 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 from crystal_labels import CONSTANT, CUTOFFS, silicon, stillinger_weber, trained
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.elastic import GPA, elastic_constants
-from ubmd.crystal.phonons import THZ, HarmonicCrystal
 from ubmd.errors import DataError, SettingsError
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.elastic import GPA, elastic_constants
+from ubmd.potentials.force_constants.phonons import THZ, HarmonicCrystal
 
 pytest.importorskip("spglib")
 

@@ -10,11 +10,11 @@ from ase import Atoms
 from ase.build import bulk, make_supercell
 from known_crystals import tin_selenide
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.lattice import Supercell
-from ubmd.crystal.regression import Posterior
-from ubmd.models.crystal import TINY, CrystalModel
 from ubmd.operators import load
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.lattice import Supercell
+from ubmd.potentials.force_constants.model import TINY, CrystalModel
+from ubmd.potentials.force_constants.regression import Posterior
 
 pytest.importorskip("spglib")
 

@@ -15,9 +15,9 @@ from ase.build import bulk
 from known_crystals import boron_arsenide, silicon, tin_selenide
 
 from ubmd import operators
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.regression import Posterior
-from ubmd.models.crystal import CrystalModel
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.model import CrystalModel
+from ubmd.potentials.force_constants.regression import Posterior
 
 pytest.importorskip("spglib")
 

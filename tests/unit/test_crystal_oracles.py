@@ -10,7 +10,7 @@ from ase import Atoms
 from known_crystals import boron_arsenide, silicon, tin_selenide
 from test_crystal_basis import displaced
 
-from ubmd.crystal.basis import ClusterBasis
+from ubmd.potentials.force_constants.basis import ClusterBasis
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

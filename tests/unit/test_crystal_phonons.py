@@ -11,12 +11,12 @@ from crystal_labels import silicon, stillinger_weber
 from typer.testing import CliRunner
 
 from ubmd.cli.main import app
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.export import export_crystal
-from ubmd.crystal.phonons import HarmonicCrystal, conductivity, make_phono3py, supercell_repeats
-from ubmd.crystal.potential import load_potential
-from ubmd.crystal.regression import Posterior
 from ubmd.errors import DataError, ModelError, SettingsError
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.export import export_crystal
+from ubmd.potentials.force_constants.phonons import HarmonicCrystal, conductivity, make_phono3py, supercell_repeats
+from ubmd.potentials.force_constants.potential import load_potential
+from ubmd.potentials.force_constants.regression import Posterior
 
 pytest.importorskip("spglib")
 

@@ -8,8 +8,8 @@ from ase.calculators.lammps import Prism
 from ase.geometry import find_mic
 from scipy.spatial.transform import Rotation
 
-from ubmd.crystal.lattice import Lattice, Placement
 from ubmd.errors import DataError
+from ubmd.potentials.force_constants.lattice import Lattice, Placement
 
 SILICON = bulk("Si", "diamond", 5.431)
 ZINC_BLENDE = bulk("BAs", "zincblende", 4.777)

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ubmd.crystal.convergence import below_noise, converged, determined, little_to_gain
-from ubmd.crystal.regression import (
+from ubmd.errors import DataError, ModelError
+from ubmd.potentials.force_constants.convergence import below_noise, converged, determined, little_to_gain
+from ubmd.potentials.force_constants.regression import (
     NormalEquations,
     Posterior,
     fit,
@@ -15,7 +16,6 @@ from ubmd.crystal.regression import (
     select_batch,
     shrink,
 )
-from ubmd.errors import DataError, ModelError
 
 ORDERS = np.repeat([2, 3, 4], [6, 10, 14])
 P = len(ORDERS)

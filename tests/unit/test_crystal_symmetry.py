@@ -12,14 +12,14 @@ from ase.build import bulk, make_supercell
 from ase.spacegroup import crystal
 from known_crystals import silicon, tin_selenide
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.ideal import describe_symmetry
-from ubmd.crystal.lattice import Lattice, Placement, Supercell
-from ubmd.crystal.symmetry import SYMMETRY_TOLERANCE, largest_change, symmetrised
-from ubmd.crystal.training import cached_basis
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError
 from ubmd.learning.dynamic.settings import DynamicRunSettings
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.fit import cached_basis
+from ubmd.potentials.force_constants.ideal import describe_symmetry
+from ubmd.potentials.force_constants.lattice import Lattice, Placement, Supercell
+from ubmd.potentials.force_constants.symmetry import SYMMETRY_TOLERANCE, largest_change, symmetrised
 from ubmd.settings import load_settings
 
 pytest.importorskip("spglib")

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 from ubmd.calculator import Evaluator
 from ubmd.cli.train import register
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.lattice import Lattice
-from ubmd.crystal.regression import NormalEquations, Posterior, fit
-from ubmd.crystal.training import (
+from ubmd.data.structures import dataset_hash, read_structures, write_structures
+from ubmd.errors import DataError
+from ubmd.measure.errors import accuracy
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.fit import (
     Errors,
     cached_basis,
     calibrated_energies,
@@ -27,9 +28,8 @@ from ubmd.crystal.training import (
     fit_crystal,
     frames,
 )
-from ubmd.data.structures import dataset_hash, read_structures, write_structures
-from ubmd.errors import DataError
-from ubmd.measure.errors import accuracy
+from ubmd.potentials.force_constants.lattice import Lattice
+from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
 from ubmd.references.lammps import LAMMPS
 from ubmd.settings import CrystalSettings, UncertaintySettings
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from ubmd.crystal.triggers import AbsoluteTrigger, AverageTrigger, HistoryTrigger, Trigger, load_trigger
 from ubmd.errors import DataError, SettingsError
+from ubmd.lammps.triggers import AbsoluteTrigger, AverageTrigger, HistoryTrigger, Trigger, load_trigger
 
 
 def calls(trigger: Trigger, errors: list[float], noise: float = 0.0) -> list[int]:

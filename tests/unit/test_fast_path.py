@@ -20,11 +20,11 @@ from small_model import ELEMENTS, SETTINGS, labelled, triclinic
 
 from ubmd.data.graph import Graph, build_graph
 from ubmd.export import export_model, load_model
-from ubmd.models import GaussianMomentNetwork
 from ubmd.models.evaluation import Evaluation, FastEvaluation, evaluation
+from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.operators import available
 from ubmd.settings import UncertaintySettings
-from ubmd.uncertainty import GradientSketch
+from ubmd.uncertainty.sketch import GradientSketch
 
 KINDS = ["posterior", "last-layer", "distance", "ensemble"]
 SKETCHED = KINDS[:3]

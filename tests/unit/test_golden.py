@@ -12,10 +12,10 @@ from ase import Atoms
 from ubmd.calculator import Calculator
 from ubmd.data.graph import build_graph, collate
 from ubmd.export import fit_posterior, write_model
-from ubmd.models import GaussianMomentNetwork
 from ubmd.models.deployed import DeployedModel
+from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.settings import ModelSettings
-from ubmd.uncertainty import GradientSketch
+from ubmd.uncertainty.sketch import GradientSketch
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden_gmnn.json").read_text())
 TOLERANCE = 1e-9  # relative to the largest component

@@ -14,8 +14,8 @@ from ubmd.calculator import Calculator
 from ubmd.data.graph import build_graph, collate
 from ubmd.errors import DataError, ModelError
 from ubmd.export import export_model, load_model
-from ubmd.models import GaussianMomentNetwork
 from ubmd.models.gaussian_moments import GaussianMoments, count_invariants
+from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, UncertaintySettings
 
 

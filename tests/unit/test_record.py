@@ -25,7 +25,7 @@ from ubmd.calculator import Evaluator
 from ubmd.cli.train import register
 from ubmd.errors import ModelError
 from ubmd.export import export_model, load_model
-from ubmd.models import GaussianMomentNetwork
+from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.record import read_record
 from ubmd.settings import UncertaintySettings
 

@@ -17,11 +17,13 @@ from small_model import with_emt_labels
 from ubmd.data.graph import Batch, Graph, build_graph, collate
 from ubmd.data.structures import labels_of, write_structures
 from ubmd.errors import DataError, ModelError, TrainingError
-from ubmd.models import GaussianMomentNetwork
+from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, TrainingSettings
-from ubmd.training import load_weights, member_folders, split, train, train_members
+from ubmd.training.checkpoint import load_weights
 from ubmd.training.history import COLUMNS
 from ubmd.training.loss import ErrorSums, differences, loss
+from ubmd.training.members import member_folders, train_members
+from ubmd.training.trainer import split, train
 
 MODEL = ModelSettings(cutoff=4.0, n_radial=3, n_basis=5, hidden=(24, 24))
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ubmd.data.graph import Batch, build_graph, chunks, collate, scatter_forces, strain_gradient
 from ubmd.memory import keep_freed_memory
-from ubmd.models import GaussianMomentNetwork
 from ubmd.models.gaussian_moments import GaussianMoments
+from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.operators import available
 from ubmd.settings import ModelSettings, TrainingSettings
-from ubmd.training import gradient, train
+from ubmd.training import gradient
+from ubmd.training.trainer import train
 
 MODEL = ModelSettings(cutoff=4.0, n_radial=3, n_basis=4, hidden=(16, 12))
 ELEMENTS = ["H", "C", "O", "Cu"]

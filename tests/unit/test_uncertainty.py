@@ -8,10 +8,11 @@ from crepes import ConformalRegressor
 
 from ubmd.data.graph import build_graph
 from ubmd.errors import DataError
-from ubmd.models import GaussianMomentNetwork
 from ubmd.models.deployed import DeployedModel
+from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.settings import ModelSettings
-from ubmd.uncertainty import DistanceUncertainty, GradientSketch, PosteriorUncertainty, conformal_scale
+from ubmd.uncertainty import DistanceUncertainty, PosteriorUncertainty, conformal_scale
+from ubmd.uncertainty.sketch import GradientSketch
 
 ELEMENTS = ["H", "C", "N", "O"]
 

@@ -26,7 +26,7 @@ from ubmd.export import export_model
 from ubmd.files import content_hash, replacing
 from ubmd.measure.errors import CalibrationData, calibration_data, pearson, share_covered, spearman
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
-from ubmd.training import train_members
+from ubmd.training.members import train_members
 from ubmd.uncertainty.conformal import conformal_scale
 
 Array = NDArray[np.float64]

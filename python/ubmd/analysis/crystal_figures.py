@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from ubmd.analysis.style import BLUE, COLOURS, GREEN, GREY, MARKERS, ORANGE, legend_above, log_ticks, new_figure, save
-from ubmd.crystal.phonons import Dispersion
+from ubmd.potentials.force_constants.phonons import Dispersion
 
 
 def phonon_figure(

@@ -83,7 +83,7 @@ class _Run:
         files = (self.folder.path / name for name in ("basis.npz", "posterior.npz"))
         if not self.is_crystal or not all(path.is_file() for path in files):  # never from model.pt, which is a program
             return None
-        from ubmd.crystal.potential import load_potential
+        from ubmd.potentials.force_constants.potential import load_potential
 
         return load_potential(self.folder.path)
 
@@ -254,8 +254,8 @@ def _parameters(report: Document, data: _Run) -> None:
     """Parameters by order, and what each order contributes to the force."""
     if data.potential is None:
         return
-    from ubmd.crystal.potential import anharmonicity, order_shares
-    from ubmd.crystal.regression import Posterior
+    from ubmd.potentials.force_constants.potential import anharmonicity, order_shares
+    from ubmd.potentials.force_constants.regression import Posterior
 
     posterior = Posterior.load(data.folder.path / "posterior.npz")
     found, what = newest_structures(data.folder, data.history)
@@ -316,8 +316,8 @@ def _phonons(report: Document, data: _Run) -> None:
     """Dispersion and elastic constants of the newest model."""
     if data.potential is None or 2 not in data.potential.basis.orders:
         return
-    from ubmd.crystal.elastic import elastic_constants
-    from ubmd.crystal.phonons import HarmonicCrystal
+    from ubmd.potentials.force_constants.elastic import elastic_constants
+    from ubmd.potentials.force_constants.phonons import HarmonicCrystal
 
     crystal = HarmonicCrystal.from_basis(*data.potential)
     bands = crystal.dispersion(200)

@@ -10,7 +10,7 @@ import typer
 from ubmd.files import check_outputs
 
 if TYPE_CHECKING:
-    from ubmd.crystal.potential import Potential
+    from ubmd.potentials.force_constants.potential import Potential
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +55,7 @@ def phonons(
 
       ubmd phonons runs/silicon --conductivity --temperature 300 --temperature 600 --out phonons
     """
-    from ubmd.crystal.potential import load_potential
+    from ubmd.potentials.force_constants.potential import load_potential
 
     potential = load_potential(model)
     check_outputs(out, [], "--out")
@@ -68,8 +68,8 @@ def _harmonic(potential: Potential, out: Path, path: str | None, points: int) ->
     import numpy as np
 
     from ubmd.analysis.crystal_figures import phonon_figure
-    from ubmd.crystal.elastic import elastic_constants
-    from ubmd.crystal.phonons import HarmonicCrystal
+    from ubmd.potentials.force_constants.elastic import elastic_constants
+    from ubmd.potentials.force_constants.phonons import HarmonicCrystal
 
     crystal = HarmonicCrystal.from_basis(*potential)
     print(f"Space group {potential.basis.lattice.space_group or 'unknown: it needs spglib'}")
@@ -100,7 +100,7 @@ def _harmonic(potential: Potential, out: Path, path: str | None, points: int) ->
 
 def _conductivity(potential: Potential, out: Path, mesh: int, temperatures: list[float], isotopes: bool) -> None:
     from ubmd.cli.console import make_console
-    from ubmd.crystal.phonons import conductivity
+    from ubmd.potentials.force_constants.phonons import conductivity
 
     with make_console().status(f"phono3py on a {mesh}x{mesh}x{mesh} mesh"):
         found = conductivity(*potential, temperatures, mesh, isotopes=isotopes, folder=out)

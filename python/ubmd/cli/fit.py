@@ -20,7 +20,7 @@ from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from ubmd.crystal.training import CrystalFit, Progress
+    from ubmd.potentials.force_constants.fit import CrystalFit, Progress
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
@@ -28,10 +28,10 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
     """Fit, calibrate and export; ``base`` is the folder of the settings file."""
     from ubmd.cli.train import print_remarks
-    from ubmd.crystal.export import export_crystal
-    from ubmd.crystal.ideal import describe_symmetry
-    from ubmd.crystal.training import cached_basis, fit_crystal
     from ubmd.data.structures import dataset_hash, describe
+    from ubmd.potentials.force_constants.export import export_crystal
+    from ubmd.potentials.force_constants.fit import cached_basis, fit_crystal
+    from ubmd.potentials.force_constants.ideal import describe_symmetry
 
     assert settings.crystal is not None
     names = ["basis.npz", "equations.npz", "posterior.npz", "fit.json", "model.pt", "uncertainty.png"]
@@ -102,7 +102,7 @@ def _ideal(path: Path, labels: Mapping[str, str]) -> tuple[Atoms, float | None]:
 def _sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) -> tuple[list[Atoms], list[Atoms]]:
     """Training and validation structures."""
     from ubmd.data.structures import read_structures
-    from ubmd.training import split
+    from ubmd.training.trainer import split
 
     structures = read_structures(base / settings.training_file, settings.labels, remark=remark)
     if settings.validation_file is None:

@@ -88,8 +88,8 @@ def train(
 
 
 def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
-    from ubmd import training
     from ubmd.data.structures import describe
+    from ubmd.training.members import member_folders, train_members
 
     _check_outputs(settings)
     remarks: list[str] = []
@@ -98,7 +98,7 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     console.print(describe(validation_set, "validation set"))
     print_remarks(remarks)
     with _progress(console) as report:
-        results = training.train_members(
+        results = train_members(
             settings.uncertainty.networks,
             settings.model,
             settings.training,
@@ -112,7 +112,7 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     path = settings.output_dir / "model.pt"
     models = [result.model for result in results]
     _export(models, training_set, validation_set, settings.uncertainty, path, settings.model_dump(mode="json"))
-    for result, folder in zip(results, training.member_folders(settings.output_dir, len(results)), strict=True):
+    for result, folder in zip(results, member_folders(settings.output_dir, len(results)), strict=True):
         console.print(_training_summary(result.best, len(result.history)))
         console.print(f"log and picture: {folder / 'log.csv'}, learning_curve.png", soft_wrap=True, markup=False)
     console.print(f"model: {path}", soft_wrap=True, markup=False)
@@ -120,7 +120,7 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
 
 def _check_outputs(settings: TrainSettings) -> None:
     """SettingsError if the results cannot be written."""
-    from ubmd.training import member_folders
+    from ubmd.training.members import member_folders
 
     check_outputs(settings.output_dir, ["model.pt"], "output_dir")
     for folder in member_folders(settings.output_dir, settings.uncertainty.networks):
@@ -131,7 +131,7 @@ def _load_sets(settings: TrainSettings, base: Path, remark: Callable[[str], None
     """Training and validation structures; files are relative to the settings file."""
     from ubmd.data.state import mixed_states
     from ubmd.data.structures import read_structures
-    from ubmd.training import split
+    from ubmd.training.trainer import split
 
     structures = read_structures(base / settings.training_file, settings.labels, labelled=True, remark=remark)
     for first, second, difference in islice(mixed_states(structures, USUAL_INFO), 1):
@@ -414,7 +414,7 @@ def export(
 ) -> None:
     """Make a model file from trained weights, e.g. with another confidence: --set alpha=0.5."""
     from ubmd.data.structures import read_structures
-    from ubmd.training import load_weights
+    from ubmd.training.checkpoint import load_weights
 
     with user_errors():
         check_outputs(output.parent, [output.name], "--output")

@@ -206,7 +206,7 @@ def _export_tiny_model(atoms: Atoms, elements: list[str], path: Path) -> None:
 
     from ubmd.data.graph import build_graph
     from ubmd.export import export_model
-    from ubmd.models import GaussianMomentNetwork
+    from ubmd.models.gmnn import GaussianMomentNetwork
     from ubmd.settings import ModelSettings, UncertaintySettings
 
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """One piece of a trajectory that watches its own error: LAMMPS in a worker process, a state in and a state out.
 
 Between checks LAMMPS runs alone; at each check the largest atomic uncertainty of fix ubmd goes to a trigger
-(`ubmd.crystal.triggers`). The piece ends where the trigger asks for a label, at its step limit, where an atom leaves
+(`ubmd.lammps.triggers`). The piece ends where the trigger asks for a label, at its step limit, where an atom leaves
 the range of a force-constant potential (guard), or when it makes no sense any more. The state that comes back is that
 of the last check that made sense, in full precision: the next piece goes on from there, with the same or another model.
 """
@@ -26,7 +26,6 @@ from pydantic import BaseModel, ConfigDict
 
 from ubmd.aliases import Aliases
 from ubmd.attempts import Attempt, end_attempts
-from ubmd.crystal.triggers import Trigger, load_trigger
 from ubmd.data.state import state_arrays
 from ubmd.errors import ModelError, SimulationError
 from ubmd.files import replacing
@@ -40,6 +39,7 @@ from ubmd.lammps.replica import (
     symbols_of,
     system_commands,
 )
+from ubmd.lammps.triggers import Trigger, load_trigger
 
 Array = NDArray[np.float64]
 FIX = "monitor"

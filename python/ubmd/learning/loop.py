@@ -41,8 +41,8 @@ from ubmd.measure.coverage import coverage
 from ubmd.measure.errors import error_summary
 from ubmd.measure.torsions import torsions
 from ubmd.settings import RunSettings
-from ubmd.training import load_weights, member_folders, train_members
-from ubmd.training.members import member_seed
+from ubmd.training.checkpoint import load_weights
+from ubmd.training.members import member_folders, member_seed, train_members
 
 
 def run(

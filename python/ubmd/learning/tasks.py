@@ -141,7 +141,7 @@ def train_member(
         TrainingError: the training diverged.
         WorkersLost: another process has begun the same training.
     """
-    from ubmd.training import train
+    from ubmd.training.trainer import train
 
     weights = folder / "weights.pt"
     if is_sealed(weights, key):

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 
 from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.models.network import Layers
-from ubmd.uncertainty import (
-    DistanceUncertainty,
-    EnsembleUncertainty,
-    ForceSpreadUncertainty,
-    GradientSketch,
-    LastLayerSketch,
-    PosteriorUncertainty,
-)
+from ubmd.uncertainty import DistanceUncertainty, EnsembleUncertainty, ForceSpreadUncertainty, PosteriorUncertainty
+from ubmd.uncertainty.sketch import GradientSketch, LastLayerSketch
 
 
 def with_operators(module: nn.Module, operators: bool) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ubmd.data.graph import VOIGT, Batch
-from ubmd.models import GaussianMomentNetwork
+from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.models.network import BIAS_SCALE
 from ubmd.settings import TrainingSettings
 from ubmd.training.loss import Differences, differences, loss

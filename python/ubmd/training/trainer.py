@@ -23,7 +23,7 @@ from ubmd.data.graph import Batch, build_graph, chunks
 from ubmd.data.structures import check_labelled, dataset_hash
 from ubmd.errors import DataError, ModelError, TrainingError
 from ubmd.memory import keep_freed_memory
-from ubmd.models import GaussianMomentNetwork
+from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, TrainingSettings
 from ubmd.training import checkpoint
 from ubmd.training.gradient import chunk_limits, loss_and_gradients, prediction_errors

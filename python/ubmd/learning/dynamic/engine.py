@@ -22,8 +22,6 @@ import torch
 from ase import Atoms
 
 from ubmd.attempts import steps_so_far
-from ubmd.crystal.convergence import converged
-from ubmd.crystal.triggers import load_trigger
 from ubmd.data.state import bare, check_state, describe_state, state_info, structures_hash, take_state
 from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures
 from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError
@@ -36,6 +34,7 @@ from ubmd.lammps.trajectory import (
     write_piece_without_steps,
     write_state,
 )
+from ubmd.lammps.triggers import load_trigger
 from ubmd.learning import stages
 from ubmd.learning.dynamic.history import ErrorSeries, error_file
 from ubmd.learning.dynamic.learners import ForceConstants, Learner, Network
@@ -49,6 +48,7 @@ from ubmd.learning.run_folder import Listener, RunFolder, Stages, open_run
 from ubmd.learning.stages import Stage, random_generator
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.workers import Executor, WorkersLost
+from ubmd.potentials.force_constants.convergence import converged
 from ubmd.uncertainty.conformal import conformal_scale
 
 _LARGEST_SEED = 900_000_000  # of LAMMPS's random-number generators
@@ -105,7 +105,7 @@ def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
         )
     box = bare(atoms, info)
     if settings.start.file is None and settings.crystal is not None:
-        from ubmd.crystal.symmetry import symmetrised
+        from ubmd.potentials.force_constants.symmetry import symmetrised
 
         box = symmetrised(box, settings.crystal.tolerance)
         take_state(box, atoms, info)
@@ -201,7 +201,7 @@ class Engine(Walk):
         """Made when first needed: a cluster basis may take seconds."""
         if self.settings.crystal is None:
             return Network(self.settings, self.threads)
-        from ubmd.crystal.ideal import describe_symmetry
+        from ubmd.potentials.force_constants.ideal import describe_symmetry
 
         crystal = read_structures(self.settings.crystal.structure_file(self.base), compare=False)[0]
         learner = ForceConstants(self.settings, self.box, self.folder.path / "basis.npz", crystal)
@@ -805,8 +805,8 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
         f"{'biased' if settings.bias else 'unbiased'}; at most {dynamic.labels} structures for the reference."
     )
     if settings.crystal is not None:
-        from ubmd.crystal.basis import ClusterBasis
-        from ubmd.crystal.ideal import describe_symmetry
+        from ubmd.potentials.force_constants.basis import ClusterBasis
+        from ubmd.potentials.force_constants.ideal import describe_symmetry
 
         crystal, wanted = read_structures(settings.crystal.structure_file(base), compare=False)[0], settings.crystal
         basis = ClusterBasis.build(crystal, wanted.cutoffs, wanted.decay, wanted.tolerance)

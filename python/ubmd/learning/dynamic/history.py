@@ -45,7 +45,7 @@ convergence, labels for those replicas that asked. An entry of history.json::
                     labelled); the labelled ones are in the next entry's learnt
     passed          list: replicas that asked but whose frame others made superfluous (dynamic.batch)
     fresh_steps     steps of all replicas since the last refit: what the signals have seen
-    signals         list of `ubmd.crystal.convergence.Signal` as JSON (name, holds, value, threshold, reason, evidence)
+    signals         list of `Signal` of `ubmd.potentials` as JSON (name, holds, value, threshold, reason, evidence)
     converged       whether all three hold
     ended           rule ('converged', 'labels', 'steps') and reason; only in the last entry of a finished run
     seconds         wall time by stage (learn, md, label), s

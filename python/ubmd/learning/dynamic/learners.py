@@ -14,11 +14,11 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from ubmd.crystal.convergence import Signal
 from ubmd.data.structures import dataset_hash
 from ubmd.errors import DataError
 from ubmd.files import copy_file
 from ubmd.learning.dynamic.settings import ConvergenceSettings, DynamicRunSettings
+from ubmd.potentials.force_constants.convergence import Signal
 from ubmd.settings import CrystalSettings
 
 Array = NDArray[np.float64]
@@ -114,8 +114,8 @@ class ForceConstants(Learner):
             basis_file: where the basis is kept.
             crystal: the ideal crystal.
         """
-        from ubmd.crystal.regression import NormalEquations
-        from ubmd.crystal.training import cached_basis
+        from ubmd.potentials.force_constants.fit import cached_basis
+        from ubmd.potentials.force_constants.regression import NormalEquations
 
         assert settings.crystal is not None
         self.settings = settings.crystal
@@ -139,8 +139,8 @@ class ForceConstants(Learner):
         self, labels: Sequence[Atoms], folder: Path, previous: Path | None, scale: float, progress: Progress
     ) -> dict[str, Any]:
         """Add new labels to the sums, maximise the evidence, export."""
-        from ubmd.crystal.export import export_crystal
-        from ubmd.crystal.regression import Posterior, fit
+        from ubmd.potentials.force_constants.export import export_crystal
+        from ubmd.potentials.force_constants.regression import Posterior, fit
 
         begin = time.monotonic()
         self._add(labels)
@@ -180,7 +180,7 @@ class ForceConstants(Learner):
 
     def load(self, folder: Path, summary: dict[str, Any], labels: Sequence[Atoms]) -> None:
         """The posterior; the sums are made again when they are needed."""
-        from ubmd.crystal.regression import Posterior
+        from ubmd.potentials.force_constants.regression import Posterior
 
         self._posterior = Posterior.load(folder / "posterior.npz")
         self._scale = float(summary["force_scale"])
@@ -208,9 +208,9 @@ class ForceConstants(Learner):
         return _relative(np.concatenate(differences), np.concatenate(forces), len(labels))
 
     def signals(self, frames: Sequence[Atoms], limits: ConvergenceSettings) -> list[Signal]:
-        """All three (`ubmd.crystal.convergence`)."""
-        from ubmd.crystal.convergence import below_noise, determined, little_to_gain
-        from ubmd.crystal.regression import predicted_drops
+        """All three (`ubmd.potentials.force_constants.convergence`)."""
+        from ubmd.potentials.force_constants.convergence import below_noise, determined, little_to_gain
+        from ubmd.potentials.force_constants.regression import predicted_drops
 
         posterior = self._posterior
         found = [determined(posterior.gamma, posterior.counts, limits.determined)]
@@ -223,7 +223,7 @@ class ForceConstants(Learner):
 
     def drops(self, candidates: Sequence[Atoms], frames: Sequence[Atoms]) -> list[float] | None:
         """By a rank update."""
-        from ubmd.crystal.regression import predicted_drops
+        from ubmd.potentials.force_constants.regression import predicted_drops
 
         matrices = [self._matrix(atoms) for atoms in candidates]
         probes = [*matrices, *(self._matrix(atoms) for atoms in frames)]
@@ -231,7 +231,7 @@ class ForceConstants(Learner):
 
     def choose(self, candidates: Sequence[Atoms], count: int, rng: np.random.Generator) -> list[int]:
         """Those that lower the mean error over all of them most."""
-        from ubmd.crystal.regression import select_batch
+        from ubmd.potentials.force_constants.regression import select_batch
 
         return select_batch(self._posterior, [self._matrix(atoms) for atoms in candidates], count)
 
@@ -240,7 +240,7 @@ class ForceConstants(Learner):
 
     def _add(self, labels: Sequence[Atoms]) -> None:
         """Bring the sums to these labels."""
-        from ubmd.crystal.regression import NormalEquations
+        from ubmd.potentials.force_constants.regression import NormalEquations
 
         hashes = [dataset_hash([atoms]) for atoms in labels]
         if hashes[: len(self._learnt)] != self._learnt:
@@ -300,7 +300,7 @@ class Network(Learner):
     ) -> dict[str, Any]:
         """Train (from the previous weights if they are there), fit and calibrate the uncertainty, export."""
         from ubmd.export import export_model
-        from ubmd.training import train
+        from ubmd.training.trainer import train
 
         training, validation = split(labels)
         warm = previous is not None and (previous / "weights.pt").exists()

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ubmd.crystal.triggers import KINDS, Trigger
 from ubmd.errors import SettingsError
+from ubmd.lammps.triggers import KINDS, Trigger
 from ubmd.settings import (
     CRYSTAL_UNCERTAINTY,
     CrystalSettings,

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from ase import Atoms
 
-from ubmd.crystal.lattice import Lattice
-from ubmd.crystal.symmetry import SYMMETRY_TOLERANCE, largest_change, symmetrised
 from ubmd.errors import UbmdError
+from ubmd.potentials.force_constants.lattice import Lattice
+from ubmd.potentials.force_constants.symmetry import SYMMETRY_TOLERANCE, largest_change, symmetrised
 
 _LOOSER = (1e-3, 1e-2)  # Å; rounding to four and three digits
 

@@ -18,9 +18,9 @@ from math import factorial, prod
 
 import numpy as np
 
-from ubmd.crystal.basis import ClusterBasis, _representations, _symmetric_indices
-from ubmd.crystal.clusters import anchor, encode, neighbours
-from ubmd.crystal.lattice import Lattice
+from ubmd.potentials.force_constants.basis import ClusterBasis, _representations, _symmetric_indices
+from ubmd.potentials.force_constants.clusters import anchor, encode, neighbours
+from ubmd.potentials.force_constants.lattice import Lattice
 
 MAX_BODIES = 6
 

@@ -24,11 +24,19 @@ from zipfile import BadZipFile
 import numpy as np
 from ase import Atoms
 
-from ubmd.crystal.clusters import ClusterTable, Orbit, OrbitTable, anchor, canonical, encode, neighbours
-from ubmd.crystal.lattice import Lattice, Supercell
-from ubmd.crystal.symmetry import SYMMETRY_TOLERANCE
 from ubmd.errors import DataError, ModelError, SettingsError
 from ubmd.files import replacing
+from ubmd.potentials.force_constants.clusters import (
+    ClusterTable,
+    Orbit,
+    OrbitTable,
+    anchor,
+    canonical,
+    encode,
+    neighbours,
+)
+from ubmd.potentials.force_constants.lattice import Lattice, Supercell
+from ubmd.potentials.force_constants.symmetry import SYMMETRY_TOLERANCE
 
 FORMAT = 1
 NULL_TOLERANCE = 1e-8  # eigenvalues of the sum rules' Gram matrix: rounding is below 1e-12, the rules above 1e-3

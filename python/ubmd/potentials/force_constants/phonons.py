@@ -20,9 +20,9 @@ from ase.data import atomic_masses, chemical_symbols
 from ase.geometry import minkowski_reduce
 from numpy.typing import ArrayLike, NDArray
 
-from ubmd.crystal.basis import ClusterBasis, full_tensor
-from ubmd.crystal.lattice import Lattice
 from ubmd.errors import DataError, SettingsError
+from ubmd.potentials.force_constants.basis import ClusterBasis, full_tensor
+from ubmd.potentials.force_constants.lattice import Lattice
 
 Array = NDArray[np.float64]
 

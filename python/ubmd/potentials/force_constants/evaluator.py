@@ -11,10 +11,10 @@ import torch
 from ase import Atoms
 from ase.data import atomic_numbers
 
-from ubmd.crystal.lattice import Lattice, Placement, Placer
 from ubmd.data.graph import VOIGT
 from ubmd.errors import DataError, ModelError
 from ubmd.models.evaluation import Prediction
+from ubmd.potentials.force_constants.lattice import Lattice, Placement, Placer
 
 NO_STRESS = "The bias of a force-constant potential has no stress: use bias_force = 0, or forces alone."
 

@@ -11,9 +11,9 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.regression import Posterior
 from ubmd.errors import ModelError
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.regression import Posterior
 
 
 class Potential(NamedTuple):
@@ -70,8 +70,8 @@ def _from_model(path: Path) -> Potential:
     """The basis is an extra file in the model file, the parameters are a buffer of it."""
     import torch
 
-    from ubmd.crystal.export import BASIS
     from ubmd.export import load_with_record
+    from ubmd.potentials.force_constants.export import BASIS
 
     module, record = load_with_record(path)
     if record.get("kind") != "force constants":

@@ -8,10 +8,10 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.lattice import Lattice
-from ubmd.crystal.program import Program, block_table, derivatives, recursion
-from ubmd.crystal.regression import Posterior
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.lattice import Lattice
+from ubmd.potentials.force_constants.program import Program, block_table, derivatives, recursion
+from ubmd.potentials.force_constants.regression import Posterior
 from ubmd.uncertainty.posterior import deviation
 
 TINY = 1e-8  # eV/atom: u of the ideal lattice, where the root has no derivative

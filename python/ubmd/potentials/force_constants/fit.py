@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.lattice import Lattice, Placer, Supercell
-from ubmd.crystal.regression import NormalEquations, Posterior, fit
-from ubmd.crystal.symmetry import SYMMETRY_TOLERANCE
 from ubmd.data.structures import labels_of
 from ubmd.errors import DataError, ModelError
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.lattice import Lattice, Placer, Supercell
+from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
+from ubmd.potentials.force_constants.symmetry import SYMMETRY_TOLERANCE
 from ubmd.settings import CrystalSettings, UncertaintySettings
 from ubmd.uncertainty.conformal import ConformalScale, conformal_scale
 

@@ -10,7 +10,8 @@ import numpy as np
 from ase import Atoms
 from ase.geometry import find_mic, minkowski_reduce
 
-from ubmd.crystal.symmetry import (
+from ubmd.errors import DataError
+from ubmd.potentials.force_constants.symmetry import (
     SYMMETRY_TOLERANCE,
     SpaceGroup,
     operations,
@@ -19,7 +20,6 @@ from ubmd.crystal.symmetry import (
     symmetric_cell,
     symmetrised,
 )
-from ubmd.errors import DataError
 
 LINDEMANN = 0.15  # rms displacement over the shortest distance between sites; crystals melt below this
 

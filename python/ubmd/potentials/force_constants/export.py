@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ubmd import __version__
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.regression import Posterior
 from ubmd.errors import ModelError
 from ubmd.export import write_model
-from ubmd.models.crystal import CrystalModel
 from ubmd.operators import available
 from ubmd.operators import load as load_operators
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.model import CrystalModel
+from ubmd.potentials.force_constants.regression import Posterior
 from ubmd.record import FORMAT
 from ubmd.uncertainty.conformal import ConformalScale
 

@@ -12,8 +12,8 @@ from itertools import combinations
 
 import numpy as np
 
-from ubmd.crystal.lattice import Lattice
 from ubmd.errors import SettingsError
+from ubmd.potentials.force_constants.lattice import Lattice
 
 SITE_BITS, OFFSET_BITS = 16, 13
 DISTANCE_TOLERANCE = 1e-4  # Å: a shell of neighbours this close above the cutoff still belongs to it

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ubmd.crystal.basis import ClusterBasis
-from ubmd.crystal.phonons import HarmonicCrystal
+from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.phonons import HarmonicCrystal
 
 GPA = 160.21766208  # per eV/Å^3
 _VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))

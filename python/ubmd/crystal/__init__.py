@@ -1,1 +1,0 @@
-"""Force-constant potentials of crystals: cluster basis, Bayesian regression, triggers, convergence."""

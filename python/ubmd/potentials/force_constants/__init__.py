@@ -1,0 +1,1 @@
+"""Force constants of a crystal: basis, regression with Bayesian errors, phonons, model file."""

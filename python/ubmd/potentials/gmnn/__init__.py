@@ -1,0 +1,1 @@
+"""The Gaussian-moment neural network: descriptor, network, gradient features, training, model file."""
