@@ -119,7 +119,7 @@ class Model {
   bool is_ensemble_ = false;
 };
 
-// The record that a file has beside its code (JSON, see python/ubmd/record.py), read without running the file; none in
+// The record that a file has beside its code (JSON, see python/ubmd/potentials/record.py), read without running the file; none in
 // files of earlier versions. Throws Error.
 std::optional<std::string> stored_record(const std::string &file);
 

@@ -31,11 +31,11 @@ from make_model import POTENTIAL, REFERENCE
 from ubmd.calculator import Evaluator
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import LabelError
-from ubmd.export import export_model
+from ubmd.potentials.gmnn.export import export_model
+from ubmd.potentials.gmnn.trainer import split, train
 from ubmd.references import label
 from ubmd.selection import select
 from ubmd.settings import TrainSettings
-from ubmd.training.trainer import split, train
 
 HERE = Path(__file__).resolve().parent
 DATASET = Path("inp_run/dataset.extxyz").resolve()

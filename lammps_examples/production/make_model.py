@@ -17,10 +17,10 @@ from ase.build import bulk
 from ase.io import write
 
 from ubmd.data.structures import dataset_hash, write_structures
-from ubmd.export import export_model
+from ubmd.potentials.gmnn.export import export_model
+from ubmd.potentials.gmnn.trainer import split, train
 from ubmd.references import sample
 from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, TrainingSettings, UncertaintySettings
-from ubmd.training.trainer import split, train
 
 FOLDER = Path("copper_run")
 REFERENCE = ReferenceSettings(calculator="ase.calculators.emt:EMT")

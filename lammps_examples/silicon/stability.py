@@ -27,9 +27,9 @@ import numpy as np
 from ase.io import write
 
 from ubmd.analysis.style import COLOURS, legend_above, new_figure, save
-from ubmd.export import load_model
 from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.learning.dynamic.settings import DynamicRunSettings
+from ubmd.potentials.gmnn.export import load_model
 from ubmd.settings import load_settings
 
 EVERY = 20  # steps between rows of the log

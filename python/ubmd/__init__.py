@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Calculator": "ubmd.calculator",
-    "GaussianMomentNetwork": "ubmd.models",
+    "GaussianMomentNetwork": "ubmd.potentials.gmnn.model",
     "RunSettings": "ubmd.settings",
     "load_settings": "ubmd.settings",
 }

@@ -16,12 +16,12 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
 from ubmd.data.graph import VOIGT
 from ubmd.errors import ArgumentError, ModelError
-from ubmd.export import load_with_record
-from ubmd.models.evaluation import Prediction
-from ubmd.models.evaluator import NetworkEvaluator
 from ubmd.operators import available
+from ubmd.potentials.evaluation import Prediction
+from ubmd.potentials.evaluator import NetworkEvaluator
 from ubmd.potentials.force_constants.evaluator import NO_STRESS, CrystalEvaluator
-from ubmd.record import complete_record
+from ubmd.potentials.gmnn.export import load_with_record
+from ubmd.potentials.record import complete_record
 from ubmd.spelling import nearest
 
 __all__ = ["Calculator", "Evaluator", "Prediction"]

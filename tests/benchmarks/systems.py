@@ -107,8 +107,8 @@ def write_model(folder: Path, name: str, model_name: str, energy_scale: float = 
     Returns the operator libraries that the file uses.
     """
     from ubmd.data.graph import build_graph
-    from ubmd.export import export_model
-    from ubmd.models.gmnn import GaussianMomentNetwork
+    from ubmd.potentials.gmnn.export import export_model
+    from ubmd.potentials.gmnn.model import GaussianMomentNetwork
     from ubmd.settings import ModelSettings, UncertaintySettings
 
     system = SYSTEMS[name]

@@ -1,4 +1,4 @@
-"""Time of training, through `ubmd.training.train`: per step, against its matrix products, and of warm starts."""
+"""Time of training, through `gmnn.trainer.train`: per step, against its matrix products, and of warm starts."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def labelled(name: str, count: int) -> list[Atoms]:
 
 def plain_path() -> AbstractContextManager[object]:
     """Training inside this context uses plain torch and autograd instead of the compiled operators."""
-    from ubmd.training import gradient
+    from ubmd.potentials.gmnn import gradient
 
     return patch.object(gradient, "fused_operators", lambda model: None)
 
 
 def step_seconds(structures: list[Atoms], epochs: int, path: AbstractContextManager[object]) -> float:
     """Shortest mean time of a step in an epoch, s; everything included but the validation of the last epoch."""
+    from ubmd.potentials.gmnn.trainer import train
     from ubmd.settings import ModelSettings, TrainingSettings
-    from ubmd.training.trainer import train
 
     settings = TrainingSettings(batch_size=BATCH, threads=1, validation_every=10**6, learning_rate=0.001)
     ends: list[float] = []
@@ -128,8 +128,8 @@ def _train(
     training: list[Atoms], validation: list[Atoms], folder: Path, epochs: int, seed: int, initial: Path | None = None
 ) -> list[dict[str, Any]]:
     """Rows of the log of a training, with the time so far, s; `initial` is the folder of an earlier one."""
+    from ubmd.potentials.gmnn.trainer import train
     from ubmd.settings import ModelSettings, TrainingSettings
-    from ubmd.training.trainer import train
 
     start, rows = now(), []
     train(

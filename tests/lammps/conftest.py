@@ -27,8 +27,8 @@ from crystals import Crystal, boron_arsenide, spring_crystal, tin_selenide, tric
 
 from ubmd.calculator import Evaluator
 from ubmd.data.graph import build_graph
-from ubmd.export import export_model
-from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.potentials.gmnn.export import export_model
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, UncertaintySettings
 
 ELEMENTS = ["H", "C", "O"]

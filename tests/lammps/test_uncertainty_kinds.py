@@ -11,8 +11,8 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 from ubmd.calculator import Evaluator
 from ubmd.data.graph import build_graph
-from ubmd.export import export_model
-from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.potentials.gmnn.export import export_model
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, UncertaintySettings
 
 ELEMENTS = ["H", "C", "O"]

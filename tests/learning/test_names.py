@@ -20,11 +20,11 @@ from ubmd.aliases import Aliases
 from ubmd.cli.main import app
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SimulationError
-from ubmd.export import export_model
 from ubmd.lammps.replica import ReplicaTask, run_replica
 from ubmd.lammps.trajectory import PieceTask, TrajectoryState, read_state, run_piece, write_state
 from ubmd.lammps.triggers import AbsoluteTrigger
-from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.potentials.gmnn.export import export_model
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.references.lammps import LAMMPS
 from ubmd.settings import ModelSettings, UncertaintySettings
 

@@ -19,13 +19,13 @@ from ubmd.attempts import Attempt
 from ubmd.calculator import Evaluator
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SimulationError
-from ubmd.export import export_model
 from ubmd.lammps import replica
 from ubmd.lammps.replica import ReplicaTask, run_replica, salvage
 from ubmd.learning.stages import perturb
+from ubmd.potentials.gmnn.export import export_model
+from ubmd.potentials.gmnn.trainer import train
 from ubmd.references import label
 from ubmd.settings import ModelSettings, ReferenceSettings, StartSettings, TrainingSettings, UncertaintySettings
-from ubmd.training.trainer import train
 
 
 def labelled(atoms: Atoms) -> Atoms:

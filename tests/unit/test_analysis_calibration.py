@@ -19,10 +19,10 @@ from ubmd.calculator import Evaluator
 from ubmd.cli.main import app
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import DataError
-from ubmd.export import export_model
 from ubmd.measure.errors import CalibrationData, calibration_data, share_covered
+from ubmd.potentials.gmnn.checkpoint import load_weights
+from ubmd.potentials.gmnn.export import export_model
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
-from ubmd.training.checkpoint import load_weights
 
 MODEL = ModelSettings(hidden=(16, 16), n_radial=2)
 TRAINING = TrainingSettings(epochs=4, threads=1)

@@ -17,7 +17,7 @@ from ubmd.calculator import Calculator, Evaluator, Prediction
 from ubmd.cli.train import _duration, _PlainProgress, register
 from ubmd.data.structures import dataset_hash, labels_of, read_structures, write_structures
 from ubmd.errors import DataError
-from ubmd.training.trainer import split
+from ubmd.potentials.gmnn.trainer import split
 from ubmd.valid_json import valid_json
 
 SETTINGS = """
@@ -253,7 +253,7 @@ def test_atoms_at_one_place_and_cells_that_are_no_lattice(folder, tmp_path):
 
 def test_json_is_json_whatever_a_model_says(folder, tmp_path, monkeypatch):
     """A number that is not finite is an error in eval, and null or text in info."""
-    from ubmd.models.evaluator import NetworkEvaluator
+    from ubmd.potentials.evaluator import NetworkEvaluator
 
     honest = NetworkEvaluator.predict
 

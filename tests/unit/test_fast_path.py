@@ -19,12 +19,12 @@ from ase.build import molecule
 from small_model import ELEMENTS, SETTINGS, labelled, triclinic
 
 from ubmd.data.graph import Graph, build_graph
-from ubmd.export import export_model, load_model
-from ubmd.models.evaluation import Evaluation, FastEvaluation, evaluation
-from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.operators import available
+from ubmd.potentials.evaluation import Evaluation, FastEvaluation, evaluation
+from ubmd.potentials.gmnn.export import export_model, load_model
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.potentials.gmnn.sketch import GradientSketch
 from ubmd.settings import UncertaintySettings
-from ubmd.uncertainty.sketch import GradientSketch
 
 KINDS = ["posterior", "last-layer", "distance", "ensemble"]
 SKETCHED = KINDS[:3]
@@ -319,7 +319,7 @@ from pathlib import Path
 from ubmd import operators
 operators.library_file = lambda: Path("/nowhere/libubmd_ops.so")
 from ubmd.errors import ModelError
-from ubmd.export import load_model
+from ubmd.potentials.gmnn.export import load_model
 load_model(Path(sys.argv[2]))
 try:
     load_model(Path(sys.argv[1]))

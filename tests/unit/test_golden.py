@@ -11,11 +11,11 @@ from ase import Atoms
 
 from ubmd.calculator import Calculator
 from ubmd.data.graph import build_graph, collate
-from ubmd.export import fit_posterior, write_model
-from ubmd.models.deployed import DeployedModel
-from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.potentials.gmnn.deployed import DeployedModel
+from ubmd.potentials.gmnn.export import fit_posterior, write_model
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.potentials.gmnn.sketch import GradientSketch
 from ubmd.settings import ModelSettings
-from ubmd.uncertainty.sketch import GradientSketch
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden_gmnn.json").read_text())
 TOLERANCE = 1e-9  # relative to the largest component

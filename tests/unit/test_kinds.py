@@ -18,11 +18,11 @@ from small_model import ELEMENTS, SETTINGS, central, labelled, results_of, tricl
 from ubmd.calculator import Calculator, Evaluator, Prediction
 from ubmd.data.graph import build_graph, collate
 from ubmd.errors import ModelError
-from ubmd.export import export_model
-from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.potentials.gmnn.export import export_model
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.potentials.gmnn.sketch import LastLayerSketch
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import conformal_scale
-from ubmd.uncertainty.sketch import LastLayerSketch
 
 KINDS = ["last-layer", "distance", "ensemble"]
 TRAINING = [labelled(molecule("CH3CONH2"), k) for k in range(5)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ubmd import operators
 from ubmd.errors import ModelError
-from ubmd.models.gaussian_moments import GaussianMoments, count_invariants
+from ubmd.potentials.gmnn.gaussian_moments import GaussianMoments, count_invariants
 
 operators.load()
 ops = torch.ops.ubmd

@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 from ubmd.calculator import Evaluator
 from ubmd.cli.train import register
 from ubmd.errors import ModelError
-from ubmd.export import export_model, load_model
-from ubmd.models.gmnn import GaussianMomentNetwork
-from ubmd.record import read_record
+from ubmd.potentials.gmnn.export import export_model, load_model
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.potentials.record import read_record
 from ubmd.settings import UncertaintySettings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -106,7 +106,7 @@ def test_the_record_that_lies_beside_the_code_is_the_one_that_is_read(made, tmp_
 
 def test_reading_a_record_needs_no_torch(made, tmp_path):
     code = (
-        "import sys; from ubmd.record import read_record; "
+        "import sys; from ubmd.potentials.record import read_record; "
         "print(read_record(sys.argv[1])['model'], 'torch' in sys.modules)"
     )
     old = as_before(made["posterior"][0], tmp_path / "old.pt")

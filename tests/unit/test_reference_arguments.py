@@ -14,8 +14,8 @@ from small_model import ELEMENTS, SETTINGS, labelled
 
 from ubmd import Calculator
 from ubmd.errors import ArgumentError, SettingsError
-from ubmd.export import export_model
-from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.potentials.gmnn.export import export_model
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.references import make_calculator
 from ubmd.references.arguments import check_arguments
 from ubmd.references.calculators import READY_MADE, unrecognised_arguments

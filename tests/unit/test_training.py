@@ -17,13 +17,13 @@ from small_model import with_emt_labels
 from ubmd.data.graph import Batch, Graph, build_graph, collate
 from ubmd.data.structures import labels_of, write_structures
 from ubmd.errors import DataError, ModelError, TrainingError
-from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.potentials.gmnn.checkpoint import load_weights
+from ubmd.potentials.gmnn.history import COLUMNS
+from ubmd.potentials.gmnn.loss import ErrorSums, differences, loss
+from ubmd.potentials.gmnn.members import member_folders, train_members
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.potentials.gmnn.trainer import split, train
 from ubmd.settings import ModelSettings, TrainingSettings
-from ubmd.training.checkpoint import load_weights
-from ubmd.training.history import COLUMNS
-from ubmd.training.loss import ErrorSums, differences, loss
-from ubmd.training.members import member_folders, train_members
-from ubmd.training.trainer import split, train
 
 MODEL = ModelSettings(cutoff=4.0, n_radial=3, n_basis=5, hidden=(24, 24))
 
@@ -270,7 +270,7 @@ import os, signal, sys
 from pathlib import Path
 from ubmd.data.structures import read_structures
 from ubmd.settings import ModelSettings, TrainingSettings
-from ubmd.training import train
+from ubmd.potentials.gmnn.trainer import train
 
 folder, stop = Path(sys.argv[1]), int(sys.argv[2])
 model = ModelSettings.model_validate_json(sys.argv[3])

@@ -13,13 +13,13 @@ from small_model import labelled, with_emt_labels
 from torch import Tensor
 
 from ubmd.data.graph import Batch, build_graph, chunks, collate, scatter_forces, strain_gradient
-from ubmd.memory import keep_freed_memory
-from ubmd.models.gaussian_moments import GaussianMoments
-from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.operators import available
+from ubmd.potentials.gmnn import gradient
+from ubmd.potentials.gmnn.gaussian_moments import GaussianMoments
+from ubmd.potentials.gmnn.memory import keep_freed_memory
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.potentials.gmnn.trainer import train
 from ubmd.settings import ModelSettings, TrainingSettings
-from ubmd.training import gradient
-from ubmd.training.trainer import train
 
 MODEL = ModelSettings(cutoff=4.0, n_radial=3, n_basis=4, hidden=(16, 12))
 ELEMENTS = ["H", "C", "O", "Cu"]
@@ -102,7 +102,7 @@ def closed_forms(request, monkeypatch) -> None:
             pytest.skip("the operator library is not installed")
         assert gradient.fused_operators(GaussianMomentNetwork(ELEMENTS, MODEL)) is torch.ops.ubmd
         return
-    monkeypatch.setattr("ubmd.models.gmnn.available", lambda: False)
+    monkeypatch.setattr("ubmd.potentials.gmnn.model.available", lambda: False)
     monkeypatch.setattr(gradient, "fused_operators", lambda model: Operators(model.descriptor))
 
 
@@ -110,7 +110,7 @@ def closed_forms(request, monkeypatch) -> None:
 def plain_torch() -> Iterator[None]:
     """Models made in here have nothing but the plain descriptor and autograd."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ubmd.models.gmnn.available", lambda: False)
+        patch.setattr("ubmd.potentials.gmnn.model.available", lambda: False)
         patch.setattr(gradient, "fused_operators", lambda model: None)
         yield
 

@@ -8,11 +8,11 @@ from crepes import ConformalRegressor
 
 from ubmd.data.graph import build_graph
 from ubmd.errors import DataError
-from ubmd.models.deployed import DeployedModel
-from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.potentials.gmnn.deployed import DeployedModel
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.potentials.gmnn.sketch import GradientSketch
 from ubmd.settings import ModelSettings
 from ubmd.uncertainty import DistanceUncertainty, PosteriorUncertainty, conformal_scale
-from ubmd.uncertainty.sketch import GradientSketch
 
 ELEMENTS = ["H", "C", "N", "O"]
 

@@ -22,11 +22,11 @@ from ubmd.analysis.style import COLOURS, GREY, new_figure, save
 from ubmd.calculator import Evaluator
 from ubmd.data.structures import check_labelled, dataset_hash
 from ubmd.errors import DataError
-from ubmd.export import export_model
 from ubmd.files import content_hash, replacing
 from ubmd.measure.errors import CalibrationData, calibration_data, pearson, share_covered, spearman
+from ubmd.potentials.gmnn.export import export_model
+from ubmd.potentials.gmnn.members import train_members
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
-from ubmd.training.members import train_members
 from ubmd.uncertainty.conformal import conformal_scale
 
 Array = NDArray[np.float64]

@@ -102,7 +102,7 @@ def _ideal(path: Path, labels: Mapping[str, str]) -> tuple[Atoms, float | None]:
 def _sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) -> tuple[list[Atoms], list[Atoms]]:
     """Training and validation structures."""
     from ubmd.data.structures import read_structures
-    from ubmd.training.trainer import split
+    from ubmd.potentials.gmnn.trainer import split
 
     structures = read_structures(base / settings.training_file, settings.labels, remark=remark)
     if settings.validation_file is None:

@@ -89,7 +89,7 @@ def train(
 
 def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
     from ubmd.data.structures import describe
-    from ubmd.training.members import member_folders, train_members
+    from ubmd.potentials.gmnn.members import member_folders, train_members
 
     _check_outputs(settings)
     remarks: list[str] = []
@@ -120,7 +120,7 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
 
 def _check_outputs(settings: TrainSettings) -> None:
     """SettingsError if the results cannot be written."""
-    from ubmd.training.members import member_folders
+    from ubmd.potentials.gmnn.members import member_folders
 
     check_outputs(settings.output_dir, ["model.pt"], "output_dir")
     for folder in member_folders(settings.output_dir, settings.uncertainty.networks):
@@ -131,7 +131,7 @@ def _load_sets(settings: TrainSettings, base: Path, remark: Callable[[str], None
     """Training and validation structures; files are relative to the settings file."""
     from ubmd.data.state import mixed_states
     from ubmd.data.structures import read_structures
-    from ubmd.training.trainer import split
+    from ubmd.potentials.gmnn.trainer import split
 
     structures = read_structures(base / settings.training_file, settings.labels, labelled=True, remark=remark)
     for first, second, difference in islice(mixed_states(structures, USUAL_INFO), 1):
@@ -154,7 +154,7 @@ def _export(
     operators: bool | None = None,
 ) -> dict[str, Any]:
     from ubmd.data.structures import dataset_hash
-    from ubmd.export import export_model
+    from ubmd.potentials.gmnn.export import export_model
 
     provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings}
     return export_model(models, training_set, calibration_set, uncertainty, path, provenance, operators)
@@ -357,7 +357,7 @@ def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
 
 def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
     """(record, tables) of a model file, which is not run."""
-    from ubmd.record import complete_record, read_record
+    from ubmd.potentials.record import complete_record, read_record
 
     record = read_record(path)
     if record is None:
@@ -414,7 +414,7 @@ def export(
 ) -> None:
     """Make a model file from trained weights, e.g. with another confidence: --set alpha=0.5."""
     from ubmd.data.structures import read_structures
-    from ubmd.training.checkpoint import load_weights
+    from ubmd.potentials.gmnn.checkpoint import load_weights
 
     with user_errors():
         check_outputs(output.parent, [output.name], "--output")

@@ -205,8 +205,8 @@ def _export_tiny_model(atoms: Atoms, elements: list[str], path: Path) -> None:
     from ase.calculators.singlepoint import SinglePointCalculator
 
     from ubmd.data.graph import build_graph
-    from ubmd.export import export_model
-    from ubmd.models.gmnn import GaussianMomentNetwork
+    from ubmd.potentials.gmnn.export import export_model
+    from ubmd.potentials.gmnn.model import GaussianMomentNetwork
     from ubmd.settings import ModelSettings, UncertaintySettings
 
     rng = np.random.default_rng(0)

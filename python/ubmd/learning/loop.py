@@ -24,7 +24,6 @@ from ubmd.calculator import Evaluator
 from ubmd.data.state import bare, structures_hash
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import ModelError, TrainingError, UbmdError
-from ubmd.export import export_model
 from ubmd.files import content_hash, copy_file, file_hash, is_sealed, move_aside, read_json, write_json
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
 from ubmd.learning import convergence, stages
@@ -40,9 +39,10 @@ from ubmd.learning.workers import Executor, TaskFailed, WorkersLost
 from ubmd.measure.coverage import coverage
 from ubmd.measure.errors import error_summary
 from ubmd.measure.torsions import torsions
+from ubmd.potentials.gmnn.checkpoint import load_weights
+from ubmd.potentials.gmnn.export import export_model
+from ubmd.potentials.gmnn.members import member_folders, member_seed, train_members
 from ubmd.settings import RunSettings
-from ubmd.training.checkpoint import load_weights
-from ubmd.training.members import member_folders, member_seed, train_members
 
 
 def run(

@@ -26,7 +26,7 @@ from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, Tr
 
 if TYPE_CHECKING:
     from ubmd.lammps.replica import ReplicaResult, ReplicaTask
-    from ubmd.training.history import Row
+    from ubmd.potentials.gmnn.history import Row
 
 
 def label_file(source: Path, target: Path, key: str, settings: ReferenceSettings, base: Path) -> None:
@@ -141,7 +141,7 @@ def train_member(
         TrainingError: the training diverged.
         WorkersLost: another process has begun the same training.
     """
-    from ubmd.training.trainer import train
+    from ubmd.potentials.gmnn.trainer import train
 
     weights = folder / "weights.pt"
     if is_sealed(weights, key):

@@ -299,8 +299,8 @@ class Network(Learner):
         self, labels: Sequence[Atoms], folder: Path, previous: Path | None, scale: float, progress: Progress
     ) -> dict[str, Any]:
         """Train (from the previous weights if they are there), fit and calibrate the uncertainty, export."""
-        from ubmd.export import export_model
-        from ubmd.training.trainer import train
+        from ubmd.potentials.gmnn.export import export_model
+        from ubmd.potentials.gmnn.trainer import train
 
         training, validation = split(labels)
         warm = previous is not None and (previous / "weights.pt").exists()

@@ -21,7 +21,7 @@ CHUNK = 4_000_000  # numbers per intermediate tensor
 class CrystalModel(nn.Module):
     """Energies, forces and Bayesian uncertainties of a crystal whose energy is linear in its parameters.
 
-    The methods are those of the fast part of `ubmd.models.deployed.Deployed` with these meanings. ``species`` [n] are
+    The methods are those of the fast part of `gmnn.deployed.Deployed` with these meanings. ``species`` [n] are
     sublattices of the centres. The edges of a centre are its relative sites in the order of metadata's lattice.sites
     (the first is the centre); ``edge_vector`` [P, 3] holds the *displacement* of the atom on each of them, Å, in the
     crystal's Cartesian frame; ``neighbours`` is ignored. So the force on an atom is minus the sum of the gradient over

@@ -22,13 +22,13 @@ from ase import Atoms
 from ubmd.data.graph import Batch, build_graph, chunks
 from ubmd.data.structures import check_labelled, dataset_hash
 from ubmd.errors import DataError, ModelError, TrainingError
-from ubmd.memory import keep_freed_memory
-from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.potentials.gmnn import checkpoint
+from ubmd.potentials.gmnn.gradient import chunk_limits, loss_and_gradients, prediction_errors
+from ubmd.potentials.gmnn.history import Log, Row, draw
+from ubmd.potentials.gmnn.loss import ErrorSums
+from ubmd.potentials.gmnn.memory import keep_freed_memory
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, TrainingSettings
-from ubmd.training import checkpoint
-from ubmd.training.gradient import chunk_limits, loss_and_gradients, prediction_errors
-from ubmd.training.history import Log, Row, draw
-from ubmd.training.loss import ErrorSums
 
 SECONDS_BETWEEN_PICTURES = 30.0  # one takes half a second, as long as many an epoch of a small data set
 WITHOUT_EFFECT = {"threads", "checkpoint_every"}  # settings that a resumed training may change

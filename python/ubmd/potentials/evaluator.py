@@ -11,8 +11,8 @@ from ase import Atoms
 
 from ubmd.data.graph import VOIGT, Batch, Graph, build_graph, chunks, collate, scatter_forces, strain_gradient
 from ubmd.errors import DataError
-from ubmd.export import structure_means
-from ubmd.models.evaluation import Evaluation, Prediction, evaluation, is_ensemble
+from ubmd.potentials.evaluation import Evaluation, Prediction, evaluation, is_ensemble
+from ubmd.potentials.gmnn.export import structure_means
 
 
 class NetworkEvaluator:

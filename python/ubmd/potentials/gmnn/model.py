@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ubmd.data.graph import Batch, Graph, scatter_forces, strain_gradient
-from ubmd.models.gaussian_moments import GaussianMoments, count_invariants
-from ubmd.models.network import NeuralTangentNetwork
 from ubmd.operators import available
+from ubmd.potentials.gmnn.gaussian_moments import GaussianMoments, count_invariants
+from ubmd.potentials.gmnn.network import NeuralTangentNetwork
 from ubmd.settings import ModelSettings
 
 SIZES = {"light": (5, 7), "paper": (7, 9)}  # named size -> (N_r, N_b)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ubmd.data.graph import VOIGT, Batch
-from ubmd.models.gmnn import GaussianMomentNetwork
-from ubmd.models.network import BIAS_SCALE
+from ubmd.potentials.gmnn.loss import Differences, differences, loss
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.potentials.gmnn.network import BIAS_SCALE
 from ubmd.settings import TrainingSettings
-from ubmd.training.loss import Differences, differences, loss
 
 # With the fused operators one evaluation keeps some 200 bytes per pair and 20 to 40 kilobytes per atom; larger ones
 # would not be faster.

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 
+from ubmd.potentials.gmnn.history import Row
+from ubmd.potentials.gmnn.trainer import TrainedModel, train
 from ubmd.settings import ModelSettings, TrainingSettings
-from ubmd.training.history import Row
-from ubmd.training.trainer import TrainedModel, train
 
 
 def train_members(

@@ -15,7 +15,7 @@ import torch
 
 from ubmd.errors import ModelError
 from ubmd.files import replacing
-from ubmd.models.gmnn import GaussianMomentNetwork
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 
 FORMAT = 1
 

@@ -16,16 +16,16 @@ from ubmd import __version__
 from ubmd.data.graph import Batch, Graph, build_graph, chunks
 from ubmd.errors import DataError, ModelError
 from ubmd.files import replacing
-from ubmd.models.deployed import Deployed, DeployedEnsemble, DeployedModel, LastLayerModel
-from ubmd.models.evaluation import evaluation
-from ubmd.models.gmnn import GaussianMomentNetwork
 from ubmd.operators import available
 from ubmd.operators import load as load_operators
+from ubmd.potentials.evaluation import evaluation
 from ubmd.potentials.force_constants.model import CrystalModel
-from ubmd.record import FORMAT, RECORD, check_said, no_model_file, read_record
+from ubmd.potentials.gmnn.deployed import Deployed, DeployedEnsemble, DeployedModel, LastLayerModel
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.potentials.gmnn.sketch import LastLayerSketch, make_sketch
+from ubmd.potentials.record import FORMAT, RECORD, check_said, no_model_file, read_record
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import ConformalScale, conformal_scale
-from ubmd.uncertainty.sketch import LastLayerSketch, make_sketch
 
 # Settings that a kind of uncertainty doesn't use: they would only mislead in its file.
 WITHOUT_EFFECT = {
@@ -192,7 +192,7 @@ def structure_means(phi: torch.Tensor, batch: Batch) -> torch.Tensor:
 def write_model(deployed: Deployed | CrystalModel, path: Path, extra: Mapping[str, bytes] | None = None) -> None:
     """Script the module and write it atomically (temporary file, fsync, rename).
 
-    Its ``description`` is also kept beside its code, see `ubmd.record`; ``extra``: name -> further content.
+    Its ``description`` is also kept beside its code, see `ubmd.potentials.record`; ``extra``: name -> further content.
     """
     for parameter in deployed.parameters():
         parameter.requires_grad_(False)

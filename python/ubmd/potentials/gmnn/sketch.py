@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ubmd.models.network import BIAS_SCALE, Layers, NeuralTangentNetwork, Products, fixed
+from ubmd.potentials.gmnn.network import BIAS_SCALE, Layers, NeuralTangentNetwork, Products, fixed
 
 
 class GradientSketch(Products):

@@ -41,7 +41,7 @@ def evaluation(module: Any, pairs: Graph | Batch, edge_vector: Tensor) -> "Evalu
 
 
 def is_ensemble(module: Any) -> bool:
-    """Whether atomic uncertainties come from the members' forces (see `models.deployed.Deployed`)."""
+    """Whether atomic uncertainties come from the members' forces (see `gmnn.deployed.Deployed`)."""
     return hasattr(module, "force_uncertainties")
 
 

@@ -11,10 +11,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ubmd.models.gmnn import GaussianMomentNetwork
-from ubmd.models.network import Layers
+from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.potentials.gmnn.network import Layers
+from ubmd.potentials.gmnn.sketch import GradientSketch, LastLayerSketch
 from ubmd.uncertainty import DistanceUncertainty, EnsembleUncertainty, ForceSpreadUncertainty, PosteriorUncertainty
-from ubmd.uncertainty.sketch import GradientSketch, LastLayerSketch
 
 
 def with_operators(module: nn.Module, operators: bool) -> Any:
