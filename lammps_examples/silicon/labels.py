@@ -49,13 +49,13 @@ from ubmd import __version__
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import UbmdError
 from ubmd.learning.dynamic.engine import ideal_box
-from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.export import export_crystal
 from ubmd.potentials.force_constants.lattice import Supercell
 from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
 from ubmd.references import label
 from ubmd.settings import load_settings
+from ubmd.settings.dynamic import DynamicRunSettings
 
 EQUILIBRATION = 1000  # steps of the dynamics before the first frame
 FRICTION = 0.01  # 1/fs

@@ -28,9 +28,9 @@ from ase.io import write
 
 from ubmd.analysis.style import COLOURS, legend_above, new_figure, save
 from ubmd.learning.dynamic.engine import ideal_box
-from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.potentials.gmnn.export import load_model
 from ubmd.settings import load_settings
+from ubmd.settings.dynamic import DynamicRunSettings
 
 EVERY = 20  # steps between rows of the log
 GUARD = "away from its site"  # words of pair_style ubmd's message

@@ -38,13 +38,13 @@ from ubmd.analysis.style import BLUE, COLOURS, GREY, MARKERS, legend_above, log_
 from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.learning.dynamic.engine import run as run_dynamic
-from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.export import export_crystal
 from ubmd.potentials.force_constants.lattice import Supercell
 from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
 from ubmd.references import label, sample
 from ubmd.settings import SamplingSettings, load_settings
+from ubmd.settings.dynamic import DynamicRunSettings
 
 TEST_SEED, MD_SEED, RATTLE_SEED = 9000, 7000, 5000  # plus the seed (the test sets have no other)
 DYNAMIC, MD = "dynamic", "MD frames"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ubmd.learning import run
 from ubmd.learning.dynamic.engine import run as run_dynamic
-from ubmd.learning.dynamic.settings import DynamicRunSettings, is_dynamic
 from ubmd.settings import RunSettings, load_settings
+from ubmd.settings.dynamic import DynamicRunSettings, is_dynamic
 
 
 def main(settings: Path, notes: Path, wanted: dict, passes: int) -> None:

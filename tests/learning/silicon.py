@@ -9,7 +9,7 @@ import tomli_w
 from ase.build import bulk
 
 from ubmd.data.structures import write_structures
-from ubmd.learning.dynamic.settings import DynamicRunSettings
+from ubmd.settings.dynamic import DynamicRunSettings
 
 
 def settings_table(run_dir: Path) -> dict[str, Any]:

@@ -25,11 +25,11 @@ from ubmd.lammps.triggers import AbsoluteTrigger, AverageTrigger
 from ubmd.learning import RunFolder
 from ubmd.learning.dynamic.engine import run
 from ubmd.learning.dynamic.history import read_errors
-from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
 from ubmd.references import label
 from ubmd.references.lammps import LAMMPS
+from ubmd.settings.dynamic import DynamicRunSettings
 
 SW = LAMMPS(["pair_style sw", "pair_coeff * * Si.sw Si"], ["Si"])
 

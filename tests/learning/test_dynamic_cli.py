@@ -27,9 +27,9 @@ from ubmd.errors import SettingsError
 from ubmd.learning import RunFolder
 from ubmd.learning.dynamic.learners import ForceConstants
 from ubmd.learning.dynamic.progress import Course, ProgressBars, ProgressLines, describe_event, status
-from ubmd.learning.dynamic.settings import DynamicRunSettings, DynamicSettings, TriggerSettings, is_dynamic
 from ubmd.settings import load_settings
 from ubmd.settings import make_settings as from_table
+from ubmd.settings.dynamic import DynamicRunSettings, DynamicSettings, TriggerSettings, is_dynamic
 
 
 def ubmd(*arguments: object, cwd: Path) -> tuple[int, str, str]:

@@ -20,10 +20,10 @@ from ubmd.learning import RunFolder, run
 from ubmd.learning.check import verify
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.dynamic.progress import status as dynamic_status
-from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.learning.run_folder import open_run
 from ubmd.learning.status import status
 from ubmd.settings import RunSettings
+from ubmd.settings.dynamic import DynamicRunSettings
 
 SMALL = {"training": {"epochs": 1, "threads": 1}, "md": {"replicas": 2, "steps": 20}, "test": None}
 PARTIAL = r'is periodic in some directions only \(pbc = "T T F"\), but MD needs all three or none: .* empty gap'

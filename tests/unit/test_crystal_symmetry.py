@@ -14,13 +14,13 @@ from known_crystals import silicon, tin_selenide
 
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError
-from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.fit import cached_basis
 from ubmd.potentials.force_constants.ideal import describe_symmetry
 from ubmd.potentials.force_constants.lattice import Lattice, Placement, Supercell
 from ubmd.potentials.force_constants.symmetry import SYMMETRY_TOLERANCE, largest_change, symmetrised
 from ubmd.settings import load_settings
+from ubmd.settings.dynamic import DynamicRunSettings
 
 pytest.importorskip("spglib")
 

@@ -11,8 +11,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from ubmd.errors import SettingsError
-from ubmd.learning.dynamic.settings import DynamicRunSettings, is_dynamic
 from ubmd.settings import RunSettings, Table, TrainSettings, load_settings
+from ubmd.settings.dynamic import DynamicRunSettings, is_dynamic
 
 EXAMPLES = Path(__file__).parents[2] / "lammps_examples"
 

@@ -20,9 +20,9 @@ from ubmd.data.structures import read_structures
 from ubmd.errors import UbmdError
 from ubmd.lammps.trajectory import read_piece
 from ubmd.learning.dynamic.history import read_errors
-from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.learning.run_folder import RunFolder, read_settings_of
 from ubmd.measure.errors import share_covered, spearman
+from ubmd.settings.dynamic import DynamicRunSettings
 
 _MOST_PANELS = 6  # trajectories in the picture of errors
 _MOST_FRAMES = 24  # structures that the shares of the orders are measured on

@@ -10,8 +10,8 @@ import typer
 
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
-from ubmd.learning.dynamic.settings import DynamicRunSettings, is_dynamic
 from ubmd.settings import RunSettings, load_settings
+from ubmd.settings.dynamic import DynamicRunSettings, is_dynamic
 
 SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML).", show_default=False)]
 RunDir = Annotated[Path, typer.Argument(help="Folder of the run (run_dir of its settings).", show_default=False)]

@@ -59,7 +59,7 @@ def run_template(name: str = "settings.toml") -> str:
 
 def dynamic_template(name: str = "settings.toml") -> str:
     """The same for `DynamicRunSettings`, with a crystal; what is for networks is commented out."""
-    from ubmd.learning.dynamic.settings import DynamicRunSettings
+    from ubmd.settings.dynamic import DynamicRunSettings
 
     head = _DYNAMIC_HEAD.format(name=name) + _LONG_HEAD.format(schema="ubmd schema dynamic")
     return head + "\n".join(_table_lines(DynamicRunSettings, "", ("crystal",))) + "\n"

@@ -340,8 +340,8 @@ def info(
 def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
     """(manifest, tables) of a run."""
     from ubmd.analysis.provenance import changed_settings, provenance_rows
-    from ubmd.learning.dynamic.settings import DynamicRunSettings
     from ubmd.learning.run_folder import RunFolder, is_dynamic_run, read_settings, read_settings_of
+    from ubmd.settings.dynamic import DynamicRunSettings
 
     run = RunFolder(folder)
     settings = read_settings_of(run, DynamicRunSettings) if is_dynamic_run(run) else read_settings(run)
@@ -435,7 +435,7 @@ def schema(
     kind: Annotated[str, typer.Argument(help="run, dynamic (`ubmd run` with a \\[dynamic] table) or train.")] = "run",
 ) -> None:
     """Print the JSON schema of a settings file: every key, its unit, default and range."""
-    from ubmd.learning.dynamic.settings import DynamicRunSettings
+    from ubmd.settings.dynamic import DynamicRunSettings
 
     kinds: dict[str, type[BaseModel]] = {"run": RunSettings, "dynamic": DynamicRunSettings, "train": TrainSettings}
     with user_errors():

@@ -38,7 +38,6 @@ from ubmd.lammps.triggers import load_trigger
 from ubmd.learning import stages
 from ubmd.learning.dynamic.history import ErrorSeries, error_file
 from ubmd.learning.dynamic.learners import ForceConstants, Learner, Network
-from ubmd.learning.dynamic.settings import DynamicRunSettings, box_file
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
 from ubmd.learning.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.held_out import given_test_set
@@ -49,6 +48,7 @@ from ubmd.learning.stages import Stage, random_generator
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.workers import Executor, WorkersLost
 from ubmd.potentials.force_constants.convergence import converged
+from ubmd.settings.dynamic import DynamicRunSettings, box_file
 from ubmd.uncertainty.conformal import conformal_scale
 
 _LARGEST_SEED = 900_000_000  # of LAMMPS's random-number generators

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from ubmd.data.structures import dataset_hash
 from ubmd.errors import DataError
 from ubmd.files import copy_file
-from ubmd.learning.dynamic.settings import ConvergenceSettings, DynamicRunSettings
 from ubmd.potentials.force_constants.convergence import Signal
 from ubmd.settings import CrystalSettings
+from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
 
 Array = NDArray[np.float64]
 Progress = Callable[[dict[str, Any]], None]

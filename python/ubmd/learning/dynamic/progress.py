@@ -15,12 +15,12 @@ from rich.progress import TaskID
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from ubmd.learning.dynamic.settings import DynamicRunSettings
 from ubmd.learning.groups import describe_loss, describe_losses
 from ubmd.learning.live import Bars, Lines
 from ubmd.learning.run_folder import Event, RunFolder, read_settings_of
 from ubmd.learning.status import describe_idle, is_running
 from ubmd.learning.timeline import duration
+from ubmd.settings.dynamic import DynamicRunSettings
 
 STAGE_NAMES = {"learn": "training", "measure": "errors", "move": "MD", "label": "labels", "test_set": "test set"}
 _SHOWN = 12  # newest refits in the table
