@@ -22,10 +22,10 @@ from ubmd.lammps.replica import ReplicaTask, run_replica, salvage
 from ubmd.lammps.trajectory import PieceTask, TrajectoryState, run_piece, write_state
 from ubmd.lammps.triggers import AbsoluteTrigger
 from ubmd.learning.groups import TaskGroup
-from ubmd.learning.run_folder import RunFolder
 from ubmd.learning.stages import run_replicas
 from ubmd.learning.tasks import label_file, replica_file
 from ubmd.learning.workers import Workers
+from ubmd.runs.folder import RunFolder
 from ubmd.settings import ReferenceSettings
 
 ENDLESS = 10**7  # steps, for many minutes
@@ -210,7 +210,7 @@ def test_the_first_of_two_labels_stays(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from ubmd.learning.run_folder import write_json
+from ubmd.runs.folder import write_json
 Path(sys.argv[1]).touch()
 while not all(Path(name).exists() for name in "ab"):
     time.sleep(0.01)

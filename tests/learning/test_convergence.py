@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ubmd.learning.convergence import label_budget, plateau, quiet, size_limit, stop_rule
+from ubmd.measure.convergence import label_budget, plateau, quiet, size_limit, stop_rule
 from ubmd.settings import LoopSettings
 
 

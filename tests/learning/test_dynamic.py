@@ -24,11 +24,11 @@ from ubmd.lammps.trajectory import PieceTask, TrajectoryState, read_piece, read_
 from ubmd.lammps.triggers import AbsoluteTrigger, AverageTrigger
 from ubmd.learning import RunFolder
 from ubmd.learning.dynamic.engine import run
-from ubmd.learning.dynamic.history import read_errors
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
 from ubmd.references import label
 from ubmd.references.lammps import LAMMPS
+from ubmd.runs.dynamic_history import read_errors
 from ubmd.settings.dynamic import DynamicRunSettings
 
 SW = LAMMPS(["pair_style sw", "pair_coeff * * Si.sw Si"], ["Si"])

@@ -24,9 +24,9 @@ from ubmd.learning import keeper
 from ubmd.learning.clusters import parsl_config, tasks_at_once
 from ubmd.learning.executors import Adapter, make_executor
 from ubmd.learning.keeper import left_behind
-from ubmd.learning.run_folder import RunFolder
 from ubmd.learning.walk import Walk, drive
 from ubmd.learning.workers import Executor, TaskCrashed, TaskTimeout, WorkersLost, outcome
+from ubmd.runs.folder import RunFolder
 from ubmd.settings import RunSettings, WorkerSettings, load_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the executors' own code

@@ -26,8 +26,8 @@ from typer.testing import CliRunner
 from ubmd.cli.main import app
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
-from ubmd.learning.run_folder import RunFolder
 from ubmd.learning.status import is_running
+from ubmd.runs.folder import RunFolder
 
 
 def write_settings(folder: Path, run_dir: Path) -> Path:

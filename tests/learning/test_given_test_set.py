@@ -14,7 +14,7 @@ from ubmd.data.structures import dataset_hash, labels_of, read_structures, write
 from ubmd.errors import DataError
 from ubmd.learning.check import verify
 from ubmd.learning.held_out import HeldOut
-from ubmd.learning.run_folder import EventLog, RunFolder
+from ubmd.runs.folder import EventLog, RunFolder
 
 
 def labelled(count: int) -> list[Atoms]:

@@ -12,7 +12,6 @@ from system import cluster, make_settings
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import DataError
 from ubmd.learning.loop import run
-from ubmd.learning.run_folder import EventLog, RunFolder, Stages
 from ubmd.learning.stages import (
     Stage,
     append_once,
@@ -23,6 +22,7 @@ from ubmd.learning.stages import (
     replica_tasks,
     split_batch,
 )
+from ubmd.runs.folder import EventLog, RunFolder, Stages
 from ubmd.settings import StartSettings
 
 

@@ -20,8 +20,8 @@ from ubmd.learning import RunFolder, run
 from ubmd.learning.check import verify
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.dynamic.progress import status as dynamic_status
-from ubmd.learning.run_folder import open_run
 from ubmd.learning.status import status
+from ubmd.runs.folder import open_run
 from ubmd.settings import RunSettings
 from ubmd.settings.dynamic import DynamicRunSettings
 

@@ -33,12 +33,12 @@ from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.graph import build_graph
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import DataError
-from ubmd.learning.run_folder import RunFolder, open_run, read_settings
 from ubmd.measure.autocorrelation import statistical_inefficiency
 from ubmd.measure.errors import parity_data, pearson, share_covered, spearman
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.references import sample
+from ubmd.runs.folder import RunFolder, open_run, read_settings
 from ubmd.settings import (
     ModelSettings,
     ReferenceSettings,

@@ -19,9 +19,9 @@ from ubmd.analysis.run_data import read_rejected
 from ubmd.data.structures import read_structures
 from ubmd.errors import UbmdError
 from ubmd.lammps.trajectory import read_piece
-from ubmd.learning.dynamic.history import read_errors
-from ubmd.learning.run_folder import RunFolder, read_settings_of
 from ubmd.measure.errors import share_covered, spearman
+from ubmd.runs.dynamic_history import read_errors
+from ubmd.runs.folder import RunFolder, read_settings_of
 from ubmd.settings.dynamic import DynamicRunSettings
 
 _MOST_PANELS = 6  # trajectories in the picture of errors

@@ -20,8 +20,8 @@ from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.structures import dataset_hash, read_structures
 from ubmd.errors import DataError
 from ubmd.files import replacing
-from ubmd.learning.run_folder import RunFolder
 from ubmd.measure.isomers import amide_torsions, count_cis
+from ubmd.runs.folder import RunFolder
 
 FILE = "predictions.npz"
 _NEWEST = 8  # iterations whose new labels stand in for a test set

@@ -8,7 +8,7 @@ from typing import Any
 
 from ubmd.analysis.document import Document
 from ubmd.files import file_hash
-from ubmd.learning.run_folder import RunFolder, read_settings
+from ubmd.runs.folder import RunFolder, read_settings
 from ubmd.settings import RunSettings, Table
 
 _FILES = ("dataset", "test", "model")

@@ -18,12 +18,12 @@ from ubmd.analysis.predictions import NotKept, predict_unseen
 from ubmd.analysis.provenance import add_provenance, conditions
 from ubmd.analysis.run_data import Frames, count_endings, read_frames, read_rejected, stage_seconds
 from ubmd.analysis.trajectory import SHORTEST, correlation_times, read_traces
-from ubmd.learning.convergence import plateau, quiet
-from ubmd.learning.run_folder import RunFolder, read_settings
+from ubmd.measure.convergence import plateau, quiet
 from ubmd.measure.coverage import coverage
 from ubmd.measure.errors import CalibrationData, calibration_data, parity_data, pearson, share_covered, spearman
 from ubmd.measure.isomers import amide_torsions, count_cis
 from ubmd.measure.torsions import torsions
+from ubmd.runs.folder import RunFolder, read_settings
 from ubmd.settings import RunSettings
 
 _SETS = {

@@ -14,9 +14,9 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from ubmd.learning.run_folder import RunFolder
 from ubmd.measure.coverage import coverage_growth
 from ubmd.measure.torsions import torsions
+from ubmd.runs.folder import RunFolder
 
 STAGES = ("test_set", "train", "export", "measure", "md", "select", "label")
 """Stages in the order in which the loop does them; others that a run folder names come after these."""

@@ -20,9 +20,9 @@ from ubmd.analysis.run_data import Frames, read_frames
 from ubmd.analysis.trajectory import Times, Trajectory, correlation_times, read_traces
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
-from ubmd.learning.run_folder import RunFolder, is_dynamic_run, read_settings
 from ubmd.measure.errors import CalibrationData, calibration_data, error_summary
 from ubmd.measure.isomers import isomers
+from ubmd.runs.folder import RunFolder, is_dynamic_run, read_settings
 from ubmd.settings import RunSettings
 
 Curve = tuple[NDArray[Any], NDArray[Any]]

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from ubmd.calculator import Evaluator
 from ubmd.errors import DataError
-from ubmd.learning.run_folder import RunFolder
 from ubmd.measure.autocorrelation import EffectiveSamples
+from ubmd.runs.folder import RunFolder
 
 Array = NDArray[np.float64]
 

@@ -112,8 +112,8 @@ def run(
     from ubmd.learning.check import verify
     from ubmd.learning.loop import run as run_loop
     from ubmd.learning.progress import make_progress
-    from ubmd.learning.run_folder import RunFolder
     from ubmd.learning.timeline import Timeline
+    from ubmd.runs.folder import RunFolder
 
     verify(values, settings.parent, _remark)
     timeline = Timeline(values, RunFolder(values.run_dir).read_events())
@@ -145,7 +145,7 @@ def _run_dynamic(settings: Path, override: list[str]) -> None:
     from ubmd.learning.dynamic.engine import run as run_engine
     from ubmd.learning.dynamic.progress import Course, make_progress
     from ubmd.learning.held_out import given_test_set
-    from ubmd.learning.run_folder import RunFolder
+    from ubmd.runs.folder import RunFolder
 
     given_test_set(values.test, settings.parent, _remark)
 
@@ -158,7 +158,7 @@ def _run_dynamic(settings: Path, override: list[str]) -> None:
 def status(run_dir: RunDir) -> None:
     """Show where a run stands."""
     from ubmd.cli.console import make_console
-    from ubmd.learning.run_folder import RunFolder, is_dynamic_run
+    from ubmd.runs.folder import RunFolder, is_dynamic_run
 
     if is_dynamic_run(RunFolder(run_dir)):
         from ubmd.learning.dynamic.progress import status as describe_dynamic_run
@@ -176,7 +176,7 @@ def report(run_dir: RunDir, run_models: RunModels = False) -> None:
     Learning curves, model against reference, uncertainty against error, what was explored, how replicas ended, rejected
     labels, time per stage, settings and versions. The same as report.md, with the pictures as PNG files, for papers.
     """
-    from ubmd.learning.run_folder import RunFolder, is_dynamic_run
+    from ubmd.runs.folder import RunFolder, is_dynamic_run
 
     if RunFolder(run_dir).manifest.exists():  # else there is no run to report
         check_outputs(RunFolder(run_dir).report, [], "report")

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "RunFolder": "ubmd.learning.run_folder",
+    "RunFolder": "ubmd.runs.folder",
     "Workers": "ubmd.learning.workers",
     "check": "ubmd.learning.check",
     "run": "ubmd.learning.loop",

@@ -22,9 +22,9 @@ from ubmd.errors import DataError, SettingsError, StorageError, UbmdError
 from ubmd.files import check_name
 from ubmd.learning.clusters import tasks_at_once
 from ubmd.learning.held_out import given_test_set
-from ubmd.learning.run_folder import Listener, RunFolder
 from ubmd.learning.stages import check_start, check_states
 from ubmd.learning.timeline import duration
+from ubmd.runs.folder import Listener, RunFolder
 from ubmd.settings import RunSettings
 
 _EPOCHS = 4  # of the miniature; the first is slow and not counted

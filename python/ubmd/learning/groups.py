@@ -9,8 +9,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from ubmd.errors import LabelError, MachineError, SimulationError, TrainingError, UbmdError
-from ubmd.learning.run_folder import EventLog
 from ubmd.learning.workers import Executor, TaskCrashed, TaskFailed, WorkersLost, outcome
+from ubmd.runs.folder import EventLog
 
 _POLL = 1.0  # s between two looks at running tasks
 _PAUSE = 1.0  # s before a lost task is tried again; the next pauses are twice as long each

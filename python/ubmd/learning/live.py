@@ -8,7 +8,7 @@ from typing import Generic, Protocol, Self, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ubmd.learning.run_folder import Event
+from ubmd.runs.folder import Event
 
 SECONDS_BETWEEN_LINES = 30.0
 """Between two plain lines that only say how far a stage is."""

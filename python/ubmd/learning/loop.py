@@ -26,22 +26,23 @@ from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import ModelError, TrainingError, UbmdError
 from ubmd.files import content_hash, copy_file, file_hash, is_sealed, move_aside, read_json, write_json
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
-from ubmd.learning import convergence, stages
+from ubmd.learning import stages
 from ubmd.learning.check import state_remarks, verify
 from ubmd.learning.groups import TaskGroup, note_losses, nothing_ended, run_tasks
 from ubmd.learning.reference import look_at_reference, remarks
-from ubmd.learning.rewind import input_hashes, take_back
-from ubmd.learning.run_folder import Listener, RunFolder, Stages, open_run
 from ubmd.learning.stages import Origin, Stage, random_generator
 from ubmd.learning.tasks import replica_file, train_member
 from ubmd.learning.walk import START, Walk, drive
 from ubmd.learning.workers import Executor, TaskFailed, WorkersLost
+from ubmd.measure import convergence
 from ubmd.measure.coverage import coverage
 from ubmd.measure.errors import error_summary
 from ubmd.measure.torsions import torsions
 from ubmd.potentials.gmnn.checkpoint import load_weights
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.members import member_folders, member_seed, train_members
+from ubmd.runs.folder import Listener, RunFolder, Stages, open_run
+from ubmd.runs.rewind import input_hashes, take_back
 from ubmd.settings import RunSettings
 
 

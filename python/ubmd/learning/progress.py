@@ -9,8 +9,8 @@ from rich.progress import TaskID
 
 from ubmd.learning.groups import describe_loss
 from ubmd.learning.live import Bars, Lines
-from ubmd.learning.run_folder import Event
 from ubmd.learning.timeline import STAGE_NAMES, Timeline, describe_work, duration
+from ubmd.runs.folder import Event
 
 
 class ProgressLines(Lines[Timeline]):

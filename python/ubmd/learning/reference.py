@@ -9,9 +9,9 @@ from typing import Any
 
 from ubmd.errors import LabelError, SettingsError, UbmdError
 from ubmd.learning.groups import nothing_ended, run_tasks
-from ubmd.learning.run_folder import RunFolder
 from ubmd.learning.tasks import reference_record
 from ubmd.learning.workers import Executor, TaskFailed, Workers, WorkersLost
+from ubmd.runs.folder import RunFolder
 from ubmd.settings import ReferenceSettings, WorkerSettings
 
 

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from ubmd.attempts import steps_so_far, targets_in_work
 from ubmd.learning.groups import describe_losses
-from ubmd.learning.run_folder import RunFolder, read_settings
 from ubmd.learning.timeline import STAGE_NAMES, Timeline, describe_work, duration
+from ubmd.runs.folder import RunFolder, read_settings
 from ubmd.settings import RunSettings
 
 _SHOWN = 12  # newest iterations in the table

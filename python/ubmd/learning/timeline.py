@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from ubmd.learning.run_folder import Event
+from ubmd.runs.folder import Event
 from ubmd.settings import RunSettings
 
 STAGE_NAMES = {

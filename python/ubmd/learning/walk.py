@@ -19,9 +19,9 @@ from ubmd.learning import stages
 from ubmd.learning.executors import Adapter, forget_dead_drivers, make_executor
 from ubmd.learning.groups import note_losses
 from ubmd.learning.held_out import HeldOut, Tested
-from ubmd.learning.run_folder import EventLog, Listener, RunFolder, Stages
 from ubmd.learning.workers import Executor
 from ubmd.references import energy_jumps
+from ubmd.runs.folder import EventLog, Listener, RunFolder, Stages
 from ubmd.settings import WorkerSettings
 
 LARGEST_FRUITLESS = 3  # turns in a row that lead nowhere, after which a run gives up

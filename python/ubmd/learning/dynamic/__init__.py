@@ -1,5 +1,5 @@
 """Dynamic training: MD with the current potential asks for a label when its error is too large, and goes on.
 
 ``run`` is the engine (`ubmd.learning.dynamic.engine`); what it leaves behind is described in
-`ubmd.learning.dynamic.history`.
+`ubmd.runs.dynamic_history`.
 """

@@ -36,18 +36,18 @@ from ubmd.lammps.trajectory import (
 )
 from ubmd.lammps.triggers import load_trigger
 from ubmd.learning import stages
-from ubmd.learning.dynamic.history import ErrorSeries, error_file
 from ubmd.learning.dynamic.learners import ForceConstants, Learner, Network
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
 from ubmd.learning.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.reference import check_here, look_at_reference, remarks
-from ubmd.learning.rewind import argument_hashes
-from ubmd.learning.run_folder import Listener, RunFolder, Stages, open_run
 from ubmd.learning.stages import Stage, random_generator
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.workers import Executor, WorkersLost
 from ubmd.potentials.force_constants.convergence import converged
+from ubmd.runs.dynamic_history import ErrorSeries, error_file
+from ubmd.runs.folder import Listener, RunFolder, Stages, open_run
+from ubmd.runs.rewind import argument_hashes
 from ubmd.settings.dynamic import DynamicRunSettings, box_file
 from ubmd.uncertainty.conformal import conformal_scale
 

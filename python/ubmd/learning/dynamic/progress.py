@@ -17,9 +17,9 @@ from rich.text import Text
 
 from ubmd.learning.groups import describe_loss, describe_losses
 from ubmd.learning.live import Bars, Lines
-from ubmd.learning.run_folder import Event, RunFolder, read_settings_of
 from ubmd.learning.status import describe_idle, is_running
 from ubmd.learning.timeline import duration
+from ubmd.runs.folder import Event, RunFolder, read_settings_of
 from ubmd.settings.dynamic import DynamicRunSettings
 
 STAGE_NAMES = {"learn": "training", "measure": "errors", "move": "MD", "label": "labels", "test_set": "test set"}

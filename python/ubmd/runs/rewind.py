@@ -9,7 +9,7 @@ from typing import Any
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
 from ubmd.files import copy_file, file_hash, move_aside, write_json
-from ubmd.learning.run_folder import RunFolder
+from ubmd.runs.folder import RunFolder
 from ubmd.settings import RunSettings
 
 

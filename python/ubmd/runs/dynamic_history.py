@@ -1,6 +1,6 @@
 """What a dynamic run leaves in its folder, and how to read it.
 
-    settings.toml, manifest.json, events.jsonl, report/    as for every run (`ubmd.learning.run_folder`); the report is
+    settings.toml, manifest.json, events.jsonl, report/    as for every run (`ubmd.runs.folder`); the report is
                        made by `ubmd.analysis.dynamic_report.make_dynamic_report(run)`, which returns its files
     dataset.extxyz     all labels in the order in which they were learnt; info: label (0, 1, ...), iteration (round that
                        asked, -1: start), replica, step, temperature (K), rule, predicted_error (eV/Å, before learning,
