@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
-from ubmd.learning.tasks import replica_file, train_member
-from ubmd.learning.workers import WorkersLost
+from ubmd.learning.work.tasks import replica_file, train_member
+from ubmd.learning.work.workers import WorkersLost
 from ubmd.settings import ModelSettings, TrainingSettings
 
 KEY = "key"

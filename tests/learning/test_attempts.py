@@ -21,10 +21,10 @@ from ubmd.lammps import replica
 from ubmd.lammps.replica import ReplicaTask, run_replica, salvage
 from ubmd.lammps.trajectory import PieceTask, TrajectoryState, run_piece, write_state
 from ubmd.lammps.triggers import AbsoluteTrigger
-from ubmd.learning.groups import TaskGroup
-from ubmd.learning.stages import run_replicas
-from ubmd.learning.tasks import label_file, replica_file
-from ubmd.learning.workers import Workers
+from ubmd.learning.loop.stages import run_replicas
+from ubmd.learning.work.groups import TaskGroup
+from ubmd.learning.work.tasks import label_file, replica_file
+from ubmd.learning.work.workers import Workers
 from ubmd.runs.folder import RunFolder
 from ubmd.settings import ReferenceSettings
 

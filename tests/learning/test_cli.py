@@ -24,12 +24,12 @@ from test_workers import is_alive, wait_for
 from typer.testing import CliRunner
 
 from ubmd.attempts import steps_so_far
+from ubmd.cli.loop_progress import ProgressLines, describe_event, make_progress
+from ubmd.cli.loop_status import status
 from ubmd.cli.main import app
 from ubmd.cli.template import run_template, short_template
 from ubmd.data.structures import write_structures
-from ubmd.learning.progress import ProgressLines, describe_event, make_progress
-from ubmd.learning.status import status
-from ubmd.learning.timeline import Timeline, duration
+from ubmd.learning.loop.timeline import Timeline, duration
 from ubmd.settings import RunSettings, Table
 
 UBMD = [sys.executable, "-c", "from ubmd.cli.main import app; app()"]

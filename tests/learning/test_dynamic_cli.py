@@ -20,13 +20,13 @@ from rich.console import Console
 from silicon import make_settings, settings_table, write_inputs
 from typer.testing import CliRunner
 
+from ubmd.cli.dynamic_progress import Course, ProgressBars, ProgressLines, describe_event, status
 from ubmd.cli.main import app
 from ubmd.cli.template import dynamic_template
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
 from ubmd.learning import RunFolder
 from ubmd.learning.dynamic.learners import ForceConstants
-from ubmd.learning.dynamic.progress import Course, ProgressBars, ProgressLines, describe_event, status
 from ubmd.settings import load_settings
 from ubmd.settings import make_settings as from_table
 from ubmd.settings.dynamic import DynamicRunSettings, DynamicSettings, TriggerSettings, is_dynamic

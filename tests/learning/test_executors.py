@@ -20,12 +20,12 @@ from test_workers import is_alive, linux, wait_for
 from unkind import crash, double, environment, process_id, raise_sentence, start_programs, wait_forever
 
 from ubmd.errors import LabelError, SettingsError
-from ubmd.learning import keeper
-from ubmd.learning.clusters import parsl_config, tasks_at_once
-from ubmd.learning.executors import Adapter, make_executor
-from ubmd.learning.keeper import left_behind
 from ubmd.learning.walk import Walk, drive
-from ubmd.learning.workers import Executor, TaskCrashed, TaskTimeout, WorkersLost, outcome
+from ubmd.learning.work import keeper
+from ubmd.learning.work.clusters import parsl_config, tasks_at_once
+from ubmd.learning.work.executors import Adapter, make_executor
+from ubmd.learning.work.keeper import left_behind
+from ubmd.learning.work.workers import Executor, TaskCrashed, TaskTimeout, WorkersLost, outcome
 from ubmd.runs.folder import RunFolder
 from ubmd.settings import RunSettings, WorkerSettings, load_settings
 
@@ -98,8 +98,8 @@ if __name__ == "__main__":
     sys.path.insert(0, {tests!r})
     from unkind import double, raise_sentence
     from ubmd.errors import LabelError
-    from ubmd.learning.executors import Adapter
-    from ubmd.learning.workers import outcome
+    from ubmd.learning.work.executors import Adapter
+    from ubmd.learning.work.workers import outcome
 
     with {pool} as pool:
         for turn in range(2):
@@ -151,8 +151,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, {tests!r})
     from unkind import double, start_programs
-    from ubmd.learning.executors import make_executor
-    from ubmd.learning.workers import outcome
+    from ubmd.learning.work.executors import make_executor
+    from ubmd.learning.work.workers import outcome
     from ubmd.settings import WorkerSettings
 
     folder = Path({folder!r})

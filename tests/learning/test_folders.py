@@ -23,10 +23,10 @@ from system import cluster, settings_table
 from test_workers import wait_for
 from typer.testing import CliRunner
 
+from ubmd.cli.loop_status import is_running
 from ubmd.cli.main import app
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
-from ubmd.learning.status import is_running
 from ubmd.runs.folder import RunFolder
 
 

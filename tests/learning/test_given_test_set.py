@@ -12,8 +12,8 @@ from system import cluster, make_settings
 
 from ubmd.data.structures import dataset_hash, labels_of, read_structures, write_structures
 from ubmd.errors import DataError
-from ubmd.learning.check import verify
 from ubmd.learning.held_out import HeldOut
+from ubmd.learning.loop.check import verify
 from ubmd.runs.folder import EventLog, RunFolder
 
 

@@ -14,14 +14,14 @@ import silicon
 from rich.console import Console, RenderableType
 from system import cluster, make_settings
 
+from ubmd.cli.dynamic_progress import status as dynamic_status
+from ubmd.cli.loop_progress import describe_event
+from ubmd.cli.loop_status import status
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import MachineError
 from ubmd.files import read_json, write_json
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import run as run_dynamic
-from ubmd.learning.dynamic.progress import status as dynamic_status
-from ubmd.learning.progress import describe_event
-from ubmd.learning.status import status
 
 SHORT = {
     "loop": {"labels": 8, "threshold": 1000.0, "warm_epochs": 2},

@@ -17,9 +17,9 @@ from processes import is_alive, wait_for
 
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import LabelError, SettingsError
-from ubmd.learning.stages import label_batch, read_batch
-from ubmd.learning.tasks import label_file
-from ubmd.learning.workers import TaskCrashed, TaskTimeout, Workers, WorkersLost, outcome
+from ubmd.learning.loop.stages import label_batch, read_batch
+from ubmd.learning.work.tasks import label_file
+from ubmd.learning.work.workers import TaskCrashed, TaskTimeout, Workers, WorkersLost, outcome
 from ubmd.settings import ReferenceSettings
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and /proc of Linux")

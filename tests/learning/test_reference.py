@@ -13,13 +13,13 @@ from system import cluster, make_settings, write_inputs
 from test_cli import ubmd
 
 from ubmd.analysis.provenance import provenance_rows
+from ubmd.cli.loop_progress import describe_event
 from ubmd.data.structures import write_structures
 from ubmd.errors import LabelError, SettingsError
 from ubmd.files import read_json, write_json
 from ubmd.learning import RunFolder, Workers, run
 from ubmd.learning.dynamic.engine import check as check_dynamic
 from ubmd.learning.dynamic.engine import run as run_dynamic
-from ubmd.learning.progress import describe_event
 from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.runs.folder import open_run
 from ubmd.settings import ReferenceSettings

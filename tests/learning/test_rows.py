@@ -18,7 +18,7 @@ from system import settings_table, write_inputs
 
 from ubmd.data.structures import write_structures
 from ubmd.learning import RunFolder, run
-from ubmd.learning.check import miniature, verify
+from ubmd.learning.loop.check import miniature, verify
 from ubmd.references import label
 from ubmd.references.quickff import DEBIAN_EXAMPLES, quickff_mil53
 from ubmd.settings import ReferenceSettings, RunSettings, load_settings

@@ -11,8 +11,8 @@ from system import cluster, make_settings
 
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import DataError
-from ubmd.learning.loop import run
-from ubmd.learning.stages import (
+from ubmd.learning.loop.loop import run
+from ubmd.learning.loop.stages import (
     Stage,
     append_once,
     fresh_split,

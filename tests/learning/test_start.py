@@ -14,13 +14,13 @@ from rich.console import Console
 from system import cluster, make_settings, write_inputs
 from test_cli import ubmd
 
+from ubmd.cli.dynamic_progress import status as dynamic_status
+from ubmd.cli.loop_status import status
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import LabelError, SettingsError, SimulationError, UbmdError
 from ubmd.learning import RunFolder, run
-from ubmd.learning.check import verify
 from ubmd.learning.dynamic.engine import run as run_dynamic
-from ubmd.learning.dynamic.progress import status as dynamic_status
-from ubmd.learning.status import status
+from ubmd.learning.loop.check import verify
 from ubmd.runs.folder import open_run
 from ubmd.settings import RunSettings
 from ubmd.settings.dynamic import DynamicRunSettings

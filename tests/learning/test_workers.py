@@ -34,8 +34,8 @@ from unkind import (
 )
 
 from ubmd.errors import LabelError
-from ubmd.learning.inside import guarded
-from ubmd.learning.workers import TaskCrashed, TaskFailed, Workers, WorkersLost, outcome
+from ubmd.learning.work.inside import guarded
+from ubmd.learning.work.workers import TaskCrashed, TaskFailed, Workers, WorkersLost, outcome
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, needs PR_SET_PDEATHSIG")
 
@@ -98,7 +98,7 @@ def test_time_in_which_a_worker_is_stopped_does_not_count(workers: Workers) -> N
 
 @linux
 def test_a_worker_that_stays_stopped_is_lost(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ubmd.learning.workers._LONGEST_HALT", 1.0)
+    monkeypatch.setattr("ubmd.learning.work.workers._LONGEST_HALT", 1.0)
     with pytest.raises(WorkersLost, match=r"^The worker process was stopped \(SIGSTOP\) for \d+ s\.$"):
         outcome(workers.submit(be_stopped, 1000.0, timeout=100.0))
 
@@ -109,7 +109,7 @@ def test_time_in_which_all_is_stopped_does_not_count(tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
     script.write_text(
         "import os, subprocess\n"
-        "from ubmd.learning.workers import Workers, outcome\n"
+        "from ubmd.learning.work.workers import Workers, outcome\n"
         "from unkind import nap, process_id\n"
         "if __name__ == '__main__':\n"
         "    with Workers(1) as pool:\n"
@@ -145,7 +145,7 @@ def test_nobody_reads_what_a_task_prints(tmp_path: Path) -> None:
     """As behind ``ubmd run | head``, or when the terminal is gone."""
     script = tmp_path / "driver.py"
     script.write_text(
-        "from pathlib import Path\nfrom ubmd.learning.workers import Workers, outcome\nfrom unkind import say\n"
+        "from pathlib import Path\nfrom ubmd.learning.work.workers import Workers, outcome\nfrom unkind import say\n"
         "if __name__ == '__main__':\n"
         "    with Workers(1) as pool:\n"
         "        Path('said').write_text(outcome(pool.submit(say, 'hello')))\n"
@@ -173,7 +173,7 @@ def run_apart(tmp_path: Path, before: str, driver: str) -> subprocess.CompletedP
 
 
 DRIVER = """
-from ubmd.learning.workers import Workers, WorkersLost, outcome
+from ubmd.learning.work.workers import Workers, WorkersLost, outcome
 from unkind import double, start_replica_engine
 if __name__ == '__main__':
     with Workers(2) as pool:
@@ -292,7 +292,7 @@ def test_stop_ends_busy_workers(tmp_path: Path) -> None:
 def test_workers_and_their_programs_die_with_a_killed_driver(tmp_path: Path) -> None:
     started = tmp_path / "pids"
     script = (
-        "from ubmd.learning.workers import Workers\nfrom unkind import start_programs\nfrom pathlib import Path\n"
+        "from ubmd.learning.work.workers import Workers\nfrom unkind import start_programs\nfrom pathlib import Path\n"
         "if __name__ == '__main__':\n"
         f"    with Workers(1) as pool: pool.submit(start_programs, Path({str(tmp_path)!r})).result()\n"
     )
@@ -314,7 +314,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     """Every worker imports it, and would begin the run once more."""
     script = tmp_path / "drive.py"
     script.write_text(
-        "from ubmd.learning.workers import Workers, outcome\n"
+        "from ubmd.learning.work.workers import Workers, outcome\n"
         "with Workers(1) as workers:\n"
         "    outcome(workers.submit(abs, -1))\n"
     )

@@ -17,7 +17,7 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 
 from ubmd.errors import LabelError, SettingsError
-from ubmd.learning.workers import TaskFailed, Workers, outcome
+from ubmd.learning.work.workers import TaskFailed, Workers, outcome
 from ubmd.references import label, make_calculator
 from ubmd.references.programs import scratch_folders
 from ubmd.references.quickff import DEBIAN_EXAMPLES, EXAMPLE, quickff_mil53

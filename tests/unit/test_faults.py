@@ -15,7 +15,7 @@ from ase.calculators.emt import EMT
 
 from ubmd.errors import LabelError, MachineError
 from ubmd.faults import killed_from_outside, killed_rank, machine_fault
-from ubmd.learning.inside import guarded
+from ubmd.learning.work.inside import guarded
 from ubmd.references import label
 from ubmd.references.programs import failed, scratch_folder
 from ubmd.settings import ReferenceSettings

@@ -12,7 +12,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.calculators.emt import EMT
 
 from ubmd.errors import LabelError, SettingsError, describe, one_line
-from ubmd.learning.inside import guarded
+from ubmd.learning.work.inside import guarded
 from ubmd.references import label
 from ubmd.references.results import as_numbers
 from ubmd.settings import ReferenceSettings

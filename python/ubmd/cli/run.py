@@ -70,7 +70,7 @@ def check(settings: SettingsFile, override: Override = None) -> None:
         _check_dynamic(settings, override or [])
         return
     values = load_settings(settings, RunSettings, override or [])
-    from ubmd.learning.check import check as check_settings
+    from ubmd.learning.loop.check import check as check_settings
 
     for line in check_settings(values, settings.parent):
         print(line, flush=True)
@@ -109,10 +109,10 @@ def run(
     # After the settings: a mistake there shows at once, these take seconds.
     from rich.console import Console
 
-    from ubmd.learning.check import verify
-    from ubmd.learning.loop import run as run_loop
-    from ubmd.learning.progress import make_progress
-    from ubmd.learning.timeline import Timeline
+    from ubmd.cli.loop_progress import make_progress
+    from ubmd.learning.loop.check import verify
+    from ubmd.learning.loop.loop import run as run_loop
+    from ubmd.learning.loop.timeline import Timeline
     from ubmd.runs.folder import RunFolder
 
     verify(values, settings.parent, _remark)
@@ -142,8 +142,8 @@ def _run_dynamic(settings: Path, override: list[str]) -> None:
     values = load_settings(settings, DynamicRunSettings, override)
     from rich.console import Console
 
+    from ubmd.cli.dynamic_progress import Course, make_progress
     from ubmd.learning.dynamic.engine import run as run_engine
-    from ubmd.learning.dynamic.progress import Course, make_progress
     from ubmd.learning.held_out import given_test_set
     from ubmd.runs.folder import RunFolder
 
@@ -161,11 +161,11 @@ def status(run_dir: RunDir) -> None:
     from ubmd.runs.folder import RunFolder, is_dynamic_run
 
     if is_dynamic_run(RunFolder(run_dir)):
-        from ubmd.learning.dynamic.progress import status as describe_dynamic_run
+        from ubmd.cli.dynamic_progress import status as describe_dynamic_run
 
         make_console().print(describe_dynamic_run(run_dir))
         return
-    from ubmd.learning.status import status as describe_run
+    from ubmd.cli.loop_status import status as describe_run
 
     make_console().print(describe_run(run_dir))
 

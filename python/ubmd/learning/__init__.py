@@ -8,9 +8,9 @@ from typing import Any
 
 _EXPORTS = {
     "RunFolder": "ubmd.runs.folder",
-    "Workers": "ubmd.learning.workers",
-    "check": "ubmd.learning.check",
-    "run": "ubmd.learning.loop",
+    "Workers": "ubmd.learning.work.workers",
+    "check": "ubmd.learning.loop.check",
+    "run": "ubmd.learning.loop.loop",
 }
 
 __all__ = ["RunFolder", "Workers", "check", "run"]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ubmd.errors import LabelError, SettingsError, UbmdError
-from ubmd.learning.groups import nothing_ended, run_tasks
-from ubmd.learning.tasks import reference_record
-from ubmd.learning.workers import Executor, TaskFailed, Workers, WorkersLost
+from ubmd.learning.work.groups import nothing_ended, run_tasks
+from ubmd.learning.work.tasks import reference_record
+from ubmd.learning.work.workers import Executor, TaskFailed, Workers, WorkersLost
 from ubmd.runs.folder import RunFolder
 from ubmd.settings import ReferenceSettings, WorkerSettings
 

@@ -15,11 +15,11 @@ from ubmd.data.structures import dataset_hash, write_structures
 from ubmd.errors import LabelError, MachineError, SettingsError, UbmdError
 from ubmd.faults import is_full
 from ubmd.files import content_hash, full_disk, read_json, write_json
-from ubmd.learning import stages
-from ubmd.learning.executors import Adapter, forget_dead_drivers, make_executor
-from ubmd.learning.groups import note_losses
 from ubmd.learning.held_out import HeldOut, Tested
-from ubmd.learning.workers import Executor
+from ubmd.learning.loop import stages
+from ubmd.learning.work.executors import Adapter, forget_dead_drivers, make_executor
+from ubmd.learning.work.groups import note_losses
+from ubmd.learning.work.workers import Executor
 from ubmd.references import energy_jumps
 from ubmd.runs.folder import EventLog, Listener, RunFolder, Stages
 from ubmd.settings import WorkerSettings

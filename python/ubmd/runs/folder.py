@@ -498,7 +498,7 @@ def _new_manifest(settings: Any, inputs: dict[str, str], reference: dict[str, An
         "reference": reference,
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "seed": settings.seed,
-        "seeds": "numpy SeedSequence([seed, iteration, stage, replica]); see ubmd.learning.stages.random_generator",
+        "seeds": "numpy SeedSequence([seed, iteration, stage, replica]); see ubmd.runs.seeds.random_generator",
         # Sums over threads round differently with another number of threads: a resumed run keeps this number.
         "threads": (training and training.threads) or os.cpu_count() or 1,
         "inputs": inputs,

@@ -1,7 +1,7 @@
 """The engine of dynamic training: start -> (learn -> move -> signals -> label) -> ... -> report.
 
 A run is a function of its settings: it is always walked from the beginning, and stages whose results are in the folder
-are passed over, as in `ubmd.learning.loop`. So a killed run continues where it was, and ends with the labels of an
+are passed over, as in `ubmd.learning.loop.loop`. So a killed run continues where it was, and ends with the labels of an
 uninterrupted one. A round is synchronous: all replicas run, side by side, until they ask or reach the end of their
 segment; then those that asked are labelled, the model learns, and all trajectories go on where they were.
 """
@@ -35,15 +35,15 @@ from ubmd.lammps.trajectory import (
     write_state,
 )
 from ubmd.lammps.triggers import load_trigger
-from ubmd.learning import stages
 from ubmd.learning.dynamic.learners import ForceConstants, Learner, Network
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
-from ubmd.learning.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.held_out import given_test_set
+from ubmd.learning.loop import stages
+from ubmd.learning.loop.stages import Stage, random_generator
 from ubmd.learning.reference import check_here, look_at_reference, remarks
-from ubmd.learning.stages import Stage, random_generator
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
-from ubmd.learning.workers import Executor, WorkersLost
+from ubmd.learning.work.groups import note_losses, nothing_ended, run_tasks
+from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.potentials.force_constants.convergence import converged
 from ubmd.runs.dynamic_history import ErrorSeries, error_file
 from ubmd.runs.folder import Listener, RunFolder, Stages, open_run

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ubmd.attempts import Attempt
 from ubmd.files import file_hash, json_text, read_json, write_text
-from ubmd.learning.tasks import lost_if_taken_over
+from ubmd.learning.work.tasks import lost_if_taken_over
 
 if TYPE_CHECKING:
     from ubmd.lammps.trajectory import PieceResult, PieceTask

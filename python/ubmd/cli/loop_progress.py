@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TaskID
 
-from ubmd.learning.groups import describe_loss
-from ubmd.learning.live import Bars, Lines
-from ubmd.learning.timeline import STAGE_NAMES, Timeline, describe_work, duration
+from ubmd.cli.live import Bars, Lines
+from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work, duration
+from ubmd.learning.work.groups import describe_loss
 from ubmd.runs.folder import Event
 
 

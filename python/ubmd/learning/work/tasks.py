@@ -20,8 +20,8 @@ from ase import Atoms
 from ubmd.attempts import Attempt, TakenOver
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.files import file_hash, is_sealed, json_text, read_json, seal, write_text
-from ubmd.learning.inside import mend_process
-from ubmd.learning.workers import WorkersLost
+from ubmd.learning.work.inside import mend_process
+from ubmd.learning.work.workers import WorkersLost
 from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, TrainingSettings
 
 if TYPE_CHECKING:

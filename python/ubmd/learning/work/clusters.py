@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ubmd.errors import SettingsError, describe, one_line
-from ubmd.learning.workers import available_cores
+from ubmd.learning.work.workers import available_cores
 from ubmd.settings import WorkerSettings
 from ubmd.spelling import nearest
 

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ubmd.errors import SettingsError, describe, one_line
-from ubmd.learning.clusters import executorlib_executor, job_label, parsl_executor, tasks_at_once
-from ubmd.learning.inside import Reply, start_keeper
-from ubmd.learning.keeper import cancel_jobs
-from ubmd.learning.workers import Executor, Pools, Workers, available_cores
+from ubmd.learning.work.clusters import executorlib_executor, job_label, parsl_executor, tasks_at_once
+from ubmd.learning.work.inside import Reply, start_keeper
+from ubmd.learning.work.keeper import cancel_jobs
+from ubmd.learning.work.workers import Executor, Pools, Workers, available_cores
 from ubmd.settings import WorkerSettings
 
 _WANTED = ".wanted-"  # how the name of the file begins that says that tasks are wanted
@@ -84,7 +84,7 @@ def forget_dead_drivers(folder: Path) -> None:
 
 
 class Adapter:
-    """The interface of `ubmd.learning.workers.Executor` around a ``concurrent.futures.Executor``.
+    """The interface of `ubmd.learning.work.workers.Executor` around a ``concurrent.futures.Executor``.
 
     Each task runs in a child process of where the executor puts it, so that crashes and time-outs cost one task there
     as well. Few executors can stop a running task: ours look for a file, and end when it is gone.

@@ -15,10 +15,10 @@ from rich.progress import TaskID
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from ubmd.learning.groups import describe_loss, describe_losses
-from ubmd.learning.live import Bars, Lines
-from ubmd.learning.status import describe_idle, is_running
-from ubmd.learning.timeline import duration
+from ubmd.cli.live import Bars, Lines
+from ubmd.cli.loop_status import describe_idle, is_running
+from ubmd.learning.loop.timeline import duration
+from ubmd.learning.work.groups import describe_loss, describe_losses
 from ubmd.runs.folder import Event, RunFolder, read_settings_of
 from ubmd.settings.dynamic import DynamicRunSettings
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ubmd.attempts import steps_so_far, targets_in_work
-from ubmd.learning.groups import describe_losses
-from ubmd.learning.timeline import STAGE_NAMES, Timeline, describe_work, duration
+from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work, duration
+from ubmd.learning.work.groups import describe_losses
 from ubmd.runs.folder import RunFolder, read_settings
 from ubmd.settings import RunSettings
 

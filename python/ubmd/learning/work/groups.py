@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from ubmd.errors import LabelError, MachineError, SimulationError, TrainingError, UbmdError
-from ubmd.learning.workers import Executor, TaskCrashed, TaskFailed, WorkersLost, outcome
+from ubmd.learning.work.workers import Executor, TaskCrashed, TaskFailed, WorkersLost, outcome
 from ubmd.runs.folder import EventLog
 
 _POLL = 1.0  # s between two looks at running tasks

@@ -20,10 +20,10 @@ from ubmd.data.state import describe_state, mixed_states
 from ubmd.data.structures import check_free, fixed_atoms, read_structures
 from ubmd.errors import DataError, SettingsError, StorageError, UbmdError
 from ubmd.files import check_name
-from ubmd.learning.clusters import tasks_at_once
 from ubmd.learning.held_out import given_test_set
-from ubmd.learning.stages import check_start, check_states
-from ubmd.learning.timeline import duration
+from ubmd.learning.loop.stages import check_start, check_states
+from ubmd.learning.loop.timeline import duration
+from ubmd.learning.work.clusters import tasks_at_once
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.settings import RunSettings
 
@@ -165,7 +165,7 @@ def check(settings: RunSettings, base: Path, listener: Listener | None = None) -
     yield from plan(settings, base, structures)
     yield from (f"Remark: {sentence}" for sentence in remarks)
     yield "Now every stage in miniature …"
-    from ubmd.learning.loop import run
+    from ubmd.learning.loop.loop import run
 
     with _folder_beside(settings) as path:
         folder = RunFolder(run(miniature(settings, path), base, listener))

@@ -26,14 +26,14 @@ from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import ModelError, TrainingError, UbmdError
 from ubmd.files import content_hash, copy_file, file_hash, is_sealed, move_aside, read_json, write_json
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
-from ubmd.learning import stages
-from ubmd.learning.check import state_remarks, verify
-from ubmd.learning.groups import TaskGroup, note_losses, nothing_ended, run_tasks
+from ubmd.learning.loop import stages
+from ubmd.learning.loop.check import state_remarks, verify
+from ubmd.learning.loop.stages import Origin, Stage, random_generator
 from ubmd.learning.reference import look_at_reference, remarks
-from ubmd.learning.stages import Origin, Stage, random_generator
-from ubmd.learning.tasks import replica_file, train_member
 from ubmd.learning.walk import START, Walk, drive
-from ubmd.learning.workers import Executor, TaskFailed, WorkersLost
+from ubmd.learning.work.groups import TaskGroup, note_losses, nothing_ended, run_tasks
+from ubmd.learning.work.tasks import replica_file, train_member
+from ubmd.learning.work.workers import Executor, TaskFailed, WorkersLost
 from ubmd.measure import convergence
 from ubmd.measure.coverage import coverage
 from ubmd.measure.errors import error_summary

@@ -46,9 +46,9 @@ from ubmd.files import (
     write_text,
 )
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask, salvage
-from ubmd.learning.groups import Lost, TaskGroup, nothing_ended, run_tasks
-from ubmd.learning.tasks import label_file, note_replica, read_finished
-from ubmd.learning.workers import Executor, WorkersLost
+from ubmd.learning.work.groups import Lost, TaskGroup, nothing_ended, run_tasks
+from ubmd.learning.work.tasks import label_file, note_replica, read_finished
+from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.references.labels import check_geometry
 from ubmd.selection import select
 from ubmd.settings import BiasRampSettings, MDRampSettings, ReferenceSettings, RunSettings, StartSettings

@@ -2,7 +2,7 @@
 
 An executor has ``submit(function, *arguments, timeout) -> Future`` and ``stop()``; `outcome` turns the future into the
 result, or into a reason. Whatever the executor (threads of this process by default, or those of
-`ubmd.learning.executors`), it only decides where `isolated` is called: that runs the task in a child process by means
+`learning.work.executors`), it only decides where `isolated` is called: that runs the task in a child process by means
 of pebble. Arguments and results are small (settings, paths): structures travel in files.
 
 What a task gets everywhere:
@@ -10,10 +10,10 @@ What a task gets everywhere:
 - a crash (segmentation fault), a time-out or an exception costs the task it happened in, no other one, and becomes a
   `TaskFailed` with one sentence; what is the machine's fault (a process killed from outside, no memory, no more
   processes) becomes `WorkersLost`;
-- whatever a task leaves changed in its process does not reach the next one (`ubmd.learning.inside`);
+- whatever a task leaves changed in its process does not reach the next one (`ubmd.learning.work.inside`);
 - torch, OpenMP and BLAS use one thread, so that a task repeats bit for bit;
 - its process ends with the driver, also when that is killed with ``kill -9`` (Linux: PR_SET_PDEATHSIG), and so do the
-  programs that a reference has started (`ubmd.learning.keeper`).
+  programs that a reference has started (`ubmd.learning.work.keeper`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pebble import ProcessExpired, ProcessPool
 from ubmd import errors
 from ubmd.errors import MachineError, UbmdError, describe, one_line
 from ubmd.faults import killed_by, killed_from_outside, machine_fault
-from ubmd.learning.inside import CLOSED, NO_PROCESS, Reply, initialise, run_task
+from ubmd.learning.work.inside import CLOSED, NO_PROCESS, Reply, initialise, run_task
 
 _POLL = 0.2  # s between two looks at a running task, or less for shorter time limits
 _SHORTEST_POLL = 0.01
@@ -144,7 +144,7 @@ class _NoLock:
 
 
 class _Process(SpawnProcess):
-    """A process that Ctrl-C in a terminal does not reach while it starts; see `ubmd.learning.inside.initialise`."""
+    """A process that Ctrl-C in a terminal does not reach while it starts; see `inside.initialise`."""
 
     def start(self) -> None:
         """Start it with SIGINT blocked: before it can handle the signal, it would end with a traceback."""

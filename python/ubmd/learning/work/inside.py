@@ -34,7 +34,7 @@ NO_PROCESS = 212
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENMM_CPU_THREADS")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LONGEST_TRACEBACK = 20_000  # characters: the message at its end may be a whole output
-_OWN_MODULES = ("ubmd.errors", "ubmd.learning.workers")  # of errors that the driver raises again
+_OWN_MODULES = ("ubmd.errors", "ubmd.learning.work.workers")  # of errors that the driver raises again
 _LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 
 Reply = tuple[Any, str, str, str]
@@ -143,7 +143,7 @@ def start_keeper(name: str, *options: str) -> None:
 
     Args:
         name: environment variable of this process, and of what it starts from now on.
-        options: see `ubmd.learning.keeper`.
+        options: see `ubmd.learning.work.keeper`.
     """
     value = f"{os.getpid()}-{secrets.token_hex(8)}"
     keeper = str(Path(__file__).with_name("keeper.py"))

@@ -1,0 +1,1 @@
+"""The active-learning loop: train, run biased replicas, select, label, repeat."""
