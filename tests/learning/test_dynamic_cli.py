@@ -26,7 +26,7 @@ from ubmd.cli.template import dynamic_template
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
 from ubmd.learning import RunFolder
-from ubmd.learning.dynamic.learners import ForceConstants
+from ubmd.potentials.learner import ForceConstants
 from ubmd.settings import load_settings
 from ubmd.settings import make_settings as from_table
 from ubmd.settings.dynamic import DynamicRunSettings, DynamicSettings, TriggerSettings, is_dynamic

@@ -35,7 +35,6 @@ from ubmd.lammps.trajectory import (
     write_state,
 )
 from ubmd.lammps.triggers import load_trigger
-from ubmd.learning.dynamic.learners import ForceConstants, Learner, Network
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.loop import stages
@@ -45,6 +44,7 @@ from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.work.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.potentials.force_constants.convergence import converged
+from ubmd.potentials.learner import ForceConstants, Learner, Network
 from ubmd.runs.dynamic_history import ErrorSeries, error_file
 from ubmd.runs.folder import Listener, RunFolder, Stages, open_run
 from ubmd.runs.rewind import argument_hashes
