@@ -1,33 +1,26 @@
 """Settings as tables: declared, checked, read from TOML."""
 
-from ubmd.settings.run import (
+from ubmd.settings.md import BiasRampSettings, BiasSettings, MDRampSettings, MDSettings
+from ubmd.settings.potentials import (
     CRYSTAL_UNCERTAINTY,
-    FITTING_METHODS,
     ORDERS,
-    USUAL_INFO,
-    BiasRampSettings,
-    BiasSettings,
     CrystalSettings,
-    LoopSettings,
-    MDRampSettings,
-    MDSettings,
     ModelSettings,
-    ReferenceSettings,
-    RunSettings,
-    SamplingSettings,
-    SelectionSettings,
-    StartSettings,
-    Table,
-    TestSettings,
     TrainingSettings,
     TrainSettings,
     UncertaintySettings,
+)
+from ubmd.settings.reference import USUAL_INFO, ReferenceSettings, SamplingSettings, TestSettings, check_label_names
+from ubmd.settings.run import (
+    FITTING_METHODS,
+    LoopSettings,
+    RunSettings,
+    SelectionSettings,
+    StartSettings,
     VariablesSettings,
     WorkerSettings,
-    check_label_names,
-    load_settings,
-    make_settings,
 )
+from ubmd.settings.table import Table, load_settings, make_settings
 
 __all__ = [
     "CRYSTAL_UNCERTAINTY",
