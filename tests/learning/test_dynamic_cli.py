@@ -25,6 +25,7 @@ from ubmd.cli.main import app
 from ubmd.cli.template import dynamic_template
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
+from ubmd.lammps.triggers import make_trigger
 from ubmd.learning import RunFolder
 from ubmd.potentials.learner import ForceConstants
 from ubmd.settings import load_settings
@@ -251,10 +252,10 @@ def test_missing_files_are_named(words: str, structure: str, start: dict, tmp_pa
 
 
 def test_triggers_of_the_settings_have_their_arguments() -> None:
-    made = TriggerSettings(rule="average", maximum=0.2, wait=5, floor=0.5).make()
+    made = make_trigger(TriggerSettings(rule="average", maximum=0.2, wait=5, floor=0.5))
     assert made.settings() == {"maximum": 0.2, "factor": 3.0**0.5, "window": 1000, "wait": 5, "floor": 0.5}
-    assert TriggerSettings(rule="absolute", threshold=0.3).make().settings() == {"threshold": 0.3, "floor": 1.0}
-    assert TriggerSettings(rule="history", history=4).make().settings()["history"] == 4
+    assert make_trigger(TriggerSettings(rule="absolute", threshold=0.3)).settings() == {"threshold": 0.3, "floor": 1.0}
+    assert make_trigger(TriggerSettings(rule="history", history=4)).settings()["history"] == 4
 
 
 def test_temperatures_are_dealt_out() -> None:

@@ -21,7 +21,7 @@ from ubmd.learning import RunFolder, Workers, run
 from ubmd.learning.dynamic.engine import check as check_dynamic
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.reference import look_at_reference, remarks
-from ubmd.runs.folder import open_run
+from ubmd.runs.manifest import open_run
 from ubmd.settings import ReferenceSettings
 
 SHORT = {"loop": {"labels": 4}, "training": {"epochs": 2}, "test": None}

@@ -22,7 +22,8 @@ from ubmd.learning.loop.stages import (
     replica_tasks,
     split_batch,
 )
-from ubmd.runs.folder import EventLog, RunFolder, Stages
+from ubmd.runs.folder import EventLog, RunFolder
+from ubmd.runs.stages import Stages
 from ubmd.settings import StartSettings
 
 

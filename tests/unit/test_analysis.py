@@ -38,7 +38,8 @@ from ubmd.measure.errors import parity_data, pearson, share_covered, spearman
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.references import sample
-from ubmd.runs.folder import RunFolder, open_run, read_settings
+from ubmd.runs.folder import RunFolder
+from ubmd.runs.manifest import open_run, read_settings
 from ubmd.settings import (
     ModelSettings,
     ReferenceSettings,

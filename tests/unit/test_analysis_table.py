@@ -19,7 +19,8 @@ from ubmd.cli.main import app
 from ubmd.data.structures import write_structures
 from ubmd.errors import DataError
 from ubmd.measure.autocorrelation import statistical_inefficiency
-from ubmd.runs.folder import RunFolder, open_run
+from ubmd.runs.folder import RunFolder
+from ubmd.runs.manifest import open_run
 from ubmd.settings import RunSettings
 
 EXAMPLES = Path(__file__).parents[2] / "lammps_examples"

@@ -21,7 +21,8 @@ from ubmd.errors import UbmdError
 from ubmd.lammps.trajectory import read_piece
 from ubmd.measure.errors import share_covered, spearman
 from ubmd.runs.dynamic_history import read_errors
-from ubmd.runs.folder import RunFolder, read_settings_of
+from ubmd.runs.folder import RunFolder
+from ubmd.runs.manifest import read_settings_of
 from ubmd.settings.dynamic import DynamicRunSettings
 
 _MOST_PANELS = 6  # trajectories in the picture of errors

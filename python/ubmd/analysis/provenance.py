@@ -8,7 +8,8 @@ from typing import Any
 
 from ubmd.analysis.document import Document
 from ubmd.files import file_hash
-from ubmd.runs.folder import RunFolder, read_settings
+from ubmd.runs.folder import RunFolder
+from ubmd.runs.manifest import read_settings
 from ubmd.settings import RunSettings, Table
 
 _FILES = ("dataset", "test", "model")

@@ -23,7 +23,8 @@ from ubmd.measure.coverage import coverage
 from ubmd.measure.errors import CalibrationData, calibration_data, parity_data, pearson, share_covered, spearman
 from ubmd.measure.isomers import amide_torsions, count_cis
 from ubmd.measure.torsions import torsions
-from ubmd.runs.folder import RunFolder, read_settings
+from ubmd.runs.folder import RunFolder
+from ubmd.runs.manifest import read_settings
 from ubmd.settings import RunSettings
 
 _SETS = {

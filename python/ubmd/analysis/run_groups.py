@@ -22,7 +22,8 @@ from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.measure.errors import CalibrationData, calibration_data, error_summary
 from ubmd.measure.isomers import isomers
-from ubmd.runs.folder import RunFolder, is_dynamic_run, read_settings
+from ubmd.runs.folder import RunFolder
+from ubmd.runs.manifest import is_dynamic_run, read_settings
 from ubmd.settings import RunSettings
 
 Curve = tuple[NDArray[Any], NDArray[Any]]

@@ -19,7 +19,8 @@ from ubmd.cli.live import Bars, Lines
 from ubmd.cli.loop_status import describe_idle, is_running
 from ubmd.learning.loop.timeline import duration
 from ubmd.learning.work.groups import describe_loss, describe_losses
-from ubmd.runs.folder import Event, RunFolder, read_settings_of
+from ubmd.runs.folder import Event, RunFolder
+from ubmd.runs.manifest import read_settings_of
 from ubmd.settings.dynamic import DynamicRunSettings
 
 STAGE_NAMES = {"learn": "training", "measure": "errors", "move": "MD", "label": "labels", "test_set": "test set"}

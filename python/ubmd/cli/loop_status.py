@@ -18,7 +18,8 @@ from rich.text import Text
 from ubmd.attempts import steps_so_far, targets_in_work
 from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work, duration
 from ubmd.learning.work.groups import describe_losses
-from ubmd.runs.folder import RunFolder, read_settings
+from ubmd.runs.folder import RunFolder
+from ubmd.runs.manifest import read_settings
 from ubmd.settings import RunSettings
 
 _SHOWN = 12  # newest iterations in the table

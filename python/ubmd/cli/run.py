@@ -158,7 +158,8 @@ def _run_dynamic(settings: Path, override: list[str]) -> None:
 def status(run_dir: RunDir) -> None:
     """Show where a run stands."""
     from ubmd.cli.console import make_console
-    from ubmd.runs.folder import RunFolder, is_dynamic_run
+    from ubmd.runs.folder import RunFolder
+    from ubmd.runs.manifest import is_dynamic_run
 
     if is_dynamic_run(RunFolder(run_dir)):
         from ubmd.cli.dynamic_progress import status as describe_dynamic_run
@@ -176,7 +177,8 @@ def report(run_dir: RunDir, run_models: RunModels = False) -> None:
     Learning curves, model against reference, uncertainty against error, what was explored, how replicas ended, rejected
     labels, time per stage, settings and versions. The same as report.md, with the pictures as PNG files, for papers.
     """
-    from ubmd.runs.folder import RunFolder, is_dynamic_run
+    from ubmd.runs.folder import RunFolder
+    from ubmd.runs.manifest import is_dynamic_run
 
     if RunFolder(run_dir).manifest.exists():  # else there is no run to report
         check_outputs(RunFolder(run_dir).report, [], "report")

@@ -340,7 +340,8 @@ def info(
 def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
     """(manifest, tables) of a run."""
     from ubmd.analysis.provenance import changed_settings, provenance_rows
-    from ubmd.runs.folder import RunFolder, is_dynamic_run, read_settings, read_settings_of
+    from ubmd.runs.folder import RunFolder
+    from ubmd.runs.manifest import is_dynamic_run, read_settings, read_settings_of
     from ubmd.settings.dynamic import DynamicRunSettings
 
     run = RunFolder(folder)

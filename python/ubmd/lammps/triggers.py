@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ubmd.errors import DataError, SettingsError
+from ubmd.settings.dynamic import TriggerSettings
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,11 @@ class HistoryTrigger(Trigger):
 
 
 KINDS: dict[str, type[Trigger]] = {kind.kind: kind for kind in (AbsoluteTrigger, AverageTrigger, HistoryTrigger)}
+
+
+def make_trigger(settings: TriggerSettings) -> Trigger:
+    """A fresh trigger."""
+    return KINDS[settings.rule](**settings.arguments(), floor=settings.floor)
 
 
 def load_trigger(state: Mapping[str, Any]) -> Trigger:

