@@ -21,7 +21,7 @@ from ubmd.lammps import replica
 from ubmd.lammps.replica import ReplicaTask, run_replica, salvage
 from ubmd.lammps.trajectory import PieceTask, TrajectoryState, run_piece, write_state
 from ubmd.lammps.triggers import AbsoluteTrigger
-from ubmd.learning.loop.stages import run_replicas
+from ubmd.learning.loop.replicas import run_replicas
 from ubmd.learning.work.groups import TaskGroup
 from ubmd.learning.work.tasks import label_file, replica_file
 from ubmd.learning.work.workers import Workers

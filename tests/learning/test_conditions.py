@@ -18,7 +18,8 @@ from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
 from ubmd.lammps.replica import ReplicaTask
 from ubmd.learning import RunFolder, run
-from ubmd.learning.loop.stages import fresh_sides, ramped, replica_tasks, split_batch
+from ubmd.learning.dataset import fresh_sides, split_batch
+from ubmd.learning.loop.replicas import ramped, replica_tasks
 from ubmd.references import label
 from ubmd.settings import RunSettings, load_settings
 

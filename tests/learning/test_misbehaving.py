@@ -17,7 +17,7 @@ from processes import is_alive, wait_for
 
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import LabelError, SettingsError
-from ubmd.learning.loop.stages import label_batch, read_batch
+from ubmd.learning.labels import label_batch, read_batch
 from ubmd.learning.work.tasks import label_file
 from ubmd.learning.work.workers import TaskCrashed, TaskTimeout, Workers, WorkersLost, outcome
 from ubmd.settings import ReferenceSettings

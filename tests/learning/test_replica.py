@@ -21,7 +21,7 @@ from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SimulationError
 from ubmd.lammps import replica
 from ubmd.lammps.replica import ReplicaTask, run_replica, salvage
-from ubmd.learning.loop.stages import perturb
+from ubmd.learning.start import perturb
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.trainer import train
 from ubmd.references import label

@@ -11,18 +11,13 @@ from system import cluster, make_settings
 
 from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import DataError
+from ubmd.learning.dataset import append_once, fresh_split, split_batch
 from ubmd.learning.loop.loop import run
-from ubmd.learning.loop.stages import (
-    Stage,
-    append_once,
-    fresh_split,
-    make_pool,
-    perturb,
-    random_generator,
-    replica_tasks,
-    split_batch,
-)
+from ubmd.learning.loop.replicas import replica_tasks
+from ubmd.learning.loop.selecting import make_pool
+from ubmd.learning.start import perturb
 from ubmd.runs.folder import EventLog, RunFolder
+from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages
 from ubmd.settings import StartSettings
 

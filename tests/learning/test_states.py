@@ -23,8 +23,8 @@ from ubmd.lammps.trajectory import TrajectoryState
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.learning.dynamic.engine import run as run_dynamic
+from ubmd.learning.labels import reference_key
 from ubmd.learning.loop.check import plan, verify
-from ubmd.learning.loop.stages import reference_key
 
 INFO = ("charge", "spin", "multiplicity")
 SHIFT = 12.0  # eV, of the energy of the state below

@@ -14,8 +14,9 @@ from ase.io import read, write
 from ubmd.data.state import bare, electrons_differ, state_hash, structures_hash
 from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures, write_structures
 from ubmd.errors import DataError, LabelError, SettingsError
+from ubmd.learning.labels import label_key
 from ubmd.learning.loop.check import verify
-from ubmd.learning.loop.stages import check_start, check_states, label_key, perturb
+from ubmd.learning.start import check_start, check_states, perturb
 from ubmd.references import label, labels, sample
 from ubmd.references.cache import label_hash, structure_hash
 from ubmd.references.electrons import spin_multiplicity, total_charge

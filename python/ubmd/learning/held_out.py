@@ -12,12 +12,12 @@ from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures, write_structures
 from ubmd.errors import LabelError, MachineError, SettingsError, UbmdError
 from ubmd.files import check_space, content_hash, copy_file, is_sealed, read_json, write_json
-from ubmd.learning.loop.stages import prepare_folder, reference_key
+from ubmd.learning.labels import reference_key
 from ubmd.learning.work.groups import TaskGroup, note_losses
 from ubmd.learning.work.tasks import sample_file
 from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.runs.folder import EventLog, RunFolder
-from ubmd.runs.stages import Stages
+from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import ReferenceSettings, TestSettings, WorkerSettings
 
 

@@ -15,14 +15,24 @@ from ubmd.data.structures import dataset_hash, write_structures
 from ubmd.errors import LabelError, MachineError, SettingsError, UbmdError
 from ubmd.faults import is_full
 from ubmd.files import content_hash, full_disk, read_json, write_json
+from ubmd.learning.dataset import append_once, read_dataset
 from ubmd.learning.held_out import HeldOut, Tested
-from ubmd.learning.loop import stages
+from ubmd.learning.labels import (
+    batch_is_whole,
+    forget_rejections,
+    free_lost,
+    label_batch,
+    mend_batch,
+    read_batch,
+    read_postponed,
+    reference_key,
+)
 from ubmd.learning.work.executors import Adapter, forget_dead_drivers, make_executor
 from ubmd.learning.work.groups import note_losses
 from ubmd.learning.work.workers import Executor
 from ubmd.references import energy_jumps
 from ubmd.runs.folder import EventLog, Listener, RunFolder
-from ubmd.runs.stages import Stages
+from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import WorkerSettings
 
 LARGEST_FRUITLESS = 3  # turns in a row that lead nowhere, after which a run gives up
@@ -97,7 +107,7 @@ class Walk:
         if changes:
             self.events.write("settings_changed", changes=changes)
         folder.mend_history()
-        self.known = stages.read_dataset(folder.dataset)
+        self.known = read_dataset(folder.dataset)
         self.dataset: list[Atoms] = []
         self.rejected: list[Atoms] = []
         self.postponed: list[Atoms] = []
@@ -128,7 +138,7 @@ class Walk:
         once = Stages(self.folder.path, self.events, {self.unit: START})
         reference, folder = self.settings.reference, self.folder.path / "start"
         key, stateless = (
-            content_hash([hashed, stages.reference_key(reference)])
+            content_hash([hashed, reference_key(reference)])
             for hashed in (structures_hash(candidates, reference.info), dataset_hash(candidates))
         )
         mark = folder / "key"
@@ -151,8 +161,8 @@ class Walk:
         def work() -> None:
             batch = candidates()
             again = sum("first_iteration" in atoms.info for atoms in batch)
-            stages.prepare_folder(folder, key)
-            stages.label_batch(
+            prepare_folder(folder, key)
+            label_batch(
                 batch,
                 folder,
                 settings.reference,
@@ -166,7 +176,7 @@ class Walk:
             write_json(done, {"candidates": len(batch)} | ({"asked_again": again} if again else {}))
 
         self._mend_labels(number, folder)
-        if done.exists() and not stages.batch_is_whole(folder):
+        if done.exists() and not batch_is_whole(folder):
             done.unlink()
         once.run("label", key, [done], work)
         try:
@@ -175,16 +185,16 @@ class Walk:
                 self._check_start_labels()
         except (LabelError, MachineError):
             # Whoever resumes has mended the reference: its rejections must not end the run again.
-            stages.forget_rejections(folder)
+            forget_rejections(folder)
             done.unlink()
             raise
 
     def _take(self, number: int, folder: Path) -> None:
         """Append a labelled batch; what it has postponed comes behind what was not asked again of earlier ones."""
         done = folder / "done.json"
-        self._append(number, *stages.read_batch(folder))
+        self._append(number, *read_batch(folder))
         again = read_json(done).get("asked_again", 0) if done.exists() else 0
-        self.postponed = self.postponed[again:] + stages.read_postponed(folder)
+        self.postponed = self.postponed[again:] + read_postponed(folder)
 
     def _ask_again(self, number: int, room: int) -> list[Atoms]:
         """The first postponed structures, at most ``room``, as candidates of a turn."""
@@ -220,11 +230,11 @@ class Walk:
         """
         if not folder.exists():
             return
-        if len(self.folder.read_history()) <= number + 1 and stages.free_lost(folder):
+        if len(self.folder.read_history()) <= number + 1 and free_lost(folder):
             self._write_rejected()
             self._remark(["Structures that were rejected for a fault of the machine are asked for again."])
-        if not stages.batch_is_whole(folder):
-            stages.mend_batch(folder, self._known_of(number), self.settings.reference)
+        if not batch_is_whole(folder):
+            mend_batch(folder, self._known_of(number), self.settings.reference)
 
     def _is_settled(self, number: int, once: Stages, stages_done: tuple[str, ...], key: str) -> bool:
         """Whether a turn has ended and its labels are whole: then little else of it is needed any more.
@@ -238,7 +248,7 @@ class Walk:
         self._mend_labels(number, labels)
         return (
             all(once.is_done(name, key) for name in stages_done)
-            and stages.batch_is_whole(labels)
+            and batch_is_whole(labels)
             and len(self.folder.read_history()) > number
         )
 
@@ -253,7 +263,7 @@ class Walk:
         for k, atoms in enumerate(labelled):
             atoms.info["label"] = len(self.dataset) + k
         self._accept(number, labelled)
-        self._dataset_bytes = stages.append_once(
+        self._dataset_bytes = append_once(
             self.folder.dataset,
             self._dataset_bytes,
             labelled,

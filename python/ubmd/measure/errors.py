@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 from numpy.typing import ArrayLike, NDArray
 
-from ubmd.calculator import Prediction
-from ubmd.data.structures import EV_PER_A3_IN_MPA, labels_of
+from ubmd.calculator import Evaluator, Prediction
+from ubmd.data.structures import (
+    EV_PER_A3_IN_MPA,
+    labels_of,
+)
 from ubmd.errors import DataError
 
 Array = NDArray[np.float64]
@@ -177,3 +181,14 @@ def parity_data(structures: Sequence[Atoms], predictions: Sequence[Prediction]) 
         stress_label=EV_PER_A3_IN_MPA * np.ravel([label for _, label in stresses]),
         stress=EV_PER_A3_IN_MPA * np.ravel([value for value, _ in stresses]),
     )
+
+
+def calibration_of(evaluator: Evaluator) -> dict[str, Any]:
+    """Conformal factors of energy and force uncertainties (no unit), and the confidence that they reach."""
+    energy, forces = (evaluator.metadata["uncertainty"][name] for name in ("energy", "forces"))
+    return {
+        "energy_factor": energy["scale"],
+        "force_factor": forces["scale"],
+        "energy_attainable": energy["attainable"],
+        "force_attainable": forces["attainable"],
+    }

@@ -10,9 +10,11 @@ from typing import Any
 
 from ubmd.files import (
     file_hash,
+    move_aside,
     read_json,
     read_json_if_whole,
     write_json,
+    write_text,
 )
 from ubmd.runs.folder import EventLog
 
@@ -69,3 +71,12 @@ class Stages:
 
     def _mark(self, name: str) -> Path:
         return self.folder / ".stages" / f"{name}.json"
+
+
+def prepare_folder(folder: Path, key: str) -> None:
+    """Keep what an interrupted stage with the same inputs left in its folder; move anything else aside."""
+    mark = folder / "key"
+    if mark.exists() and mark.read_text() == key:
+        return
+    move_aside(folder, folder.parent / "aside")
+    write_text(mark, key)

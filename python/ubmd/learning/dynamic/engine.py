@@ -37,9 +37,9 @@ from ubmd.lammps.trajectory import (
 from ubmd.lammps.triggers import load_trigger, make_trigger
 from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
 from ubmd.learning.held_out import given_test_set
-from ubmd.learning.loop import stages
-from ubmd.learning.loop.stages import Stage, random_generator
+from ubmd.learning.labels import reference_key
 from ubmd.learning.reference import check_here, look_at_reference, remarks
+from ubmd.learning.start import check_movable, check_periodicity
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.work.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.work.workers import Executor, WorkersLost
@@ -49,6 +49,7 @@ from ubmd.runs.dynamic_history import ErrorSeries, error_file
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.runs.manifest import open_run
 from ubmd.runs.rewind import argument_hashes
+from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages
 from ubmd.settings.dynamic import DynamicRunSettings, box_file
 from ubmd.uncertainty.conformal import conformal_scale
@@ -123,8 +124,8 @@ def check_box(settings: DynamicRunSettings, base: Path) -> Atoms:
     """
     box = ideal_box(settings, base)
     name = box_file(settings, base).name
-    stages.check_periodicity(box, name)
-    stages.check_movable(box, name, settings.reference.min_distance)
+    check_periodicity(box, name)
+    check_movable(box, name, settings.reference.min_distance)
     return box
 
 
@@ -244,7 +245,7 @@ class Engine(Walk):
         chain = before.keys["move"] if before else structures_hash([self.box], self.settings.reference.info)
         # The tasks of the pieces follow from these and from the chain before.
         move = content_hash([learn, chain, outcome, self._motion_key, self._lengths(number)])
-        reference = stages.reference_key(self.settings.reference)
+        reference = reference_key(self.settings.reference)
         keys = {"learn": learn, "move": move, "label": content_hash([move, self.dynamic.batch, reference])}
         model = folder if refit else before.model if before else folder
         return _Round(number, once, len(self.dataset), model, refit, keys)

@@ -21,8 +21,8 @@ from ubmd.data.structures import check_free, fixed_atoms, read_structures
 from ubmd.errors import DataError, SettingsError, StorageError, UbmdError
 from ubmd.files import check_name
 from ubmd.learning.held_out import given_test_set
-from ubmd.learning.loop.stages import check_start, check_states
 from ubmd.learning.loop.timeline import duration
+from ubmd.learning.start import check_start, check_states
 from ubmd.learning.work.clusters import tasks_at_once
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.settings import RunSettings

@@ -26,17 +26,20 @@ from ubmd.data.structures import dataset_hash, read_structures, write_structures
 from ubmd.errors import ModelError, TrainingError, UbmdError
 from ubmd.files import content_hash, copy_file, file_hash, is_sealed, move_aside, read_json, write_json
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
-from ubmd.learning.loop import stages
+from ubmd.learning.dataset import fresh_sides, split_batch
+from ubmd.learning.labels import reference_key
 from ubmd.learning.loop.check import state_remarks, verify
-from ubmd.learning.loop.stages import Origin, Stage, random_generator
+from ubmd.learning.loop.replicas import Origin, frames_are_damaged, replica_tasks, run_replicas, settled
+from ubmd.learning.loop.selecting import make_pool, read_frames, select_batch
 from ubmd.learning.reference import look_at_reference, remarks
+from ubmd.learning.start import perturb
 from ubmd.learning.walk import START, Walk, drive
 from ubmd.learning.work.groups import TaskGroup, note_losses, nothing_ended, run_tasks
 from ubmd.learning.work.tasks import replica_file, train_member
 from ubmd.learning.work.workers import Executor, TaskFailed, WorkersLost
 from ubmd.measure import convergence
 from ubmd.measure.coverage import coverage
-from ubmd.measure.errors import error_summary
+from ubmd.measure.errors import calibration_of, error_summary
 from ubmd.measure.torsions import torsions
 from ubmd.potentials.gmnn.checkpoint import load_weights
 from ubmd.potentials.gmnn.export import export_model
@@ -44,7 +47,8 @@ from ubmd.potentials.gmnn.members import member_folders, member_seed, train_memb
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.runs.manifest import open_run
 from ubmd.runs.rewind import input_hashes, take_back
-from ubmd.runs.stages import Stages
+from ubmd.runs.seeds import Stage, random_generator
+from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import RunSettings
 
 
@@ -185,7 +189,7 @@ class Loop(Walk):
     def _start(self) -> None:
         """Perturbed copies of the start structures are the first labels."""
         rng = random_generator(self.settings.seed, 0, Stage.START)
-        candidates = stages.perturb(self.start_structures, self.settings.start, rng, self.settings.reference.info)
+        candidates = perturb(self.start_structures, self.settings.start, rng, self.settings.reference.info)
         for k, atoms in enumerate(candidates):
             atoms.info |= {"iteration": START, "replica": k, "step": 0}
         self._label_start(candidates)
@@ -219,11 +223,11 @@ class Loop(Walk):
         tasks = self._tasks(iteration, list(starts), once.folder / "model.pt")
         left = [[origin, self._keys[origin[0]]["md"]] for origin in self._left]
         where = structures_hash(list(starts.values()), settings.reference.info)
-        md = content_hash([model, [stages.settled(task) for task in tasks.values()], where, left])
+        md = content_hash([model, [settled(task) for task in tasks.values()], where, left])
         selection = settings.selection.model_dump(mode="json")
         select = content_hash([md, sets, selection, settings.uncertainty.lambda2, settings.seed])
         again = [structures_hash(self.postponed, settings.reference.info)] if self.postponed else []
-        label = content_hash([select, stages.reference_key(settings.reference), *again])
+        label = content_hash([select, reference_key(settings.reference), *again])
         keys = {"train": train, "export": model, "md": md, "select": select, "label": label}
         self._keys[iteration] = keys
         return _Turn(iteration, once, training, validation, calibration, starts, tasks, keys, epochs)
@@ -240,7 +244,7 @@ class Loop(Walk):
 
     def _tasks(self, iteration: int, files: list[Path], model: Path) -> dict[Origin, ReplicaTask]:
         """New replicas: those whose earlier ones don't run on."""
-        tasks = stages.replica_tasks(self.settings, iteration, model, files, self.base)
+        tasks = replica_tasks(self.settings, iteration, model, files, self.base)
         busy = {replica for _, replica in self._left}
         return {(iteration, task.replica): task for task in tasks if task.replica not in busy}
 
@@ -250,7 +254,7 @@ class Loop(Walk):
         damaged = not turn.once.is_done("export", turn.keys["export"])
         if damaged and (turn.once.folder / "model.pt").exists():  # the report may look at it
             self._export(turn, self._weights())
-        for frames in filter(stages.frames_are_damaged, self._frame_files(turn)):
+        for frames in filter(frames_are_damaged, self._frame_files(turn)):
             move_aside(frames, self.folder.path / "aside")
         self._left = self._read_left(turn)
         self.history.append(self.folder.read_history()[turn.iteration])
@@ -290,7 +294,7 @@ class Loop(Walk):
         sides = [atoms.info["split"] for atoms in self.dataset]
         if not self.settings.loop.warm_start:
             rng = random_generator(self.settings.seed, iteration, Stage.SPLIT, replica=1)
-            sides = stages.fresh_sides(sides, self.settings.loop.validation_share, rng)
+            sides = fresh_sides(sides, self.settings.loop.validation_share, rng)
         pairs = list(zip(self.dataset, sides, strict=True))
         training, validation, calibration = ([a for a, s in pairs if s == side] for side in ("train", "valid", "calib"))
         return training, validation, calibration
@@ -305,12 +309,12 @@ class Loop(Walk):
             initial = previous() if previous is not None and settings.loop.warm_start else None
             # If earlier weights had to be made again, a checkpoint that began from the lost ones may not fit.
             key = content_hash([turn.keys["train"], [file_hash(path) for path in initial or []]])
-            stages.prepare_folder(folder, key)
+            prepare_folder(folder, key)
             try:
                 self._train_networks(turn, folder, initial, key)
             except ModelError:  # a damaged checkpoint
                 move_aside(folder, folder.parent / "aside")
-                stages.prepare_folder(folder, key)
+                prepare_folder(folder, key)
                 self._train_networks(turn, folder, initial, key)
 
         turn.once.run("train", turn.keys["train"], weights, work)
@@ -372,7 +376,7 @@ class Loop(Walk):
             errors = {name: error_summary(sets[name], each) for name, each in found.items()}
             if test:
                 predictions.keep_predictions(kept, test, found["test"], evaluator.metadata["uncertainty"])
-            write_json(target, errors | {"calibration": stages.calibration_of(evaluator)})
+            write_json(target, errors | {"calibration": calibration_of(evaluator)})
 
         key = content_hash([turn.keys["export"], [dataset_hash(atoms) for atoms in sets.values()], precision])
         turn.once.run("measure", key, [target, kept] if test else [target], measure)
@@ -411,7 +415,7 @@ class Loop(Walk):
         def work() -> None:
             model_keys = {iteration: keys["export"] for iteration, keys in self._keys.items()}
             share = loop.asynchronous_share if loop.asynchronous else 1.0
-            results = stages.run_replicas(tasks, self._replicas, model_keys, report, progress, share)
+            results = run_replicas(tasks, self._replicas, model_keys, report, progress, share)
             running = self._replicas.running()
             write_json(left, sorted(origin for origin in tasks if origin in running - set(results)))
             own = {origin: result.model_dump() for origin, result in results.items()}
@@ -443,13 +447,13 @@ class Loop(Walk):
         def work() -> None:
             # Not in the key: a limit that grows later must not change batches that are already labelled.
             count = min(self.settings.selection.batch, self._affordable())
-            pool = stages.make_pool(self._frame_files(turn))
-            chosen, summary = stages.select_batch(pool, turn.training, model, count, self.settings, turn.iteration)
+            pool = make_pool(self._frame_files(turn))
+            chosen, summary = select_batch(pool, turn.training, model, count, self.settings, turn.iteration)
             write_structures(target, chosen)
             write_json(record, summary)
 
         turn.once.run("select", turn.keys["select"], [target, record], work)
-        chosen = stages.read_frames(target)
+        chosen = read_frames(target)
         return chosen + self._ask_again(turn.iteration, self._affordable() - len(chosen))
 
     def _accept(self, number: int, labelled: list[Atoms]) -> None:
@@ -457,7 +461,7 @@ class Loop(Walk):
         sides = [atoms.info["split"] for atoms in self.dataset]
         loop = self.settings.loop
         rng = random_generator(self.settings.seed, number + 1, Stage.SPLIT)
-        new = stages.split_batch(
+        new = split_batch(
             sides.count("train"),
             sides.count("valid"),
             len(labelled),
@@ -502,7 +506,7 @@ class Loop(Walk):
         indices = list(self.settings.variables.torsions.values())[:2]
         if len(indices) < 2:
             return None
-        frames = [frame for path in files if path.exists() for frame in stages.read_frames(path)]
+        frames = [frame for path in files if path.exists() for frame in read_frames(path)]
         if frames:
             self._torsions.append(torsions(frames, indices))
         if not self._torsions:
