@@ -28,7 +28,7 @@ from ase.io import write
 
 from ubmd.analysis.style import COLOURS, legend_above, new_figure, save
 from ubmd.learning.dynamic.engine import ideal_box
-from ubmd.potentials.gmnn.export import load_model
+from ubmd.potentials.file import load_model
 from ubmd.settings import load_settings
 from ubmd.settings.dynamic import DynamicRunSettings
 

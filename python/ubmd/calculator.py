@@ -17,10 +17,10 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ubmd.data.graph import VOIGT
 from ubmd.errors import ArgumentError, ModelError
 from ubmd.operators import available
-from ubmd.potentials.evaluation import Prediction
 from ubmd.potentials.evaluator import NetworkEvaluator
+from ubmd.potentials.file import load_with_record
 from ubmd.potentials.force_constants.evaluator import NO_STRESS, CrystalEvaluator
-from ubmd.potentials.gmnn.export import load_with_record
+from ubmd.potentials.interface import Prediction
 from ubmd.potentials.record import complete_record
 from ubmd.spelling import nearest
 

@@ -1,4 +1,4 @@
-"""Loader of the compiled operators ``torch.ops.ubmd.*`` (``libubmd_ops.so``; ``cpp/ops`` says what they compute).
+"""The compiled operators ``torch.ops.ubmd.*`` (``libubmd_ops.so``; ``cpp/ops`` says what they compute).
 
 The LAMMPS plugin links the same file, so that a process which has both has one copy of the operators.
 """
@@ -6,6 +6,10 @@ The LAMMPS plugin links the same file, so that a process which has both has one 
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor, nn
 
 from ubmd.errors import ModelError
 
@@ -22,8 +26,6 @@ def library_file() -> Path:
 @cache
 def load() -> None:
     """Register the operators with torch; calling it again does nothing. Raises ModelError if they can't be."""
-    import torch
-
     try:
         torch.ops.load_library(str(library_file()))
     except OSError as error:
@@ -40,3 +42,42 @@ def available() -> bool:
     except ModelError:
         return False
     return True
+
+
+ACTIVATION_SCALE = 1.6765324703310907  # unit second moment of SiLU under N(0, 1)
+
+
+class Products(nn.Module):
+    """Matrix products and activations of closed forms: those of the operator library where it is used.
+
+    The library's operators have no autograd.
+    """
+
+    operators: Final[bool]
+
+    def __init__(self, operators: bool = False) -> None:
+        super().__init__()
+        self.operators = operators
+
+    def product(self, left: Tensor, right: Tensor, add: Tensor | None = None) -> Tensor:
+        """left @ right [n, m], plus ``add`` ([m] or [n, m]) if given."""
+        if self.operators and left.is_cpu:
+            return torch.ops.ubmd.product(left, right, add)
+        return torch.mm(left, right) if add is None else torch.addmm(add, left, right)
+
+    def activation(self, z: Tensor, order: int) -> list[Tensor]:
+        """`activation`, in one pass where there are operators."""
+        if self.operators and z.is_cpu:
+            return torch.ops.ubmd.activation(z, order)
+        return activation(z, order)
+
+
+def activation(z: Tensor, order: int, scale: float = ACTIVATION_SCALE) -> list[Tensor]:
+    """Scaled SiLU c z sigma(z), its derivative (order 1) and its second derivative (order 2), differentiable."""
+    sigmoid = torch.sigmoid(z)
+    x = z * sigmoid
+    rest = 1.0 - sigmoid
+    results = [scale * x, scale * (sigmoid + x * rest)]
+    if order > 1:
+        results.append((scale * sigmoid * rest) * (2.0 + z * (1.0 - 2.0 * sigmoid)))
+    return results

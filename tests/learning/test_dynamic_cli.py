@@ -27,7 +27,7 @@ from ubmd.data.structures import read_structures, write_structures
 from ubmd.errors import SettingsError
 from ubmd.lammps.triggers import make_trigger
 from ubmd.learning import RunFolder
-from ubmd.potentials.learner import ForceConstants
+from ubmd.potentials.force_constants.learner import ForceConstants
 from ubmd.settings import load_settings
 from ubmd.settings import make_settings as from_table
 from ubmd.settings.dynamic import DynamicRunSettings, DynamicSettings, TriggerSettings, is_dynamic

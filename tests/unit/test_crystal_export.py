@@ -19,11 +19,11 @@ from scipy.spatial.transform import Rotation
 import ubmd
 from ubmd.calculator import Calculator, Evaluator
 from ubmd.errors import DataError, ModelError
+from ubmd.potentials.file import load_model
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.export import GUARD, crystal_operators, export_crystal
 from ubmd.potentials.force_constants.lattice import Supercell
 from ubmd.potentials.force_constants.regression import Posterior
-from ubmd.potentials.gmnn.export import load_model
 from ubmd.uncertainty.conformal import ConformalScale
 
 pytest.importorskip("spglib")

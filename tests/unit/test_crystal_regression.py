@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ubmd.errors import DataError, ModelError
-from ubmd.potentials.force_constants.convergence import below_noise, converged, determined, little_to_gain
+from ubmd.potentials.force_constants.convergence import below_noise, determined, little_to_gain
 from ubmd.potentials.force_constants.regression import (
     NormalEquations,
     Posterior,
@@ -16,6 +16,7 @@ from ubmd.potentials.force_constants.regression import (
     select_batch,
     shrink,
 )
+from ubmd.potentials.interface import converged
 
 ORDERS = np.repeat([2, 3, 4], [6, 10, 14])
 P = len(ORDERS)

@@ -21,7 +21,8 @@ from small_model import ELEMENTS, SETTINGS, labelled, triclinic
 from ubmd.data.graph import Graph, build_graph
 from ubmd.operators import available
 from ubmd.potentials.evaluation import Evaluation, FastEvaluation, evaluation
-from ubmd.potentials.gmnn.export import export_model, load_model
+from ubmd.potentials.file import load_model
+from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.potentials.gmnn.sketch import GradientSketch
 from ubmd.settings import UncertaintySettings

@@ -13,7 +13,8 @@ from small_model import ELEMENTS, SETTINGS, central, labelled, triclinic
 from ubmd.calculator import Calculator
 from ubmd.data.graph import build_graph, collate
 from ubmd.errors import DataError, ModelError
-from ubmd.potentials.gmnn.export import export_model, load_model
+from ubmd.potentials.file import load_model
+from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.gaussian_moments import GaussianMoments, count_invariants
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, UncertaintySettings

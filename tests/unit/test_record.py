@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from ubmd.calculator import Evaluator
 from ubmd.cli.train import register
 from ubmd.errors import ModelError
-from ubmd.potentials.gmnn.export import export_model, load_model
+from ubmd.potentials.file import load_model
+from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.potentials.record import read_record
 from ubmd.settings import UncertaintySettings

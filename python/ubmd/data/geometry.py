@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from ase import Atoms
-from ase.neighborlist import primitive_neighbor_list
+from ase.data import covalent_radii
+from ase.neighborlist import neighbor_list, primitive_neighbor_list
 from numpy.typing import NDArray
 from vesin import NeighborList
 
-from ubmd.errors import DataError
+from ubmd.errors import DataError, LabelError
 
 SAME_PLACE = 1e-3  # Å: closer atoms are one atom given twice
 _THINNEST = 0.1  # Å between lattice planes; thousands of periodic images otherwise
@@ -122,3 +126,37 @@ def _is_slender(atoms: Atoms, cutoff: float) -> bool:
     cells = np.maximum(1.0, np.ceil(spans / cutoff))
     total = float(cells.prod())
     return total > _MOST_CELLS and bool(cells.min() * np.cbrt(_MOST_CELLS / total) < 2.0)
+
+
+@contextmanager
+def unfit_structures() -> Iterator[None]:
+    """A DataError about a structure as a LabelError."""
+    try:
+        yield
+    except DataError as error:
+        raise LabelError(f"The structure cannot be labelled: {error}") from None
+
+
+def check_geometry(atoms: Atoms, min_distance: float) -> None:
+    """LabelError if positions or cell make no sense, or two atoms are closer than this share of their covalent radii.
+
+    Whatever the share, two atoms may not be at the same place.
+    """
+    bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
+    if len(bad):
+        raise LabelError(f"The position of atom {bad[0]} (from 0) is not finite.")
+    with unfit_structures():
+        check_cell(atoms)
+    limits = min_distance * covalent_radii[atoms.numbers]
+    first, second, distance = neighbor_list("ijd", atoms, cutoff=limits)
+    if len(distance):
+        pair = int(np.argmin(distance))
+        i, j = first[pair], second[pair]
+        limit = limits[[i, j]].sum()
+        raise LabelError(
+            f"Atoms {i} ({atoms.symbols[i]}) and {j} ({atoms.symbols[j]}) are too close: {distance[pair]:.3f} Å, "
+            f"limit {limit:.3f} Å (reference.min_distance)."
+        )
+    if 2.0 * limits.min() <= SAME_PLACE:  # else the search above has seen them
+        with unfit_structures():
+            check_apart(atoms)

@@ -193,3 +193,9 @@ def strain_gradient(edge_vector: Tensor, edge_gradient: Tensor, owner: Tensor, n
     outer = edge_vector.unsqueeze(2) * edge_gradient.unsqueeze(1)
     total = torch.zeros(n_structures, 3, 3, dtype=outer.dtype, device=outer.device).index_add(0, owner, outer)
     return 0.5 * (total + total.transpose(1, 2))
+
+
+def structure_means(phi: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean features [S, p] of the structures of a batch from atomic features [N, p]."""
+    sums = torch.zeros(batch.n_structures, phi.size(1), dtype=phi.dtype).index_add(0, batch.structure, phi)
+    return sums / batch.counts.unsqueeze(1)

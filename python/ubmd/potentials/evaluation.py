@@ -4,33 +4,12 @@ Each graph goes through descriptor and network once where the module has the fas
 through its generic part otherwise.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ubmd.data.graph import Batch, Graph, scatter_forces
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says about one structure.
-
-    energy: eV; forces: [n, 3] eV/Å; stress: [6] eV/Å^3, ASE order (None without a cell; of crystals what exceeds the
-    stress of the ideal one); u: calibrated structure uncertainty, eV/atom; atomic_u: [n] calibrated, eV/Å; feature: [p]
-    structure feature, divided by the model's feature scale so that lambda2 of its settings applies. Of crystals it is
-    Wᵀφ (S = W Wᵀ is the posterior covariance, φ the mean derivative of the energy by the parameters), whose length is
-    the uncalibrated u.
-    """
-
-    energy: float
-    forces: np.ndarray
-    stress: np.ndarray | None
-    u: float
-    atomic_u: np.ndarray
-    feature: np.ndarray
 
 
 def evaluation(module: Any, pairs: Graph | Batch, edge_vector: Tensor) -> "Evaluation":

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
 
-from ubmd.data.graph import VOIGT, Batch, Graph, build_graph, chunks, collate, scatter_forces, strain_gradient
+from ubmd.data.graph import (
+    VOIGT,
+    Batch,
+    Graph,
+    build_graph,
+    chunks,
+    collate,
+    scatter_forces,
+    strain_gradient,
+    structure_means,
+)
 from ubmd.errors import DataError
-from ubmd.potentials.evaluation import Evaluation, Prediction, evaluation, is_ensemble
-from ubmd.potentials.gmnn.export import structure_means
+from ubmd.potentials.evaluation import Evaluation, evaluation, is_ensemble
+from ubmd.potentials.file import load_with_record
+from ubmd.potentials.interface import Prediction
+from ubmd.potentials.record import complete_record
+
+
+def load_network(path: Path, precision: str) -> NetworkEvaluator:
+    """The evaluator of a network's model file; see `load_with_record` for the errors."""
+    module, record = load_with_record(path, precision)
+    with complete_record(path):
+        return NetworkEvaluator(module, record, precision)
 
 
 class NetworkEvaluator:

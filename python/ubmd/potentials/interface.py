@@ -1,17 +1,10 @@
-"""Evaluate any module with a model file's interface: energies, gradients, features, uncertainties and their gradients.
+"""What all potentials have in common: what they predict, and when one is converged."""
 
-Each graph goes through descriptor and network once where the module has the fast interface (`Deployed.evaluate`), and
-through its generic part otherwise.
-"""
-
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from ubmd.data.graph import Batch, Graph, scatter_forces
 
 
 @dataclass(frozen=True)
@@ -33,114 +26,27 @@ class Prediction:
     feature: np.ndarray
 
 
-def evaluation(module: Any, pairs: Graph | Batch, edge_vector: Tensor) -> "Evaluation":
-    """Everything about the atoms of one graph or batch; ``edge_vector`` [P, 3] in the precision that is wanted."""
-    if hasattr(module, "evaluate"):
-        return FastEvaluation(module, pairs, edge_vector)
-    return Evaluation(module, pairs, edge_vector)
+@dataclass(frozen=True)
+class Signal:
+    """One signal of convergence."""
+
+    name: str
+    """'determined', 'below noise' or 'little to gain'"""
+    holds: bool
+    value: float
+    threshold: float
+    reason: str
+    """one sentence"""
+    evidence: dict[str, Any]
+    """the numbers that it saw, as JSON values"""
+
+    def as_json(self) -> dict[str, Any]:
+        """For events and history."""
+        return asdict(self)
 
 
-def is_ensemble(module: Any) -> bool:
-    """Whether atomic uncertainties come from the members' forces (see `gmnn.deployed.Deployed`)."""
-    return hasattr(module, "force_uncertainties")
-
-
-class Evaluation:
-    """One evaluation by the generic part of the interface, which any model file has.
-
-    energy [n] eV; gradient dSum(E)/d(edge_vector) [P, 3] eV/Å; phi [n, p] as the module returns it; all detached.
-    """
-
-    def __init__(self, module: Any, pairs: Graph | Batch, edge_vector: Tensor) -> None:
-        self.module, self.pairs = module, pairs
-        self.edge_vector = edge_vector.detach()
-        self.n_atoms = len(pairs.species)
-        self._evaluate()
-
-    def _evaluate(self) -> None:
-        arguments = self._arguments(self.edge_vector)
-        energy, gradient = self.module.forces(*arguments)
-        with torch.no_grad():
-            self.phi = self.module(*arguments)[1]
-        self.energy, self.gradient = energy.double(), gradient.double()
-
-    def _arguments(self, edge: Tensor) -> tuple[Any, ...]:
-        return self.pairs.species, self.pairs.edge_index, edge, self.n_atoms
-
-    def feature_gradient(self, w: Tensor) -> Tensor:
-        """d(sum_i w·phi_i)/d(edge_vector) [P, 3] (float64) for w [p]."""
-        return self.module.bias(*self._arguments(self.edge_vector), w).double()
-
-    def member_gradients(self) -> Tensor:
-        """Gradients [M, P, 3] (float64) of the energies of an ensemble's members."""
-        edge = self.edge_vector.clone().requires_grad_(True)
-        return self._member_gradients(edge, create_graph=False).detach()
-
-    def _member_gradients(self, edge: Tensor, create_graph: bool) -> Tensor:
-        phi = self.module(*self._arguments(edge))[1]
-        if len(edge) == 0:
-            return edge.new_zeros(phi.size(1), 0, 3, dtype=torch.float64)
-        columns = [
-            torch.autograd.grad(column.sum(), edge, retain_graph=True, create_graph=create_graph)[0].double()
-            for column in phi.unbind(1)
-        ]
-        return torch.stack(columns)
-
-    def member_bias(self, cotangents: Tensor) -> Tensor:
-        """d(sum_m cotangents_m·gradient_m)/d(edge_vector) [P, 3] (float64) for cotangents [M, P, 3]."""
-        edge = self.edge_vector.clone().requires_grad_(True)
-        if len(edge) == 0:
-            return torch.zeros_like(edge, dtype=torch.float64)
-        gradients = self._member_gradients(edge, create_graph=True)
-        return torch.autograd.grad((cotangents * gradients).sum(), edge)[0].double()
-
-    def atomic_feature_gradient(self, w: Tensor) -> Tensor:
-        """The same as ``feature_gradient`` for weights [n, p] that differ from atom to atom."""
-        return self.feature_gradient(w)
-
-    def atomic_uncertainties(self) -> Tensor:
-        """u_i [n] (float64, eV/Å)."""
-        if is_ensemble(self.module):
-            return self.module.force_uncertainties(self._member_forces(self.member_gradients()))
-        with torch.no_grad():
-            return self.module.atomic_uncertainties(self.phi)
-
-    def atomic_uncertainty_gradient(self) -> tuple[Tensor, Tensor]:
-        """(sum of the atomic uncertainties, its gradient with respect to edge_vector [P, 3] (float64))."""
-        ensemble = is_ensemble(self.module)
-        source = (self.member_gradients() if ensemble else self.phi).detach().requires_grad_(True)
-        with torch.enable_grad():
-            if ensemble:
-                total = self.module.force_uncertainties(self._member_forces(source)).sum()
-            else:
-                total = self.module.atomic_uncertainties(source).sum()
-        (cotangent,) = torch.autograd.grad(total, source)
-        pull = self.member_bias if ensemble else self.atomic_feature_gradient
-        return total.detach(), pull(cotangent)
-
-    def _member_forces(self, gradients: Tensor) -> Tensor:
-        """Forces [n, 3, M] from the gradients [M, P, 3]."""
-        return torch.stack([scatter_forces(self.pairs.edge_index, one, self.n_atoms) for one in gradients], 2)
-
-
-class FastEvaluation(Evaluation):
-    """The same by the fast part: one pass through the network, derivatives in closed form."""
-
-    def _evaluate(self) -> None:
-        self.energy, self.gradient, self._tape = self.module.evaluate(*self._arguments_by_centre(), True)
-        _, self.phi, self._factors = self.module.features(self._tape, False)
-
-    def _arguments_by_centre(self) -> tuple[Tensor, ...]:
-        return self.pairs.species, self.pairs.first, self.pairs.neighbours, self.edge_vector
-
-    def feature_gradient(self, w: Tensor) -> Tensor:
-        return self.module.feature_gradient(self._tape, self._factors, self.module.directions(w, False), w)
-
-    def atomic_feature_gradient(self, w: Tensor) -> Tensor:
-        return self.module.feature_gradient(self._tape, self._factors, [], w)
-
-    def member_gradients(self) -> Tensor:
-        return self.module.member_gradients(self._tape)
-
-    def member_bias(self, cotangents: Tensor) -> Tensor:
-        return self.module.member_bias(*self._arguments_by_centre(), cotangents)
+def converged(signals: Sequence[Signal]) -> bool:
+    """All three signals are there and hold."""
+    return {s.name for s in signals} == {"determined", "below noise", "little to gain"} and all(
+        s.holds for s in signals
+    )

@@ -14,13 +14,11 @@ from ase import Atoms
 from ase.calculators.abc import GetPropertiesMixin
 from ase.calculators.calculator import SCFError
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.data import covalent_radii
 from ase.geometry import find_mic
-from ase.neighborlist import neighbor_list
 
-from ubmd.data.geometry import SAME_PLACE, check_apart, check_cell
+from ubmd.data.geometry import check_geometry, unfit_structures
 from ubmd.data.state import bare, check_state, state_hash
-from ubmd.errors import DataError, LabelError, SettingsError, describe, one_line
+from ubmd.errors import LabelError, SettingsError, describe, one_line
 from ubmd.faults import FULL, check_machine, in_worker
 from ubmd.references.cache import through_cache
 from ubmd.references.calculators import make_calculator, variables
@@ -83,7 +81,7 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
     check_geometry(atoms, settings.min_distance)
     copy = atoms.copy()
     copy.set_constraint()
-    with _unfit_structures():
+    with unfit_structures():
         check_state(copy, settings.info)
     results = through_cache(copy, settings, base, lambda: _compute(bare(copy, settings.info), settings, base))
     _check_force(np.asarray(results["forces"]), settings.force_limit)
@@ -98,40 +96,6 @@ def _noise(atoms: Atoms) -> np.ndarray:
     place = atoms.positions.tobytes() + atoms.cell[:].tobytes() + atoms.numbers.tobytes()
     seed = int.from_bytes(hashlib.sha256(place).digest()[:16], "little")
     return np.random.default_rng(seed).standard_normal((len(atoms), 3))
-
-
-@contextmanager
-def _unfit_structures() -> Iterator[None]:
-    """A DataError about a structure as a LabelError."""
-    try:
-        yield
-    except DataError as error:
-        raise LabelError(f"The structure cannot be labelled: {error}") from None
-
-
-def check_geometry(atoms: Atoms, min_distance: float) -> None:
-    """LabelError if positions or cell make no sense, or two atoms are closer than this share of their covalent radii.
-
-    Whatever the share, two atoms may not be at the same place.
-    """
-    bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
-    if len(bad):
-        raise LabelError(f"The position of atom {bad[0]} (from 0) is not finite.")
-    with _unfit_structures():
-        check_cell(atoms)
-    limits = min_distance * covalent_radii[atoms.numbers]
-    first, second, distance = neighbor_list("ijd", atoms, cutoff=limits)
-    if len(distance):
-        pair = int(np.argmin(distance))
-        i, j = first[pair], second[pair]
-        limit = limits[[i, j]].sum()
-        raise LabelError(
-            f"Atoms {i} ({atoms.symbols[i]}) and {j} ({atoms.symbols[j]}) are too close: {distance[pair]:.3f} Å, "
-            f"limit {limit:.3f} Å (reference.min_distance)."
-        )
-    if 2.0 * limits.min() <= SAME_PLACE:  # else the search above has seen them
-        with _unfit_structures():
-            check_apart(atoms)
 
 
 def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Results:

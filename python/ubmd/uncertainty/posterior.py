@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ubmd.potentials.gmnn.network import Products
+from ubmd.operators import Products
 from ubmd.uncertainty.base import Uncertainty
 
 

@@ -43,8 +43,10 @@ from ubmd.learning.start import check_movable, check_periodicity
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.work.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.work.workers import Executor, WorkersLost
-from ubmd.potentials.force_constants.convergence import converged
-from ubmd.potentials.learner import ForceConstants, Learner, Network
+from ubmd.potentials.force_constants.learner import ForceConstants
+from ubmd.potentials.gmnn.learner import Network
+from ubmd.potentials.interface import converged
+from ubmd.potentials.learner import Learner
 from ubmd.runs.dynamic_history import ErrorSeries, error_file
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.runs.manifest import open_run

@@ -6,33 +6,13 @@ three can be reported as they evolve.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ubmd.errors import DataError
-
-
-@dataclass(frozen=True)
-class Signal:
-    """One signal of convergence."""
-
-    name: str
-    """'determined', 'below noise' or 'little to gain'"""
-    holds: bool
-    value: float
-    threshold: float
-    reason: str
-    """one sentence"""
-    evidence: dict[str, Any]
-    """the numbers that it saw, as JSON values"""
-
-    def as_json(self) -> dict[str, Any]:
-        """For events and history."""
-        return asdict(self)
+from ubmd.potentials.interface import Signal
 
 
 def determined(gamma: Mapping[int, float], counts: Mapping[int, int], threshold: float = 0.95) -> Signal:
@@ -90,10 +70,3 @@ def little_to_gain(drops: ArrayLike, threshold: float = 0.1) -> Signal:
     reason = f"The best candidate is predicted to lower the mean Bayesian error by {100 * value:.1f} %."
     evidence = {"best": best, "candidates": len(values), "median": float(np.median(values))}
     return Signal("little to gain", value < threshold, value, threshold, reason, evidence)
-
-
-def converged(signals: Sequence[Signal]) -> bool:
-    """All three signals are there and hold."""
-    return {s.name for s in signals} == {"determined", "below noise", "little to gain"} and all(
-        s.holds for s in signals
-    )

@@ -13,8 +13,8 @@ from ase.data import atomic_numbers
 
 from ubmd.data.graph import VOIGT
 from ubmd.errors import DataError, ModelError
-from ubmd.potentials.evaluation import Prediction
 from ubmd.potentials.force_constants.lattice import Lattice, Placement, Placer
+from ubmd.potentials.interface import Prediction
 
 NO_STRESS = "The bias of a force-constant potential has no stress: use bias_force = 0, or forces alone."
 

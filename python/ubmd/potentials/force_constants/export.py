@@ -12,10 +12,10 @@ from ubmd import __version__
 from ubmd.errors import ModelError
 from ubmd.operators import available
 from ubmd.operators import load as load_operators
+from ubmd.potentials.file import write_model
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.model import CrystalModel
 from ubmd.potentials.force_constants.regression import Posterior
-from ubmd.potentials.gmnn.export import write_model
 from ubmd.potentials.record import FORMAT
 from ubmd.uncertainty.conformal import ConformalScale
 

@@ -1,102 +1,21 @@
-"""What a dynamic run trains: force constants, or a network. The engine knows only `Learner`."""
+"""Force constants as the dynamic schedule sees them."""
 
 from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
-from numpy.typing import NDArray
 
 from ubmd.data.structures import dataset_hash
-from ubmd.errors import DataError
-from ubmd.files import copy_file
-from ubmd.potentials.force_constants.convergence import Signal
+from ubmd.potentials.interface import Signal
+from ubmd.potentials.learner import Array, Judgement, Learner, Progress, _relative, _rms
 from ubmd.settings import CrystalSettings
 from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
-
-Array = NDArray[np.float64]
-Progress = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """A model on one labelled structure, eV/Å."""
-
-    error: float
-    """predicted: the largest of a force component (force constants) or of an atom (networks)"""
-    true: float
-    """largest |ΔF|, of a component or (networks) the root mean square over an atom's components"""
-    rms: float
-    """root mean square ΔF of all components"""
-
-
-class Learner(ABC):
-    """A kind of model that learns labels and predicts its own force error."""
-
-    lattice = False
-    """whether the model is one of a crystal"""
-    files: tuple[str, ...] = ("model.pt",)
-    """what `learn` writes into its folder"""
-
-    @abstractmethod
-    def key(self) -> Any:
-        """JSON values of all settings that decide a model, given its labels."""
-
-    @abstractmethod
-    def learn(
-        self, labels: Sequence[Atoms], folder: Path, previous: Path | None, scale: float, progress: Progress
-    ) -> dict[str, Any]:
-        """Train on all labels; from then on this is the model that the other functions speak of.
-
-        Args:
-            labels: the data set; longer than at the last call, or from the beginning again.
-            folder: for `files`.
-            previous: folder of the model before this one.
-            scale: conformal factor on predicted errors.
-            progress: called now and then in long trainings.
-
-        Returns:
-            'model' in an entry of history.json.
-        """
-
-    @abstractmethod
-    def load(self, folder: Path, summary: dict[str, Any], labels: Sequence[Atoms]) -> None:
-        """Take the model that `learn` has left in a folder, with what it returned and what it learnt."""
-
-    @property
-    @abstractmethod
-    def noise(self) -> float:
-        """Noise of the labels or truncation of the model, eV/Å; 0 if it has none."""
-
-    @abstractmethod
-    def judge(self, labels: Sequence[Atoms]) -> list[Judgement]:
-        """Predicted and true errors on labelled structures."""
-
-    @abstractmethod
-    def errors_on(self, labels: Sequence[Atoms]) -> dict[str, Any]:
-        """'train' or 'test' in an entry of history.json."""
-
-    @abstractmethod
-    def signals(self, frames: Sequence[Atoms], limits: ConvergenceSettings) -> list[Signal]:
-        """Signals of convergence from frames of fresh trajectories; empty if this kind has none."""
-
-    @abstractmethod
-    def drops(self, candidates: Sequence[Atoms], frames: Sequence[Atoms]) -> list[float] | None:
-        """Predicted relative drop of the mean error on frames by learning each candidate; None if not computed."""
-
-    @abstractmethod
-    def choose(self, candidates: Sequence[Atoms], count: int, rng: np.random.Generator) -> list[int]:
-        """The most informative of several candidates."""
-
-
-# ------------------------------------------------------------------------------------------ force constants
 
 
 class ForceConstants(Learner):
@@ -270,144 +189,5 @@ class ForceConstants(Learner):
         return math.fsum(energies) / len(energies) if energies else None
 
 
-# ------------------------------------------------------------------------------------------ networks
-
-
-class Network(Learner):
-    """A Gaussian-moment network: warm starts, calibrated atomic uncertainties as errors."""
-
-    files = ("model.pt", "weights.pt")
-
-    def __init__(self, settings: DynamicRunSettings, threads: int) -> None:
-        """``threads``: of the training; part of the result."""
-        assert settings.model is not None
-        assert settings.training is not None
-        self.settings = settings
-        self.model = settings.model
-        self.training = settings.training.model_copy(update={"threads": threads})
-        self._evaluator: Any = None
-        self._known: list[Atoms] = []
-
-    def key(self) -> Any:
-        """Network, training and uncertainty."""
-        training = self.training.model_dump(mode="json", exclude={"checkpoint_every"})
-        tables = (self.model, self.settings.uncertainty)
-        epochs = self.settings.dynamic.warm_epochs
-        return [*(table.model_dump(mode="json") for table in tables), training, epochs, self.settings.seed]
-
-    def learn(
-        self, labels: Sequence[Atoms], folder: Path, previous: Path | None, scale: float, progress: Progress
-    ) -> dict[str, Any]:
-        """Train (from the previous weights if they are there), fit and calibrate the uncertainty, export."""
-        from ubmd.potentials.gmnn.export import export_model
-        from ubmd.potentials.gmnn.trainer import train
-
-        training, validation = split(labels)
-        warm = previous is not None and (previous / "weights.pt").exists()
-        initial = previous / "weights.pt" if previous is not None and warm else None
-        epochs = self.settings.dynamic.warm_epochs if warm else self.training.epochs
-        trained = train(
-            self.model,
-            self.training,
-            training,
-            validation,
-            folder / "train",
-            self.settings.seed,
-            initial=initial,
-            epochs=epochs,
-            progress=lambda row: progress(dict(row)),
-        )
-        copy_file(folder / "train" / "weights.pt", folder / "weights.pt")
-        provenance = {"training_set_hash": dataset_hash(training)}
-        metadata = export_model(
-            [trained.model], training, validation, self.settings.uncertainty, folder / "model.pt", provenance
-        )
-        self.load(folder, {}, labels)
-        return {"noise": 0.0, "force_scale": metadata["uncertainty"]["forces"]["scale"], "epochs": epochs}
-
-    def load(self, folder: Path, summary: dict[str, Any], labels: Sequence[Atoms]) -> None:
-        """The model file."""
-        from ubmd.calculator import Evaluator
-
-        self._evaluator = Evaluator(folder / "model.pt", self.settings.dynamic.precision)
-        self._known = split(labels)[0]
-
-    @property
-    def noise(self) -> float:
-        """None is known."""
-        return 0.0
-
-    def judge(self, labels: Sequence[Atoms]) -> list[Judgement]:
-        """Calibrated uncertainty and root mean square error of the worst atoms."""
-        found = []
-        for atoms, prediction in zip(labels, self._evaluator.predict(labels), strict=True):
-            difference = np.asarray(atoms.get_forces()) - prediction.forces
-            worst = float(np.sqrt(np.mean(difference**2, axis=1)).max())
-            found.append(Judgement(float(prediction.atomic_u.max()), worst, _rms(difference)))
-        return found
-
-    def errors_on(self, labels: Sequence[Atoms]) -> dict[str, Any]:
-        """Forces and energies."""
-        predictions = self._evaluator.predict(labels)
-        forces = np.concatenate([np.asarray(atoms.get_forces()) for atoms in labels])
-        differences = forces - np.concatenate([prediction.forces for prediction in predictions])
-        energy = [
-            (float(atoms.get_potential_energy()) - prediction.energy) / len(atoms)
-            for atoms, prediction in zip(labels, predictions, strict=True)
-        ]
-        return _relative(differences, forces, len(labels)) | {
-            "energy_rmse_mev_per_atom": 1000.0 * _rms(np.array(energy))
-        }
-
-    def signals(self, frames: Sequence[Atoms], limits: ConvergenceSettings) -> list[Signal]:
-        """None: a network has neither effective parameters nor a noise."""
-        return []
-
-    def drops(self, candidates: Sequence[Atoms], frames: Sequence[Atoms]) -> list[float] | None:
-        """Not computed."""
-        return None
-
-    def choose(self, candidates: Sequence[Atoms], count: int, rng: np.random.Generator) -> list[int]:
-        """Largest determinant of the posterior (or largest distance, as the kind of uncertainty has it)."""
-        from ubmd.selection import select
-        from ubmd.settings import FITTING_METHODS
-
-        predictions = self._evaluator.predict(candidates)
-        known = self._evaluator.predict(self._known) if self._known else []
-        features = np.array([prediction.feature for prediction in predictions])
-        uncertainty = self.settings.uncertainty
-        chosen = select(
-            FITTING_METHODS[uncertainty.kind][0],
-            features,
-            np.array([prediction.feature for prediction in known]).reshape(-1, features.shape[1]),
-            np.array([prediction.u for prediction in predictions]),
-            count,
-            uncertainty.lambda2,
-            0.0,
-            0.0,
-            rng,
-        )
-        return [int(k) for k in chosen]
-
-
-def split(labels: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
-    """(training, validation): labels 1, 11, 21, ... validate, and stay there."""
-    if len(labels) < 2:
-        raise DataError("A network needs at least two labels: one trains, one validates.")
-    validating = [k % 10 == 1 for k in range(len(labels))]
-    pairs = list(zip(labels, validating, strict=True))
-    return [a for a, v in pairs if not v], [a for a, v in pairs if v]
-
-
 def _by_order(values: Any) -> dict[str, Any]:
     return {str(order): value for order, value in values.items()}
-
-
-def _rms(values: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(values))))
-
-
-def _relative(differences: Array, forces: Array, structures: int) -> dict[str, Any]:
-    error, size = _rms(differences), _rms(forces)
-    relative = error / size if size > 0.0 else None
-    return {"force_rmse": error, "force_rms": size, "relative": relative, "structures": structures}

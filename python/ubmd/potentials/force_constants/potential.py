@@ -70,8 +70,8 @@ def _from_model(path: Path) -> Potential:
     """The basis is an extra file in the model file, the parameters are a buffer of it."""
     import torch
 
+    from ubmd.potentials.file import load_with_record
     from ubmd.potentials.force_constants.export import BASIS
-    from ubmd.potentials.gmnn.export import load_with_record
 
     module, record = load_with_record(path)
     if record.get("kind") != "force constants":

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,16 @@ import torch
 from ase import Atoms
 
 from ubmd import __version__
-from ubmd.data.graph import Batch, Graph, build_graph, chunks
+from ubmd.data.graph import Batch, Graph, build_graph, chunks, structure_means
 from ubmd.errors import DataError, ModelError
-from ubmd.files import replacing
 from ubmd.operators import available
 from ubmd.operators import load as load_operators
 from ubmd.potentials.evaluation import evaluation
-from ubmd.potentials.force_constants.model import CrystalModel
+from ubmd.potentials.file import write_model
 from ubmd.potentials.gmnn.deployed import Deployed, DeployedEnsemble, DeployedModel, LastLayerModel
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.potentials.gmnn.sketch import LastLayerSketch, make_sketch
-from ubmd.potentials.record import FORMAT, RECORD, check_said, no_model_file, read_record
+from ubmd.potentials.record import FORMAT
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import ConformalScale, conformal_scale
 
@@ -181,69 +179,6 @@ def evaluate(module: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tor
         u = torch.stack([module.uncertainty(mean) for mean in structure_means(result.phi.double(), batch)])
     energy = torch.zeros(batch.n_structures, dtype=torch.float64).index_add(0, batch.structure, result.energy)
     return energy, batch.forces_from(result.gradient), u, result.atomic_uncertainties()
-
-
-def structure_means(phi: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean features [S, p] of the structures of a batch from atomic features [N, p]."""
-    sums = torch.zeros(batch.n_structures, phi.size(1), dtype=phi.dtype).index_add(0, batch.structure, phi)
-    return sums / batch.counts.unsqueeze(1)
-
-
-def write_model(deployed: Deployed | CrystalModel, path: Path, extra: Mapping[str, bytes] | None = None) -> None:
-    """Script the module and write it atomically (temporary file, fsync, rename).
-
-    Its ``description`` is also kept beside its code, see `ubmd.potentials.record`; ``extra``: name -> further content.
-    """
-    for parameter in deployed.parameters():
-        parameter.requires_grad_(False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated, and our file format
-        scripted = torch.jit.script(deployed)
-    with replacing(path) as file:
-        torch.jit.save(scripted, file, _extra_files={RECORD: deployed.description.encode(), **(extra or {})})
-
-
-def load_model(path: Path, precision: str = "double") -> Any:
-    """The module of a model file; see `load_with_record`."""
-    return load_with_record(path, precision)[0]
-
-
-def load_with_record(path: Path, precision: str = "double") -> tuple[Any, dict[str, Any]]:
-    """Load a model file, which runs its code, in a precision: mixed and single run the network in float32.
-
-    Returns:
-        (module, record). The record is that which the file has beside its code, if it has one.
-
-    Raises:
-        ModelError: missing or corrupt file, newer format, unknown precision, operators that can't be loaded, or a
-            module that says something else about itself than the record.
-    """
-    path = Path(path)
-    if precision not in ("mixed", "single", "double"):
-        raise ModelError(f"Precision must be mixed, single or double, not {precision!r} (--precision, md.precision).")
-    record = read_record(path)
-    operators = available()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            module = torch.jit.load(str(path), map_location="cpu")
-        said = module.metadata()
-    except (RuntimeError, AttributeError, ValueError) as error:
-        if not operators and "ubmd::" in str(error):
-            raise ModelError(
-                f"{path} needs ubmd's compiled operators, which can't be loaded here: reinstall ubmd, or make the file "
-                "with 'ubmd export --no-operators'."
-            ) from None
-        raise no_model_file(path) from None
-    record = check_said(record, said, path)
-    dtype = torch.float64 if precision == "double" else torch.float32
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    return module, record
 
 
 def _metadata(

@@ -4,12 +4,13 @@ Notation: a_l = d_l^(-1/2); z^l = a_{l-1} W^l x^{l-1} + 0.1 b^l; s, t the first 
 """
 
 import math
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-ACTIVATION_SCALE = 1.6765324703310907  # unit second moment of SiLU under N(0, 1)
+from ubmd.operators import Products, activation
+
 BIAS_SCALE = 0.1
 
 
@@ -30,31 +31,6 @@ class Layers(NamedTuple):
     delta3: Tensor
     curvature1: Tensor
     curvature2: Tensor
-
-
-class Products(nn.Module):
-    """Matrix products and activations of closed forms: those of the operator library where it is used.
-
-    The library's operators have no autograd.
-    """
-
-    operators: Final[bool]
-
-    def __init__(self, operators: bool = False) -> None:
-        super().__init__()
-        self.operators = operators
-
-    def product(self, left: Tensor, right: Tensor, add: Tensor | None = None) -> Tensor:
-        """left @ right [n, m], plus ``add`` ([m] or [n, m]) if given."""
-        if self.operators and left.is_cpu:
-            return torch.ops.ubmd.product(left, right, add)
-        return torch.mm(left, right) if add is None else torch.addmm(add, left, right)
-
-    def activation(self, z: Tensor, order: int) -> list[Tensor]:
-        """`activation`, in one pass where there are operators."""
-        if self.operators and z.is_cpu:
-            return torch.ops.ubmd.activation(z, order)
-        return activation(z, order)
 
 
 class NeuralTangentNetwork(Products):
@@ -188,14 +164,3 @@ class NeuralTangentNetwork(Products):
 def fixed(tensor: Tensor) -> nn.Parameter:
     """A parameter that is never trained, so that it follows the network's precision."""
     return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
-
-
-def activation(z: Tensor, order: int, scale: float = ACTIVATION_SCALE) -> list[Tensor]:
-    """Scaled SiLU c z sigma(z), its derivative (order 1) and its second derivative (order 2), differentiable."""
-    sigmoid = torch.sigmoid(z)
-    x = z * sigmoid
-    rest = 1.0 - sigmoid
-    results = [scale * x, scale * (sigmoid + x * rest)]
-    if order > 1:
-        results.append((scale * sigmoid * rest) * (2.0 + z * (1.0 - 2.0 * sigmoid)))
-    return results

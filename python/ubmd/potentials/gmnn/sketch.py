@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ubmd.potentials.gmnn.network import BIAS_SCALE, Layers, NeuralTangentNetwork, Products, fixed
+from ubmd.operators import Products
+from ubmd.potentials.gmnn.network import BIAS_SCALE, Layers, NeuralTangentNetwork, fixed
 
 
 class GradientSketch(Products):
