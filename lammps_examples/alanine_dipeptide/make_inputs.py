@@ -18,7 +18,7 @@ from ase import Atoms
 from ase.data import atomic_masses, atomic_numbers
 from ase.optimize import BFGS
 
-from ubmd.data.structures import write_structures
+from ubmd.data.extxyz import write_structures
 from ubmd.references import label, make_calculator
 from ubmd.settings import ReferenceSettings
 

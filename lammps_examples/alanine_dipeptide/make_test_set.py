@@ -20,7 +20,7 @@ from ase import Atoms, units
 from ase.io import read
 from ff19sb_lammps import start
 
-from ubmd.data.structures import write_structures
+from ubmd.data.extxyz import write_structures
 from ubmd.measure.coverage import coverage
 from ubmd.measure.isomers import amide_torsions, count_cis
 from ubmd.measure.torsions import torsions

@@ -23,7 +23,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.io import write
 
-from ubmd.data.structures import write_structures
+from ubmd.data.extxyz import write_structures
 from ubmd.references import sample
 from ubmd.settings import ReferenceSettings, SamplingSettings
 

@@ -29,7 +29,9 @@ from ase.io import read
 from make_model import POTENTIAL, REFERENCE
 
 from ubmd.calculator import Evaluator
-from ubmd.data.structures import dataset_hash, read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import dataset_hash
+from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.trainer import split, train

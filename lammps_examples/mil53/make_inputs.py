@@ -27,7 +27,7 @@ from ase.io import read
 from ase.md.nose_hoover_chain import MTKNPT
 from ase.optimize import LBFGS
 
-from ubmd.data.structures import write_structures
+from ubmd.data.extxyz import write_structures
 from ubmd.references import label, make_calculator
 from ubmd.settings import ReferenceSettings
 

@@ -19,7 +19,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.io import read
 
-from ubmd.data.structures import append_structures
+from ubmd.data.extxyz import append_structures
 from ubmd.references import label
 from ubmd.settings import ReferenceSettings
 

@@ -16,7 +16,8 @@ from ase import Atoms
 from ase.build import bulk
 from ase.io import write
 
-from ubmd.data.structures import dataset_hash, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import dataset_hash
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.trainer import split, train
 from ubmd.references import sample

@@ -46,7 +46,9 @@ from ase.md.langevin import Langevin
 from scipy.optimize import nnls
 
 from ubmd import __version__
-from ubmd.data.structures import dataset_hash, read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import dataset_hash
+from ubmd.data.structures import read_structures
 from ubmd.errors import UbmdError
 from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.potentials.force_constants.basis import ClusterBasis

@@ -35,7 +35,9 @@ import numpy as np
 from ase import Atoms
 
 from ubmd.analysis.style import BLUE, COLOURS, GREY, MARKERS, legend_above, log_ticks, new_figure, save
-from ubmd.data.structures import dataset_hash, read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import dataset_hash
+from ubmd.data.structures import read_structures
 from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.potentials.force_constants.basis import ClusterBasis

@@ -13,7 +13,8 @@ import pytest
 import tomli_w
 from ase.build import bulk
 
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.regression import NormalEquations, fit
 

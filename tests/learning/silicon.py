@@ -8,7 +8,7 @@ from typing import Any
 import tomli_w
 from ase.build import bulk
 
-from ubmd.data.structures import write_structures
+from ubmd.data.extxyz import write_structures
 from ubmd.settings.dynamic import DynamicRunSettings
 
 

@@ -9,7 +9,7 @@ import tomli_w
 from ase import Atoms
 from ase.cluster import Octahedron
 
-from ubmd.data.structures import write_structures
+from ubmd.data.extxyz import write_structures
 from ubmd.settings import RunSettings
 
 

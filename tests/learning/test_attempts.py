@@ -15,7 +15,8 @@ from test_replica import labelled, make_task, model, shaken  # noqa: F401 (a fix
 from test_workers import wait_for
 
 from ubmd.attempts import Attempt, TakenOver, attempts, steps_so_far
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.files import file_hash, write_json
 from ubmd.lammps import replica
 from ubmd.lammps.replica import ReplicaTask, run_replica, salvage

@@ -28,7 +28,7 @@ from ubmd.cli.loop_progress import ProgressLines, describe_event, make_progress
 from ubmd.cli.loop_status import status
 from ubmd.cli.main import app
 from ubmd.cli.template import run_template, short_template
-from ubmd.data.structures import write_structures
+from ubmd.data.extxyz import write_structures
 from ubmd.learning.loop.timeline import Timeline, duration
 from ubmd.settings import RunSettings, Table
 

@@ -14,7 +14,8 @@ from system import cluster, make_settings
 
 from ubmd.analysis.trajectory import read_traces
 from ubmd.calculator import Evaluator
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
 from ubmd.lammps.replica import ReplicaTask
 from ubmd.learning import RunFolder, run

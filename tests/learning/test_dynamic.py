@@ -18,7 +18,8 @@ from silicon import make_settings, settings_table, write_inputs
 from test_loop import start_driver, tear
 from test_workers import is_alive, wait_for
 
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, SettingsError
 from ubmd.lammps.trajectory import PieceTask, TrajectoryState, read_piece, read_state, run_piece, write_state
 from ubmd.lammps.triggers import AbsoluteTrigger, AverageTrigger

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 from ubmd.cli.dynamic_progress import Course, ProgressBars, ProgressLines, describe_event, status
 from ubmd.cli.main import app
 from ubmd.cli.template import dynamic_template
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
 from ubmd.lammps.triggers import make_trigger
 from ubmd.learning import RunFolder

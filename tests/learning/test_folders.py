@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 
 from ubmd.cli.loop_status import is_running
 from ubmd.cli.main import app
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
 from ubmd.runs.folder import RunFolder
 

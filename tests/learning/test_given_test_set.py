@@ -10,7 +10,9 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from system import cluster, make_settings
 
-from ubmd.data.structures import dataset_hash, labels_of, read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import dataset_hash, labels_of
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.learning.held_out import HeldOut
 from ubmd.learning.loop.check import verify

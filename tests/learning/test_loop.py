@@ -21,7 +21,8 @@ from test_workers import is_alive, wait_for
 from ubmd.analysis import predictions
 from ubmd.analysis.report import make_report
 from ubmd.calculator import Evaluator
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, SettingsError
 from ubmd.learning import RunFolder, run
 from ubmd.references import label

@@ -17,7 +17,8 @@ from system import cluster, make_settings
 from ubmd.cli.dynamic_progress import status as dynamic_status
 from ubmd.cli.loop_progress import describe_event
 from ubmd.cli.loop_status import status
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import MachineError
 from ubmd.files import read_json, write_json
 from ubmd.learning import RunFolder, run

@@ -15,7 +15,8 @@ from ase import Atoms
 from ase.calculators.emt import EMT
 from processes import is_alive, wait_for
 
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, SettingsError
 from ubmd.learning.labels import label_batch, read_batch
 from ubmd.learning.work.tasks import label_file

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from ubmd.aliases import Aliases
 from ubmd.cli.main import app
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import SimulationError
 from ubmd.lammps.replica import ReplicaTask, run_replica
 from ubmd.lammps.trajectory import PieceTask, TrajectoryState, read_state, run_piece, write_state

@@ -17,7 +17,8 @@ from test_replica import crystal_model, make_task, model  # noqa: F401 (fixtures
 from test_workers import linux
 
 from ubmd.attempts import steps_so_far
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import MachineError, SimulationError
 from ubmd.lammps.replica import run_replica
 from ubmd.learning import RunFolder, run

@@ -14,7 +14,7 @@ from test_cli import ubmd
 
 from ubmd.analysis.provenance import provenance_rows
 from ubmd.cli.loop_progress import describe_event
-from ubmd.data.structures import write_structures
+from ubmd.data.extxyz import write_structures
 from ubmd.errors import LabelError, SettingsError
 from ubmd.files import read_json, write_json
 from ubmd.learning import RunFolder, Workers, run

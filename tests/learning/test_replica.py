@@ -17,7 +17,8 @@ from system import cluster
 
 from ubmd.attempts import Attempt
 from ubmd.calculator import Evaluator
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import SimulationError
 from ubmd.lammps import replica
 from ubmd.lammps.replica import ReplicaTask, run_replica, salvage

@@ -10,7 +10,8 @@ import pytest
 from system import cluster, make_settings
 from test_loop import without_times
 
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
 from ubmd.files import file_hash
 from ubmd.learning import RunFolder, run

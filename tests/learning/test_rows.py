@@ -16,7 +16,7 @@ from ase import Atoms, units
 from ase.io import read
 from system import settings_table, write_inputs
 
-from ubmd.data.structures import write_structures
+from ubmd.data.extxyz import write_structures
 from ubmd.learning import RunFolder, run
 from ubmd.learning.loop.check import miniature, verify
 from ubmd.references import label

@@ -20,7 +20,8 @@ import tomli_w
 from system import cluster, settings_table
 from test_workers import descendants, is_alive, linux, wait_for
 
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.learning import RunFolder
 
 # Whether a process may have a folder of its own as /dev/shm.

@@ -9,7 +9,8 @@ import pytest
 from ase.build import bulk
 from system import cluster, make_settings
 
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.learning.dataset import append_once, fresh_split, split_batch
 from ubmd.learning.loop.loop import run

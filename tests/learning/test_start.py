@@ -16,7 +16,8 @@ from test_cli import ubmd
 
 from ubmd.cli.dynamic_progress import status as dynamic_status
 from ubmd.cli.loop_status import status
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, SettingsError, SimulationError, UbmdError
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import run as run_dynamic

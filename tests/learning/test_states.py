@@ -14,8 +14,9 @@ from ase.constraints import FixAtoms
 from system import cluster, make_settings
 from test_replica import make_task, model  # noqa: F401 (a fixture)
 
+from ubmd.data.extxyz import write_structures
 from ubmd.data.state import state_hash
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
 from ubmd.files import content_hash, write_text
 from ubmd.lammps.replica import _Engine, run_replica, types_of
@@ -102,7 +103,7 @@ def test_a_run_of_an_earlier_version_that_ignored_the_state_is_refused(inputs: P
     run(settings, inputs)
     folder = RunFolder(tmp_path / "run")
     # An earlier version's mark of the start labels: its candidates had elements, positions, cell and pbc only.
-    from ubmd.data.structures import dataset_hash
+    from ubmd.data.labels import dataset_hash
 
     bare = [read_structures(path)[0] for path in sorted((folder.path / "start").glob("candidate_*.extxyz"))]
     write_text(folder.path / "start" / "key", content_hash([dataset_hash(bare), reference_key(settings.reference)]))

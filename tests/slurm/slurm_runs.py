@@ -18,7 +18,8 @@ from one_machine import LOGIN, NODES, descendants
 from system import cluster as atoms
 from system import settings_table
 
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.learning import RunFolder
 
 HERE = Path(__file__).parent

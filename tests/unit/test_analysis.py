@@ -30,8 +30,9 @@ from ubmd.analysis.run_data import Frames, read_frames
 from ubmd.analysis.run_groups import Run
 from ubmd.analysis.table import run_values
 from ubmd.calculator import Evaluator, Prediction
+from ubmd.data.extxyz import write_structures
 from ubmd.data.graph import build_graph
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.measure.autocorrelation import statistical_inefficiency
 from ubmd.measure.errors import parity_data, pearson, share_covered, spearman

@@ -17,7 +17,8 @@ from ubmd.analysis import figures
 from ubmd.analysis.calibration_study import Outcome, Sizes, calibration_study, summary_rows
 from ubmd.calculator import Evaluator
 from ubmd.cli.main import app
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.measure.errors import CalibrationData, calibration_data, share_covered
 from ubmd.potentials.gmnn.checkpoint import load_weights

@@ -16,7 +16,7 @@ from ubmd.analysis.compare import compare
 from ubmd.analysis.table import collect_rows, read_published, table_markdown
 from ubmd.analysis.trajectory import aligned
 from ubmd.cli.main import app
-from ubmd.data.structures import write_structures
+from ubmd.data.extxyz import write_structures
 from ubmd.errors import DataError
 from ubmd.measure.autocorrelation import statistical_inefficiency
 from ubmd.runs.folder import RunFolder

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from ubmd.calculator import Calculator, Evaluator, Prediction
 from ubmd.cli.train import _duration, _PlainProgress, register
-from ubmd.data.structures import dataset_hash, labels_of, read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import dataset_hash, labels_of
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.potentials.gmnn.trainer import split
 from ubmd.valid_json import valid_json

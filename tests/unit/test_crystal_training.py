@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from ubmd.calculator import Evaluator
 from ubmd.cli.train import register
-from ubmd.data.structures import dataset_hash, read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import dataset_hash
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.measure.errors import accuracy
 from ubmd.potentials.force_constants.basis import ClusterBasis

@@ -12,7 +12,8 @@ import pytest
 from ase.build import bulk
 
 from ubmd.calculator import Calculator
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 
 SCRIPT = Path(__file__).parents[2] / "lammps_examples" / "silicon" / "labels.py"
 SETTINGS = """

@@ -9,7 +9,7 @@ from ase.build import bulk, molecule
 
 from ubmd.data.geometry import check_apart, check_cell, neighbours
 from ubmd.data.graph import build_graph
-from ubmd.data.structures import check_labelled
+from ubmd.data.labels import check_labelled
 from ubmd.errors import DataError
 
 

@@ -10,7 +10,9 @@ from ase.calculators.emt import EMT
 from ase.stress import voigt_6_to_full_3x3_stress
 from ase.units import GPa
 
-from ubmd.data.structures import labels_of, read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import labels_of
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError
 from ubmd.settings import RunSettings, TrainSettings, make_settings
 

@@ -11,8 +11,11 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixBondLength, FixCartesian, Hookean
 from ase.io import read, write
 
+from ubmd.data.constraints import fixed_atoms
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, electrons_differ, state_hash, structures_hash
-from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures, write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, LabelError, SettingsError
 from ubmd.learning.labels import label_key
 from ubmd.learning.loop.check import verify

@@ -14,8 +14,9 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from small_model import with_emt_labels
 
+from ubmd.data.extxyz import write_structures
 from ubmd.data.graph import Batch, Graph, build_graph, collate
-from ubmd.data.structures import labels_of, write_structures
+from ubmd.data.labels import labels_of
 from ubmd.errors import DataError, ModelError, TrainingError
 from ubmd.potentials.gmnn.checkpoint import load_weights
 from ubmd.potentials.gmnn.history import COLUMNS

@@ -20,7 +20,7 @@ from ubmd.analysis.document import Document
 from ubmd.analysis.figures import group_calibration_figure
 from ubmd.analysis.style import COLOURS, GREY, new_figure, save
 from ubmd.calculator import Evaluator
-from ubmd.data.structures import check_labelled, dataset_hash
+from ubmd.data.labels import check_labelled, dataset_hash
 from ubmd.errors import DataError
 from ubmd.files import content_hash, replacing
 from ubmd.measure.errors import CalibrationData, calibration_data, pearson, share_covered, spearman

@@ -17,7 +17,8 @@ import numpy as np
 from ase import Atoms
 
 from ubmd.calculator import Evaluator, Prediction
-from ubmd.data.structures import dataset_hash, read_structures
+from ubmd.data.labels import dataset_hash
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.files import replacing
 from ubmd.measure.isomers import amide_torsions, count_cis

@@ -28,7 +28,8 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
     """Fit, calibrate and export; ``base`` is the folder of the settings file."""
     from ubmd.cli.train import print_remarks
-    from ubmd.data.structures import dataset_hash, describe
+    from ubmd.data.labels import dataset_hash
+    from ubmd.data.structures import describe
     from ubmd.potentials.force_constants.export import export_crystal
     from ubmd.potentials.force_constants.fit import cached_basis, fit_crystal
     from ubmd.potentials.force_constants.ideal import describe_symmetry
@@ -91,7 +92,8 @@ def _effective(settings: TrainSettings) -> dict[str, Any]:
 
 def _ideal(path: Path, labels: Mapping[str, str]) -> tuple[Atoms, float | None]:
     """The ideal crystal, and its energy (eV) where the file has one; it may lack the keys that ``labels`` name."""
-    from ubmd.data.structures import labels_of, read_structures
+    from ubmd.data.labels import labels_of
+    from ubmd.data.structures import read_structures
 
     structures = read_structures(path, labels, missing_ok=True)
     if len(structures) > 1:

@@ -153,7 +153,7 @@ def _export(
     settings: dict[str, Any],
     operators: bool | None = None,
 ) -> dict[str, Any]:
-    from ubmd.data.structures import dataset_hash
+    from ubmd.data.labels import dataset_hash
     from ubmd.potentials.gmnn.export import export_model
 
     provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings}

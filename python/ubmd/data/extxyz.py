@@ -1,96 +1,31 @@
-"""Labelled structures in files: read and check them, write them without losing a digit or a frame.
+"""Files of structures: written without losing a digit or a frame, repaired if they were cut short.
 
-Labels (energy in eV, forces in eV/Å, stress in eV/Å^3, tension positive) always sit in a
-``SinglePointCalculator``. Files are extended XYZ that ``ase.io.read`` understands; anything else that ASE
-reads is accepted as input. ASE's own writer keeps 8 decimals only, so this module writes the frames itself.
+They are extended XYZ that ``ase.io.read`` understands. ASE's own writer keeps 8 decimals only, so this module writes
+the frames itself.
 """
 
 from __future__ import annotations
 
 import codecs
-import hashlib
-import io
 import os
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ase.io
 import numpy as np
 from ase import Atoms
 from ase.constraints import FixAtoms
 from ase.io.extxyz import key_val_dict_to_str, key_val_str_to_dict
-from ase.io.formats import UnknownFileTypeError
 from ase.stress import voigt_6_to_full_3x3_stress
-from ase.units import GPa
-from rich.table import Table
 
-from ubmd.data.geometry import check_apart, check_cell
-from ubmd.data.labels import LABELS, Frame, check_mapping, label_remarks, shaped, take_labels
+from ubmd.data.constraints import held_atoms
+from ubmd.data.labels import LABELS, check_structure, labels_of
 from ubmd.errors import DataError
 from ubmd.files import replacing
 
-EV_PER_A3_IN_MPA = 1000 / GPa
-_FULL = 1e-3  # by which the occupancy of a site may differ from 1
 _RESERVED = {"Lattice", "Properties", "pbc", *LABELS}
 _COLUMN_NAMES = {"positions": "pos", "numbers": "Z"}
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def read_structures(
-    path: Path | str,
-    mapping: Mapping[str, str] | None = None,
-    *,
-    labelled: bool = False,
-    missing_ok: bool = False,
-    compare: bool = True,
-    remark: Callable[[str], None] = lambda _: None,
-) -> list[Atoms]:
-    """Read all frames of an extxyz file, or of any file that ASE knows, and check them.
-
-    Labels are ``energy``, ``forces``, ``stress`` (or ``virial``), else ``REF_energy``, ``REF_forces``, ``REF_stress``
-    (or ``REF_virial``); what holds where a frame has several is the rule of `ubmd.data.labels`. ``mapping`` names
-    another source for a label, e.g. ``{"energy": "dft_energy"}``; a label that it names is read from there and nowhere
-    else.
-
-    Args:
-        path: the file.
-        mapping: label (energy, forces, stress, virial) -> key of ``atoms.info`` or ``atoms.arrays``.
-        labelled: every frame must carry energy and forces (training, evaluation).
-        missing_ok: a key that the mapping names may be missing.
-        compare: with labels under other keys; not needed for files of a run folder, nor where nobody uses labels: there
-            the first of energy and REF_energy (forces, stress) that is there counts.
-        remark: called with sentences on what is no error but may be a mistake.
-
-    Returns:
-        Structures whose labels, where there are any, sit in a ``SinglePointCalculator``.
-
-    Raises:
-        DataError: names the file, the frame (counted from 0) and what is wrong with it.
-    """
-    path = Path(path)
-    mapping = dict(mapping or {})
-    check_mapping(mapping)
-    frames = []
-    for number, atoms in enumerate(_read_frames(path)):
-        try:
-            frame = take_labels(atoms, mapping, compare=compare, missing_ok=missing_ok)
-            check_structure(frame.atoms)
-            if labelled:
-                check_apart(frame.atoms)
-        except DataError as error:
-            raise DataError(f"{path}, frame {number}: {error}") from None
-        frames.append(frame)
-    if not frames:
-        raise DataError(f"{path} holds no structures.")
-    _check_same_labels(path, frames, labelled)
-    for sentence in label_remarks(frames, mapping):
-        remark(f"{path}: {sentence}")
-    return [frame.atoms for frame in frames]
 
 
 def repair_structures(path: Path | str) -> int:
@@ -108,7 +43,7 @@ def repair_structures(path: Path | str) -> int:
     if not path.exists():
         return 0
     content = path.read_bytes()
-    frames, complete = _scan(path, content, strict_end=True)
+    frames, complete = scan_frames(path, content, strict_end=True)
     del frames
     if complete == len(content):
         return 0
@@ -118,57 +53,7 @@ def repair_structures(path: Path | str) -> int:
     return len(content) - complete
 
 
-def _read_frames(path: Path) -> Iterable[Atoms]:
-    """Frames of a file as ASE reads them, one by one, with DataError instead of ASE's exceptions."""
-    if not path.is_file():
-        raise DataError(f"There is no file {path}.")
-    if path.suffix.lower() not in (".xyz", ".extxyz"):
-        try:
-            structures = list(ase.io.iread(path, index=":"))
-        except UnknownFileTypeError:
-            raise DataError(f"ASE cannot read {path}: it is of no known kind; give structures as extxyz.") from None
-        except Exception as error:  # ASE's readers raise anything from KeyError to AssertionError
-            raise DataError(f"ASE cannot read {path}: {_sentence(error)}") from error
-        for number, atoms in enumerate(structures):
-            _check_occupancies(path, number, atoms)
-        return structures
-    content = path.read_bytes()
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path} is text in UTF-16; save it as UTF-8.")
-    frames, complete = _scan(path, content, strict_end=False)
-    if content[complete:].strip():
-        raise DataError(
-            f"{path}: the last frame (number {len(frames)}) is not complete; `ubmd run` cuts it off by itself, "
-            "for other files remove it or write the file again."
-        )
-    return [_parse(path, number, content[start:end]) for number, (start, end) in enumerate(frames)]
-
-
-def _check_occupancies(path: Path, number: int, atoms: Atoms) -> None:
-    """DataError if a site of a CIF file holds several elements or is not always filled: ASE puts one atom there."""
-    sites = atoms.info.get("occupancy")
-    for shares in sites.values() if isinstance(sites, dict) else ():
-        if len(shares) != 1 or abs(sum(shares.values()) - 1.0) > _FULL:
-            told = " and ".join(f"{element} {share:g}" for element, share in shares.items())
-            raise DataError(
-                f"{path}, frame {number}: a site is occupied by {told}, of which ASE makes one whole atom; give a "
-                "supercell with whole atoms instead."
-            )
-
-
-def _parse(path: Path, number: int, text: bytes) -> Atoms:
-    try:
-        return next(ase.io.iread(io.StringIO(text.decode("utf-8-sig")), index=0, format="extxyz"))
-    except Exception as error:  # ASE's parser raises ValueError, KeyError, XYZError, AssertionError ...
-        raise DataError(f"{path}, frame {number}: not valid extended XYZ: {_sentence(error)}") from error
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if text.endswith(".") else f"{text}."
-
-
-def _scan(path: Path, content: bytes, strict_end: bool) -> tuple[list[tuple[int, int]], int]:
+def scan_frames(path: Path, content: bytes, strict_end: bool) -> tuple[list[tuple[int, int]], int]:
     """Byte ranges of the complete frames, and where the last of them ends.
 
     ASE's reader stops at a blank line without a word; here everything after the last complete frame must be the
@@ -203,125 +88,6 @@ def _scan(path: Path, content: bytes, strict_end: bool) -> tuple[list[tuple[int,
         frames.append((offsets[line], offsets[end]))
         line = end
     return frames, len(content)
-
-
-def check_structure(atoms: Atoms) -> None:
-    """Raise DataError (without file name and frame number) if a structure or its labels cannot be used."""
-    if len(atoms) == 0:
-        raise DataError("there are no atoms.")
-    if (atoms.numbers < 1).any():
-        raise DataError(f"atom {int(np.argmax(atoms.numbers < 1))} has no element.")
-    if not np.isfinite(atoms.positions).all():
-        bad = int(np.argmax(~np.isfinite(atoms.positions).all(axis=1)))
-        raise DataError(f"the position of atom {bad} is not a finite number.")
-    check_cell(atoms)
-    labels = labels_of(atoms)
-    for label, value in labels.items():
-        if not np.isfinite(value).all():
-            raise DataError(f"NaN or infinity in the {label}; remove the frame or repeat its calculation.")
-    if "stress" in labels and not atoms.pbc.all():
-        raise DataError("a stress needs a cell that is periodic in all three directions; remove the stress.")
-
-
-def fixed_atoms(atoms: Atoms) -> np.ndarray:
-    """Indices of the atoms that ASE's FixAtoms holds, sorted, from 0 (-1 is the last atom).
-
-    Raises:
-        DataError: a constraint of another kind, which is not supported, or one on atoms that are not there.
-    """
-    for constraint in atoms.constraints:
-        if not isinstance(constraint, FixAtoms):
-            raise DataError(
-                f"the structure has a constraint {type(constraint).__name__}, but only FixAtoms is supported: remove "
-                "it with atoms.set_constraint()."
-            )
-    return _held(atoms)
-
-
-def check_free(atoms: Atoms) -> None:
-    """DataError if no atom can move: constraints other than FixAtoms, or FixAtoms on every atom."""
-    if len(fixed_atoms(atoms)) == len(atoms):
-        raise DataError("all atoms are fixed (FixAtoms), so that nothing would move: leave some of them free.")
-
-
-def _held(atoms: Atoms) -> np.ndarray:
-    """Indices of the atoms that FixAtoms holds, whatever other constraints there are."""
-    held = [np.asarray(c.index, dtype=np.int64) for c in atoms.constraints if isinstance(c, FixAtoms)]
-    indices = np.concatenate([np.empty(0, dtype=np.int64), *held])
-    out = indices[(indices < -len(atoms)) | (indices >= len(atoms))]
-    if len(out):
-        raise DataError(f"FixAtoms holds atom {out[0]}, but there are only {len(atoms)} atoms (counted from 0).")
-    return np.unique(indices % max(1, len(atoms)))
-
-
-def _check_same_labels(path: Path, frames: Sequence[Frame], labelled: bool) -> None:
-    """Energy and forces belong to all frames or to none, and come from one key throughout."""
-    sources = [frame.sources for frame in frames]
-    for label in LABELS:
-        have = [number for number, source in enumerate(sources) if label in source]
-        lack = [number for number, source in enumerate(sources) if label not in source]
-        if label != "stress" and lack and (have or labelled):
-            raise DataError(
-                f"{path}, frame {lack[0]}: no {label} ({len(lack)} of {len(sources)} frames lack it); label these "
-                f"frames, remove them, or name the key that holds the {label}{_perhaps(label, frames[lack[0]].atoms)}: "
-                f'--label {label}=KEY, in settings labels = {{{label} = "KEY"}}.'
-            )
-        names = {sources[number][label]: number for number in reversed(have)}
-        if len({name.startswith("REF_") for name in names} if label == "stress" else names) > 1:
-            first, second = sorted(names, key=lambda name: names[name])[:2]
-            raise DataError(
-                f"{path}, frame {names[second]}: the {label} is under '{second}', but under '{first}' in frame "
-                f"{names[first]}; use one key in the whole file."
-            )
-
-
-def _perhaps(label: str, atoms: Atoms) -> str:
-    """Keys of a frame that may hold a label, as ', perhaps ...'."""
-    n = 3 * len(atoms) if label == "forces" else 1
-    items = (atoms.arrays if label == "forces" else atoms.info).items()
-    found = [f"'{key}'" for key, value in items if label.removesuffix("s") in key.lower() and np.size(value) == n]
-    return f", perhaps {' or '.join(found)}" if found else ""
-
-
-# -------------------------------------------------------------------------------------------- labels
-
-
-def labels_of(atoms: Atoms) -> dict[str, Any]:
-    """Labels of a structure: any of energy (float, eV), forces [n, 3] (eV/Å), stress [6] (eV/Å^3).
-
-    Raises:
-        DataError: the calculator's results belong to other positions, cell or elements, or have a wrong shape.
-    """
-    if atoms.calc is None or not any(label in atoms.calc.results for label in LABELS):
-        return {}
-    changed = atoms.calc.check_state(atoms)
-    if changed:
-        raise DataError(f"the labels are out of date: {', '.join(changed)} changed after they were computed.")
-    results = atoms.calc.results
-    return {label: shaped(label, results[label], len(atoms)) for label in LABELS if results.get(label) is not None}
-
-
-def check_labelled(structures: Sequence[Atoms], what: str) -> None:
-    """Raise DataError unless there are structures, each sound and with energy and forces.
-
-    Args:
-        what: name of the set in the message, e.g. "training set".
-    """
-    if not structures:
-        raise DataError(f"The {what} is empty; it needs at least one labelled structure.")
-    for number, atoms in enumerate(structures):
-        try:
-            check_structure(atoms)
-            check_apart(atoms)
-            labels = labels_of(atoms)
-        except DataError as error:
-            raise DataError(f"{what}, structure {number}: {error}") from None
-        for label in ("energy", "forces"):
-            if label not in labels:
-                raise DataError(f"{what}, structure {number}: no {label}; label it or remove it.")
-
-
-# -------------------------------------------------------------------------------------------- writing
 
 
 def write_structures(path: Path | str, structures: Iterable[Atoms]) -> None:
@@ -385,7 +151,7 @@ def _frame(atoms: Atoms) -> str:
     if "forces" in labels:
         columns["forces"] = labels["forces"]
     if any(isinstance(constraint, FixAtoms) for constraint in atoms.constraints):
-        columns["move_mask"] = ~np.isin(np.arange(len(atoms)), _held(atoms))
+        columns["move_mask"] = ~np.isin(np.arange(len(atoms)), held_atoms(atoms))
     properties, texts = ["species:S:1"], [np.array(atoms.get_chemical_symbols())[:, None]]
     for name, array in columns.items():
         kind, text = _column(name, array, len(atoms))
@@ -481,58 +247,3 @@ def _without_arrays(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_arrays(item) for name, item in value.items()}
     return [_without_arrays(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-# ------------------------------------------------------------------------------------------ summaries
-
-
-def describe(structures: Sequence[Atoms], title: str | None = None) -> Table:
-    """A table of what was found: counts, elements, labels and ranges with units."""
-    labels = [labels_of(atoms) for atoms in structures]
-    table = Table(title=title)
-    for column in ("quantity", "found", "smallest", "mean", "largest", "unit"):
-        table.add_column(column, justify="left" if column in ("quantity", "found", "unit") else "right")
-    table.add_row("structures", str(len(structures)))
-    table.add_row("elements", _element_counts(structures))
-    periodic = sum(bool(atoms.pbc.any()) for atoms in structures)
-    table.add_row("periodic", f"{periodic} of {len(structures)}")
-    _range_row(table, "atoms", [len(atoms) for atoms in structures], len(structures), "")
-    _range_row(table, "volume", [a.get_volume() for a in structures if a.cell.rank == 3], len(structures), "Å^3")
-    per_atom = [found["energy"] / len(a) for a, found in zip(structures, labels, strict=True) if "energy" in found]
-    _range_row(table, "energy", per_atom, len(structures), "eV/atom")
-    norms = [np.linalg.norm(found["forces"], axis=1) for found in labels if "forces" in found]
-    _range_row(table, "|force|", norms, len(structures), "eV/Å")
-    pressure = [-found["stress"][:3].mean() * EV_PER_A3_IN_MPA for found in labels if "stress" in found]
-    _range_row(table, "pressure", pressure, len(structures), "MPa")
-    return table
-
-
-def _element_counts(structures: Sequence[Atoms]) -> str:
-    counts: Counter[str] = Counter()
-    for atoms in structures:
-        counts.update(atoms.get_chemical_symbols())
-    order = {symbol: int(Atoms(symbol).numbers[0]) for symbol in counts}
-    return ", ".join(f"{symbol} {counts[symbol]}" for symbol in sorted(counts, key=order.__getitem__))
-
-
-def _range_row(table: Table, name: str, values: Sequence[Any], total: int, unit: str) -> None:
-    """A row with the range of one number per structure, or of one array per structure."""
-    found = f"{len(values)} of {total}" if unit else ""
-    if not values:
-        if name in ("energy", "|force|"):
-            table.add_row(name, found)
-        return
-    flat = np.concatenate([np.atleast_1d(np.asarray(value, dtype=float)) for value in values])
-    table.add_row(name, found, *(f"{x:.6g}" for x in (flat.min(), flat.mean(), flat.max())), unit)
-
-
-def dataset_hash(structures: Iterable[Atoms]) -> str:
-    """SHA-256 (hex) of elements, positions, cells, periodicity and labels, in the order of the structures."""
-    digest = hashlib.sha256()
-    for atoms in structures:
-        labels = labels_of(atoms)
-        digest.update(f"{len(atoms)} {''.join('FT'[int(p)] for p in atoms.pbc)} {sorted(labels)}\n".encode())
-        arrays = [atoms.numbers, atoms.positions, np.asarray(atoms.cell), *(labels[key] for key in sorted(labels))]
-        for array in arrays:
-            digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
-    return digest.hexdigest()

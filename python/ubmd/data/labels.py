@@ -14,7 +14,8 @@ The rule for files (`read_structures`):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +24,13 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import GPa
 
+from ubmd.data.geometry import check_apart, check_cell
 from ubmd.errors import DataError
 from ubmd.settings import check_label_names
 from ubmd.spelling import nearest
 
 LABELS = ("energy", "forces", "stress")
+EV_PER_A3_IN_MPA = 1000 / GPa
 _UNITS = {"energy": "eV", "forces": "eV/Å", "stress": "eV/Å^3"}
 _FAMILIES = ("", "REF_")
 _VIRIALS = ("virial", "virials")
@@ -355,3 +358,71 @@ def _strange_stress(structures: Sequence[Atoms]) -> Iterator[str]:
         f"another unit, perhaps {unit}, or virials in eV. Convert them to eV/Å^3 (1 GPa = {GPa:.6f} eV/Å^3), or name "
         "virials with --label virial=KEY."
     )
+
+
+# ------------------------------------------------------------------------------------------ of structures
+
+
+def check_structure(atoms: Atoms) -> None:
+    """Raise DataError (without file name and frame number) if a structure or its labels cannot be used."""
+    if len(atoms) == 0:
+        raise DataError("there are no atoms.")
+    if (atoms.numbers < 1).any():
+        raise DataError(f"atom {int(np.argmax(atoms.numbers < 1))} has no element.")
+    if not np.isfinite(atoms.positions).all():
+        bad = int(np.argmax(~np.isfinite(atoms.positions).all(axis=1)))
+        raise DataError(f"the position of atom {bad} is not a finite number.")
+    check_cell(atoms)
+    labels = labels_of(atoms)
+    for label, value in labels.items():
+        if not np.isfinite(value).all():
+            raise DataError(f"NaN or infinity in the {label}; remove the frame or repeat its calculation.")
+    if "stress" in labels and not atoms.pbc.all():
+        raise DataError("a stress needs a cell that is periodic in all three directions; remove the stress.")
+
+
+def labels_of(atoms: Atoms) -> dict[str, Any]:
+    """Labels of a structure: any of energy (float, eV), forces [n, 3] (eV/Å), stress [6] (eV/Å^3).
+
+    Raises:
+        DataError: the calculator's results belong to other positions, cell or elements, or have a wrong shape.
+    """
+    if atoms.calc is None or not any(label in atoms.calc.results for label in LABELS):
+        return {}
+    changed = atoms.calc.check_state(atoms)
+    if changed:
+        raise DataError(f"the labels are out of date: {', '.join(changed)} changed after they were computed.")
+    results = atoms.calc.results
+    return {label: shaped(label, results[label], len(atoms)) for label in LABELS if results.get(label) is not None}
+
+
+def check_labelled(structures: Sequence[Atoms], what: str) -> None:
+    """Raise DataError unless there are structures, each sound and with energy and forces.
+
+    Args:
+        what: name of the set in the message, e.g. "training set".
+    """
+    if not structures:
+        raise DataError(f"The {what} is empty; it needs at least one labelled structure.")
+    for number, atoms in enumerate(structures):
+        try:
+            check_structure(atoms)
+            check_apart(atoms)
+            labels = labels_of(atoms)
+        except DataError as error:
+            raise DataError(f"{what}, structure {number}: {error}") from None
+        for label in ("energy", "forces"):
+            if label not in labels:
+                raise DataError(f"{what}, structure {number}: no {label}; label it or remove it.")
+
+
+def dataset_hash(structures: Iterable[Atoms]) -> str:
+    """SHA-256 (hex) of elements, positions, cells, periodicity and labels, in the order of the structures."""
+    digest = hashlib.sha256()
+    for atoms in structures:
+        labels = labels_of(atoms)
+        digest.update(f"{len(atoms)} {''.join('FT'[int(p)] for p in atoms.pbc)} {sorted(labels)}\n".encode())
+        arrays = [atoms.numbers, atoms.positions, np.asarray(atoms.cell), *(labels[key] for key in sorted(labels))]
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
+    return digest.hexdigest()

@@ -16,7 +16,8 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_masses
 
-from ubmd.data.structures import dataset_hash, info_from_file
+from ubmd.data.extxyz import info_from_file
+from ubmd.data.labels import dataset_hash
 from ubmd.errors import DataError
 
 # Initial charges and moments are often those of an earlier calculation, rounded.

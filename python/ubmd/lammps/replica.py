@@ -32,9 +32,10 @@ from pydantic import BaseModel, ConfigDict
 
 from ubmd.aliases import Aliases
 from ubmd.attempts import Attempt, end_attempts
+from ubmd.data.extxyz import as_extxyz
 from ubmd.data.geometry import check_geometry
 from ubmd.data.state import take_state
-from ubmd.data.structures import as_extxyz, read_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, MachineError, SimulationError, UbmdError, one_line
 from ubmd.faults import killed_by, killed_rank
 from ubmd.lammps.plugin import check_shared_memory, starting_lammps

@@ -9,12 +9,8 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 
-from ubmd.data.structures import (
-    append_structures,
-    as_extxyz,
-    read_structures,
-    repair_structures,
-)
+from ubmd.data.extxyz import append_structures, as_extxyz, repair_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.files import (
     keep_copy,

@@ -8,8 +8,11 @@ from typing import Any, Protocol
 
 from ase import Atoms
 
+from ubmd.data.constraints import fixed_atoms
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, state_hash
-from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures, write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, MachineError, SettingsError, UbmdError
 from ubmd.files import check_space, content_hash, copy_file, is_sealed, read_json, write_json
 from ubmd.learning.labels import reference_key

@@ -9,12 +9,10 @@ from pathlib import Path
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import labels_of
 from ubmd.data.state import bare, structures_hash
-from ubmd.data.structures import (
-    labels_of,
-    read_structures,
-    write_structures,
-)
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, UbmdError, one_line
 from ubmd.files import (
     check_space,

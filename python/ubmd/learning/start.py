@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 
+from ubmd.data.constraints import fixed_atoms
 from ubmd.data.geometry import check_apart, check_geometry
 from ubmd.data.state import bare, check_state, mixed_states
-from ubmd.data.structures import (
-    fixed_atoms,
-)
 from ubmd.errors import DataError, LabelError, SettingsError
 from ubmd.settings import RunSettings, StartSettings
 

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 from ase import Atoms
 
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, describe_state, structures_hash
-from ubmd.data.structures import dataset_hash, write_structures
 from ubmd.errors import LabelError, MachineError, SettingsError, UbmdError
 from ubmd.faults import is_full
 from ubmd.files import content_hash, full_disk, read_json, write_json

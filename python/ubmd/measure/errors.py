@@ -11,10 +11,7 @@ from ase import Atoms
 from numpy.typing import ArrayLike, NDArray
 
 from ubmd.calculator import Evaluator, Prediction
-from ubmd.data.structures import (
-    EV_PER_A3_IN_MPA,
-    labels_of,
-)
+from ubmd.data.labels import EV_PER_A3_IN_MPA, labels_of
 from ubmd.errors import DataError
 
 Array = NDArray[np.float64]

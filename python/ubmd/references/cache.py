@@ -15,8 +15,10 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import labels_of
 from ubmd.data.state import bare, state_hash
-from ubmd.data.structures import labels_of, read_structures, write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError
 from ubmd.settings import ReferenceSettings
 

@@ -12,8 +12,8 @@ from ase.calculators.abc import GetPropertiesMixin
 from ase.calculators.calculator import Calculator, all_changes
 from ase.md.langevin import Langevin
 
+from ubmd.data.constraints import check_free
 from ubmd.data.state import bare, state_hash
-from ubmd.data.structures import check_free
 from ubmd.errors import DataError, LabelError, SettingsError, UbmdError, describe
 from ubmd.references.labels import cached_calculator, label, raise_if_not_its_own, surroundings
 from ubmd.references.results import read_forces

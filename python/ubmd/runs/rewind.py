@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
 from ubmd.files import copy_file, file_hash, move_aside, write_json
 from ubmd.runs.folder import RunFolder

@@ -22,8 +22,10 @@ import torch
 from ase import Atoms
 
 from ubmd.attempts import steps_so_far
+from ubmd.data.constraints import fixed_atoms
+from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, check_state, describe_state, state_info, structures_hash, take_state
-from ubmd.data.structures import dataset_hash, fixed_atoms, read_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError
 from ubmd.files import check_space, content_hash, copy_file, file_hash, read_json, write_json
 from ubmd.lammps.trajectory import (

@@ -16,8 +16,9 @@ from ase import Atoms
 from ase.data import atomic_numbers
 
 from ubmd.analysis.provenance import conditions
+from ubmd.data.constraints import check_free, fixed_atoms
 from ubmd.data.state import describe_state, mixed_states
-from ubmd.data.structures import check_free, fixed_atoms, read_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError, StorageError, UbmdError
 from ubmd.files import check_name
 from ubmd.learning.held_out import given_test_set

@@ -21,8 +21,10 @@ from ase import Atoms
 
 from ubmd.analysis import predictions
 from ubmd.calculator import Evaluator
+from ubmd.data.extxyz import write_structures
+from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, structures_hash
-from ubmd.data.structures import dataset_hash, read_structures, write_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import ModelError, TrainingError, UbmdError
 from ubmd.files import content_hash, copy_file, file_hash, is_sealed, move_aside, read_json, write_json
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from ase import Atoms
 
 from ubmd.attempts import Attempt, TakenOver
-from ubmd.data.structures import read_structures, write_structures
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
 from ubmd.files import file_hash, is_sealed, json_text, read_json, seal, write_text
 from ubmd.learning.work.inside import mend_process
 from ubmd.learning.work.workers import WorkersLost

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ubmd.data.structures import labels_of
+from ubmd.data.labels import labels_of
 from ubmd.errors import DataError, ModelError
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.lattice import Lattice, Placer, Supercell

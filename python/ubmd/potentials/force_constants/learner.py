@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ubmd.data.structures import dataset_hash
+from ubmd.data.labels import dataset_hash
 from ubmd.potentials.interface import Signal
 from ubmd.potentials.learner import Array, Judgement, Learner, Progress, _relative, _rms
 from ubmd.settings import CrystalSettings

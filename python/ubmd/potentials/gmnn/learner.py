@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ubmd.data.structures import dataset_hash
+from ubmd.data.labels import dataset_hash
 from ubmd.errors import DataError
 from ubmd.files import copy_file
 from ubmd.potentials.interface import Prediction, Signal

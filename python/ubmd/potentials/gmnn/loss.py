@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ubmd.data.graph import VOIGT, Batch
-from ubmd.data.structures import EV_PER_A3_IN_MPA
+from ubmd.data.labels import EV_PER_A3_IN_MPA
 from ubmd.settings import TrainingSettings
 
 

@@ -20,7 +20,7 @@ import torch
 from ase import Atoms
 
 from ubmd.data.graph import Batch, build_graph, chunks
-from ubmd.data.structures import check_labelled, dataset_hash
+from ubmd.data.labels import check_labelled, dataset_hash
 from ubmd.errors import DataError, ModelError, TrainingError
 from ubmd.potentials.gmnn import checkpoint
 from ubmd.potentials.gmnn.gradient import chunk_limits, loss_and_gradients, prediction_errors
