@@ -19,7 +19,8 @@ from ubmd.data.state import state_hash
 from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
 from ubmd.files import content_hash, write_text
-from ubmd.lammps.replica import _Engine, run_replica, types_of
+from ubmd.lammps.replica import _Engine, run_replica
+from ubmd.lammps.session import types_of
 from ubmd.lammps.trajectory import TrajectoryState
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import ideal_box

@@ -45,7 +45,7 @@ def shared_memory_of_ours() -> tuple[list[Path], float]:
     """The same while a LAMMPS of a replica and that of a reference are in use; the energy of argon, eV."""
     from ase.build import bulk
 
-    from ubmd.lammps.replica import start_lammps
+    from ubmd.lammps.session import start_lammps
     from ubmd.references.lammps import LAMMPS
 
     commands = ["pair_style lj/cut 5.0", "pair_coeff * * 0.01 3.4"]
@@ -58,7 +58,7 @@ def shared_memory_of_ours() -> tuple[list[Path], float]:
 
 
 def start_replica_engine() -> None:
-    from ubmd.lammps.replica import start_lammps
+    from ubmd.lammps.session import start_lammps
 
     start_lammps(Path("none")).close()
 

@@ -12,7 +12,6 @@ whatever is computed from them later belong together, in the turned orientation.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -21,13 +20,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.lammps import Prism
-from ase.data import atomic_numbers
-from ase.io.extxyz import read_extxyz
 from pydantic import BaseModel, ConfigDict
 
 from ubmd.aliases import Aliases
@@ -36,9 +32,20 @@ from ubmd.data.extxyz import as_extxyz
 from ubmd.data.geometry import check_geometry
 from ubmd.data.state import take_state
 from ubmd.data.structures import read_structures
-from ubmd.errors import LabelError, MachineError, SimulationError, UbmdError, one_line
+from ubmd.errors import LabelError, MachineError, SimulationError, UbmdError
 from ubmd.faults import killed_by, killed_rank
-from ubmd.lammps.plugin import check_shared_memory, starting_lammps
+from ubmd.lammps.frames import count_frames, read_frames
+from ubmd.lammps.plugin import check_shared_memory
+from ubmd.lammps.session import (
+    Neighbours,
+    ThinBoxError,
+    error_message,
+    place_atoms,
+    raise_if_box_is_thin,
+    start_lammps,
+    symbols_of,
+    system_commands,
+)
 
 FIX = "bias"
 _FRAMES = "frames.extxyz"  # in the folder of an attempt: as the fix writes them
@@ -49,14 +56,6 @@ _LOOK = 1.0  # s between two looks whether MPI ranks are still wanted
 _PATIENCE = 10.0  # s for mpiexec to end its ranks
 _PIECE = 500  # steps between checks; short enough to lose little, long enough to cost nothing
 _BAR_PER_MPA = 10.0
-_SPLIT_MARGIN = 10.0  # Å of empty space when the first box of a molecule is made; LAMMPS shrinks it at once
-
-Neighbours = Literal["bin", "nsq"]
-"""how LAMMPS finds neighbours: in bins, or by trying all pairs"""
-
-
-class ThinBoxError(Exception):
-    """The box of a molecule is too thin for LAMMPS's bins: it is flat or linear along the axes, or has become so."""
 
 
 class ReplicaTask(BaseModel):
@@ -224,7 +223,7 @@ def _run_under_mpi(task: ReplicaTask, attempt: Attempt) -> _Ended:
     if (number := killed_rank(said)) and not errors:
         raise MachineError(f"An MPI rank of the replica was {killed_by(number)}.")
     last = errors[-1].strip() if errors else f"mpiexec ended with exit code {code}"
-    if not _count_frames(attempt.folder / _FRAMES):
+    if not count_frames(attempt.folder / _FRAMES):
         raise SimulationError(f"The replica could not be run on {task.ranks} MPI ranks: {last}")
     return _lost(task, attempt, f"The MPI ranks of the replica failed: {last}")
 
@@ -261,7 +260,7 @@ def salvage(task: ReplicaTask, reason: str) -> ReplicaResult:
 
     Of several attempts that one counts which has most frames; all of them are over, also if their processes live on.
     """
-    attempt = Attempt.take_over(task.frames, lambda folder: _count_frames(folder / _FRAMES))
+    attempt = Attempt.take_over(task.frames, lambda folder: count_frames(folder / _FRAMES))
     result = _finish(task, attempt, *_lost(task, attempt, reason))
     end_attempts(task.frames)
     return result
@@ -479,7 +478,7 @@ def _finish(
     seconds: float,
 ) -> ReplicaResult:
     """Give the sane frames, log and trace their final names, and say how it went."""
-    raw = _count_frames(attempt.folder / _FRAMES)  # first: the process of a salvaged attempt may still be writing
+    raw = count_frames(attempt.folder / _FRAMES)  # first: the process of a salvaged attempt may still be writing
     frames = list(_sane_frames(task, attempt.folder))
     if len(frames) < raw:
         last = int(frames[-1].info["step"]) if frames else 0
@@ -515,7 +514,7 @@ def _sane_frames(task: ReplicaTask, folder: Path) -> Iterator[Atoms]:
     That is: cut short, not finite, with overlapping atoms, or with a cell out of bounds. They are in the start's state.
     """
     start = read_structures(task.start)[0]
-    for frame in _read_frames(folder / _FRAMES):
+    for frame in read_frames(folder / _FRAMES):
         if not np.isfinite(frame.cell[:]).all() or _cell_out_of_bounds(frame.cell[:], start, task):
             return
         try:
@@ -529,107 +528,11 @@ def _sane_frames(task: ReplicaTask, folder: Path) -> Iterator[Atoms]:
         yield frame
 
 
-def _read_frames(path: Path) -> Iterator[Atoms]:
-    """Frames of an extxyz file; ends quietly at one that a crash cut short."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    complete = _count_frames(path)
-    with path.open() as handle:
-        yield from read_extxyz(handle, slice(0, complete))
-
-
-def _count_frames(path: Path) -> int:
-    """Number of complete frames in an extxyz file."""
-    if not path.exists():
-        return 0
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    count = begin = 0
-    while begin < len(lines) and begin + 2 + int(lines[begin]) <= len(lines):
-        begin += 2 + int(lines[begin])
-        count += 1
-    return count
-
-
-def symbols_of(atoms: Atoms) -> list[str]:
-    """Elements of a structure by atomic number."""
-    return sorted(set(atoms.get_chemical_symbols()), key=atomic_numbers.__getitem__)
-
-
-def types_of(atoms: Atoms) -> list[tuple[str, float]]:
-    """(element, mass in amu) of the LAMMPS types: an element has several if its atoms differ in mass (isotopes)."""
-    kinds = set(zip(atoms.get_chemical_symbols(), atoms.get_masses().tolist(), strict=True))
-    return sorted(kinds, key=lambda kind: (atomic_numbers[kind[0]], kind[1]))
-
-
-def start_lammps(log: Path) -> Any:
-    """A LAMMPS instance that knows the ubmd styles."""
-    # A process that has imported torch before the plugin loads its libraries rounds some last digits differently from
-    # one that has not (seen: u by 1e-15): always importing it makes a replica the same in every worker.
-    import torch  # noqa: F401
-    from lammps import lammps
-
-    with starting_lammps():
-        try:
-            return lammps(cmdargs=["-screen", "none", "-log", str(log), "-nocite"])
-        except Exception as error:
-            raise SimulationError(f"LAMMPS could not be started: {error_message(error)}; run 'ubmd doctor'.") from error
-
-
 def _system_commands(atoms: Atoms, task: ReplicaTask, neighbours: Neighbours) -> list[str]:
     """Box, types and masses; the pair style."""
     if task.ensemble == "npt" and not atoms.pbc.all():
         raise SimulationError("md.ensemble = 'npt' needs a periodic start structure; use 'nvt' for a molecule.")
     return system_commands(atoms, task.model, task.precision, neighbours)
-
-
-def system_commands(atoms: Atoms, model: Path, precision: str, neighbours: Neighbours = "bin") -> list[str]:
-    """Commands for the box of a structure, types and masses, and a model's pair style.
-
-    Raises:
-        SimulationError: the structure is periodic in some directions only.
-    """
-    if atoms.pbc.any() and not atoms.pbc.all():
-        raise SimulationError("The start structure is periodic in some directions only; make it all or none.")
-    types = types_of(atoms)
-    masses = [f"mass {k} {mass:.17g}" for k, (_, mass) in enumerate(types, start=1)]
-    return [
-        "units metal",
-        "atom_style atomic",
-        "atom_modify map array sort 0 0",
-        f"boundary {'p p p' if atoms.pbc.all() else 's s s'}",
-        "box tilt large",
-        _region(atoms),
-        f"create_box {len(types)} cell",
-        *masses,
-        f"pair_style ubmd precision {precision}",
-        f'pair_coeff * * "{model}" {" ".join(symbol for symbol, _ in types)}',
-        f"neighbor 1.0 {neighbours}",
-        "neigh_modify every 1 delay 0 check yes",
-    ]
-
-
-def _region(atoms: Atoms) -> str:
-    """The first box: the turned cell, or a block around a molecule."""
-    if atoms.pbc.all():
-        xx, yy, zz, xy, xz, yz = (f"{value:.17g}" for value in Prism(atoms.cell[:]).get_lammps_prism())
-        return f"region cell prism 0 {xx} 0 {yy} 0 {zz} {xy} {xz} {yz} units box"
-    low = atoms.positions.min(axis=0) - _SPLIT_MARGIN
-    high = atoms.positions.max(axis=0) + _SPLIT_MARGIN
-    return "region cell block " + " ".join(f"{a:.17g} {b:.17g}" for a, b in zip(low, high, strict=True)) + " units box"
-
-
-def place_atoms(engine: Any, atoms: Atoms) -> None:
-    """Create the atoms with tags 1..n in the structure's order; positions of cells are turned with the cell."""
-    positions = atoms.positions
-    if atoms.pbc.all():
-        positions = Prism(atoms.cell[:]).vector_to_lammps(atoms.get_positions(wrap=True))
-    numbers = {kind: k for k, kind in enumerate(types_of(atoms), start=1)}
-    types = [numbers[kind] for kind in zip(atoms.get_chemical_symbols(), atoms.get_masses().tolist(), strict=True)]
-    created = engine.create_atoms(len(atoms), list(range(1, len(atoms) + 1)), types, positions.ravel().tolist())
-    if created != len(atoms):
-        raise SimulationError(f"only {created} of {len(atoms)} atoms lie in the cell")
 
 
 def _dynamics_commands(task: ReplicaTask, folder: Path, symbols: list[str]) -> list[str]:
@@ -684,20 +587,6 @@ def _bias_words(task: ReplicaTask, symbols: list[str]) -> str:
     stress = f"stress {task.stress:.17g} " if task.stress else ""
     kind = "uncertainty atomic " if task.uncertainty == "atomic" else ""
     return f"force {task.force:.17g} {stress}{kind}{species}window {task.window} {words}"
-
-
-def raise_if_box_is_thin(error: Exception) -> None:
-    """ThinBoxError if LAMMPS stopped because of it."""
-    if "Cannot use neighbor bins" in str(error):
-        raise ThinBoxError from error
-
-
-def error_message(error: Exception) -> str:
-    """The sentence of a LAMMPS error, without its place in the source."""
-    if isinstance(error, UbmdError):
-        return str(error)
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return re.sub(r"^ERROR( on proc \d+)?: ", "", re.sub(r" \((src|cpp|/).*", "", one_line(text)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from ubmd.attempts import Attempt, end_attempts
 from ubmd.data.state import state_arrays
 from ubmd.errors import ModelError, SimulationError
 from ubmd.files import replacing
-from ubmd.lammps.replica import (
+from ubmd.lammps.session import (
     Neighbours,
     ThinBoxError,
     error_message,
