@@ -14,7 +14,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from typer.testing import CliRunner
 
 from ubmd.calculator import Calculator, Evaluator, Prediction
-from ubmd.cli.train import _duration, _PlainProgress, register
+from ubmd.cli.train import register
+from ubmd.cli.training_progress import _duration, _PlainProgress
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash, labels_of
 from ubmd.data.structures import read_structures

@@ -11,9 +11,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from rich.console import Console
 from small_model import with_emt_labels
 
+from ubmd.cli.structure_table import describe
 from ubmd.data.extxyz import append_structures, repair_structures, write_structures
 from ubmd.data.labels import check_labelled, dataset_hash, labels_of
-from ubmd.data.structures import describe, read_structures
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 
 

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from ubmd.cli.console import print_remarks
 from ubmd.cli.run import RunModels
-from ubmd.cli.train import KeyOption, SetOption, label_mapping, print_remarks
+from ubmd.cli.train import KeyOption, SetOption, label_mapping
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.settings import TrainSettings, UncertaintySettings, make_settings

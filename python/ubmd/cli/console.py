@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import typer
 from rich.console import Console
 from rich.markup import escape
+
+from ubmd.errors import UbmdError
 
 
 def make_console() -> Console:
@@ -17,3 +23,19 @@ def make_console() -> Console:
 def shown(text: str) -> str:
     """Text of a file as a cell of a table: no markup, and no control characters, which could steer the terminal."""
     return escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn an error meant for the user into its sentence on stderr and exit status 1."""
+    try:
+        yield
+    except UbmdError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def print_remarks(remarks: Sequence[str]) -> None:
+    """Remarks on labels, on stderr like errors, so that JSON stays JSON."""
+    for sentence in remarks:
+        print(f"Remark: {sentence}", file=sys.stderr)

@@ -10,7 +10,8 @@ from io import TextIOWrapper
 from types import FrameType
 from typing import Any
 
-INTERRUPTED = "Interrupted; the same command goes on where it was."
+from ubmd.cli import INTERRUPTED
+
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _received: signal.Signals | None = None
 

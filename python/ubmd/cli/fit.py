@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
-from ubmd.cli.console import shown
+from ubmd.cli.tables import fit_tables
 from ubmd.errors import DataError
 from ubmd.files import check_outputs
 from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
@@ -27,9 +26,9 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
     """Fit, calibrate and export; ``base`` is the folder of the settings file."""
-    from ubmd.cli.train import print_remarks
+    from ubmd.cli.console import print_remarks
+    from ubmd.cli.structure_table import describe
     from ubmd.data.labels import dataset_hash
-    from ubmd.data.structures import describe
     from ubmd.potentials.force_constants.export import export_crystal
     from ubmd.potentials.force_constants.fit import cached_basis, fit_crystal
     from ubmd.potentials.force_constants.ideal import describe_symmetry
@@ -76,7 +75,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         energy=fit.energy,
         provenance=provenance,
     )
-    for table in _fit_tables(fit):
+    for table in fit_tables(fit):
         console.print(table)
     for line in _remarks(fit):
         console.print(line, highlight=False, soft_wrap=True)
@@ -141,50 +140,6 @@ def _progress(console: Console) -> Iterator[Progress]:
         yield report
 
 
-def _fit_tables(fit: CrystalFit) -> list[Table]:
-    """Parameters by order, and errors."""
-    posterior, validation = fit.posterior, fit.validation
-    orders = _orders_table(fit.basis.cutoffs, posterior.counts, posterior.gamma, posterior.alpha, fit.order_shares)
-    errors = Table(title="errors")
-    for column in ("set", "structures", "force RMSE, eV/Å", "of the rms force", "energy RMSE, meV/atom", "z-score"):
-        errors.add_column(column, justify="left" if column == "set" else "right")
-    rmse, rms = fit.training_force_rmse, fit.training_rms_force
-    count = fit.equations.sums["forces"].structures
-    errors.add_row("training", str(count), f"{rmse:.4g}", f"{100 * rmse / rms:.3g} %", "", "")
-    energy = validation.energy_rmse
-    errors.add_row(
-        "validation",
-        str(len(validation.sizes)),
-        f"{validation.force_rmse:.4g}",
-        f"{100 * validation.force_rmse / validation.rms_force:.3g} %",
-        "" if energy is None else f"{1000 * energy:.4g}",
-        f"{validation.z_score(posterior.noise):.3g}",
-    )
-    return [orders, errors]
-
-
-def _orders_table(
-    cutoffs: Mapping[int, float],
-    counts: Mapping[int, int],
-    gamma: Mapping[int, float],
-    alpha: Mapping[int, float],
-    shares: Mapping[int, float] | None = None,
-) -> Table:
-    """One row per order; ``shares`` of the rms force are known right after a training only."""
-    columns = ["order", "cutoff, Å", "parameters", "determined by the data", "prior width, eV/Å^order"]
-    table = Table(title="parameters by order")
-    for column in [*columns, *(["its rms force, of the labels'"] if shares else [])]:
-        table.add_column(column, justify="right")
-    for order, count in counts.items():
-        known = f"{gamma[order]:.1f} = {100 * gamma[order] / count:.3g} %"
-        row = [str(order), f"{cutoffs[order]:g}", str(count), known, f"{alpha[order] ** -0.5:.3g}"]
-        table.add_row(*row, *([f"{100 * shares[order]:.3g} %"] if shares else []))
-    total, all_known = sum(counts.values()), sum(gamma.values())
-    table.add_section()
-    table.add_row("all", "", str(total), f"{all_known:.1f} = {100 * all_known / total:.3g} %")
-    return table
-
-
 def _remarks(fit: CrystalFit) -> Iterator[str]:
     """Noise, energy, calibration, and what is unusual."""
     posterior = fit.posterior
@@ -215,41 +170,3 @@ def _picture(fit: CrystalFit, path: Path) -> Path:
         ("max $u_i$ (eV/Å)", "max RMSE($F_i$) (eV/Å)"),
     ]
     return calibration_figure(panels, path, names)
-
-
-def info_tables(metadata: dict[str, Any], title: str) -> list[Table]:
-    """The record of a crystal's file: what a reader wants first, parameters by order, then the rest."""
-    from ubmd.cli.train import flat, info_table
-
-    lattice, regression, uncertainty = metadata["lattice"], metadata["regression"], metadata["uncertainty"]
-    elements = [metadata["elements"][k] for k in lattice["species"]]
-    head = info_table(title, ("what", "value"))
-    guard, noise = lattice["max_displacement"], regression["noise"]["forces"]
-    rows = {
-        "kind": "force constants of a crystal",
-        "space group": metadata.get("space_group") or "not recorded",
-        "primitive cell": f"{len(elements)} atoms: {' '.join(elements)}",
-        "parameters P": str(uncertainty["projections"]),
-        "determined by the data γ/P": f"{100 * regression['determined']:.3g} %",
-        "noise or truncation": f"{noise:.3g} eV/Å",
-        "largest displacement": f"{guard:.3g} Å (simulations stop beyond)",
-        "energy of the ideal crystal": f"{lattice['energy']:.8g} eV per primitive cell",
-    }
-    for row in rows.items():
-        head.add_row(*map(shown, row))
-    by_order = (
-        {int(order): value for order, value in record.items()}
-        for record in (
-            metadata["cutoffs"],
-            metadata["parameters"],
-            regression["gamma"],
-            regression["prior_precision"],
-        )
-    )
-    rest = info_table("record", ("key", "value"))
-    beside = {"cutoffs", "parameters", "lattice", "space_group"}
-    kept = {key: value for key, value in metadata.items() if key not in beside}
-    kept["lattice"] = {key: value for key, value in lattice.items() if key != "sites"}
-    for row in flat(kept):
-        rest.add_row(*map(shown, row))
-    return [head, _orders_table(*by_order), rest]

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import ubmd
-from ubmd.cli.entry import INTERRUPTED
+from ubmd.cli import INTERRUPTED
 from ubmd.errors import UbmdError
 from ubmd.files import why
 

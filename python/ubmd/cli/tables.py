@@ -1,291 +1,19 @@
-"""Commands around one model: train, eval, info, export, schema.
-
-The heavy imports (torch, ase) happen inside the commands, so that `ubmd --help` answers at once.
-"""
+"""Tables on the terminal: structures, accuracy, what a model or a run is."""
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import typer
-from pydantic import BaseModel
-from rich.console import Console
 from rich.table import Table
 
-from ubmd.cli.console import make_console, shown
-from ubmd.errors import ModelError, SettingsError, UbmdError
-from ubmd.files import check_outputs
-from ubmd.settings import USUAL_INFO, RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
-from ubmd.valid_json import valid_json
+from ubmd.cli.console import shown
 
 if TYPE_CHECKING:
-    from ase import Atoms
-
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
-
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. training.epochs=200.")
-]
-KeyOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--label",
-        metavar="LABEL=KEY",
-        help="Key of a label (energy, forces, stress, virial), e.g. energy=dft_energy; may be repeated. Default: "
-        "energy, forces, stress or virial; else REF_energy ... A frame with both must say the same in both.",
-    ),
-]
+    from ubmd.potentials.force_constants.fit import CrystalFit
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module to the command line."""
-    app.command("train")(train)
-    app.command("eval")(evaluate)
-    app.command("info")(info)
-    app.command("export")(export)
-    app.command("schema")(schema)
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn an error meant for the user into its sentence on stderr and exit status 1."""
-    try:
-        yield
-    except UbmdError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-
-
-# ---------------------------------------------------------------------------------------------- train
-
-
-def train(
-    settings_file: Annotated[Path, typer.Argument(help="TOML file of the training (see `ubmd schema train`).")],
-    overrides: SetOption = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh/--resume", help="Start again, or go on from the last checkpoint (default).")
-    ] = False,
-) -> None:
-    """Train a model on labelled structures and export it as model.pt.
-
-    A network, or, if the settings have a table "crystal", a force-constant potential of a crystal.
-    """
-    with user_errors():
-        settings = load_settings(settings_file, TrainSettings, overrides or [])
-        if settings.crystal is not None:
-            from ubmd.cli.fit import train_crystal
-
-            train_crystal(settings, settings_file.parent, fresh, make_console())
-        else:
-            _train(settings, settings_file.parent, fresh, Console())
-
-
-def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
-    from ubmd.data.structures import describe
-    from ubmd.potentials.gmnn.members import member_folders, train_members
-
-    _check_outputs(settings)
-    remarks: list[str] = []
-    training_set, validation_set = _load_sets(settings, base, remarks.append)
-    console.print(describe(training_set, "training set"))
-    console.print(describe(validation_set, "validation set"))
-    print_remarks(remarks)
-    with _progress(console) as report:
-        results = train_members(
-            settings.uncertainty.networks,
-            settings.model,
-            settings.training,
-            training_set,
-            validation_set,
-            settings.output_dir,
-            settings.seed,
-            progress=report,
-            fresh=fresh,
-        )
-    path = settings.output_dir / "model.pt"
-    models = [result.model for result in results]
-    _export(models, training_set, validation_set, settings.uncertainty, path, settings.model_dump(mode="json"))
-    for result, folder in zip(results, member_folders(settings.output_dir, len(results)), strict=True):
-        console.print(_training_summary(result.best, len(result.history)))
-        console.print(f"log and picture: {folder / 'log.csv'}, learning_curve.png", soft_wrap=True, markup=False)
-    console.print(f"model: {path}", soft_wrap=True, markup=False)
-
-
-def _check_outputs(settings: TrainSettings) -> None:
-    """SettingsError if the results cannot be written."""
-    from ubmd.potentials.gmnn.members import member_folders
-
-    check_outputs(settings.output_dir, ["model.pt"], "output_dir")
-    for folder in member_folders(settings.output_dir, settings.uncertainty.networks):
-        check_outputs(folder, ["log.csv", "learning_curve.png", "checkpoint.pt", "weights.pt"], "output_dir")
-
-
-def _load_sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) -> tuple[list[Atoms], list[Atoms]]:
-    """Training and validation structures; files are relative to the settings file."""
-    from ubmd.data.state import mixed_states
-    from ubmd.data.structures import read_structures
-    from ubmd.potentials.gmnn.trainer import split
-
-    structures = read_structures(base / settings.training_file, settings.labels, labelled=True, remark=remark)
-    for first, second, difference in islice(mixed_states(structures, USUAL_INFO), 1):
-        remark(
-            f"{settings.training_file}: frames {first} and {second} have the same composition but {difference}, which "
-            "a model cannot tell apart."
-        )
-    if settings.validation_file is None:
-        return split(structures, settings.validation_share, settings.seed)
-    return structures, read_structures(base / settings.validation_file, settings.labels, labelled=True, remark=remark)
-
-
-def _export(
-    models: Sequence[Any],
-    training_set: Sequence[Atoms],
-    calibration_set: Sequence[Atoms],
-    uncertainty: UncertaintySettings,
-    path: Path,
-    settings: dict[str, Any],
-    operators: bool | None = None,
-) -> dict[str, Any]:
-    from ubmd.data.labels import dataset_hash
-    from ubmd.potentials.gmnn.export import export_model
-
-    provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings}
-    return export_model(models, training_set, calibration_set, uncertainty, path, provenance, operators)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Any]:
-    """A callback for every epoch: a live bar on a terminal, a line now and then elsewhere."""
-    if not console.is_terminal:
-        yield _PlainProgress(console)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("epochs, {task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def report(row: dict[str, Any]) -> None:
-            bar.update(task, completed=row["epoch"], total=row["epochs"], description=_errors_text(row))
-
-        yield report
-
-
-class _PlainProgress:
-    """Lines with the errors and the time left: the first epoch, every ten seconds, the last epoch."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._start: float | None = None
-        self._first_epoch = 0
-        self._last_line = -float("inf")
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if self._start is None:
-            self._start, self._first_epoch = now - row["seconds"], row["epoch"] - 1
-        if now - self._last_line < SECONDS_BETWEEN_LINES and row["epoch"] < row["epochs"]:
-            return
-        self._last_line = now
-        left = (now - self._start) / (row["epoch"] - self._first_epoch) * (row["epochs"] - row["epoch"])
-        line = f"epoch {row['epoch']} of {row['epochs']}: {_errors_text(row)}, {_duration(left)} left"
-        self._console.print(line, soft_wrap=True, highlight=False)
-
-
-def _errors_text(row: dict[str, Any]) -> str:
-    """Validation errors of an epoch in one line (training errors where there was no validation)."""
-    part = "valid" if row.get("valid_force_rmse_eV_per_A") is not None else "train"
-    energy, force = row[f"{part}_energy_rmse_meV_per_atom"], row[f"{part}_force_rmse_eV_per_A"]
-    text = f"{part} E {energy:.2f} meV/atom, F {force:.4f} eV/Å"
-    stress = row.get(f"{part}_stress_rmse_MPa")
-    return text if stress is None else f"{text}, S {stress:.1f} MPa"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _training_summary(best: dict[str, Any], epochs: int) -> Table:
-    """RMSEs of the kept weights."""
-    table = Table(title=f"kept: epoch {best['epoch']} of {epochs}")
-    for column in ("RMSE", "training (during the epoch)", "validation", "unit"):
-        table.add_column(column)
-    for name, key, unit in (
-        ("energy", "energy_rmse_meV_per_atom", "meV/atom"),
-        ("force", "force_rmse_eV_per_A", "eV/Å"),
-        ("stress", "stress_rmse_MPa", "MPa"),
-    ):
-        values = [best.get(f"{part}_{key}") for part in ("train", "valid")]
-        if any(value is not None for value in values):
-            table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values), unit)
-    return table
-
-
-# ----------------------------------------------------------------------------------------------- eval
-
-
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Model file, e.g. model.pt.")],
-    data: Annotated[Path, typer.Argument(help="Labelled structures (extxyz, or any format that ASE reads).")],
-    precision: Annotated[str, typer.Option(help="mixed, single or double.")] = "mixed",
-    label: KeyOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Compare a model with labelled structures: errors, and how often they stay below the uncertainty.
-
-    Labels in eV, eV/Å and eV/Å^3, tension positive; a virial in eV is the stress -virial/volume. "energy" counts, not
-    "free_energy", unless --label energy=free_energy says so. What looks like a mistake is printed as a remark.
-    """
-    from ubmd.calculator import Evaluator
-    from ubmd.data.structures import describe, read_structures
-    from ubmd.measure.errors import accuracy, check_finite
-
-    with user_errors():
-        evaluator = Evaluator(model, precision)
-        remarks: list[str] = []
-        structures = read_structures(data, label_mapping(label), labelled=True, remark=remarks.append)
-        predictions = evaluator.predict(structures)
-        check_finite(predictions, str(data))
-        result = accuracy(predictions, structures)
-        if as_json:
-            print_remarks(remarks)
-            print(json.dumps(result, indent=2, allow_nan=False))
-            return
-        console = make_console()
-        console.print(describe(structures, shown(str(data))))
-        print_remarks(remarks)
-        console.print(_accuracy_table(result, evaluator.metadata))
-
-
-def label_mapping(pairs: Sequence[str] | None) -> dict[str, str]:
-    """`label=key` options as a dictionary."""
-    mapping: dict[str, str] = {}
-    for pair in pairs or []:
-        label, separator, key = pair.partition("=")
-        if not separator or not key:
-            raise SettingsError(f"--label needs LABEL=KEY, e.g. energy=dft_energy; got {pair!r}.")
-        if mapping.get(label, key) != key:
-            raise SettingsError(f"--label names two keys for {label}: {mapping[label]} and {key}; give one.")
-        mapping[label] = key
-    return mapping
-
-
-def print_remarks(remarks: Sequence[str]) -> None:
-    """Remarks on labels, on stderr like errors, so that JSON stays JSON."""
-    for sentence in remarks:
-        print(f"Remark: {sentence}", file=sys.stderr)
-
-
-def _accuracy_table(result: dict[str, Any], metadata: dict[str, Any]) -> Table:
+def accuracy_table(result: dict[str, Any], metadata: dict[str, Any]) -> Table:
     made_for = ", ".join(_promise(name, metadata["uncertainty"]) for name in ("energy", "forces"))
     caption = f"u made for: {made_for}"
     if "lattice" in metadata and result["stress_rmse_MPa"] is not None:
@@ -317,66 +45,6 @@ def _percent(share: float, of_what: str) -> str:
     return f"{100 * share:.1f} % {of_what}"
 
 
-# -------------------------------------------------------------------------------- info, export, schema
-
-
-def info(
-    path: Annotated[Path, typer.Argument(help="Model file (model.pt), or folder of a run.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as it is in the file.")] = False,
-) -> None:
-    """Print where a model file or a run comes from: versions, seeds, hashes, settings.
-
-    Nothing in the file or the folder is run: it may be a stranger's.
-    """
-    with user_errors():
-        record, tables = _run_info(path) if path.is_dir() else _model_info(path)
-        if as_json:
-            print(json.dumps(valid_json(record), indent=2))
-            return
-        for table in tables:
-            make_console().print(table)
-
-
-def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
-    """(manifest, tables) of a run."""
-    from ubmd.analysis.provenance import changed_settings, provenance_rows
-    from ubmd.runs.folder import RunFolder
-    from ubmd.runs.manifest import is_dynamic_run, read_settings, read_settings_of
-    from ubmd.settings.dynamic import DynamicRunSettings
-
-    run = RunFolder(folder)
-    settings = read_settings_of(run, DynamicRunSettings) if is_dynamic_run(run) else read_settings(run)
-    tables = [
-        info_table(shown(str(folder)), ("what", "value")),
-        info_table("changed settings", ("key", "value", "default")),
-    ]
-    for table, rows in zip(tables, (provenance_rows(run), changed_settings(settings)), strict=True):
-        for row in rows:
-            table.add_row(*map(shown, row))
-    return run.read_manifest(), tables
-
-
-def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
-    """(record, tables) of a model file, which is not run."""
-    from ubmd.potentials.record import complete_record, read_record
-
-    record = read_record(path)
-    if record is None:
-        raise ModelError(
-            f"{path} has no record that can be read without running it, so nothing is known about it; whoever made it "
-            "can write one into it (see 'extra file ubmd.json' in the manual of pair_style ubmd)."
-        )
-    with complete_record(path):
-        if "lattice" in record:
-            from ubmd.cli.fit import info_tables
-
-            return record, info_tables(record, shown(str(path)))
-        table = info_table(shown(str(path)), ("key", "value"))
-        for row in flat(record):
-            table.add_row(*map(shown, row))
-    return record, [table]
-
-
 def info_table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title)
     for column in columns:
@@ -395,53 +63,81 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield prefix + key, f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def export(
-    weights: Annotated[Path, typer.Argument(help="weights.pt of a training.")],
-    training_file: Annotated[Path, typer.Argument(help="The structures that the weights were trained on.")],
-    calibration_file: Annotated[Path, typer.Argument(help="Labelled structures for the calibration.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path("model.pt"),
-    overrides: SetOption = None,
-    member: Annotated[
-        list[Path] | None, typer.Option("--member", help="weights.pt of each other member, with --set kind=ensemble.")
-    ] = None,
-    label: KeyOption = None,
-    operators: Annotated[
-        bool | None,
-        typer.Option(
-            "--operators/--no-operators",
-            help="Use the compiled operators (default where they are), or plain PyTorch: slower, runs anywhere.",
-        ),
-    ] = None,
-) -> None:
-    """Make a model file from trained weights, e.g. with another confidence: --set alpha=0.5."""
-    from ubmd.data.structures import read_structures
-    from ubmd.potentials.gmnn.checkpoint import load_weights
-
-    with user_errors():
-        check_outputs(output.parent, [output.name], "--output")
-        uncertainty = make_settings(UncertaintySettings, {}, overrides or [], "--set")
-        models = [load_weights(path) for path in [weights, *(member or [])]]
-        remarks: list[str] = []
-        mapping = label_mapping(label)
-        training_set = read_structures(training_file, mapping, labelled=True, remark=remarks.append)
-        calibration_set = read_structures(calibration_file, mapping, labelled=True, remark=remarks.append)
-        print_remarks(remarks)
-        settings = {"uncertainty": uncertainty.model_dump(mode="json")}
-        metadata = _export(models, training_set, calibration_set, uncertainty, output, settings, operators)
-        attainable = metadata["uncertainty"]["energy"]["attainable"]
-        print(f"wrote {output}: uncertainties of structures hold at {100 * attainable:.4g} % confidence")
+def fit_tables(fit: CrystalFit) -> list[Table]:
+    """Parameters by order, and errors."""
+    posterior, validation = fit.posterior, fit.validation
+    orders = _orders_table(fit.basis.cutoffs, posterior.counts, posterior.gamma, posterior.alpha, fit.order_shares)
+    errors = Table(title="errors")
+    for column in ("set", "structures", "force RMSE, eV/Å", "of the rms force", "energy RMSE, meV/atom", "z-score"):
+        errors.add_column(column, justify="left" if column == "set" else "right")
+    rmse, rms = fit.training_force_rmse, fit.training_rms_force
+    count = fit.equations.sums["forces"].structures
+    errors.add_row("training", str(count), f"{rmse:.4g}", f"{100 * rmse / rms:.3g} %", "", "")
+    energy = validation.energy_rmse
+    errors.add_row(
+        "validation",
+        str(len(validation.sizes)),
+        f"{validation.force_rmse:.4g}",
+        f"{100 * validation.force_rmse / validation.rms_force:.3g} %",
+        "" if energy is None else f"{1000 * energy:.4g}",
+        f"{validation.z_score(posterior.noise):.3g}",
+    )
+    return [orders, errors]
 
 
-def schema(
-    kind: Annotated[str, typer.Argument(help="run, dynamic (`ubmd run` with a \\[dynamic] table) or train.")] = "run",
-) -> None:
-    """Print the JSON schema of a settings file: every key, its unit, default and range."""
-    from ubmd.settings.dynamic import DynamicRunSettings
+def _orders_table(
+    cutoffs: Mapping[int, float],
+    counts: Mapping[int, int],
+    gamma: Mapping[int, float],
+    alpha: Mapping[int, float],
+    shares: Mapping[int, float] | None = None,
+) -> Table:
+    """One row per order; ``shares`` of the rms force are known right after a training only."""
+    columns = ["order", "cutoff, Å", "parameters", "determined by the data", "prior width, eV/Å^order"]
+    table = Table(title="parameters by order")
+    for column in [*columns, *(["its rms force, of the labels'"] if shares else [])]:
+        table.add_column(column, justify="right")
+    for order, count in counts.items():
+        known = f"{gamma[order]:.1f} = {100 * gamma[order] / count:.3g} %"
+        row = [str(order), f"{cutoffs[order]:g}", str(count), known, f"{alpha[order] ** -0.5:.3g}"]
+        table.add_row(*row, *([f"{100 * shares[order]:.3g} %"] if shares else []))
+    total, all_known = sum(counts.values()), sum(gamma.values())
+    table.add_section()
+    table.add_row("all", "", str(total), f"{all_known:.1f} = {100 * all_known / total:.3g} %")
+    return table
 
-    kinds: dict[str, type[BaseModel]] = {"run": RunSettings, "dynamic": DynamicRunSettings, "train": TrainSettings}
-    with user_errors():
-        if kind not in kinds:
-            raise SettingsError(f"There is no schema of '{kind}'; choose run, dynamic or train.")
-        # By the names that the template has; a key may have a second one.
-        described = kinds[kind].model_json_schema(by_alias=False)
-        print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **described}, indent=2))
+
+def info_tables(metadata: dict[str, Any], title: str) -> list[Table]:
+    """The record of a crystal's file: what a reader wants first, parameters by order, then the rest."""
+    lattice, regression, uncertainty = metadata["lattice"], metadata["regression"], metadata["uncertainty"]
+    elements = [metadata["elements"][k] for k in lattice["species"]]
+    head = info_table(title, ("what", "value"))
+    guard, noise = lattice["max_displacement"], regression["noise"]["forces"]
+    rows = {
+        "kind": "force constants of a crystal",
+        "space group": metadata.get("space_group") or "not recorded",
+        "primitive cell": f"{len(elements)} atoms: {' '.join(elements)}",
+        "parameters P": str(uncertainty["projections"]),
+        "determined by the data γ/P": f"{100 * regression['determined']:.3g} %",
+        "noise or truncation": f"{noise:.3g} eV/Å",
+        "largest displacement": f"{guard:.3g} Å (simulations stop beyond)",
+        "energy of the ideal crystal": f"{lattice['energy']:.8g} eV per primitive cell",
+    }
+    for row in rows.items():
+        head.add_row(*map(shown, row))
+    by_order = (
+        {int(order): value for order, value in record.items()}
+        for record in (
+            metadata["cutoffs"],
+            metadata["parameters"],
+            regression["gamma"],
+            regression["prior_precision"],
+        )
+    )
+    rest = info_table("record", ("key", "value"))
+    beside = {"cutoffs", "parameters", "lattice", "space_group"}
+    kept = {key: value for key, value in metadata.items() if key not in beside}
+    kept["lattice"] = {key: value for key, value in lattice.items() if key != "sites"}
+    for row in flat(kept):
+        rest.add_row(*map(shown, row))
+    return [head, _orders_table(*by_order), rest]

@@ -6,10 +6,7 @@ The heavy imports (torch, ase) happen inside the commands, so that `ubmd --help`
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,16 +16,17 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from ubmd.cli.console import make_console, shown
-from ubmd.errors import ModelError, SettingsError, UbmdError
+from ubmd.cli.console import make_console, print_remarks, shown, user_errors
+from ubmd.cli.info import info
+from ubmd.cli.tables import accuracy_table
+from ubmd.cli.training_progress import training_progress
+from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.settings import USUAL_INFO, RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
-from ubmd.valid_json import valid_json
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. training.epochs=200.")
@@ -51,16 +49,6 @@ def register(app: typer.Typer) -> None:
     app.command("info")(info)
     app.command("export")(export)
     app.command("schema")(schema)
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn an error meant for the user into its sentence on stderr and exit status 1."""
-    try:
-        yield
-    except UbmdError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
 
 
 # ---------------------------------------------------------------------------------------------- train
@@ -88,7 +76,7 @@ def train(
 
 
 def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
-    from ubmd.data.structures import describe
+    from ubmd.cli.structure_table import describe
     from ubmd.potentials.gmnn.members import member_folders, train_members
 
     _check_outputs(settings)
@@ -97,7 +85,7 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     console.print(describe(training_set, "training set"))
     console.print(describe(validation_set, "validation set"))
     print_remarks(remarks)
-    with _progress(console) as report:
+    with training_progress(console) as report:
         results = train_members(
             settings.uncertainty.networks,
             settings.model,
@@ -160,60 +148,6 @@ def _export(
     return export_model(models, training_set, calibration_set, uncertainty, path, provenance, operators)
 
 
-@contextmanager
-def _progress(console: Console) -> Iterator[Any]:
-    """A callback for every epoch: a live bar on a terminal, a line now and then elsewhere."""
-    if not console.is_terminal:
-        yield _PlainProgress(console)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("epochs, {task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def report(row: dict[str, Any]) -> None:
-            bar.update(task, completed=row["epoch"], total=row["epochs"], description=_errors_text(row))
-
-        yield report
-
-
-class _PlainProgress:
-    """Lines with the errors and the time left: the first epoch, every ten seconds, the last epoch."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._start: float | None = None
-        self._first_epoch = 0
-        self._last_line = -float("inf")
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if self._start is None:
-            self._start, self._first_epoch = now - row["seconds"], row["epoch"] - 1
-        if now - self._last_line < SECONDS_BETWEEN_LINES and row["epoch"] < row["epochs"]:
-            return
-        self._last_line = now
-        left = (now - self._start) / (row["epoch"] - self._first_epoch) * (row["epochs"] - row["epoch"])
-        line = f"epoch {row['epoch']} of {row['epochs']}: {_errors_text(row)}, {_duration(left)} left"
-        self._console.print(line, soft_wrap=True, highlight=False)
-
-
-def _errors_text(row: dict[str, Any]) -> str:
-    """Validation errors of an epoch in one line (training errors where there was no validation)."""
-    part = "valid" if row.get("valid_force_rmse_eV_per_A") is not None else "train"
-    energy, force = row[f"{part}_energy_rmse_meV_per_atom"], row[f"{part}_force_rmse_eV_per_A"]
-    text = f"{part} E {energy:.2f} meV/atom, F {force:.4f} eV/Å"
-    stress = row.get(f"{part}_stress_rmse_MPa")
-    return text if stress is None else f"{text}, S {stress:.1f} MPa"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def _training_summary(best: dict[str, Any], epochs: int) -> Table:
     """RMSEs of the kept weights."""
     table = Table(title=f"kept: epoch {best['epoch']} of {epochs}")
@@ -246,7 +180,8 @@ def evaluate(
     "free_energy", unless --label energy=free_energy says so. What looks like a mistake is printed as a remark.
     """
     from ubmd.calculator import Evaluator
-    from ubmd.data.structures import describe, read_structures
+    from ubmd.cli.structure_table import describe
+    from ubmd.data.structures import read_structures
     from ubmd.measure.errors import accuracy, check_finite
 
     with user_errors():
@@ -263,7 +198,7 @@ def evaluate(
         console = make_console()
         console.print(describe(structures, shown(str(data))))
         print_remarks(remarks)
-        console.print(_accuracy_table(result, evaluator.metadata))
+        console.print(accuracy_table(result, evaluator.metadata))
 
 
 def label_mapping(pairs: Sequence[str] | None) -> dict[str, str]:
@@ -279,120 +214,7 @@ def label_mapping(pairs: Sequence[str] | None) -> dict[str, str]:
     return mapping
 
 
-def print_remarks(remarks: Sequence[str]) -> None:
-    """Remarks on labels, on stderr like errors, so that JSON stays JSON."""
-    for sentence in remarks:
-        print(f"Remark: {sentence}", file=sys.stderr)
-
-
-def _accuracy_table(result: dict[str, Any], metadata: dict[str, Any]) -> Table:
-    made_for = ", ".join(_promise(name, metadata["uncertainty"]) for name in ("energy", "forces"))
-    caption = f"u made for: {made_for}"
-    if "lattice" in metadata and result["stress_rmse_MPa"] is not None:
-        caption += "\nstresses of the model lack that of the ideal crystal"
-    table = Table(title=f"{result['structures']} structures, {result['atoms']} atoms", caption=caption)
-    for column in ("quantity", "RMSE", "MAE", "unit", "errors below u"):
-        table.add_column(column)
-    for name, unit, text, share in (
-        ("energy", "meV_per_atom", "meV/atom", _percent(result["energy_share_below_u"], "of structures")),
-        ("force", "eV_per_A", "eV/Å", _percent(result["force_share_below_u"], "of atoms")),
-        ("", "", "", _percent(result["max_force_share_below_u"], "of structures' maxima")),
-        ("stress", "MPa", "MPa", ""),
-    ):
-        values = [result.get(f"{name}_{kind}_{unit}") for kind in ("rmse", "mae")]
-        if name != "stress" or values[0] is not None:
-            table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values), text, share)
-    return table
-
-
-def _promise(name: str, uncertainty: dict[str, Any]) -> str:
-    """The confidence that the uncertainty of energy or forces was calibrated for."""
-    record = uncertainty[name]
-    if record["n_calibration"] == 0:
-        return f"{name} not calibrated"
-    return f"{name} {100 * min(record['attainable'], 1 - uncertainty['alpha']):.4g} %"
-
-
-def _percent(share: float, of_what: str) -> str:
-    return f"{100 * share:.1f} % {of_what}"
-
-
 # -------------------------------------------------------------------------------- info, export, schema
-
-
-def info(
-    path: Annotated[Path, typer.Argument(help="Model file (model.pt), or folder of a run.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as it is in the file.")] = False,
-) -> None:
-    """Print where a model file or a run comes from: versions, seeds, hashes, settings.
-
-    Nothing in the file or the folder is run: it may be a stranger's.
-    """
-    with user_errors():
-        record, tables = _run_info(path) if path.is_dir() else _model_info(path)
-        if as_json:
-            print(json.dumps(valid_json(record), indent=2))
-            return
-        for table in tables:
-            make_console().print(table)
-
-
-def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
-    """(manifest, tables) of a run."""
-    from ubmd.analysis.provenance import changed_settings, provenance_rows
-    from ubmd.runs.folder import RunFolder
-    from ubmd.runs.manifest import is_dynamic_run, read_settings, read_settings_of
-    from ubmd.settings.dynamic import DynamicRunSettings
-
-    run = RunFolder(folder)
-    settings = read_settings_of(run, DynamicRunSettings) if is_dynamic_run(run) else read_settings(run)
-    tables = [
-        info_table(shown(str(folder)), ("what", "value")),
-        info_table("changed settings", ("key", "value", "default")),
-    ]
-    for table, rows in zip(tables, (provenance_rows(run), changed_settings(settings)), strict=True):
-        for row in rows:
-            table.add_row(*map(shown, row))
-    return run.read_manifest(), tables
-
-
-def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
-    """(record, tables) of a model file, which is not run."""
-    from ubmd.potentials.record import complete_record, read_record
-
-    record = read_record(path)
-    if record is None:
-        raise ModelError(
-            f"{path} has no record that can be read without running it, so nothing is known about it; whoever made it "
-            "can write one into it (see 'extra file ubmd.json' in the manual of pair_style ubmd)."
-        )
-    with complete_record(path):
-        if "lattice" in record:
-            from ubmd.cli.fit import info_tables
-
-            return record, info_tables(record, shown(str(path)))
-        table = info_table(shown(str(path)), ("key", "value"))
-        for row in flat(record):
-            table.add_row(*map(shown, row))
-    return record, [table]
-
-
-def info_table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and values as text."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield prefix + key, " ".join(str(item) for item in value)
-        else:
-            yield prefix + key, f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def export(
