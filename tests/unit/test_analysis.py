@@ -25,7 +25,6 @@ from ubmd import analysis
 from ubmd.analysis import figures, predictions
 from ubmd.analysis.compare import compare
 from ubmd.analysis.figures import at_labels, group_learning_figure, mean_curve, shared_labels
-from ubmd.analysis.provenance import conditions
 from ubmd.analysis.run_data import Frames, read_frames
 from ubmd.analysis.run_groups import Run
 from ubmd.analysis.table import run_values
@@ -49,6 +48,7 @@ from ubmd.settings import (
     UncertaintySettings,
     load_settings,
 )
+from ubmd.settings.run import conditions
 
 EXAMPLE = Path(__file__).parents[2] / "lammps_examples" / "alanine_dipeptide"
 PHI, PSI = (4, 6, 8, 14), (6, 8, 14, 16)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from ubmd.analysis.document import Document
 from ubmd.files import file_hash
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
-from ubmd.settings import RunSettings, Table
+from ubmd.settings import Table
 
 _FILES = ("dataset", "test", "model")
 
@@ -93,33 +92,6 @@ def add_provenance(report: Document, folder: RunFolder, settings: Table | None =
 def setting_texts(settings: Table) -> dict[str, str]:
     """Dotted key -> value as text, of every setting."""
     return {key: _shown(value) for key, value, _ in _pairs(settings, "")}
-
-
-def conditions(settings: RunSettings) -> str:
-    """Ensemble, temperature, pressure and bias in a few words."""
-    md, bias = settings.md, settings.bias
-    heat, press = (md.ramp.temperature, md.ramp.pressure) if md.ramp else (None, None)
-    force, stress = (bias.ramp.force, bias.ramp.stress) if bias.ramp else (None, None)
-    parts = [f"{md.ensemble.upper()} at {_range(md.temperature, ' K', md.temperatures, heat)}"]
-    if md.ensemble == "npt":
-        parts[0] += f" and {_range(md.pressure, ' MPa', md.pressures, press)}"
-    if md.colvars is not None:
-        parts[0] += f" with {md.colvars.name}"
-    if not bias.is_biased:
-        return parts[0] + (", no uncertainty bias" if md.colvars else ", no bias (plain MD)")
-    parts.append(f"bias force {_range(bias.force, '', (), force)}")
-    if bias.has_stress:
-        parts.append(f"bias stress {_range(bias.stress, '', (), stress)}")
-    return ", ".join(parts)
-
-
-def _range(value: float, unit: str, several: Sequence[float], ramp: Sequence[float] | None) -> str:
-    """'300 K', '300 and 600 K (in turn)' or '300 to 600 K (ramped)'."""
-    if ramp:
-        return f"{ramp[0]:g} to {ramp[1]:g}{unit} (ramped)"
-    if len(set(several)) > 1:
-        return " and ".join(f"{x:g}" for x in several) + f"{unit} (in turn)"
-    return f"{(*several, value)[0]:g}{unit}"
 
 
 _REQUIRED = object()

@@ -15,7 +15,7 @@ import numpy as np
 from ubmd.analysis import figures
 from ubmd.analysis.document import Document, Section, number
 from ubmd.analysis.predictions import NotKept, predict_unseen
-from ubmd.analysis.provenance import add_provenance, conditions
+from ubmd.analysis.provenance import add_provenance
 from ubmd.analysis.run_data import Frames, count_endings, read_frames, read_rejected, stage_seconds
 from ubmd.analysis.trajectory import SHORTEST, correlation_times, read_traces
 from ubmd.measure.convergence import plateau, quiet
@@ -26,6 +26,7 @@ from ubmd.measure.torsions import torsions
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
 from ubmd.settings import RunSettings
+from ubmd.settings.run import conditions
 
 _SETS = {
     "test": "test set",

@@ -7,6 +7,7 @@ Every field states its unit in its description; ``ubmd schema`` prints the JSON 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -227,3 +228,30 @@ class RunSettings(Table):
             return self.training.epochs
         most, visits = self.loop.warm_epochs, self.loop.warm_visits
         return min(most, max(_FEWEST_WARM_EPOCHS, round(visits * new / labels))) if visits else most
+
+
+def conditions(settings: RunSettings) -> str:
+    """Ensemble, temperature, pressure and bias in a few words."""
+    md, bias = settings.md, settings.bias
+    heat, press = (md.ramp.temperature, md.ramp.pressure) if md.ramp else (None, None)
+    force, stress = (bias.ramp.force, bias.ramp.stress) if bias.ramp else (None, None)
+    parts = [f"{md.ensemble.upper()} at {_range(md.temperature, ' K', md.temperatures, heat)}"]
+    if md.ensemble == "npt":
+        parts[0] += f" and {_range(md.pressure, ' MPa', md.pressures, press)}"
+    if md.colvars is not None:
+        parts[0] += f" with {md.colvars.name}"
+    if not bias.is_biased:
+        return parts[0] + (", no uncertainty bias" if md.colvars else ", no bias (plain MD)")
+    parts.append(f"bias force {_range(bias.force, '', (), force)}")
+    if bias.has_stress:
+        parts.append(f"bias stress {_range(bias.stress, '', (), stress)}")
+    return ", ".join(parts)
+
+
+def _range(value: float, unit: str, several: Sequence[float], ramp: Sequence[float] | None) -> str:
+    """'300 K', '300 and 600 K (in turn)' or '300 to 600 K (ramped)'."""
+    if ramp:
+        return f"{ramp[0]:g} to {ramp[1]:g}{unit} (ramped)"
+    if len(set(several)) > 1:
+        return " and ".join(f"{x:g}" for x in several) + f"{unit} (in turn)"
+    return f"{(*several, value)[0]:g}{unit}"

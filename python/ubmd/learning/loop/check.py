@@ -15,7 +15,6 @@ from pathlib import Path
 from ase import Atoms
 from ase.data import atomic_numbers
 
-from ubmd.analysis.provenance import conditions
 from ubmd.data.constraints import check_free, fixed_atoms
 from ubmd.data.state import describe_state, mixed_states
 from ubmd.data.structures import read_structures
@@ -27,6 +26,7 @@ from ubmd.learning.start import check_start, check_states
 from ubmd.learning.work.clusters import tasks_at_once
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.settings import RunSettings
+from ubmd.settings.run import conditions
 
 _EPOCHS = 4  # of the miniature; the first is slow and not counted
 _STEPS = 10  # few: the model of two structures soon leads astray
