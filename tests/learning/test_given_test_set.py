@@ -15,7 +15,7 @@ from ubmd.data.labels import dataset_hash, labels_of
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.learning.held_out import HeldOut
-from ubmd.learning.loop.check import verify
+from ubmd.learning.loop.verify import verify
 from ubmd.runs.folder import EventLog, RunFolder
 
 

@@ -18,7 +18,8 @@ from system import settings_table, write_inputs
 
 from ubmd.data.extxyz import write_structures
 from ubmd.learning import RunFolder, run
-from ubmd.learning.loop.check import miniature, verify
+from ubmd.learning.loop.check import miniature
+from ubmd.learning.loop.verify import verify
 from ubmd.references import label
 from ubmd.references.quickff import DEBIAN_EXAMPLES, quickff_mil53
 from ubmd.settings import ReferenceSettings, RunSettings, load_settings

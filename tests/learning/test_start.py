@@ -21,7 +21,7 @@ from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, SettingsError, SimulationError, UbmdError
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import run as run_dynamic
-from ubmd.learning.loop.check import verify
+from ubmd.learning.loop.verify import verify
 from ubmd.runs.manifest import open_run
 from ubmd.settings import RunSettings
 from ubmd.settings.dynamic import DynamicRunSettings

@@ -26,7 +26,8 @@ from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import ideal_box
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.labels import reference_key
-from ubmd.learning.loop.check import plan, verify
+from ubmd.learning.loop.check import plan
+from ubmd.learning.loop.verify import verify
 
 INFO = ("charge", "spin", "multiplicity")
 SHIFT = 12.0  # eV, of the energy of the state below

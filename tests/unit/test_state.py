@@ -18,7 +18,7 @@ from ubmd.data.state import bare, electrons_differ, state_hash, structures_hash
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, LabelError, SettingsError
 from ubmd.learning.labels import label_key
-from ubmd.learning.loop.check import verify
+from ubmd.learning.loop.verify import verify
 from ubmd.learning.start import check_start, check_states, perturb
 from ubmd.references import label, labels, sample
 from ubmd.references.cache import label_hash, structure_hash

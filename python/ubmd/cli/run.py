@@ -110,9 +110,9 @@ def run(
     from rich.console import Console
 
     from ubmd.cli.loop_progress import make_progress
-    from ubmd.learning.loop.check import verify
     from ubmd.learning.loop.loop import run as run_loop
     from ubmd.learning.loop.timeline import Timeline
+    from ubmd.learning.loop.verify import verify
     from ubmd.runs.folder import RunFolder
 
     verify(values, settings.parent, _remark)

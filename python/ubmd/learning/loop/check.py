@@ -8,21 +8,16 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ase import Atoms
-from ase.data import atomic_numbers
 
-from ubmd.data.constraints import check_free, fixed_atoms
-from ubmd.data.state import describe_state, mixed_states
 from ubmd.data.structures import read_structures
-from ubmd.errors import DataError, SettingsError, StorageError, UbmdError
-from ubmd.files import check_name
-from ubmd.learning.held_out import given_test_set
+from ubmd.errors import SettingsError, StorageError, UbmdError
 from ubmd.learning.loop.timeline import duration
-from ubmd.learning.start import check_start, check_states
+from ubmd.learning.loop.verify import existing_folder, state_remarks, verify
 from ubmd.learning.work.clusters import tasks_at_once
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.settings import RunSettings
@@ -31,106 +26,7 @@ from ubmd.settings.run import conditions
 _EPOCHS = 4  # of the miniature; the first is slow and not counted
 _STEPS = 10  # few: the model of two structures soon leads astray
 _BYTES_PER_ATOM = 130  # of a stored frame
-_KEYS = 8  # that a sentence lists
 _TYPICAL_BATCH_GAIN = 3.0  # a full mini-batch costs less per structure than the miniature's single ones
-
-
-def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = lambda _: None) -> list[Atoms]:
-    """Do the settings fit the start structures, and is a given test set good? Returns the start structures.
-
-    ``remark`` is called with sentences on labels that may be a mistake.
-
-    Raises:
-        DataError: the file with the start structures, or with the test set, is no good.
-        SettingsError: it is missing, or the settings speak of elements or atoms that the structures don't have.
-    """
-    check_run_dir(Path(settings.run_dir))
-    path = base / settings.start.file
-    if not path.exists():
-        raise SettingsError(f"start.file: there is no file {path} (the path is relative to the settings file).")
-    if settings.md.colvars is not None and not (base / settings.md.colvars).is_file():
-        raise SettingsError(
-            f"md.colvars: there is no file {base / settings.md.colvars} (the path is relative to the settings file)."
-        )
-    structures = read_structures(path, settings.start.labels)
-    present = sorted({symbol for atoms in structures for symbol in atoms.symbols}, key=atomic_numbers.__getitem__)
-    found = ", ".join(present)
-    for key, elements in (("bias.species", settings.bias.species), ("model.elements", settings.model.elements or ())):
-        for element in elements:
-            if element not in atomic_numbers:
-                raise SettingsError(f"{key} names '{element}', which is no element.")
-    for element in settings.bias.species:
-        if element not in present:
-            raise SettingsError(
-                f"bias.species names {element}, but {settings.start.file} holds only {found}; remove it."
-            )
-    for element in present:
-        if settings.model.elements and element not in settings.model.elements:
-            raise SettingsError(f"{settings.start.file} holds {element}; add it to model.elements.")
-    check_start(structures, settings)
-    check_states(structures, settings)
-    _check_sampled(structures[0], settings, base)
-    smallest = min(len(atoms) for atoms in structures)
-    for name, indices in settings.variables.torsions.items():
-        if max(indices) >= smallest or min(indices) < 0 or len(set(indices)) < 4:
-            raise SettingsError(
-                f"variables.torsions.{name} = {list(indices)} needs four different atoms, counted from 0; "
-                f"{settings.start.file} has {smallest}."
-            )
-    _check_test_states(structures, given_test_set(settings.test, base, remark) or [], settings, remark)
-    return structures
-
-
-def _check_sampled(atoms: Atoms, settings: RunSettings, base: Path) -> None:
-    """SettingsError if reference MD is to make the test set, but every atom of its start is fixed."""
-    test = settings.test
-    if test is None or (test.file is not None and (base / test.file).exists()):
-        return
-    try:
-        check_free(atoms)
-    except DataError as error:
-        raise SettingsError(f"{settings.start.file}, from which reference MD makes the test set: {error}") from None
-
-
-def _check_test_states(
-    structures: list[Atoms], test: list[Atoms], settings: RunSettings, remark: Callable[[str], None]
-) -> None:
-    """A remark on a given test set that says that its structures are in another state than the start structures."""
-    n = len(structures)
-    for first, second, difference in mixed_states([*structures, *test], settings.reference.info):
-        if first < n <= second:
-            remark(
-                f"test.file: frame {second - n} has the composition of frame {first} of {settings.start.file} but "
-                f"{difference}; labels of two states cannot be compared."
-            )
-            return
-
-
-def state_remarks(structures: list[Atoms], settings: RunSettings) -> Iterator[str]:
-    """What the start structures pass on to all others, and what they don't, in sentences."""
-    state = sorted({describe_state(atoms, settings.reference.info) for atoms in structures} - {""})
-    if state:
-        yield f"The calculator sees of all structures: {'; or '.join(state)}."
-    unseen = sorted({key for atoms in structures for key in atoms.info} - {*settings.reference.info})
-    if unseen:
-        more = ", ..." if len(unseen) > _KEYS else ""
-        yield (
-            f"The calculator does not see these keys of info: {', '.join(map(str, unseen[:_KEYS]))}{more} (those that "
-            "it reads belong in reference.info)."
-        )
-    if any(len(fixed_atoms(atoms)) for atoms in structures):
-        yield "Fixed atoms (FixAtoms) are held in reference MD only: the replicas move all atoms."
-
-
-def check_run_dir(path: Path) -> None:
-    """SettingsError if the folder of the run cannot be made or written, as far as can be told without making it."""
-    check_name(path, "run_dir")
-    there = _existing(path)
-    reason = "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is read-only"
-    if not there.is_dir():
-        reason = f"{there} is a file"
-    if reason:
-        raise SettingsError(f"run_dir = {path} cannot be made or written ({reason}); set another run_dir.")
 
 
 def miniature(settings: RunSettings, run_dir: Path) -> RunSettings:
@@ -182,7 +78,7 @@ def _folder_beside(settings: RunSettings) -> Iterator[Path]:
     more than the error.
     """
     run_dir = Path(settings.run_dir).absolute()
-    parent = next((p for p in (_existing(run_dir.parent), run_dir) if os.access(p, os.W_OK | os.X_OK)), None)
+    parent = next((p for p in (existing_folder(run_dir.parent), run_dir) if os.access(p, os.W_OK | os.X_OK)), None)
     prefix = f".{run_dir.name}.check-"
     for old in parent.glob(f"{glob.escape(prefix)}????????") if parent else ():
         if not RunFolder(old).is_locked():
@@ -273,7 +169,7 @@ def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -
     frames = rounds * settings.md.replicas * (settings.md.steps // settings.md.frames_every + 1)
     records = settings.md.replicas * rounds * settings.md.steps // (settings.md.trace_every or 10**12)
     size = frames * n_atoms * _BYTES_PER_ATOM + (rounds + 1) * _fixed_size(folder) + records * (12 * n_atoms + 100)
-    free = shutil.disk_usage(_existing(Path(settings.run_dir))).free
+    free = shutil.disk_usage(existing_folder(Path(settings.run_dir))).free
     warning = (
         "" if size < free else f" But only {_bytes(free)} are free: choose larger md.frames_every, or another disk."
     )
@@ -298,12 +194,6 @@ def _fixed_size(folder: RunFolder) -> int:
     """Bytes that an iteration writes besides frames."""
     files = [path for path in folder.iteration(0).rglob("*") if path.is_file() and not path.name.startswith("frames_")]
     return sum(path.stat().st_size for path in files)
-
-
-def _existing(path: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    path = path.resolve()
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _bytes(size: float) -> str:

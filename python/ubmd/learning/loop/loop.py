@@ -30,9 +30,9 @@ from ubmd.files import content_hash, copy_file, file_hash, is_sealed, move_aside
 from ubmd.lammps.replica import ReplicaResult, ReplicaTask
 from ubmd.learning.dataset import fresh_sides, split_batch
 from ubmd.learning.labels import reference_key
-from ubmd.learning.loop.check import state_remarks, verify
 from ubmd.learning.loop.replicas import Origin, frames_are_damaged, replica_tasks, run_replicas, settled
 from ubmd.learning.loop.selecting import make_pool, read_frames, select_batch
+from ubmd.learning.loop.verify import state_remarks, verify
 from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.start import perturb
 from ubmd.learning.walk import START, Walk, drive

@@ -1,15 +1,9 @@
-"""Before a run: do settings and structures fit, what would be run, and every stage once in miniature."""
+"""Before a run: do its settings fit the start structures, and is a given test set good?"""
 
 from __future__ import annotations
 
-import csv
-import glob
-import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ase import Atoms
@@ -18,21 +12,13 @@ from ase.data import atomic_numbers
 from ubmd.data.constraints import check_free, fixed_atoms
 from ubmd.data.state import describe_state, mixed_states
 from ubmd.data.structures import read_structures
-from ubmd.errors import DataError, SettingsError, StorageError, UbmdError
+from ubmd.errors import DataError, SettingsError
 from ubmd.files import check_name
 from ubmd.learning.held_out import given_test_set
-from ubmd.learning.loop.timeline import duration
 from ubmd.learning.start import check_start, check_states
-from ubmd.learning.work.clusters import tasks_at_once
-from ubmd.runs.folder import Listener, RunFolder
 from ubmd.settings import RunSettings
-from ubmd.settings.run import conditions
 
-_EPOCHS = 4  # of the miniature; the first is slow and not counted
-_STEPS = 10  # few: the model of two structures soon leads astray
-_BYTES_PER_ATOM = 130  # of a stored frame
 _KEYS = 8  # that a sentence lists
-_TYPICAL_BATCH_GAIN = 3.0  # a full mini-batch costs less per structure than the miniature's single ones
 
 
 def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = lambda _: None) -> list[Atoms]:
@@ -125,7 +111,7 @@ def state_remarks(structures: list[Atoms], settings: RunSettings) -> Iterator[st
 def check_run_dir(path: Path) -> None:
     """SettingsError if the folder of the run cannot be made or written, as far as can be told without making it."""
     check_name(path, "run_dir")
-    there = _existing(path)
+    there = existing_folder(path)
     reason = "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is read-only"
     if not there.is_dir():
         reason = f"{there} is a file"
@@ -133,182 +119,7 @@ def check_run_dir(path: Path) -> None:
         raise SettingsError(f"run_dir = {path} cannot be made or written ({reason}); set another run_dir.")
 
 
-def miniature(settings: RunSettings, run_dir: Path) -> RunSettings:
-    """The same settings, but two start labels, a few epochs, ten MD steps, one more label, no test set."""
-    return settings.model_copy(
-        update={
-            "run_dir": run_dir,
-            "start": settings.start.model_copy(update={"count": 2}),
-            "training": settings.training.model_copy(update={"epochs": _EPOCHS}),
-            "md": settings.md.model_copy(update={"replicas": 1, "steps": _STEPS, "frames_every": _STEPS // 2}),
-            # A window that fills within the few steps, so that the bias is really applied.
-            "bias": settings.bias.model_copy(update={"window": 2, "every": 1}),
-            "selection": settings.selection.model_copy(update={"batch": 1, "duplicate_tolerance": 0.0}),
-            "loop": settings.loop.model_copy(
-                # A model that has seen two structures is unsure of everything: no threshold here.
-                update={"labels": 3, "warm_epochs": _EPOCHS, "stop_when_quiet": False, "threshold": 1e9}
-            ),
-            # Nor does its structure have to be a sensible one, as long as the reference takes it.
-            "reference": settings.reference.model_copy(update={"force_limit": 1e3, "energy_limit": 1e3}),
-            "test": None,
-        }
-    )
-
-
-def check(settings: RunSettings, base: Path, listener: Listener | None = None) -> Iterator[str]:
-    """Sentences: what would be run; then, from a miniature run in a folder beside the run's, what it would cost.
-
-    Raises:
-        UbmdError: the first mistake.
-    """
-    remarks: list[str] = []
-    structures = verify(settings, base, remarks.append)
-    yield from plan(settings, base, structures)
-    yield from (f"Remark: {sentence}" for sentence in remarks)
-    yield "Now every stage in miniature …"
-    from ubmd.learning.loop.loop import run
-
-    with _folder_beside(settings) as path:
-        folder = RunFolder(run(miniature(settings, path), base, listener))
-        yield from _findings(folder)
-        yield from _costs(settings, base, len(structures[0]), folder)
-
-
-@contextmanager
-def _folder_beside(settings: RunSettings) -> Iterator[Path]:
-    """A folder for the miniature run, where nodes of a cluster see it as they will see the run's.
-
-    If the miniature fails, other than by a mistake in the settings, it is kept until the next check: its logs may say
-    more than the error.
-    """
-    run_dir = Path(settings.run_dir).absolute()
-    parent = next((p for p in (_existing(run_dir.parent), run_dir) if os.access(p, os.W_OK | os.X_OK)), None)
-    prefix = f".{run_dir.name}.check-"
-    for old in parent.glob(f"{glob.escape(prefix)}????????") if parent else ():
-        if not RunFolder(old).is_locked():
-            shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    keep = False
-    try:
-        yield folder
-    except UbmdError as error:
-        keep = not isinstance(error, SettingsError | StorageError)
-        if keep:
-            error.args = (f"{str(error).rstrip('.')}. Until the next check its files are in {folder}.", *error.args[1:])
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def plan(settings: RunSettings, base: Path, structures: list[Atoms]) -> Iterator[str]:
-    """What the run would do, in sentences."""
-    md, loop, start = settings.md, settings.loop, settings.start
-    formulas = sorted({atoms.get_chemical_formula() for atoms in structures})
-    yield (
-        f"Start: {len(structures)} structure{'s' if len(structures) > 1 else ''} in {start.file} "
-        f"({', '.join(formulas[:4])}{', …' if len(formulas) > 4 else ''}); {start.count} perturbed copies are labelled "
-        f"by {settings.reference.calculator}."
-    )
-    yield from state_remarks(structures, settings)
-    calls = _test_calls(settings, base)
-    if calls:
-        yield f"Test set: reference MD, {calls:,} reference calculations."
-    rounds = _iterations(settings)
-    yield (
-        f"Then about {rounds} iterations: train, {md.replicas} replicas of at most {md.steps:,} steps "
-        f"({md.steps * md.timestep / 1000:,.4g} ps; {conditions(settings)}), each until max u passes "
-        f"{loop.threshold:g} eV/Å; {settings.selection.batch} new labels ({settings.selection.method})."
-    )
-    yield f"It ends at {loop.labels} labels, after at most {rounds * md.replicas * md.steps:,} MD steps."
-
-
-def _iterations(settings: RunSettings) -> int:
-    """Iterations with MD, if every label succeeds."""
-    return math.ceil((settings.loop.labels - settings.start.count) / settings.selection.batch)
-
-
-def _test_calls(settings: RunSettings, base: Path) -> int:
-    """Reference calculations that a test set takes; 0 if there is none, or its file is there."""
-    if settings.test is None or (settings.test.file is not None and (base / settings.test.file).exists()):
-        return 0
-    sampling = settings.test.sampling
-    return sampling.frames * sampling.stride + sampling.trajectories * sampling.equilibration
-
-
-def _findings(folder: RunFolder) -> Iterator[str]:
-    """What the miniature run found."""
-    history, start = folder.read_history(), len(read_structures(folder.dataset))
-    yield from (f"Remark: {event['text']}" for event in folder.read_events() if event["event"] == "remark")
-    replica = history[0]["replicas"][0]
-    seconds = history[0]["seconds"]
-    dynamics = f"MD: {replica['steps']} steps, {replica['stopped']}"
-    if replica["reason"]:
-        dynamics += f" ({replica['reason']})"
-    yield f"Reference: {start} structures labelled."
-    yield f"Training: {_EPOCHS} epochs of one structure in {seconds['train']:.1f} s."
-    yield f"Export: {seconds['export']:.1f} s."
-    share = f"bias {replica['bias_share']:.3g} of the forces"
-    yield f"{dynamics}; largest uncertainty {replica['max_u']:.3g} eV/Å; {share}."
-
-
-def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -> Iterator[str]:
-    """Time and disk of the whole run, from the miniature's speeds; rough, and MD as if no replica stopped early."""
-    processes = tasks_at_once(settings.workers)
-    rounds, batch = _iterations(settings), settings.selection.batch
-    history = folder.read_history()
-    label = min(float(entry["seconds"]["label"]) for entry in history if "label" in entry["seconds"])
-    reference = label * (math.ceil(settings.start.count / processes) + rounds * math.ceil(batch / processes))
-    step = history[0]["replicas"][0]["ms_per_step"] / 1000.0
-    at_once = max(1, processes // settings.md.ranks)
-    dynamics = step * settings.md.steps * rounds * math.ceil(settings.md.replicas / at_once)
-    training = _training_time(settings, folder)
-    here = settings.workers.executor == "pebble"
-    where = f"on this machine ({processes} processes)" if here else f"with {processes} tasks at once"
-    total = reference + dynamics + training
-    yield (
-        f"Rough time {where}: labels {duration(reference)}, "
-        f"MD at most {duration(dynamics)}, training {duration(training)}; together at most {duration(total)}."
-    )
-    frames = rounds * settings.md.replicas * (settings.md.steps // settings.md.frames_every + 1)
-    records = settings.md.replicas * rounds * settings.md.steps // (settings.md.trace_every or 10**12)
-    size = frames * n_atoms * _BYTES_PER_ATOM + (rounds + 1) * _fixed_size(folder) + records * (12 * n_atoms + 100)
-    free = shutil.disk_usage(_existing(Path(settings.run_dir))).free
-    warning = (
-        "" if size < free else f" But only {_bytes(free)} are free: choose larger md.frames_every, or another disk."
-    )
-    yield f"Rough disk space: at most {_bytes(size)}.{warning}"
-
-
-def _training_time(settings: RunSettings, folder: RunFolder) -> float:
-    """All trainings of the run, s."""
-    log = next(iter(sorted(folder.iteration(0).glob("train/**/log.csv"))))
-    with log.open() as handle:
-        per_epoch = [float(row["seconds"]) for row in csv.DictReader(handle)]
-    per_structure = min(per_epoch) / _TYPICAL_BATCH_GAIN
-    total = 0.0
-    for k in range(_iterations(settings) + 1):
-        labels = min(settings.loop.labels, settings.start.count + k * settings.selection.batch)
-        warm = k > 0 and settings.loop.warm_start
-        total += labels * settings.epochs(labels, settings.selection.batch if warm else None) * per_structure
-    return total * settings.uncertainty.networks
-
-
-def _fixed_size(folder: RunFolder) -> int:
-    """Bytes that an iteration writes besides frames."""
-    files = [path for path in folder.iteration(0).rglob("*") if path.is_file() and not path.name.startswith("frames_")]
-    return sum(path.stat().st_size for path in files)
-
-
-def _existing(path: Path) -> Path:
+def existing_folder(path: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     path = path.resolve()
     return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
