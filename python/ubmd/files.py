@@ -198,10 +198,23 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
+    """Append to a file (made if missing); the text is on disk when this returns."""
+    is_new = not path.exists()
     with path.open("a", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
+    if is_new:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in a folder survive a power failure, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_hash(path: Path) -> str:

@@ -17,7 +17,7 @@ from ubmd.analysis.document import Document, Section
 from ubmd.analysis.provenance import setting_texts
 from ubmd.analysis.run_groups import ERRORS, Comparison, Curve, Run, group_runs, value_or_nan
 from ubmd.analysis.trajectory import SHORTEST, Trajectory
-from ubmd.files import file_hash
+from ubmd.files import file_hash, write_text
 from ubmd.measure.autocorrelation import mean_autocorrelation
 from ubmd.measure.errors import CalibrationData
 from ubmd.measure.torsions import torsions
@@ -70,7 +70,7 @@ def compare(
     written = document.write(Path(out), "comparison")
     record = Path(out) / "comparison.json"
     values = valid_json({row.title: row.values for row in rows})
-    record.write_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(record, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return rows, [*document.pictures(), *written, record]
 
 

@@ -15,6 +15,8 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from ubmd.files import replacing
+
 # Okabe and Ito's colours: told apart with every kind of colour vision.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", GREY, "#000000")
@@ -59,8 +61,8 @@ def save(figure: Figure, path: Path) -> Path:
     """Write a PNG file; its folder is made if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context({"text.usetex": False}):
-        figure.savefig(path, dpi=DPI, format="png")
+    with rc_context({"text.usetex": False}), replacing(path) as file:
+        figure.savefig(file, dpi=DPI, format="png")
     return path
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ubmd.files import check_outputs
+from ubmd.files import check_outputs, replacing, write_text
 
 if TYPE_CHECKING:
     from ubmd.potentials.force_constants.potential import Potential
@@ -76,15 +76,16 @@ def _harmonic(potential: Potential, out: Path, path: str | None, points: int) ->
     bands = crystal.dispersion(points, path)
     frequency, states = crystal.density_of_states()
     phonon_figure({"": bands}, (frequency, states), out / "phonons.png")
-    np.savez(
-        out / "phonons.npz",
-        distance=bands.distance,
-        frequencies=bands.frequencies,
-        places=bands.places,
-        labels=np.array(bands.labels),
-        dos_frequency=frequency,
-        dos_states=states,
-    )
+    with replacing(out / "phonons.npz") as file:
+        np.savez(
+            file,
+            distance=bands.distance,
+            frequencies=bands.frequencies,
+            places=bands.places,
+            labels=np.array(bands.labels),
+            dos_frequency=frequency,
+            dos_states=states,
+        )
     print(f"Phonons: {bands.frequencies.min():.3f} to {bands.frequencies.max():.3f} THz, in {out / 'phonons.png'}")
     if bands.frequencies.min() < -0.05:
         print("Negative frequencies are imaginary: the ideal lattice is unstable in this potential.")
@@ -94,7 +95,7 @@ def _harmonic(potential: Potential, out: Path, path: str | None, points: int) ->
     cubic = found.cubic()
     if cubic is not None:
         head = "C11 = {:.1f}, C12 = {:.1f}, C44 = {:.1f} GPa (atoms relaxed, 0 K)".format(*cubic)
-    (out / "elastic.txt").write_text("\n".join([head, *rows, ""]), encoding="utf-8")
+    write_text(out / "elastic.txt", "\n".join([head, *rows, ""]))
     print("\n".join([head, *([] if cubic else rows)]))
 
 
@@ -112,4 +113,4 @@ def _conductivity(potential: Potential, out: Path, mesh: int, temperatures: list
         parts = (k[0, 0], k[1, 1], k[2, 2], k[1, 2], k[0, 2], k[0, 1])
         lines.append(f"{kelvin:g} {mean:.3f} " + " ".join(f"{part:.3f}" for part in parts))
         print(f"Heat conductivity at {kelvin:g} K: {mean:.1f} W/(m K) (mean of the three directions)")
-    (out / "conductivity.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    write_text(out / "conductivity.txt", "\n".join([*lines, ""]))

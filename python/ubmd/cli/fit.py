@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ubmd.cli.tables import fit_tables
 from ubmd.errors import DataError
-from ubmd.files import check_outputs
+from ubmd.files import check_outputs, write_text
 from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         )
     fit.equations.save(folder / "equations.npz")
     fit.posterior.save(folder / "posterior.npz")
-    (folder / "fit.json").write_text(json.dumps(fit.summary(), indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "fit.json", json.dumps(fit.summary(), indent=2) + "\n")
     provenance = {
         "training_set_hash": dataset_hash(training_set),
         "n_training": len(training_set),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ubmd.errors import SettingsError
-from ubmd.files import check_outputs
+from ubmd.files import check_outputs, write_text
 from ubmd.settings import RunSettings, load_settings
 from ubmd.settings.dynamic import DynamicRunSettings, is_dynamic
 
@@ -52,7 +52,7 @@ def init(
         raise SettingsError(f"There is no folder {path.parent}; make it, or name another file.")
     check_outputs(path.parent, [], "FILE")
     template = dynamic_template if dynamic else short_template if short else run_template
-    path.write_text(template(path.name), encoding="utf-8")
+    write_text(path, template(path.name))
     what = "crystal" if dynamic else "start.file"
     print(f"Wrote {path}. Set run_dir, {what} and the reference, then: ubmd check {path}")
 

@@ -22,7 +22,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from ubmd.data.constraints import held_atoms
 from ubmd.data.labels import LABELS, check_structure, labels_of
 from ubmd.errors import DataError
-from ubmd.files import replacing
+from ubmd.files import append_text, replacing, sync_folder
 
 _RESERVED = {"Lattice", "Properties", "pbc", *LABELS}
 _COLUMN_NAMES = {"positions": "pos", "numbers": "Z"}
@@ -105,7 +105,7 @@ def write_structures(path: Path | str, structures: Iterable[Atoms]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(text.encode())
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def append_structures(path: Path | str, structures: Iterable[Atoms]) -> None:
@@ -120,27 +120,12 @@ def append_structures(path: Path | str, structures: Iterable[Atoms]) -> None:
     text = as_extxyz(structures)
     path.parent.mkdir(parents=True, exist_ok=True)
     repair_structures(path)
-    is_new = not path.exists()
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    if is_new:
-        _sync_folder(path.parent)
+    append_text(path, text)
 
 
 def as_extxyz(structures: Iterable[Atoms]) -> str:
     """Structures as the text that `write_structures` writes; DataError as there."""
     return "".join(_frame(atoms) for atoms in structures)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in a folder survive a power failure, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _frame(atoms: Atoms) -> str:
