@@ -7,47 +7,12 @@
 #include <vector>
 
 #include "graph.h"
+#include "lattice_fit.h"
 #include "metadata.h"
 
 namespace ubmd {
 
-using Vector = std::array<double, 3>;
-using Cell = std::array<int, 3>;  // combination of three lattice vectors
 using Site = std::array<int, 4>;  // cell, sublattice
-
-// The translations along three vectors (rows of `basis`), which may be as skewed as they like.
-class Translations {
- public:
-  Translations() = default;
-  explicit Translations(const Matrix &basis);
-
-  const Matrix &basis() const { return basis_; }
-  const Matrix &inverse() const { return inverse_; }
-  // The translation that is nearest to a vector; leaves in `vector` what remains.
-  Cell nearest(Vector &vector) const;
-  // All translations with a length in [shortest, longest].
-  std::vector<Cell> of_length(double shortest, double longest) const;
-
- private:
-  Cell in_basis(const Cell &reduced) const;
-
-  Matrix basis_{}, inverse_{}, reduced_{}, inverse_of_reduced_{};
-  std::array<Cell, 3> combination_{};  // reduced = combination · basis
-  double safe_ = 0.0;                  // half the shortest translation
-};
-
-// A way to lay a crystal into a box: box = multiple · lattice cell · rotation, vectors in rows.
-struct Fit {
-  std::array<Cell, 3> multiple{};
-  Matrix rotation{};  // orthogonal; may be a mirror, because programs turn left-handed cells into right-handed ones
-  Matrix cell{};      // the primitive cell in the box: box = multiple · cell without any deviation
-  std::int64_t n_cells = 0;
-
-  bool is_turned() const;
-};
-
-// All ways, that without rotation first. `tolerance` is a fraction of the longest primitive vector.
-std::vector<Fit> find_fits(const Lattice &lattice, const Matrix &box, double tolerance = 1e-3);
 
 // Index of each of a set of sites.
 class SiteTable {
