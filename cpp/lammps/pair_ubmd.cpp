@@ -7,14 +7,12 @@
 
 #include "atom.h"
 #include "comm.h"
-#include "domain.h"
+#include "crystal_sites.h"
 #include "error.h"
 #include "exclusions.h"
-#include "fix.h"
 #include "force.h"
 #include "group.h"
 #include "memory.h"
-#include "modify.h"
 #include "neigh_list.h"
 #include "neighbor.h"
 #include "ubmd_error.h"
@@ -98,7 +96,7 @@ void PairUBMD::coeff(int narg, char **arg) {
     model_ = ubmd::load_model(arg[2], record, precision_, device_, comm->nthreads, unit_.per_ev, block_size());
     species_ = ubmd::map_elements(model_->metadata(), names_, arg[2]);
     crystal_.reset();
-    if (model_->is_crystal()) crystal_ = std::make_unique<ubmd::Crystal>(*model_->metadata().lattice);
+    if (model_->is_crystal()) crystal_ = std::make_unique<ubmd::CrystalSites>(lmp, *model_, species_, timer_);
     ubmd::Request plain;
     plain.n_atoms = atom->nlocal;
     model_->warm_up(plain);
@@ -134,7 +132,7 @@ void PairUBMD::init_style() {
       if (force->special_lj[k] == 0.0 && force->special_coul[k] == 0.0)
         error->all(FLERR, "pair_style ubmd needs bonded neighbours too: add 'special_bonds lj/coul 1.0 1.0 1.0'");
   if (crystal_)
-    check_crystal();
+    crystal_->check_crystal();
   else
     neighbor->add_request(this, NeighConst::REQ_FULL);
 }
@@ -159,7 +157,6 @@ void PairUBMD::compute(int eflag, int vflag) {
     error->one(FLERR, "pair_style ubmd: {}", problem.what());
   }
   if (uncertainty_flag_ == 1) uncertainty_flag_ = 2;
-  if (state_ == Kept::requested) requested_displacement_ = displacement_;
   if (state_ == Kept::requested) state_ = Kept::done;
 }
 
@@ -179,7 +176,8 @@ void PairUBMD::read_atoms() {
     error->one(FLERR, "the position of atom {} is not a number at step {}: use a shorter time step or a better start",
                atom->tag[bad], update->ntimestep);
   if (crystal_) {
-    read_sites();
+    crystal_->read_sites(state_ == Kept::requested);
+    who_.centres = crystal_->centres();
     return;
   }
   ubmd::Absent absent;
@@ -217,8 +215,8 @@ void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, s
   }
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
-    if (request.strain) tally_crystal(piece, piece.result.gradient);
-    piece.result.gradient = in_box(std::move(piece.result.gradient));
+    if (request.strain) crystal_->tally_crystal(piece.block, piece.result.gradient, virial);
+    if (crystal_) piece.result.gradient = crystal_->in_box(std::move(piece.result.gradient));
     check_finite(piece);
     ubmd::add_gradient(piece.block, piece.result.gradient.data(), -1.0, atom->f[0], 3);
     tally(piece);
@@ -310,7 +308,7 @@ void PairUBMD::set_bias(const std::vector<double> *weight) {
 }
 
 ubmd::Values PairUBMD::bias(std::size_t k) {
-  if (!bias_of_atoms_) return in_box(model_->bias(k));
+  if (!bias_of_atoms_) return crystal_ ? crystal_->in_box(model_->bias(k)) : model_->bias(k);
   if (!model_->is_ensemble()) return model_->atomic_bias(k);
   return model_->member_bias(k, kept_[k].block, member_cotangents(kept_[k].block));
 }
@@ -320,199 +318,6 @@ void PairUBMD::release() {
   for (auto &piece : kept_) piece.result = {};
   n_kept_ = 0;
   model().release();
-}
-
-// ---- crystals: every atom has a site for the whole run, and the model takes displacements ----
-
-void PairUBMD::check_crystal() const {
-  if (domain->nonperiodic)
-    error->all(FLERR,
-               "pair_style ubmd: the force-constant model of a crystal needs a box that is periodic in all directions: "
-               "use 'boundary p p p'");
-  for (const auto *fix : modify->get_fix_list())
-    if (fix->box_change & (Fix::BOX_CHANGE_ANY | Fix::BOX_CHANGE_SIZE | Fix::BOX_CHANGE_SHAPE))
-      error->all(
-          FLERR,
-          "pair_style ubmd: the force-constant model of a crystal knows one cell only, but fix {} {} changes the "
-          "box: remove it, and use fix nvt instead of fix npt",
-          fix->id, fix->style);
-  check_exclusions();
-}
-
-// A crystal's energy is no sum over the pairs of a neighbour list.
-void PairUBMD::check_exclusions() const {
-  int mine = 0, bits;
-  for (int i = 0; i < atom->nlocal; ++i)
-    if (has_element(atom->type[i])) mine |= atom->mask[i];
-  MPI_Allreduce(&mine, &bits, 1, MPI_INT, MPI_BOR, world);
-  if (ubmd::excludes_pairs(*neighbor, *group, species_, bits))
-    error->all(FLERR,
-               "pair_style ubmd: the force-constant model of a crystal cannot leave out pairs of its atoms: remove "
-               "'neigh_modify exclude', or restrict it to atoms that are not of the crystal");
-}
-
-ubmd::Matrix PairUBMD::box() const {
-  return {{{domain->xprd, 0.0, 0.0}, {domain->xy, domain->yprd, 0.0}, {domain->xz, domain->yz, domain->zprd}}};
-}
-
-std::vector<int> PairUBMD::species_of(int n) const {
-  std::vector<int> species(n);
-  for (int i = 0; i < n; ++i) species[i] = species_[atom->type[i] - 1];
-  return species;
-}
-
-std::vector<std::int64_t> PairUBMD::tags_of(int n) const {
-  return {atom->tag, atom->tag + n};
-}
-
-// Gradient with respect to the displacements, in the frame of the box.
-ubmd::Values PairUBMD::in_box(ubmd::Values gradient) const {
-  if (!crystal_ || !crystal_->fit().is_turned()) return gradient;
-  auto turned = std::make_shared<std::vector<double>>(gradient.size());
-  crystal_->turn_back(gradient.data(), gradient.size() / 3, turned->data());
-  return {turned, turned->data(), turned->size()};
-}
-
-// Sites belong to tags as long as box, atoms and types stay. In a setup all may have changed: then the crystal is
-// mapped again if the atoms don't agree with the sites that they have.
-void PairUBMD::read_sites() {
-  const bool in_setup = update->setupflag != 0;
-  bool fresh = false;
-  if (crystal_->is_mapped() && in_setup) {
-    int known = crystal_->has_box(box()) && crystal_->knows(tags_of(atom->nlocal), species_of(atom->nlocal)), all;
-    MPI_Allreduce(&known, &all, 1, MPI_INT, MPI_MIN, world);
-    fresh = !all || count_sites() != crystal_->n_sites();
-  }
-  if (crystal_->is_mapped() && !in_setup && !crystal_->has_box(box()))
-    error->all(
-        FLERR,
-        "the box changed at step {} but the force-constant model of a crystal knows one cell only: change the box "
-        "between runs, to another multiple of the cell",
-        update->ntimestep);
-  if (fresh || !crystal_->is_mapped()) {
-    fresh = true;
-    map_sites();
-  }
-
-  const std::array<bigint, 2> lists = {neighbor->lastcall, neighbor->ncalls};  // the same on all ranks
-  bool anew = fresh || lists != located_ || (in_setup && neighbor->ago == 0);
-  if (anew) locate_sites();
-  located_ = lists;
-  auto largest = displace_sites();
-  if (in_setup && !fresh) {
-    int far = largest.displacement > crystal_->max_displacement(), any;
-    MPI_Allreduce(&far, &any, 1, MPI_INT, MPI_MAX, world);
-    if (any) {
-      anew = true;
-      map_sites();
-      locate_sites();
-      largest = displace_sites();
-    }
-  }
-  check_displacement(largest);  // before a site of an atom that flew away is missed
-  if (anew) connect_sites();
-  displacement_ = largest.displacement;
-}
-
-// Global virial of a crystal, from the gradient in the model's frame. The energies of its centres change when the whole
-// crystal moves (only their sum doesn't), so the virial isn't the sum over a centre's pairs that it is for other
-// models: the model knows which place each of its terms belongs to.
-void PairUBMD::tally_crystal(const Piece &piece, const ubmd::Values &gradient) {
-  const auto ideal = model_->strain_derivative();
-  ubmd::Matrix strain;
-  for (int a = 0; a < 3; ++a)
-    for (int b = 0; b < 3; ++b) strain[a][b] = ideal[3 * a + b];
-  for (std::size_t k = 0; k < gradient.size(); ++k)
-    for (int a = 0; a < 3; ++a) strain[a][k % 3] += piece.block.displacements[k - k % 3 + a] * gradient[k];
-  strain = crystal_->turn_back(strain);
-  const int rows[6] = {0, 1, 2, 0, 0, 1}, columns[6] = {0, 1, 2, 1, 2, 2};
-  for (int k = 0; k < 6; ++k) virial[k] -= 0.5 * (strain[rows[k]][columns[k]] + strain[columns[k]][rows[k]]);
-}
-
-// All atoms on all ranks, so that each finds the same sites.
-void PairUBMD::map_sites() {
-  const auto species = species_of(atom->nlocal);
-  std::vector<double> mine;
-  for (int i = 0; i < atom->nlocal; ++i)
-    if (species[i] >= 0)
-      mine.insert(mine.end(), {static_cast<double>(atom->tag[i]), static_cast<double>(species[i]), atom->x[i][0],
-                               atom->x[i][1], atom->x[i][2]});
-  const int n = static_cast<int>(mine.size());
-  std::vector<int> counts(comm->nprocs), offsets(comm->nprocs, 0);
-  MPI_Allgather(&n, 1, MPI_INT, counts.data(), 1, MPI_INT, world);
-  for (int r = 1; r < comm->nprocs; ++r) offsets[r] = offsets[r - 1] + counts[r - 1];
-  std::vector<double> all(offsets.back() + counts.back());
-  MPI_Allgatherv(mine.data(), n, MPI_DOUBLE, all.data(), counts.data(), offsets.data(), MPI_DOUBLE, world);
-  std::vector<ubmd::SystemAtom> atoms;
-  for (std::size_t k = 0; k < all.size(); k += 5)
-    atoms.push_back(
-        {static_cast<std::int64_t>(all[k]), static_cast<int>(all[k + 1]), {all[k + 2], all[k + 3], all[k + 4]}});
-  try {
-    crystal_->map(box(), std::move(atoms));
-  } catch (const ubmd::Error &problem) {
-    error->all(FLERR, "pair_style ubmd: {}", problem.what());
-  }
-}
-
-// Atoms of all ranks that take part.
-std::int64_t PairUBMD::count_sites() const {
-  std::int64_t mine = 0, all;
-  for (int species : species_of(atom->nlocal)) mine += species >= 0;
-  MPI_Allreduce(&mine, &all, 1, MPI_INT64_T, MPI_SUM, world);
-  return all;
-}
-
-void PairUBMD::locate_sites() {
-  const auto count = count_sites();
-  if (count != crystal_->n_sites())
-    error->all(
-        FLERR,
-        "pair_style ubmd: {} atoms are left of the crystal's {} at step {}: atoms and types must stay as they are "
-        "during a run",
-        count, crystal_->n_sites(), update->ntimestep);
-  const int nall = atom->nlocal + atom->nghost;
-  try {
-    crystal_->locate(atom->nlocal, atoms().positions, tags_of(nall), species_of(nall));
-  } catch (const ubmd::Error &problem) {
-    error->one(FLERR, "pair_style ubmd: {}", problem.what());
-  }
-  who_.centres = crystal_->centres();
-}
-
-void PairUBMD::connect_sites() {
-  try {
-    crystal_->connect(tags_of(atom->nlocal + atom->nghost));
-  } catch (const ubmd::Error &problem) {
-    error->one(FLERR, "pair_style ubmd: {}", problem.what());
-  }
-}
-
-// Displacements from the sites without their mean over the whole system. The model doesn't feel the mean, but the
-// energies of single atoms and the images of the sites would.
-ubmd::Crystal::Largest PairUBMD::displace_sites() {
-  const auto mine = crystal_->displace(atoms().positions);
-  ubmd::Vector sum;
-  {
-    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::communication);
-    MPI_Allreduce(mine.data(), sum.data(), 3, MPI_DOUBLE, MPI_SUM, world);
-  }
-  for (double &component : sum) component /= static_cast<double>(crystal_->n_sites());
-  return crystal_->centre(sum);
-}
-
-void PairUBMD::check_displacement(const ubmd::Crystal::Largest &largest) const {
-  if (largest.displacement <= crystal_->max_displacement()) return;
-  error->one(FLERR,
-             "pair_style ubmd: at step {} atom {} is {:.3f} A away from its site, more than the {:.3f} A that the "
-             "force-constant model is made for: use a lower temperature or a shorter time step, or train the model on "
-             "larger displacements",
-             update->ntimestep, atom->tag[largest.atom], largest.displacement, crystal_->max_displacement());
-}
-
-double PairUBMD::largest_displacement() const {
-  double largest = 0.0;
-  if (crystal_) MPI_Allreduce(&requested_displacement_, &largest, 1, MPI_DOUBLE, MPI_MAX, world);
-  return largest;
 }
 
 // ---- ensembles: atomic uncertainties come from the members' forces, to which other ranks add their shares ----
@@ -606,6 +411,10 @@ void PairUBMD::unpack_reverse_comm(int n, int *list, double *buffer) {
   double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
   for (int i = 0; i < n; ++i)
     for (int k = 0; k < 3; ++k) values[3 * list[i] + k] += buffer[3 * i + k];
+}
+
+double PairUBMD::largest_displacement() const {
+  return crystal_ ? crystal_->largest_displacement() : 0.0;
 }
 
 ubmd::Model &PairUBMD::model() {

@@ -7,12 +7,15 @@
 #include <string>
 #include <vector>
 
-#include "crystal.h"
 #include "graph.h"
 #include "model.h"
 #include "pair.h"
 #include "ubmd_timer.h"
 #include "units.h"
+
+namespace ubmd {
+class CrystalSites;
+}
 
 namespace LAMMPS_NS {
 
@@ -82,19 +85,6 @@ class PairUBMD : public Pair {
   void read_option(const std::string &, const std::string &);
   std::size_t block_size() const;
   void read_atoms();
-  void check_crystal() const;
-  void check_exclusions() const;
-  void read_sites();
-  void map_sites();
-  std::int64_t count_sites() const;
-  void locate_sites();
-  void connect_sites();
-  ubmd::Crystal::Largest displace_sites();
-  void check_displacement(const ubmd::Crystal::Largest &) const;
-  ubmd::Matrix box() const;
-  std::vector<int> species_of(int) const;
-  std::vector<std::int64_t> tags_of(int) const;
-  ubmd::Values in_box(ubmd::Values) const;
   ubmd::Atoms atoms() const;
   ubmd::Neighbours neighbours() const;
   void evaluate(const ubmd::Request &);
@@ -108,7 +98,6 @@ class PairUBMD : public Pair {
   void check_finite(const Piece &) const;
   void tally(const Piece &);
   void tally_virial(const Piece &);
-  void tally_crystal(const Piece &, const ubmd::Values &);
 
   enum class Kept { nothing, requested, done };
 
@@ -121,11 +110,9 @@ class PairUBMD : public Pair {
   std::vector<int> species_;        // species index of each type, -1 for NULL
   std::size_t chunk_ = 0;           // largest block; 0: as the device needs it
   ubmd::Participants who_;
-  std::unique_ptr<ubmd::Crystal> crystal_;                    // of a force-constant model
-  std::array<bigint, 2> located_ = {-1, 0};                   // the neighbour lists that its sites were located for
-  double displacement_ = 0.0, requested_displacement_ = 0.0;  // largest of this rank's atoms, Å
-  Piece scratch_;                                             // the block at hand, if it isn't kept
-  std::vector<Piece> kept_;                                   // n_kept_ of them in use: the others keep their memory
+  std::unique_ptr<ubmd::CrystalSites> crystal_;  // of a force-constant model
+  Piece scratch_;                                // the block at hand, if it isn't kept
+  std::vector<Piece> kept_;                      // n_kept_ of them in use: the others keep their memory
   std::size_t n_kept_ = 0;
   Kept state_ = Kept::nothing;
   ubmd::Request request_;
