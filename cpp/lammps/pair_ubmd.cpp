@@ -12,6 +12,7 @@
 #include "exclusions.h"
 #include "force.h"
 #include "group.h"
+#include "member_exchange.h"
 #include "memory.h"
 #include "neigh_list.h"
 #include "neighbor.h"
@@ -97,6 +98,8 @@ void PairUBMD::coeff(int narg, char **arg) {
     species_ = ubmd::map_elements(model_->metadata(), names_, arg[2]);
     crystal_.reset();
     if (model_->is_crystal()) crystal_ = std::make_unique<ubmd::CrystalSites>(lmp, *model_, species_, timer_);
+    members_.reset();
+    if (model_->is_ensemble()) members_ = std::make_unique<ubmd::MemberExchange>(lmp, *this, *model_, timer_);
     ubmd::Request plain;
     plain.n_atoms = atom->nlocal;
     model_->warm_up(plain);
@@ -189,12 +192,12 @@ void PairUBMD::read_atoms() {
 void PairUBMD::evaluate(const ubmd::Request &request) {
   if (request.structure) n_kept_ = 0;
   if (request.atoms) uncertainties_.assign(atom->nmax, 0.0);
-  if (request.atoms && model_->is_ensemble()) start_members();
+  if (request.atoms && members_) members_->start_members();
   model_->start(request);
   const std::size_t n = who_.centres.size(), limit = model_->largest_block();
   const std::size_t n_blocks = n / limit + (n % limit != 0);
   for (std::size_t k = 0; k < n_blocks; ++k) evaluate_piece(request, k * n / n_blocks, (k + 1) * n / n_blocks);
-  if (request.atoms && model_->is_ensemble()) finish_members();
+  if (request.atoms && members_) members_->finish_members(who_.centres, uncertainties_);
 }
 
 void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, std::size_t end) {
@@ -229,8 +232,8 @@ void PairUBMD::evaluate_uncertainties(const ubmd::Request &request, const Piece 
   const ubmd::Timer::Scope scope(timer_, ubmd::Timer::uncertainty);
   if (request.structure) model_->add_features();
   if (!request.atoms) return;
-  if (model_->is_ensemble()) {
-    add_members(piece.block);
+  if (members_) {
+    members_->add_members(piece.block);
     return;
   }
   const auto values = model_->atomic_uncertainties();
@@ -304,13 +307,13 @@ void PairUBMD::check_evaluated() const {
 void PairUBMD::set_bias(const std::vector<double> *weight) {
   bias_of_atoms_ = weight == nullptr;
   if (weight) model_->set_weight(*weight);
-  if (bias_of_atoms_ && model_->is_ensemble()) send_derivatives();
+  if (bias_of_atoms_ && members_) members_->send_derivatives();
 }
 
 ubmd::Values PairUBMD::bias(std::size_t k) {
   if (!bias_of_atoms_) return crystal_ ? crystal_->in_box(model_->bias(k)) : model_->bias(k);
-  if (!model_->is_ensemble()) return model_->atomic_bias(k);
-  return model_->member_bias(k, kept_[k].block, member_cotangents(kept_[k].block));
+  if (!members_) return model_->atomic_bias(k);
+  return model_->member_bias(k, kept_[k].block, members_->member_cotangents(kept_[k].block));
 }
 
 void PairUBMD::release() {
@@ -320,97 +323,20 @@ void PairUBMD::release() {
   model().release();
 }
 
-// ---- ensembles: atomic uncertainties come from the members' forces, to which other ranks add their shares ----
-
-void PairUBMD::start_members() {
-  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
-  exchanged_.assign(3 * n_members * (atom->nlocal + atom->nghost), 0.0);
-}
-
-void PairUBMD::add_members(const ubmd::Block &block) {
-  const auto gradients = model_->member_gradients();
-  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
-  const std::size_t nall = atom->nlocal + atom->nghost;
-  for (std::size_t m = 0; m < n_members; ++m)
-    ubmd::add_gradient(block, gradients.data() + 3 * m * block.n_pairs(), -1.0, exchanged_.data() + 3 * m * nall, 3);
-}
-
-void PairUBMD::finish_members() {
-  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
-  const std::size_t nall = atom->nlocal + atom->nghost;
-  member_forces_.resize(3 * who_.centres.size() * n_members);
-  for (member_ = 0; member_ < n_members; ++member_) {
-    {
-      const ubmd::Timer::Scope scope(timer_, ubmd::Timer::communication);
-      comm->reverse_comm(this);
-    }
-    const double *forces = exchanged_.data() + 3 * member_ * nall;
-    for (std::size_t i = 0; i < who_.centres.size(); ++i)
-      for (int k = 0; k < 3; ++k) member_forces_[(3 * i + k) * n_members + member_] = forces[3 * who_.centres[i] + k];
-  }
-  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::uncertainty);
-  const auto values = model_->force_uncertainties(member_forces_, nullptr);
-  for (std::size_t i = 0; i < values.size(); ++i) uncertainties_[who_.centres[i]] = values[i];
-}
-
-// The derivatives of u_i with respect to the members' forces go to the ghosts, whose pairs other ranks may own.
-void PairUBMD::send_derivatives() {
-  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
-  const std::size_t nall = atom->nlocal + atom->nghost;
-  std::vector<double> derivative;
-  {
-    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::bias);
-    model_->force_uncertainties(member_forces_, &derivative);
-  }
-  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::communication);
-  exchanged_.assign(3 * n_members * nall, 0.0);
-  for (member_ = 0; member_ < n_members; ++member_) {
-    double *target = exchanged_.data() + 3 * member_ * nall;
-    for (std::size_t i = 0; i < who_.centres.size(); ++i)
-      for (int k = 0; k < 3; ++k) target[3 * who_.centres[i] + k] = derivative[(3 * i + k) * n_members + member_];
-    comm->forward_comm(this);
-  }
-}
-
-// Cotangents [M, P, 3] of the members' gradients: one is added to the force of the centre and taken from that of the
-// neighbour.
-std::vector<double> PairUBMD::member_cotangents(const ubmd::Block &block) const {
-  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
-  const std::size_t nall = atom->nlocal + atom->nghost;
-  std::vector<double> cotangents;
-  cotangents.reserve(3 * n_members * block.n_pairs());
-  for (std::size_t m = 0; m < n_members; ++m) {
-    const double *of_atom = exchanged_.data() + 3 * m * nall;
-    for (std::size_t k = 0; k < block.centres.size(); ++k)
-      for (std::int64_t e = block.first[k]; e < block.first[k + 1]; ++e)
-        for (int a = 0; a < 3; ++a)
-          cotangents.push_back(of_atom[3 * block.centres[k] + a] - of_atom[3 * block.ends[e] + a]);
-  }
-  return cotangents;
-}
-
 int PairUBMD::pack_forward_comm(int n, int *list, double *buffer, int, int *) {
-  const double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
-  for (int i = 0; i < n; ++i)
-    for (int k = 0; k < 3; ++k) buffer[3 * i + k] = values[3 * list[i] + k];
-  return 3 * n;
+  return members_->pack_forward_comm(n, list, buffer);
 }
 
 void PairUBMD::unpack_forward_comm(int n, int first, double *buffer) {
-  double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
-  for (int m = 0; m < 3 * n; ++m) values[3 * first + m] = buffer[m];
+  members_->unpack_forward_comm(n, first, buffer);
 }
 
 int PairUBMD::pack_reverse_comm(int n, int first, double *buffer) {
-  const double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
-  for (int m = 0; m < 3 * n; ++m) buffer[m] = values[3 * first + m];
-  return 3 * n;
+  return members_->pack_reverse_comm(n, first, buffer);
 }
 
 void PairUBMD::unpack_reverse_comm(int n, int *list, double *buffer) {
-  double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
-  for (int i = 0; i < n; ++i)
-    for (int k = 0; k < 3; ++k) values[3 * list[i] + k] += buffer[3 * i + k];
+  members_->unpack_reverse_comm(n, list, buffer);
 }
 
 double PairUBMD::largest_displacement() const {
@@ -440,8 +366,8 @@ double PairUBMD::memory_usage() {
   double bytes = Pair::memory_usage() + bytes_of(scratch_);
   for (const auto &piece : kept_) bytes += bytes_of(piece);
   if (crystal_) bytes += crystal_->bytes();
-  return bytes + static_cast<double>((uncertainties_.capacity() + member_forces_.capacity() + exchanged_.capacity()) *
-                                         sizeof(double) +
+  if (members_) bytes += members_->bytes();
+  return bytes + static_cast<double>(uncertainties_.capacity() * sizeof(double) +
                                      (who_.centres.capacity() + who_.elements.capacity()) * sizeof(int));
 }
 

@@ -15,7 +15,8 @@
 
 namespace ubmd {
 class CrystalSites;
-}
+class MemberExchange;
+}  // namespace ubmd
 
 namespace LAMMPS_NS {
 
@@ -90,11 +91,6 @@ class PairUBMD : public Pair {
   void evaluate(const ubmd::Request &);
   void evaluate_piece(const ubmd::Request &, std::size_t begin, std::size_t end);
   void evaluate_uncertainties(const ubmd::Request &, const Piece &);
-  void start_members();
-  void add_members(const ubmd::Block &);
-  void finish_members();
-  void send_derivatives();
-  std::vector<double> member_cotangents(const ubmd::Block &) const;
   void check_finite(const Piece &) const;
   void tally(const Piece &);
   void tally_virial(const Piece &);
@@ -119,9 +115,7 @@ class PairUBMD : public Pair {
   int uncertainty_flag_ = 0;           // set to 1 by fix pair; 2: computed
   std::vector<double> uncertainties_;  // [nmax]
   bool bias_of_atoms_ = false;
-  std::vector<double> member_forces_;  // [n_atoms, 3, M] of an ensemble, eV/Å
-  std::vector<double> exchanged_;      // [M, nall, 3] of an ensemble: forces, or derivatives of u with respect to them
-  std::size_t member_ = 0;             // the one that communication moves
+  std::unique_ptr<ubmd::MemberExchange> members_;  // of an ensemble
   ubmd::Timer timer_;
 };
 
