@@ -1,141 +1,52 @@
-// pair_style ubmd: energies, forces and virials of a model file; on request it keeps what fix ubmd needs for u and
-// bias.
+// The atomic uncertainties of an evaluation, and the bias along their sum.
 #pragma once
 
-#include <cstdint>
+#include <cstddef>
 #include <memory>
-#include <string>
 #include <vector>
 
-#include "crystal.h"
 #include "graph.h"
 #include "model.h"
-#include "pair.h"
 #include "ubmd_timer.h"
-#include "units.h"
 
 namespace LAMMPS_NS {
+class LAMMPS;
+class Pair;
+}  // namespace LAMMPS_NS
 
-class PairUBMD : public Pair {
+namespace ubmd {
+
+// In the order in which the pair style needs it. Uncertainties are by atom index.
+class AtomicUncertainties {
  public:
-  explicit PairUBMD(class LAMMPS *);
-  ~PairUBMD() override;
+  virtual ~AtomicUncertainties() = default;
 
-  void settings(int, char **) override;
-  void coeff(int, char **) override;
-  void init_style() override;
-  double init_one(int, int) override;
-  void compute(int, int) override;
-  void finish() override;
-  double memory_usage() override;
-  void *extract(const char *, int &) override;
-  void *extract_peratom(const char *, int &) override;
-  int pack_forward_comm(int, int *, double *, int, int *) override;
-  void unpack_forward_comm(int, int, double *) override;
-  int pack_reverse_comm(int, int, double *) override;
-  void unpack_reverse_comm(int, int *, double *) override;
+  // Before an evaluation.
+  virtual void start() {}
 
-  // ---- for fix ubmd ----
+  // Of the block that was evaluated last.
+  virtual void add(const Block &block, double *uncertainties) = 0;
 
-  // A block of an evaluation, with its gradient; the energies are in the run's unit as all below.
-  struct Piece {
-    ubmd::Block block;
-    ubmd::Forces result;
-  };
+  // After all blocks; `centres` are the owned atoms that take part. Ranks call it together.
+  virtual void finish(const std::vector<int> &centres, double *uncertainties) = 0;
 
-  // Ask the next compute() for features, and for what the bias needs that is to follow. Other calls of compute() (fix
-  // numdiff) don't touch what it leaves.
-  void request(const ubmd::Request &request);
-  // An error if compute() didn't run since request().
-  void check_evaluated() const;
-  // Owned atoms that take part: with an element, and not absent by an exclusion from all others.
-  std::int64_t n_atoms() const { return static_cast<std::int64_t>(who_.centres.size()); }
-  // Their indices, of the last evaluation.
-  const std::vector<int> &participants() const { return who_.centres; }
-  // Uncertainties of the last evaluation that was asked for them, by atom index; 0 for atoms that take no part.
-  const double *uncertainties() const { return uncertainties_.data(); }
-  // The kept blocks: all of this rank if the request named a bias, else none.
-  std::size_t n_pieces() const { return n_kept_; }
-  const Piece &piece(std::size_t k) const { return kept_[k]; }
-  // Prepare the bias along weight·phi, or (without a weight) along the sum of all atomic uncertainties. Ranks call it
-  // together.
-  void set_bias(const std::vector<double> *weight);
-  // d(what is biased)/d(vector) [P, 3] of a kept block.
-  ubmd::Values bias(std::size_t k);
-  // Free what was kept.
-  void release();
+  // Before bias(). Ranks call it together.
+  virtual void start_bias() {}
 
-  // Of a crystal: the largest displacement of any atom from its site in the evaluation that was asked for features, Å;
-  // else 0. Ranks call it together.
-  double largest_displacement() const;
+  // d(sum_i u_i)/d(vector) [P, 3] of block number k.
+  virtual Values bias(std::size_t k, const Block &block) = 0;
 
-  ubmd::Model &model();
-  ubmd::Timer &timer() { return timer_; }
-  // Energies, forces and uncertainties of this style are in it.
-  const ubmd::EnergyUnit &unit() const { return unit_; }
-  // Element of a LAMMPS type, "" if it has none.
-  std::string element(int type) const;
-  bool has_element(int type) const { return species_[type - 1] >= 0; }
+  // What the pair style's functions of these names do for LAMMPS's communication.
+  virtual int pack_forward_comm(int, const int *, double *) const { return 0; }
+  virtual void unpack_forward_comm(int, int, const double *) {}
+  virtual int pack_reverse_comm(int, int, double *) const { return 0; }
+  virtual void unpack_reverse_comm(int, const int *, const double *) {}
 
- private:
-  void allocate();
-  void read_option(const std::string &, const std::string &);
-  std::size_t block_size() const;
-  void read_atoms();
-  void check_crystal() const;
-  void check_exclusions() const;
-  void read_sites();
-  void map_sites();
-  std::int64_t count_sites() const;
-  void locate_sites();
-  void connect_sites();
-  ubmd::Crystal::Largest displace_sites();
-  void check_displacement(const ubmd::Crystal::Largest &) const;
-  ubmd::Matrix box() const;
-  std::vector<int> species_of(int) const;
-  std::vector<std::int64_t> tags_of(int) const;
-  ubmd::Values in_box(ubmd::Values) const;
-  ubmd::Atoms atoms() const;
-  ubmd::Neighbours neighbours() const;
-  void evaluate(const ubmd::Request &);
-  void evaluate_piece(const ubmd::Request &, std::size_t begin, std::size_t end);
-  void evaluate_uncertainties(const ubmd::Request &, const Piece &);
-  void start_members();
-  void add_members(const ubmd::Block &);
-  void finish_members();
-  void send_derivatives();
-  std::vector<double> member_cotangents(const ubmd::Block &) const;
-  void check_finite(const Piece &) const;
-  void tally(const Piece &);
-  void tally_virial(const Piece &);
-  void tally_crystal(const Piece &, const ubmd::Values &);
-
-  enum class Kept { nothing, requested, done };
-
-  ubmd::Precision precision_ = ubmd::Precision::mixed;
-  std::string device_ = "cpu";
-  bool timing_ = false;
-  ubmd::EnergyUnit unit_{1.0, "eV"};
-  std::unique_ptr<ubmd::Model> model_;
-  std::vector<std::string> names_;  // element of each type or NULL
-  std::vector<int> species_;        // species index of each type, -1 for NULL
-  std::size_t chunk_ = 0;           // largest block; 0: as the device needs it
-  ubmd::Participants who_;
-  std::unique_ptr<ubmd::Crystal> crystal_;                    // of a force-constant model
-  std::array<bigint, 2> located_ = {-1, 0};                   // the neighbour lists that its sites were located for
-  double displacement_ = 0.0, requested_displacement_ = 0.0;  // largest of this rank's atoms, Å
-  Piece scratch_;                                             // the block at hand, if it isn't kept
-  std::vector<Piece> kept_;                                   // n_kept_ of them in use: the others keep their memory
-  std::size_t n_kept_ = 0;
-  Kept state_ = Kept::nothing;
-  ubmd::Request request_;
-  int uncertainty_flag_ = 0;           // set to 1 by fix pair; 2: computed
-  std::vector<double> uncertainties_;  // [nmax]
-  bool bias_of_atoms_ = false;
-  std::vector<double> member_forces_;  // [n_atoms, 3, M] of an ensemble, eV/Å
-  std::vector<double> exchanged_;      // [M, nall, 3] of an ensemble: forces, or derivatives of u with respect to them
-  std::size_t member_ = 0;             // the one that communication moves
-  ubmd::Timer timer_;
+  virtual double bytes() const { return 0.0; }
 };
 
-}  // namespace LAMMPS_NS
+// As the model needs it, which must outlive it. LAMMPS's communication asks `pair`, which passes it on.
+std::unique_ptr<AtomicUncertainties> make_atomic_uncertainties(LAMMPS_NS::LAMMPS *lmp, LAMMPS_NS::Pair &pair,
+                                                               Model &model, Timer &timer);
+
+}  // namespace ubmd

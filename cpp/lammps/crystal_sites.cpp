@@ -2,6 +2,7 @@
 
 #include <mpi.h>
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 
@@ -21,7 +22,8 @@ namespace ubmd {
 CrystalSites::CrystalSites(LAMMPS_NS::LAMMPS *lmp, Model &model, const std::vector<int> &species, Timer &timer)
     : Pointers(lmp), model_(model), species_(species), timer_(timer), crystal_(*model.metadata().lattice) {}
 
-void CrystalSites::check_crystal() const {
+// The cell is the model's, and pairs cannot be left out.
+void CrystalSites::init() {
   if (domain->nonperiodic)
     error->all(FLERR,
                "pair_style ubmd: the force-constant model of a crystal needs a box that is periodic in all directions: "
@@ -35,6 +37,13 @@ void CrystalSites::check_crystal() const {
           "box: remove it, and use fix nvt instead of fix npt",
           fix->id, fix->style);
   check_exclusions();
+}
+
+// A crystal needs no list but ghosts: all sites of the atoms that are owned when ghosts are chosen. Both atoms of a
+// pair may be displaced; LAMMPS adds the skin to the range of the ghosts.
+double CrystalSites::range() const {
+  const double cutoff = model_.metadata().cutoff;
+  return std::max(cutoff, cutoff + 2.0 * crystal_.max_displacement() - neighbor->skin);
 }
 
 // A crystal's energy is no sum over the pairs of a neighbour list.
@@ -51,10 +60,6 @@ void CrystalSites::check_exclusions() const {
 
 Matrix CrystalSites::box() const {
   return {{{domain->xprd, 0.0, 0.0}, {domain->xy, domain->yprd, 0.0}, {domain->xz, domain->yz, domain->zprd}}};
-}
-
-const double *CrystalSites::positions() const {
-  return atom->nlocal + atom->nghost ? atom->x[0] : nullptr;
 }
 
 std::vector<int> CrystalSites::species_of(int n) const {
@@ -77,7 +82,7 @@ Values CrystalSites::in_box(Values gradient) const {
 
 // Sites belong to tags as long as box, atoms and types stay. In a setup all may have changed: then the crystal is
 // mapped again if the atoms don't agree with the sites that they have.
-void CrystalSites::read_sites(bool requested) {
+void CrystalSites::read(bool requested) {
   const bool in_setup = update->setupflag != 0;
   bool fresh = false;
   if (crystal_.is_mapped() && in_setup) {
@@ -120,7 +125,7 @@ void CrystalSites::read_sites(bool requested) {
 // Global virial of a crystal, from the gradient in the model's frame. The energies of its centres change when the whole
 // crystal moves (only their sum doesn't), so the virial isn't the sum over a centre's pairs that it is for other
 // models: the model knows which place each of its terms belongs to.
-void CrystalSites::tally_crystal(const Block &block, const Values &gradient, double *virial) const {
+void CrystalSites::subtract_strain_derivative(const Block &block, const Values &gradient, double *virial) const {
   const auto ideal = model_.strain_derivative();
   Matrix strain;
   for (int a = 0; a < 3; ++a)
@@ -175,7 +180,7 @@ void CrystalSites::locate_sites() {
         count, crystal_.n_sites(), update->ntimestep);
   const int nall = atom->nlocal + atom->nghost;
   try {
-    crystal_.locate(atom->nlocal, positions(), tags_of(nall), species_of(nall));
+    crystal_.locate(atom->nlocal, atoms_of(*atom).positions, tags_of(nall), species_of(nall));
   } catch (const Error &problem) {
     error->one(FLERR, "pair_style ubmd: {}", problem.what());
   }
@@ -192,7 +197,7 @@ void CrystalSites::connect_sites() {
 // Displacements from the sites without their mean over the whole system. The model doesn't feel the mean, but the
 // energies of single atoms and the images of the sites would.
 Crystal::Largest CrystalSites::displace_sites() {
-  const auto mine = crystal_.displace(positions());
+  const auto mine = crystal_.displace(atoms_of(*atom).positions);
   Vector sum;
   {
     const Timer::Scope scope(timer_, Timer::communication);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "crystal.h"
+#include "geometry.h"
 #include "graph.h"
 #include "model.h"
 #include "pointers.h"
@@ -15,30 +16,25 @@
 
 namespace ubmd {
 
-class CrystalSites : protected LAMMPS_NS::Pointers {
+class CrystalSites : public Geometry, protected LAMMPS_NS::Pointers {
  public:
   // `species` is the element index of each type, -1: none.
   CrystalSites(LAMMPS_NS::LAMMPS *lmp, Model &model, const std::vector<int> &species, Timer &timer);
+  ~CrystalSites() noexcept override = default;
 
-  // An error if the run changes the box or leaves out pairs of the crystal's atoms.
-  void check_crystal() const;
-  double max_displacement() const { return crystal_.max_displacement(); }
-  // Before an evaluation; `requested` by fix ubmd.
-  void read_sites(bool requested);
-  // Owned atoms that take part.
-  const std::vector<int> &centres() const { return crystal_.centres(); }
-  void build(Block &block, std::size_t begin, std::size_t end) const { crystal_.build(block, begin, end); }
-  void tally_crystal(const Block &, const Values &gradient, double *virial) const;
-  Values in_box(Values gradient) const;
-  // The largest displacement of any atom from its site in the last evaluation that was requested, Å. Ranks call it
-  // together.
-  double largest_displacement() const;
-  double bytes() const { return crystal_.bytes(); }
+  void init() override;
+  double range() const override;
+  void read(bool requested) override;
+  const std::vector<int> &centres() const override { return crystal_.centres(); }
+  void build(Block &block, std::size_t begin, std::size_t end) const override { crystal_.build(block, begin, end); }
+  void subtract_strain_derivative(const Block &block, const Values &gradient, double *virial) const override;
+  Values in_box(Values gradient) const override;
+  double largest_displacement() const override;
+  double bytes() const override { return crystal_.bytes(); }
 
  private:
   void check_exclusions() const;
   Matrix box() const;
-  const double *positions() const;
   std::vector<int> species_of(int n) const;
   std::vector<std::int64_t> tags_of(int n) const;
   void map_sites();

@@ -1,639 +1,72 @@
-#include "pair_ubmd.h"
-
-#include <mpi.h>
-
-#include <algorithm>
-#include <cmath>
+#include "geometry.h"
 
 #include "atom.h"
-#include "comm.h"
-#include "domain.h"
-#include "error.h"
+#include "crystal_sites.h"
 #include "exclusions.h"
-#include "fix.h"
-#include "force.h"
-#include "group.h"
-#include "memory.h"
-#include "modify.h"
 #include "neigh_list.h"
 #include "neighbor.h"
-#include "ubmd_error.h"
-#include "update.h"
-#include "utils.h"
+#include "pair.h"
+#include "pointers.h"
 
-namespace LAMMPS_NS {
-
+namespace ubmd {
 namespace {
 
-double bytes_of(const PairUBMD::Piece &piece) {
-  return piece.block.bytes() +
-         static_cast<double>((piece.result.energies.size() + piece.result.gradient.size()) * sizeof(double));
-}
+class NeighbourPairs : public Geometry, protected LAMMPS_NS::Pointers {
+ public:
+  NeighbourPairs(LAMMPS_NS::LAMMPS *lmp, LAMMPS_NS::Pair &pair, double cutoff, const std::vector<int> &species)
+      : Pointers(lmp), pair_(pair), cutoff_(cutoff), species_(species) {}
+  ~NeighbourPairs() noexcept override = default;
 
-}  // namespace
+  void init() override { neighbor->add_request(&pair_, LAMMPS_NS::NeighConst::REQ_FULL); }
 
-PairUBMD::PairUBMD(LAMMPS *lmp) : Pair(lmp) {
-  single_enable = 0;
-  restartinfo = 0;
-  one_coeff = 1;
-  manybody_flag = 1;
-  no_virial_fdotr_compute = 1;  // the virial is summed over edges, as is the per-atom one
-  centroidstressflag = CENTROID_AVAIL;
-  comm_forward = comm_reverse = 3;  // a member of an ensemble at a time
-}
+  double range() const override { return cutoff_; }
 
-PairUBMD::~PairUBMD() {
-  if (copymode || !allocated) return;
-  memory->destroy(setflag);
-  memory->destroy(cutsq);
-}
-
-// pair_style ubmd [precision mixed|single|double] [device cpu|cuda[:n]] [timing yes|no] [chunk N]
-void PairUBMD::settings(int narg, char **arg) {
-  if (narg % 2)
-    error->all(FLERR, "pair_style ubmd takes pairs of a keyword and a value, but '{}' has no value", arg[narg - 1]);
-  for (int i = 0; i < narg; i += 2) read_option(arg[i], arg[i + 1]);
-}
-
-void PairUBMD::read_option(const std::string &keyword, const std::string &value) {
-  if (keyword == "precision") {
-    if (value == "mixed")
-      precision_ = ubmd::Precision::mixed;
-    else if (value == "single")
-      precision_ = ubmd::Precision::single_;
-    else if (value == "double")
-      precision_ = ubmd::Precision::double_;
-    else
-      error->all(FLERR, "pair_style ubmd: precision is mixed, single or double, not '{}'", value);
-  } else if (keyword == "device") {
-    if (value != "cpu" && value != "cuda" && !utils::strmatch(value, "^cuda:\\d+$"))
-      error->all(FLERR, "pair_style ubmd: device is cpu, cuda or cuda:n, not '{}'", value);
-    device_ = value;
-  } else if (keyword == "timing") {
-    timing_ = utils::logical(FLERR, value, false, lmp) == 1;
-  } else if (keyword == "chunk") {
-    const int atoms = utils::inumeric(FLERR, value, false, lmp);
-    if (atoms < 1) error->all(FLERR, "pair_style ubmd: chunk must be 1 or more, not {}", value);
-    chunk_ = static_cast<std::size_t>(atoms);
-  } else {
-    error->all(FLERR, "pair_style ubmd has no keyword '{}': use precision, device, timing or chunk", keyword);
+  void read(bool) override {
+    Absent absent;
+    if (neighbor->exclude) absent = read_absent(*neighbor, *group, species_);
+    who_.read(atoms_of(*atom), neighbours(), species_, absent);
   }
-}
 
-// pair_coeff * * model.pt name-of-type-1 name-of-type-2 ...
-void PairUBMD::coeff(int narg, char **arg) {
-  if (!allocated) allocate();
-  if (narg < 3)
-    error->all(FLERR, "pair_coeff of pair_style ubmd is: pair_coeff * * model.pt name-of-type-1 name-of-type-2 ...");
-  if (narg - 3 != atom->ntypes)
-    error->all(
-        FLERR,
-        "pair_coeff of pair_style ubmd names {} elements but there are {} atom types: give one name (or NULL) per type",
-        narg - 3, atom->ntypes);
-  names_.assign(arg + 3, arg + narg);
-  try {
-    unit_ = ubmd::energy_unit(update->unit_style);
-    const auto record = ubmd::stored_record(arg[2]);
-    if (record) ubmd::map_elements(ubmd::parse_metadata(*record, arg[2]), names_, arg[2]);  // before its code runs
-    model_ = ubmd::load_model(arg[2], record, precision_, device_, comm->nthreads, unit_.per_ev, block_size());
-    species_ = ubmd::map_elements(model_->metadata(), names_, arg[2]);
-    crystal_.reset();
-    if (model_->is_crystal()) crystal_ = std::make_unique<ubmd::Crystal>(*model_->metadata().lattice);
-    ubmd::Request plain;
-    plain.n_atoms = atom->nlocal;
-    model_->warm_up(plain);
-  } catch (const ubmd::Error &problem) {
-    error->all(FLERR, "pair_style ubmd: {}", problem.what());
+  const std::vector<int> &centres() const override { return who_.centres; }
+
+  void build(Block &block, std::size_t begin, std::size_t end) const override {
+    block.build(atoms_of(*atom), neighbours(), who_, begin, end, cutoff_);
   }
-  for (int i = 1; i <= atom->ntypes; ++i)
-    for (int j = 1; j <= atom->ntypes; ++j) setflag[i][j] = has_element(i) && has_element(j);
-}
 
-// Large matrix products, little memory; a GPU needs more atoms to be busy.
-std::size_t PairUBMD::block_size() const {
-  if (chunk_ > 0) return chunk_;
-  return device_ == "cpu" ? 512 : 4096;
-}
-
-void PairUBMD::allocate() {
-  allocated = 1;
-  const int n = atom->ntypes + 1;
-  memory->create(setflag, n, n, "pair:setflag");
-  memory->create(cutsq, n, n, "pair:cutsq");
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j < n; ++j) setflag[i][j] = 0;
-}
-
-void PairUBMD::init_style() {
-  if (!force->newton_pair)
-    error->all(FLERR,
-               "pair_style ubmd needs Newton's third law across processors: put 'newton on' before the box is made");
-  if (!atom->tag_enable) error->all(FLERR, "pair_style ubmd needs atom IDs: remove 'atom_modify id no'");
-  if (atom->molecular != Atom::ATOMIC)
-    for (int k = 1; k < 4; ++k)
-      if (force->special_lj[k] == 0.0 && force->special_coul[k] == 0.0)
-        error->all(FLERR, "pair_style ubmd needs bonded neighbours too: add 'special_bonds lj/coul 1.0 1.0 1.0'");
-  if (crystal_)
-    check_crystal();
-  else
-    neighbor->add_request(this, NeighConst::REQ_FULL);
-}
-
-// A crystal needs no list but ghosts: all sites of the atoms that are owned when ghosts are chosen. Both atoms of a
-// pair may be displaced; LAMMPS adds the skin to the range of the ghosts.
-double PairUBMD::init_one(int, int) {
-  const double cutoff = model().metadata().cutoff;
-  return crystal_ ? std::max(cutoff, cutoff + 2.0 * crystal_->max_displacement() - neighbor->skin) : cutoff;
-}
-
-void PairUBMD::compute(int eflag, int vflag) {
-  ev_init(eflag, vflag);
-  read_atoms();
-  ubmd::Request request = state_ == Kept::requested ? request_ : ubmd::Request();
-  request.n_atoms = n_atoms();
-  request.strain = crystal_ && vflag_global;
-  if (uncertainty_flag_ == 1) request.atoms = true;  // of fix pair: once, because fix numdiff calls compute() again
-  try {
-    evaluate(request);
-  } catch (const ubmd::Error &problem) {
-    error->one(FLERR, "pair_style ubmd: {}", problem.what());
-  }
-  if (uncertainty_flag_ == 1) uncertainty_flag_ = 2;
-  if (state_ == Kept::requested) requested_displacement_ = displacement_;
-  if (state_ == Kept::requested) state_ = Kept::done;
-}
-
-ubmd::Atoms PairUBMD::atoms() const {
-  const int nall = atom->nlocal + atom->nghost;
-  return {atom->nlocal, nall, nall ? atom->x[0] : nullptr, atom->type, atom->mask};
-}
-
-ubmd::Neighbours PairUBMD::neighbours() const {
-  return {list->inum, list->ilist, list->numneigh, list->firstneigh, NEIGHMASK};
-}
-
-void PairUBMD::read_atoms() {
-  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
-  const int bad = ubmd::find_non_finite(atoms());
-  if (bad >= 0)
-    error->one(FLERR, "the position of atom {} is not a number at step {}: use a shorter time step or a better start",
-               atom->tag[bad], update->ntimestep);
-  if (crystal_) {
-    read_sites();
-    return;
-  }
-  ubmd::Absent absent;
-  if (neighbor->exclude) absent = ubmd::read_absent(*neighbor, *group, species_);
-  who_.read(atoms(), neighbours(), species_, absent);
-}
-
-// Block by block, of equal sizes.
-void PairUBMD::evaluate(const ubmd::Request &request) {
-  if (request.structure) n_kept_ = 0;
-  if (request.atoms) uncertainties_.assign(atom->nmax, 0.0);
-  if (request.atoms && model_->is_ensemble()) start_members();
-  model_->start(request);
-  const std::size_t n = who_.centres.size(), limit = model_->largest_block();
-  const std::size_t n_blocks = n / limit + (n % limit != 0);
-  for (std::size_t k = 0; k < n_blocks; ++k) evaluate_piece(request, k * n / n_blocks, (k + 1) * n / n_blocks);
-  if (request.atoms && model_->is_ensemble()) finish_members();
-}
-
-void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, std::size_t end) {
-  const bool keep = request.bias != ubmd::Bias::none;
-  if (keep && kept_.size() == n_kept_) kept_.emplace_back();
-  Piece &piece = keep ? kept_[n_kept_++] : scratch_;
-  {
-    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
-    if (crystal_)
-      crystal_->build(piece.block, begin, end);
-    else
-      piece.block.build(atoms(), neighbours(), who_, begin, end, model_->metadata().cutoff);
-  }
-  {
-    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::network);
-    piece.result = {};
-    piece.result = model_->evaluate(piece.block);
-  }
-  {
-    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
-    if (request.strain) tally_crystal(piece, piece.result.gradient);
-    piece.result.gradient = in_box(std::move(piece.result.gradient));
-    check_finite(piece);
-    ubmd::add_gradient(piece.block, piece.result.gradient.data(), -1.0, atom->f[0], 3);
-    tally(piece);
-  }
-  evaluate_uncertainties(request, piece);
-}
-
-// What the request asks of the block that was just evaluated.
-void PairUBMD::evaluate_uncertainties(const ubmd::Request &request, const Piece &piece) {
-  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::uncertainty);
-  if (request.structure) model_->add_features();
-  if (!request.atoms) return;
-  if (model_->is_ensemble()) {
-    add_members(piece.block);
-    return;
-  }
-  const auto values = model_->atomic_uncertainties();
-  for (std::size_t i = 0; i < values.size(); ++i) uncertainties_[piece.block.centres[i]] = values[i];
-}
-
-// `fix ID group pair N ubmd uncertainty 1` gives atomic uncertainties to dumps and computes.
-void *PairUBMD::extract(const char *name, int &dimension) {
-  dimension = 0;
-  return std::string(name) == "uncertainty_flag" ? &uncertainty_flag_ : nullptr;
-}
-
-void *PairUBMD::extract_peratom(const char *name, int &columns) {
-  if (std::string(name) != "uncertainty") return nullptr;
-  columns = 0;
-  if (uncertainties_.size() < static_cast<std::size_t>(atom->nmax)) uncertainties_.resize(atom->nmax, 0.0);
-  return uncertainties_.data();
-}
-
-void PairUBMD::check_finite(const Piece &piece) const {
-  for (std::size_t i = 0; i < piece.result.energies.size(); ++i)
-    if (!std::isfinite(piece.result.energies[i]))
-      error->one(FLERR, "the energy of atom {} is not a number at step {}: two atoms may lie on top of each other",
-                 atom->tag[piece.block.centres[i]], update->ntimestep);
-}
-
-// Energies and virials, global and per atom.
-void PairUBMD::tally(const Piece &piece) {
-  if (eflag_global)
-    for (double energy : piece.result.energies) eng_vdwl += energy;
-  if (eflag_atom)
-    for (std::size_t i = 0; i < piece.result.energies.size(); ++i)
-      eatom[piece.block.centres[i]] += piece.result.energies[i];
-  if (vflag_global && !crystal_) {
+  void subtract_strain_derivative(const Block &block, const Values &gradient, double *virial) const override {
     double d[9] = {};
-    ubmd::add_strain_derivative(piece.block, piece.result.gradient.data(), d);
+    add_strain_derivative(block, gradient.data(), d);
     const double lammps_order[6] = {d[0], d[4], d[8], d[1], d[2], d[5]};
     for (int k = 0; k < 6; ++k) virial[k] -= lammps_order[k];
   }
-  if (vflag_atom || cvflag_atom) tally_virial(piece);
-}
 
-// An edge gives all of -r ⊗ dE_centre/dr to its neighbour: only this split makes the heat flux right, because the
-// energy E_centre moves through the motion of the neighbour.
-void PairUBMD::tally_virial(const Piece &piece) {
-  static const int rows[9] = {0, 1, 2, 0, 0, 1, 1, 2, 2};
-  static const int columns[9] = {0, 1, 2, 1, 2, 2, 0, 0, 1};
-  for (std::size_t i = 0; i < piece.block.centres.size(); ++i)
-    for (auto e = piece.block.first[i]; e < piece.block.first[i + 1]; ++e) {
-      const int j = piece.block.ends[e];
-      const double *centre = atom->x[piece.block.centres[i]], *end = atom->x[j];
-      const double r[3] = {end[0] - centre[0], end[1] - centre[1], end[2] - centre[2]};
-      const double *g = piece.result.gradient.data() + 3 * e;
-      if (vflag_atom)
-        for (int k = 0; k < 6; ++k) vatom[j][k] -= r[rows[k]] * g[columns[k]];
-      if (cvflag_atom)
-        for (int k = 0; k < 9; ++k) cvatom[j][k] -= r[rows[k]] * g[columns[k]];
-    }
-}
-
-void PairUBMD::request(const ubmd::Request &request) {
-  state_ = Kept::requested;
-  request_ = request;
-}
-
-void PairUBMD::check_evaluated() const {
-  if (state_ != Kept::done)
-    error->all(FLERR, "fix ubmd found no forces of pair_style ubmd in this step: remove 'pair_modify compute no'");
-}
-
-void PairUBMD::set_bias(const std::vector<double> *weight) {
-  bias_of_atoms_ = weight == nullptr;
-  if (weight) model_->set_weight(*weight);
-  if (bias_of_atoms_ && model_->is_ensemble()) send_derivatives();
-}
-
-ubmd::Values PairUBMD::bias(std::size_t k) {
-  if (!bias_of_atoms_) return in_box(model_->bias(k));
-  if (!model_->is_ensemble()) return model_->atomic_bias(k);
-  return model_->member_bias(k, kept_[k].block, member_cotangents(kept_[k].block));
-}
-
-void PairUBMD::release() {
-  state_ = Kept::nothing;
-  for (auto &piece : kept_) piece.result = {};
-  n_kept_ = 0;
-  model().release();
-}
-
-// ---- crystals: every atom has a site for the whole run, and the model takes displacements ----
-
-void PairUBMD::check_crystal() const {
-  if (domain->nonperiodic)
-    error->all(FLERR,
-               "pair_style ubmd: the force-constant model of a crystal needs a box that is periodic in all directions: "
-               "use 'boundary p p p'");
-  for (const auto *fix : modify->get_fix_list())
-    if (fix->box_change & (Fix::BOX_CHANGE_ANY | Fix::BOX_CHANGE_SIZE | Fix::BOX_CHANGE_SHAPE))
-      error->all(
-          FLERR,
-          "pair_style ubmd: the force-constant model of a crystal knows one cell only, but fix {} {} changes the "
-          "box: remove it, and use fix nvt instead of fix npt",
-          fix->id, fix->style);
-  check_exclusions();
-}
-
-// A crystal's energy is no sum over the pairs of a neighbour list.
-void PairUBMD::check_exclusions() const {
-  int mine = 0, bits;
-  for (int i = 0; i < atom->nlocal; ++i)
-    if (has_element(atom->type[i])) mine |= atom->mask[i];
-  MPI_Allreduce(&mine, &bits, 1, MPI_INT, MPI_BOR, world);
-  if (ubmd::excludes_pairs(*neighbor, *group, species_, bits))
-    error->all(FLERR,
-               "pair_style ubmd: the force-constant model of a crystal cannot leave out pairs of its atoms: remove "
-               "'neigh_modify exclude', or restrict it to atoms that are not of the crystal");
-}
-
-ubmd::Matrix PairUBMD::box() const {
-  return {{{domain->xprd, 0.0, 0.0}, {domain->xy, domain->yprd, 0.0}, {domain->xz, domain->yz, domain->zprd}}};
-}
-
-std::vector<int> PairUBMD::species_of(int n) const {
-  std::vector<int> species(n);
-  for (int i = 0; i < n; ++i) species[i] = species_[atom->type[i] - 1];
-  return species;
-}
-
-std::vector<std::int64_t> PairUBMD::tags_of(int n) const {
-  return {atom->tag, atom->tag + n};
-}
-
-// Gradient with respect to the displacements, in the frame of the box.
-ubmd::Values PairUBMD::in_box(ubmd::Values gradient) const {
-  if (!crystal_ || !crystal_->fit().is_turned()) return gradient;
-  auto turned = std::make_shared<std::vector<double>>(gradient.size());
-  crystal_->turn_back(gradient.data(), gradient.size() / 3, turned->data());
-  return {turned, turned->data(), turned->size()};
-}
-
-// Sites belong to tags as long as box, atoms and types stay. In a setup all may have changed: then the crystal is
-// mapped again if the atoms don't agree with the sites that they have.
-void PairUBMD::read_sites() {
-  const bool in_setup = update->setupflag != 0;
-  bool fresh = false;
-  if (crystal_->is_mapped() && in_setup) {
-    int known = crystal_->has_box(box()) && crystal_->knows(tags_of(atom->nlocal), species_of(atom->nlocal)), all;
-    MPI_Allreduce(&known, &all, 1, MPI_INT, MPI_MIN, world);
-    fresh = !all || count_sites() != crystal_->n_sites();
-  }
-  if (crystal_->is_mapped() && !in_setup && !crystal_->has_box(box()))
-    error->all(
-        FLERR,
-        "the box changed at step {} but the force-constant model of a crystal knows one cell only: change the box "
-        "between runs, to another multiple of the cell",
-        update->ntimestep);
-  if (fresh || !crystal_->is_mapped()) {
-    fresh = true;
-    map_sites();
+  double bytes() const override {
+    return static_cast<double>((who_.centres.capacity() + who_.elements.capacity()) * sizeof(int));
   }
 
-  const std::array<bigint, 2> lists = {neighbor->lastcall, neighbor->ncalls};  // the same on all ranks
-  bool anew = fresh || lists != located_ || (in_setup && neighbor->ago == 0);
-  if (anew) locate_sites();
-  located_ = lists;
-  auto largest = displace_sites();
-  if (in_setup && !fresh) {
-    int far = largest.displacement > crystal_->max_displacement(), any;
-    MPI_Allreduce(&far, &any, 1, MPI_INT, MPI_MAX, world);
-    if (any) {
-      anew = true;
-      map_sites();
-      locate_sites();
-      largest = displace_sites();
-    }
+ private:
+  Neighbours neighbours() const {
+    const auto *list = pair_.list;
+    return {list->inum, list->ilist, list->numneigh, list->firstneigh, NEIGHMASK};
   }
-  check_displacement(largest);  // before a site of an atom that flew away is missed
-  if (anew) connect_sites();
-  displacement_ = largest.displacement;
+
+  LAMMPS_NS::Pair &pair_;
+  double cutoff_;  // Å
+  std::vector<int> species_;
+  Participants who_;
+};
+
+}  // namespace
+
+std::unique_ptr<Geometry> make_geometry(LAMMPS_NS::LAMMPS *lmp, LAMMPS_NS::Pair &pair, Model &model,
+                                        const std::vector<int> &species, Timer &timer) {
+  if (model.is_crystal()) return std::make_unique<CrystalSites>(lmp, model, species, timer);
+  return std::make_unique<NeighbourPairs>(lmp, pair, model.metadata().cutoff, species);
 }
 
-// Global virial of a crystal, from the gradient in the model's frame. The energies of its centres change when the whole
-// crystal moves (only their sum doesn't), so the virial isn't the sum over a centre's pairs that it is for other
-// models: the model knows which place each of its terms belongs to.
-void PairUBMD::tally_crystal(const Piece &piece, const ubmd::Values &gradient) {
-  const auto ideal = model_->strain_derivative();
-  ubmd::Matrix strain;
-  for (int a = 0; a < 3; ++a)
-    for (int b = 0; b < 3; ++b) strain[a][b] = ideal[3 * a + b];
-  for (std::size_t k = 0; k < gradient.size(); ++k)
-    for (int a = 0; a < 3; ++a) strain[a][k % 3] += piece.block.displacements[k - k % 3 + a] * gradient[k];
-  strain = crystal_->turn_back(strain);
-  const int rows[6] = {0, 1, 2, 0, 0, 1}, columns[6] = {0, 1, 2, 1, 2, 2};
-  for (int k = 0; k < 6; ++k) virial[k] -= 0.5 * (strain[rows[k]][columns[k]] + strain[columns[k]][rows[k]]);
+Atoms atoms_of(const LAMMPS_NS::Atom &atom) {
+  const int n_all = atom.nlocal + atom.nghost;
+  return {atom.nlocal, n_all, n_all ? atom.x[0] : nullptr, atom.type, atom.mask};
 }
 
-// All atoms on all ranks, so that each finds the same sites.
-void PairUBMD::map_sites() {
-  const auto species = species_of(atom->nlocal);
-  std::vector<double> mine;
-  for (int i = 0; i < atom->nlocal; ++i)
-    if (species[i] >= 0)
-      mine.insert(mine.end(), {static_cast<double>(atom->tag[i]), static_cast<double>(species[i]), atom->x[i][0],
-                               atom->x[i][1], atom->x[i][2]});
-  const int n = static_cast<int>(mine.size());
-  std::vector<int> counts(comm->nprocs), offsets(comm->nprocs, 0);
-  MPI_Allgather(&n, 1, MPI_INT, counts.data(), 1, MPI_INT, world);
-  for (int r = 1; r < comm->nprocs; ++r) offsets[r] = offsets[r - 1] + counts[r - 1];
-  std::vector<double> all(offsets.back() + counts.back());
-  MPI_Allgatherv(mine.data(), n, MPI_DOUBLE, all.data(), counts.data(), offsets.data(), MPI_DOUBLE, world);
-  std::vector<ubmd::SystemAtom> atoms;
-  for (std::size_t k = 0; k < all.size(); k += 5)
-    atoms.push_back(
-        {static_cast<std::int64_t>(all[k]), static_cast<int>(all[k + 1]), {all[k + 2], all[k + 3], all[k + 4]}});
-  try {
-    crystal_->map(box(), std::move(atoms));
-  } catch (const ubmd::Error &problem) {
-    error->all(FLERR, "pair_style ubmd: {}", problem.what());
-  }
-}
-
-// Atoms of all ranks that take part.
-std::int64_t PairUBMD::count_sites() const {
-  std::int64_t mine = 0, all;
-  for (int species : species_of(atom->nlocal)) mine += species >= 0;
-  MPI_Allreduce(&mine, &all, 1, MPI_INT64_T, MPI_SUM, world);
-  return all;
-}
-
-void PairUBMD::locate_sites() {
-  const auto count = count_sites();
-  if (count != crystal_->n_sites())
-    error->all(
-        FLERR,
-        "pair_style ubmd: {} atoms are left of the crystal's {} at step {}: atoms and types must stay as they are "
-        "during a run",
-        count, crystal_->n_sites(), update->ntimestep);
-  const int nall = atom->nlocal + atom->nghost;
-  try {
-    crystal_->locate(atom->nlocal, atoms().positions, tags_of(nall), species_of(nall));
-  } catch (const ubmd::Error &problem) {
-    error->one(FLERR, "pair_style ubmd: {}", problem.what());
-  }
-  who_.centres = crystal_->centres();
-}
-
-void PairUBMD::connect_sites() {
-  try {
-    crystal_->connect(tags_of(atom->nlocal + atom->nghost));
-  } catch (const ubmd::Error &problem) {
-    error->one(FLERR, "pair_style ubmd: {}", problem.what());
-  }
-}
-
-// Displacements from the sites without their mean over the whole system. The model doesn't feel the mean, but the
-// energies of single atoms and the images of the sites would.
-ubmd::Crystal::Largest PairUBMD::displace_sites() {
-  const auto mine = crystal_->displace(atoms().positions);
-  ubmd::Vector sum;
-  {
-    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::communication);
-    MPI_Allreduce(mine.data(), sum.data(), 3, MPI_DOUBLE, MPI_SUM, world);
-  }
-  for (double &component : sum) component /= static_cast<double>(crystal_->n_sites());
-  return crystal_->centre(sum);
-}
-
-void PairUBMD::check_displacement(const ubmd::Crystal::Largest &largest) const {
-  if (largest.displacement <= crystal_->max_displacement()) return;
-  error->one(FLERR,
-             "pair_style ubmd: at step {} atom {} is {:.3f} A away from its site, more than the {:.3f} A that the "
-             "force-constant model is made for: use a lower temperature or a shorter time step, or train the model on "
-             "larger displacements",
-             update->ntimestep, atom->tag[largest.atom], largest.displacement, crystal_->max_displacement());
-}
-
-double PairUBMD::largest_displacement() const {
-  double largest = 0.0;
-  if (crystal_) MPI_Allreduce(&requested_displacement_, &largest, 1, MPI_DOUBLE, MPI_MAX, world);
-  return largest;
-}
-
-// ---- ensembles: atomic uncertainties come from the members' forces, to which other ranks add their shares ----
-
-void PairUBMD::start_members() {
-  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
-  exchanged_.assign(3 * n_members * (atom->nlocal + atom->nghost), 0.0);
-}
-
-void PairUBMD::add_members(const ubmd::Block &block) {
-  const auto gradients = model_->member_gradients();
-  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
-  const std::size_t nall = atom->nlocal + atom->nghost;
-  for (std::size_t m = 0; m < n_members; ++m)
-    ubmd::add_gradient(block, gradients.data() + 3 * m * block.n_pairs(), -1.0, exchanged_.data() + 3 * m * nall, 3);
-}
-
-void PairUBMD::finish_members() {
-  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
-  const std::size_t nall = atom->nlocal + atom->nghost;
-  member_forces_.resize(3 * who_.centres.size() * n_members);
-  for (member_ = 0; member_ < n_members; ++member_) {
-    {
-      const ubmd::Timer::Scope scope(timer_, ubmd::Timer::communication);
-      comm->reverse_comm(this);
-    }
-    const double *forces = exchanged_.data() + 3 * member_ * nall;
-    for (std::size_t i = 0; i < who_.centres.size(); ++i)
-      for (int k = 0; k < 3; ++k) member_forces_[(3 * i + k) * n_members + member_] = forces[3 * who_.centres[i] + k];
-  }
-  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::uncertainty);
-  const auto values = model_->force_uncertainties(member_forces_, nullptr);
-  for (std::size_t i = 0; i < values.size(); ++i) uncertainties_[who_.centres[i]] = values[i];
-}
-
-// The derivatives of u_i with respect to the members' forces go to the ghosts, whose pairs other ranks may own.
-void PairUBMD::send_derivatives() {
-  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
-  const std::size_t nall = atom->nlocal + atom->nghost;
-  std::vector<double> derivative;
-  {
-    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::bias);
-    model_->force_uncertainties(member_forces_, &derivative);
-  }
-  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::communication);
-  exchanged_.assign(3 * n_members * nall, 0.0);
-  for (member_ = 0; member_ < n_members; ++member_) {
-    double *target = exchanged_.data() + 3 * member_ * nall;
-    for (std::size_t i = 0; i < who_.centres.size(); ++i)
-      for (int k = 0; k < 3; ++k) target[3 * who_.centres[i] + k] = derivative[(3 * i + k) * n_members + member_];
-    comm->forward_comm(this);
-  }
-}
-
-// Cotangents [M, P, 3] of the members' gradients: one is added to the force of the centre and taken from that of the
-// neighbour.
-std::vector<double> PairUBMD::member_cotangents(const ubmd::Block &block) const {
-  const auto n_members = static_cast<std::size_t>(model_->metadata().projections);
-  const std::size_t nall = atom->nlocal + atom->nghost;
-  std::vector<double> cotangents;
-  cotangents.reserve(3 * n_members * block.n_pairs());
-  for (std::size_t m = 0; m < n_members; ++m) {
-    const double *of_atom = exchanged_.data() + 3 * m * nall;
-    for (std::size_t k = 0; k < block.centres.size(); ++k)
-      for (std::int64_t e = block.first[k]; e < block.first[k + 1]; ++e)
-        for (int a = 0; a < 3; ++a)
-          cotangents.push_back(of_atom[3 * block.centres[k] + a] - of_atom[3 * block.ends[e] + a]);
-  }
-  return cotangents;
-}
-
-int PairUBMD::pack_forward_comm(int n, int *list, double *buffer, int, int *) {
-  const double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
-  for (int i = 0; i < n; ++i)
-    for (int k = 0; k < 3; ++k) buffer[3 * i + k] = values[3 * list[i] + k];
-  return 3 * n;
-}
-
-void PairUBMD::unpack_forward_comm(int n, int first, double *buffer) {
-  double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
-  for (int m = 0; m < 3 * n; ++m) values[3 * first + m] = buffer[m];
-}
-
-int PairUBMD::pack_reverse_comm(int n, int first, double *buffer) {
-  const double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
-  for (int m = 0; m < 3 * n; ++m) buffer[m] = values[3 * first + m];
-  return 3 * n;
-}
-
-void PairUBMD::unpack_reverse_comm(int n, int *list, double *buffer) {
-  double *values = exchanged_.data() + 3 * member_ * (atom->nlocal + atom->nghost);
-  for (int i = 0; i < n; ++i)
-    for (int k = 0; k < 3; ++k) values[3 * list[i] + k] += buffer[3 * i + k];
-}
-
-ubmd::Model &PairUBMD::model() {
-  if (!model_)
-    error->all(FLERR, "pair_style ubmd has no model: add 'pair_coeff * * model.pt' with one element name per type");
-  return *model_;
-}
-
-std::string PairUBMD::element(int type) const {
-  return has_element(type) ? names_[type - 1] : "";
-}
-
-// Printed after a run with `timing yes`.
-void PairUBMD::finish() {
-  if (!timing_) return;
-  auto seconds = timer_.seconds();
-  auto largest = seconds;
-  MPI_Reduce(seconds.data(), largest.data(), static_cast<int>(seconds.size()), MPI_DOUBLE, MPI_MAX, 0, world);
-  if (comm->me == 0) utils::logmesg(lmp, ubmd::Timer::report(largest));
-}
-
-double PairUBMD::memory_usage() {
-  double bytes = Pair::memory_usage() + bytes_of(scratch_);
-  for (const auto &piece : kept_) bytes += bytes_of(piece);
-  if (crystal_) bytes += crystal_->bytes();
-  return bytes + static_cast<double>((uncertainties_.capacity() + member_forces_.capacity() + exchanged_.capacity()) *
-                                         sizeof(double) +
-                                     (who_.centres.capacity() + who_.elements.capacity()) * sizeof(int));
-}
-
-}  // namespace LAMMPS_NS
+}  // namespace ubmd

@@ -4,38 +4,37 @@
 #include <cstddef>
 #include <vector>
 
+#include "atomic_uncertainties.h"
 #include "graph.h"
 #include "model.h"
 #include "pointers.h"
 #include "ubmd_timer.h"
 
-namespace LAMMPS_NS {
-class Pair;
-}
-
 namespace ubmd {
 
-class MemberExchange : protected LAMMPS_NS::Pointers {
+class MemberExchange : public AtomicUncertainties, protected LAMMPS_NS::Pointers {
  public:
-  // LAMMPS's communication asks `pair` to pack and unpack, which passes it on.
   MemberExchange(LAMMPS_NS::LAMMPS *lmp, LAMMPS_NS::Pair &pair, Model &model, Timer &timer);
+  ~MemberExchange() noexcept override = default;
 
-  // Before an evaluation, for each block after it was evaluated, and after all: uncertainties by atom index.
-  void start_members();
-  void add_members(const Block &block);
-  void finish_members(const std::vector<int> &centres, std::vector<double> &uncertainties);
-  // Before the cotangents of all blocks. Ranks call it together.
-  void send_derivatives();
-  std::vector<double> member_cotangents(const Block &block) const;
+  void start() override;
+  void add(const Block &block, double *) override;
+  void finish(const std::vector<int> &centres, double *uncertainties) override;
+  void start_bias() override;
+  Values bias(std::size_t k, const Block &block) override;
 
-  int pack_forward_comm(int n, int *list, double *buffer) const;
-  void unpack_forward_comm(int n, int first, double *buffer);
-  int pack_reverse_comm(int n, int first, double *buffer) const;
-  void unpack_reverse_comm(int n, int *list, double *buffer);
+  int pack_forward_comm(int n, const int *list, double *buffer) const override;
+  void unpack_forward_comm(int n, int first, const double *buffer) override;
+  int pack_reverse_comm(int n, int first, double *buffer) const override;
+  void unpack_reverse_comm(int n, const int *list, const double *buffer) override;
 
-  double bytes() const;
+  double bytes() const override;
 
  private:
+  std::vector<double> cotangents(const Block &block) const;
+  double *of_member(std::size_t m);
+  const double *of_member(std::size_t m) const;
+
   LAMMPS_NS::Pair &pair_;
   Model &model_;
   Timer &timer_;

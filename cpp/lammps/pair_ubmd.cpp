@@ -7,15 +7,9 @@
 
 #include "atom.h"
 #include "comm.h"
-#include "crystal_sites.h"
 #include "error.h"
-#include "exclusions.h"
 #include "force.h"
-#include "group.h"
-#include "member_exchange.h"
 #include "memory.h"
-#include "neigh_list.h"
-#include "neighbor.h"
 #include "ubmd_error.h"
 #include "update.h"
 #include "utils.h"
@@ -94,12 +88,11 @@ void PairUBMD::coeff(int narg, char **arg) {
     unit_ = ubmd::energy_unit(update->unit_style);
     const auto record = ubmd::stored_record(arg[2]);
     if (record) ubmd::map_elements(ubmd::parse_metadata(*record, arg[2]), names_, arg[2]);  // before its code runs
-    model_ = ubmd::load_model(arg[2], record, precision_, device_, comm->nthreads, unit_.per_ev, block_size());
-    species_ = ubmd::map_elements(model_->metadata(), names_, arg[2]);
-    crystal_.reset();
-    if (model_->is_crystal()) crystal_ = std::make_unique<ubmd::CrystalSites>(lmp, *model_, species_, timer_);
-    members_.reset();
-    if (model_->is_ensemble()) members_ = std::make_unique<ubmd::MemberExchange>(lmp, *this, *model_, timer_);
+    auto model = ubmd::load_model(arg[2], record, precision_, device_, comm->nthreads, unit_.per_ev, block_size());
+    species_ = ubmd::map_elements(model->metadata(), names_, arg[2]);
+    geometry_ = ubmd::make_geometry(lmp, *this, *model, species_, timer_);
+    atomic_ = ubmd::make_atomic_uncertainties(lmp, *this, *model, timer_);
+    model_ = std::move(model);
     ubmd::Request plain;
     plain.n_atoms = atom->nlocal;
     model_->warm_up(plain);
@@ -134,17 +127,12 @@ void PairUBMD::init_style() {
     for (int k = 1; k < 4; ++k)
       if (force->special_lj[k] == 0.0 && force->special_coul[k] == 0.0)
         error->all(FLERR, "pair_style ubmd needs bonded neighbours too: add 'special_bonds lj/coul 1.0 1.0 1.0'");
-  if (crystal_)
-    crystal_->check_crystal();
-  else
-    neighbor->add_request(this, NeighConst::REQ_FULL);
+  model();  // or an error
+  geometry_->init();
 }
 
-// A crystal needs no list but ghosts: all sites of the atoms that are owned when ghosts are chosen. Both atoms of a
-// pair may be displaced; LAMMPS adds the skin to the range of the ghosts.
 double PairUBMD::init_one(int, int) {
-  const double cutoff = model().metadata().cutoff;
-  return crystal_ ? std::max(cutoff, cutoff + 2.0 * crystal_->max_displacement() - neighbor->skin) : cutoff;
+  return geometry_->range();
 }
 
 void PairUBMD::compute(int eflag, int vflag) {
@@ -152,7 +140,7 @@ void PairUBMD::compute(int eflag, int vflag) {
   read_atoms();
   ubmd::Request request = state_ == Kept::requested ? request_ : ubmd::Request();
   request.n_atoms = n_atoms();
-  request.strain = crystal_ && vflag_global;
+  request.strain = model_->is_crystal() && vflag_global;
   if (uncertainty_flag_ == 1) request.atoms = true;  // of fix pair: once, because fix numdiff calls compute() again
   try {
     evaluate(request);
@@ -163,41 +151,25 @@ void PairUBMD::compute(int eflag, int vflag) {
   if (state_ == Kept::requested) state_ = Kept::done;
 }
 
-ubmd::Atoms PairUBMD::atoms() const {
-  const int nall = atom->nlocal + atom->nghost;
-  return {atom->nlocal, nall, nall ? atom->x[0] : nullptr, atom->type, atom->mask};
-}
-
-ubmd::Neighbours PairUBMD::neighbours() const {
-  return {list->inum, list->ilist, list->numneigh, list->firstneigh, NEIGHMASK};
-}
-
 void PairUBMD::read_atoms() {
   const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
-  const int bad = ubmd::find_non_finite(atoms());
+  const int bad = ubmd::find_non_finite(ubmd::atoms_of(*atom));
   if (bad >= 0)
     error->one(FLERR, "the position of atom {} is not a number at step {}: use a shorter time step or a better start",
                atom->tag[bad], update->ntimestep);
-  if (crystal_) {
-    crystal_->read_sites(state_ == Kept::requested);
-    who_.centres = crystal_->centres();
-    return;
-  }
-  ubmd::Absent absent;
-  if (neighbor->exclude) absent = ubmd::read_absent(*neighbor, *group, species_);
-  who_.read(atoms(), neighbours(), species_, absent);
+  geometry_->read(state_ == Kept::requested);
 }
 
 // Block by block, of equal sizes.
 void PairUBMD::evaluate(const ubmd::Request &request) {
   if (request.structure) n_kept_ = 0;
   if (request.atoms) uncertainties_.assign(atom->nmax, 0.0);
-  if (request.atoms && members_) members_->start_members();
+  if (request.atoms) atomic_->start();
   model_->start(request);
-  const std::size_t n = who_.centres.size(), limit = model_->largest_block();
+  const std::size_t n = geometry_->centres().size(), limit = model_->largest_block();
   const std::size_t n_blocks = n / limit + (n % limit != 0);
   for (std::size_t k = 0; k < n_blocks; ++k) evaluate_piece(request, k * n / n_blocks, (k + 1) * n / n_blocks);
-  if (request.atoms && members_) members_->finish_members(who_.centres, uncertainties_);
+  if (request.atoms) atomic_->finish(geometry_->centres(), uncertainties_.data());
 }
 
 void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, std::size_t end) {
@@ -206,10 +178,7 @@ void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, s
   Piece &piece = keep ? kept_[n_kept_++] : scratch_;
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
-    if (crystal_)
-      crystal_->build(piece.block, begin, end);
-    else
-      piece.block.build(atoms(), neighbours(), who_, begin, end, model_->metadata().cutoff);
+    geometry_->build(piece.block, begin, end);
   }
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::network);
@@ -218,8 +187,8 @@ void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, s
   }
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
-    if (request.strain) crystal_->tally_crystal(piece.block, piece.result.gradient, virial);
-    if (crystal_) piece.result.gradient = crystal_->in_box(std::move(piece.result.gradient));
+    if (vflag_global) geometry_->subtract_strain_derivative(piece.block, piece.result.gradient, virial);
+    piece.result.gradient = geometry_->in_box(std::move(piece.result.gradient));
     check_finite(piece);
     ubmd::add_gradient(piece.block, piece.result.gradient.data(), -1.0, atom->f[0], 3);
     tally(piece);
@@ -231,13 +200,7 @@ void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, s
 void PairUBMD::evaluate_uncertainties(const ubmd::Request &request, const Piece &piece) {
   const ubmd::Timer::Scope scope(timer_, ubmd::Timer::uncertainty);
   if (request.structure) model_->add_features();
-  if (!request.atoms) return;
-  if (members_) {
-    members_->add_members(piece.block);
-    return;
-  }
-  const auto values = model_->atomic_uncertainties();
-  for (std::size_t i = 0; i < values.size(); ++i) uncertainties_[piece.block.centres[i]] = values[i];
+  if (request.atoms) atomic_->add(piece.block, uncertainties_.data());
 }
 
 // `fix ID group pair N ubmd uncertainty 1` gives atomic uncertainties to dumps and computes.
@@ -260,19 +223,13 @@ void PairUBMD::check_finite(const Piece &piece) const {
                  atom->tag[piece.block.centres[i]], update->ntimestep);
 }
 
-// Energies and virials, global and per atom.
+// Energies, and virials per atom.
 void PairUBMD::tally(const Piece &piece) {
   if (eflag_global)
     for (double energy : piece.result.energies) eng_vdwl += energy;
   if (eflag_atom)
     for (std::size_t i = 0; i < piece.result.energies.size(); ++i)
       eatom[piece.block.centres[i]] += piece.result.energies[i];
-  if (vflag_global && !crystal_) {
-    double d[9] = {};
-    ubmd::add_strain_derivative(piece.block, piece.result.gradient.data(), d);
-    const double lammps_order[6] = {d[0], d[4], d[8], d[1], d[2], d[5]};
-    for (int k = 0; k < 6; ++k) virial[k] -= lammps_order[k];
-  }
   if (vflag_atom || cvflag_atom) tally_virial(piece);
 }
 
@@ -307,13 +264,11 @@ void PairUBMD::check_evaluated() const {
 void PairUBMD::set_bias(const std::vector<double> *weight) {
   bias_of_atoms_ = weight == nullptr;
   if (weight) model_->set_weight(*weight);
-  if (bias_of_atoms_ && members_) members_->send_derivatives();
+  if (bias_of_atoms_) atomic_->start_bias();
 }
 
 ubmd::Values PairUBMD::bias(std::size_t k) {
-  if (!bias_of_atoms_) return crystal_ ? crystal_->in_box(model_->bias(k)) : model_->bias(k);
-  if (!members_) return model_->atomic_bias(k);
-  return model_->member_bias(k, kept_[k].block, members_->member_cotangents(kept_[k].block));
+  return bias_of_atoms_ ? atomic_->bias(k, kept_[k].block) : geometry_->in_box(model_->bias(k));
 }
 
 void PairUBMD::release() {
@@ -324,23 +279,23 @@ void PairUBMD::release() {
 }
 
 int PairUBMD::pack_forward_comm(int n, int *list, double *buffer, int, int *) {
-  return members_->pack_forward_comm(n, list, buffer);
+  return atomic_->pack_forward_comm(n, list, buffer);
 }
 
 void PairUBMD::unpack_forward_comm(int n, int first, double *buffer) {
-  members_->unpack_forward_comm(n, first, buffer);
+  atomic_->unpack_forward_comm(n, first, buffer);
 }
 
 int PairUBMD::pack_reverse_comm(int n, int first, double *buffer) {
-  return members_->pack_reverse_comm(n, first, buffer);
+  return atomic_->pack_reverse_comm(n, first, buffer);
 }
 
 void PairUBMD::unpack_reverse_comm(int n, int *list, double *buffer) {
-  members_->unpack_reverse_comm(n, list, buffer);
+  atomic_->unpack_reverse_comm(n, list, buffer);
 }
 
 double PairUBMD::largest_displacement() const {
-  return crystal_ ? crystal_->largest_displacement() : 0.0;
+  return geometry_->largest_displacement();
 }
 
 ubmd::Model &PairUBMD::model() {
@@ -365,10 +320,8 @@ void PairUBMD::finish() {
 double PairUBMD::memory_usage() {
   double bytes = Pair::memory_usage() + bytes_of(scratch_);
   for (const auto &piece : kept_) bytes += bytes_of(piece);
-  if (crystal_) bytes += crystal_->bytes();
-  if (members_) bytes += members_->bytes();
-  return bytes + static_cast<double>(uncertainties_.capacity() * sizeof(double) +
-                                     (who_.centres.capacity() + who_.elements.capacity()) * sizeof(int));
+  if (geometry_) bytes += geometry_->bytes() + atomic_->bytes();
+  return bytes + static_cast<double>(uncertainties_.capacity() * sizeof(double));
 }
 
 }  // namespace LAMMPS_NS

@@ -7,16 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "atomic_uncertainties.h"
+#include "geometry.h"
 #include "graph.h"
 #include "model.h"
 #include "pair.h"
 #include "ubmd_timer.h"
 #include "units.h"
-
-namespace ubmd {
-class CrystalSites;
-class MemberExchange;
-}  // namespace ubmd
 
 namespace LAMMPS_NS {
 
@@ -53,9 +50,9 @@ class PairUBMD : public Pair {
   // An error if compute() didn't run since request().
   void check_evaluated() const;
   // Owned atoms that take part: with an element, and not absent by an exclusion from all others.
-  std::int64_t n_atoms() const { return static_cast<std::int64_t>(who_.centres.size()); }
+  std::int64_t n_atoms() const { return static_cast<std::int64_t>(participants().size()); }
   // Their indices, of the last evaluation.
-  const std::vector<int> &participants() const { return who_.centres; }
+  const std::vector<int> &participants() const { return geometry_->centres(); }
   // Uncertainties of the last evaluation that was asked for them, by atom index; 0 for atoms that take no part.
   const double *uncertainties() const { return uncertainties_.data(); }
   // The kept blocks: all of this rank if the request named a bias, else none.
@@ -86,8 +83,6 @@ class PairUBMD : public Pair {
   void read_option(const std::string &, const std::string &);
   std::size_t block_size() const;
   void read_atoms();
-  ubmd::Atoms atoms() const;
-  ubmd::Neighbours neighbours() const;
   void evaluate(const ubmd::Request &);
   void evaluate_piece(const ubmd::Request &, std::size_t begin, std::size_t end);
   void evaluate_uncertainties(const ubmd::Request &, const Piece &);
@@ -102,20 +97,19 @@ class PairUBMD : public Pair {
   bool timing_ = false;
   ubmd::EnergyUnit unit_{1.0, "eV"};
   std::unique_ptr<ubmd::Model> model_;
+  std::unique_ptr<ubmd::Geometry> geometry_;
+  std::unique_ptr<ubmd::AtomicUncertainties> atomic_;
   std::vector<std::string> names_;  // element of each type or NULL
   std::vector<int> species_;        // species index of each type, -1 for NULL
   std::size_t chunk_ = 0;           // largest block; 0: as the device needs it
-  ubmd::Participants who_;
-  std::unique_ptr<ubmd::CrystalSites> crystal_;  // of a force-constant model
-  Piece scratch_;                                // the block at hand, if it isn't kept
-  std::vector<Piece> kept_;                      // n_kept_ of them in use: the others keep their memory
+  Piece scratch_;                   // the block at hand, if it isn't kept
+  std::vector<Piece> kept_;         // n_kept_ of them in use: the others keep their memory
   std::size_t n_kept_ = 0;
   Kept state_ = Kept::nothing;
   ubmd::Request request_;
   int uncertainty_flag_ = 0;           // set to 1 by fix pair; 2: computed
   std::vector<double> uncertainties_;  // [nmax]
   bool bias_of_atoms_ = false;
-  std::unique_ptr<ubmd::MemberExchange> members_;  // of an ensemble
   ubmd::Timer timer_;
 };
 
