@@ -59,8 +59,12 @@ const Choice &chosen() {
 
 }  // namespace
 
-bool uses_avx512() {
-  return std::string(chosen().name) == "v4";
+bool wide_vectors_elsewhere() {
+#ifdef UBMD_X86
+  return std::string(chosen().name) == "v4" && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
 }
 
 template <>

@@ -79,7 +79,8 @@ __attribute__((always_inline)) constexpr int count_invariants(int n) {
 template <class F>
 const Kernels<F> &kernels();
 
-// Whether the copy for AVX-512 is the one that runs.
-bool uses_avx512();
+// Whether the copy for AVX-512 runs on a processor that is not Intel's: there oneMKL, which does torch's products, uses
+// half the width of the vector units.
+bool wide_vectors_elsewhere();
 
 }  // namespace ubmd::ops

@@ -1,9 +1,9 @@
 // Matrix products of the network. They are most of the work, so the fastest library at hand does them.
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
 
+#include "gemm.h"
 #include "kernels.h"
 #include "operators.h"
 
@@ -13,29 +13,8 @@ using at::Tensor;
 
 namespace {
 
-using Linear = Tensor(const Tensor &, const Tensor &, const std::optional<Tensor> &, std::string_view,
-                      c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-using LinearAdd = Tensor(const Tensor &, const Tensor &, const Tensor &, const std::optional<Tensor> &,
-                         std::string_view);
-
-// On processors with AVX-512 that are not Intel's, torch's own products (oneMKL) use half the width of the vector
-// units: measured on an AMD EPYC 110 GFLOP/s in float32, oneDNN 235. torch offers oneDNN for float32 as an operator of
-// its own, which is no part of the public interface: without it, or elsewhere, the products are torch's.
-bool wide_vectors_elsewhere() {
-#if defined(__x86_64__)
-  return uses_avx512() && !__builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
-
-std::optional<c10::OperatorHandle> find(const char *overload) {
-  if (!wide_vectors_elsewhere()) return std::nullopt;
-  return c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", overload});
-}
-
-// Below this number of rows the fixed cost of oneDNN is larger than its gain.
-constexpr std::int64_t fewest_rows = 8;
+// Below this number of rows, columns or terms the fixed cost of our own product is larger than its gain.
+constexpr std::int64_t fewest = 8;
 
 // The rows of `left` in two halves, as a batch. The LAMMPS library exports a dgemm_ of its own, which under the program
 // lmp replaces the one in torch, and is some ten times slower; products in batches have another name.
@@ -78,17 +57,10 @@ Tensor wide_product(const Tensor &left, const Tensor &right) {
 Tensor product(const Tensor &left, const Tensor &right, const std::optional<Tensor> &add) {
   TORCH_CHECK(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0),
               "ubmd operators: product needs matrices [M, K] and [K, N], not ", left.sizes(), " and ", right.sizes());
-  static const auto linear = find(""), linear_add = find("binary");
-  const bool wide = left.scalar_type() == at::kFloat && right.scalar_type() == at::kFloat && left.is_cpu() &&
-                    left.size(0) >= fewest_rows && left.size(1) > 0 && right.size(1) > 0;
-  if (wide && linear && linear_add) {
-    if (add && add->dim() == 2)
-      return linear_add->typed<LinearAdd>().call(left, add->contiguous(), right.t(), std::nullopt, "add");
-    return linear->typed<Linear>().call(left, right.t(), add, "none", c10::List<std::optional<at::Scalar>>(), "");
-  }
+  if (const auto result = private_product(left, right, add)) return *result;
   if (left.scalar_type() == at::kDouble && right.scalar_type() == at::kDouble && left.is_cpu() && left.size(0) > 1) {
     static const bool ours = wide_vectors_elsewhere();
-    const bool large = left.size(0) >= fewest_rows && left.size(1) >= fewest_rows && right.size(1) >= fewest_rows;
+    const bool large = left.size(0) >= fewest && left.size(1) >= fewest && right.size(1) >= fewest;
     const Tensor result = ours && large ? wide_product(left, right) : by_halves(left, right);
     return add ? at::add(result, *add) : result;
   }
