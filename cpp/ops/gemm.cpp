@@ -10,6 +10,8 @@ namespace ubmd::ops {
 
 using at::Tensor;
 
+#ifdef UBMD_PRIVATE_GEMM
+
 namespace {
 
 using Linear = Tensor(const Tensor &, const Tensor &, const std::optional<Tensor> &, std::string_view,
@@ -36,5 +38,13 @@ std::optional<Tensor> private_product(const Tensor &left, const Tensor &right, c
     return linear_add->typed<LinearAdd>().call(left, add->contiguous(), right.t(), std::nullopt, "add");
   return linear->typed<Linear>().call(left, right.t(), add, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
+
+#else
+
+std::optional<Tensor> private_product(const Tensor &, const Tensor &, const std::optional<Tensor> &) {
+  return std::nullopt;
+}
+
+#endif
 
 }  // namespace ubmd::ops
