@@ -22,6 +22,7 @@ from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.runs.folder import EventLog, RunFolder
 from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import ReferenceSettings, TestSettings, WorkerSettings
+from ubmd.settings.marks import key_values
 
 
 class Tested(Protocol):
@@ -56,7 +57,7 @@ class HeldOut:
         self._events = events
         self._given = base / settings.test.file if settings.test.file is not None else None
         self._labels = settings.test.labels
-        given = [reference_key(settings.reference), self._sampling.model_dump(mode="json"), dataset_hash([start])]
+        given = [reference_key(settings.reference), key_values(self._sampling), dataset_hash([start])]
         state, fixed = state_hash(start, settings.reference.info), fixed_atoms(start).tolist()
         self._key = content_hash(given + ([[state, fixed]] if state or fixed else []))
         # The time-out of a label holds for every step.

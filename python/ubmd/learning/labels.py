@@ -27,6 +27,7 @@ from ubmd.learning.work.groups import Lost, nothing_ended, run_tasks
 from ubmd.learning.work.tasks import label_file
 from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.settings import ReferenceSettings
+from ubmd.settings.marks import key_values
 
 # Earlier versions rejected structures for good when a machine had lost them; their reasons begin like this.
 _OLD_LOSSES = ("The executor lost the task (", "The worker process was lost (", "The worker process was stopped.")
@@ -109,10 +110,7 @@ def label_key(candidate: Atoms, settings: ReferenceSettings) -> str:
 
 def reference_key(settings: ReferenceSettings) -> str:
     """Hash of the reference without what belongs to a machine, or to the structures, rather than to the label."""
-    values = settings.model_dump(mode="json", exclude={"timeout", "environment", "cache", "info"})
-    if not settings.noise:  # a key that older runs did not have
-        del values["noise"]
-    return content_hash(values)
+    return content_hash(key_values(settings))
 
 
 def mend_batch(folder: Path, known: Sequence[Atoms], settings: ReferenceSettings) -> None:

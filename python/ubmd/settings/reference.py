@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, field_validator
 
+from ubmd.settings.marks import ELSEWHERE, FIRST_LABELS, LATE, NOTHING
 from ubmd.settings.table import Table
 
 LABEL_NAMES = ("energy", "forces", "stress", "virial")
@@ -45,31 +46,31 @@ _TAKEN = {
 class ReferenceSettings(Table):
     """Who labels structures: a ready-made reference or any ASE calculator by import path."""
 
-    calculator: str = Field(
+    calculator: Annotated[str, FIRST_LABELS] = Field(
         description="'openmm', 'lammps', 'quickff_mil53', 'tblite', 'cp2k', 'espresso', or the import path of an ASE "
         "calculator, e.g. 'ase.calculators.emt:EMT'"
     )
-    arguments: dict[str, Any] = Field(
+    arguments: Annotated[dict[str, Any], FIRST_LABELS] = Field(
         default_factory=dict,
         description="keyword arguments of the calculator, e.g. 'openmm': pdb, forcefield, cmap; 'lammps': commands, "
         "elements, units; 'tblite': method; 'cp2k', 'espresso': launcher, threads and the program's settings; misspelt "
         "names are refused",
     )
-    info: tuple[str, ...] = Field(
+    info: Annotated[tuple[str, ...], ELSEWHERE] = Field(
         USUAL_INFO,
         description="keys of atoms.info that the calculator reads: they go from the start structures to every "
         "structure that is labelled, as initial charges, initial magnetic moments, tags and masses always do",
     )
-    environment: dict[str, str] = Field(
+    environment: Annotated[dict[str, str], NOTHING] = Field(
         default_factory=dict,
         description='environment variables while the reference runs, e.g. {OMP_NUM_THREADS = "4"} (else 1 per worker)',
     )
-    cache: str | None = Field(
+    cache: Annotated[str | None, NOTHING] = Field(
         None,
         description="folder (relative to the settings file) that keeps every label and is asked before a new one is "
         "made; runs may share it",
     )
-    timeout: float = Field(600.0, gt=0, description="longest time for one label, s")
+    timeout: Annotated[float, NOTHING] = Field(600.0, gt=0, description="longest time for one label, s")
     force_limit: float = Field(20.0, gt=0, description="labels with a larger |F| are rejected, eV/Å")
     energy_limit: float = Field(
         5.0,
@@ -80,7 +81,7 @@ class ReferenceSettings(Table):
     min_distance: float = Field(
         0.5, ge=0, description="reject structures with atoms closer than this share of their covalent radii (no unit)"
     )
-    noise: float = Field(
+    noise: Annotated[float, LATE] = Field(
         0.0,
         ge=0,
         description="standard deviation of Gaussian noise that is added to the forces, eV/Å, to study how a method "

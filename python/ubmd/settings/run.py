@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_serializer, model_validator
 
+from ubmd.settings.marks import FIRST_LABELS, NOTHING
 from ubmd.settings.md import BiasSettings, MDSettings
 from ubmd.settings.potentials import ModelSettings, TrainingSettings, UncertaintySettings
 from ubmd.settings.reference import LABEL_KEYS, LabelKeys, ReferenceSettings, TestSettings
@@ -24,10 +25,10 @@ _FEWEST_WARM_EPOCHS = 10  # however few of the labels are new
 class StartSettings(Table):
     """What the loop starts from."""
 
-    file: Path = Field(
+    file: Annotated[Path, NOTHING] = Field(
         description="one or more structures, extxyz or any file that ASE reads; relative to the settings file"
     )
-    labels: LabelKeys = Field(default_factory=dict, description=LABEL_KEYS)
+    labels: Annotated[LabelKeys, NOTHING] = Field(default_factory=dict, description=LABEL_KEYS)
     count: int = Field(8, ge=2, description="perturbed copies that are labelled first")
     displacement: float = Field(0.02, ge=0, description="uniform random shift of every coordinate, ± Å")
     strain: float = Field(0.0, ge=0, lt=0.5, description="uniform random strain of periodic cells, ± (no unit)")
@@ -58,8 +59,8 @@ class SelectionSettings(Table):
 class LoopSettings(Table):
     """When a replica stops, when the loop stops, how labels are split."""
 
-    labels: int = Field(512, ge=2, description="stop when the data set has this many labels")
-    label_budget: int | None = Field(
+    labels: Annotated[int, NOTHING] = Field(512, ge=2, description="stop when the data set has this many labels")
+    label_budget: Annotated[int | None, NOTHING] = Field(
         None,
         ge=2,
         description="stop when the reference was asked for this many structures, rejected ones and start structures "
@@ -68,17 +69,17 @@ class LoopSettings(Table):
     threshold: float = Field(
         1.5, gt=0, description="a replica stops when max_i u_i passes this, eV/Å; inf: never, as for plain MD"
     )
-    quiet_iterations: int = Field(
+    quiet_iterations: Annotated[int, NOTHING] = Field(
         3, ge=1, description="stop after this many successive iterations in which every replica reached the step limit"
     )
-    stop_when_quiet: bool = Field(False, description="use the quiet_iterations rule at all")
-    stop_at_plateau: bool = Field(
+    stop_when_quiet: Annotated[bool, NOTHING] = Field(False, description="use the quiet_iterations rule at all")
+    stop_at_plateau: Annotated[bool, NOTHING] = Field(
         False, description="stop when new labels no longer change force error and calibration factor of held-out labels"
     )
-    plateau_iterations: int = Field(
+    plateau_iterations: Annotated[int, NOTHING] = Field(
         4, ge=1, description="successive iterations with new labels that stop_at_plateau looks at"
     )
-    plateau_tolerance: float = Field(
+    plateau_tolerance: Annotated[float, NOTHING] = Field(
         0.1, gt=0, description="largest spread over them, relative to the mean, that is a plateau (no unit)"
     )
     validation_share: float = Field(
@@ -165,9 +166,9 @@ FITTING_METHODS = {
 class RunSettings(Table):
     """Everything that `ubmd run` needs: one settings file is one run."""
 
-    run_dir: Path = Field(description="folder of the run; relative to the working directory")
+    run_dir: Annotated[Path, NOTHING] = Field(description="folder of the run; relative to the working directory")
     seed: int = Field(0, ge=0, description="seed of the run; the same seed repeats the run")
-    start: StartSettings
+    start: Annotated[StartSettings, FIRST_LABELS]
     reference: ReferenceSettings
     model: ModelSettings = Field(default_factory=ModelSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
@@ -176,9 +177,9 @@ class RunSettings(Table):
     bias: BiasSettings = Field(default_factory=BiasSettings)
     selection: SelectionSettings = Field(default_factory=SelectionSettings)
     loop: LoopSettings = Field(default_factory=LoopSettings)
-    test: TestSettings | None = None
-    variables: VariablesSettings = Field(default_factory=VariablesSettings)
-    workers: WorkerSettings = Field(default_factory=WorkerSettings)
+    test: Annotated[TestSettings | None, NOTHING] = None
+    variables: Annotated[VariablesSettings, NOTHING] = Field(default_factory=VariablesSettings)
+    workers: Annotated[WorkerSettings, NOTHING] = Field(default_factory=WorkerSettings)
 
     @model_validator(mode="after")
     def _labels_cover_start(self) -> RunSettings:

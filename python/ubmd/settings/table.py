@@ -120,11 +120,11 @@ def _fields_at(kind: type[Table], location: list[str]) -> list[str]:
 def _table_at(kind: type[Table], location: list[str]) -> type[Table]:
     """The table at a location inside the settings."""
     for part in location:
-        kind = next(iter(_tables_of(kind.model_fields[part].annotation)))
+        kind = next(iter(tables_of(kind.model_fields[part].annotation)))
     return kind
 
 
-def _tables_of(annotation: Any) -> list[type[Table]]:
+def tables_of(annotation: Any) -> list[type[Table]]:
     """Tables that a field may hold."""
     return [c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, Table)]
 
@@ -134,6 +134,6 @@ def _paths(kind: type[Table], prefix: str = "") -> list[str]:
     paths = []
     for name, field in kind.model_fields.items():
         paths.append(prefix + name)
-        for table in _tables_of(field.annotation)[:1]:
+        for table in tables_of(field.annotation)[:1]:
             paths += _paths(table, f"{prefix}{name}.")
     return paths

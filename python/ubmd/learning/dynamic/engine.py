@@ -56,6 +56,7 @@ from ubmd.runs.rewind import argument_hashes
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages
 from ubmd.settings.dynamic import DynamicRunSettings, box_file
+from ubmd.settings.marks import key_values
 from ubmd.uncertainty.conformal import conformal_scale
 
 _LARGEST_SEED = 900_000_000  # of LAMMPS's random-number generators
@@ -260,10 +261,8 @@ class Engine(Walk):
 
     @cached_property
     def _motion_key(self) -> Any:
-        harmless = {"labels", "steps", "convergence", "timeout", "batch", "warm_epochs", "calibrate"}
-        dynamic = self.dynamic.model_dump(mode="json", exclude=harmless | {"calibration_window"})
-        bias = self.settings.bias.model_dump(mode="json") if self.settings.bias is not None else None
-        return [dynamic, bias, self.settings.seed]
+        bias = key_values(self.settings.bias) if self.settings.bias is not None else None
+        return [key_values(self.dynamic), bias, self.settings.seed]
 
     def _lengths(self, number: int) -> dict[int, int]:
         """Steps of the piece in a round of each replica that goes on."""
@@ -565,7 +564,7 @@ class Engine(Walk):
                 },
             )
 
-        key = content_hash([now.keys["move"], limits.model_dump(exclude={"stop", "steps"}), most])
+        key = content_hash([now.keys["move"], key_values(limits), most])
         now.once.run("signals", key, [target], work)
         return read_json(target)
 

@@ -52,6 +52,7 @@ from ubmd.runs.rewind import input_hashes, take_back
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import RunSettings
+from ubmd.settings.marks import key_values
 
 
 def run(
@@ -205,14 +206,14 @@ class Loop(Walk):
         once = Stages(self.folder.iteration(iteration), self.events, context)
         training, validation, calibration = self._split(iteration)
         sets = [dataset_hash(training), dataset_hash(validation)]
-        options = settings.training.model_dump(mode="json", exclude={"checkpoint_every", "threads"})
+        options = key_values(settings.training)
         warm = settings.loop.warm_start and self._weights is not None
         epochs = settings.epochs(len(self.dataset), len(self.dataset) - self.history[-1]["labels"] if warm else None)
         train = content_hash(
             [
                 sets,
                 self._keys[iteration - 1]["train"] if warm else None,
-                settings.model.model_dump(mode="json"),
+                key_values(settings.model),
                 options | {"threads": self.threads},
                 epochs,
                 self._training_seed(iteration),
@@ -220,13 +221,13 @@ class Loop(Walk):
             ]
         )
         calibrating = dataset_hash(calibration) if calibration else None
-        model = content_hash([train, sets, calibrating, settings.uncertainty.model_dump(mode="json")])
+        model = content_hash([train, sets, calibrating, key_values(settings.uncertainty)])
         starts = self._starts(once.folder)
         tasks = self._tasks(iteration, list(starts), once.folder / "model.pt")
         left = [[origin, self._keys[origin[0]]["md"]] for origin in self._left]
         where = structures_hash(list(starts.values()), settings.reference.info)
         md = content_hash([model, [settled(task) for task in tasks.values()], where, left])
-        selection = settings.selection.model_dump(mode="json")
+        selection = key_values(settings.selection)
         select = content_hash([md, sets, selection, settings.uncertainty.lambda2, settings.seed])
         again = [structures_hash(self.postponed, settings.reference.info)] if self.postponed else []
         label = content_hash([select, reference_key(settings.reference), *again])

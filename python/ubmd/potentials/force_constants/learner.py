@@ -14,8 +14,8 @@ from ase import Atoms
 from ubmd.data.labels import dataset_hash
 from ubmd.potentials.interface import Signal
 from ubmd.potentials.learner import Array, Judgement, Learner, Progress, _relative, _rms
-from ubmd.settings import CrystalSettings
 from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
+from ubmd.settings.marks import key_values
 
 
 class ForceConstants(Learner):
@@ -49,10 +49,7 @@ class ForceConstants(Learner):
 
     def key(self) -> Any:
         """Cutoffs and options."""
-        # A key that older runs did not have: those that leave it alone go on.
-        usual = CrystalSettings.model_fields["tolerance"].default
-        absent = {"tolerance"} if self.settings.tolerance == usual else set()
-        return self.settings.model_dump(mode="json", exclude={"structure"} | absent)
+        return key_values(self.settings)
 
     def learn(
         self, labels: Sequence[Atoms], folder: Path, previous: Path | None, scale: float, progress: Progress

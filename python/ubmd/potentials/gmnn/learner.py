@@ -15,6 +15,7 @@ from ubmd.files import copy_file
 from ubmd.potentials.interface import Prediction, Signal
 from ubmd.potentials.learner import Judgement, Learner, Progress, _relative, _rms
 from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
+from ubmd.settings.marks import key_values
 
 
 class Network(Learner):
@@ -34,10 +35,9 @@ class Network(Learner):
 
     def key(self) -> Any:
         """Network, training and uncertainty."""
-        training = self.training.model_dump(mode="json", exclude={"checkpoint_every"})
-        tables = (self.model, self.settings.uncertainty)
+        training = key_values(self.training) | {"threads": self.training.threads}
         epochs = self.settings.dynamic.warm_epochs
-        return [*(table.model_dump(mode="json") for table in tables), training, epochs, self.settings.seed]
+        return [key_values(self.model), key_values(self.settings.uncertainty), training, epochs, self.settings.seed]
 
     def learn(
         self, labels: Sequence[Atoms], folder: Path, previous: Path | None, scale: float, progress: Progress

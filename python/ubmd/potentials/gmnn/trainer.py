@@ -29,9 +29,9 @@ from ubmd.potentials.gmnn.loss import ErrorSums
 from ubmd.potentials.gmnn.memory import keep_freed_memory
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.settings import ModelSettings, TrainingSettings
+from ubmd.settings.marks import key_values
 
 SECONDS_BETWEEN_PICTURES = 30.0  # one takes half a second, as long as many an epoch of a small data set
-WITHOUT_EFFECT = {"threads", "checkpoint_every"}  # settings that a resumed training may change
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,7 @@ def _identity(
     epochs: int,
 ) -> dict[str, Any]:
     """Everything that the result depends on, as text by name."""
-    options = {key: value for key, value in settings.model_dump().items() if key not in WITHOUT_EFFECT}
+    options = settings.model_dump(include=set(key_values(settings)))
     values = {
         "model": _flat(model.config()),
         "training": {**options, "epochs": epochs},

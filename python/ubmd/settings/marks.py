@@ -1,0 +1,82 @@
+"""What a setting affects, said once, where the setting is declared.
+
+A field is declared as ``name: Annotated[type, NOTHING] = Field(...)``; a field without a mark affects labels. From the
+marks follow which settings may change when a run goes on, and the values that decide the keys of its stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic.fields import FieldInfo
+
+from ubmd.settings.table import Table, tables_of
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The mark of one field."""
+
+    affects: Literal["nothing", "labels", "first labels"] = "labels"
+    """nothing: no label depends on it, or only how many there will be, so that it may change when a run goes on;
+    labels: it may change where a run is taken back to (--from); first labels: not even there"""
+    in_key: bool = True
+    """whether the values of its table have it; False: it comes in by another way, or affects nothing"""
+    late: bool = False
+    """it joined its table after runs had been made: left out of keys at its default, so that these runs keep theirs"""
+    version: int = 1
+    """of the default; raised when the default changes"""
+
+
+NOTHING = Mark("nothing", in_key=False)
+FIRST_LABELS = Mark("first labels")
+ELSEWHERE = Mark(in_key=False)
+LATE = Mark(late=True)
+
+
+def mark_of(field: FieldInfo) -> Mark:
+    """The mark of a field."""
+    return next((entry for entry in field.metadata if isinstance(entry, Mark)), Mark())
+
+
+def marks(kind: type[Table], prefix: str = "") -> Iterator[tuple[str, Mark]]:
+    """(dotted key, mark) of all settings of a kind of run.
+
+    A table with a mark other than that of labels hands it to its fields, except those that have one themselves.
+    """
+    for name, field in kind.model_fields.items():
+        own, inner = mark_of(field), tables_of(field.annotation)
+        if own.affects == "nothing" or not inner:
+            yield prefix + name, own
+            continue
+        for key, mark in marks(inner[0], f"{prefix}{name}."):
+            yield key, own if mark == Mark() else mark
+
+
+def mark_at(kind: type[Table], key: str) -> Mark:
+    """The mark that holds for a dotted key, which may lie below a setting (``reference.arguments.path``)."""
+    found = [mark for name, mark in marks(kind) if key == name or key.startswith(name + ".")]
+    return found[0] if found else Mark()
+
+
+def is_set(table: Table, key: str) -> bool:
+    """Whether a dotted key was given, rather than left to its default."""
+    name, _, rest = key.partition(".")
+    inner = getattr(table, name)
+    if rest and isinstance(inner, Table):
+        return name in table.model_fields_set and is_set(inner, rest)
+    return name in table.model_fields_set
+
+
+def key_values(table: Table) -> dict[str, Any]:
+    """What a table brings into the key of a stage: the values that affect its result, as JSON."""
+    fields = {name: (field, mark_of(field)) for name, field in type(table).model_fields.items()}
+    usual = {
+        name
+        for name, (field, mark) in fields.items()
+        if mark.late and getattr(table, name) == field.get_default(call_default_factory=True)
+    }
+    elsewhere = {name for name, (_, mark) in fields.items() if not mark.in_key}
+    return table.model_dump(mode="json", exclude=usual | elsewhere)
