@@ -17,10 +17,10 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 from ubmd.data.graph import VOIGT
 from ubmd.errors import ArgumentError, ModelError
 from ubmd.operators import available
-from ubmd.potentials.evaluator import NetworkEvaluator
 from ubmd.potentials.file import load_with_record
-from ubmd.potentials.force_constants.evaluator import NO_STRESS, CrystalEvaluator
+from ubmd.potentials.force_constants.evaluator import NO_STRESS
 from ubmd.potentials.interface import Prediction
+from ubmd.potentials.kinds import kind_of_record
 from ubmd.potentials.record import complete_record
 from ubmd.spelling import nearest
 
@@ -47,11 +47,7 @@ class Evaluator:
         self.elements: list[str] = metadata["elements"]
         self.cutoff: float = metadata["cutoff"]
         self._precision = precision
-        self._kind: CrystalEvaluator | NetworkEvaluator = (
-            CrystalEvaluator(module, metadata)
-            if "lattice" in metadata
-            else NetworkEvaluator(module, metadata, precision)
-        )
+        self._kind = kind_of_record(metadata).make_evaluator(module, metadata, precision)
 
     def __getstate__(self) -> dict[str, Any]:
         """The module as it is in memory: its file may have changed since."""

@@ -31,6 +31,7 @@ FLOORS = (
     ("potentials.file", "potentials.evaluation"),
     ("potentials.evaluator", "potentials.learner"),
     ("potentials.gmnn", "potentials.force_constants"),
+    ("potentials.kinds",),
     ("calculator",),
     ("measure",),
     ("lammps",),

@@ -20,6 +20,7 @@ from ubmd.data.structures import read_structures
 from ubmd.errors import UbmdError
 from ubmd.lammps.trajectory import read_piece
 from ubmd.measure.errors import share_covered, spearman
+from ubmd.potentials.kinds import kind_of_settings
 from ubmd.runs.dynamic_history import read_errors
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings_of
@@ -76,7 +77,7 @@ class _Run:
 
     @property
     def is_crystal(self) -> bool:
-        return self.settings.crystal is not None
+        return kind_of_settings(self.settings).of_crystal
 
     @cached_property
     def potential(self) -> Any:

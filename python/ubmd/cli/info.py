@@ -53,6 +53,7 @@ def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
 
 def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
     """(record, tables) of a model file, which is not run."""
+    from ubmd.potentials.kinds import kind_of_record
     from ubmd.potentials.record import complete_record, read_record
 
     record = read_record(path)
@@ -62,7 +63,7 @@ def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
             "can write one into it (see 'extra file ubmd.json' in the manual of pair_style ubmd)."
         )
     with complete_record(path):
-        if "lattice" in record:
+        if kind_of_record(record).of_crystal:
             from ubmd.cli.tables import info_tables
 
             return record, info_tables(record, shown(str(path)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ubmd.cli.console import shown
+from ubmd.potentials.kinds import kind_of_record
 
 if TYPE_CHECKING:
     from ubmd.potentials.force_constants.fit import CrystalFit
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def accuracy_table(result: dict[str, Any], metadata: dict[str, Any]) -> Table:
     made_for = ", ".join(_promise(name, metadata["uncertainty"]) for name in ("energy", "forces"))
     caption = f"u made for: {made_for}"
-    if "lattice" in metadata and result["stress_rmse_MPa"] is not None:
+    if kind_of_record(metadata).of_crystal and result["stress_rmse_MPa"] is not None:
         caption += "\nstresses of the model lack that of the ideal crystal"
     table = Table(title=f"{result['structures']} structures, {result['atoms']} atoms", caption=caption)
     for column in ("quantity", "RMSE", "MAE", "unit", "errors below u"):

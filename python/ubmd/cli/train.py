@@ -22,6 +22,7 @@ from ubmd.cli.tables import accuracy_table
 from ubmd.cli.training_progress import training_progress
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
+from ubmd.potentials.kinds import kind_of_settings
 from ubmd.settings import USUAL_INFO, RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def train(
     """
     with user_errors():
         settings = load_settings(settings_file, TrainSettings, overrides or [])
-        if settings.crystal is not None:
+        if kind_of_settings(settings).of_crystal:
             from ubmd.cli.fit import train_crystal
 
             train_crystal(settings, settings_file.parent, fresh, make_console())

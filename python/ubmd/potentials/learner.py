@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
 from ubmd.potentials.interface import Signal
-from ubmd.settings.dynamic import ConvergenceSettings
+from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
 
 Array = NDArray[np.float64]
 Progress = Callable[[dict[str, Any]], None]
@@ -36,8 +36,47 @@ class Learner(ABC):
 
     lattice = False
     """whether the model is one of a crystal"""
+    least_labels = 2
+    """labels that the first model needs"""
+    scale_in_errors = False
+    """whether predicted errors have the conformal factor of an entry of history.json in them"""
     files: tuple[str, ...] = ("model.pt",)
     """what `learn` writes into its folder"""
+
+    @classmethod
+    @abstractmethod
+    def make(cls, settings: DynamicRunSettings, base: Path, box: Atoms, folder: Path, threads: int) -> Self:
+        """The learner of a run.
+
+        Args:
+            settings: of the run.
+            base: folder that the settings' paths are relative to.
+            box: ideal box of the dynamics.
+            folder: of the run.
+            threads: of trainings.
+
+        Raises:
+            SettingsError, DataError: box and settings do not go together.
+        """
+
+    @classmethod
+    def inputs(cls, settings: DynamicRunSettings, base: Path) -> dict[str, Path]:
+        """Key -> file of what it reads besides the box."""
+        return {}
+
+    @classmethod
+    def ideal(cls, structure: Atoms, settings: DynamicRunSettings) -> Atoms:
+        """The structure of which the box is made, if ``start.file`` is not set."""
+        return structure
+
+    @classmethod
+    def plan(cls, settings: DynamicRunSettings, base: Path, box: Atoms) -> Iterator[str]:
+        """What a run would train, in sentences; errors as in `make`."""
+        yield from ()
+
+    def describe(self) -> dict[str, Any]:
+        """Values of the event 'basis'; empty if there is nothing to say before the first model."""
+        return {}
 
     @abstractmethod
     def key(self) -> Any:

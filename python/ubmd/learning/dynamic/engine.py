@@ -45,9 +45,8 @@ from ubmd.learning.start import check_movable, check_periodicity
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.work.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.work.workers import Executor, WorkersLost
-from ubmd.potentials.force_constants.learner import ForceConstants
-from ubmd.potentials.gmnn.learner import Network
 from ubmd.potentials.interface import converged
+from ubmd.potentials.kinds import kind_of_settings
 from ubmd.potentials.learner import Learner
 from ubmd.runs.dynamic_history import ErrorSeries, error_file
 from ubmd.runs.folder import Listener, RunFolder
@@ -112,10 +111,8 @@ def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
             "repeated box as start.file."
         )
     box = bare(atoms, info)
-    if settings.start.file is None and settings.crystal is not None:
-        from ubmd.potentials.force_constants.symmetry import symmetrised
-
-        box = symmetrised(box, settings.crystal.tolerance)
+    if settings.start.file is None:
+        box = kind_of_settings(settings).learner_class().ideal(box, settings)
         take_state(box, atoms, info)
     return box.repeat(settings.start.repeat)
 
@@ -136,9 +133,11 @@ def check_box(settings: DynamicRunSettings, base: Path) -> Atoms:
 
 def input_hashes(settings: DynamicRunSettings, base: Path) -> dict[str, str]:
     """Hashes of the files that the settings name, by key."""
-    hashes = {"start.file": file_hash(box_file(settings, base))}
-    if settings.crystal is not None:
-        hashes["crystal.structure"] = file_hash(settings.crystal.structure_file(base))
+    files = {
+        "start.file": box_file(settings, base),
+        **kind_of_settings(settings).learner_class().inputs(settings, base),
+    }
+    hashes = {key: file_hash(path) for key, path in files.items()}
     return hashes | argument_hashes("reference.arguments", settings.reference.arguments, base)
 
 
@@ -207,14 +206,10 @@ class Engine(Walk):
     @cached_property
     def learner(self) -> Learner:
         """Made when first needed: a cluster basis may take seconds."""
-        if self.settings.crystal is None:
-            return Network(self.settings, self.threads)
-        from ubmd.potentials.force_constants.ideal import describe_symmetry
-
-        crystal = read_structures(self.settings.crystal.structure_file(self.base), compare=False)[0]
-        learner = ForceConstants(self.settings, self.box, self.folder.path / "basis.npz", crystal)
-        symmetry = list(describe_symmetry(crystal, learner.basis.lattice, self.settings.crystal.tolerance))
-        self.events.write("basis", parameters=learner.basis.n_parameters, symmetry=symmetry)
+        kind = kind_of_settings(self.settings).learner_class()
+        learner: Learner = kind.make(self.settings, self.base, self.box, self.folder.path, self.threads)
+        if known := learner.describe():
+            self.events.write("basis", **known)
         return learner
 
     # -------------------------------------------------------------------------------------- before the rounds
@@ -229,7 +224,7 @@ class Engine(Walk):
             atoms.positions += rng.normal(0.0, self.settings.start.displacement, atoms.positions.shape)
             atoms.info |= {"iteration": START, "replica": k, "step": 0, "rule": "start"}
             candidates.append(atoms)
-        self.least_labels = 1 if self.settings.crystal is not None else 2
+        self.least_labels = self.learner.least_labels
         self._label_start(candidates)
 
     # -------------------------------------------------------------------------------------- rounds
@@ -382,7 +377,7 @@ class Engine(Walk):
         """Factor from labels that were predicted before they were learnt (until a round); 1 before the first."""
         pairs = []
         for entry in self.history[:number]:
-            scale = entry["model"]["force_scale"] if self.settings.crystal is not None else 1.0
+            scale = entry["model"]["force_scale"] if self.learner.scale_in_errors else 1.0
             pairs += [(a["true_before"], a["error_before"] / scale) for a in entry["asked"] if a["label"] is not None]
         pairs = pairs[-self.dynamic.calibration_window :]
         if not pairs:
@@ -810,15 +805,5 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
         f"({dynamic.steps * dynamic.timestep / 1000.0:g} ps) at {temperatures} K, "
         f"{'biased' if settings.bias else 'unbiased'}; at most {dynamic.labels} structures for the reference."
     )
-    if settings.crystal is not None:
-        from ubmd.potentials.force_constants.basis import ClusterBasis
-        from ubmd.potentials.force_constants.ideal import describe_symmetry
-
-        crystal, wanted = read_structures(settings.crystal.structure_file(base), compare=False)[0], settings.crystal
-        basis = ClusterBasis.build(crystal, wanted.cutoffs, wanted.decay, wanted.tolerance)
-        yield from describe_symmetry(crystal, basis.lattice, wanted.tolerance)
-        basis.supercell(box)
-        orders = basis.parameter_orders
-        counts = " + ".join(f"{int((orders == order).sum())}" for order in basis.orders)
-        yield f"Force constants of orders {', '.join(map(str, basis.orders))}: {counts} = {len(orders)}."
+    yield from kind_of_settings(settings).learner_class().plan(settings, base, box)
     yield from check_here(settings.reference, settings.workers, base)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from ase import Atoms
 
 from ubmd.data.labels import dataset_hash
+from ubmd.data.structures import read_structures
 from ubmd.potentials.interface import Signal
 from ubmd.potentials.learner import Array, Judgement, Learner, Progress, _relative, _rms
+from ubmd.settings import CrystalSettings
 from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
 from ubmd.settings.marks import key_values
 
@@ -22,7 +24,47 @@ class ForceConstants(Learner):
     """Force constants of a crystal by Bayesian regression: a refit adds to sums over the data, and takes seconds."""
 
     lattice = True
+    least_labels = 1
+    scale_in_errors = True
     files = ("model.pt", "posterior.npz")
+
+    @classmethod
+    def make(cls, settings: DynamicRunSettings, base: Path, box: Atoms, folder: Path, threads: int) -> Self:
+        """See `Learner`."""
+        return cls(settings, box, folder / "basis.npz", _ideal_crystal(settings, base))
+
+    @classmethod
+    def inputs(cls, settings: DynamicRunSettings, base: Path) -> dict[str, Path]:
+        """The ideal crystal."""
+        return {"crystal.structure": _settings_of(settings).structure_file(base)}
+
+    @classmethod
+    def ideal(cls, structure: Atoms, settings: DynamicRunSettings) -> Atoms:
+        """The crystal with its symmetry exact."""
+        from ubmd.potentials.force_constants.symmetry import symmetrised
+
+        return symmetrised(structure, _settings_of(settings).tolerance)
+
+    @classmethod
+    def plan(cls, settings: DynamicRunSettings, base: Path, box: Atoms) -> Iterator[str]:
+        """Symmetry, and parameters by order."""
+        from ubmd.potentials.force_constants.basis import ClusterBasis
+        from ubmd.potentials.force_constants.ideal import describe_symmetry
+
+        crystal, wanted = _ideal_crystal(settings, base), _settings_of(settings)
+        basis = ClusterBasis.build(crystal, wanted.cutoffs, wanted.decay, wanted.tolerance)
+        yield from describe_symmetry(crystal, basis.lattice, wanted.tolerance)
+        basis.supercell(box)
+        orders = basis.parameter_orders
+        counts = " + ".join(f"{int((orders == order).sum())}" for order in basis.orders)
+        yield f"Force constants of orders {', '.join(map(str, basis.orders))}: {counts} = {len(orders)}."
+
+    def describe(self) -> dict[str, Any]:
+        """Parameters and symmetry of the basis."""
+        from ubmd.potentials.force_constants.ideal import describe_symmetry
+
+        symmetry = list(describe_symmetry(self._crystal, self.basis.lattice, self.settings.tolerance))
+        return {"parameters": self.basis.n_parameters, "symmetry": symmetry}
 
     def __init__(self, settings: DynamicRunSettings, box: Atoms, basis_file: Path, crystal: Atoms) -> None:
         """Build the cluster basis, or read it if it was built before.
@@ -36,9 +78,8 @@ class ForceConstants(Learner):
         from ubmd.potentials.force_constants.fit import cached_basis
         from ubmd.potentials.force_constants.regression import NormalEquations
 
-        assert settings.crystal is not None
-        self.settings = settings.crystal
-        wanted = self.settings
+        self.settings = wanted = _settings_of(settings)
+        self._crystal = crystal
         self.basis = cached_basis(crystal, wanted.cutoffs, basis_file, wanted.decay, wanted.tolerance)
         self.box = self.basis.supercell(box)
         self._equations = NormalEquations(self.basis.parameter_orders)
@@ -184,6 +225,16 @@ class ForceConstants(Learner):
             if "energy" in atoms.calc.results
         ]
         return math.fsum(energies) / len(energies) if energies else None
+
+
+def _settings_of(settings: DynamicRunSettings) -> CrystalSettings:
+    assert settings.crystal is not None
+    return settings.crystal
+
+
+def _ideal_crystal(settings: DynamicRunSettings, base: Path) -> Atoms:
+    """The ideal crystal that the settings name."""
+    return read_structures(_settings_of(settings).structure_file(base), compare=False)[0]
 
 
 def _by_order(values: Any) -> dict[str, Any]:

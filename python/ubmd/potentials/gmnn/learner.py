@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from ase import Atoms
@@ -22,6 +22,11 @@ class Network(Learner):
     """A Gaussian-moment network: warm starts, calibrated atomic uncertainties as errors."""
 
     files = ("model.pt", "weights.pt")
+
+    @classmethod
+    def make(cls, settings: DynamicRunSettings, base: Path, box: Atoms, folder: Path, threads: int) -> Self:
+        """See `Learner`."""
+        return cls(settings, threads)
 
     def __init__(self, settings: DynamicRunSettings, threads: int) -> None:
         """``threads``: of the training; part of the result."""
