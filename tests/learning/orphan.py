@@ -7,8 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
-from ubmd.lammps.replica import ReplicaResult, ReplicaTask
-from ubmd.learning.work.tasks import replica_file, train_member
+from ubmd.lammps.engine import ReplicaResult, ReplicaTask
+from ubmd.lammps.replica import REPLICAS
+from ubmd.learning.work.tasks import MDJob, run_md, train_member
 from ubmd.learning.work.workers import WorkersLost
 from ubmd.settings import ModelSettings, TrainingSettings
 
@@ -19,9 +20,13 @@ def finished_file(task: ReplicaTask) -> Path:
     return task.frames.with_name(f"replica_{task.replica:03d}.json")
 
 
-def replica_and_die(task: ReplicaTask, key: str, finished: Path) -> ReplicaResult:
+def replica_job(task: ReplicaTask, key: str = KEY) -> MDJob[ReplicaTask, ReplicaResult]:
+    return MDJob(REPLICAS, task, key, finished_file(task))
+
+
+def run_and_die(job: MDJob[ReplicaTask, ReplicaResult]) -> ReplicaResult:
     """Finish the replica; the answer is lost."""
-    replica_file(task, key, finished)
+    run_md(job)
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
@@ -38,7 +43,7 @@ def main(kind: str, argument: str) -> None:
     try:
         if kind == "replica":
             task = ReplicaTask.model_validate_json(Path(argument).read_text())
-            replica_file(task, KEY, finished_file(task))
+            run_md(replica_job(task))
         elif kind == "train":
             train(Path(argument), 10**6)
         print("finished")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from orphan import KEY, finished_file, replica_and_die, train
+from orphan import KEY, finished_file, replica_job, run_and_die, train
 from system import cluster
 from test_replica import labelled, make_task, model, shaken  # noqa: F401 (a fixture)
 from test_workers import wait_for
@@ -18,13 +20,13 @@ from ubmd.attempts import Attempt, TakenOver, attempts, steps_so_far
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.files import file_hash, write_json
-from ubmd.lammps import replica
+from ubmd.lammps import replica, trajectory
 from ubmd.lammps.replica import ReplicaTask, run_replica, salvage
 from ubmd.lammps.trajectory import PieceTask, TrajectoryState, run_piece, write_state
 from ubmd.lammps.triggers import AbsoluteTrigger
 from ubmd.learning.loop.replicas import run_replicas
 from ubmd.learning.work.groups import TaskGroup
-from ubmd.learning.work.tasks import label_file, replica_file
+from ubmd.learning.work.tasks import MDJob, label_file, run_md
 from ubmd.learning.work.workers import Workers
 from ubmd.runs.folder import RunFolder
 from ubmd.settings import ReferenceSettings
@@ -42,6 +44,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def make_piece(folder: Path, model: Path) -> PieceTask:  # noqa: F811
+    state = TrajectoryState.begin(cluster(), 300.0, AbsoluteTrigger(1e9), np.random.default_rng(1))
+    write_state(folder / "start.npz", state)
+    fixed = {"replica": 0, "timestep": 2.0, "temperature": 300.0, "damping": 0.1, "precision": "double", "noise": 0.0}
+    bias = {"force": 0.0, "species": {}, "window": 4, "lattice": False, "langevin_seed": 3, "check_every": 5}
+    files = {"model": model, "start": folder / "start.npz", "result": folder / "piece_000.npz"}
+    return PieceTask(**fixed, **bias, **files, steps=20, frames=2)
+
+
 def numbered(folder: Path, model: Path, **changes: object) -> ReplicaTask:  # noqa: F811
     folder.mkdir(exist_ok=True)
     return make_task(folder, model, frames=folder / "frames_003.extxyz", **changes)
@@ -55,14 +66,14 @@ def test_an_orphan_ends_and_harms_nothing(model: Path, tmp_path: Path, ranks: in
     """It runs when the next driver starts the same replica, and would run for ever."""
     alone = numbered(tmp_path / "alone", model, trace_every=10, ranks=ranks)
     task = numbered(tmp_path / "both", model, trace_every=10, ranks=ranks)
-    expected = replica_file(alone, KEY, finished_file(alone))
+    expected = run_md(replica_job(alone))
     given = tmp_path / "task.json"
     endless = {"steps": ENDLESS, "frames_every": ENDLESS, "trace_every": None}
     given.write_text(task.model_copy(update=endless).model_dump_json())
     orphan = start_orphan("replica", given)
     try:
         assert wait_for(lambda: steps_so_far(task.frames) is not None, 120.0)
-        result = replica_file(task, KEY, finished_file(task))
+        result = run_md(replica_job(task))
         said, errors = orphan.communicate(timeout=120)
     finally:
         orphan.kill()
@@ -80,7 +91,7 @@ def test_an_orphan_that_finishes_later_harms_nothing(model: Path, tmp_path: Path
     task = numbered(tmp_path / "run", model, trace_every=10)
     orphan = Attempt.begin(task.frames)
     (orphan.folder / "frames.extxyz").write_bytes(task.start.read_bytes())
-    replica_file(task, KEY, finished_file(task))
+    run_md(replica_job(task))
     before = files_of(tmp_path)
     for finish in (
         lambda: orphan.report(500),
@@ -140,7 +151,7 @@ def test_files_of_earlier_versions_go(model: Path, tmp_path: Path) -> None:  # n
 def test_an_answer_that_was_lost_is_read_again(model: Path, tmp_path: Path) -> None:  # noqa: F811
     task = numbered(tmp_path / "run", model)
     with Workers(1) as workers:
-        group = TaskGroup(workers, replica_and_die, 300.0)
+        group = TaskGroup(workers, run_and_die, 300.0)
         results = run_replicas({(0, 3): task}, group, {0: "model"}, lambda result: None, lambda steps: None)
     assert (results[0, 3].stopped, results[0, 3].reason, results[0, 3].frames) == ("step limit", "", 5)
     assert len(read_structures(task.frames)) == 5
@@ -148,11 +159,37 @@ def test_an_answer_that_was_lost_is_read_again(model: Path, tmp_path: Path) -> N
 
 def test_a_replica_that_has_ended_is_not_run_again(model: Path, tmp_path: Path) -> None:  # noqa: F811
     task = numbered(tmp_path / "run", model)
-    first = replica_file(task, KEY, finished_file(task))
+    first = run_md(replica_job(task))
     absent = task.model_copy(update={"model": tmp_path / "nowhere.pt"})
-    assert replica_file(absent, KEY, finished_file(task)) == first
+    assert run_md(replica_job(absent)) == first
     with pytest.raises(replica.SimulationError, match=r"nowhere\.pt"):
-        replica_file(absent, "another key", finished_file(task))
+        run_md(replica_job(absent, "another key"))
+
+
+# ------------------------------------------------------------------------------------------ both kinds of MD
+
+
+@pytest.mark.parametrize("kind", ["replica", "piece"])
+def test_results_are_noted_and_lost_tasks_recovered(model: Path, tmp_path: Path, kind: str) -> None:  # noqa: F811
+    task, engine, failed = (
+        (make_task(tmp_path, model), replica.REPLICAS, "stopped")
+        if kind == "replica"
+        else (make_piece(tmp_path, model), trajectory.PIECES, "ended")
+    )
+    job = pickle.loads(pickle.dumps(MDJob(engine, task, KEY, tmp_path / "note.json")))
+    assert job.kept() is None
+    result = run_md(job)
+    assert (job.kept(), type(result)) == (result, engine.result_type)
+    assert replace(job, key="another key").kept() is None
+    output = engine.output(task)
+    whole = output.read_bytes()
+    output.write_bytes(whole[:-1])
+    assert job.kept() is None
+    lost = job.salvage("The node is gone.")
+    assert (getattr(lost, failed), lost.reason, job.kept()) == ("failed", "The node is gone.", lost)
+    assert output.read_bytes() not in (whole, whole[:-1])
+    renamed = job.salvage("The node is gone.", reason="It rests.")
+    assert (renamed.reason, job.kept()) == ("It rests.", renamed)
 
 
 # ------------------------------------------------------------------------------------------ everything else
@@ -160,12 +197,7 @@ def test_a_replica_that_has_ended_is_not_run_again(model: Path, tmp_path: Path) 
 
 def test_a_piece_of_a_trajectory_that_was_taken_over(model: Path, tmp_path: Path) -> None:  # noqa: F811
     """The second process begins, and ends, while the first is at its first check."""
-    state = TrajectoryState.begin(cluster(), 300.0, AbsoluteTrigger(1e9), np.random.default_rng(1))
-    write_state(tmp_path / "start.npz", state)
-    fixed = {"replica": 0, "timestep": 2.0, "temperature": 300.0, "damping": 0.1, "precision": "double", "noise": 0.0}
-    bias = {"force": 0.0, "species": {}, "window": 4, "lattice": False, "langevin_seed": 3, "check_every": 5}
-    files = {"model": model, "start": tmp_path / "start.npz", "result": tmp_path / "piece_000.npz"}
-    task = PieceTask(**fixed, **bias, **files, steps=20, frames=2)
+    task = make_piece(tmp_path, model)
     run_piece(task)
     whole = task.result.read_bytes()
     task.result.unlink()

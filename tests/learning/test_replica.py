@@ -22,6 +22,7 @@ from ubmd.data.structures import read_structures
 from ubmd.errors import SimulationError
 from ubmd.lammps import replica
 from ubmd.lammps.replica import ReplicaTask, run_replica, salvage
+from ubmd.lammps.session import system_commands
 from ubmd.learning.start import perturb
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.trainer import train
@@ -157,7 +158,7 @@ def test_molecules_that_become_flat_run_from_the_beginning_without_bins(
 
 def test_bins_of_other_molecules_stay(model: Path, tmp_path: Path) -> None:
     """The order in which bins list neighbours decides last digits: runs of before must repeat."""
-    commands = replica.system_commands(cluster(), model, "double")
+    commands = system_commands(cluster(), model, "double")
     assert "neighbor 1.0 bin" in commands
     assert "boundary s s s" in commands
 
@@ -431,13 +432,10 @@ def test_the_barostat_moves_what_it_may(crystal_model: Path, tmp_path: Path, cou
 
 def test_frames_have_the_cell_of_the_run(crystal_model: Path, tmp_path: Path) -> None:
     task = make_task(tmp_path, crystal_model, crystal(), **NPT)
-    engine = replica._Engine(task, tmp_path, crystal())
-    try:
-        np.testing.assert_allclose(engine.cell(), Prism(crystal().cell[:]).lammps_cell, atol=1e-12)
-        engine.run(task.steps, first=True)
-        cell, volume = engine.cell(), engine._lammps.get_thermo("vol")
-    finally:
-        engine.close()
+    with replica._session(task, tmp_path, crystal()) as session:
+        np.testing.assert_allclose(session.cell(), Prism(crystal().cell[:]).lammps_cell, atol=1e-12)
+        session.run(task.steps, first=True)
+        cell, volume = session.cell(), session.lammps.get_thermo("vol")
     *_, last = replica._sane_frames(task, tmp_path)
     np.testing.assert_array_equal(last.cell[:], cell)
     assert last.get_volume() == pytest.approx(volume, rel=1e-12)

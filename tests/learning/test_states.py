@@ -19,7 +19,7 @@ from ubmd.data.state import state_hash
 from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
 from ubmd.files import content_hash, write_text
-from ubmd.lammps.replica import _Engine, run_replica
+from ubmd.lammps.replica import _session, run_replica
 from ubmd.lammps.session import types_of
 from ubmd.lammps.trajectory import TrajectoryState
 from ubmd.learning import RunFolder, run
@@ -161,17 +161,13 @@ def test_atoms_of_one_element_and_several_masses_are_several_types() -> None:
 def test_lammps_moves_every_atom_with_its_own_mass(tmp_path: Path, model: Path) -> None:  # noqa: F811
     atoms = charged_cluster()
     task = make_task(tmp_path, model, start=atoms)
-    engine = _Engine(task, tmp_path, atoms)
-    try:
-        numbers = np.array(engine._lammps.gather_atoms("type", 0, 1))
-        masses = np.array(engine._lammps.extract_atom("mass")[0 : numbers.max() + 1])[numbers]
+    with _session(task, tmp_path, atoms) as session:
+        numbers = np.array(session.lammps.gather_atoms("type", 0, 1))
+        masses = np.array(session.lammps.extract_atom("mass")[0 : numbers.max() + 1])[numbers]
         np.testing.assert_array_equal(masses, atoms.get_masses())
-        engine.run(0, first=True)
-        velocities = np.array(engine._lammps.gather_atoms("v", 1, 3)).reshape(-1, 3)
-        kinetic = 0.5 * (masses[:, None] * velocities**2).sum() * (1000.0 * units.fs) ** -2
-        assert engine.temperature() == pytest.approx(2.0 * kinetic / (3 * 13 - 3) / units.kB, rel=1e-5)
-    finally:
-        engine.close()
+        session.run(0, first=True)
+        kinetic = 0.5 * (masses[:, None] * session.velocities() ** 2).sum() * (1000.0 * units.fs) ** -2
+        assert session.temperature() == pytest.approx(2.0 * kinetic / (3 * 13 - 3) / units.kB, rel=1e-5)
 
 
 def test_heavy_atoms_hardly_move(tmp_path: Path, model: Path) -> None:  # noqa: F811
@@ -187,13 +183,10 @@ def test_heavy_atoms_hardly_move(tmp_path: Path, model: Path) -> None:  # noqa: 
 def test_usual_masses_leave_the_commands_as_they_were(tmp_path: Path, model: Path) -> None:  # noqa: F811
     """So that trajectories of earlier versions repeat bit for bit: one type per element, in the order of Z."""
     atoms = cluster()
-    engine = _Engine(make_task(tmp_path, model, start=atoms), tmp_path, atoms)
-    try:
-        types = np.array(engine._lammps.gather_atoms("type", 0, 1)).tolist()
+    with _session(make_task(tmp_path, model, start=atoms), tmp_path, atoms) as session:
+        types = np.array(session.lammps.gather_atoms("type", 0, 1)).tolist()
         assert types == [2, 2] + [1] * 11
-        assert engine._lammps.extract_setting("ntypes") == 2
-    finally:
-        engine.close()
+        assert session.lammps.extract_setting("ntypes") == 2
 
 
 # ---------------------------------------------------------------------------------------------- dynamic runs

