@@ -171,10 +171,10 @@ def test_a_replica_that_has_ended_is_not_run_again(model: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["replica", "piece"])
 def test_results_are_noted_and_lost_tasks_recovered(model: Path, tmp_path: Path, kind: str) -> None:  # noqa: F811
-    task, engine, failed = (
-        (make_task(tmp_path, model), replica.REPLICAS, "stopped")
+    task, engine, ended, other = (
+        (make_task(tmp_path, model), replica.REPLICAS, "stopped", "threshold")
         if kind == "replica"
-        else (make_piece(tmp_path, model), trajectory.PIECES, "ended")
+        else (make_piece(tmp_path, model), trajectory.PIECES, "ended", "segment")
     )
     job = pickle.loads(pickle.dumps(MDJob(engine, task, KEY, tmp_path / "note.json")))
     assert job.kept() is None
@@ -186,10 +186,10 @@ def test_results_are_noted_and_lost_tasks_recovered(model: Path, tmp_path: Path,
     output.write_bytes(whole[:-1])
     assert job.kept() is None
     lost = job.salvage("The node is gone.")
-    assert (getattr(lost, failed), lost.reason, job.kept()) == ("failed", "The node is gone.", lost)
+    assert (getattr(lost, ended), lost.reason, job.kept()) == ("failed", "The node is gone.", lost)
     assert output.read_bytes() not in (whole, whole[:-1])
-    renamed = job.salvage("The node is gone.", reason="It rests.")
-    assert (renamed.reason, job.kept()) == ("It rests.", renamed)
+    waiting = job.salvage("The node is gone.", **{ended: other})
+    assert (getattr(waiting, ended), job.kept()) == (other, waiting)
 
 
 # ------------------------------------------------------------------------------------------ everything else
