@@ -243,7 +243,7 @@ def test_the_first_of_two_labels_stays(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from ubmd.runs.folder import write_json
+from ubmd.files import write_json
 Path(sys.argv[1]).touch()
 while not all(Path(name).exists() for name in "ab"):
     time.sleep(0.01)
