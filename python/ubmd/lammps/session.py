@@ -23,7 +23,7 @@ from ubmd.lammps.plugin import starting_lammps
 Array = NDArray[np.float64]
 Ended = TypeVar("Ended")
 
-NO_LOG = Path("none")
+_NO_LOG = Path("none")
 _SPLIT_MARGIN = 10.0  # Å of empty space when the first box of a molecule is made; LAMMPS shrinks it at once
 
 Neighbours = Literal["bin", "nsq"]
@@ -56,7 +56,7 @@ class Session:
     which has the first cell vector along x and the second in the xy plane.
     """
 
-    def __init__(self, log: Path = NO_LOG, model: Path | None = None) -> None:
+    def __init__(self, log: Path = _NO_LOG, model: Path | None = None) -> None:
         """Start LAMMPS.
 
         Args:
