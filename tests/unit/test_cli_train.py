@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ubmd.calculator import Calculator, Evaluator, Prediction
 from ubmd.cli.train import register
-from ubmd.cli.training_progress import _duration, _PlainProgress
+from ubmd.cli.training_progress import _PlainProgress
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash, labels_of
 from ubmd.data.structures import read_structures
@@ -352,4 +352,3 @@ def test_plain_progress_is_sparse_and_estimates_the_time_left(capsys):
     assert [line.split(":")[0] for line in lines] == ["epoch 1 of 100", "epoch 100 of 100"]
     assert "3 min 18 s left" in lines[0]
     assert lines[1].endswith("0 s left")
-    assert _duration(3700) == "1 h 01 min"

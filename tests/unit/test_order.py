@@ -19,7 +19,7 @@ import ubmd
 ROOT = Path(ubmd.__file__).parent
 
 FLOORS = (
-    ("errors", "spelling", "valid_json"),
+    ("errors", "spelling", "texts", "valid_json"),
     ("faults",),
     ("files",),
     ("aliases", "attempts", "operators"),

@@ -143,11 +143,6 @@ class Document:
         return "\n".join([*parts, "</body></html>", ""])
 
 
-def number(value: float | None, form: str) -> str:
-    """A number as text, '-' where there is none."""
-    return "-" if value is None or value != value or abs(value) == float("inf") else format(value, form)
-
-
 def escaped(text: str) -> str:
     """A text on one line in which nothing is taken for Markdown or HTML: settings, reasons and names of files.
 

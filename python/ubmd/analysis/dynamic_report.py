@@ -13,7 +13,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from ubmd.analysis import crystal_figures, figures
-from ubmd.analysis.document import Document, Section, number
+from ubmd.analysis.document import Document, Section
 from ubmd.analysis.provenance import add_provenance
 from ubmd.analysis.run_data import read_rejected
 from ubmd.data.structures import read_structures
@@ -25,6 +25,7 @@ from ubmd.runs.dynamic_history import read_errors
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings_of
 from ubmd.settings.dynamic import DynamicRunSettings
+from ubmd.texts import number
 
 _MOST_PANELS = 6  # trajectories in the picture of errors
 _MOST_FRAMES = 24  # structures that the shares of the orders are measured on

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ubmd.analysis import figures
-from ubmd.analysis.document import Document, Section, number
+from ubmd.analysis.document import Document, Section
 from ubmd.analysis.predictions import NotKept, predict_unseen
 from ubmd.analysis.provenance import add_provenance
 from ubmd.analysis.run_data import Frames, count_endings, read_frames, read_rejected, stage_seconds
@@ -27,6 +27,7 @@ from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
 from ubmd.settings import RunSettings
 from ubmd.settings.run import conditions
+from ubmd.texts import number, wall_time
 
 _SETS = {
     "test": "test set",
@@ -381,10 +382,10 @@ def _times(report: Document, data: _Run) -> None:
         return
     section = report.section("Time and cost")
     rows = [
-        [stage, _duration(float(values.sum())), f"{100 * values.sum() / total:.1f} %", _cost(data, stage, values)]
+        [stage, wall_time(float(values.sum())), f"{100 * values.sum() / total:.1f} %", _cost(data, stage, values)]
         for stage, values in seconds.items()
     ]
-    section.table(["stage", "wall time", "share", "that is"], [*rows, ["all stages", _duration(total), "100.0 %", ""]])
+    section.table(["stage", "wall time", "share", "that is"], [*rows, ["all stages", wall_time(total), "100.0 %", ""]])
     path = figures.time_figure(names, seconds, data.picture("time.png"))
     section.picture(path, "Wall time of each iteration by stage; 'start' is what came before the first one")
 
@@ -404,9 +405,3 @@ def _cost(data: _Run, stage: str, values: np.ndarray) -> str:
     if stage == "train" and np.count_nonzero(values):
         return f"{values.sum() / np.count_nonzero(values):.3g} s per training"
     return ""
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

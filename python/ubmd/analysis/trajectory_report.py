@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from ubmd.analysis import trajectory_figures as figures
-from ubmd.analysis.document import number
 from ubmd.analysis.trajectory import Trajectory, correlation_times, read_trajectory
 from ubmd.errors import DataError
 from ubmd.measure.autocorrelation import autocorrelation_time, mean_autocorrelation
 from ubmd.measure.coverage import coverage
 from ubmd.measure.torsions import Torsion, torsions
 from ubmd.measure.volumes import slow_wave
+from ubmd.texts import number
 
 _WAVES = 4  # trajectories whose V(t) is drawn
 

@@ -17,11 +17,11 @@ from rich.text import Text
 
 from ubmd.cli.live import Bars, Lines
 from ubmd.cli.loop_status import describe_idle, is_running
-from ubmd.learning.loop.timeline import duration
 from ubmd.learning.work.groups import describe_loss, describe_losses
 from ubmd.runs.folder import Event, RunFolder
 from ubmd.runs.manifest import read_settings_of
 from ubmd.settings.dynamic import DynamicRunSettings
+from ubmd.texts import duration
 
 STAGE_NAMES = {"learn": "training", "measure": "errors", "move": "MD", "label": "labels", "test_set": "test set"}
 _SHOWN = 12  # newest refits in the table

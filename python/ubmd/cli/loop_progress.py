@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from ubmd.cli.live import Bars, Lines
-from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work, duration
+from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
 from ubmd.learning.work.groups import describe_loss
 from ubmd.runs.folder import Event
+from ubmd.texts import duration
 
 
 class ProgressLines(Lines[Timeline]):

@@ -16,11 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ubmd.attempts import steps_so_far, targets_in_work
-from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work, duration
+from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
 from ubmd.learning.work.groups import describe_losses
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
 from ubmd.settings import RunSettings
+from ubmd.texts import duration
 
 _SHOWN = 12  # newest iterations in the table
 _QUIET = 1800.0  # s without a sign of life that are worth a word

@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from ubmd.texts import countdown
+
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 
@@ -47,7 +49,7 @@ class _PlainProgress:
             return
         self._last_line = now
         left = (now - self._start) / (row["epoch"] - self._first_epoch) * (row["epochs"] - row["epoch"])
-        line = f"epoch {row['epoch']} of {row['epochs']}: {_errors_text(row)}, {_duration(left)} left"
+        line = f"epoch {row['epoch']} of {row['epochs']}: {_errors_text(row)}, {countdown(left)} left"
         self._console.print(line, soft_wrap=True, highlight=False)
 
 
@@ -58,9 +60,3 @@ def _errors_text(row: dict[str, Any]) -> str:
     text = f"{part} E {energy:.2f} meV/atom, F {force:.4f} eV/Å"
     stress = row.get(f"{part}_stress_rmse_MPa")
     return text if stress is None else f"{text}, S {stress:.1f} MPa"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

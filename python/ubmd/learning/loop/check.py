@@ -16,12 +16,12 @@ from ase import Atoms
 
 from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError, StorageError, UbmdError
-from ubmd.learning.loop.timeline import duration
 from ubmd.learning.loop.verify import existing_folder, state_remarks, verify
 from ubmd.learning.work.clusters import tasks_at_once
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.settings import RunSettings
 from ubmd.settings.run import conditions
+from ubmd.texts import duration, size
 
 _EPOCHS = 4  # of the miniature; the first is slow and not counted
 _STEPS = 10  # few: the model of two structures soon leads astray
@@ -168,12 +168,12 @@ def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -
     )
     frames = rounds * settings.md.replicas * (settings.md.steps // settings.md.frames_every + 1)
     records = settings.md.replicas * rounds * settings.md.steps // (settings.md.trace_every or 10**12)
-    size = frames * n_atoms * _BYTES_PER_ATOM + (rounds + 1) * _fixed_size(folder) + records * (12 * n_atoms + 100)
+    needed = frames * n_atoms * _BYTES_PER_ATOM + (rounds + 1) * _fixed_size(folder) + records * (12 * n_atoms + 100)
     free = shutil.disk_usage(existing_folder(Path(settings.run_dir))).free
     warning = (
-        "" if size < free else f" But only {_bytes(free)} are free: choose larger md.frames_every, or another disk."
+        "" if needed < free else f" But only {size(free)} are free: choose larger md.frames_every, or another disk."
     )
-    yield f"Rough disk space: at most {_bytes(size)}.{warning}"
+    yield f"Rough disk space: at most {size(needed)}.{warning}"
 
 
 def _training_time(settings: RunSettings, folder: RunFolder) -> float:
@@ -194,11 +194,3 @@ def _fixed_size(folder: RunFolder) -> int:
     """Bytes that an iteration writes besides frames."""
     files = [path for path in folder.iteration(0).rglob("*") if path.is_file() and not path.name.startswith("frames_")]
     return sum(path.stat().st_size for path in files)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

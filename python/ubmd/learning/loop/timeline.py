@@ -184,15 +184,6 @@ def _time(event: Mapping[str, Any]) -> datetime:
     return datetime.fromisoformat(event["time"]) if "time" in event else datetime.now(UTC)
 
 
-def duration(seconds: float) -> str:
-    """A time as people say it: 40 s, 12 min, 3.5 h, 2.1 days."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
-
-
 def describe_work(stage: str, work: Sequence[int] | None) -> str:
     """How far a stage is: 'epoch 3 of 200'."""
     if not work or not work[1]:
