@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ubmd.cli.tables import fit_tables
+from ubmd.cli.training_progress import fit_progress
 from ubmd.errors import DataError
 from ubmd.files import check_outputs, write_text
 from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
@@ -19,9 +19,7 @@ from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from ubmd.potentials.force_constants.fit import CrystalFit, Progress
-
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
+    from ubmd.potentials.force_constants.fit import CrystalFit
 
 
 def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
@@ -53,7 +51,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"cluster basis: {basis.n_parameters} parameters, {time.monotonic() - start:.1f} s", highlight=False)
     energy = None if ideal_energy is None else ideal_energy / (len(ideal) / len(basis.lattice.numbers))
-    with _progress(console) as report:
+    with fit_progress(console) as report:
         fit = fit_crystal(
             basis, training_set, validation_set, settings.crystal, settings.uncertainty, energy, progress=report
         )
@@ -109,35 +107,6 @@ def _sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) ->
     if settings.validation_file is None:
         return split(structures, settings.validation_share, settings.seed)
     return structures, read_structures(base / settings.validation_file, settings.labels, remark=remark)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    """A callback for every structure: a live bar on a terminal, a line now and then elsewhere."""
-    if not console.is_terminal:
-        begin = last = time.monotonic()
-
-        def line(what: str, done: int, total: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last > SECONDS_BETWEEN_LINES:
-                last = now
-                console.print(f"{done} of {total} {what}, {now - begin:.0f} s", highlight=False)
-
-        yield line
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
-        yield report
 
 
 def _remarks(fit: CrystalFit) -> Iterator[str]:

@@ -1,15 +1,20 @@
-"""Progress of a training: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a training or a fit: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ubmd.texts import countdown
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+    from ubmd.potentials.force_constants.fit import Progress
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
@@ -20,16 +25,46 @@ def training_progress(console: Console) -> Iterator[Any]:
     if not console.is_terminal:
         yield _PlainProgress(console)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("epochs, {task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with _bars(console, "epochs, {task.description}") as bar:
         task = bar.add_task("starting", total=None)
 
         def report(row: dict[str, Any]) -> None:
             bar.update(task, completed=row["epoch"], total=row["epochs"], description=_errors_text(row))
 
         yield report
+
+
+@contextmanager
+def fit_progress(console: Console) -> Iterator[Progress]:
+    """A callback for every structure: live bars on a terminal, a line now and then elsewhere."""
+    if not console.is_terminal:
+        begin = last = time.monotonic()
+
+        def line(what: str, done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last > SECONDS_BETWEEN_LINES:
+                last = now
+                console.print(f"{done} of {total} {what}, {now - begin:.0f} s", highlight=False)
+
+        yield line
+        return
+    with _bars(console, "{task.description}") as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield report
+
+
+def _bars(console: Console, text: str) -> Bars:
+    """Bars with how much is done, a text, and the time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(BarColumn(), MofNCompleteColumn(), TextColumn(text), TimeRemainingColumn(), console=console)
 
 
 class _PlainProgress:
