@@ -20,7 +20,9 @@ from rich.console import Console
 from silicon import make_settings, settings_table, write_inputs
 from typer.testing import CliRunner
 
-from ubmd.cli.dynamic_progress import Course, ProgressBars, ProgressLines, describe_event, status
+from ubmd.cli.dynamic_progress import ProgressBars, ProgressLines, describe_event
+from ubmd.cli.dynamic_status import status
+from ubmd.cli.dynamic_timeline import Course
 from ubmd.cli.main import app
 from ubmd.cli.template import dynamic_template
 from ubmd.data.extxyz import write_structures

@@ -14,7 +14,7 @@ import silicon
 from rich.console import Console, RenderableType
 from system import cluster, make_settings
 
-from ubmd.cli.dynamic_progress import status as dynamic_status
+from ubmd.cli.dynamic_status import status as dynamic_status
 from ubmd.cli.loop_progress import describe_event
 from ubmd.cli.loop_status import status
 from ubmd.data.extxyz import write_structures

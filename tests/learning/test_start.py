@@ -14,7 +14,7 @@ from rich.console import Console
 from system import cluster, make_settings, write_inputs
 from test_cli import ubmd
 
-from ubmd.cli.dynamic_progress import status as dynamic_status
+from ubmd.cli.dynamic_status import status as dynamic_status
 from ubmd.cli.loop_status import status
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures

@@ -1,92 +1,15 @@
-"""Live progress of a dynamic run, and what `ubmd status` says about one."""
+"""Live progress of a dynamic run: bars on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
-from contextlib import suppress
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
-
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.progress import TaskID
-from rich.table import Table as RichTable
-from rich.text import Text
 
+from ubmd.cli.dynamic_timeline import STAGE_NAMES, Course
 from ubmd.cli.live import Bars, Lines
-from ubmd.cli.loop_status import describe_idle, is_running
-from ubmd.learning.work.groups import describe_loss, describe_losses
-from ubmd.runs.folder import Event, RunFolder
-from ubmd.runs.manifest import read_settings_of
-from ubmd.settings.dynamic import DynamicRunSettings
+from ubmd.learning.work.groups import describe_loss
+from ubmd.runs.folder import Event
 from ubmd.texts import duration
-
-STAGE_NAMES = {"learn": "training", "measure": "errors", "move": "MD", "label": "labels", "test_set": "test set"}
-_SHOWN = 12  # newest refits in the table
-
-
-class Course:
-    """Follows the events of a run.
-
-    Attributes:
-        labels, calls: in the data set, and asked for. wanted: most calls. steps, steps_wanted: of all replicas.
-        running: stages. finished: why the run ended, or empty. stopped: why the driver ended, if it could say.
-        error: class of the error that stopped it, or empty.
-    """
-
-    def __init__(self, settings: DynamicRunSettings, events: Iterable[Event] = ()) -> None:
-        self.wanted = settings.dynamic.labels
-        self.steps_wanted = settings.dynamic.steps * settings.dynamic.trajectories
-        self.labels = self.calls = self.steps = self.round = 0
-        self.running: dict[str, datetime] = {}
-        self.process: int | None = None
-        self.finished = self.stopped = self.error = ""
-        self.last_event: datetime | None = None
-        self._settled = 0  # steps of finished rounds
-        self._begun: tuple[float, int] | None = None  # time and steps when this driver began to move
-        for event in events:
-            with suppress(KeyError, TypeError, ValueError):  # an old or damaged file
-                self.add(event)
-        self._begun = None
-
-    def add(self, event: Event) -> None:
-        """Take note of an event."""
-        if "time" in event:
-            self.last_event = datetime.fromisoformat(event["time"])
-        self.round = max(self.round, event.get("round", 0))
-        match event["event"]:
-            case "run_started":
-                self.running.clear()
-                self.process, self.finished, self.stopped = event["process"], "", ""
-                self.wanted, self.steps_wanted = event["labels_wanted"], event["steps_wanted"]
-            case "stage_started":
-                self.running[event["stage"]] = self.last_event or datetime.now(UTC)
-            case "stage_done":
-                self.running.pop(event["stage"], None)
-            case "label_done" | "label_rejected":
-                self.calls += 1
-            case "label_appended":
-                self.labels = max(self.labels, event["label"] + 1)
-            case "md_steps":
-                self.steps = self._settled + sum(event["steps"])
-                self._begun = self._begun or (time.monotonic(), self.steps)
-            case "round_done":
-                self.steps = self._settled = event["md_steps"]
-                self.calls = max(self.calls, event["calls"])
-            case "run_stopped":
-                self.stopped, self.error = event.get("why", ""), event.get("kind", "")
-            case "run_done":
-                self.finished = event["reason"]
-                self.running.clear()
-
-    def left(self) -> float | None:
-        """Time to the end of all trajectories at the pace of this driver, labels and refits included, s."""
-        if self._begun is None or self.steps <= self._begun[1]:
-            return None
-        pace = (time.monotonic() - self._begun[0]) / (self.steps - self._begun[1])
-        return pace * (self.steps_wanted - self.steps)
 
 
 class ProgressLines(Lines[Course]):
@@ -189,81 +112,3 @@ def describe_round(event: Event) -> str:
         shown = [f"{name} {value:.3g} {'✓' if holds else '✗'}" for name, (value, holds) in event["signals"].items()]
         parts.append(", ".join(shown))
     return "; ".join(parts)
-
-
-# ------------------------------------------------------------------------------------------ status
-
-
-def status(run_dir: Path) -> RenderableType:
-    """State and one table of the refits of a dynamic run.
-
-    Raises:
-        DataError: the folder holds no run.
-    """
-    folder = RunFolder(run_dir)
-    settings = read_settings_of(folder, DynamicRunSettings)
-    events = folder.read_events()
-    course, running = Course(settings, events), is_running(folder)
-    lines = [
-        f"{folder.path}: {'running' if running else describe_idle(course)}",
-        f"{course.labels} labels, {course.calls} of at most {course.wanted} structures asked for; "
-        f"{course.steps:,} of at most {course.steps_wanted:,} MD steps.",
-    ]
-    if running and course.running:
-        now = datetime.now(UTC)
-        doing = [
-            f"{STAGE_NAMES.get(s, s)} since {duration((now - t).total_seconds())}" for s, t in course.running.items()
-        ]
-        lines.append(f"Round {course.round}: {', '.join(doing)}.")
-    lines += describe_losses(events)
-    history = folder.read_history()
-    parts: list[RenderableType] = [Text(line) for line in lines]
-    if history:
-        parts.append(_table([entry for entry in history if entry["refit"]][-_SHOWN:]))
-        parts += [Text(signal["reason"]) for signal in history[-1]["signals"]]
-    return Group(*parts)
-
-
-def _table(refits: list[dict[str, Any]]) -> RichTable:
-    """One row per refit; columns that no refit has are left out."""
-    columns: dict[str, list[str]] = {
-        "round": [str(entry["round"]) for entry in refits],
-        "labels": [str(entry["labels"]) for entry in refits],
-        "MD\nsteps": [f"{entry['md_steps']:,}" for entry in refits],
-        "predicted\neV/Å": [_newest(entry, "error_before") for entry in refits],
-        "true\neV/Å": [_newest(entry, "true_before") for entry in refits],
-        "noise\neV/Å": [_number(entry["model"]["noise"] or None, ".3g") for entry in refits],
-        "determined\n%": [_determined(entry["model"]) for entry in refits],
-        "train F\n%": [_percent(entry.get("train")) for entry in refits],
-        "test F\n%": [_percent(entry.get("test")) for entry in refits],
-    }
-    table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name, cells in list(columns.items()):
-        if all(cell in ("", "-") for cell in cells):
-            del columns[name]
-        else:
-            table.add_column(name, justify="right")
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*row)
-    return table
-
-
-def _newest(entry: dict[str, Any], name: str) -> str:
-    """Of the worst label that this refit has learnt."""
-    values = [row[name] for row in entry["learnt"] if row[name] is not None]
-    return _number(max(values, default=None), ".3g")
-
-
-def _determined(model: dict[str, Any]) -> str:
-    if not model.get("gamma"):
-        return "-"
-    return f"{100 * sum(model['gamma'].values()) / sum(model['parameters'].values()):.0f}"
-
-
-def _percent(errors: dict[str, Any] | None) -> str:
-    share = (errors or {}).get("relative")
-    return "-" if share is None else f"{100 * share:.2f}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

@@ -142,7 +142,8 @@ def _run_dynamic(settings: Path, override: list[str]) -> None:
     values = load_settings(settings, DynamicRunSettings, override)
     from rich.console import Console
 
-    from ubmd.cli.dynamic_progress import Course, make_progress
+    from ubmd.cli.dynamic_progress import make_progress
+    from ubmd.cli.dynamic_timeline import Course
     from ubmd.learning.dynamic.engine import run as run_engine
     from ubmd.learning.held_out import given_test_set
     from ubmd.runs.folder import RunFolder
@@ -162,7 +163,7 @@ def status(run_dir: RunDir) -> None:
     from ubmd.runs.manifest import is_dynamic_run
 
     if is_dynamic_run(RunFolder(run_dir)):
-        from ubmd.cli.dynamic_progress import status as describe_dynamic_run
+        from ubmd.cli.dynamic_status import status as describe_dynamic_run
 
         make_console().print(describe_dynamic_run(run_dir))
         return
