@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 
 from ubmd.cli.dynamic_progress import ProgressBars, ProgressLines, describe_event
 from ubmd.cli.dynamic_status import status
-from ubmd.cli.dynamic_timeline import Course
 from ubmd.cli.main import app
 from ubmd.cli.template import dynamic_template
 from ubmd.data.extxyz import write_structures
@@ -30,6 +29,7 @@ from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
 from ubmd.lammps.triggers import make_trigger
 from ubmd.learning import RunFolder
+from ubmd.learning.dynamic.timeline import DynamicTimeline
 from ubmd.potentials.force_constants.learner import ForceConstants
 from ubmd.settings import load_settings
 from ubmd.settings import make_settings as from_table
@@ -133,8 +133,8 @@ def test_status_of_a_stopped_and_a_dead_run(printed: tuple[Path, str], tmp_path:
 def test_progress_of_a_long_run_is_estimated(printed: tuple[Path, str]) -> None:
     settings = make_settings(printed[0] / "run", dynamic=settings_table(Path())["dynamic"] | {"steps": 1000})
     file = io.StringIO()
-    lines = ProgressLines(Console(file=file, width=200), Course(settings), seconds_between=0.0)
-    bars = ProgressBars(Console(file=io.StringIO(), force_terminal=True), Course(settings))
+    lines = ProgressLines(Console(file=file, width=200), DynamicTimeline(settings), seconds_between=0.0)
+    bars = ProgressBars(Console(file=io.StringIO(), force_terminal=True), DynamicTimeline(settings))
     for event in (
         {"event": "run_started", "process": 1, "labels_wanted": 7, "steps_wanted": 2000},
         {"event": "stage_started", "stage": "move", "round": 0},
@@ -144,7 +144,7 @@ def test_progress_of_a_long_run_is_estimated(printed: tuple[Path, str]) -> None:
         lines(event)
         bars(event)
     assert "[  0] MD: 500 of at most 2,000 steps" in file.getvalue()
-    course = Course(settings)
+    course = DynamicTimeline(settings)
     assert course.left() is None
     quiet = {"round": 0, "replica": 0, "temperature": 300.0, "end": 5, "ended": "segment", "reason": ""}
     assert describe_event({"event": "piece_done", **quiet}) == ""

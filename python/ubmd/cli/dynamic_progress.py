@@ -5,14 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import TaskID
 
-from ubmd.cli.dynamic_timeline import STAGE_NAMES, Course
 from ubmd.cli.live import Bars, Lines
+from ubmd.learning.dynamic.timeline import STAGE_NAMES, DynamicTimeline
 from ubmd.learning.work.groups import describe_loss
 from ubmd.runs.folder import Event
 from ubmd.texts import duration
 
 
-class ProgressLines(Lines[Course]):
+class ProgressLines(Lines[DynamicTimeline]):
     """One plain line per thing worth knowing, and now and then one that says how far the trajectories are."""
 
     def _describe(self, event: Event) -> str:
@@ -27,10 +27,10 @@ class ProgressLines(Lines[Course]):
         return f"{_place(event)}MD: {course.steps:,} of at most {course.steps_wanted:,} steps{_to_go(course)}"
 
 
-class ProgressBars(Bars[Course]):
+class ProgressBars(Bars[DynamicTimeline]):
     """The lines of `ProgressLines` above two live bars: labels, and MD steps of all trajectories."""
 
-    def __init__(self, console: Console, course: Course) -> None:
+    def __init__(self, console: Console, course: DynamicTimeline) -> None:
         super().__init__(console, course, ProgressLines, width=10)
         self._tasks: list[TaskID] = []
 
@@ -44,12 +44,12 @@ class ProgressBars(Bars[Course]):
         self._bars.update(steps, completed=course.steps, total=course.steps_wanted, left=_to_go(course).lstrip("; "))
 
 
-def make_progress(console: Console, course: Course) -> ProgressBars | ProgressLines:
+def make_progress(console: Console, course: DynamicTimeline) -> ProgressBars | ProgressLines:
     """The listener that suits the console; use it in a ``with`` block."""
     return ProgressBars(console, course) if console.is_terminal else ProgressLines(console, course)
 
 
-def _to_go(course: Course) -> str:
+def _to_go(course: DynamicTimeline) -> str:
     left = course.left()
     return "" if left is None or left < 0.5 else f"; at most about {duration(left)} to go"
 

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ubmd.cli.dynamic_timeline import STAGE_NAMES, Course
 from ubmd.cli.loop_status import describe_idle, is_running
+from ubmd.learning.dynamic.timeline import STAGE_NAMES, DynamicTimeline
 from ubmd.learning.work.groups import describe_losses
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings_of
@@ -31,7 +31,7 @@ def status(run_dir: Path) -> RenderableType:
     folder = RunFolder(run_dir)
     settings = read_settings_of(folder, DynamicRunSettings)
     events = folder.read_events()
-    course, running = Course(settings, events), is_running(folder)
+    course, running = DynamicTimeline(settings, events), is_running(folder)
     lines = [
         f"{folder.path}: {'running' if running else describe_idle(course)}",
         f"{course.labels} labels, {course.calls} of at most {course.wanted} structures asked for; "

@@ -143,14 +143,14 @@ def _run_dynamic(settings: Path, override: list[str]) -> None:
     from rich.console import Console
 
     from ubmd.cli.dynamic_progress import make_progress
-    from ubmd.cli.dynamic_timeline import Course
     from ubmd.learning.dynamic.engine import run as run_engine
+    from ubmd.learning.dynamic.timeline import DynamicTimeline
     from ubmd.learning.held_out import given_test_set
     from ubmd.runs.folder import RunFolder
 
     given_test_set(values.test, settings.parent, _remark)
 
-    course = Course(values, RunFolder(values.run_dir).read_events())
+    course = DynamicTimeline(values, RunFolder(values.run_dir).read_events())
     with make_progress(Console(), course) as progress:
         folder = run_engine(values, settings.parent, progress)
     print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")

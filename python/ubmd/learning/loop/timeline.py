@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from ubmd.runs.folder import Event
+from ubmd.runs.timeline import RunTimeline
 from ubmd.settings import RunSettings
 
 STAGE_NAMES = {
@@ -23,49 +22,34 @@ STAGE_NAMES = {
 _RECENT = 3  # iterations that an estimate looks back at
 
 
-class Timeline:
-    """Follows the events of a run, those in its file or those that happen now.
+class Timeline(RunTimeline):
+    """What the events of every run say, and those of a loop: labels, work of the stages, and how long they take.
 
     Attributes:
-        labels: in the data set. rejected: structures without a label. iteration: the current one, -1 before the loop.
-        running: stage -> when it began. work: stage -> (done, all) in whatever the stage counts.
-        stopped: why the driver ended, as far as it could say; empty while it runs or if it was killed.
-        error: class of the error that stopped it; empty if none did, or in runs of older versions.
-        finished: the stop rule that ended the run, or empty.
+        rejected: structures without a label. iteration: the current one, -1 before the loop.
+        work: stage -> (done, all) in whatever the stage counts.
     """
 
     def __init__(self, settings: RunSettings, events: Iterable[Event] = ()) -> None:
+        super().__init__(settings.loop.labels)
         self.settings = settings
-        self.wanted = settings.loop.labels
-        self.labels = self.rejected = 0
+        self.rejected = 0
         self.iteration = -1
-        self.running: dict[str, datetime] = {}
         self.work: dict[str, tuple[int, int]] = {}
-        self.process: int | None = None
-        self.finished = self.stopped = self.error = ""
-        self.last_event: datetime | None = None
         self._seconds: dict[int, dict[str, float]] = {}
         self._labels_of: dict[int, int] = {}  # iteration -> labels that its model was trained on
-        for event in events:
-            with suppress(KeyError, TypeError, ValueError):  # an old or damaged file
-                self.add(event)
+        self.follow(events)
 
     def add(self, event: Event) -> None:
         """Take note of an event."""
-        time = _time(event)
-        if "time" in event:
-            self.last_event = time
+        super().add(event)
         match event["event"]:
             case "run_started":
-                self.running.clear()
                 self.work.clear()
-                self.process, self.wanted = event.get("process"), event.get("labels_wanted", self.wanted)
-                self.finished = self.stopped = ""
             case "stage_started":
-                self._start(event, time)
+                self._start(event)
             case "stage_done":
                 self._seconds.setdefault(event.get("iteration", -1), {})[event["stage"]] = float(event["seconds"])
-                self.running.pop(event["stage"], None)
                 self.work.pop(event["stage"], None)
             case "epoch":
                 self.work["train"] = (event["epoch"], event["epochs"])
@@ -82,16 +66,12 @@ class Timeline:
                 self.labels = event["label"] + 1
             case "iteration_done":
                 self.labels = max(self.labels, event["labels"])
-            case "run_stopped":
-                self.stopped, self.error = event.get("why", ""), event.get("kind", "")
             case "run_done":
-                self.labels, self.finished = max(self.labels, event["labels"]), event["reason"]
-                self.running.clear()
+                self.labels = max(self.labels, event["labels"])
 
-    def _start(self, event: Event, time: datetime) -> None:
+    def _start(self, event: Event) -> None:
         stage = event["stage"]
         self.iteration = event.get("iteration", -1)
-        self.running[stage] = time
         self.work.pop(stage, None)
         if "labels" in event:
             # Also fewer than before, after `ubmd run --from`.
@@ -178,10 +158,6 @@ class Timeline:
             return (sizes[-1] - sizes[0]) / (len(sizes) - 1)
         share = self.labels / (self.labels + self.rejected) if self.labels else 1.0
         return self.settings.selection.batch * share
-
-
-def _time(event: Mapping[str, Any]) -> datetime:
-    return datetime.fromisoformat(event["time"]) if "time" in event else datetime.now(UTC)
 
 
 def describe_work(stage: str, work: Sequence[int] | None) -> str:

@@ -1,0 +1,55 @@
+"""What the events of a run say, whatever its kind: who runs it, what it does since when, why it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
+
+from ubmd.runs.folder import Event
+
+
+class RunTimeline:
+    """Follows the events of a run, those in its file or those that happen now; each kind of run adds what it counts.
+
+    Attributes:
+        wanted: labels that the run is to have. labels: in the data set. running: stage -> when it began.
+        process: number of the driver's process, if its start is known. last_event: time of the newest event.
+        stopped: why the driver ended, as far as it could say; empty while it runs or if it was killed.
+        error: class of the error that stopped it; empty if none did, or in runs of older versions.
+        finished: the stop rule that ended the run, or empty.
+    """
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted = wanted
+        self.labels = 0
+        self.running: dict[str, datetime] = {}
+        self.process: int | None = None
+        self.finished = self.stopped = self.error = ""
+        self.last_event: datetime | None = None
+
+    def follow(self, events: Iterable[Event]) -> None:
+        """Take note of the events of a file, which may be old or damaged."""
+        for event in events:
+            with suppress(KeyError, TypeError, ValueError):
+                self.add(event)
+
+    def add(self, event: Event) -> None:
+        """Take note of an event."""
+        time = datetime.fromisoformat(event["time"]) if "time" in event else datetime.now(UTC)
+        if "time" in event:
+            self.last_event = time
+        match event["event"]:
+            case "run_started":
+                self.running.clear()
+                self.process, self.wanted = event.get("process"), event.get("labels_wanted", self.wanted)
+                self.finished = self.stopped = ""
+            case "stage_started":
+                self.running[event["stage"]] = time
+            case "stage_done":
+                self.running.pop(event["stage"], None)
+            case "run_stopped":
+                self.stopped, self.error = event.get("why", ""), event.get("kind", "")
+            case "run_done":
+                self.finished = event["reason"]
+                self.running.clear()
