@@ -19,6 +19,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
 
 
+def to_go(seconds: float | None, before: str = "") -> str:
+    """'about 12 min to go', after a word on what; nothing where the time is not known, or over."""
+    return "" if seconds is None or seconds < 0.5 else f"{before}about {duration(seconds)} to go"
+
+
 def wall_time(seconds: float) -> str:
     """A time with one decimal, for tables of what took how long: 40.2 s, 12.5 min, 3.5 h."""
     if seconds < 90:

@@ -23,7 +23,6 @@ from system import cluster, settings_table
 from test_workers import wait_for
 from typer.testing import CliRunner
 
-from ubmd.cli.loop_status import is_running
 from ubmd.cli.main import app
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
@@ -189,27 +188,27 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_locks_the_note_of_a_living_process_counts(without_locks: None, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with folder.locked():
-        assert is_running(folder)
+        assert folder.is_locked()
         with pytest.raises(SettingsError, match="Another process is working on"):
             take_lock(RunFolder(tmp_path))
         note = (tmp_path / ".lock").read_text()
-    assert not is_running(folder)
+    assert not folder.is_locked()
     host, process, start = note.split()
     for gone in (f"{host} {process} {int(start) - 1}", f"{host} 4194999 1", f"elsewhere {process} {start}", "", "x"):
         (tmp_path / ".lock").write_text(gone)
-        assert not is_running(folder)
+        assert not folder.is_locked()
         with folder.locked():
             assert (tmp_path / ".lock").read_text() == note
 
 
 def test_locks_keep_others_off(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert not is_running(folder)
+    assert not folder.is_locked()
     with folder.locked():
-        assert is_running(folder)
+        assert folder.is_locked()
         with pytest.raises(SettingsError, match="Another process is working on"):
             take_lock(RunFolder(tmp_path))
-    assert not is_running(folder)
+    assert not folder.is_locked()
 
 
 # ------------------------------------------------------------------------------------------ damaged files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf, nan
 
-from ubmd.texts import countdown, duration, number, size, wall_time
+from ubmd.texts import countdown, duration, number, size, to_go, wall_time
 
 
 def test_numbers_and_what_is_none() -> None:
@@ -23,6 +23,11 @@ def test_times_change_their_unit() -> None:
     assert [countdown(s) for s in (0.4, 59.4, 59.6, 185, 3599.6, 3700)] == [
         *("0 s", "59 s", "1 min 00 s", "3 min 05 s", "1 h 00 min", "1 h 01 min")
     ]
+
+
+def test_what_is_soon_over_is_not_worth_a_word() -> None:
+    assert [to_go(s) for s in (None, 0.49, 0.5, 600.0)] == ["", "", "about 0 s to go", "about 10 min to go"]
+    assert [to_go(s, "run: ") for s in (None, 600.0)] == ["", "run: about 10 min to go"]
 
 
 def test_sizes_change_their_unit() -> None:

@@ -1,4 +1,4 @@
-"""What `ubmd status` says: read from the run folder, also while another process works in it."""
+"""What `ubmd status` says about a loop: read from the run folder, also while another process works in it."""
 
 from __future__ import annotations
 
@@ -8,35 +8,26 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from rich import box
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from ubmd.attempts import steps_so_far, targets_in_work
+from ubmd.cli.run_status import SHOWN, cell, describe_idle, make_table, page, since
 from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
-from ubmd.learning.work.groups import describe_losses
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
 from ubmd.settings import RunSettings
-from ubmd.texts import duration
+from ubmd.texts import duration, to_go
 
-_SHOWN = 12  # newest iterations in the table
 _QUIET = 1800.0  # s without a sign of life that are worth a word
-_AGAIN = "it would stop there again: change what the sentence names first, then 'ubmd run' goes on"
-_CAUSE = "once the cause is mended, 'ubmd run' with the same settings resumes it"
-# What to do after an error that comes again by itself; after others the same command simply goes on.
-_ADVICE = {
-    "SettingsError": _AGAIN,
-    "DataError": _AGAIN,
-    "TrainingError": _AGAIN,
-    "ModelError": _CAUSE,
-    "SimulationError": _CAUSE,
-    "MachineError": _CAUSE,
-}
 _ENDINGS = {"threshold": "thr", "step limit": "lim", "failed": "fail"}
+_LEGEND = (
+    "ended: replicas that passed the threshold (thr), reached the step limit (lim), or failed; "
+    "train, MD, label: wall time."
+)
 
 
 def status(run_dir: Path) -> RenderableType:
@@ -49,24 +40,10 @@ def status(run_dir: Path) -> RenderableType:
     settings, history = read_settings(folder), folder.read_history()
     events = folder.read_events()
     timeline = Timeline(settings, events)
-    running = is_running(folder)
-    lines = [f"{folder.path}: {_state(folder, timeline, running)}", _labels(timeline, folder)]
-    if running:
-        lines += _now(folder, timeline, settings)
-    lines += describe_losses(events)
-    legend = (
-        "ended: replicas that passed the threshold (thr), reached the step limit (lim), or failed; "
-        "train, MD, label: wall time."
-    )
-    parts: list[RenderableType] = [Text(line) for line in lines if line]
-    if history:
-        parts += [_table(folder, history[-_SHOWN:], settings), Text(legend)]
-    return Group(*parts)
-
-
-def is_running(folder: RunFolder) -> bool:
-    """Whether a process holds the run's lock."""
-    return folder.is_locked()
+    running = folder.is_locked()
+    lines = [_labels(timeline, folder), *(_now(folder, timeline, settings) if running else ())]
+    below = [_table(folder, history[-SHOWN:]), Text(_LEGEND)] if history else []
+    return page(folder, _state(folder, timeline, running), lines, events, below)
 
 
 def _state(folder: RunFolder, timeline: Timeline, running: bool) -> str:
@@ -78,34 +55,6 @@ def _state(folder: RunFolder, timeline: Timeline, running: bool) -> str:
         return "running"
     doing = f" in the stage '{', '.join(timeline.running)}'" if timeline.running else ""
     return describe_idle(timeline, doing)
-
-
-class Ended(Protocol):
-    """What the events of a run without a driver say."""
-
-    @property
-    def finished(self) -> str: ...
-    @property
-    def stopped(self) -> str: ...
-    @property
-    def error(self) -> str: ...
-    @property
-    def last_event(self) -> datetime | None: ...
-    @property
-    def process(self) -> int | None: ...
-
-
-def describe_idle(run: Ended, doing: str = "") -> str:
-    """One sentence on a run that is not running: finished, ended with an error, or dead (``doing``: in what)."""
-    if run.finished:
-        return f"finished. {run.finished}"
-    resume = "'ubmd run' with the same settings resumes it"
-    if run.stopped:
-        return f"stopped ({run.stopped.rstrip('.')}); {_ADVICE.get(run.error, resume)}"
-    if run.last_event is None:
-        return f"not started; {resume}"
-    ago = duration(max(0.0, (datetime.now(UTC) - run.last_event).total_seconds()))
-    return f"stopped: its process {run.process} is gone{doing}, last seen {ago} ago; {resume}"
 
 
 def _seconds_since_life(folder: RunFolder) -> float:
@@ -136,10 +85,8 @@ def _now(folder: RunFolder, timeline: Timeline, settings: RunSettings) -> list[s
         if work is not None:
             timeline.work[stage] = work
         where = f"Iteration {timeline.iteration}" if timeline.iteration >= 0 else "Start"
-        elapsed = duration((datetime.now(UTC) - begin).total_seconds())
-        parts = [f"{where}, {STAGE_NAMES.get(stage, stage)} since {elapsed}", describe_work(stage, work)]
-        left = timeline.stage_left(stage)
-        parts.append(f"about {duration(left)} to go" if left is not None and left >= 0.5 else "")
+        parts = [f"{where}, {STAGE_NAMES.get(stage, stage)} {since(begin)}", describe_work(stage, work)]
+        parts.append(to_go(timeline.stage_left(stage)))
         lines.append("; ".join(part for part in parts if part) + ".")
         if stage == "md":
             lines += [f"  replica {k}: {steps} of {settings.md.steps} steps" for k, steps in replicas.items()]
@@ -180,11 +127,11 @@ def _replica_steps(folder: Path) -> dict[int, int]:
 # ------------------------------------------------------------------------------------------ table
 
 
-def _table(folder: RunFolder, history: Sequence[dict[str, Any]], settings: RunSettings) -> Table:
-    """One row per iteration; columns that no iteration has are left out."""
+def _table(folder: RunFolder, history: Sequence[dict[str, Any]]) -> Table:
+    """One row per iteration."""
     rejected = _rejected(folder)
     tested = any(entry.get("test") for entry in history)  # then errors on validation labels say nothing more
-    columns: dict[str, list[str]] = {
+    columns = {
         "iter": [str(entry["iteration"]) for entry in history],
         "labels": [str(entry["labels"]) for entry in history],
         "rej.": [str(rejected[entry["iteration"]] or "") for entry in history],
@@ -193,21 +140,15 @@ def _table(folder: RunFolder, history: Sequence[dict[str, Any]], settings: RunSe
         "test E\nmeV/atom": [_error(entry, "test", "energy_rmse_mev_per_atom", ".2f") for entry in history],
         "test F\neV/Å": [_error(entry, "test", "force_rmse", ".3f") for entry in history],
         "test S\nMPa": [_error(entry, "test", "stress_rmse_mpa", ".1f") for entry in history],
-        "max u\neV/Å": [_number(entry.get("max_u"), ".2f") for entry in history],
-        "cov.": [_number(entry.get("coverage"), ".3f") for entry in history],
+        "max u\neV/Å": [cell(entry.get("max_u"), ".2f") for entry in history],
+        "cov.": [cell(entry.get("coverage"), ".3f") for entry in history],
         "volume\nÅ³/atom": [_volumes(folder.iteration(entry["iteration"])) for entry in history],
         "ended": [_endings(entry) for entry in history],
         "train": [_seconds(entry, "train") for entry in history],
         "MD": [_seconds(entry, "md") for entry in history],
         "label": [_seconds(entry, "label") for entry in history],
     }
-    columns = {name: cells for name, cells in columns.items() if any(cell not in ("", "-") for cell in cells)}
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right")
-    for row in zip(*columns.values(), strict=True):
-        table.add_row(*row)
-    return table
+    return make_table(columns)
 
 
 def _rejected(folder: RunFolder) -> Counter[int]:
@@ -217,11 +158,7 @@ def _rejected(folder: RunFolder) -> Counter[int]:
 
 
 def _error(entry: dict[str, Any], name: str, key: str, form: str) -> str:
-    return _number((entry.get(name) or {}).get(key), form)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return cell((entry.get(name) or {}).get(key), form)
 
 
 def _endings(entry: dict[str, Any]) -> str:

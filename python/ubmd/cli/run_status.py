@@ -1,30 +1,23 @@
-"""What `ubmd status` says: read from the run folder, also while another process works in it."""
+"""What `ubmd status` says of runs of both kinds: why one is not running, losses, and how its table looks."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Protocol
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ubmd.attempts import steps_so_far, targets_in_work
-from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
 from ubmd.learning.work.groups import describe_losses
-from ubmd.runs.folder import RunFolder
-from ubmd.runs.manifest import read_settings
-from ubmd.settings import RunSettings
+from ubmd.runs.folder import Event, RunFolder
+from ubmd.runs.timeline import RunTimeline
 from ubmd.texts import duration
 
-_SHOWN = 12  # newest iterations in the table
-_QUIET = 1800.0  # s without a sign of life that are worth a word
+SHOWN = 12
+"""Newest rows in the table."""
+
 _AGAIN = "it would stop there again: change what the sentence names first, then 'ubmd run' goes on"
 _CAUSE = "once the cause is mended, 'ubmd run' with the same settings resumes it"
 # What to do after an error that comes again by itself; after others the same command simply goes on.
@@ -36,66 +29,17 @@ _ADVICE = {
     "SimulationError": _CAUSE,
     "MachineError": _CAUSE,
 }
-_ENDINGS = {"threshold": "thr", "step limit": "lim", "failed": "fail"}
 
 
-def status(run_dir: Path) -> RenderableType:
-    """State, running stages with estimates, replicas, and one table of the iterations of a run.
-
-    Raises:
-        DataError: the folder holds no run.
-    """
-    folder = RunFolder(run_dir)
-    settings, history = read_settings(folder), folder.read_history()
-    events = folder.read_events()
-    timeline = Timeline(settings, events)
-    running = is_running(folder)
-    lines = [f"{folder.path}: {_state(folder, timeline, running)}", _labels(timeline, folder)]
-    if running:
-        lines += _now(folder, timeline, settings)
-    lines += describe_losses(events)
-    legend = (
-        "ended: replicas that passed the threshold (thr), reached the step limit (lim), or failed; "
-        "train, MD, label: wall time."
-    )
-    parts: list[RenderableType] = [Text(line) for line in lines if line]
-    if history:
-        parts += [_table(folder, history[-_SHOWN:], settings), Text(legend)]
-    return Group(*parts)
+def page(
+    folder: RunFolder, state: str, lines: Iterable[str], events: Sequence[Event], below: Iterable[RenderableType]
+) -> Group:
+    """The folder with its state, further lines, processes that were lost, and what stands below."""
+    texts = [f"{folder.path}: {state}", *lines, *describe_losses(events)]
+    return Group(*(Text(text) for text in texts), *below)
 
 
-def is_running(folder: RunFolder) -> bool:
-    """Whether a process holds the run's lock."""
-    return folder.is_locked()
-
-
-def _state(folder: RunFolder, timeline: Timeline, running: bool) -> str:
-    """One sentence: running, finished, ended with an error, or dead."""
-    if running:
-        quiet = _seconds_since_life(folder)
-        if quiet > _QUIET:
-            return f"running, but nothing was written for {duration(quiet)}"
-        return "running"
-    doing = f" in the stage '{', '.join(timeline.running)}'" if timeline.running else ""
-    return describe_idle(timeline, doing)
-
-
-class Ended(Protocol):
-    """What the events of a run without a driver say."""
-
-    @property
-    def finished(self) -> str: ...
-    @property
-    def stopped(self) -> str: ...
-    @property
-    def error(self) -> str: ...
-    @property
-    def last_event(self) -> datetime | None: ...
-    @property
-    def process(self) -> int | None: ...
-
-
-def describe_idle(run: Ended, doing: str = "") -> str:
+def describe_idle(run: RunTimeline, doing: str = "") -> str:
     """One sentence on a run that is not running: finished, ended with an error, or dead (``doing``: in what)."""
     if run.finished:
         return f"finished. {run.finished}"
@@ -108,148 +52,22 @@ def describe_idle(run: Ended, doing: str = "") -> str:
     return f"stopped: its process {run.process} is gone{doing}, last seen {ago} ago; {resume}"
 
 
-def _seconds_since_life(folder: RunFolder) -> float:
-    """Since something in the folder was written: an event, an epoch, steps of a replica, a label."""
-    newest = folder.iterations()[-1:]
-    paths = [folder.events, *folder.path.glob("test/*"), *folder.path.glob("start/*")]
-    paths += [path for iteration in newest for path in (*iteration.glob("*"), *iteration.glob("*/*"))]
-    times = [path.stat().st_mtime for path in paths if path.exists()]
-    return max(0.0, datetime.now(UTC).timestamp() - max(times, default=0.0))
+def since(begin: datetime) -> str:
+    """'since 3 min': how long ago something began."""
+    return f"since {duration((datetime.now(UTC) - begin).total_seconds())}"
 
 
-def _labels(timeline: Timeline, folder: RunFolder) -> str:
-    # Events come at once, the file when a batch is complete; it also has labels that were rejected later.
-    rejected = max(timeline.rejected, _rejected(folder).total())
-    return f"{timeline.labels} of {timeline.wanted} labels, {rejected} rejected."
-
-
-# ------------------------------------------------------------------------------------------ now
-
-
-def _now(folder: RunFolder, timeline: Timeline, settings: RunSettings) -> list[str]:
-    """Running stages with their work and estimates."""
-    iteration = folder.iteration(timeline.iteration) if timeline.iteration >= 0 else folder.path
-    lines = []
-    replicas = _replica_steps(iteration)
-    for stage, begin in timeline.running.items():
-        work = _work(stage, iteration, replicas, settings, timeline.epochs(timeline.iteration))
-        if work is not None:
-            timeline.work[stage] = work
-        where = f"Iteration {timeline.iteration}" if timeline.iteration >= 0 else "Start"
-        elapsed = duration((datetime.now(UTC) - begin).total_seconds())
-        parts = [f"{where}, {STAGE_NAMES.get(stage, stage)} since {elapsed}", describe_work(stage, work)]
-        left = timeline.stage_left(stage)
-        parts.append(f"about {duration(left)} to go" if left is not None and left >= 0.5 else "")
-        lines.append("; ".join(part for part in parts if part) + ".")
-        if stage == "md":
-            lines += [f"  replica {k}: {steps} of {settings.md.steps} steps" for k, steps in replicas.items()]
-    seconds = timeline.run_left()
-    if seconds is not None:
-        lines.append(f"The run: about {duration(seconds)} to go.")
-    return lines
-
-
-def _work(
-    stage: str, folder: Path, replicas: dict[int, int], settings: RunSettings, epochs: int
-) -> tuple[int, int] | None:
-    """(done, all) of a running stage, from the files that it writes."""
-    if stage == "md":
-        ended = {int(path.stem[-3:]) for path in folder.glob("replica_*.json")} - set(replicas)
-        total = (settings.md.replicas - len(ended)) * settings.md.steps
-        return sum(replicas.values()), max(total, 1)
-    if stage == "label":
-        batch = folder / ("labels" if folder.name.startswith("iter_") else "start")
-        done = [*batch.glob("label_*.extxyz"), *batch.glob("rejected_*.json")]
-        return len(done), len(list(batch.glob("candidate_*.extxyz")))
-    if stage == "train":
-        logs = sorted(folder.glob("train/**/log.csv"), key=os.path.getmtime)
-        if logs:
-            rows = logs[-1].read_text().splitlines()
-            found = re.match(r"\d+", rows[-1]) if len(rows) > 1 else None
-            return (int(found[0]), epochs) if found else None
-    return None
-
-
-def _replica_steps(folder: Path) -> dict[int, int]:
-    """Steps of the replicas that are running."""
-    targets = [folder / name for name in targets_in_work(folder) if name.startswith("frames_")]
-    found = {int(target.name.removeprefix("frames_")): steps_so_far(target) for target in targets}
-    return {replica: steps for replica, steps in found.items() if steps is not None}
-
-
-# ------------------------------------------------------------------------------------------ table
-
-
-def _table(folder: RunFolder, history: Sequence[dict[str, Any]], settings: RunSettings) -> Table:
-    """One row per iteration; columns that no iteration has are left out."""
-    rejected = _rejected(folder)
-    tested = any(entry.get("test") for entry in history)  # then errors on validation labels say nothing more
-    columns: dict[str, list[str]] = {
-        "iter": [str(entry["iteration"]) for entry in history],
-        "labels": [str(entry["labels"]) for entry in history],
-        "rej.": [str(rejected[entry["iteration"]] or "") for entry in history],
-        "MD\nsteps": [str(entry["md_steps"]) for entry in history],
-        "valid F\neV/Å": [_error(entry, "valid", "force_rmse", ".3f") for entry in history if not tested],
-        "test E\nmeV/atom": [_error(entry, "test", "energy_rmse_mev_per_atom", ".2f") for entry in history],
-        "test F\neV/Å": [_error(entry, "test", "force_rmse", ".3f") for entry in history],
-        "test S\nMPa": [_error(entry, "test", "stress_rmse_mpa", ".1f") for entry in history],
-        "max u\neV/Å": [_number(entry.get("max_u"), ".2f") for entry in history],
-        "cov.": [_number(entry.get("coverage"), ".3f") for entry in history],
-        "volume\nÅ³/atom": [_volumes(folder.iteration(entry["iteration"])) for entry in history],
-        "ended": [_endings(entry) for entry in history],
-        "train": [_seconds(entry, "train") for entry in history],
-        "MD": [_seconds(entry, "md") for entry in history],
-        "label": [_seconds(entry, "label") for entry in history],
-    }
-    columns = {name: cells for name, cells in columns.items() if any(cell not in ("", "-") for cell in cells)}
+def make_table(columns: Mapping[str, Sequence[str]]) -> Table:
+    """Titles over their cells; columns in which nothing is known are left out."""
+    shown = {title: cells for title, cells in columns.items() if any(cell not in ("", "-") for cell in cells)}
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right")
-    for row in zip(*columns.values(), strict=True):
+    for title in shown:
+        table.add_column(title, justify="right")
+    for row in zip(*shown.values(), strict=True):
         table.add_row(*row)
     return table
 
 
-def _rejected(folder: RunFolder) -> Counter[int]:
-    """Iteration -> structures without a label, from the file that keeps them."""
-    text = folder.rejected.read_text() if folder.rejected.exists() else ""
-    return Counter(int(found) for found in re.findall(r"\biteration=(-?\d+)", text))
-
-
-def _error(entry: dict[str, Any], name: str, key: str, form: str) -> str:
-    return _number((entry.get(name) or {}).get(key), form)
-
-
-def _number(value: float | None, form: str) -> str:
+def cell(value: float | None, form: str) -> str:
+    """A number of a history, '-' where it has none; other than in reports, one that is not finite is shown."""
     return "-" if value is None else format(value, form)
-
-
-def _endings(entry: dict[str, Any]) -> str:
-    """'5 thr 3 lim': how the replicas ended."""
-    counts = Counter(result["stopped"] for result in entry.get("replicas") or [])
-    return " ".join(f"{counts[name]} {short}" for name, short in _ENDINGS.items() if counts[name])
-
-
-def _seconds(entry: dict[str, Any], stage: str) -> str:
-    seconds = (entry.get("seconds") or {}).get(stage)
-    return "-" if seconds is None else duration(seconds)
-
-
-def _volumes(folder: Path) -> str:
-    """Range of the cell's volume per atom in the frames of an iteration, if it changes."""
-    found: list[float] = []
-    for path in folder.glob("frames_*.extxyz"):
-        with path.open("rb") as handle:
-            size = handle.readline()
-            handle.seek(0)
-            lattices = re.findall(rb'Lattice="([^"]+)"', handle.read())
-        found += [_volume(text) / int(size) for text in lattices]
-    if not found or max(found) - min(found) < 1e-6 * max(found):
-        return ""
-    return f"{min(found):.2f}-{max(found):.2f}"
-
-
-def _volume(lattice: bytes) -> float:
-    a, b, c = (tuple(map(float, lattice.split()[k : k + 3])) for k in (0, 3, 6))
-    cross = (a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0])
-    return abs(sum(x * y for x, y in zip(cross, c, strict=True)))
