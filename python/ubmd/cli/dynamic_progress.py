@@ -5,11 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import TaskID
 
-from ubmd.cli.live import Bars, Lines
+from ubmd.cli.live import Bars, Lines, describe_any_run, joined, place
 from ubmd.learning.dynamic.timeline import STAGE_NAMES, DynamicTimeline
-from ubmd.learning.work.groups import describe_loss
 from ubmd.runs.folder import Event
-from ubmd.texts import duration
+from ubmd.texts import to_go
 
 
 class ProgressLines(Lines[DynamicTimeline]):
@@ -23,40 +22,35 @@ class ProgressLines(Lines[DynamicTimeline]):
             return f"{_place(event)}training: epoch {event['epoch']}"
         if event["event"] != "md_steps":
             return ""
-        course = self._course
-        return f"{_place(event)}MD: {course.steps:,} of at most {course.steps_wanted:,} steps{_to_go(course)}"
+        line = self._timeline
+        text = f"{_place(event)}MD: {line.steps:,} of at most {line.steps_wanted:,} steps"
+        return text + joined(to_go(line.left(), "at most "))
 
 
 class ProgressBars(Bars[DynamicTimeline]):
     """The lines of `ProgressLines` above two live bars: labels, and MD steps of all trajectories."""
 
-    def __init__(self, console: Console, course: DynamicTimeline) -> None:
-        super().__init__(console, course, ProgressLines, width=10)
+    def __init__(self, console: Console, timeline: DynamicTimeline) -> None:
+        super().__init__(console, timeline, ProgressLines, width=10)
         self._tasks: list[TaskID] = []
 
     def _show(self, event: Event) -> None:
-        course = self._course
+        line = self._timeline
         if not self._tasks:
             self._tasks = [self._bars.add_task(name, left="") for name in ("labels", "MD steps")]
         labels, steps = self._tasks
-        doing = ", ".join(STAGE_NAMES[stage] for stage in course.running if stage in STAGE_NAMES)
-        self._bars.update(labels, completed=course.labels, total=course.wanted, left=doing)
-        self._bars.update(steps, completed=course.steps, total=course.steps_wanted, left=_to_go(course).lstrip("; "))
+        doing = ", ".join(STAGE_NAMES[stage] for stage in line.running if stage in STAGE_NAMES)
+        self._bars.update(labels, completed=line.labels, total=line.wanted, left=doing)
+        self._bars.update(steps, completed=line.steps, total=line.steps_wanted, left=to_go(line.left(), "at most "))
 
 
-def make_progress(console: Console, course: DynamicTimeline) -> ProgressBars | ProgressLines:
+def make_progress(console: Console, timeline: DynamicTimeline) -> ProgressBars | ProgressLines:
     """The listener that suits the console; use it in a ``with`` block."""
-    return ProgressBars(console, course) if console.is_terminal else ProgressLines(console, course)
-
-
-def _to_go(course: DynamicTimeline) -> str:
-    left = course.left()
-    return "" if left is None or left < 0.5 else f"; at most about {duration(left)} to go"
+    return ProgressBars(console, timeline) if console.is_terminal else ProgressLines(console, timeline)
 
 
 def _place(event: Event) -> str:
-    number = event.get("round", -1)
-    return f"[{number:3d}] " if number >= 0 else "[start] "
+    return place(event.get("round", -1))
 
 
 def describe_event(event: Event) -> str:
@@ -64,23 +58,17 @@ def describe_event(event: Event) -> str:
     match event["event"]:
         case "run_started":
             return f"Dynamic training: at most {event['labels_wanted']} labels and {event['steps_wanted']:,} MD steps."
-        case "remark":
-            return f"Remark: {event['text']}"
         case "basis":
             return " ".join([*event.get("symmetry", []), f"{event['parameters']} parameters."])
         case "stage_started" if event["stage"] == "test_set" or event.get("round") == -1:
             return f"{_place(event)}{STAGE_NAMES.get(event['stage'], event['stage'])} …"
         case "piece_done":
             return describe_piece(event)
-        case "task_lost":
-            return f"{_place(event)}{describe_loss(event)}"
-        case "label_rejected":
-            return f"{_place(event)}label {event['index']} rejected: {event['why']}"
         case "round_done":
             return describe_round(event)
         case "run_done":
             return f"Done with {event['labels']} labels after {event['rounds']} rounds. {event['reason']}"
-    return ""
+    return describe_any_run(event, _place(event))
 
 
 def describe_piece(event: Event) -> str:

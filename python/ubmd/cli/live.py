@@ -1,40 +1,57 @@
-"""What the live progress of both kinds of runs shares: how lines are printed, and how bars stand below them."""
+"""What the live progress of both kinds of runs shares: lines and how they are printed, and the bars below them."""
 
 from __future__ import annotations
 
 import time
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ubmd.learning.work.groups import describe_loss
 from ubmd.runs.folder import Event
+from ubmd.runs.timeline import RunTimeline
 
 SECONDS_BETWEEN_LINES = 30.0
 """Between two plain lines that only say how far a stage is."""
 
 
-class Follower(Protocol):
-    """Follows the events of a run."""
-
-    def add(self, event: Event) -> None:
-        """Take note of an event."""
+T = TypeVar("T", bound=RunTimeline)
 
 
-F = TypeVar("F", bound=Follower)
+def place(number: int) -> str:
+    """How a line begins: the iteration or round, -1 before the first one."""
+    return f"[{number:3d}] " if number >= 0 else "[start] "
 
 
-class Lines(Generic[F]):
+def describe_any_run(event: Event, where: str) -> str:
+    """One line about an event that runs of both kinds have, or an empty text."""
+    match event["event"]:
+        case "remark":
+            return f"Remark: {event['text']}"
+        case "task_lost":
+            return f"{where}{describe_loss(event)}"
+        case "label_rejected":
+            return f"{where}label {event['index']} rejected: {event['why']}"
+    return ""
+
+
+def joined(*parts: str) -> str:
+    """Parts that are known, as the end of a line."""
+    return "".join(f"; {part}" for part in parts if part)
+
+
+class Lines(Generic[T]):
     """One plain line per thing worth knowing, and now and then one that says how far a long stage is."""
 
-    def __init__(self, console: Console, course: F, seconds_between: float = SECONDS_BETWEEN_LINES) -> None:
+    def __init__(self, console: Console, timeline: T, seconds_between: float = SECONDS_BETWEEN_LINES) -> None:
         self._console = console
-        self._course = course
+        self._timeline = timeline
         self._between = seconds_between
         self._last = time.monotonic()
 
     def __call__(self, event: Event) -> None:
-        self._course.add(event)
+        self._timeline.add(event)
         line = self._describe(event)
         if not line and time.monotonic() - self._last >= self._between:
             line = self._how_far(event)
@@ -57,10 +74,10 @@ class Lines(Generic[F]):
         """Nothing to close."""
 
 
-class Bars(Generic[F]):
+class Bars(Generic[T]):
     """Lines above live bars."""
 
-    def __init__(self, console: Console, course: F, lines: type[Lines[F]], width: int) -> None:
+    def __init__(self, console: Console, timeline: T, lines: type[Lines[T]], width: int) -> None:
         """``width``: characters of the bars' names."""
         self._bars = Progress(
             TextColumn(f"{{task.description:{width}}}", markup=False),
@@ -70,8 +87,8 @@ class Bars(Generic[F]):
             TextColumn("{task.fields[left]}", markup=False),
             console=console,
         )
-        self._course = course
-        self._lines = lines(self._bars.console, course, seconds_between=float("inf"))
+        self._timeline = timeline
+        self._lines = lines(self._bars.console, timeline, seconds_between=float("inf"))
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -85,5 +102,5 @@ class Bars(Generic[F]):
         self._show(event)
 
     def _show(self, event: Event) -> None:
-        """Bring the bars up to date; the course knows the event already."""
+        """Bring the bars up to date; the timeline knows the event already."""
         raise NotImplementedError

@@ -7,11 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TaskID
 
-from ubmd.cli.live import Bars, Lines
+from ubmd.cli.live import Bars, Lines, describe_any_run, joined, place
 from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
-from ubmd.learning.work.groups import describe_loss
 from ubmd.runs.folder import Event
-from ubmd.texts import duration
+from ubmd.texts import duration, to_go
 
 
 class ProgressLines(Lines[Timeline]):
@@ -24,8 +23,9 @@ class ProgressLines(Lines[Timeline]):
         stage = {"epoch": "train", "md_steps": "md", "label_done": "label"}.get(event["event"], "")
         if not stage:
             return ""
-        line = f"{_place(event)}{STAGE_NAMES[stage]}: {describe_work(stage, self._course.work.get(stage))}"
-        return line + _left(self._course, stage)
+        timeline = self._timeline
+        line = f"{_place(event)}{STAGE_NAMES[stage]}: {describe_work(stage, timeline.work.get(stage))}"
+        return line + joined(to_go(timeline.stage_left(stage)), to_go(timeline.run_left(), "run: "))
 
 
 class ProgressBars(Bars[Timeline]):
@@ -37,7 +37,7 @@ class ProgressBars(Bars[Timeline]):
         self._stages: dict[str, TaskID] = {}
 
     def _show(self, event: Event) -> None:
-        line = self._course
+        line = self._timeline
         if event["event"] == "run_started" and self._labels is None:
             self._labels = self._bars.add_task("labels", total=line.wanted, left="")
         for stage in set(self._stages) - set(line.running):
@@ -45,31 +45,21 @@ class ProgressBars(Bars[Timeline]):
         for stage in line.running:
             self._show_stage(stage)
         if self._labels is not None:
-            self._bars.update(self._labels, completed=line.labels, left=_to_go(line.run_left(), "run: "))
+            self._bars.update(self._labels, completed=line.labels, left=to_go(line.run_left(), "run: "))
 
     def _show_stage(self, stage: str) -> None:
-        line = self._course
+        line = self._timeline
         if stage not in self._stages:
             where = f"iteration {line.iteration}: " if line.iteration >= 0 else ""
             self._stages[stage] = self._bars.add_task(where + _stage_name(stage), total=None, left="")
         done, total = line.work.get(stage, (0, 0))
-        left = _to_go(line.stage_left(stage), "")
+        left = to_go(line.stage_left(stage))
         self._bars.update(self._stages[stage], completed=done, total=total or None, left=left)
 
 
 def make_progress(console: Console, timeline: Timeline) -> ProgressBars | ProgressLines:
     """The listener that suits the console; use it in a ``with`` block."""
     return ProgressBars(console, timeline) if console.is_terminal else ProgressLines(console, timeline)
-
-
-def _to_go(seconds: float | None, what: str) -> str:
-    return "" if seconds is None or seconds < 0.5 else f"{what}about {duration(seconds)} to go"
-
-
-def _left(timeline: Timeline, stage: str) -> str:
-    """Estimates for a stage and the run, as the end of a line."""
-    parts = [_to_go(timeline.stage_left(stage), ""), _to_go(timeline.run_left(), "run: ")]
-    return "".join(f"; {part}" for part in parts if part)
 
 
 def _stage_name(stage: str) -> str:
@@ -81,8 +71,6 @@ def describe_event(event: Event) -> str:
     match event["event"]:
         case "run_started":
             return f"Run to {event['labels_wanted']} labels."
-        case "remark":
-            return f"Remark: {event['text']}"
         case "stage_started" if event["stage"] in ("test_set", "train", "md"):
             return f"{_place(event)}{_stage_name(event['stage'])} …"
         case "stage_started" if event["stage"] == "label" and event.get("iteration", -1) < 0:
@@ -91,20 +79,15 @@ def describe_event(event: Event) -> str:
             return f"{_place(event)}trained on {event['labels']} labels in {duration(event['seconds'])}."
         case "replica_done":
             return f"{_place(event)}{describe_replica(event)}"
-        case "task_lost":
-            return f"{_place(event)}{describe_loss(event)}"
-        case "label_rejected":
-            return f"{_place(event)}label {event['index']} rejected: {event['why']}"
         case "iteration_done":
             return f"{_place(event)}{describe_iteration(event)}"
         case "run_done":
             return f"Done after {event['iterations']} iterations. {event['reason']}"
-    return ""
+    return describe_any_run(event, _place(event))
 
 
 def _place(event: Event) -> str:
-    iteration = event.get("iteration", -1)
-    return f"[{iteration:3d}] " if iteration >= 0 else "[start] "
+    return place(event.get("iteration", -1))
 
 
 def describe_replica(result: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def status(run_dir: Path) -> RenderableType:
     timeline = Timeline(settings, events)
     running = folder.is_locked()
     lines = [_labels(timeline, folder), *(_now(folder, timeline, settings) if running else ())]
-    below = [_table(folder, history[-SHOWN:]), Text(_LEGEND)] if history else []
+    below: list[RenderableType] = [_table(folder, history[-SHOWN:]), Text(_LEGEND)] if history else []
     return page(folder, _state(folder, timeline, running), lines, events, below)
 
 

@@ -150,8 +150,8 @@ def _run_dynamic(settings: Path, override: list[str]) -> None:
 
     given_test_set(values.test, settings.parent, _remark)
 
-    course = DynamicTimeline(values, RunFolder(values.run_dir).read_events())
-    with make_progress(Console(), course) as progress:
+    timeline = DynamicTimeline(values, RunFolder(values.run_dir).read_events())
+    with make_progress(Console(), timeline) as progress:
         folder = run_engine(values, settings.parent, progress)
     print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")
 
