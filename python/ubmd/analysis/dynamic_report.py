@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
-from numpy.typing import NDArray
 
 from ubmd.analysis import crystal_figures, figures
 from ubmd.analysis.document import Document, Section
-from ubmd.analysis.provenance import add_provenance
-from ubmd.analysis.run_data import read_rejected
+from ubmd.analysis.run_data import RunData
+from ubmd.analysis.run_report import rejected_section, write_report
 from ubmd.data.structures import read_structures
 from ubmd.errors import UbmdError
 from ubmd.lammps.trajectory import read_piece
@@ -44,37 +42,21 @@ def make_dynamic_report(run: Path) -> list[Path]:
         DataError: the folder holds no dynamic run.
     """
     data = _Run(RunFolder(Path(run)))
-    report = Document(f"Report of the dynamic run {data.folder.path.resolve().name}")
-    if not data.history:
-        report.introduction.append("No round has finished yet.")
-    else:
-        report.introduction.append(_summary(data))
-        for add in (_numbers, _learning, _calibration, _trajectories, _signals, _parameters, _phonons, _labels):
-            add(report, data)
-    for add in (_rejected, _times):
-        add(report, data)
-    add_provenance(report, data.folder, data.settings)
-    return [*report.pictures(), *report.write(data.folder.report, "report")]
+    sections = (_numbers, _learning, _calibration, _trajectories, _signals, _parameters, _phonons, _labels)
+    return write_report(data, "dynamic run", "No round has finished yet.", _summary, sections, (_rejected, _times))
 
 
-@dataclass
-class _Run:
-    """What the sections read, each once."""
+class _Run(RunData[DynamicRunSettings]):
+    """A dynamic run."""
 
-    folder: RunFolder
-
-    def __post_init__(self) -> None:
-        self.settings = read_settings_of(self.folder, DynamicRunSettings)
-        self.history: list[dict[str, Any]] = self.folder.read_history()
+    def __init__(self, folder: RunFolder) -> None:
+        settings = read_settings_of(folder, DynamicRunSettings)
+        super().__init__(folder, settings, settings.dynamic.timestep)
 
     @property
     def models(self) -> list[dict[str, Any]]:
         """The first entry of every model."""
         return [entry for entry in self.history if entry["refit"]]
-
-    @property
-    def last(self) -> dict[str, Any]:
-        return self.history[-1]
 
     @property
     def is_crystal(self) -> bool:
@@ -90,12 +72,6 @@ class _Run:
 
         return load_potential(self.folder.path)
 
-    def picture(self, name: str) -> Path:
-        return self.folder.report / name
-
-    def picoseconds(self, steps: Any) -> NDArray[np.float64]:
-        return np.asarray(steps, dtype=float) * self.settings.dynamic.timestep / 1000.0
-
 
 def _summary(data: _Run) -> str:
     last, dynamic = data.last, data.settings.dynamic
@@ -104,7 +80,7 @@ def _summary(data: _Run) -> str:
     ended = last.get("ended")
     return (
         f"{last['labels']} labels ({last['calls']} calls of the reference) after {len(data.history)} rounds and "
-        f"{last['md_steps']:,} MD steps ({float(data.picoseconds(last['md_steps'])):,.1f} ps) of "
+        f"{last['md_steps']:,} MD steps ({data.picoseconds(last['md_steps']):,.1f} ps) of "
         f"{dynamic.trajectories} {'trajectory' if dynamic.trajectories == 1 else 'trajectories'} at {heat} K; {bias}; "
         f"trigger '{dynamic.trigger.rule}'; seed {data.settings.seed}. "
         + (f"Finished: {ended['reason']}" if ended else "The run has not finished.")
@@ -371,15 +347,10 @@ _LABEL_COLUMNS = ("threshold", "error_before", "true_before", "error_after", "tr
 
 
 def _rejected(report: Document, data: _Run) -> None:
-    found = read_rejected(data.folder.path)
-    if not data.history:
-        return
-    section = report.section("Rejected labels")
-    if not found:
-        section.text("None: every structure that was sent to the reference got its label.")
-        return
-    rows = [[str(a.info.get("iteration", "-")), str(a.info.get("reason", ""))] for a in found]
-    section.table(["round", "reason"], rows)
+    section = rejected_section(report, data) if data.history else None
+    if section is not None:
+        rows = [[str(a.info.get("iteration", "-")), str(a.info.get("reason", ""))] for a in data.rejected]
+        section.table(["round", "reason"], rows)
 
 
 def _times(report: Document, data: _Run) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from ubmd.analysis.document import Document
 from ubmd.files import file_hash
 from ubmd.runs.folder import RunFolder
-from ubmd.runs.manifest import read_settings
 from ubmd.settings import Table
 
 _FILES = ("dataset", "test", "model")
@@ -77,9 +76,8 @@ def changed_settings(settings: Table) -> list[list[str]]:
     ]
 
 
-def add_provenance(report: Document, folder: RunFolder, settings: Table | None = None) -> None:
-    """Sections with changed settings (default: those of the loop's run), all settings, and where they come from."""
-    settings = settings or read_settings(folder)
+def add_provenance(report: Document, folder: RunFolder, settings: Table) -> None:
+    """Sections with changed settings, all settings, and where they come from."""
     section = report.section("Settings that are not defaults")
     section.table(["key", "value", "default"], changed_settings(settings))
     section = report.section("All settings", folded=True)

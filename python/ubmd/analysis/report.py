@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import numpy as np
 from ubmd.analysis import figures
 from ubmd.analysis.document import Document, Section
 from ubmd.analysis.predictions import NotKept, predict_unseen
-from ubmd.analysis.provenance import add_provenance
-from ubmd.analysis.run_data import Frames, count_endings, read_frames, read_rejected, stage_seconds
+from ubmd.analysis.run_data import Frames, RunData, count_endings, read_frames, stage_seconds
+from ubmd.analysis.run_report import rejected_section, write_report
 from ubmd.analysis.trajectory import SHORTEST, correlation_times, read_traces
 from ubmd.measure.convergence import plateau, quiet
 from ubmd.measure.coverage import coverage
@@ -48,43 +47,25 @@ def make_report(run: Path, run_models: bool = False) -> list[Path]:
         DataError: the folder holds no run.
     """
     data = _Run(RunFolder(Path(run)), run_models)
-    report = Document(f"Report of the run {data.folder.path.resolve().name}")
-    if not data.history:
-        report.introduction.append("No iteration has finished yet.")
-    else:
-        report.introduction.append(_summary(data))
-        for add in (_iterations, _learning, _accuracy, _exploration, _uncertainty, _replicas, _convergence):
-            add(report, data)
-    for add in (_failures, _times):
-        add(report, data)
-    add_provenance(report, data.folder)
-    return [*report.pictures(), *report.write(data.folder.report, "report")]
+    sections = (_iterations, _learning, _accuracy, _exploration, _uncertainty, _replicas, _convergence)
+    return write_report(data, "run", "No iteration has finished yet.", _summary, sections, (_failures, _times))
 
 
-@dataclass
-class _Run:
-    """What the sections read, each once."""
+class _Run(RunData[RunSettings]):
+    """A loop."""
 
-    folder: RunFolder
-    run_models: bool
-
-    def __post_init__(self) -> None:
-        self.settings: RunSettings = read_settings(self.folder)
-        self.history: list[dict[str, Any]] = self.folder.read_history()
+    def __init__(self, folder: RunFolder, run_models: bool) -> None:
+        settings = read_settings(folder)
+        super().__init__(folder, settings, settings.md.timestep)
+        self.run_models = run_models
 
     @cached_property
     def frames(self) -> Frames:
         return read_frames(self.folder.path)
 
-    def picture(self, name: str) -> Path:
-        return self.folder.report / name
-
-    def picoseconds(self, steps: Any) -> Any:
-        return np.asarray(steps) * self.settings.md.timestep / 1000.0
-
 
 def _summary(data: _Run) -> str:
-    last, settings = data.history[-1], data.settings
+    last, settings = data.last, data.settings
     return (
         f"{last['labels']} labels after {len(data.history)} iterations and {last['md_steps']:,} MD steps "
         f"({data.picoseconds(last['md_steps']):,.1f} ps); {conditions(settings)}; "
@@ -95,7 +76,7 @@ def _summary(data: _Run) -> str:
 
 def _ending(data: _Run) -> str:
     """Why the run ended, if it did: its last iteration has no replicas."""
-    last, wanted = data.history[-1], data.settings.loop.labels
+    last, wanted = data.last, data.settings.loop.labels
     if last.get("ended"):
         return f"Finished: {last['ended']['reason']}"
     if last.get("replicas"):
@@ -107,7 +88,7 @@ def _ending(data: _Run) -> str:
 
 def _iterations(report: Document, data: _Run) -> None:
     """One row per iteration."""
-    rejected = Counter(int(atoms.info.get("iteration", -1)) for atoms in read_rejected(data.folder.path))
+    rejected = Counter(int(atoms.info.get("iteration", -1)) for atoms in data.rejected)
     rows = [
         [
             str(entry["iteration"]),
@@ -300,7 +281,7 @@ def _replicas(report: Document, data: _Run) -> None:
 def _convergence(report: Document, data: _Run) -> None:
     """What the stop rules see, in use or not."""
     loop, history = data.settings.loop, data.history
-    calls = history[-1]["labels"] + len(read_rejected(data.folder.path))
+    calls = history[-1]["labels"] + len(data.rejected)
     budget = loop.label_budget
     explored = [entry for entry in history if entry.get("replicas")]
     calm = next((n for n in range(len(explored), 0, -1) if quiet(explored, n)), 0)
@@ -344,13 +325,10 @@ def _convergence(report: Document, data: _Run) -> None:
 
 def _failures(report: Document, data: _Run) -> None:
     """Rejected labels with their reasons."""
-    rejected = read_rejected(data.folder.path)
-    labelled = data.history[-1]["labels"] if data.history else 0
-    if not rejected and not labelled:
-        return
-    section = report.section("Rejected labels")
-    if not rejected:
-        section.text("None: every structure that was sent to the reference got its label.")
+    rejected = data.rejected
+    labelled = data.last["labels"] if data.history else 0
+    section = rejected_section(report, data) if rejected or labelled else None
+    if section is None:
         return
     total = labelled + len(rejected)
     section.text(
@@ -392,7 +370,7 @@ def _times(report: Document, data: _Run) -> None:
 
 def _cost(data: _Run, stage: str, values: np.ndarray) -> str:
     """A stage's cost per piece of work."""
-    last = data.history[-1] if data.history else {"labels": 0, "md_steps": 0}
+    last = data.last if data.history else {"labels": 0, "md_steps": 0}
     results = [r for entry in data.history for r in entry.get("replicas") or []]
     if stage == "label" and last["labels"]:
         return f"{values.sum() / last['labels']:.3g} s per label"

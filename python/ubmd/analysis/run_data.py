@@ -1,4 +1,4 @@
-"""What a run folder says about its replicas: frames in the order in which the MD reached them."""
+"""What a run folder says, as reports need it: its history, and frames in the order in which the MD reached them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import ase.io
 import numpy as np
@@ -17,9 +18,43 @@ from numpy.typing import NDArray
 from ubmd.measure.coverage import coverage_growth
 from ubmd.measure.torsions import torsions
 from ubmd.runs.folder import RunFolder
+from ubmd.settings import Table
 
 STAGES = ("test_set", "train", "export", "measure", "md", "select", "label")
 """Stages in the order in which the loop does them; others that a run folder names come after these."""
+
+
+S = TypeVar("S", bound=Table)
+
+
+class RunData(Generic[S]):
+    """What the sections of a report read, each once; each kind of run adds its own."""
+
+    def __init__(self, folder: RunFolder, settings: S, timestep: float) -> None:
+        """``timestep``: of the MD, fs."""
+        self.folder = folder
+        self.settings = settings
+        self.history: list[dict[str, Any]] = folder.read_history()
+        self._timestep = timestep
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """Newest entry of the history."""
+        return self.history[-1]
+
+    @cached_property
+    def rejected(self) -> list[Atoms]:
+        """Structures without a label; ``info["reason"]`` says why."""
+        path = self.folder.rejected
+        return _read(path) if path.exists() else []
+
+    def picture(self, name: str) -> Path:
+        """Where a picture is written."""
+        return self.folder.report / name
+
+    def picoseconds(self, steps: Any) -> Any:
+        """Steps of the MD, one number or an array of them, as time."""
+        return np.asarray(steps, dtype=float) * self._timestep / 1000.0
 
 
 @dataclass(frozen=True)
@@ -53,12 +88,6 @@ class Frames:
             return None
         volume = np.array([atoms.get_volume() / len(atoms) for atoms in self.structures])
         return volume if np.ptp(volume) > 1e-6 * volume.mean() else None
-
-
-def read_rejected(run: Path) -> list[Atoms]:
-    """Structures without a label; ``info["reason"]`` says why."""
-    path = RunFolder(run).rejected
-    return _read(path) if path.exists() else []
 
 
 def stage_seconds(run: Path, history: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, NDArray[np.float64]]]:
