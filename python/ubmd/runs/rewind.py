@@ -1,17 +1,15 @@
-"""Taking a run back to an earlier iteration; and the files that a run depends on."""
+"""Taking a run back to an earlier iteration."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
-from ubmd.files import copy_file, file_hash, move_aside, write_json
+from ubmd.files import copy_file, move_aside, write_json
 from ubmd.runs.folder import RunFolder
-from ubmd.settings import RunSettings
 
 
 def take_back(folder: RunFolder, iteration: int) -> Path:
@@ -49,22 +47,3 @@ def _cut(path: Path, iteration: int) -> None:
         write_structures(path, kept)
     else:
         path.unlink()
-
-
-def input_hashes(settings: RunSettings, base: Path) -> dict[str, str]:
-    """Hashes of the start file, of md.colvars, and of the files that arguments of the reference name, by key."""
-    hashes = {"start.file": file_hash(base / settings.start.file)}
-    if settings.md.colvars is not None:
-        hashes["md.colvars"] = file_hash(base / settings.md.colvars)
-    return hashes | argument_hashes("reference.arguments", settings.reference.arguments, base)
-
-
-def argument_hashes(key: str, value: Any, base: Path) -> dict[str, str]:
-    """Hashes of the files that arguments of a reference name, however nested, by key."""
-    if isinstance(value, dict):
-        return {k: v for name, item in value.items() for k, v in argument_hashes(f"{key}.{name}", item, base).items()}
-    if isinstance(value, list | tuple):
-        return {k: v for n, item in enumerate(value) for k, v in argument_hashes(f"{key}.{n}", item, base).items()}
-    if isinstance(value, str) and value and (base / value).is_file():
-        return {key: file_hash(base / value)}
-    return {}

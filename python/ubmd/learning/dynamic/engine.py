@@ -27,7 +27,7 @@ from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, check_state, describe_state, state_info, structures_hash, take_state
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError
-from ubmd.files import check_space, content_hash, copy_file, file_hash, read_json, write_json
+from ubmd.files import check_space, content_hash, copy_file, read_json, write_json
 from ubmd.lammps.engine import PieceResult, PieceTask
 from ubmd.lammps.trajectory import PIECES, TrajectoryState, read_piece, write_state
 from ubmd.lammps.triggers import load_trigger, make_trigger
@@ -44,8 +44,8 @@ from ubmd.potentials.kinds import kind_of_settings
 from ubmd.potentials.learner import Learner
 from ubmd.runs.dynamic_history import ErrorSeries, error_file
 from ubmd.runs.folder import Listener, RunFolder
+from ubmd.runs.inputs import input_hashes
 from ubmd.runs.manifest import open_run
-from ubmd.runs.rewind import argument_hashes
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages
 from ubmd.settings.dynamic import DynamicRunSettings, box_file
@@ -123,16 +123,6 @@ def check_box(settings: DynamicRunSettings, base: Path) -> Atoms:
     check_periodicity(box, name)
     check_movable(box, name, settings.reference.min_distance)
     return box
-
-
-def input_hashes(settings: DynamicRunSettings, base: Path) -> dict[str, str]:
-    """Hashes of the files that the settings name, by key."""
-    files = {
-        "start.file": box_file(settings, base),
-        **kind_of_settings(settings).learner_class().inputs(settings, base),
-    }
-    hashes = {key: file_hash(path) for key, path in files.items()}
-    return hashes | argument_hashes("reference.arguments", settings.reference.arguments, base)
 
 
 @dataclass

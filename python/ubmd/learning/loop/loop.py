@@ -47,8 +47,9 @@ from ubmd.potentials.gmnn.checkpoint import load_weights
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.members import member_folders, member_seed, train_members
 from ubmd.runs.folder import Listener, RunFolder
+from ubmd.runs.inputs import input_hashes
 from ubmd.runs.manifest import open_run
-from ubmd.runs.rewind import input_hashes, take_back
+from ubmd.runs.rewind import take_back
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import RunSettings
