@@ -23,6 +23,7 @@ from ubmd.errors import MachineError
 from ubmd.files import read_json, write_json
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import run as run_dynamic
+from ubmd.learning.work.tasks import MDJob
 
 SHORT = {
     "loop": {"labels": 8, "threshold": 1000.0, "warm_epochs": 2},
@@ -44,8 +45,8 @@ class Nodes(ThreadPoolExecutor):
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
         task, (first, *_) = pickle.loads(arguments[3])
-        path = first if isinstance(first, Path) else getattr(first, "result", None) or getattr(first, "frames", "")
-        if self._lost(task.__name__, str(path)):
+        path = first.engine.output(first.task) if isinstance(first, MDJob) else first
+        if self._lost(task.__name__, str(path) if isinstance(path, Path) else ""):
             return super().submit(self._lose)
         return super().submit(function, *arguments, **keywords)
 
@@ -89,7 +90,7 @@ def test_a_task_that_is_lost_once_changes_nothing(base: Path, calm: RunFolder) -
     def lost(function: str, file: str) -> bool:
         first = file not in seen
         seen.add(file)
-        return first and function in ("label_file", "replica_file")
+        return first and function in ("label_file", "run_md")
 
     folder = go(base, lost)
     assert folder.dataset.read_bytes() == calm.dataset.read_bytes()
@@ -149,7 +150,7 @@ def test_a_structure_that_is_always_lost_does_not_hold_up_the_run(base: Path) ->
 
 
 def test_if_nothing_comes_to_an_end_the_run_does_and_is_resumed_when_that_is_fixed(base: Path, calm: RunFolder) -> None:
-    names = {"reference_record": "task", "label_file": "label", "replica_file": "replica"}
+    names = {"reference_record": "task", "label_file": "label", "run_md": "replica"}
     for function, what in names.items():
         with pytest.raises(MachineError, match=f"^No {what} could be run, by a fault .* node n7 does not answer"):
             go(base, lambda name, file, wanted=function: name == wanted)
@@ -215,7 +216,7 @@ def test_a_trajectory_whose_piece_is_lost_goes_on_in_the_next_round(tmp_path: Pa
 
 
 def test_a_dynamic_run_that_the_machine_ends_goes_on(tmp_path: Path) -> None:
-    for function in ("piece_file", "label_file"):
+    for function in ("run_md", "label_file"):
         with pytest.raises(MachineError, match="could be run, by a fault of the machine"):
             go_dynamic(tmp_path, lambda name, file, wanted=function: name == wanted)
     calm, folder = go_dynamic(tmp_path, name="calm"), go_dynamic(tmp_path)
