@@ -190,7 +190,7 @@ def test_kill_9_in_every_stage_changes_nothing(finished: RunFolder, tmp_path: Pa
     for wanted, passes in KILLS:
         assert start_driver(settings, wanted, passes) == -signal.SIGKILL, wanted
         workers = [int(number) for number in (tmp_path / "children").read_text().split()]
-        assert wait_for(lambda: not any(is_alive(worker) for worker in workers), 10.0), "orphans"  # noqa: B023
+        assert wait_for(lambda: not any(is_alive(worker) for worker in workers), 60.0), "orphans"  # noqa: B023
         tear(folder)
     assert start_driver(settings, {"event": "never"}, 0) == 0
     assert folder.dataset.read_bytes() == finished.dataset.read_bytes()

@@ -320,7 +320,7 @@ from pathlib import Path
 from ubmd import operators
 operators.library_file = lambda: Path("/nowhere/libubmd_ops.so")
 from ubmd.errors import ModelError
-from ubmd.potentials.gmnn.export import load_model
+from ubmd.potentials.file import load_model
 load_model(Path(sys.argv[2]))
 try:
     load_model(Path(sys.argv[1]))
