@@ -119,8 +119,8 @@ class Model {
   bool is_ensemble_ = false;
 };
 
-// The record that a file has beside its code (JSON, see potentials/record.py), read without running the file; none in files
-// of earlier versions. Throws Error.
+// The record that a file has beside its code (JSON, see potentials/record.py), read without running the file; none in
+// files of earlier versions. Throws Error.
 std::optional<std::string> stored_record(const std::string &file);
 
 // Load, which runs the file's code, and check; `record` is its stored_record, `device` is cpu, cuda or cuda:n,

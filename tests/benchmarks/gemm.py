@@ -18,7 +18,7 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 def multiplications() -> dict[str, Multiply]:
     """torch's own product, and the fastest at hand (the operator library's, where it is built)."""
     from ubmd import operators
-    from ubmd.potentials.gmnn.memory import keep_freed_memory
+    from ubmd.process import keep_freed_memory
 
     keep_freed_memory()  # as model and training do: results of products cost no page faults
     if not operators.available():

@@ -318,6 +318,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="2 minutes instead of about 20: no warm starts")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = parser.parse_args()
+    from ubmd.process import keep_freed_memory
+
+    keep_freed_memory()  # as the command ubmd and its workers do
     start, meta = time.perf_counter(), circumstances(arguments.quick)
     with tempfile.TemporaryDirectory(prefix="ubmd_benchmarks_") as folder:
         suite = Suite(Path(folder), arguments.quick)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from system import cluster, make_settings
 from test_loop import without_times
 
@@ -66,6 +67,16 @@ def test_a_moved_run_goes_on_as_if_it_had_not_been_moved(moved: RunFolder, longe
     absolute = str(moved.path.parent).encode()
     for path in moved.path.rglob("*.json"):
         assert absolute not in path.read_bytes(), path
+
+
+def test_a_run_leaves_the_threads_of_its_process_as_they_were(moved: RunFolder) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)  # the run's is 1
+        with_labels(moved, 8)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_damage_costs_what_is_damaged(moved: RunFolder, longer: RunFolder) -> None:

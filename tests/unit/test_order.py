@@ -22,7 +22,7 @@ FLOORS = (
     ("errors", "spelling", "texts", "valid_json"),
     ("faults",),
     ("files",),
-    ("aliases", "attempts", "operators"),
+    ("aliases", "attempts", "operators", "process"),
     ("settings",),
     ("data",),
     ("selection",),
@@ -142,6 +142,13 @@ def test_drawing_stays_where_people_look(library: str, rooms: set[str]) -> None:
         if any(name.split(".")[0] == library for name in names_in(path))
     }
     assert users == rooms
+
+
+def test_library_calls_leave_their_process_as_it_is() -> None:
+    """The command, and workers of ours, may tell theirs how to keep memory, and how many threads there are."""
+    setters = ("keep_freed_memory(", "set_num_threads(", "mallopt", "signal.signal(", "os.chdir(")
+    users = {module for module, path in modules().items() if any(text in path.read_text("utf-8") for text in setters)}
+    assert users == {"process", "cli.main", "cli.entry", *(f"learning.work.{n}" for n in ("tasks", "inside", "keeper"))}
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from ubmd.data.graph import Batch, build_graph, chunks, collate, scatter_forces,
 from ubmd.operators import available
 from ubmd.potentials.gmnn import gradient
 from ubmd.potentials.gmnn.gaussian_moments import GaussianMoments
-from ubmd.potentials.gmnn.memory import keep_freed_memory
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.potentials.gmnn.trainer import train
+from ubmd.process import keep_freed_memory
 from ubmd.settings import ModelSettings, TrainingSettings
 
 MODEL = ModelSettings(cutoff=4.0, n_radial=3, n_basis=4, hidden=(16, 12))

@@ -13,6 +13,7 @@ import ubmd
 from ubmd.cli import INTERRUPTED
 from ubmd.errors import UbmdError
 from ubmd.files import why
+from ubmd.process import keep_freed_memory
 
 # Idle OpenMP threads spin briefly, then sleep: read when torch is loaded, which commands do later. Long spinning slowed
 # training and prediction down up to 25 times where other programs used the cores too.
@@ -77,6 +78,7 @@ def _main(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version.")] = False,
 ) -> None:
     """Options before the command."""
+    keep_freed_memory()
 
 
 def _register() -> None:

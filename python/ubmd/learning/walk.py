@@ -31,6 +31,7 @@ from ubmd.learning.labels import (
 from ubmd.learning.work.executors import Adapter, forget_dead_drivers, make_executor
 from ubmd.learning.work.groups import note_losses
 from ubmd.learning.work.workers import Executor
+from ubmd.process import torch_threads
 from ubmd.references import energy_jumps
 from ubmd.runs.folder import EventLog, Listener, RunFolder
 from ubmd.runs.stages import Stages, prepare_folder
@@ -65,7 +66,8 @@ def drive(
             workers = given or make_executor(settings, folder.path)
             stack.callback(workers.stop)
             walk = begin(workers)
-            walk.run()
+            with torch_threads(walk.threads):
+                walk.run()
         except (KeyboardInterrupt, Exception) as error:
             reason: BaseException = full_disk(folder.path) if is_full(error) or folder.is_full() else error
             if walk is not None and isinstance(reason, KeyboardInterrupt | UbmdError):

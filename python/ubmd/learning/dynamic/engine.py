@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from ase import Atoms
 
 from ubmd.attempts import steps_so_far
@@ -166,7 +165,6 @@ class Engine(Walk):
 
     def run(self) -> None:
         """From the start structures to the report."""
-        torch.set_num_threads(self.threads)
         self.events.write(
             "run_started",
             process=os.getpid(),

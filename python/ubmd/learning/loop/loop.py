@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ase import Atoms
 
 from ubmd.analysis import predictions
@@ -157,7 +156,6 @@ class Loop(Walk):
 
     def run(self) -> None:
         """From the start structures to the report."""
-        torch.set_num_threads(self.threads)
         labels = self.plan.phases[-1][1].loop.labels
         self.events.write("run_started", process=os.getpid(), labels_wanted=labels)
         self._start()

@@ -25,6 +25,7 @@ from ubmd.data.structures import read_structures
 from ubmd.files import file_hash, is_sealed, json_text, read_json, seal, write_text
 from ubmd.learning.work.inside import mend_process
 from ubmd.learning.work.workers import WorkersLost
+from ubmd.process import keep_freed_memory
 from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def train_member(
     weights = folder / "weights.pt"
     if is_sealed(weights, key):
         return
+    keep_freed_memory()
     sets = read_structures(training, labelled=True), read_structures(validation, labelled=True)
     attempt = Attempt.begin(weights)
 

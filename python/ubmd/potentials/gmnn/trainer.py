@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from ubmd.potentials.gmnn import checkpoint
 from ubmd.potentials.gmnn.gradient import chunk_limits, loss_and_gradients, prediction_errors
 from ubmd.potentials.gmnn.history import Log, Row, draw
 from ubmd.potentials.gmnn.loss import ErrorSums
-from ubmd.potentials.gmnn.memory import keep_freed_memory
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.process import torch_threads
 from ubmd.settings import ModelSettings, TrainingSettings
 from ubmd.settings.marks import key_values
 
@@ -89,8 +88,7 @@ def train(
         _check_identity(saved["identity"], identity, path)
         if saved["finished"]:
             return _result(saved["best"], saved["history"])
-    keep_freed_memory()
-    with _threads(training_settings.threads):
+    with torch_threads(training_settings.threads):
         trainer = _Trainer(model, training_settings, training, validation, epochs, seed, initial is not None)
         if saved is not None:
             trainer.load_state(saved)
@@ -299,17 +297,6 @@ def _learning_rates(settings: TrainingSettings, factor: float) -> dict[str, floa
         "shift": factor * settings.learning_rate_shift,
         "scale": factor * settings.learning_rate_scale,
     }
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Set torch's number of threads for a while; None leaves it alone (torch takes all cores)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ------------------------------------------------------------------------------- start and identity

@@ -1,0 +1,40 @@
+"""What a process may be told about its memory and threads. Library calls leave it as they found it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of the parameters in glibc's malloc.h
+_LARGEST_BLOCK = 1 << 25  # bytes; glibc takes no more
+_KEPT = 1 << 28  # bytes of freed memory at the end of the heap
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Keep freed blocks for the next step of this process instead of giving them back to the system.
+
+    Whatever is fetched again comes page by page, each filled with zeros: in a training step of 700 atoms more than
+    10^4 page faults, a quarter of its time. The command ``ubmd`` and its workers do this; a program that trains through
+    the Python package may, too. Only glibc has this switch, and it cannot be turned back; returns whether it worked.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)) and bool(mallopt(_TRIM_THRESHOLD, _KEPT))
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Set torch's number of threads for a while; None leaves it alone (torch takes all cores)."""
+    import torch  # the command line asks for memory long before it needs this
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
