@@ -21,6 +21,7 @@ from ase import Atoms
 from typer.testing import CliRunner
 
 from ubmd.cli.main import app
+from ubmd.runs.event_records import EVENTS
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -178,6 +179,8 @@ def test_a_killed_run_of_an_earlier_version_goes_on(
     assert not (run.path / "aside").exists()
     assert not list(run.path.rglob("*.attempt"))
     assert str(len(dataset)) in ubmd("status", "run")
+    for event in run.events():
+        EVENTS.validate_python(event)
 
 
 def check_labels(run: Run, labels: dict[str, Atoms], tested: dict[str, Atoms], log: Path) -> None:

@@ -216,7 +216,7 @@ def test_schema_lists_units(folder):
         (["eval", "{folder}/out/model.pt", "{folder}/test.extxyz", "--precision", "half"], "Precision must be"),
         (["info", "{folder}/out/weights.pt"], "is not a ubmd model file"),
         (["export", "{folder}/out/model.pt", "{folder}/test.extxyz", "{folder}/test.extxyz"], "not a weights file"),
-        (["schema", "nothing"], "There is no schema of 'nothing'; choose run, dynamic or train."),
+        (["schema", "nothing"], "There is no schema of 'nothing'; choose run, dynamic, train, history or events."),
     ],
 )
 def test_mistakes_are_one_sentence_on_stderr(folder, arguments, message):

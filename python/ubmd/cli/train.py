@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -256,15 +256,35 @@ def export(
 
 
 def schema(
-    kind: Annotated[str, typer.Argument(help="run, dynamic (`ubmd run` with a \\[dynamic] table) or train.")] = "run",
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="Settings: run, dynamic (`ubmd run` with a \\[dynamic] table) or train. What a run writes: history "
+            "(history.json) or events (events.jsonl)."
+        ),
+    ] = "run",
 ) -> None:
-    """Print the JSON schema of a settings file: every key, its unit, default and range."""
+    """Print the JSON schema of a settings file, or of what a run writes: every key, its unit, default and range."""
+    from ubmd.runs.event_records import EVENTS
+    from ubmd.runs.records import IterationEntry, RoundEntry
     from ubmd.settings.dynamic import DynamicRunSettings
 
-    kinds: dict[str, type[BaseModel]] = {"run": RunSettings, "dynamic": DynamicRunSettings, "train": TrainSettings}
+    kinds: dict[str, type[BaseModel] | TypeAdapter[Any]] = {
+        "run": RunSettings,
+        "dynamic": DynamicRunSettings,
+        "train": TrainSettings,
+        "history": TypeAdapter(list[IterationEntry] | list[RoundEntry]),
+        "events": EVENTS,
+    }
     with user_errors():
         if kind not in kinds:
-            raise SettingsError(f"There is no schema of '{kind}'; choose run, dynamic or train.")
+            *others, last = kinds
+            raise SettingsError(f"There is no schema of '{kind}'; choose {', '.join(others)} or {last}.")
         # By the names that the template has; a key may have a second one.
-        described = kinds[kind].model_json_schema(by_alias=False)
+        known = kinds[kind]
+        described = (
+            known.json_schema(by_alias=False)
+            if isinstance(known, TypeAdapter)
+            else known.model_json_schema(by_alias=False)
+        )
         print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **described}, indent=2))

@@ -34,6 +34,7 @@ from ubmd.learning.work.workers import Executor
 from ubmd.process import torch_threads
 from ubmd.references import energy_jumps
 from ubmd.runs.folder import EventLog, Listener, RunFolder
+from ubmd.runs.records import Record
 from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import WorkerSettings
 
@@ -88,6 +89,8 @@ class Walk:
     """
 
     unit: ClassVar[str]
+    entry: ClassVar[type[Record]]
+    """what the history has of a turn"""
     settings: Tested
     least_labels = 2
     """start structures that must get a label"""
@@ -299,6 +302,7 @@ class Walk:
 
     def _add_to_history(self, number: int, entry: dict[str, Any]) -> bool:
         """Append the entry of a turn; returns whether the file did not have it yet, just so."""
+        self.entry.model_validate(entry)
         self.history.append(entry)
         written = self.folder.read_history()
         if len(self.history) >= len(written):

@@ -45,6 +45,7 @@ from ubmd.runs.dynamic_history import ErrorSeries, error_file
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.runs.inputs import input_hashes
 from ubmd.runs.manifest import open_run
+from ubmd.runs.records import RoundEntry
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages
 from ubmd.settings.dynamic import DynamicRunSettings, box_file
@@ -146,6 +147,7 @@ class Engine(Walk):
     """One walk through a run."""
 
     unit = "round"
+    entry = RoundEntry
     settings: DynamicRunSettings
 
     def __init__(

@@ -48,6 +48,7 @@ from ubmd.potentials.gmnn.members import member_folders, member_seed, train_memb
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.runs.inputs import input_hashes
 from ubmd.runs.manifest import open_run
+from ubmd.runs.records import IterationEntry
 from ubmd.runs.rewind import take_back
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages, prepare_folder
@@ -115,6 +116,7 @@ class Loop(Walk):
     """One walk through a run."""
 
     unit = "iteration"
+    entry = IterationEntry
     settings: RunSettings
 
     def __init__(
