@@ -50,7 +50,7 @@ from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.structures import read_structures
 from ubmd.errors import UbmdError
-from ubmd.learning.dynamic.engine import ideal_box
+from ubmd.learning.dynamic.check import ideal_box
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.export import export_crystal
 from ubmd.potentials.force_constants.lattice import Supercell

@@ -27,7 +27,7 @@ import numpy as np
 from ase.io import write
 
 from ubmd.analysis.style import COLOURS, legend_above, new_figure, save
-from ubmd.learning.dynamic.engine import ideal_box
+from ubmd.learning.dynamic.check import ideal_box
 from ubmd.potentials.file import load_model
 from ubmd.settings import load_settings
 from ubmd.settings.dynamic import DynamicRunSettings

@@ -38,7 +38,7 @@ from ubmd.analysis.style import BLUE, COLOURS, GREY, MARKERS, legend_above, log_
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.structures import read_structures
-from ubmd.learning.dynamic.engine import ideal_box
+from ubmd.learning.dynamic.check import ideal_box
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.export import export_crystal

@@ -18,7 +18,7 @@ from ubmd.data.extxyz import write_structures
 from ubmd.errors import LabelError, SettingsError
 from ubmd.files import read_json, write_json
 from ubmd.learning import RunFolder, Workers, run
-from ubmd.learning.dynamic.engine import check as check_dynamic
+from ubmd.learning.dynamic.check import check as check_dynamic
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.runs.manifest import open_run

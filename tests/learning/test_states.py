@@ -23,7 +23,7 @@ from ubmd.lammps.replica import _session, run_replica
 from ubmd.lammps.session import types_of
 from ubmd.lammps.trajectory import TrajectoryState
 from ubmd.learning import RunFolder, run
-from ubmd.learning.dynamic.engine import ideal_box
+from ubmd.learning.dynamic.check import ideal_box
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.labels import reference_key
 from ubmd.learning.loop.check import plan

@@ -130,7 +130,7 @@ def _remark(sentence: str) -> None:
 def _check_dynamic(settings: Path, override: list[str]) -> None:
     """Say what a dynamic run would do."""
     values = load_settings(settings, DynamicRunSettings, override)
-    from ubmd.learning.dynamic.engine import check as check_dynamic
+    from ubmd.learning.dynamic.check import check as check_dynamic
 
     for line in check_dynamic(values, settings.parent):
         print(line, flush=True)

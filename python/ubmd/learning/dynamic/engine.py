@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor as StandardExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,19 +21,17 @@ import numpy as np
 from ase import Atoms
 
 from ubmd.attempts import steps_so_far
-from ubmd.data.constraints import fixed_atoms
 from ubmd.data.labels import dataset_hash
-from ubmd.data.state import bare, check_state, describe_state, state_info, structures_hash, take_state
+from ubmd.data.state import structures_hash, take_state
 from ubmd.data.structures import read_structures
-from ubmd.errors import DataError, SettingsError, SimulationError, UbmdError
+from ubmd.errors import SimulationError, UbmdError
 from ubmd.files import check_space, content_hash, copy_file, read_json, write_json
 from ubmd.lammps.engine import PieceResult, PieceTask
 from ubmd.lammps.trajectory import PIECES, TrajectoryState, read_piece, write_state
 from ubmd.lammps.triggers import load_trigger, make_trigger
-from ubmd.learning.held_out import given_test_set
+from ubmd.learning.dynamic.check import check_box, ideal_box
 from ubmd.learning.labels import reference_key
-from ubmd.learning.reference import check_here, look_at_reference, remarks
-from ubmd.learning.start import check_movable, check_periodicity
+from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.work.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.work.tasks import MDJob, run_md
@@ -48,7 +46,7 @@ from ubmd.runs.manifest import open_run
 from ubmd.runs.records import RoundEntry
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages
-from ubmd.settings.dynamic import DynamicRunSettings, box_file
+from ubmd.settings.dynamic import DynamicRunSettings
 from ubmd.settings.marks import key_values
 from ubmd.uncertainty.conformal import conformal_scale
 
@@ -81,48 +79,6 @@ def run(
     check_box(settings, base)  # before the folder is made: what is wrong here stays wrong
     drive(folder, settings.workers, executor, lambda workers: Engine(settings, base, folder, workers, listener))
     return Path(settings.run_dir)
-
-
-def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
-    """The box of the dynamics, without displacements, in the state (charges, moments, masses) of its file.
-
-    Raises:
-        SettingsError: its file is missing, or its state cannot be that of a repeated box.
-        DataError: it holds no structure.
-    """
-    path, info = box_file(settings, base), settings.reference.info
-    atoms = read_structures(path, compare=False)[0]
-    try:
-        check_state(atoms, info)
-        fixed_atoms(atoms)
-    except DataError as error:
-        raise SettingsError(f"{path}: {error}") from None
-    keys = state_info(atoms, info)
-    if keys and max(settings.start.repeat) > 1:
-        name, value = next(iter(keys.items()))
-        raise SettingsError(
-            f"start.repeat: {path} has {name} = {value}, which is that of the unrepeated box; give a file of the "
-            "repeated box as start.file."
-        )
-    box = bare(atoms, info)
-    if settings.start.file is None:
-        box = kind_of_settings(settings).learner_class().ideal(box, settings)
-        take_state(box, atoms, info)
-    return box.repeat(settings.start.repeat)
-
-
-def check_box(settings: DynamicRunSettings, base: Path) -> Atoms:
-    """The box, if LAMMPS can move it.
-
-    Raises:
-        SettingsError: it cannot, or the file is missing.
-        DataError: the file holds no structure.
-    """
-    box = ideal_box(settings, base)
-    name = box_file(settings, base).name
-    check_periodicity(box, name)
-    check_movable(box, name, settings.reference.min_distance)
-    return box
 
 
 @dataclass
@@ -760,37 +716,3 @@ def _shown(entry: dict[str, Any]) -> dict[str, Any]:
         {name: row[name] for name in ("label", "error_before", "true_before", "true_after")} for row in entry["learnt"]
     ]
     return shown
-
-
-def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
-    """Do the settings fit the structures? Sentences on what would be run, as they are found out.
-
-    Raises:
-        SettingsError, DataError: the first mistake.
-    """
-    box = check_box(settings, base)
-    said: list[str] = []
-    given_test_set(settings.test, base, said.append)
-    yield from (f"Remark: {sentence}" for sentence in said)
-    if settings.bias is not None:
-        for element in settings.bias.species:
-            if element not in set(box.symbols):
-                raise SettingsError(f"bias.species names {element}, but the box has none of it; remove it.")
-    state = describe_state(box, settings.reference.info)
-    if state:
-        yield f"The calculator sees of all structures: {state}."
-    if len(fixed_atoms(read_structures(box_file(settings, base))[0])):
-        yield "Fixed atoms (FixAtoms) are not held: the trajectories move all atoms."
-    dynamic = settings.dynamic
-    temperatures = ", ".join(f"{t:g}" for t in dynamic.temperatures)
-    yield (
-        f"Box: {box.symbols.formula.format('hill')}, {len(box)} atoms, "
-        f"{'periodic' if box.pbc.all() else 'not periodic'}."
-    )
-    yield (
-        f"{dynamic.trajectories} trajectories of {dynamic.steps:,} steps "
-        f"({dynamic.steps * dynamic.timestep / 1000.0:g} ps) at {temperatures} K, "
-        f"{'biased' if settings.bias else 'unbiased'}; at most {dynamic.labels} structures for the reference."
-    )
-    yield from kind_of_settings(settings).learner_class().plan(settings, base, box)
-    yield from check_here(settings.reference, settings.workers, base)
