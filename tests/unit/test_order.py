@@ -22,7 +22,7 @@ FLOORS = (
     ("errors", "spelling", "texts", "valid_json"),
     ("faults",),
     ("files",),
-    ("aliases", "attempts", "operators", "process"),
+    ("aliases", "attempts", "imports", "operators", "process"),
     ("settings",),
     ("data",),
     ("selection",),

@@ -14,8 +14,8 @@ from ase.calculators.abc import GetPropertiesMixin
 
 from ubmd.errors import SettingsError, UbmdError, describe
 from ubmd.faults import check_machine, in_worker
+from ubmd.imports import import_attribute, not_installed
 from ubmd.references.arguments import check_arguments
-from ubmd.references.imports import import_attribute, not_installed
 from ubmd.settings import ReferenceSettings
 
 READY_MADE = {

@@ -16,9 +16,10 @@ from ubmd.data.graph import Batch, Graph, build_graph, chunks, structure_means
 from ubmd.errors import DataError, ModelError
 from ubmd.operators import available
 from ubmd.operators import load as load_operators
+from ubmd.potentials.deployed import Deployed
 from ubmd.potentials.evaluation import evaluation
 from ubmd.potentials.file import write_model
-from ubmd.potentials.gmnn.deployed import Deployed, DeployedEnsemble, DeployedModel, LastLayerModel
+from ubmd.potentials.gmnn.deployed import DeployedEnsemble, DeployedModel, LastLayerModel
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.potentials.gmnn.sketch import LastLayerSketch, make_sketch
 from ubmd.potentials.record import FORMAT

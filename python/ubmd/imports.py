@@ -17,13 +17,26 @@ from ubmd.spelling import nearest
 _PIP_NAMES = {"openmm": "'ubmd[openmm]'", "tblite": "'ubmd[tblite]'"}
 
 
-def import_attribute(name: str, base: Path, short_names: Mapping[str, str]) -> Any:
+CALCULATOR = "reference.calculator"
+
+
+def import_attribute(
+    name: str,
+    base: Path,
+    short_names: Mapping[str, str],
+    key: str = CALCULATOR,
+    what: str = "a ready-made reference",
+    example: str = "ase.calculators.emt:EMT",
+) -> Any:
     """The class or function behind an import path or one of the short names for them.
 
     Args:
         name: 'package.module:Class', or a short name.
         base: folder of the settings file; modules in it count, too, after the installed ones.
         short_names: short name -> import path.
+        key: the setting that names it, for messages.
+        what: a short name stands for, for messages.
+        example: of an import path, for messages.
 
     Raises:
         SettingsError: there is no such module or attribute, or the module cannot be imported.
@@ -34,19 +47,18 @@ def import_attribute(name: str, base: Path, short_names: Mapping[str, str]) -> A
         names = ", ".join(sorted(short_names))
         meant = nearest(name, short_names) or (":".join(name.rsplit(".", 1)) if "." in name.strip(".") else None)
         raise SettingsError(
-            f"reference.calculator = {name!r} is neither a ready-made reference ({names}) "
-            f"nor an import path like 'ase.calculators.emt:EMT'" + (f"; did you mean {meant!r}?" if meant else ".")
+            f"{key} = {name!r} is neither {what} ({names}) nor an import path like {example!r}"
+            + (f"; did you mean {meant!r}?" if meant else ".")
         )
-    _check_path(name, module_name, attribute, base)
-    module = _import_module(name, module_name, base)
+    _check_path(f"{key} = {name!r}", module_name, attribute, base, example)
+    module = _import_module(name, module_name, base, key)
     if not hasattr(module, attribute):
-        raise SettingsError(_no_attribute(module, attribute, base))
+        raise SettingsError(_no_attribute(module, attribute, base, key))
     return getattr(module, attribute)
 
 
-def _check_path(name: str, module_name: str, attribute: str, base: Path) -> None:
+def _check_path(start: str, module_name: str, attribute: str, base: Path, example: str) -> None:
     """SettingsError for what is no import path: a file's name, or one that begins or ends with nothing."""
-    start = f"reference.calculator = {name!r}"
     if "/" in module_name or (module_name.endswith(".py") and own_file(module_name.removesuffix(".py"), base)):
         path = Path(base, module_name.removesuffix(".py"))
         if path.is_relative_to(base) and ".." not in path.parts:
@@ -54,8 +66,9 @@ def _check_path(name: str, module_name: str, attribute: str, base: Path) -> None
         else:
             meant = f": put it into {base} and write '{path.name}:{attribute}'."
         raise SettingsError(f"{start} names a file, but a module is wanted{meant}")
-    if not (attribute and all(module_name.split("."))) or name != name.strip():
-        raise SettingsError(f"{start} is no import path; write it like 'ase.calculators.emt:EMT'.")
+    spaces = module_name != module_name.lstrip() or attribute != attribute.rstrip()
+    if not (attribute and all(module_name.split("."))) or spaces:
+        raise SettingsError(f"{start} is no import path; write it like {example!r}.")
 
 
 def own_file(module_name: str, base: Path) -> Path | None:
@@ -67,28 +80,31 @@ def own_file(module_name: str, base: Path) -> Path | None:
     return None
 
 
-def _import_module(name: str, module_name: str, base: Path) -> ModuleType:
+def _import_module(name: str, module_name: str, base: Path, key: str) -> ModuleType:
     if own_file(module_name, base) is not None and str(base) not in sys.path:
         sys.path.append(str(base))  # at the end: a file of the user must not hide an installed package
     try:
         return import_module(module_name)
     except ModuleNotFoundError as error:
-        raise not_installed(name, module_name, base, error) from error
+        raise not_installed(name, module_name, base, error, key) from error
     except BaseException as error:  # whatever the module does when it is imported, sys.exit included
         if isinstance(error, KeyboardInterrupt) and not in_worker():
             raise
         check_machine(error)
-        raise _broken(name, error, base) from error
+        raise _broken(name, error, base, key) from error
 
 
-def not_installed(name: str, module_name: str, base: Path, error: ModuleNotFoundError) -> SettingsError:
+def not_installed(
+    name: str, module_name: str, base: Path, error: ModuleNotFoundError, key: str = CALCULATOR
+) -> SettingsError:
     """The sentence about a module that is not there: the one that was asked for, or one that it needs.
 
     Args:
-        name: ``reference.calculator``.
+        name: what the setting says.
         module_name: the module that it stands for.
         base: folder of the settings file.
         error: names the module that is missing.
+        key: the setting.
     """
     missing = error.name or ""
     top = missing.partition(".")[0]
@@ -96,8 +112,8 @@ def not_installed(name: str, module_name: str, base: Path, error: ModuleNotFound
         is_package = top and (missing == top or top in _PIP_NAMES)
         own = f"there is no {top}.py in {base} either; " if _own_frames(error, base) else ""
         hint = f"; {own}install what is missing with: pip install {_PIP_NAMES.get(top, top)}" if is_package else "."
-        return SettingsError(str(_broken(name, error, base)).rstrip(".") + hint)
-    start = f"reference.calculator = {name!r}"
+        return SettingsError(str(_broken(name, error, base, key)).rstrip(".") + hint)
+    start = f"{key} = {name!r}"
     if missing != top:
         return SettingsError(
             f"{start} cannot be imported: the package {top} has no module {missing}; check its spelling."
@@ -108,12 +124,12 @@ def not_installed(name: str, module_name: str, base: Path, error: ModuleNotFound
     return SettingsError(f"{sentence}; check its spelling.")
 
 
-def _broken(name: str, error: BaseException, base: Path) -> SettingsError:
+def _broken(name: str, error: BaseException, base: Path, key: str) -> SettingsError:
     told = f"SyntaxError: {error.msg}" if isinstance(error, SyntaxError) else describe(error)
-    return SettingsError(f"reference.calculator = {name!r} cannot be imported: {told}{_place(error, base)}.")
+    return SettingsError(f"{key} = {name!r} cannot be imported: {told}{_place(error, base)}.")
 
 
-def _no_attribute(module: ModuleType, attribute: str, base: Path) -> str:
+def _no_attribute(module: ModuleType, attribute: str, base: Path, key: str) -> str:
     meant = nearest(attribute, [key for key in vars(module) if not key.startswith("_")])
     hint = f"did you mean {meant!r}?" if meant else "check its spelling."
     own, file = own_file(module.__name__, base), getattr(module, "__file__", None)
@@ -122,7 +138,7 @@ def _no_attribute(module: ModuleType, attribute: str, base: Path) -> str:
         hint = f"{own} is a folder: name the module in it{f', perhaps {module.__name__}.{parts[0]}' if parts else ''}."
     elif own is not None and "." not in module.__name__ and not Path(file or "/").resolve().is_relative_to(base):
         hint = f"Python has a module of this name of its own ({file or 'built in'}): rename {own.name}."
-    return f"reference.calculator: the module {module.__name__} has no {attribute!r}; {hint}"
+    return f"{key}: the module {module.__name__} has no {attribute!r}; {hint}"
 
 
 def _place(error: BaseException, base: Path) -> str:
@@ -144,4 +160,4 @@ def _own_frames(error: BaseException, base: Path) -> list[traceback.FrameSummary
 def _is_foreign(file: str) -> bool:
     """Whether code is neither ours nor Python's machinery of imports."""
     machinery = file.startswith("<frozen") or Path(file).parent.name == "importlib"
-    return not machinery and not Path(file).is_relative_to(Path(__file__).parents[1])
+    return not machinery and not Path(file).is_relative_to(Path(__file__).parent)

@@ -1,0 +1,76 @@
+"""What a model file can do: its interface, and modules of others that get an uncertainty of ours."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Deployed(nn.Module):
+    """The interface of a model file. Energies in eV (float64), vectors in Å.
+
+    Generic part, for any model, with autograd. Arguments of ``forward``, ``forces`` and ``bias``: species int64
+    [n_local + n_ghost] (indices into metadata's ``elements``), edge_index int64 [2, P] (row 0 the centre i < n_local,
+    row 1 the neighbour), edge_vector [P, 3] = x_j - x_i, n_local. Besides what this class names, a file has ``forces``
+    and one of
+
+    - ``atomic_uncertainties(phi [n_local, p])`` -> u_i [n_local]: of each atom's own features;
+    - ``force_uncertainties(forces [n, 3, p])`` -> u_i [n]: column m of phi is then the atomic energy of member m of an
+      ensemble (up to a constant), and ``forces`` are the members' forces.
+
+    Fast part (optional: a file without ``evaluate`` has none of it), every derivative in closed form and all results
+    detached. Pairs are sorted by centre: species int64 [n] of the centres, first int64 [n + 1] (the pairs of centre i
+    are first[i] .. first[i + 1] - 1), neighbours int64 [P] (the *element index* of each pair's neighbour), edge_vector
+    [P, 3]. A structure may be evaluated in chunks of centres, each with its tape:
+
+    - ``evaluate(species, first, neighbours, edge_vector, keep)`` -> (E [n], dSum(E)/d edge_vector [P, 3] float64,
+      tape); the tape is empty unless ``keep``, which everything below needs.
+    - ``by_structure(n)``: whether sums and gradient of the structure's features are cheaper by the two identities
+      (weight gradient; tangent along one direction of the weights) than atom by atom, for n atoms on this process. What
+      follows takes its answer, or False where features of atoms are needed.
+    - ``features(tape, by_structure)`` -> (sums, phi [n, p] (no rows by structure), factors). The sums of chunks are
+      added tensor by tensor; ``feature_sum(sums)`` then is sum_i phi_i [p] (float64).
+    - ``directions(w [p], by_structure)``: what ``feature_gradient`` needs of w, the same for all chunks.
+    - ``feature_gradient(tape, factors, directions, w)`` -> d(sum_i w·phi_i)/d edge_vector [P, 3] float64. With no
+      directions w is [n, p], different from atom to atom.
+    - ensembles: ``member_gradients(tape)`` -> [M, P, 3] float64; ``member_bias(species, first, neighbours, edge_vector,
+      cotangents [M, P, 3])`` -> d(sum_m cotangents_m·gradient_m)/d edge_vector [P, 3] float64.
+    """
+
+    def __init__(self, n_features: int, metadata: str) -> None:
+        super().__init__()
+        self.n_features = n_features
+        self.description = metadata
+        self.structure_uncertainty: Any = None
+        self.atom_uncertainty: Any = None
+
+    def forward(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
+        """(E [n_local], phi [n_local, p]), both attached to the graph of edge_vector."""
+        raise NotImplementedError
+
+    @torch.jit.export
+    def bias(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int, w: Tensor) -> Tensor:
+        """d(sum w·phi)/d edge_vector [P, 3] for w [p] (all atoms alike) or [n_local, p]."""
+        edge = edge_vector.detach().requires_grad_(True)
+        phi = self.forward(species, edge_index, edge, n_local)[1]
+        return edge_gradient(phi, edge, w.to(phi.dtype).expand_as(phi))
+
+    @torch.jit.export
+    def uncertainty(self, phi_mean: Tensor) -> Tensor:
+        """Calibrated structure uncertainty u (0-dim, eV/atom) of the mean feature [p]."""
+        return self.structure_uncertainty(phi_mean.unsqueeze(0)).squeeze(0)
+
+    @torch.jit.export
+    def metadata(self) -> str:
+        """The JSON record of the file."""
+        return self.description
+
+
+def edge_gradient(output: Tensor, edge: Tensor, cotangent: Tensor) -> Tensor:
+    """Vector-Jacobian product of ``output`` with respect to ``edge``; zeros where there are no pairs."""
+    if edge.size(0) == 0:
+        return torch.zeros_like(edge)
+    cotangents: list[Tensor | None] = [cotangent]
+    gradient = torch.autograd.grad([output], [edge], cotangents)[0]
+    assert gradient is not None
+    return gradient.detach()
