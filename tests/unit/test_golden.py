@@ -12,8 +12,8 @@ from ase import Atoms
 from ubmd.calculator import Calculator
 from ubmd.data.graph import build_graph, collate
 from ubmd.potentials.file import write_model
+from ubmd.potentials.fitting import fit_posterior
 from ubmd.potentials.gmnn.deployed import DeployedModel
-from ubmd.potentials.gmnn.export import fit_posterior
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.potentials.gmnn.sketch import GradientSketch
 from ubmd.settings import ModelSettings

@@ -21,9 +21,10 @@ from ubmd.errors import DataError, ModelError, TrainingError
 from ubmd.potentials.gmnn.checkpoint import load_weights
 from ubmd.potentials.gmnn.history import COLUMNS
 from ubmd.potentials.gmnn.loss import ErrorSums, differences, loss
-from ubmd.potentials.gmnn.members import member_folders, train_members
+from ubmd.potentials.gmnn.members import train_members
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.potentials.gmnn.trainer import split, train
+from ubmd.potentials.members import member_folders
 from ubmd.settings import ModelSettings, TrainingSettings
 
 MODEL = ModelSettings(cutoff=4.0, n_radial=3, n_basis=5, hidden=(24, 24))

@@ -22,11 +22,13 @@ from ubmd.cli.tables import accuracy_table
 from ubmd.cli.training_progress import training_progress
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
-from ubmd.potentials.kinds import kind_of_settings
+from ubmd.potentials.kinds import BACKENDS, kind_of_settings
 from ubmd.settings import USUAL_INFO, RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
 
 if TYPE_CHECKING:
     from ase import Atoms
+
+    from ubmd.potentials.interface import Labels
 
 
 SetOption = Annotated[
@@ -78,7 +80,9 @@ def train(
 
 def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
     from ubmd.cli.structure_table import describe
-    from ubmd.potentials.gmnn.members import member_folders, train_members
+    from ubmd.potentials.gmnn.members import train_members
+    from ubmd.potentials.interface import Labels
+    from ubmd.potentials.members import member_folders
 
     _check_outputs(settings)
     remarks: list[str] = []
@@ -86,6 +90,9 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     console.print(describe(training_set, "training set"))
     console.print(describe(validation_set, "validation set"))
     print_remarks(remarks)
+    if settings.model.kind not in BACKENDS:
+        _train_foreign(settings, base, fresh, console, Labels(training_set, validation_set))
+        return
     with training_progress(console) as report:
         results = train_members(
             settings.uncertainty.networks,
@@ -107,9 +114,30 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     console.print(f"model: {path}", soft_wrap=True, markup=False)
 
 
+def _train_foreign(settings: TrainSettings, base: Path, fresh: bool, console: Console, labels: Labels) -> None:
+    """Train and export a network of a back end that is none of ours."""
+    from ubmd.data.labels import dataset_hash
+    from ubmd.potentials.fitting import export_checkpoints
+    from ubmd.potentials.interface import TrainingTable
+    from ubmd.potentials.kinds import backend_of, check_backend
+    from ubmd.potentials.members import train_networks
+
+    uncertainty, path = settings.uncertainty, settings.output_dir / "model.pt"
+    check_backend(settings.model, uncertainty, base)
+    backend = backend_of(settings.model, base)
+    table = TrainingTable(settings.model, settings.training, fresh=fresh)
+    with training_progress(console) as report:
+        found = train_networks(
+            backend, uncertainty.networks, table, labels, settings.output_dir, settings.seed, report=report
+        )
+    provenance = {"training_set_hash": dataset_hash(labels.training), "settings": settings.model_dump(mode="json")}
+    export_checkpoints(backend, found, labels.training, labels.validation, uncertainty, path, provenance)
+    console.print(f"model: {path}", soft_wrap=True, markup=False)
+
+
 def _check_outputs(settings: TrainSettings) -> None:
     """SettingsError if the results cannot be written."""
-    from ubmd.potentials.gmnn.members import member_folders
+    from ubmd.potentials.members import member_folders
 
     check_outputs(settings.output_dir, ["model.pt"], "output_dir")
     for folder in member_folders(settings.output_dir, settings.uncertainty.networks):

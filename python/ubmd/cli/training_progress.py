@@ -79,17 +79,20 @@ class _PlainProgress:
     def __call__(self, row: dict[str, Any]) -> None:
         now = time.monotonic()
         if self._start is None:
-            self._start, self._first_epoch = now - row["seconds"], row["epoch"] - 1
+            self._start, self._first_epoch = now - row.get("seconds", 0.0), row["epoch"] - 1
         if now - self._last_line < SECONDS_BETWEEN_LINES and row["epoch"] < row["epochs"]:
             return
         self._last_line = now
         left = (now - self._start) / (row["epoch"] - self._first_epoch) * (row["epochs"] - row["epoch"])
-        line = f"epoch {row['epoch']} of {row['epochs']}: {_errors_text(row)}, {countdown(left)} left"
+        errors = _errors_text(row)
+        line = f"epoch {row['epoch']} of {row['epochs']}: {errors + ', ' if errors else ''}{countdown(left)} left"
         self._console.print(line, soft_wrap=True, highlight=False)
 
 
 def _errors_text(row: dict[str, Any]) -> str:
-    """Validation errors of an epoch in one line (training errors where there was no validation)."""
+    """Validation errors of an epoch in one line (training errors where there was no validation); of GM-NN only."""
+    if "train_energy_rmse_meV_per_atom" not in row:
+        return ""
     part = "valid" if row.get("valid_force_rmse_eV_per_A") is not None else "train"
     energy, force = row[f"{part}_energy_rmse_meV_per_atom"], row[f"{part}_force_rmse_eV_per_A"]
     text = f"{part} E {energy:.2f} meV/atom, F {force:.4f} eV/Å"

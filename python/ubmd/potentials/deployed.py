@@ -66,6 +66,32 @@ class Deployed(nn.Module):
         return self.description
 
 
+class ForeignModule(Deployed):
+    """A module of another program with an uncertainty of ours: the generic part of the interface, by autograd."""
+
+    def __init__(self, raw: nn.Module, n_features: int) -> None:
+        """``raw``: see `ubmd.potentials.interface.RawModule`."""
+        super().__init__(n_features, "{}")
+        self.raw = raw
+
+    def forward(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
+        """(E [n_local], phi [n_local, p]), both attached to the graph of edge_vector."""
+        energy, phi = self.raw(species, edge_index, edge_vector, n_local)
+        return energy, phi
+
+    @torch.jit.export
+    def forces(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
+        """(E [n_local], d sum(E)/d edge_vector [P, 3]), detached."""
+        edge = edge_vector.detach().requires_grad_(True)
+        energy = self.forward(species, edge_index, edge, n_local)[0]
+        return energy.detach(), edge_gradient(energy, edge, torch.ones_like(energy))
+
+    @torch.jit.export
+    def atomic_uncertainties(self, phi: Tensor) -> Tensor:
+        """Calibrated atomic uncertainties [n_local], eV/Å, of atomic features [n_local, p]."""
+        return self.atom_uncertainty(phi)
+
+
 def edge_gradient(output: Tensor, edge: Tensor, cotangent: Tensor) -> Tensor:
     """Vector-Jacobian product of ``output`` with respect to ``edge``; zeros where there are no pairs."""
     if edge.size(0) == 0:

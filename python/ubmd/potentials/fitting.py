@@ -1,8 +1,9 @@
-"""From a trained network to the one file that LAMMPS runs: fit the uncertainty, calibrate, script, write."""
+"""What a module of any back end gets from ubmd: an uncertainty that is fitted and calibrated, a record, a file."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,14 @@ from ase import Atoms
 
 from ubmd import __version__
 from ubmd.data.graph import Batch, Graph, build_graph, chunks, structure_means
-from ubmd.errors import DataError, ModelError
-from ubmd.operators import available
-from ubmd.operators import load as load_operators
-from ubmd.potentials.deployed import Deployed
+from ubmd.errors import DataError
+from ubmd.potentials.deployed import Deployed, ForeignModule
 from ubmd.potentials.evaluation import evaluation
 from ubmd.potentials.file import write_model
-from ubmd.potentials.gmnn.deployed import DeployedEnsemble, DeployedModel, LastLayerModel
-from ubmd.potentials.gmnn.model import GaussianMomentNetwork
-from ubmd.potentials.gmnn.sketch import LastLayerSketch, make_sketch
+from ubmd.potentials.interface import Backend, RawModule
 from ubmd.potentials.record import FORMAT
 from ubmd.settings import UncertaintySettings
-from ubmd.uncertainty import ConformalScale, conformal_scale
+from ubmd.uncertainty import ConformalScale, DistanceUncertainty, PosteriorUncertainty, conformal_scale
 
 # Settings that a kind of uncertainty doesn't use: they would only mislead in its file.
 WITHOUT_EFFECT = {
@@ -33,76 +30,6 @@ WITHOUT_EFFECT = {
     "distance": {"members", "lambda2"},
     "ensemble": {"references", "lambda2", "seed"},
 }
-
-
-def export_model(
-    model: GaussianMomentNetwork | Sequence[GaussianMomentNetwork],
-    training: Sequence[Atoms],
-    calibration: Sequence[Atoms],
-    settings: UncertaintySettings,
-    path: Path,
-    provenance: dict[str, Any] | None = None,
-    operators: bool | None = None,
-) -> dict[str, Any]:
-    """Write ``path``: energies, forces, features and calibrated uncertainties of ``model`` (several: an ensemble).
-
-    The uncertainty is fitted on the features of ``training``, the conformal scales on the errors of ``calibration``;
-    both in float64. ``provenance`` (e.g. training_set_hash, settings) joins the metadata, which is returned.
-    ``operators``: whether the file calls the operator library (None: if it can be loaded here). Files without run
-    anywhere, but much slower on the CPU.
-
-    Raises:
-        DataError: a calibration structure without energy or forces.
-        ModelError: the number of networks doesn't fit the settings, their elements or cutoffs differ, or operators are
-            wanted that can't be loaded.
-    """
-    if operators:
-        load_operators()
-    operators = available() if operators is None else operators
-    models = [model] if isinstance(model, GaussianMomentNetwork) else list(model)
-    _check_models(models, settings)
-    elements, cutoff, dtype = models[0].elements, models[0].cutoff, models[0].radial.dtype
-    dtypes = [member.radial.dtype for member in models]
-    try:
-        for member in models:
-            member.to_network_dtype(torch.float64)
-        deployed = make_deployed(models, settings, operators)
-        fit_uncertainty(deployed, (build_graph(atoms, elements, cutoff) for atoms in training), settings)
-        energy, forces = calibrate(deployed, [build_graph(atoms, elements, cutoff) for atoms in calibration], settings)
-        metadata = _metadata(models[0], deployed, settings, energy, forces, len(training), dtype)
-        metadata |= {"operators": ["ubmd"] if operators else [], **(provenance or {})}
-        deployed.description = json.dumps(metadata)
-        write_model(deployed, path)
-    finally:
-        for member, original in zip(models, dtypes, strict=True):
-            member.to_network_dtype(original)
-    return metadata
-
-
-def _check_models(models: Sequence[GaussianMomentNetwork], settings: UncertaintySettings) -> None:
-    """Refuse networks that don't fit the kind of uncertainty or each other."""
-    if len(models) != settings.networks:
-        raise ModelError(
-            f"uncertainty.kind = '{settings.kind}' needs {settings.networks} trained networks (kind and members of "
-            f"[uncertainty]), but {len(models)} were given."
-        )
-    for member in models[1:]:
-        if (member.elements, member.cutoff) != (models[0].elements, models[0].cutoff):
-            raise ModelError("The networks of an ensemble need the same elements and cutoff; train them together.")
-
-
-def make_deployed(
-    models: Sequence[GaussianMomentNetwork], settings: UncertaintySettings, operators: bool = False
-) -> Deployed:
-    """The module of the file, its uncertainty not yet fitted."""
-    if settings.kind == "ensemble":
-        return DeployedEnsemble(models, operators=operators)
-    model = models[0]
-    if settings.kind == "last-layer":
-        width = model.network.weight3.size(1)
-        return LastLayerModel(model, LastLayerSketch(width, settings.projections, settings.seed), operators=operators)
-    sketch = make_sketch(model.network, settings.projections, settings.seed)
-    return DeployedModel(model, sketch, kind=settings.kind, operators=operators)
 
 
 def fit_uncertainty(deployed: Deployed, graphs: Iterable[Graph], settings: UncertaintySettings) -> None:
@@ -182,14 +109,82 @@ def evaluate(module: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tor
     return energy, batch.forces_from(result.gradient), u, result.atomic_uncertainties()
 
 
+def export_checkpoints(
+    backend: Backend,
+    checkpoints: Sequence[Path],
+    training: Sequence[Atoms],
+    calibration: Sequence[Atoms],
+    settings: UncertaintySettings,
+    path: Path,
+    provenance: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the model file of trained networks; see `export_raw`."""
+    raw = backend.raw_module(checkpoints, settings)
+    return export_raw(raw, backend.name, training, calibration, settings, path, provenance)
+
+
+def export_raw(
+    raw: RawModule,
+    name: str,
+    training: Sequence[Atoms],
+    calibration: Sequence[Atoms],
+    settings: UncertaintySettings,
+    path: Path,
+    provenance: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Give a module its uncertainty and write ``path``, the model file.
+
+    Args:
+        raw: of a back end.
+        name: of the back end.
+        training: labelled structures that the uncertainty is fitted on.
+        calibration: labelled structures whose errors give the conformal factors.
+        settings: of the uncertainty.
+        path: of the model file.
+        provenance: joins the record of the file (training_set_hash, settings ...).
+
+    Returns:
+        The record.
+
+    Raises:
+        DataError: a calibration structure without energy or forces.
+    """
+    deployed = _with_uncertainty(raw, settings)
+    graphs = (build_graph(atoms, raw.elements, raw.cutoff) for atoms in training)
+    fit_uncertainty(deployed, graphs, settings)
+    energy, forces = calibrate(
+        deployed, [build_graph(atoms, raw.elements, raw.cutoff) for atoms in calibration], settings
+    )
+    metadata = _metadata(raw, name, deployed, settings, energy, forces, len(training))
+    metadata |= {"operators": list(raw.operators), **(provenance or {})}
+    deployed.description = json.dumps(metadata)
+    write_model(deployed, path)
+    return metadata
+
+
+def _with_uncertainty(raw: RawModule, settings: UncertaintySettings) -> Deployed:
+    """The module as one of ours; from a file of another program, it gets an uncertainty of ours."""
+    if isinstance(raw.module, Deployed):
+        return raw.module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript
+        deployed = ForeignModule(torch.jit.load(str(raw.module), map_location="cpu"), raw.n_features)
+    is_distance = settings.kind == "distance"
+    deployed.structure_uncertainty, deployed.atom_uncertainty = (
+        DistanceUncertainty(raw.n_features) if is_distance else PosteriorUncertainty(raw.n_features, many=atoms)
+        for atoms in (False, True)
+    )
+    return deployed
+
+
 def _metadata(
-    model: GaussianMomentNetwork,
+    raw: RawModule,
+    name: str,
     deployed: Deployed,
     settings: UncertaintySettings,
     energy: ConformalScale,
     forces: ConformalScale,
     n_training: int,
-    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """The JSON record of the file."""
 
@@ -203,11 +198,11 @@ def _metadata(
 
     return {
         "format": FORMAT,
-        "model": "gmnn",
-        "elements": list(model.elements),
-        "cutoff": model.cutoff,
+        "model": name,
+        "elements": list(raw.elements),
+        "cutoff": raw.cutoff,
         "units": {"energy": "eV", "length": "Å", "force": "eV/Å", "stress": "eV/Å^3"},
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": raw.precision,
         # projections: the length of the features, which is the number of members in an ensemble
         "uncertainty": {
             **settings.model_dump(exclude=WITHOUT_EFFECT[settings.kind]),
@@ -216,7 +211,7 @@ def _metadata(
             "forces": calibrated(forces, deployed.atom_uncertainty.feature_scale),
         },
         "n_training": n_training,
-        "network": model.settings.model_dump(),
+        **raw.record,
         "package_version": __version__,
         "torch_version": torch.__version__,
     }

@@ -1,10 +1,17 @@
-"""What all potentials have in common: what they predict, and when one is converged."""
+"""What all potentials have in common: what they predict, how they are trained, and when one is converged."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
+
+if TYPE_CHECKING:  # the command line looks up kinds before it needs these
+    import numpy as np
+    from ase import Atoms
 
 
 @dataclass(frozen=True)
@@ -50,3 +57,86 @@ def converged(signals: Sequence[Signal]) -> bool:
     return {s.name for s in signals} == {"determined", "below noise", "little to gain"} and all(
         s.holds for s in signals
     )
+
+
+Report = Callable[[dict[str, Any]], None]
+"""called after every epoch with 'epoch' (from 1) and 'epochs' (all), and whatever else is known"""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a network learns from: labelled structures."""
+
+    training: Sequence[Atoms]
+    validation: Sequence[Atoms]
+    """tells when to stop; never trained on"""
+
+
+@dataclass(frozen=True)
+class TrainingTable:
+    """How a network is trained."""
+
+    model: ModelSettings
+    training: TrainingSettings
+    epochs: int | None = None
+    """instead of ``training.epochs``"""
+    fresh: bool = False
+    """start again even if the folder has a checkpoint"""
+
+
+@dataclass(frozen=True)
+class RawModule:
+    """A trained module whose uncertainty is not fitted."""
+
+    module: Any
+    """`ubmd.potentials.deployed.Deployed`, or a TorchScript file: forward(species [n_local + n_ghost], edge_index
+    [2, P], edge_vector [P, 3] in Å, n_local) -> (energies [n_local] in eV, float64; features [n_local, p]), both
+    differentiable by edge_vector"""
+    elements: list[str]
+    """the species 0, 1, ... of the module"""
+    cutoff: float
+    """Å"""
+    n_features: int
+    precision: str = "float64"
+    """that the network was trained in"""
+    record: dict[str, Any] = field(default_factory=dict)
+    """further JSON values for the record of the model file"""
+    operators: Sequence[str] = ()
+    """libraries of compiled operators that the module needs"""
+
+
+class Backend(Protocol):
+    """A kind of network. Everything else (uncertainty, calibration, model file, LAMMPS) is the same for all.
+
+    An instance is made without arguments, in the driver and in workers.
+    """
+
+    name: str
+    """in the record of model files"""
+    checkpoint: str
+    """name of the file that `train` leaves in its folder"""
+    uncertainties: Sequence[str]
+    """values of uncertainty.kind that it has features for"""
+
+    def train(
+        self, labels: Labels, table: TrainingTable, folder: Path, start: Path | None, seed: int, report: Report | None
+    ) -> Path:
+        """Train, or go on with the training that was interrupted in this folder.
+
+        Args:
+            labels: what is learnt.
+            table: how.
+            folder: for the files of the training; made if missing.
+            start: checkpoint of an earlier model to start from.
+            seed: of everything random.
+            report: called after every epoch; what it raises ends the training.
+
+        Returns:
+            The checkpoint; ``folder / checkpoint``.
+
+        Raises:
+            DataError, ModelError, TrainingError: as their names say.
+        """
+
+    def raw_module(self, checkpoints: Sequence[Path], features: UncertaintySettings) -> RawModule:
+        """The module of a checkpoint (several: of an ensemble), with the features that this uncertainty needs."""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
-from ubmd.settings import TrainSettings
+from ubmd.errors import SettingsError, describe
+from ubmd.imports import import_attribute
+from ubmd.potentials.interface import Backend
+from ubmd.settings import ModelSettings, TrainSettings, UncertaintySettings
 from ubmd.settings.dynamic import DynamicRunSettings
 
 
@@ -31,7 +36,7 @@ class Kind:
         return _load(self.learner)
 
 
-NETWORK = Kind("network", "ubmd.potentials.evaluator:NetworkEvaluator", "ubmd.potentials.gmnn.learner:Network")
+NETWORK = Kind("network", "ubmd.potentials.evaluator:NetworkEvaluator", "ubmd.potentials.network_learner:Network")
 FORCE_CONSTANTS = Kind(
     "force constants",
     "ubmd.potentials.force_constants.evaluator:CrystalEvaluator",
@@ -48,6 +53,55 @@ def kind_of_record(record: dict[str, Any]) -> Kind:
 def kind_of_settings(settings: TrainSettings | DynamicRunSettings) -> Kind:
     """Kind of the potential that these settings train."""
     return NETWORK if settings.crystal is None else FORCE_CONSTANTS
+
+
+BACKENDS = {"gmnn": "ubmd.potentials.gmnn.backend:GaussianMoments"}
+_GROUP = "ubmd.backends"  # of entry points
+
+
+def backend_of(model: ModelSettings, base: Path) -> Backend:
+    """The back end that ``model.kind`` names.
+
+    Args:
+        model: settings of the network.
+        base: folder of the settings file; modules in it count, too.
+
+    Raises:
+        SettingsError: there is none of this name, it cannot be imported, or it is no back end.
+    """
+    installed = {} if model.kind in BACKENDS else {entry.name: entry.value for entry in entry_points(group=_GROUP)}
+    found = import_attribute(
+        model.kind,
+        base,
+        installed | BACKENDS,
+        key="model.kind",
+        what="the name of an installed back end",
+        example="my_module:MyBackend",
+    )
+    try:
+        backend: Backend = found() if isinstance(found, type) else found
+    except Exception as error:
+        raise SettingsError(f"model.kind = {model.kind!r} could not be made: {describe(error)}.") from error
+    missing = [name for name in _PARTS if not hasattr(backend, name)]
+    if missing:
+        raise SettingsError(
+            f"model.kind = {model.kind!r} is no back end: it has no {missing[0]!r} (see Backend in "
+            "ubmd/potentials/interface.py)."
+        )
+    return backend
+
+
+_PARTS = ("name", "checkpoint", "uncertainties", "train", "raw_module")
+
+
+def check_backend(model: ModelSettings, uncertainty: UncertaintySettings, base: Path) -> None:
+    """SettingsError if a back end cannot be made, or has no features for the kind of uncertainty that is wanted."""
+    backend = backend_of(model, base)
+    if uncertainty.kind not in backend.uncertainties:
+        raise SettingsError(
+            f"model.kind = {model.kind!r} has no uncertainty.kind = '{uncertainty.kind}', only "
+            f"{', '.join(backend.uncertainties)}."
+        )
 
 
 def _load(path: str) -> Any:

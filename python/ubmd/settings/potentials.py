@@ -15,8 +15,16 @@ from ubmd.settings.table import Table
 
 
 class ModelSettings(Table):
-    """The Gaussian-moment neural network."""
+    """The network: by default the Gaussian-moment neural network, to which all keys but the first two belong."""
 
+    kind: Annotated[str, LATE] = Field(
+        "gmnn",
+        description="gmnn, the name of an installed back end (entry point ubmd.backends), or an import path "
+        "'module:Class' of one, also beside the settings file",
+    )
+    arguments: Annotated[dict[str, Any], LATE] = Field(
+        default_factory=dict, description="arguments of a back end other than gmnn"
+    )
     size: Literal["light", "paper"] = Field(
         "light", description="named size: light (5 radial functions, 360 invariants) or paper (7, 910)"
     )
@@ -28,6 +36,19 @@ class ModelSettings(Table):
     elements: tuple[str, ...] | None = Field(
         None, description="element names; default: those found in the training data, sorted by number"
     )
+
+    @model_validator(mode="after")
+    def _keys_are_of_the_kind(self) -> ModelSettings:
+        if self.kind == "gmnn":
+            if self.arguments:
+                raise ValueError("model.arguments are for other back ends than model.kind = 'gmnn'; remove them")
+            return self
+        for name, field in type(self).model_fields.items():
+            if name not in ("kind", "arguments", "elements") and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"model.{name} belongs to model.kind = 'gmnn'; what {self.kind!r} takes goes into [model.arguments]"
+                )
+        return self
 
 
 class TrainingSettings(Table):

@@ -42,9 +42,10 @@ from ubmd.measure import convergence
 from ubmd.measure.coverage import coverage
 from ubmd.measure.errors import calibration_of, error_summary
 from ubmd.measure.torsions import torsions
-from ubmd.potentials.gmnn.checkpoint import load_weights
-from ubmd.potentials.gmnn.export import export_model
-from ubmd.potentials.gmnn.members import member_folders, member_seed, train_members
+from ubmd.potentials.fitting import export_checkpoints
+from ubmd.potentials.interface import Labels, TrainingTable
+from ubmd.potentials.kinds import backend_of
+from ubmd.potentials.members import member_folders, member_seed, train_networks
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.runs.inputs import input_hashes
 from ubmd.runs.manifest import open_run
@@ -132,6 +133,7 @@ class Loop(Walk):
         record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
         self.plan, changes = open_run(folder, settings, input_hashes(settings, base), from_iteration, record)
         self.settings = self.plan.at(START)
+        self.backend = backend_of(self.settings.model, base)
         super().__init__(base, folder, workers, listener, self.plan.threads, changes)
         if record:  # of a run without labels: said once
             self._remark([*remarks(record, settings.reference), *state_remarks(self.start_structures, settings)])
@@ -286,9 +288,9 @@ class Loop(Walk):
                 "settings": self.settings.model_dump(mode="json", exclude={"run_dir", "workers"}),
                 "iteration": turn.iteration,
             }
-            networks = [load_weights(path) for path in weights]
             calibration = turn.calibration or turn.validation
-            export_model(networks, turn.training, calibration, self.settings.uncertainty, model, provenance)
+            uncertainty = self.settings.uncertainty
+            export_checkpoints(self.backend, weights, turn.training, calibration, uncertainty, model, provenance)
 
         turn.once.run("export", turn.keys["export"], [model], export)
         return model
@@ -307,7 +309,7 @@ class Loop(Walk):
         """Train from scratch, or from the weights that ``previous`` provides; returns the new ones, one per network."""
         settings = self.plan.at(turn.iteration)
         count, folder = settings.uncertainty.networks, turn.once.folder / "train"
-        weights = [path / "weights.pt" for path in member_folders(folder, count)]
+        weights = [path / self.backend.checkpoint for path in member_folders(folder, count)]
 
         def work() -> None:
             initial = previous() if previous is not None and settings.loop.warm_start else None
@@ -336,9 +338,8 @@ class Loop(Walk):
 
         if at_once < 2:
             sets = turn.training, turn.validation
-            train_members(
-                count, settings.model, options, *sets, folder, seed, initial=initial, epochs=turn.epochs, progress=show
-            )
+            table = TrainingTable(settings.model, options, turn.epochs)
+            train_networks(self.backend, count, table, Labels(*sets), folder, seed, initial, show)
             return
         files = folder / "training.extxyz", folder / "validation.extxyz"
         for path, structures in zip(files, (turn.training, turn.validation), strict=True):
@@ -346,9 +347,9 @@ class Loop(Walk):
         folders = member_folders(folder, count)
         starts: Sequence[Path | None] = initial or [None] * count
         tasks = {
-            m: (*files, where, key, settings.model, options, member_seed(seed, m), starts[m], turn.epochs)
+            m: (*files, where, key, settings.model, options, member_seed(seed, m), starts[m], turn.epochs, self.base)
             for m, where in enumerate(folders)
-            if not is_sealed(where / "weights.pt", key)
+            if not is_sealed(where / self.backend.checkpoint, key)
         }
 
         def done(_: int, __: None, error: UbmdError | None) -> None:

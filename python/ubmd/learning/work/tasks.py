@@ -154,16 +154,21 @@ def train_member(
     seed: int,
     initial: Path | None,
     epochs: int,
+    base: Path,
 ) -> None:
     """Train one network of an ensemble on the structures in two files.
+
+    ``base``: folder of the settings file, for a back end that is beside it.
 
     Raises:
         TrainingError: the training diverged.
         WorkersLost: another process has begun the same training.
     """
-    from ubmd.potentials.gmnn.trainer import train
+    from ubmd.potentials.interface import Labels, TrainingTable
+    from ubmd.potentials.kinds import backend_of
 
-    weights = folder / "weights.pt"
+    backend = backend_of(model, base)
+    weights = folder / backend.checkpoint
     if is_sealed(weights, key):
         return
     keep_freed_memory()
@@ -175,7 +180,7 @@ def train_member(
 
     try:
         with lost_if_taken_over():
-            train(model, options, *sets, folder, seed, initial=initial, epochs=epochs, progress=watch)
+            backend.train(Labels(*sets), TrainingTable(model, options, epochs), folder, initial, seed, watch)
             attempt.check()
             seal(weights, key)
     finally:

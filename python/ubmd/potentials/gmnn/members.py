@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 from ase import Atoms
 
 from ubmd.potentials.gmnn.history import Row
 from ubmd.potentials.gmnn.trainer import TrainedModel, train
+from ubmd.potentials.members import counting_members, member_folders, member_seed
 from ubmd.settings import ModelSettings, TrainingSettings
 
 
@@ -35,7 +35,7 @@ def train_members(
     starts: Sequence[Path | None] = initial or [None] * count
     results = []
     for m, (where, own_seed, start) in enumerate(zip(folders, seeds, starts, strict=True)):
-        report = _counting(progress, m, count)
+        report = counting_members(progress, m, count)
         results.append(
             train(
                 model_settings,
@@ -51,25 +51,3 @@ def train_members(
             )
         )
     return results
-
-
-def member_folders(folder: Path, count: int) -> list[Path]:
-    """Where each network's weights, log and picture are: the folder itself if there is only one."""
-    return [folder] if count == 1 else [folder / f"member_{m}" for m in range(count)]
-
-
-def member_seed(seed: int, member: int) -> int:
-    """Seed of a member; the first has the seed itself, so that it is the network one would train alone."""
-    return seed if member == 0 else int(np.random.SeedSequence([seed, 3, member]).generate_state(1)[0])
-
-
-def _counting(progress: Callable[[Row], None] | None, member: int, count: int) -> Callable[[Row], None] | None:
-    """A callback that counts the epochs of all members."""
-    if progress is None:
-        return None
-
-    def report(row: Row) -> None:
-        epochs = row["epochs"]
-        progress({**row, "epoch": row["epoch"] + member * epochs, "epochs": count * epochs})
-
-    return report

@@ -16,6 +16,7 @@ from ubmd.potentials.gmnn.network import NeuralTangentNetwork
 from ubmd.settings import ModelSettings
 
 SIZES = {"light": (5, 7), "paper": (7, 9)}  # named size -> (N_r, N_b)
+OF_OTHERS = {"kind", "arguments"}  # settings of other back ends
 SMALLEST_CONSTANT = 1e-3  # eV: keeps c finite when the regression leaves no residual (a single structure)
 
 
@@ -83,7 +84,7 @@ class GaussianMomentNetwork(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What ``from_config`` needs to build the same architecture (weights travel as a state_dict)."""
-        return {"elements": self.elements, "settings": self.settings.model_dump()}
+        return {"elements": self.elements, "settings": self.settings.model_dump(exclude=OF_OTHERS)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GaussianMomentNetwork:

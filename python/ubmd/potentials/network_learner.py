@@ -1,8 +1,8 @@
-"""The network as the dynamic schedule sees it."""
+"""A network of any back end as the dynamic schedule sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,28 +12,39 @@ from ase import Atoms
 from ubmd.data.labels import dataset_hash
 from ubmd.errors import DataError
 from ubmd.files import copy_file
-from ubmd.potentials.interface import Prediction, Signal
+from ubmd.potentials.interface import Backend, Labels, Prediction, Signal, TrainingTable
+from ubmd.potentials.kinds import backend_of, check_backend
 from ubmd.potentials.learner import Judgement, Learner, Progress, _relative, _rms
 from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
 from ubmd.settings.marks import key_values
 
 
 class Network(Learner):
-    """A Gaussian-moment network: warm starts, calibrated atomic uncertainties as errors."""
+    """A network: warm starts, calibrated atomic uncertainties as errors."""
 
     files = ("model.pt", "weights.pt")
 
     @classmethod
     def make(cls, settings: DynamicRunSettings, base: Path, box: Atoms, folder: Path, threads: int) -> Self:
         """See `Learner`."""
-        return cls(settings, threads)
+        assert settings.model is not None
+        return cls(settings, backend_of(settings.model, base), threads)
 
-    def __init__(self, settings: DynamicRunSettings, threads: int) -> None:
+    @classmethod
+    def plan(cls, settings: DynamicRunSettings, base: Path, box: Atoms) -> Iterator[str]:
+        """See `Learner`."""
+        assert settings.model is not None
+        check_backend(settings.model, settings.uncertainty, base)
+        yield from ()
+
+    def __init__(self, settings: DynamicRunSettings, backend: Backend, threads: int) -> None:
         """``threads``: of the training; part of the result."""
         assert settings.model is not None
         assert settings.training is not None
         self.settings = settings
         self.model = settings.model
+        self.backend = backend
+        self.files = ("model.pt", backend.checkpoint)
         self.training = settings.training.model_copy(update={"threads": threads})
         self._evaluator: Any = None
         self._known: list[Atoms] = []
@@ -48,29 +59,25 @@ class Network(Learner):
         self, labels: Sequence[Atoms], folder: Path, previous: Path | None, scale: float, progress: Progress
     ) -> dict[str, Any]:
         """Train (from the previous weights if they are there), fit and calibrate the uncertainty, export."""
-        from ubmd.potentials.gmnn.export import export_model
-        from ubmd.potentials.gmnn.trainer import train
+        from ubmd.potentials.fitting import export_checkpoints
 
         training, validation = split(labels)
-        warm = previous is not None and (previous / "weights.pt").exists()
-        initial = previous / "weights.pt" if previous is not None and warm else None
+        name = self.backend.checkpoint
+        warm = previous is not None and (previous / name).exists()
+        start = previous / name if previous is not None and warm else None
         epochs = self.settings.dynamic.warm_epochs if warm else self.training.epochs
-        trained = train(
-            self.model,
-            self.training,
-            training,
-            validation,
+        trained = self.backend.train(
+            Labels(training, validation),
+            TrainingTable(self.model, self.training, epochs),
             folder / "train",
+            start,
             self.settings.seed,
-            initial=initial,
-            epochs=epochs,
-            progress=lambda row: progress(dict(row)),
+            lambda row: progress(dict(row)),
         )
-        copy_file(folder / "train" / "weights.pt", folder / "weights.pt")
+        copy_file(trained, folder / name)
         provenance = {"training_set_hash": dataset_hash(training)}
-        metadata = export_model(
-            [trained.model], training, validation, self.settings.uncertainty, folder / "model.pt", provenance
-        )
+        uncertainty, path = self.settings.uncertainty, folder / "model.pt"
+        metadata = export_checkpoints(self.backend, [trained], training, validation, uncertainty, path, provenance)
         self.load(folder, {}, labels)
         return {"noise": 0.0, "force_scale": metadata["uncertainty"]["forces"]["scale"], "epochs": epochs}
 

@@ -1,0 +1,51 @@
+"""The Gaussian-moment neural network as a back end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ubmd.potentials.interface import Labels, RawModule, Report, TrainingTable
+from ubmd.settings import UncertaintySettings
+
+
+class GaussianMoments:
+    """See `ubmd.potentials.interface.Backend`. Its parts need torch, and are loaded when they are used."""
+
+    name = "gmnn"
+    checkpoint = "weights.pt"
+    uncertainties = ("posterior", "last-layer", "distance", "ensemble")
+
+    def train(
+        self, labels: Labels, table: TrainingTable, folder: Path, start: Path | None, seed: int, report: Report | None
+    ) -> Path:
+        """See `trainer.train`."""
+        from ubmd.potentials.gmnn.trainer import train
+
+        sets = labels.training, labels.validation
+        train(
+            table.model,
+            table.training,
+            *sets,
+            folder,
+            seed,
+            initial=start,
+            epochs=table.epochs,
+            progress=report,
+            fresh=table.fresh,
+        )
+        return folder / self.checkpoint
+
+    def raw_module(self, checkpoints: Sequence[Path], features: UncertaintySettings) -> RawModule:
+        """See `export.raw_module`; with the compiled operators, if they can be loaded here."""
+        import torch
+
+        from ubmd.operators import available
+        from ubmd.potentials.gmnn.checkpoint import load_weights
+        from ubmd.potentials.gmnn.export import raw_module
+
+        networks = [load_weights(path) for path in checkpoints]
+        dtype = networks[0].radial.dtype
+        for network in networks:
+            network.to_network_dtype(torch.float64)
+        return raw_module(networks, features, available(), dtype)

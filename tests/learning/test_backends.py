@@ -1,0 +1,189 @@
+"""What every back end passes: train, calibrate, export, LAMMPS with a bias, both schedules, in spawned workers.
+
+The stranger is `tests/helpers/linear_backend.py`, named by import path from a settings file beside it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import tomli_w
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from system import cluster, make_settings
+from typer.testing import CliRunner
+
+import ubmd
+from ubmd.cli.main import app
+from ubmd.data.extxyz import write_structures
+from ubmd.data.structures import read_structures
+from ubmd.errors import SettingsError
+from ubmd.learning import RunFolder, check, run
+from ubmd.learning.dynamic.engine import run as run_dynamic
+from ubmd.potentials.record import read_record
+from ubmd.settings import ModelSettings, load_settings
+from ubmd.settings.dynamic import DynamicRunSettings
+
+TESTS = Path(__file__).parents[1]
+HELPER = TESTS / "helpers" / "linear_backend.py"
+STRANGER = {"kind": "linear_backend:Linear", "arguments": {"functions": 5}}
+BACKENDS = {"linear": STRANGER, "gmnn": {"hidden": [16, 16], "n_radial": 2, "cutoff": 4.0}}
+
+sys.path.insert(0, str(TESTS / "golden"))
+from said import by_lammps  # noqa: E402
+
+
+def labelled(seed: int) -> Atoms:
+    """A shaken cell of copper and gold with EMT labels."""
+    atoms = bulk("Cu", cubic=True).repeat((2, 2, 2))
+    atoms.symbols[::5] = "Au"
+    atoms.rattle(0.12, seed=seed)
+    atoms.calc = EMT()
+    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(), "stress": atoms.get_stress()}
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a model file, trained by `ubmd train`."""
+    folder = tmp_path_factory.mktemp(request.param)
+    shutil.copy(HELPER, folder)
+    write_structures(folder / "train.extxyz", [labelled(seed) for seed in range(10)])
+    settings = {
+        "training_file": "train.extxyz",
+        "output_dir": str(folder),
+        "validation_share": 0.3,
+        "model": BACKENDS[request.param],
+        "training": {"epochs": 60, "threads": 1},
+        "uncertainty": {"projections": 16},
+    }
+    (folder / "train.toml").write_text(tomli_w.dumps(settings))
+    done = CliRunner().invoke(app, ["train", str(folder / "train.toml")])
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def test_the_record_names_the_back_end_and_what_was_calibrated(trained: Path) -> None:
+    record = read_record(trained / "model.pt")
+    assert record is not None
+    assert record["model"] == ("linear" if (trained / "linear.pt").exists() else "gmnn")
+    assert record["elements"] == ["Cu", "Au"] if record["model"] == "gmnn" else ["Au", "Cu"]
+    assert record["uncertainty"]["forces"]["scale"] > 0.0
+    assert record["n_training"] == 7
+
+
+def test_forces_stress_and_gradients_of_the_uncertainty_are_derivatives(trained: Path) -> None:
+    calculator = ubmd.Calculator(trained / "model.pt", precision="double")
+    atoms = labelled(20)
+    atoms.calc = calculator
+    forces, bias = atoms.get_forces().copy(), calculator.get_bias_forces(atoms).copy()
+    sizes = []
+    for sign in (1.0, -1.0):
+        moved = atoms.copy()
+        moved.positions[3, 1] += sign * 1e-4
+        moved.calc = calculator
+        sizes.append((moved.get_potential_energy(), calculator.results["uncertainty"]))
+    slopes = (np.array(sizes[0]) - sizes[1]) / 2e-4
+    assert forces[3, 1] == pytest.approx(-slopes[0], rel=1e-5, abs=1e-6)
+    assert bias[3, 1] == pytest.approx(slopes[1], rel=1e-4, abs=1e-9)
+
+
+def test_lammps_says_the_same_with_a_bias(trained: Path, tmp_path: Path) -> None:
+    atoms = labelled(21)
+    calculator = ubmd.Calculator(trained / "model.pt", precision="double")
+    atoms.calc = calculator
+    ase.io.write(tmp_path / "bulk.data", atoms, format="lammps-data", specorder=["Cu", "Au"], masses=True)
+    said = by_lammps(trained / "model.pt", tmp_path / "bulk.data", "Cu Au", "force 0.5", tmp_path)
+    assert said["pe"] == pytest.approx(atoms.get_potential_energy(), rel=1e-12)
+    columns = np.array([said[f"atoms f_b[{k}]"] for k in (2, 3, 4)]).T
+    gradient = calculator.get_bias_forces(atoms)
+    factor = (columns * gradient).sum() / (gradient * gradient).sum()
+    assert factor != 0.0
+    np.testing.assert_allclose(columns, factor * gradient, atol=1e-8 * np.abs(columns).max())
+    total = np.array([said[f"atoms f{axis}"] for axis in "xyz"]).T
+    np.testing.assert_allclose(total - columns, atoms.get_forces(), atol=1e-8)
+
+
+def test_it_goes_through_the_loop_in_spawned_workers(tmp_path: Path) -> None:
+    shutil.copy(HELPER, tmp_path)
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+    settings = make_settings(tmp_path / "run", test=None)
+    settings = settings.model_copy(update={"model": ModelSettings.model_validate(STRANGER)})
+    folder = RunFolder(run(settings, tmp_path))
+    dataset, history = read_structures(folder.dataset), folder.read_history()
+    assert len(dataset) == 8
+    assert history[-1]["ended"]["rule"] == "labels"
+    assert any(replica["bias_share"] > 0.0 for entry in history for replica in entry["replicas"])
+    assert read_record(folder.model)["model"] == "linear"  # type: ignore[index]
+    before = folder.dataset.read_bytes()
+    shutil.rmtree(folder.iteration(1))  # what is missing is made again, the same
+    run(settings, tmp_path)
+    assert folder.dataset.read_bytes() == before
+
+
+def test_a_network_of_any_back_end_learns_along_trajectories(tmp_path: Path) -> None:
+    shutil.copy(HELPER, tmp_path)
+    write_structures(tmp_path / "box.extxyz", [bulk("Cu", cubic=True)])
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "model": STRANGER,
+        "training": {"epochs": 5, "threads": 1},
+        "start": {"file": "box.extxyz", "count": 3, "displacement": 0.05},
+        "reference": {"calculator": "ase.calculators.emt:EMT"},
+        "dynamic": {
+            "temperatures": [600.0],
+            "steps": 40,
+            "timestep": 2.0,
+            "check_every": 4,
+            "segment": 20,
+            "labels": 5,
+            "trigger": {"rule": "absolute", "threshold": 1e-4},
+        },
+        "workers": {"processes": 1},
+    }
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
+    folder = RunFolder(run_dynamic(load_settings(tmp_path / "run.toml", DynamicRunSettings), tmp_path))
+    assert len(read_structures(folder.dataset)) == 5
+    assert read_record(folder.model)["model"] == "linear"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"model": {"kind": "mace"}}, r"model.kind = 'mace' is neither the name of an installed back end \(gmnn\)"),
+        (
+            {"model": {"kind": "nowhere:Linear"}},
+            r"kind = 'nowhere:Linear' cannot be imported: there is no nowhere",
+        ),
+        ({"model": {"kind": "linear_backend:Linaer"}}, r"model.kind: the module linear_backend has no 'Linaer'"),
+        ({"model": {"kind": "linear_backend:Module"}}, r"model.kind = 'linear_backend:Module' could not be made"),
+        ({"model": {"kind": "linear_backend:CUTOFF"}}, r"is no back end: it has no 'name'"),
+        (
+            {"model": STRANGER, "uncertainty": {"kind": "ensemble"}, "selection": {"method": "max_diag"}},
+            r"has no uncertainty.kind = 'ensemble', only post",
+        ),
+    ],
+)
+def test_what_is_no_back_end_is_said_before_anything_runs(tables: dict, words: str, tmp_path: Path) -> None:
+    shutil.copy(HELPER, tmp_path)
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+    settings = make_settings(tmp_path / "run", **{k: v for k, v in tables.items() if k != "model"})
+    settings = settings.model_copy(update={"model": ModelSettings.model_validate(tables["model"])})
+    with pytest.raises(SettingsError, match=words):
+        list(check(settings, tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_of_one_back_end_are_not_those_of_another() -> None:
+    with pytest.raises(ValueError, match=r"model.hidden belongs to model.kind = 'gmnn'"):
+        ModelSettings.model_validate(STRANGER | {"hidden": [8, 8]})
+    with pytest.raises(ValueError, match=r"model.arguments are for other back ends"):
+        ModelSettings.model_validate({"arguments": {"a": 1}})
