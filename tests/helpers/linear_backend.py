@@ -27,7 +27,7 @@ class Module(nn.Module):
         super().__init__()
         self.n_elements = n_elements
         self.register_buffer("centres", torch.tensor(centres, dtype=torch.float64))
-        self.register_buffer("weights", weights)
+        self.weights = nn.Parameter(weights)
 
     def forward(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
         """Energies [n_local] and features [n_local, p]."""

@@ -96,6 +96,16 @@ def test_forces_stress_and_gradients_of_the_uncertainty_are_derivatives(trained:
     assert bias[3, 1] == pytest.approx(slopes[1], rel=1e-4, abs=1e-9)
 
 
+@pytest.mark.parametrize("precision", ["mixed", "single"])
+def test_other_precisions_run_and_say_nearly_the_same(precision: str, trained: Path) -> None:
+    found = []
+    for chosen in ("double", precision):
+        atoms = labelled(22)
+        atoms.calc = ubmd.Calculator(trained / "model.pt", precision=chosen)
+        found.append(np.append(atoms.get_forces(), atoms.calc.results["uncertainty"]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
 def test_lammps_says_the_same_with_a_bias(trained: Path, tmp_path: Path) -> None:
     atoms = labelled(21)
     calculator = ubmd.Calculator(trained / "model.pt", precision="double")

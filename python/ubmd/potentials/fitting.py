@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -168,13 +169,26 @@ def _with_uncertainty(raw: RawModule, settings: UncertaintySettings) -> Deployed
         return raw.module
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript
-        deployed = ForeignModule(torch.jit.load(str(raw.module), map_location="cpu"), raw.n_features)
+        deployed = ForeignModule(_frozen(raw.module), raw.n_features)
     is_distance = settings.kind == "distance"
     deployed.structure_uncertainty, deployed.atom_uncertainty = (
         DistanceUncertainty(raw.n_features) if is_distance else PosteriorUncertainty(raw.n_features, many=atoms)
         for atoms in (False, True)
     )
     return deployed
+
+
+def _frozen(file: Path) -> torch.jit.ScriptModule:
+    """The module of a TorchScript file with its numbers as constants.
+
+    Their precision is its own affair: that of model files changes parameters only, and a module of others may mix them
+    with buffers.
+    """
+    loaded = torch.jit.load(str(file), map_location="cpu").eval()
+    buffer = io.BytesIO()  # a frozen module can be part of another one only when it has been loaded
+    torch.jit.save(torch.jit.freeze(loaded, optimize_numerics=False), buffer)
+    buffer.seek(0)
+    return torch.jit.load(buffer)
 
 
 def _metadata(
