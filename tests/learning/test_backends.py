@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import ase.io
 import numpy as np
 import pytest
 import tomli_w
+import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
@@ -24,11 +26,13 @@ import ubmd
 from ubmd.cli.main import app
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
-from ubmd.errors import SettingsError
+from ubmd.errors import ModelError, SettingsError
 from ubmd.learning import RunFolder, check, run
 from ubmd.learning.dynamic.engine import run as run_dynamic
+from ubmd.potentials.fitting import export_raw
+from ubmd.potentials.interface import RawModule
 from ubmd.potentials.record import read_record
-from ubmd.settings import ModelSettings, load_settings
+from ubmd.settings import ModelSettings, UncertaintySettings, load_settings
 from ubmd.settings.dynamic import DynamicRunSettings
 
 TESTS = Path(__file__).parents[1]
@@ -190,6 +194,50 @@ def test_what_is_no_back_end_is_said_before_anything_runs(tables: dict, words: s
     with pytest.raises(SettingsError, match=words):
         list(check(settings, tmp_path))
     assert not (tmp_path / "run").exists()
+
+
+class Broken(torch.nn.Module):
+    """A module that gives what is asked for wrongly."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def forward(
+        self, species: torch.Tensor, edge_index: torch.Tensor, edge_vector: torch.Tensor, n_local: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sums = torch.zeros(n_local, 3, dtype=torch.float64).index_add(0, edge_index[0], edge_vector.double())
+        energy = sums.square().sum(1)
+        if self.fault == "shape":
+            energy = energy.sum().unsqueeze(0)
+        if self.fault == "dtype":
+            energy = energy.float()
+        if self.fault == "constant":
+            energy = torch.zeros(n_local, dtype=torch.float64)
+        if self.fault == "nan":
+            energy = energy / 0.0 * 0.0
+        return energy, sums
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("shape", r"energies of shape \(1,\), not one for each of 32 atoms"),
+        ("dtype", r"energies in torch.float32, not float64"),
+        ("features", r"features of shape \(32, 3\), not \(32, 4\)"),
+        ("constant", r"that do not depend on edge_vector"),
+        ("nan", r"that are not finite"),
+        ("", r""),
+    ],
+)
+def test_a_module_that_does_not_give_what_it_should(fault: str, words: str, tmp_path: Path) -> None:
+    torch.jit.script(Broken(fault)).save(str(tmp_path / "raw.pt"))
+    raw = RawModule(tmp_path / "raw.pt", ["Cu", "Au"], 4.0, 4 if fault == "features" else 3)
+    structures = [labelled(seed) for seed in range(3)]
+    refused = pytest.raises(ModelError, match=f"The module of the back end 'broken' gives .*{words}")
+    with refused if fault else nullcontext():
+        export_raw(raw, "broken", structures[:2], structures[2:], UncertaintySettings(), tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").exists() != bool(fault)
 
 
 def test_keys_of_one_back_end_are_not_those_of_another() -> None:

@@ -15,7 +15,7 @@ from ase import Atoms
 
 from ubmd import __version__
 from ubmd.data.graph import Batch, Graph, build_graph, chunks, structure_means
-from ubmd.errors import DataError
+from ubmd.errors import DataError, ModelError
 from ubmd.potentials.deployed import Deployed, ForeignModule
 from ubmd.potentials.evaluation import evaluation
 from ubmd.potentials.file import write_model
@@ -149,13 +149,18 @@ def export_raw(
 
     Raises:
         DataError: a calibration structure without energy or forces.
+        ModelError: the module of another program does not give what it should.
     """
     deployed = _with_uncertainty(raw, settings)
-    graphs = (build_graph(atoms, raw.elements, raw.cutoff) for atoms in training)
-    fit_uncertainty(deployed, graphs, settings)
-    energy, forces = calibrate(
-        deployed, [build_graph(atoms, raw.elements, raw.cutoff) for atoms in calibration], settings
-    )
+    # As in `ubmd.calculator.Evaluator`: what torch learns in the first calls, it takes for granted in others (that
+    # features have derivatives, say), and compiles.
+    with torch.jit.optimized_execution(False):
+        if isinstance(deployed, ForeignModule):
+            _check_module(deployed, build_graph(training[0], raw.elements, raw.cutoff), name)
+        graphs = (build_graph(atoms, raw.elements, raw.cutoff) for atoms in training)
+        fit_uncertainty(deployed, graphs, settings)
+        held_out = [build_graph(atoms, raw.elements, raw.cutoff) for atoms in calibration]
+        energy, forces = calibrate(deployed, held_out, settings)
     metadata = _metadata(raw, name, deployed, settings, energy, forces, len(training))
     metadata |= {"operators": list(raw.operators), **(provenance or {})}
     deployed.description = json.dumps(metadata)
@@ -176,6 +181,22 @@ def _with_uncertainty(raw: RawModule, settings: UncertaintySettings) -> Deployed
         for atoms in (False, True)
     )
     return deployed
+
+
+def _check_module(deployed: ForeignModule, graph: Graph, name: str) -> None:
+    """ModelError if energies and features of a structure are not what the interface promises."""
+    edge, n = graph.edge_vector.clone().requires_grad_(True), graph.n_atoms
+    energy, phi = deployed(graph.species, graph.edge_index, edge, n)
+    wrong = {
+        f"energies of shape {tuple(energy.shape)}, not one for each of {n} atoms": energy.shape != (n,),
+        f"energies in {energy.dtype}, not float64": energy.dtype != torch.float64,
+        f"features of shape {tuple(phi.shape)}, not {(n, deployed.n_features)}": phi.shape != (n, deployed.n_features),
+        "energies or features that do not depend on edge_vector": not (energy.requires_grad and phi.requires_grad),
+        "energies or features that are not finite": not np.isfinite([*energy.tolist(), *phi.flatten().tolist()]).all(),
+    }
+    for what, holds in wrong.items():
+        if holds:
+            raise ModelError(f"The module of the back end {name!r} gives {what}.")
 
 
 def _frozen(file: Path) -> torch.jit.ScriptModule:
