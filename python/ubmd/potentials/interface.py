@@ -91,7 +91,8 @@ class RawModule:
     module: Any
     """`ubmd.potentials.deployed.Deployed`, or a TorchScript file: forward(species [n_local + n_ghost], edge_index
     [2, P], edge_vector [P, 3] in Å, n_local) -> (energies [n_local] in eV, float64; features [n_local, p]), both
-    differentiable by edge_vector"""
+    differentiable by edge_vector. What it says of an atom depends on the edges of that atom alone: message passing
+    would be wrong in LAMMPS, where atoms beyond the box have no edges"""
     elements: list[str]
     """the species 0, 1, ... of the module"""
     cutoff: float
