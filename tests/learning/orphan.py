@@ -35,7 +35,7 @@ def train(folder: Path, epochs: int) -> None:
     """One member of an ensemble."""
     sets = folder / "training.extxyz", folder / "validation.extxyz"
     model, options = ModelSettings(hidden=(8, 8), n_radial=2), TrainingSettings(checkpoint_every=10**6, threads=1)
-    train_member(*sets, folder / "member_1", KEY, model, options, 0, None, epochs)
+    train_member(*sets, folder / "member_1", KEY, model, options, 0, None, epochs, folder)
 
 
 def main(kind: str, argument: str) -> None:
