@@ -119,12 +119,11 @@ def _train_foreign(settings: TrainSettings, base: Path, fresh: bool, console: Co
     from ubmd.data.labels import dataset_hash
     from ubmd.potentials.fitting import export_checkpoints
     from ubmd.potentials.interface import TrainingTable
-    from ubmd.potentials.kinds import backend_of, check_backend
+    from ubmd.potentials.kinds import check_backend
     from ubmd.potentials.members import train_networks
 
     uncertainty, path = settings.uncertainty, settings.output_dir / "model.pt"
-    check_backend(settings.model, uncertainty, base)
-    backend = backend_of(settings.model, base)
+    backend = check_backend(settings.model, uncertainty, base)
     table = TrainingTable(settings.model, settings.training, fresh=fresh)
     with training_progress(console) as report:
         found = train_networks(

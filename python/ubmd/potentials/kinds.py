@@ -94,14 +94,15 @@ def backend_of(model: ModelSettings, base: Path) -> Backend:
 _PARTS = ("name", "checkpoint", "uncertainties", "train", "raw_module")
 
 
-def check_backend(model: ModelSettings, uncertainty: UncertaintySettings, base: Path) -> None:
-    """SettingsError if a back end cannot be made, or has no features for the kind of uncertainty that is wanted."""
+def check_backend(model: ModelSettings, uncertainty: UncertaintySettings, base: Path) -> Backend:
+    """`backend_of`; SettingsError also if it has no features for the kind of uncertainty that is wanted."""
     backend = backend_of(model, base)
     if uncertainty.kind not in backend.uncertainties:
         raise SettingsError(
             f"model.kind = {model.kind!r} has no uncertainty.kind = '{uncertainty.kind}', only "
             f"{', '.join(backend.uncertainties)}."
         )
+    return backend
 
 
 def _load(path: str) -> Any:

@@ -5,7 +5,6 @@ They hold tensors, numbers and text only, so that they are read with ``weights_o
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import warnings
 from pathlib import Path
@@ -81,8 +80,3 @@ def restore_model(content: dict[str, Any]) -> GaussianMomentNetwork:
     model.to_network_dtype(getattr(torch, content["dtype"]))
     model.load_state_dict(content["model"])
     return model
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -21,6 +21,7 @@ from ase import Atoms
 from ubmd.data.graph import Batch, build_graph, chunks
 from ubmd.data.labels import check_labelled, dataset_hash
 from ubmd.errors import DataError, ModelError, TrainingError
+from ubmd.files import file_hash
 from ubmd.potentials.gmnn import checkpoint
 from ubmd.potentials.gmnn.gradient import chunk_limits, loss_and_gradients, prediction_errors
 from ubmd.potentials.gmnn.history import Log, Row, draw
@@ -357,7 +358,7 @@ def _identity(
         "seed": seed,
         "the training set": dataset_hash(training),
         "the validation set": dataset_hash(validation),
-        "the initial weights": checkpoint.file_hash(initial) if initial is not None else "none",
+        "the initial weights": file_hash(initial) if initial is not None else "none",
     }
     return {key: str(value) for key, value in _flat(values).items()}
 
