@@ -1,5 +1,5 @@
-// A model file: loading, checking, evaluating. No torch type appears here, so that only the files named *model.cpp
-// compile against torch.
+// A model: what pair style ubmd asks of it, whatever its file's format is (loaders.h). No torch type appears here, so
+// that only the files named *model.cpp compile against torch.
 #pragma once
 
 #include <cstddef>
@@ -118,16 +118,6 @@ class Model {
   Metadata metadata_;
   bool is_ensemble_ = false;
 };
-
-// The record that a file has beside its code (JSON, see potentials/record.py), read without running the file; none in
-// files of earlier versions. Throws Error.
-std::optional<std::string> stored_record(const std::string &file);
-
-// Load, which runs the file's code, and check; `record` is its stored_record, `device` is cpu, cuda or cuda:n,
-// `block_size` the largest block of the fast path. Throws Error (one sentence).
-std::unique_ptr<Model> load_model(const std::string &file, const std::optional<std::string> &record,
-                                  Precision precision, const std::string &device, int threads, double energy_unit,
-                                  std::size_t block_size);
 
 // Version of the torch library that is loaded, e.g. 2.13.0; empty if it doesn't say.
 std::string loaded_torch_version();

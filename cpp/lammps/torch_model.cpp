@@ -9,9 +9,9 @@
 
 #include <algorithm>
 #include <cctype>
-#include <fstream>
 
 #include "device.h"
+#include "loaders.h"
 
 namespace ubmd {
 namespace {
@@ -24,17 +24,6 @@ constexpr std::size_t largest_record = std::size_t{64} << 20;  // bytes
 
 Error damaged(const std::string &file) {
   return Error("model file " + file + " is not a TorchScript file or is damaged: copy or export it again");
-}
-
-// What LAMMPS leaves of letters that are not ASCII is no text any more.
-[[noreturn]] void cannot_read(std::string file) {
-  bool ascii = true;
-  for (char &letter : file)
-    if (static_cast<unsigned char>(letter) > 127) ascii = false, letter = '?';
-  if (ascii) throw Error("cannot read model file " + file + ": check the path in pair_coeff");
-  throw Error("cannot read model file " + file +
-              ": LAMMPS changes letters of an input line that are not ASCII; start it with '-var model FILE' and write "
-              "${model} in pair_coeff, or rename the file");
 }
 
 std::string lower(std::string text) {
@@ -142,8 +131,18 @@ torch::Tensor wrap(const std::vector<std::int64_t> &values, at::IntArrayRef shap
   return torch::from_blob(const_cast<std::int64_t *>(values.data()), shape, torch::kInt64);
 }
 
+namespace {
+
+// By its directory: LAMMPS and Python have other files that are zip archives, too.
+bool is_torchscript(const std::string &file) {
+  try {
+    return caffe2::serialize::PyTorchStreamReader(file).hasRecord("constants.pkl");
+  } catch (const std::exception &) {
+    return false;
+  }
+}
+
 std::optional<std::string> stored_record(const std::string &file) {
-  if (!std::ifstream(file).good()) cannot_read(file);
   try {
     return read_record(file);
   } catch (const Error &) {
@@ -153,28 +152,32 @@ std::optional<std::string> stored_record(const std::string &file) {
   }
 }
 
-std::unique_ptr<Model> load_model(const std::string &file, const std::optional<std::string> &record,
-                                  Precision precision, const std::string &device, int threads, double energy_unit,
-                                  std::size_t block_size) {
-  at::set_num_threads(threads);
+std::unique_ptr<Model> load_torchscript(const std::string &file, const std::optional<std::string> &record,
+                                        const RunOptions &options) {
+  at::set_num_threads(options.threads);
   return guarded("loading", file, false, [&] {
     Loaded loaded;
     loaded.file = file;
-    loaded.unit = energy_unit;
-    loaded.device = torch::Device(device_of_rank(device, local_rank(), static_cast<int>(torch::cuda::device_count())));
-    loaded.dtype = precision == Precision::single_ ? torch::kFloat32 : torch::kFloat64;
+    loaded.unit = options.energy_unit;
+    const auto device = device_of_rank(options.device, local_rank(), static_cast<int>(torch::cuda::device_count()));
+    loaded.device = torch::Device(device);
+    loaded.dtype = options.precision == Precision::single_ ? torch::kFloat32 : torch::kFloat64;
     loaded.module = load(file, loaded.device);
     loaded.module.eval();
-    set_precision(loaded.module, precision);
+    set_precision(loaded.module, options.precision);
     loaded.metadata = read_metadata(loaded.module, record, file);
     if (loaded.metadata.lattice) loaded.dtype = torch::kFloat64;
     if (loaded.metadata.lattice && !loaded.device.is_cpu())
       throw Error("model file " + file + " is that of a crystal, which runs on the processor: remove 'device " +
-                  device + "'");
+                  options.device + "'");
     const bool has_blocks = loaded.module.find_method("evaluate").has_value();
-    return has_blocks ? make_block_model(std::move(loaded), block_size) : make_generic_model(std::move(loaded));
+    return has_blocks ? make_block_model(std::move(loaded), options.block_size) : make_generic_model(std::move(loaded));
   });
 }
+
+}  // namespace
+
+const Loader torchscript_loader{is_torchscript, stored_record, load_torchscript};
 
 TorchModel::TorchModel(Loaded loaded)
     : loaded_(std::move(loaded)),

@@ -160,6 +160,33 @@ Tensor deviation_plain(const Tensor &phi, const Tensor &factor, bool triangular,
   return std::get<0>(crystal_deviation(phi, factor, triangular, tiny));
 }
 
+// Plain torch for what the kernels are not made for: derivatives, and tensors that are not on the processor.
+Tensor product_plain(const Tensor &left, const Tensor &right, const std::optional<Tensor> &add) {
+  return add ? at::addmm(*add, left, right) : at::mm(left, right);
+}
+std::vector<Tensor> activation_plain(const Tensor &z, std::int64_t order) {
+  constexpr double scale = 1.6765324703310907;
+  const Tensor sigmoid = at::sigmoid(z), x = z * sigmoid, rest = 1.0 - sigmoid;
+  std::vector<Tensor> results = {scale * x, scale * (sigmoid + x * rest)};
+  if (order > 1) results.push_back((scale * sigmoid * rest) * (2.0 + z * (1.0 - 2.0 * sigmoid)));
+  return results;
+}
+
+bool differentiated(const Tensor &tensor) {
+  return tensor.requires_grad() && at::GradMode::is_enabled();
+}
+Tensor product_autograd(const Tensor &left, const Tensor &right, const std::optional<Tensor> &add) {
+  if (differentiated(left) || differentiated(right) || (add && differentiated(*add)))
+    return product_plain(left, right, add);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return product(left, right, add);
+}
+std::vector<Tensor> activation_autograd(const Tensor &z, std::int64_t order) {
+  if (differentiated(z)) return activation_plain(z, order);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return activation(z, order);
+}
+
 #define UBMD_PAIRS                                                                                                   \
   const Tensor &species, const Tensor &first, const Tensor &neighbours, const Tensor &vectors, const Tensor &radial, \
       double cutoff, double r_min
@@ -249,6 +276,16 @@ TORCH_LIBRARY_IMPL(ubmd, CPU, library) {
   library.impl("crystal_expand", call_crystal_expand);
   library.impl("crystal_reduce", call_crystal_reduce);
   library.impl("crystal_deviation", deviation_plain);
+}
+
+TORCH_LIBRARY_IMPL(ubmd, CompositeImplicitAutograd, library) {
+  library.impl("product", product_plain);
+  library.impl("activation", activation_plain);
+}
+
+TORCH_LIBRARY_IMPL(ubmd, AutogradCPU, library) {
+  library.impl("product", product_autograd);
+  library.impl("activation", activation_autograd);
 }
 
 TORCH_LIBRARY_IMPL(ubmd, Autograd, library) {

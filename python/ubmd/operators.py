@@ -44,6 +44,17 @@ def available() -> bool:
     return True
 
 
+def use_operators(module: nn.Module, wanted: bool) -> None:
+    """Let a module and its parts call the compiled operators, or plain torch for everything.
+
+    What can do either has an attribute ``operators``; new modules have it False. TorchScript takes it as a constant, so
+    that a file of a module without operators needs no library.
+    """
+    for part in module.modules():
+        if hasattr(part, "operators"):
+            setattr(part, "operators", wanted)  # noqa: B010 (a constant of TorchScript, so Final)
+
+
 ACTIVATION_SCALE = 1.6765324703310907  # unit second moment of SiLU under N(0, 1)
 
 
@@ -55,19 +66,19 @@ class Products(nn.Module):
 
     operators: Final[bool]
 
-    def __init__(self, operators: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.operators = operators
+        self.operators = False
 
     def product(self, left: Tensor, right: Tensor, add: Tensor | None = None) -> Tensor:
         """left @ right [n, m], plus ``add`` ([m] or [n, m]) if given."""
-        if self.operators and left.is_cpu:
+        if self.operators:
             return torch.ops.ubmd.product(left, right, add)
         return torch.mm(left, right) if add is None else torch.addmm(add, left, right)
 
     def activation(self, z: Tensor, order: int) -> list[Tensor]:
         """`activation`, in one pass where there are operators."""
-        if self.operators and z.is_cpu:
+        if self.operators:
             return torch.ops.ubmd.activation(z, order)
         return activation(z, order)
 

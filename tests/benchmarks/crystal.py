@@ -68,7 +68,7 @@ def measure(name: str) -> str:
     posterior = Posterior(orders, rng.normal(size=p), factor, {}, {}, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.pt"
-        torch.jit.script(CrystalModel(basis, posterior, max_displacement=1.0, operators=True)).save(str(file))
+        torch.jit.script(CrystalModel(basis, posterior, max_displacement=1.0)).save(str(file))
         size, begin = file.stat().st_size / 1e6, time.process_time()
         model = torch.jit.load(str(file))
         loading = time.process_time() - begin

@@ -84,8 +84,8 @@ class Crystal:
             force_scale=FORCE_SCALE,
             max_displacement=max_displacement,
             energy=ENERGY,
-            operators=operators and available(),
         )
+        model.use_operators(operators and available())
         path = folder / "crystal.pt"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -19,9 +19,10 @@ from scipy.spatial.transform import Rotation
 import ubmd
 from ubmd.calculator import Calculator, Evaluator
 from ubmd.errors import DataError, ModelError
+from ubmd.operators import available
 from ubmd.potentials.file import load_model
 from ubmd.potentials.force_constants.basis import ClusterBasis
-from ubmd.potentials.force_constants.export import GUARD, crystal_operators, export_crystal
+from ubmd.potentials.force_constants.export import GUARD, export_crystal
 from ubmd.potentials.force_constants.lattice import Supercell
 from ubmd.potentials.force_constants.regression import Posterior
 from ubmd.uncertainty.conformal import ConformalScale
@@ -87,7 +88,7 @@ def stable_posterior(basis: ClusterBasis) -> Posterior:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "operators"])
 def case(request, tmp_path_factory) -> Case:
-    if request.param and not crystal_operators():
+    if request.param and not available():
         pytest.skip("the compiled operators are not installed")
     crystal = bulk("BAs", "zincblende", 4.777)
     basis = ClusterBasis.build(crystal, {2: 3.6, 3: 3.5, 4: 2.2})

@@ -105,9 +105,9 @@ def case(request) -> Case:
         energy_scale=1.3,
         force_scale=0.7,
         max_displacement=0.9,
-        operators=operators,
         energy=-4.0 * len(basis.lattice.numbers),
     )
+    model.use_operators(operators)
     scripted = torch.jit.script(model)
     return Case(basis, posterior, box, scripted, json.loads(scripted.metadata())["lattice"])
 

@@ -51,7 +51,9 @@ def models(name: str) -> tuple[CrystalModel, CrystalModel]:
     rng = np.random.default_rng(7)
     p = basis.n_parameters
     posterior = Posterior(basis.parameter_orders, rng.normal(size=p), rng.normal(size=(p, p)), {}, {}, 0.0)
-    fast, slow = (CrystalModel(basis, posterior, max_displacement=1.0, operators=on) for on in (True, False))
+    fast, slow = (CrystalModel(basis, posterior, max_displacement=1.0) for _ in range(2))
+    fast.use_operators(True)
+    slow.use_operators(False)
     return fast, slow
 
 
@@ -227,7 +229,7 @@ def test_large_models_against_numpy(crystal, cutoffs):
     p, scale = basis.n_parameters, 3.0 ** (basis.parameter_orders - 2.0)
     factor = np.triu(rng.normal(size=(p, p))) * scale[:, None]
     posterior = Posterior(basis.parameter_orders, rng.normal(size=p) * scale, factor, {}, {}, 0.0)
-    model = CrystalModel(basis, posterior, max_displacement=1.0, operators=True)
+    model = CrystalModel(basis, posterior, max_displacement=1.0)
     box = basis.supercell(crystal().repeat(2))
     n, sites = len(box), json.loads(model.metadata())["lattice"]["sites"]
     edges = [np.add(sites[s], [*offset, 0]) for s, offset in zip(box.sublattice, box.offset, strict=True)]

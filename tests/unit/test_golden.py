@@ -11,6 +11,7 @@ from ase import Atoms
 
 from ubmd.calculator import Calculator
 from ubmd.data.graph import build_graph, collate
+from ubmd.operators import use_operators
 from ubmd.potentials.file import write_model
 from ubmd.potentials.fitting import fit_posterior
 from ubmd.potentials.gmnn.deployed import DeployedModel
@@ -41,7 +42,8 @@ def golden_model(operators: bool) -> GaussianMomentNetwork:
         r_min=GOLDEN["r_min"],
         hidden=tuple(GOLDEN["hidden"]),
     )
-    model = GaussianMomentNetwork(GOLDEN["elements"], settings, operators=operators).to_network_dtype(torch.float64)
+    model = GaussianMomentNetwork(GOLDEN["elements"], settings).to_network_dtype(torch.float64)
+    use_operators(model, operators)
     h1, h2 = GOLDEN["hidden"]
     d0, z = model.network.weight1.size(1), len(GOLDEN["elements"])
     shapes = [(h1, d0), (h1,), (h2, h1), (h2,), (1, h2), (1,)]
@@ -70,7 +72,8 @@ def model_file(tmp_path: Path, operators: bool) -> Path:
         "cutoff": GOLDEN["r_c"],
         "uncertainty": {"energy": {"feature_scale": 1.0}},
     }
-    deployed = DeployedModel(model, sketch, json.dumps(metadata), operators=operators)
+    deployed = DeployedModel(model, sketch, json.dumps(metadata))
+    use_operators(deployed, operators)
     graphs = [build_graph(atoms_from(record), GOLDEN["elements"], GOLDEN["r_c"]) for record in GOLDEN["train"]]
     fit_posterior(deployed, graphs, GOLDEN["lambda2"])
     path = tmp_path / "model.pt"

@@ -13,6 +13,7 @@ from small_model import ELEMENTS, SETTINGS, central, labelled, triclinic
 from ubmd.calculator import Calculator
 from ubmd.data.graph import build_graph, collate
 from ubmd.errors import DataError, ModelError
+from ubmd.operators import use_operators
 from ubmd.potentials.file import load_model
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.gaussian_moments import GaussianMoments, count_invariants
@@ -71,7 +72,8 @@ def slow_invariants(descriptor: GaussianMoments, atoms: Atoms, cutoff: float) ->
 
 @pytest.mark.parametrize("atoms", [molecule("CH3CONH2"), triclinic()], ids=["molecule", "small triclinic cell"])
 def test_invariants_match_slow_einsum(atoms: Atoms, operators: bool) -> None:
-    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=1, operators=operators).to_network_dtype(torch.float64)
+    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=1).to_network_dtype(torch.float64)
+    use_operators(model, operators)
     graph = build_graph(atoms, ELEMENTS, model.cutoff)
     fast = model.descriptor(graph.species, graph.edge_index, graph.edge_vector, len(atoms)).detach().numpy()
     slow = slow_invariants(model.descriptor, atoms, model.cutoff)
@@ -198,7 +200,8 @@ def test_zero_neighbour_atoms_have_the_isolated_energy(model_file) -> None:
 
 
 def test_batch_composition_does_not_change_results(operators: bool) -> None:
-    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=2, operators=operators).to_network_dtype(torch.float64)
+    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=2).to_network_dtype(torch.float64)
+    use_operators(model, operators)
     graphs = [build_graph(a, ELEMENTS, model.cutoff) for a in (molecule("H2O"), triclinic(), molecule("CH3CONH2"))]
     energies, forces, virial = model.energy_forces_virial(collate(graphs))
     for k, graph in enumerate(graphs):
@@ -211,7 +214,8 @@ def test_batch_composition_does_not_change_results(operators: bool) -> None:
 
 def test_training_loss_gradient_is_a_derivative(operators: bool) -> None:
     """The double backward through forces: d(sum F^2)/d(parameter) against central differences."""
-    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=2, operators=operators).to_network_dtype(torch.float64)
+    model = GaussianMomentNetwork(ELEMENTS, SETTINGS, seed=2).to_network_dtype(torch.float64)
+    use_operators(model, operators)
     batch = collate([build_graph(molecule("CH3CONH2"), ELEMENTS, model.cutoff)])
 
     def loss() -> torch.Tensor:

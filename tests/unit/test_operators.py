@@ -565,3 +565,26 @@ def test_float32_products_equal_those_of_torch(rows: int, depth: int, columns: i
 def test_products_of_matrices_that_do_not_fit() -> None:
     with pytest.raises(RuntimeError, match="product needs matrices"):
         ops.product(torch.zeros(3, 4), torch.zeros(3, 4))
+
+
+def test_products_and_activations_are_differentiable() -> None:
+    """By plain torch, which takes over as soon as a derivative is wanted; twice, as the training does."""
+    generator = torch.Generator().manual_seed(5)
+    left, right, add = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((9, 8), (8, 10), (9, 10))
+    )
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(ops.product, (left, right, add))
+        assert check(lambda z: tuple(ops.activation(z, 2)), (left,))
+    with torch.no_grad():
+        fast = ops.product(left, right, add)
+    assert not fast.requires_grad
+    torch.testing.assert_close(fast, ops.product(left, right, add), rtol=1e-13, atol=1e-13)
+
+
+def test_products_and_activations_on_other_devices() -> None:
+    """A device without kernels of ours, here the one that only knows shapes, gets plain torch."""
+    left, right = torch.empty(9, 8, device="meta"), torch.empty(8, 10, device="meta")
+    assert ops.product(left, right).shape == (9, 10)
+    assert [part.device.type for part in ops.activation(left, 2)] == ["meta"] * 3

@@ -20,9 +20,9 @@ class PosteriorUncertainty(Uncertainty):
 
     factor: Tensor
 
-    def __init__(self, projections: int, many: bool = False, operators: bool = False) -> None:
+    def __init__(self, projections: int, many: bool = False) -> None:
         super().__init__()
-        self.products = Products(operators)
+        self.products = Products()
         factor = torch.zeros(projections, projections, dtype=torch.float64)
         if many:
             self.factor = nn.Parameter(factor, requires_grad=False)
@@ -41,9 +41,7 @@ class PosteriorUncertainty(Uncertainty):
         """Calibrated u [n] (float64) of raw features [n, p] of any precision."""
         phi = phi.to(self.factor.dtype)
         factor = self.factor.t()
-        # the operators have no derivatives
-        projected = torch.mm(phi, factor) if phi.requires_grad else self.products.product(phi, factor)
-        return self.calibration * deviation(projected, self.tiny)
+        return self.calibration * deviation(self.products.product(phi, factor), self.tiny)
 
 
 def deviation(projected: Tensor, tiny: float) -> Tensor:

@@ -63,8 +63,6 @@ def export_crystal(
         )
     if operators:
         load_operators()
-        if not crystal_operators():
-            raise ModelError("The compiled operators lack those of crystals: reinstall ubmd, or export without them.")
     guard = GUARD * basis.lattice.shortest_distance if max_displacement is None else max_displacement
     model = CrystalModel(
         basis,
@@ -72,19 +70,14 @@ def export_crystal(
         energy_scale=_scale(energy_scale),
         force_scale=_scale(force_scale),
         max_displacement=guard,
-        operators=crystal_operators() if operators is None else operators,
         energy=energy,
     )
+    model.use_operators(available() if operators is None else operators)
     record = json.loads(model.metadata())
     record |= _metadata(basis, posterior, energy_scale, force_scale) | (provenance or {})
     model.description = json.dumps(record)
     write_model(model, path, {BASIS: basis.to_bytes()})
     return record
-
-
-def crystal_operators() -> bool:
-    """Whether the compiled operators of crystals can be used here."""
-    return available() and hasattr(torch.ops.ubmd, "crystal_energies")
 
 
 def _scale(scale: float | ConformalScale) -> float:

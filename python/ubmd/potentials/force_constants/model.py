@@ -8,6 +8,7 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
+from ubmd.operators import available, use_operators
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.lattice import Lattice
 from ubmd.potentials.force_constants.program import Program, block_table, derivatives, recursion
@@ -34,7 +35,6 @@ class CrystalModel(nn.Module):
         posterior: fitted parameters and their covariance.
         energy_scale, force_scale: calibration of the two uncertainties.
         max_displacement: where the polynomials are trusted, Å.
-        operators: compute by torch.ops.ubmd.*, else by torch alone (slow).
         energy: of the ideal lattice per primitive cell, eV.
     """
 
@@ -69,11 +69,10 @@ class CrystalModel(nn.Module):
         energy_scale: float = 1.0,
         force_scale: float = 1.0,
         max_displacement: float,
-        operators: bool = False,
         energy: float = 0.0,
     ) -> None:
         super().__init__()
-        self.operators = operators
+        self.operators = available()
         self.chunk, self.tiny = CHUNK, TINY
         self.energy_scale, self.force_scale = float(energy_scale), float(force_scale)
         self.site_energy = float(energy) / len(basis.lattice.numbers)
@@ -87,7 +86,12 @@ class CrystalModel(nn.Module):
         self.triangular = not np.tril(posterior.factor, -1).any()
         self.register_buffer("factor", _numbers(posterior.factor))
         self.register_buffer("coefficients", self.expand(_numbers(posterior.mean)))
-        self.description = json.dumps(_metadata(basis, program, max_displacement, operators, energy))
+        self.description = json.dumps(_metadata(basis, program, max_displacement, energy))
+
+    def use_operators(self, wanted: bool) -> None:
+        """Compute by torch.ops.ubmd.* (as it does if they can be loaded), or by torch alone (slow)."""
+        use_operators(self, wanted)
+        self.description = json.dumps(json.loads(self.description) | {"operators": ["ubmd"] if wanted else []})
 
     def _take(self, program: Program) -> None:
         """Tables as attributes that TorchScript knows."""
@@ -166,8 +170,9 @@ class CrystalModel(nn.Module):
         """(sums, phi without rows, no factors); the sums are the derivatives of sum(E) by all coefficients [C]."""
         with torch.no_grad():
             factors: list[Tensor] = []
-            sums = [self.moments(tape[0], tape[1], tape[2])]
-            return sums, tape[2].new_zeros([0, self.n_features]), factors
+            species, first, displacement = tape
+            sums = [self.moments(species, first, displacement)]
+            return sums, displacement.new_zeros([0, self.n_features]), factors
 
     @torch.jit.export
     def feature_sum(self, sums: list[Tensor]) -> Tensor:
@@ -189,7 +194,8 @@ class CrystalModel(nn.Module):
         if len(directions) == 0:
             raise RuntimeError("A crystal has no features of single atoms: bias the structure's uncertainty instead.")
         with torch.no_grad():
-            return self.contract(tape[0], tape[1], tape[2], directions[0])[1]
+            species, first, displacement = tape
+            return self.contract(species, first, displacement, directions[0])[1]
 
     @torch.jit.export
     def uncertainty(self, phi_mean: Tensor) -> Tensor:
@@ -206,7 +212,7 @@ class CrystalModel(nn.Module):
     def site_uncertainties(self, tape: list[Tensor]) -> Tensor:
         """Largest standard deviation u_i [n] of each centre's force components, eV/Å, calibrated."""
         with torch.no_grad():
-            species, first, displacement = tape[0], tape[1], tape[2]
+            species, first, displacement = tape
             if self.operators:
                 return self.force_scale * torch.ops.ubmd.crystal_deviations(
                     species, first, displacement, self.factor, self.triangular, self.tables()
@@ -232,13 +238,14 @@ class CrystalModel(nn.Module):
         sum u ⊗ dE/du, which isn't in the result.
         """
         with torch.no_grad():
-            gradient = self.contract(tape[0], tape[1], tape[2], self.levers(3))[1]
+            species, first, displacement = tape
+            gradient = self.contract(species, first, displacement, self.levers(3))[1]
             result = gradient.new_zeros([3, 3])
             for s in range(len(self.n_sites)):
-                centres = torch.nonzero(tape[0] == s).squeeze(1)
-                result += self.places[s].t() @ gradient[self.edges(centres, tape[1], s)].sum(0)
+                centres = torch.nonzero(species == s).squeeze(1)
+                result += self.places[s].t() @ gradient[self.edges(centres, first, s)].sum(0)
             for a in range(3):
-                result[a] -= self.contract(tape[0], tape[1], tape[2], self.levers(a))[1].sum(0)
+                result[a] -= self.contract(species, first, displacement, self.levers(a))[1].sum(0)
             return result
 
     def levers(self, axis: int) -> Tensor:
@@ -497,9 +504,7 @@ def _places(lattice: Lattice, program: Program) -> tuple[list[np.ndarray], np.nd
     return places, centroids
 
 
-def _metadata(
-    basis: ClusterBasis, program: Program, max_displacement: float, operators: bool, energy: float
-) -> dict[str, Any]:
+def _metadata(basis: ClusterBasis, program: Program, max_displacement: float, energy: float) -> dict[str, Any]:
     """The part of the file's record that follows from the model itself; an export adds where it comes from."""
     numbers = basis.lattice.numbers
     elements = [chemical_symbols[z] for z in dict.fromkeys(numbers.tolist())]
@@ -510,7 +515,7 @@ def _metadata(
         "cutoff": max(basis.cutoffs.values()),
         "units": "eV, Å",
         "uncertainty": {"kind": "posterior", "projections": basis.n_parameters},
-        "operators": ["ubmd"] if operators else [],
+        "operators": ["ubmd"] if available() else [],
         "lattice": {
             "cell": basis.lattice.cell.tolist(),
             "scaled": basis.lattice.scaled.tolist(),

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ubmd.operators import use_operators
 from ubmd.potentials.deployed import Deployed, edge_gradient
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.potentials.gmnn.network import Layers
@@ -18,25 +19,23 @@ from ubmd.potentials.gmnn.sketch import GradientSketch, LastLayerSketch
 from ubmd.uncertainty import DistanceUncertainty, EnsembleUncertainty, ForceSpreadUncertainty, PosteriorUncertainty
 
 
-def with_operators(module: nn.Module, operators: bool) -> Any:
-    """The same module (parameters shared) with or without the operator library."""
-    twin: Any = copy.copy(module)
-    twin.operators = operators
-    return twin
-
-
 class Potential(nn.Module):
     """One trained network and its energy scales."""
 
     operators: Final[bool]
+    n_layers: Final[int]
+    """tensors of a tape that are the network's layers; the descriptor's state comes after them"""
     energy_scale: Tensor
     energy_shift: Tensor
 
-    def __init__(self, model: GaussianMomentNetwork, operators: bool = False) -> None:
+    def __init__(self, model: GaussianMomentNetwork) -> None:
         super().__init__()
-        self.operators = operators
-        self.descriptor = with_operators(model.descriptor, operators)
-        self.network = model.network.folded(operators)
+        # a twin that shares its parameters with the model, but not whether it uses the operators
+        self.descriptor = copy.copy(model.descriptor)
+        self.network = model.network.folded()
+        self.operators = False
+        self.n_layers = len(Layers._fields)
+        use_operators(self, False)
         self.register_buffer("energy_scale", (model.constant * model.scale).detach().clone())
         self.register_buffer("energy_shift", (model.constant * model.shift).detach().clone())
 
@@ -72,14 +71,14 @@ class Potential(nn.Module):
         delta3 = self.scales(species).to(x0.dtype).unsqueeze(1)
         if keep:
             y, layers = self.network.evaluate(x0, delta3)
-            gradient = self.descriptor.pull(state, self.network.product(layers.delta1, self.network.weight1))
+            gradient = self.descriptor.vjp(state, self.network.product(layers.delta1, self.network.weight1))
             return self.energies(y, species), gradient, self.tape(layers) + state
         y, slope = self.network.energies(x0, delta3)
         empty: list[Tensor] = []
-        return self.energies(y, species), self.descriptor.pull(state, slope), empty
+        return self.energies(y, species), self.descriptor.vjp(state, slope), empty
 
     def tape(self, kept: Layers) -> list[Tensor]:
-        """A network's layers as a list."""
+        """A network's layers as a list: the tapes of model files are lists of tensors."""
         return [
             kept.x0,
             kept.x1,
@@ -94,12 +93,13 @@ class Potential(nn.Module):
         ]
 
     def layers(self, tape: list[Tensor]) -> Layers:
-        """And back."""
-        return Layers(tape[0], tape[1], tape[2], tape[3], tape[4], tape[5], tape[6], tape[7], tape[8], tape[9])
+        """And back, from the beginning of a tape."""
+        x0, x1, x2, s1, s2, delta1, delta2, delta3, curvature1, curvature2 = tape[: self.n_layers]
+        return Layers(x0, x1, x2, s1, s2, delta1, delta2, delta3, curvature1, curvature2)
 
-    def pull(self, tape: list[Tensor], cotangent: Tensor) -> Tensor:
+    def vjp(self, tape: list[Tensor], cotangent: Tensor) -> Tensor:
         """d(sum cotangent·G)/d edge_vector [P, 3] (float64) at the evaluation of a tape."""
-        return self.descriptor.pull(tape[10:], cotangent)
+        return self.descriptor.vjp(tape[self.n_layers :], cotangent)
 
     def second_derivative(
         self, species: Tensor, first: Tensor, neighbours: Tensor, edge_vector: Tensor, direction: Tensor
@@ -125,9 +125,9 @@ class Potential(nn.Module):
         """The same in closed form: a tangent pass along the direction, and one reverse pass."""
         x0, state = self.descriptor.evaluate(species, first, neighbours, edge_vector)
         layers = self.network.evaluate(x0, self.scales(species).to(x0.dtype).unsqueeze(1))[1]
-        xdot0, change = self.descriptor.push(state, direction)
+        xdot0, change = self.descriptor.jvp(state, direction)
         cotangent = self.network.input_tangent(layers, xdot0)
-        return self.descriptor.pull_second(
+        return self.descriptor.second_vjp(
             state, direction, change, cotangent, self.network.product(layers.delta1, self.network.weight1)
         )
 
@@ -141,15 +141,14 @@ class DeployedModel(Deployed):
         sketch: GradientSketch | LastLayerSketch,
         metadata: str = "{}",
         kind: str = "posterior",
-        operators: bool = False,
     ) -> None:
         super().__init__(sketch.projections, metadata)
-        self.potential = Potential(model, operators)
-        self.sketch: Any = with_operators(sketch, operators)
+        self.potential = Potential(model)
+        self.sketch: Any = sketch
         self.structure_uncertainty, self.atom_uncertainty = (
             DistanceUncertainty(sketch.projections)
             if kind == "distance"
-            else PosteriorUncertainty(sketch.projections, many=atoms, operators=operators)
+            else PosteriorUncertainty(sketch.projections, many=atoms)
             for atoms in (False, True)
         )
 
@@ -214,7 +213,7 @@ class DeployedModel(Deployed):
         with torch.no_grad():
             layers = self.potential.layers(tape)
             zdot1, base2, top, base1, base0 = self.sketch.tangents(layers, factors, directions, w)
-            return self.potential.pull(tape, self.potential.network.tangent(layers, zdot1, base2, top, base1, base0))
+            return self.potential.vjp(tape, self.potential.network.tangent(layers, zdot1, base2, top, base1, base0))
 
 
 class LastLayerModel(DeployedModel):
@@ -235,7 +234,7 @@ class LastLayerModel(DeployedModel):
             # A gradient like that of the energy, with another derivative with respect to x2.
             zbar2 = layers.s2 * self.sketch.last_gradient(layers.delta3, directions, w)
             zbar1 = network.product(zbar2, network.weight2).mul_(layers.s1)
-            return self.potential.pull(tape, network.product(zbar1, network.weight1))
+            return self.potential.vjp(tape, network.product(zbar1, network.weight1))
 
 
 class DeployedEnsemble(Deployed):
@@ -248,9 +247,9 @@ class DeployedEnsemble(Deployed):
 
     mean_shift: Tensor
 
-    def __init__(self, models: Sequence[GaussianMomentNetwork], metadata: str = "{}", operators: bool = False) -> None:
+    def __init__(self, models: Sequence[GaussianMomentNetwork], metadata: str = "{}") -> None:
         super().__init__(len(models), metadata)
-        potentials = [Potential(model, operators) for model in models]
+        potentials = [Potential(model) for model in models]
         self.members: Any = nn.ModuleList(potentials)
         self.structure_uncertainty = EnsembleUncertainty()
         self.atom_uncertainty = ForceSpreadUncertainty()

@@ -10,7 +10,7 @@ import torch
 from ase import Atoms
 
 from ubmd.errors import ModelError
-from ubmd.operators import available
+from ubmd.operators import available, use_operators
 from ubmd.operators import load as load_operators
 from ubmd.potentials.deployed import Deployed
 from ubmd.potentials.fitting import export_raw
@@ -66,7 +66,8 @@ def raw_module(
         ModelError: the number of networks doesn't fit the settings, or their elements or cutoffs differ.
     """
     _check_models(models, settings)
-    deployed, first = make_deployed(models, settings, operators), models[0]
+    deployed, first = make_deployed(models, settings), models[0]
+    use_operators(deployed, operators)
     record = {"network": first.settings.model_dump(exclude=OF_OTHERS)}
     library = ["ubmd"] if operators else []
     precision = str(dtype).removeprefix("torch.")
@@ -85,15 +86,13 @@ def _check_models(models: Sequence[GaussianMomentNetwork], settings: Uncertainty
             raise ModelError("The networks of an ensemble need the same elements and cutoff; train them together.")
 
 
-def make_deployed(
-    models: Sequence[GaussianMomentNetwork], settings: UncertaintySettings, operators: bool = False
-) -> Deployed:
-    """The module of the file, its uncertainty not yet fitted."""
+def make_deployed(models: Sequence[GaussianMomentNetwork], settings: UncertaintySettings) -> Deployed:
+    """The module of the file, its uncertainty not yet fitted; it uses no operators."""
     if settings.kind == "ensemble":
-        return DeployedEnsemble(models, operators=operators)
+        return DeployedEnsemble(models)
     model = models[0]
     if settings.kind == "last-layer":
         width = model.network.weight3.size(1)
-        return LastLayerModel(model, LastLayerSketch(width, settings.projections, settings.seed), operators=operators)
+        return LastLayerModel(model, LastLayerSketch(width, settings.projections, settings.seed))
     sketch = make_sketch(model.network, settings.projections, settings.seed)
-    return DeployedModel(model, sketch, kind=settings.kind, operators=operators)
+    return DeployedModel(model, sketch, kind=settings.kind)

@@ -36,7 +36,7 @@ class GaussianMoments(nn.Module):
     library does the work wherever it can (on the CPU), and plain torch elsewhere.
 
     Besides ``forward`` there is a form without autograd at the caller's side, for pairs sorted by centre: ``evaluate``
-    and ``pull`` (and, only with operators, ``push`` and ``pull_second`` for second derivatives). Its arguments are
+    and ``vjp`` (and, only with operators, ``jvp`` and ``second_vjp`` for second derivatives). Its arguments are
     species int64 [n] of the centres, first int64 [n + 1] (the pairs of centre i are first[i] .. first[i + 1] - 1),
     neighbours int64 [P] (element index of each pair's neighbour) and vectors [P, 3] = x_j - x_i, Å, of any precision.
     """
@@ -53,11 +53,9 @@ class GaussianMoments(nn.Module):
     pair_second: Tensor
     triple: Tensor
 
-    def __init__(
-        self, n_elements: int, cutoff: float, n_radial: int, n_basis: int, r_min: float, operators: bool = False
-    ) -> None:
+    def __init__(self, n_elements: int, cutoff: float, n_radial: int, n_basis: int, r_min: float) -> None:
         super().__init__()
-        self.operators = operators
+        self.operators = False
         self.n_elements = n_elements
         self.cutoff = float(cutoff)
         self.n_radial = n_radial
@@ -109,7 +107,7 @@ class GaussianMoments(nn.Module):
     def evaluate(
         self, species: Tensor, first: Tensor, neighbours: Tensor, vectors: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """Invariants [n, F], detached, and the state for ``pull``."""
+        """Invariants [n, F], detached, and the state for ``vjp``."""
         if self.operators and vectors.is_cpu:
             moments = torch.ops.ubmd.moments(species, first, neighbours, vectors, self.radial, self.cutoff, self.r_min)
             invariants = torch.ops.ubmd.invariants(moments, self.n_radial)
@@ -128,7 +126,7 @@ class GaussianMoments(nn.Module):
         centre = torch.repeat_interleave(atoms, first[1:] - first[:-1])
         return self.invariants(self.moments(species, centre, neighbours, vectors))
 
-    def pull(self, state: list[Tensor], cotangent: Tensor) -> Tensor:
+    def vjp(self, state: list[Tensor], cotangent: Tensor) -> Tensor:
         """d(sum cotangent·G)/d vectors [P, 3] (float64) for a cotangent [n, F]; may be called several times."""
         if self.operators and len(state) > 2:
             species, first, neighbours, vectors, moments = state
@@ -144,7 +142,7 @@ class GaussianMoments(nn.Module):
         assert gradient is not None
         return gradient.to(torch.float64)
 
-    def push(self, state: list[Tensor], direction: Tensor) -> tuple[Tensor, Tensor]:
+    def jvp(self, state: list[Tensor], direction: Tensor) -> tuple[Tensor, Tensor]:
         """Directional derivatives of invariants [n, F] and moments along a direction [P, 3] of the vectors."""
         species, first, neighbours, vectors, moments = state
         change = torch.ops.ubmd.moments_jvp(
@@ -152,12 +150,12 @@ class GaussianMoments(nn.Module):
         )
         return torch.ops.ubmd.invariants_jvp(moments, self.n_radial, change), change
 
-    def pull_second(
+    def second_vjp(
         self, state: list[Tensor], direction: Tensor, change: Tensor, cotangent: Tensor, change_cotangent: Tensor
     ) -> Tensor:
         """d/d vectors [P, 3] (float64) of sum cotangent·G + sum change_cotangent·(dG along the direction).
 
-        ``change``: of the moments, from ``push``.
+        ``change``: of the moments, from ``jvp``.
         """
         species, first, neighbours, vectors, moments = state
         moments_bar = torch.ops.ubmd.invariants_second(moments, self.n_radial, change, cotangent, change_cotangent)

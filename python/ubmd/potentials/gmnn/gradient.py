@@ -102,7 +102,7 @@ class _ClosedForms:
             descriptor.cutoff,
             descriptor.r_min,
         )
-        self.network = model.network.folded(model.network.operators)
+        self.network = model.network.folded()
         self.moments = operators.moments(*self.pairs)
         delta3 = (model.constant * model.scale).index_select(0, batch.species).to(model.radial.dtype).unsqueeze(1)
         x0 = operators.invariants(self.moments, self.n_radial)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ubmd.data.graph import Batch, Graph, scatter_forces, strain_gradient
-from ubmd.operators import available
+from ubmd.operators import available, use_operators
 from ubmd.potentials.gmnn.gaussian_moments import GaussianMoments, count_invariants
 from ubmd.potentials.gmnn.network import NeuralTangentNetwork
 from ubmd.settings import ModelSettings
@@ -24,16 +24,13 @@ class GaussianMomentNetwork(nn.Module):
     """E = sum_i c (sigma_{Z_i} NN(G_i) + mu_{Z_i}), energies in eV.
 
     The network runs in float32 or float64 (``to_network_dtype``); sigma, mu, c and energy sums are always float64.
-    ``operators``: whether it uses the operator library (None: if that can be loaded) or plain torch for everything.
+    It uses the operator library if that can be loaded (`use_operators` changes this).
     """
 
     constant: Tensor
 
-    def __init__(
-        self, elements: Sequence[str], settings: ModelSettings, seed: int = 0, operators: bool | None = None
-    ) -> None:
+    def __init__(self, elements: Sequence[str], settings: ModelSettings, seed: int = 0) -> None:
         super().__init__()
-        operators = available() if operators is None else operators
         n_radial, n_basis = SIZES[settings.size]
         self.elements = list(elements)
         self.settings = settings
@@ -43,9 +40,9 @@ class GaussianMomentNetwork(nn.Module):
             settings.n_radial or n_radial,
             settings.n_basis or n_basis,
             settings.r_min,
-            operators,
         )
-        self.network = NeuralTangentNetwork(count_invariants(self.descriptor.n_radial), settings.hidden, operators)
+        self.network = NeuralTangentNetwork(count_invariants(self.descriptor.n_radial), settings.hidden)
+        use_operators(self, available())
         self.scale = nn.Parameter(torch.ones(len(self.elements), dtype=torch.float64))
         self.shift = nn.Parameter(torch.zeros(len(self.elements), dtype=torch.float64))
         self.register_buffer("constant", torch.ones((), dtype=torch.float64))

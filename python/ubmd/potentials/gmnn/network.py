@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ubmd.operators import Products, activation
+from ubmd.operators import Products, activation, use_operators
 
 BIAS_SCALE = 0.1
 
@@ -43,8 +43,8 @@ class NeuralTangentNetwork(Products):
     methods of the `folded` network.
     """
 
-    def __init__(self, n_inputs: int, hidden: tuple[int, int], operators: bool = False) -> None:
-        super().__init__(operators)
+    def __init__(self, n_inputs: int, hidden: tuple[int, int]) -> None:
+        super().__init__()
         self.bias_scale = BIAS_SCALE
         self.input_scale = 1.0 / math.sqrt(n_inputs)
         self.scale1 = 1.0 / math.sqrt(hidden[0])
@@ -56,9 +56,10 @@ class NeuralTangentNetwork(Products):
         self.weight3 = nn.Parameter(torch.empty(1, hidden[1]))
         self.bias3 = nn.Parameter(torch.empty(1))
 
-    def folded(self, operators: bool) -> "NeuralTangentNetwork":
+    def folded(self) -> "NeuralTangentNetwork":
         """The same function with the factors a_l and 0.1 inside its weights (copies), so that products need none."""
-        twin = NeuralTangentNetwork(self.weight1.size(1), (self.weight1.size(0), self.weight2.size(0)), operators)
+        twin = NeuralTangentNetwork(self.weight1.size(1), (self.weight1.size(0), self.weight2.size(0)))
+        use_operators(twin, self.operators)
         twin.weight1 = fixed(self.input_scale * self.weight1)
         twin.weight2 = fixed(self.scale1 * self.weight2)
         twin.weight3 = fixed(self.scale2 * self.weight3)

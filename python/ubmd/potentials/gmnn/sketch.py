@@ -110,7 +110,8 @@ class GradientSketch(Products):
         self, layers: Layers, factors: list[Tensor], directions: list[Tensor], w: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """zdot1, base2, top, base1, base0 of `NeuralTangentNetwork.tangent` for D = sum_i w·phi_i; w [p] or [n, p]."""
-        if len(directions) == 5:
+        by_structure = len(factors) == 0
+        if by_structure:
             weight1, bias1, weight2, bias2, last = directions
             return (
                 self.product(layers.x0, weight1.t(), bias1),
@@ -120,11 +121,11 @@ class GradientSketch(Products):
                 self.product(layers.delta1, weight1),
             )
         inner1, outer1, inner2, outer2 = factors
-        if len(directions) == 2:
-            w, last = directions
-        else:
+        if len(directions) == 0:  # w is different from atom to atom
             w = w.to(self.inner3.dtype)
             last = self.product(w, self.inner3)
+        else:
+            w, last = directions
         return (
             self.product(inner1 * w, self.outer1),
             self.product(inner2 * w, self.outer2),
