@@ -1,10 +1,11 @@
-"""Importing what the settings name as 'module:attribute', also from beside the settings file."""
+"""Importing what is named as 'module:attribute': by settings, also from beside their file, or by a registry."""
 
 from __future__ import annotations
 
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,23 @@ _PIP_NAMES = {"openmm": "'ubmd[openmm]'", "tblite": "'ubmd[tblite]'"}
 
 
 CALCULATOR = "reference.calculator"
+
+
+def load(path: str) -> Any:
+    """What 'module:name' names, of ours."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A function or class of ours that is imported when it is called."""
+
+    path: str
+    """'module:name'"""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return load(self.path)(*arguments, **options)
 
 
 def import_attribute(

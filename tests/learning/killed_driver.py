@@ -11,10 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from ubmd.learning import run
-from ubmd.learning.dynamic.engine import run as run_dynamic
-from ubmd.settings import RunSettings, load_settings
-from ubmd.settings.dynamic import DynamicRunSettings, is_dynamic
+from ubmd.runs.schedules import schedule_of_file
+from ubmd.settings import load_settings
 
 
 def main(settings: Path, notes: Path, wanted: dict, passes: int) -> None:
@@ -29,10 +27,8 @@ def main(settings: Path, notes: Path, wanted: dict, passes: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1
 
-    if is_dynamic(settings):
-        run_dynamic(load_settings(settings, DynamicRunSettings), settings.parent, listen)
-    else:
-        run(load_settings(settings, RunSettings), settings.parent, listen)
+    schedule = schedule_of_file(settings)
+    schedule.run(load_settings(settings, schedule.settings), settings.parent, listen)
 
 
 if __name__ == "__main__":

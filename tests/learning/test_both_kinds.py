@@ -15,8 +15,10 @@ from rich.console import Console
 from ubmd.cli import dynamic_progress, loop_progress
 from ubmd.cli.run_status import make_table, page
 from ubmd.files import file_hash
+from ubmd.learning.dynamic.check import input_files as dynamic_files
 from ubmd.learning.dynamic.timeline import DynamicTimeline
 from ubmd.learning.loop.timeline import Timeline
+from ubmd.learning.loop.verify import input_files as loop_files
 from ubmd.runs.folder import Event, RunFolder
 from ubmd.runs.inputs import input_hashes
 from ubmd.runs.timeline import RunTimeline
@@ -87,6 +89,10 @@ def test_a_page_of_status(tmp_path: Path) -> None:
     assert [line.split() for line in lines[3:] if line and "─" not in line] == [["all", "some"], ["1", "-"], ["2", "5"]]
 
 
+def _hashes(files: Any, settings: Any, base: Path) -> dict[str, str]:
+    return input_hashes(files(settings, base), settings.reference.arguments, base)
+
+
 def test_hashes_of_the_inputs(tmp_path: Path) -> None:
     for name in ("start.extxyz", "colvars.dat", "deep.txt", "silicon.extxyz"):
         (tmp_path / name).write_text(name)
@@ -98,14 +104,14 @@ def test_hashes_of_the_inputs(tmp_path: Path) -> None:
             "reference": loop.reference.model_copy(update={"arguments": {"a": {"b": ["no file", "deep.txt"]}}}),
         }
     )
-    assert input_hashes(loop, tmp_path) == {
+    assert _hashes(loop_files, loop, tmp_path) == {
         "start.file": known["start.extxyz"],
         "md.colvars": known["colvars.dat"],
         "reference.arguments.a.b.1": known["deep.txt"],
     }
     dynamic = silicon.make_settings(tmp_path / "run")
-    assert input_hashes(dynamic, tmp_path) == dict.fromkeys(
+    assert _hashes(dynamic_files, dynamic, tmp_path) == dict.fromkeys(
         ("start.file", "crystal.structure"), known["silicon.extxyz"]
     )
     apart = silicon.make_settings(tmp_path / "run", start={"file": "start.extxyz"})
-    assert input_hashes(apart, tmp_path)["start.file"] == known["start.extxyz"]
+    assert _hashes(dynamic_files, apart, tmp_path)["start.file"] == known["start.extxyz"]

@@ -31,9 +31,10 @@ from ubmd.lammps.triggers import make_trigger
 from ubmd.learning import RunFolder
 from ubmd.learning.dynamic.timeline import DynamicTimeline
 from ubmd.potentials.force_constants.learner import ForceConstants
+from ubmd.runs.schedules import DYNAMIC, LOOP, schedule_of_file
 from ubmd.settings import load_settings
 from ubmd.settings import make_settings as from_table
-from ubmd.settings.dynamic import DynamicRunSettings, DynamicSettings, TriggerSettings, is_dynamic
+from ubmd.settings.dynamic import DynamicRunSettings, DynamicSettings, TriggerSettings
 
 
 def ubmd(*arguments: object, cwd: Path) -> tuple[int, str, str]:
@@ -272,8 +273,8 @@ def test_template_and_resolved_settings_can_be_read(tmp_path: Path) -> None:
     assert values.crystal is not None
     assert values.crystal.cutoffs == {2: 5.0, 3: 4.0, 4: 4.0}
     assert values.dynamic == DynamicSettings()
-    assert is_dynamic(tmp_path / "dynamic.toml")
-    assert not is_dynamic(tmp_path / "nothing.toml")
+    assert schedule_of_file(tmp_path / "dynamic.toml") is DYNAMIC
+    assert schedule_of_file(tmp_path / "nothing.toml") is LOOP
     code, out, err = ubmd("init", "--dynamic", tmp_path / "new.toml", cwd=tmp_path)
     assert code == 0, err
     assert tomllib.loads((tmp_path / "new.toml").read_text()) == tomllib.loads(dynamic_template("new.toml"))

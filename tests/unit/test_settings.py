@@ -11,8 +11,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from ubmd.errors import SettingsError
+from ubmd.runs.schedules import DYNAMIC, LOOP, schedule_of_file
 from ubmd.settings import RunSettings, Table, TrainSettings, load_settings
-from ubmd.settings.dynamic import DynamicRunSettings, is_dynamic
+from ubmd.settings.dynamic import DynamicRunSettings
 
 EXAMPLES = Path(__file__).parents[2] / "lammps_examples"
 
@@ -161,9 +162,9 @@ def test_files_that_are_no_settings(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_the_settings(run_file):
     run_file.write_bytes(b"\xef\xbb\xbf" + run_file.read_bytes())
     assert load_settings(run_file, RunSettings).seed == 3
-    assert not is_dynamic(run_file)
+    assert schedule_of_file(run_file) is LOOP
     run_file.write_bytes(b"\xef\xbb\xbf[dynamic]\n")
-    assert is_dynamic(run_file)
+    assert schedule_of_file(run_file) is DYNAMIC
 
 
 def test_settings_survive_json(run_file):

@@ -35,8 +35,10 @@ SIGNALS = {
 }
 
 
-def make_dynamic_report(run: Path) -> list[Path]:
+def make_dynamic_report(run: Path, run_models: bool = False) -> list[Path]:
     """Write report/*.png, report.md and report.html of a dynamic run from what is there; returns the files.
+
+    ``run_models`` is there as in `ubmd.analysis.report.make_report`: this report runs no model file.
 
     Raises:
         DataError: the folder holds no dynamic run.

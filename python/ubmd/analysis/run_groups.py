@@ -23,7 +23,8 @@ from ubmd.errors import DataError
 from ubmd.measure.errors import CalibrationData, calibration_data, error_summary
 from ubmd.measure.isomers import isomers
 from ubmd.runs.folder import RunFolder
-from ubmd.runs.manifest import is_dynamic_run, read_settings
+from ubmd.runs.manifest import read_settings
+from ubmd.runs.schedules import LOOP, schedule_of_run
 from ubmd.settings import RunSettings
 
 Curve = tuple[NDArray[Any], NDArray[Any]]
@@ -55,17 +56,18 @@ class Run:
         lacks: why something was left out; empty if nothing was.
 
     Raises:
-        DataError: the folder holds no run, a dynamic one, or none of its iterations has finished.
+        DataError: the folder holds no run, one of another schedule, or none of its iterations has finished.
     """
 
     def __init__(self, path: Path, run_models: bool = False) -> None:
         self.folder = RunFolder(path)
         self.run_models = run_models
         self.lacks = ""
-        if is_dynamic_run(self.folder):
+        schedule = schedule_of_run(self.folder)
+        if schedule is not LOOP:
             raise DataError(
-                f"{path} holds a dynamic run, which can't be compared with others: see 'ubmd report {path}' for its "
-                "errors against labels, or compare runs of active-learning loops only."
+                f"{path} holds a {schedule.name} run, which can't be compared with others: see 'ubmd report {path}' "
+                "for its errors against labels, or compare runs of active-learning loops only."
             )
         self.settings: RunSettings = read_settings(self.folder)
         self.history: list[dict[str, Any]] = self.folder.read_history()

@@ -36,11 +36,11 @@ def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
     """(manifest, tables) of a run."""
     from ubmd.analysis.provenance import changed_settings, provenance_rows
     from ubmd.runs.folder import RunFolder
-    from ubmd.runs.manifest import is_dynamic_run, read_settings, read_settings_of
-    from ubmd.settings.dynamic import DynamicRunSettings
+    from ubmd.runs.manifest import read_settings_of
+    from ubmd.runs.schedules import schedule_of_run
 
     run = RunFolder(folder)
-    settings = read_settings_of(run, DynamicRunSettings) if is_dynamic_run(run) else read_settings(run)
+    settings = read_settings_of(run, schedule_of_run(run).settings)
     tables = [
         info_table(shown(str(folder)), ("what", "value")),
         info_table("changed settings", ("key", "value", "default")),

@@ -10,8 +10,9 @@ import typer
 
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs, write_text
-from ubmd.settings import RunSettings, load_settings
-from ubmd.settings.dynamic import DynamicRunSettings, is_dynamic
+from ubmd.runs.folder import RunFolder
+from ubmd.runs.schedules import DYNAMIC, LOOP, schedule_of_file, schedule_of_run
+from ubmd.settings import load_settings
 
 SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML).", show_default=False)]
 RunDir = Annotated[Path, typer.Argument(help="Folder of the run (run_dir of its settings).", show_default=False)]
@@ -41,9 +42,9 @@ def init(
     dynamic: Annotated[bool, typer.Option("--dynamic", help="For dynamic training of a crystal's potential.")] = False,
 ) -> None:
     """Write a settings file in which every key is explained."""
-    from ubmd.cli.template import dynamic_template, run_template, short_template
-
-    if short and dynamic:
+    schedule = DYNAMIC if dynamic else LOOP
+    template = schedule.short_template if short else schedule.template
+    if template is None:
         raise SettingsError("--short is for active-learning loops; leave it out with --dynamic.")
 
     if path.exists():
@@ -51,10 +52,8 @@ def init(
     if not path.parent.is_dir():
         raise SettingsError(f"There is no folder {path.parent}; make it, or name another file.")
     check_outputs(path.parent, [], "FILE")
-    template = dynamic_template if dynamic else short_template if short else run_template
     write_text(path, template(path.name))
-    what = "crystal" if dynamic else "start.file"
-    print(f"Wrote {path}. Set run_dir, {what} and the reference, then: ubmd check {path}")
+    print(f"Wrote {path}. Set run_dir, {schedule.to_fill_in} and the reference, then: ubmd check {path}")
 
 
 def check(settings: SettingsFile, override: Override = None) -> None:
@@ -66,15 +65,11 @@ def check(settings: SettingsFile, override: Override = None) -> None:
     tells roughly how long the whole run would take and how much it would write. It works in a hidden folder beside
     run_dir, which is kept until the next check if a stage fails.
     """
-    if is_dynamic(settings):
-        _check_dynamic(settings, override or [])
-        return
-    values = load_settings(settings, RunSettings, override or [])
-    from ubmd.learning.loop.check import check as check_settings
-
-    for line in check_settings(values, settings.parent):
+    schedule = schedule_of_file(settings)
+    values = load_settings(settings, schedule.settings, override or [])
+    for line in schedule.check(values, settings.parent):
         print(line, flush=True)
-    print(f"All stages work. Start with: ubmd run {settings}")
+    print(f"{schedule.check_shows} Start with: ubmd run {settings}".lstrip())
 
 
 def run(
@@ -100,25 +95,21 @@ def run(
     With a \\[dynamic] table in the settings: dynamic training. MD with the current potential asks for a label when its
     predicted error is too large, learns it, and goes on.
     """
-    if is_dynamic(settings):
-        if from_iteration is not None:
-            raise SettingsError("--from works for active-learning loops; a dynamic run goes on, or starts anew.")
-        _run_dynamic(settings, override or [])
-        return
-    values = load_settings(settings, RunSettings, override or [])
+    schedule, options = schedule_of_file(settings), {}
+    if from_iteration is not None:
+        if not schedule.takes_back:
+            raise SettingsError(
+                f"--from works for active-learning loops; a {schedule.name} run goes on, or starts anew."
+            )
+        options["from_iteration"] = from_iteration
+    values = load_settings(settings, schedule.settings, override or [])
     # After the settings: a mistake there shows at once, these take seconds.
     from rich.console import Console
 
-    from ubmd.cli.loop_progress import make_progress
-    from ubmd.learning.loop.loop import run as run_loop
-    from ubmd.learning.loop.timeline import Timeline
-    from ubmd.learning.loop.verify import verify
-    from ubmd.runs.folder import RunFolder
-
-    verify(values, settings.parent, _remark)
-    timeline = Timeline(values, RunFolder(values.run_dir).read_events())
-    with make_progress(Console(), timeline) as progress:
-        folder = run_loop(values, settings.parent, progress, from_iteration=from_iteration)
+    schedule.verify(values, settings.parent, _remark)
+    timeline = schedule.timeline(values, RunFolder(values.run_dir).read_events())
+    with schedule.progress(Console(), timeline) as progress:
+        folder = schedule.run(values, settings.parent, progress, **options)
     print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")
 
 
@@ -127,49 +118,11 @@ def _remark(sentence: str) -> None:
     print(f"Remark: {sentence}", file=sys.stderr)
 
 
-def _check_dynamic(settings: Path, override: list[str]) -> None:
-    """Say what a dynamic run would do."""
-    values = load_settings(settings, DynamicRunSettings, override)
-    from ubmd.learning.dynamic.check import check as check_dynamic
-
-    for line in check_dynamic(values, settings.parent):
-        print(line, flush=True)
-    print(f"Start with: ubmd run {settings}")
-
-
-def _run_dynamic(settings: Path, override: list[str]) -> None:
-    """Start or resume a dynamic run."""
-    values = load_settings(settings, DynamicRunSettings, override)
-    from rich.console import Console
-
-    from ubmd.cli.dynamic_progress import make_progress
-    from ubmd.learning.dynamic.engine import run as run_engine
-    from ubmd.learning.dynamic.timeline import DynamicTimeline
-    from ubmd.learning.held_out import given_test_set
-    from ubmd.runs.folder import RunFolder
-
-    given_test_set(values.test, settings.parent, _remark)
-
-    timeline = DynamicTimeline(values, RunFolder(values.run_dir).read_events())
-    with make_progress(Console(), timeline) as progress:
-        folder = run_engine(values, settings.parent, progress)
-    print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")
-
-
 def status(run_dir: RunDir) -> None:
     """Show where a run stands."""
     from ubmd.cli.console import make_console
-    from ubmd.runs.folder import RunFolder
-    from ubmd.runs.manifest import is_dynamic_run
 
-    if is_dynamic_run(RunFolder(run_dir)):
-        from ubmd.cli.dynamic_status import status as describe_dynamic_run
-
-        make_console().print(describe_dynamic_run(run_dir))
-        return
-    from ubmd.cli.loop_status import status as describe_run
-
-    make_console().print(describe_run(run_dir))
+    make_console().print(schedule_of_run(RunFolder(run_dir)).status(run_dir))
 
 
 def report(run_dir: RunDir, run_models: RunModels = False) -> None:
@@ -178,19 +131,10 @@ def report(run_dir: RunDir, run_models: RunModels = False) -> None:
     Learning curves, model against reference, uncertainty against error, what was explored, how replicas ended, rejected
     labels, time per stage, settings and versions. The same as report.md, with the pictures as PNG files, for papers.
     """
-    from ubmd.runs.folder import RunFolder
-    from ubmd.runs.manifest import is_dynamic_run
-
-    if RunFolder(run_dir).manifest.exists():  # else there is no run to report
-        check_outputs(RunFolder(run_dir).report, [], "report")
-    if is_dynamic_run(RunFolder(run_dir)):
-        from ubmd.analysis.dynamic_report import make_dynamic_report
-
-        print(f"Report: {make_dynamic_report(run_dir)[-1]}")
-        return
-    from ubmd.analysis.report import make_report
-
-    print(f"Report: {make_report(run_dir, run_models)[-1]}")
+    folder = RunFolder(run_dir)
+    if folder.manifest.exists():  # else there is no run to report
+        check_outputs(folder.report, [], "report")
+    print(f"Report: {schedule_of_run(folder).report(run_dir, run_models)[-1]}")
 
 
 def compare(

@@ -23,7 +23,7 @@ from ubmd.cli.training_progress import training_progress
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.potentials.kinds import BACKENDS, kind_of_settings
-from ubmd.settings import USUAL_INFO, RunSettings, TrainSettings, UncertaintySettings, load_settings, make_settings
+from ubmd.settings import USUAL_INFO, TrainSettings, UncertaintySettings, load_settings, make_settings
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -294,11 +294,10 @@ def schema(
     """Print the JSON schema of a settings file, or of what a run writes: every key, its unit, default and range."""
     from ubmd.runs.event_records import EVENTS
     from ubmd.runs.records import IterationEntry, RoundEntry
-    from ubmd.settings.dynamic import DynamicRunSettings
+    from ubmd.runs.schedules import SCHEDULES
 
     kinds: dict[str, type[BaseModel] | TypeAdapter[Any]] = {
-        "run": RunSettings,
-        "dynamic": DynamicRunSettings,
+        **{schedule.schema: schedule.settings for schedule in SCHEDULES},
         "train": TrainSettings,
         "history": TypeAdapter(list[IterationEntry] | list[RoundEntry]),
         "events": EVENTS,

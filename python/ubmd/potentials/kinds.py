@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from ubmd.errors import SettingsError, describe
-from ubmd.imports import import_attribute
+from ubmd.imports import import_attribute, load
 from ubmd.potentials.interface import Backend
 from ubmd.settings import ModelSettings, TrainSettings, UncertaintySettings
 from ubmd.settings.dynamic import DynamicRunSettings
@@ -29,11 +28,11 @@ class Kind:
 
     def make_evaluator(self, module: Any, record: dict[str, Any], precision: str) -> Any:
         """What evaluates a model file of this kind."""
-        return _load(self.evaluator)(module, record, precision)
+        return load(self.evaluator)(module, record, precision)
 
     def learner_class(self) -> Any:
         """The class of the dynamic schedule's view of this kind."""
-        return _load(self.learner)
+        return load(self.learner)
 
 
 NETWORK = Kind("network", "ubmd.potentials.evaluator:NetworkEvaluator", "ubmd.potentials.network_learner:Network")
@@ -103,8 +102,3 @@ def check_backend(model: ModelSettings, uncertainty: UncertaintySettings, base: 
             f"{', '.join(backend.uncertainties)}."
         )
     return backend
-
-
-def _load(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)

@@ -23,6 +23,7 @@ from ubmd.files import (
     write_text,
 )
 from ubmd.runs.folder import FORMAT, RunFolder
+from ubmd.runs.schedules import schedule_of_tables
 from ubmd.settings import RunSettings, Table
 from ubmd.settings.marks import is_set, mark_at, marks
 
@@ -159,11 +160,6 @@ def read_settings_of(folder: RunFolder, kind: type[S]) -> S:
         ) from None
 
 
-def is_dynamic_run(folder: RunFolder) -> bool:
-    """Whether the folder holds a run of `ubmd.learning.dynamic`; DataError if it cannot be told."""
-    return folder.manifest.exists() and "dynamic" in folder.read_manifest()["settings"]
-
-
 def _new_manifest(settings: Any, inputs: dict[str, str], reference: dict[str, Any]) -> dict[str, Any]:
     training = settings.training  # None: there is no network
     return {
@@ -196,7 +192,7 @@ def _check_same(
 ) -> dict[str, list[Any]]:
     """The harmless changes; SettingsError if a key that matters or an input file changed, or if labels shrank."""
     latest = manifest["phases"][-1]["settings"] if manifest["phases"] else manifest["settings"]
-    if ("dynamic" in latest) != ("dynamic" in type(settings).model_fields):
+    if schedule_of_tables(latest) is not schedule_of_tables(type(settings).model_fields):
         raise SettingsError(f"The run in {folder.path} is of another kind ([dynamic] or not): set another run_dir.")
     changed = _changes(latest, settings)
     for key in _with_older_defaults(changed, settings, manifest):

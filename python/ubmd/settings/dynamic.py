@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -232,17 +231,6 @@ class DynamicRunSettings(Table):
         if self.dynamic.labels < self.start.count:
             raise ValueError(f"dynamic.labels = {self.dynamic.labels} is less than start.count = {self.start.count}")
         return self
-
-
-def is_dynamic(path: Path) -> bool:
-    """Whether a settings file is one of a dynamic run: it has a [dynamic] table.
-
-    Files that cannot be read are none: whoever loads them says what is wrong.
-    """
-    try:
-        return "dynamic" in tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        return False
 
 
 def box_file(settings: DynamicRunSettings, base: Path) -> Path:

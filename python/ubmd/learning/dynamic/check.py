@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ase import Atoms
@@ -46,6 +46,15 @@ def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
     return box.repeat(settings.start.repeat)
 
 
+def input_files(settings: DynamicRunSettings, base: Path) -> dict[str, Path]:
+    """Key -> file, of the settings whose files must not change while a run goes on.
+
+    Raises:
+        SettingsError: a file is not there.
+    """
+    return {"start.file": box_file(settings, base)} | kind_of_settings(settings).learner_class().inputs(settings, base)
+
+
 def check_box(settings: DynamicRunSettings, base: Path) -> Atoms:
     """The box, if LAMMPS can move it.
 
@@ -58,6 +67,17 @@ def check_box(settings: DynamicRunSettings, base: Path) -> Atoms:
     check_periodicity(box, name)
     check_movable(box, name, settings.reference.min_distance)
     return box
+
+
+def verify(settings: DynamicRunSettings, base: Path, remark: Callable[[str], None]) -> None:
+    """Is a given test set good? ``remark`` is called with sentences on labels that may be a mistake.
+
+    The box is checked where the run begins (`check_box`).
+
+    Raises:
+        DataError: the test set is no good.
+    """
+    given_test_set(settings.test, base, remark)
 
 
 def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:

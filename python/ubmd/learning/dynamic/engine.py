@@ -29,7 +29,7 @@ from ubmd.files import check_space, content_hash, copy_file, read_json, write_js
 from ubmd.lammps.engine import PieceResult, PieceTask
 from ubmd.lammps.trajectory import PIECES, TrajectoryState, read_piece, write_state
 from ubmd.lammps.triggers import load_trigger, make_trigger
-from ubmd.learning.dynamic.check import check_box, ideal_box
+from ubmd.learning.dynamic.check import check_box, ideal_box, input_files
 from ubmd.learning.labels import reference_key
 from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
@@ -111,7 +111,8 @@ class Engine(Walk):
     ) -> None:
         self.box = ideal_box(settings, base)
         record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
-        plan, changes = open_run(folder, settings, input_hashes(settings, base), reference=record)
+        inputs = input_hashes(input_files(settings, base), settings.reference.arguments, base)
+        plan, changes = open_run(folder, settings, inputs, reference=record)
         self.settings = plan.at(0)
         self.dynamic = self.settings.dynamic
         super().__init__(base, folder, workers, listener, plan.threads, changes)

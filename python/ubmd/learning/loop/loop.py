@@ -31,7 +31,7 @@ from ubmd.learning.dataset import fresh_sides, split_batch
 from ubmd.learning.labels import reference_key
 from ubmd.learning.loop.replicas import Origin, frames_are_damaged, replica_tasks, run_replicas, settled
 from ubmd.learning.loop.selecting import make_pool, read_frames, select_batch
-from ubmd.learning.loop.verify import state_remarks, verify
+from ubmd.learning.loop.verify import input_files, state_remarks, verify
 from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.start import perturb
 from ubmd.learning.walk import START, Walk, drive
@@ -131,7 +131,8 @@ class Loop(Walk):
     ) -> None:
         self.start_structures = read_structures(base / settings.start.file, settings.start.labels)
         record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
-        self.plan, changes = open_run(folder, settings, input_hashes(settings, base), from_iteration, record)
+        inputs = input_hashes(input_files(settings, base), settings.reference.arguments, base)
+        self.plan, changes = open_run(folder, settings, inputs, from_iteration, record)
         self.settings = self.plan.at(START)
         self.backend = backend_of(self.settings.model, base)
         super().__init__(base, folder, workers, listener, self.plan.threads, changes)

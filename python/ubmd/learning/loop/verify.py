@@ -69,6 +69,12 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
     return structures
 
 
+def input_files(settings: RunSettings, base: Path) -> dict[str, Path]:
+    """Key -> file, of the settings whose files must not change while a run goes on."""
+    colvars = settings.md.colvars
+    return {"start.file": base / settings.start.file} | ({} if colvars is None else {"md.colvars": base / colvars})
+
+
 def _check_sampled(atoms: Atoms, settings: RunSettings, base: Path) -> None:
     """SettingsError if reference MD is to make the test set, but every atom of its start is fixed."""
     test = settings.test
