@@ -1,4 +1,4 @@
-"""Replicas of an iteration: what each is to run, and their results."""
+"""Replicas of an iteration: what each is to run, their results, and those that run on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ubmd.attempts import steps_so_far
+from ubmd.data.extxyz import write_structures
 from ubmd.data.state import structures_hash
 from ubmd.data.structures import (
     read_structures,
@@ -18,12 +19,15 @@ from ubmd.files import (
     content_hash,
     file_hash,
     read_json,
+    write_json,
 )
 from ubmd.lammps.engine import ReplicaResult, ReplicaTask
 from ubmd.lammps.replica import REPLICAS
-from ubmd.learning.work.groups import TaskGroup, nothing_ended
-from ubmd.learning.work.tasks import MDJob
-from ubmd.learning.work.workers import WorkersLost
+from ubmd.learning.loop.turn import Origin, Turn
+from ubmd.learning.work.groups import TaskGroup, note_losses, nothing_ended
+from ubmd.learning.work.tasks import MDJob, run_md
+from ubmd.learning.work.workers import Executor, WorkersLost
+from ubmd.runs.folder import EventLog, RunFolder
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.settings import BiasRampSettings, MDRampSettings, RunSettings
 
@@ -88,10 +92,6 @@ def ramped(ends: tuple[float, float] | None, length: int, iteration: int, consta
         return constant
     share = min(iteration / length, 1.0)
     return (1.0 - share) * ends[0] + share * ends[1]
-
-
-Origin = tuple[int, int]
-"""(iteration, replica) of a trajectory"""
 
 
 def run_replicas(
@@ -184,3 +184,86 @@ def _task_key(task: ReplicaTask, model_key: str) -> str:
     """Hash of everything that decides the trajectory; where its files lie does not."""
     starts = read_structures(task.start)
     return content_hash([settled(task), model_key, structures_hash(starts, starts[0].info)])
+
+
+class Replicas:
+    """The replicas of a run; those of an asynchronous loop may outlive the iteration that they began in.
+
+    Attributes:
+        left: replicas of earlier iterations that run on.
+    """
+
+    def __init__(
+        self, settings: RunSettings, base: Path, folder: RunFolder, workers: Executor, events: EventLog
+    ) -> None:
+        """``settings``: those that the run was started with; ``base``: folder that md.colvars is relative to."""
+        self.left: dict[Origin, ReplicaTask] = {}
+        self._base = base
+        self._folder = folder
+        self._events = events
+        self._group = TaskGroup(
+            workers,
+            run_md,
+            settings.md.timeout,
+            settings.workers.retries,
+            _replicas_at_once(settings, workers),
+            lambda origin, *loss: note_losses(events, "replica", iteration=origin[0])(origin, *loss),
+        )
+
+    def tasks(self, settings: RunSettings, iteration: int, files: list[Path], model: Path) -> dict[Origin, ReplicaTask]:
+        """New replicas of an iteration: those whose earlier ones don't run on."""
+        tasks = replica_tasks(settings, iteration, model, files, self._base)
+        busy = {replica for _, replica in self.left}
+        return {(iteration, task.replica): task for task in tasks if task.replica not in busy}
+
+    def run(self, turn: Turn, model_keys: Mapping[int, str]) -> None:
+        """Run those of an iteration; leaves frames_RRR.extxyz, replicas.json, and left.json with those that run on.
+
+        ``model_keys``: of each iteration's model.
+        """
+        tasks = self.left | turn.tasks
+        target, left = turn.once.folder / "replicas.json", turn.once.folder / "left.json"
+        for path, atoms in turn.starts.items():
+            write_structures(path, [atoms])
+        loop = turn.settings.loop
+
+        def report(result: ReplicaResult) -> None:
+            self._events.write("replica_done", iteration=turn.iteration, **result.model_dump())
+
+        def progress(steps: Sequence[int]) -> None:
+            self._events.show("md_steps", iteration=turn.iteration, steps=steps, limit=turn.settings.md.steps)
+
+        def work() -> None:
+            share = loop.asynchronous_share if loop.asynchronous else 1.0
+            results = run_replicas(tasks, self._group, model_keys, report, progress, share)
+            running = self._group.running()
+            write_json(left, sorted(origin for origin in tasks if origin in running - set(results)))
+            own = {origin: result.model_dump() for origin, result in results.items()}
+            write_json(
+                target,
+                [r if o[0] == turn.iteration else {"iteration": o[0], **r} for o, r in own.items()],
+            )
+
+        turn.once.run("md", turn.keys["md"], lambda: [target, left, *self.frame_files(turn)], work)
+        self.read_left(turn)
+
+    def read_left(self, turn: Turn) -> None:
+        """Take note of the replicas that ran on when an iteration selected its batch."""
+        path = turn.once.folder / "left.json"
+        tasks = self.left | turn.tasks
+        self.left = {tuple(origin): tasks[tuple(origin)] for origin in read_json(path)} if path.exists() else {}
+
+    def frame_files(self, turn: Turn) -> list[Path]:
+        """Frames of the replicas that ended in an iteration, in the order of their (iteration, replica)."""
+        path = turn.once.folder / "replicas.json"
+        results = read_json(path) if path.exists() else []
+        folders = [self._folder.iteration(result.get("iteration", turn.iteration)) for result in results]
+        return [f / f"frames_{r['replica']:03d}.extxyz" for f, r in zip(folders, results, strict=True)]
+
+
+def _replicas_at_once(settings: RunSettings, workers: Executor) -> int | None:
+    """Replicas of several ranks take several workers' cores; an asynchronous loop keeps one worker for labels."""
+    if settings.md.ranks == 1 and not settings.loop.asynchronous:
+        return None  # the executor queues them
+    free = workers.processes - (1 if settings.loop.asynchronous else 0)
+    return max(1, free // settings.md.ranks)
