@@ -31,10 +31,11 @@ from make_model import POTENTIAL, REFERENCE
 from ubmd.calculator import Evaluator
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
+from ubmd.data.split import split
 from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError
 from ubmd.potentials.gmnn.export import export_model
-from ubmd.potentials.gmnn.trainer import split, train
+from ubmd.potentials.gmnn.trainer import train
 from ubmd.references import label
 from ubmd.selection import select
 from ubmd.settings import TrainSettings

@@ -18,8 +18,9 @@ from ase.io import write
 
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
+from ubmd.data.split import split
 from ubmd.potentials.gmnn.export import export_model
-from ubmd.potentials.gmnn.trainer import split, train
+from ubmd.potentials.gmnn.trainer import train
 from ubmd.references import sample
 from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, TrainingSettings, UncertaintySettings
 

@@ -80,7 +80,7 @@ def test_outcomes_are_those_of_models_exported_for_each_case(structures, study, 
 
 def test_a_finished_study_is_read_again(structures, study, monkeypatch):
     outcomes, folder = study
-    monkeypatch.setattr("ubmd.analysis.calibration_study.train_members", None)  # would fail if called
+    monkeypatch.setattr("ubmd.analysis.calibration_study.train_networks", None)  # would fail if called
     again = calibration_study(structures, SIZES, 2, ("distance",), MODEL, TRAINING, UNCERTAINTY, folder, 5)
     for found, expected in zip(again, (outcomes[1], outcomes[4]), strict=True):
         np.testing.assert_array_equal(found.test.atom_u, expected.test.atom_u)

@@ -18,9 +18,9 @@ from ubmd.cli.train import register
 from ubmd.cli.training_progress import _PlainProgress
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash, labels_of
+from ubmd.data.split import split
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
-from ubmd.potentials.gmnn.trainer import split
 from ubmd.valid_json import valid_json
 
 SETTINGS = """
@@ -352,3 +352,5 @@ def test_plain_progress_is_sparse_and_estimates_the_time_left(capsys):
     assert [line.split(":")[0] for line in lines] == ["epoch 1 of 100", "epoch 100 of 100"]
     assert "3 min 18 s left" in lines[0]
     assert lines[1].endswith("0 s left")
+    report({"epoch": 100, "epochs": 100, "valid_force_rmse_eV_per_A": 0.25})  # a back end may know less
+    assert capsys.readouterr().out == "epoch 100 of 100: valid F 0.2500 eV/Å, 0 s left\n"

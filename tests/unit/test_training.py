@@ -17,14 +17,16 @@ from small_model import with_emt_labels
 from ubmd.data.extxyz import write_structures
 from ubmd.data.graph import Batch, Graph, build_graph, collate
 from ubmd.data.labels import labels_of
+from ubmd.data.split import split
 from ubmd.errors import DataError, ModelError, TrainingError
+from ubmd.potentials.gmnn.backend import GaussianMoments
 from ubmd.potentials.gmnn.checkpoint import load_weights
 from ubmd.potentials.gmnn.history import COLUMNS
 from ubmd.potentials.gmnn.loss import ErrorSums, differences, loss
-from ubmd.potentials.gmnn.members import train_members
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
-from ubmd.potentials.gmnn.trainer import split, train
-from ubmd.potentials.members import member_folders
+from ubmd.potentials.gmnn.trainer import train
+from ubmd.potentials.interface import Labels, TrainingTable
+from ubmd.potentials.members import member_folders, train_networks
 from ubmd.settings import ModelSettings, TrainingSettings
 
 MODEL = ModelSettings(cutoff=4.0, n_radial=3, n_basis=5, hidden=(24, 24))
@@ -239,24 +241,44 @@ def test_log_and_picture(tmp_path, molecules):
 def test_members_differ_by_their_seeds_only(tmp_path, molecules):
     """The first member is the network that one trains alone; a finished member is kept; warm starts pair up."""
     data = molecules[:6], molecules[9:]
+    backend, labels = GaussianMoments(), Labels(*data)
     rows = []
-    cold = train_members(3, MODEL, settings(epochs=2), *data, tmp_path / "cold", 4, progress=rows.append)
+
+    def trained(epochs, *arguments):
+        paths = train_networks(backend, 3, TrainingTable(MODEL, settings(epochs=epochs)), labels, *arguments)
+        return paths, [load_weights(path) for path in paths]
+
+    weights, cold = trained(2, tmp_path / "cold", 4, None, rows.append)
     assert [(row["epoch"], row["epochs"]) for row in rows] == [(k, 6) for k in range(1, 7)]
-    assert same_weights(cold[0].model, train(MODEL, settings(epochs=2), *data, tmp_path / "alone", 4).model)
-    assert not same_weights(cold[1].model, cold[2].model)
-    assert not same_weights(cold[0].model, cold[1].model)
-    weights = [folder / "weights.pt" for folder in member_folders(tmp_path / "cold", 3)]
-    for path, result in zip(weights, cold, strict=True):
-        assert same_weights(load_weights(path), result.model)
+    assert weights == [folder / "weights.pt" for folder in member_folders(tmp_path / "cold", 3)]
+    assert same_weights(cold[0], train(MODEL, settings(epochs=2), *data, tmp_path / "alone", 4).model)
+    assert not same_weights(cold[1], cold[2])
+    assert not same_weights(cold[0], cold[1])
     (tmp_path / "cold" / "member_2" / "checkpoint.pt").unlink()
     rows.clear()
-    again = train_members(3, MODEL, settings(epochs=2), *data, tmp_path / "cold", 4, progress=rows.append)
+    _, again = trained(2, tmp_path / "cold", 4, None, rows.append)
     assert [row["epoch"] for row in rows] == [5, 6]
-    assert all(same_weights(a.model, b.model) for a, b in zip(cold, again, strict=True))
-    warm = train_members(3, MODEL, settings(epochs=1), *data, tmp_path / "warm", 5, initial=weights)
+    assert all(same_weights(a, b) for a, b in zip(cold, again, strict=True))
+    _, warm = trained(1, tmp_path / "warm", 5, weights)
     alone = train(MODEL, settings(epochs=1), *data, tmp_path / "warm0", 5, initial=weights[0])
-    assert same_weights(warm[0].model, alone.model)
+    assert same_weights(warm[0], alone.model)
     assert member_folders(tmp_path, 1) == [tmp_path]
+
+
+def test_a_finished_training_tells_its_summary_and_gives_lost_weights_again(tmp_path, molecules):
+    """No epoch is trained or reported."""
+    backend, table = GaussianMoments(), TrainingTable(MODEL, settings(epochs=5, validation_every=2))
+    labels, rows = Labels(molecules[:6], molecules[9:]), []
+    path = backend.train(labels, table, tmp_path, None, 3, rows.append)
+    found, content = backend.summary(tmp_path), path.read_bytes()
+    validated = [row for row in rows if row.get("valid_force_mae_eV_per_A") is not None]
+    kept = min(validated, key=lambda r: r["valid_energy_mae_meV_per_atom"] / 1000 + r["valid_force_mae_eV_per_A"])
+    assert {**found.best, "epochs": 5} == kept
+    assert found.epochs == 5
+    path.unlink()
+    assert backend.train(labels, table, tmp_path, None, 3, pytest.fail) == path
+    assert path.read_bytes() == content
+    assert backend.summary(tmp_path) == found
 
 
 def test_one_validation_structure_and_one_epoch(tmp_path, molecules):

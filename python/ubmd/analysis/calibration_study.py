@@ -24,8 +24,10 @@ from ubmd.data.labels import check_labelled, dataset_hash
 from ubmd.errors import DataError
 from ubmd.files import content_hash, replacing
 from ubmd.measure.errors import CalibrationData, calibration_data, pearson, share_covered, spearman
-from ubmd.potentials.gmnn.export import export_model
-from ubmd.potentials.gmnn.members import train_members
+from ubmd.potentials.fitting import export_checkpoints
+from ubmd.potentials.interface import Labels, TrainingTable
+from ubmd.potentials.kinds import backend_of, check_backend
+from ubmd.potentials.members import train_networks
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
 from ubmd.uncertainty.conformal import conformal_scale
 
@@ -105,6 +107,7 @@ def calibration_study(
     folder: Path,
     seed: int = 0,
     report: Callable[[str], None] = lambda _: None,
+    base: Path | str = ".",
 ) -> list[Outcome]:
     """Train, calibrate and test on random splits; what an earlier call has finished in ``folder`` is not repeated.
 
@@ -118,9 +121,11 @@ def calibration_study(
         folder: for trainings, model files and results.
         seed: of the splits and the networks.
         report: called with one line per step.
+        base: folder that may hold the module of a back end.
 
     Raises:
         DataError: too few structures, or structures without labels.
+        SettingsError: there is no back end ``model.kind``, or it lacks one of the kinds.
     """
     check_labelled(structures, "data set")
     if len(structures) < sizes.total:
@@ -129,10 +134,14 @@ def calibration_study(
             f"only {len(structures)}."
         )
     given = [dataset_hash(structures), vars(sizes), seed, model.model_dump(), training.model_dump()]
+    wanted = {kind: uncertainty.model_copy(update={"kind": kind, "atoms_by": "atom"}) for kind in kinds}
+    base = Path(base).absolute()
+    for settings in wanted.values():
+        check_backend(model, settings, base)
+    backend = backend_of(model, base)
     outcomes = []
     for split in range(splits):
         where = folder / f"split_{split:03d}"
-        wanted = {kind: uncertainty.model_copy(update={"kind": kind, "atoms_by": "atom"}) for kind in kinds}
         keys = {kind: content_hash([*given, split, settings.model_dump()]) for kind, settings in wanted.items()}
         found = {kind: _read(where / f"{kind}.npz", kind, split, key) for kind, key in keys.items()}
         missing = {kind: wanted[kind] for kind, outcome in found.items() if outcome is None}
@@ -141,12 +150,12 @@ def calibration_study(
             count = max(settings.networks for settings in missing.values())
             report(f"split {split}: training of {count} network{'s' if count > 1 else ''}")
             own = int(np.random.SeedSequence([seed, split, 1]).generate_state(1)[0])
-            folders = where / "training"
-            models = [t.model for t in train_members(count, model, training, parts[0], parts[1], folders, own)]
+            table, labels = TrainingTable(model, training), Labels(parts[0], parts[1])
+            checkpoints = train_networks(backend, count, table, labels, where / "training", own)
             for kind, settings in missing.items():
                 report(f"split {split}: {kind}")
                 path = where / f"{kind}.pt"
-                export_model(models[: settings.networks], parts[0], parts[1], settings, path)
+                export_checkpoints(backend, checkpoints[: settings.networks], parts[0], parts[1], settings, path)
                 found[kind] = _evaluate(path, kind, split, parts[1], parts[2])
                 _write(where / f"{kind}.npz", found[kind], keys[kind])  # type: ignore[arg-type]
         outcomes += [outcome for outcome in found.values() if outcome is not None]

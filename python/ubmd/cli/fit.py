@@ -100,8 +100,8 @@ def _ideal(path: Path, labels: Mapping[str, str]) -> tuple[Atoms, float | None]:
 
 def _sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) -> tuple[list[Atoms], list[Atoms]]:
     """Training and validation structures."""
+    from ubmd.data.split import split
     from ubmd.data.structures import read_structures
-    from ubmd.potentials.gmnn.trainer import split
 
     structures = read_structures(base / settings.training_file, settings.labels, remark=remark)
     if settings.validation_file is None:

@@ -22,13 +22,13 @@ from ubmd.cli.tables import accuracy_table
 from ubmd.cli.training_progress import training_progress
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
-from ubmd.potentials.kinds import BACKENDS, kind_of_settings
+from ubmd.potentials.kinds import kind_of_settings
 from ubmd.settings import USUAL_INFO, TrainSettings, UncertaintySettings, load_settings, make_settings
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from ubmd.potentials.interface import Labels
+    from ubmd.potentials.interface import Backend, Summary
 
 
 SetOption = Annotated[
@@ -79,75 +79,50 @@ def train(
 
 
 def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
+    """Train and export a network of any back end; ``base`` is the folder of the settings file."""
     from ubmd.cli.structure_table import describe
-    from ubmd.potentials.gmnn.members import train_members
-    from ubmd.potentials.interface import Labels
-    from ubmd.potentials.members import member_folders
-
-    _check_outputs(settings)
-    remarks: list[str] = []
-    training_set, validation_set = _load_sets(settings, base, remarks.append)
-    console.print(describe(training_set, "training set"))
-    console.print(describe(validation_set, "validation set"))
-    print_remarks(remarks)
-    if settings.model.kind not in BACKENDS:
-        _train_foreign(settings, base, fresh, console, Labels(training_set, validation_set))
-        return
-    with training_progress(console) as report:
-        results = train_members(
-            settings.uncertainty.networks,
-            settings.model,
-            settings.training,
-            training_set,
-            validation_set,
-            settings.output_dir,
-            settings.seed,
-            progress=report,
-            fresh=fresh,
-        )
-    path = settings.output_dir / "model.pt"
-    models = [result.model for result in results]
-    _export(models, training_set, validation_set, settings.uncertainty, path, settings.model_dump(mode="json"))
-    for result, folder in zip(results, member_folders(settings.output_dir, len(results)), strict=True):
-        console.print(_training_summary(result.best, len(result.history)))
-        console.print(f"log and picture: {folder / 'log.csv'}, learning_curve.png", soft_wrap=True, markup=False)
-    console.print(f"model: {path}", soft_wrap=True, markup=False)
-
-
-def _train_foreign(settings: TrainSettings, base: Path, fresh: bool, console: Console, labels: Labels) -> None:
-    """Train and export a network of a back end that is none of ours."""
     from ubmd.data.labels import dataset_hash
     from ubmd.potentials.fitting import export_checkpoints
-    from ubmd.potentials.interface import TrainingTable
+    from ubmd.potentials.interface import Labels, TrainingTable
     from ubmd.potentials.kinds import check_backend
     from ubmd.potentials.members import train_networks
 
     uncertainty, path = settings.uncertainty, settings.output_dir / "model.pt"
     backend = check_backend(settings.model, uncertainty, base)
-    table = TrainingTable(settings.model, settings.training, fresh=fresh)
+    _check_outputs(settings, backend)
+    remarks: list[str] = []
+    training_set, validation_set = _load_sets(settings, base, remarks.append)
+    console.print(describe(training_set, "training set"))
+    console.print(describe(validation_set, "validation set"))
+    print_remarks(remarks)
+    table, labels = TrainingTable(settings.model, settings.training, fresh=fresh), Labels(training_set, validation_set)
     with training_progress(console) as report:
-        found = train_networks(
+        checkpoints = train_networks(
             backend, uncertainty.networks, table, labels, settings.output_dir, settings.seed, report=report
         )
-    provenance = {"training_set_hash": dataset_hash(labels.training), "settings": settings.model_dump(mode="json")}
-    export_checkpoints(backend, found, labels.training, labels.validation, uncertainty, path, provenance)
+    provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings.model_dump(mode="json")}
+    export_checkpoints(backend, checkpoints, training_set, validation_set, uncertainty, path, provenance)
+    for checkpoint in checkpoints:
+        _print_summary(backend, checkpoint.parent, console)
     console.print(f"model: {path}", soft_wrap=True, markup=False)
 
 
-def _check_outputs(settings: TrainSettings) -> None:
+def _check_outputs(settings: TrainSettings, backend: Backend) -> None:
     """SettingsError if the results cannot be written."""
+    from ubmd.potentials.interface import KeepsLog
     from ubmd.potentials.members import member_folders
 
     check_outputs(settings.output_dir, ["model.pt"], "output_dir")
+    logs = backend.logs if isinstance(backend, KeepsLog) else ()
     for folder in member_folders(settings.output_dir, settings.uncertainty.networks):
-        check_outputs(folder, ["log.csv", "learning_curve.png", "checkpoint.pt", "weights.pt"], "output_dir")
+        check_outputs(folder, [*logs, backend.checkpoint], "output_dir")
 
 
 def _load_sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) -> tuple[list[Atoms], list[Atoms]]:
     """Training and validation structures; files are relative to the settings file."""
+    from ubmd.data.split import split
     from ubmd.data.state import mixed_states
     from ubmd.data.structures import read_structures
-    from ubmd.potentials.gmnn.trainer import split
 
     structures = read_structures(base / settings.training_file, settings.labels, labelled=True, remark=remark)
     for first, second, difference in islice(mixed_states(structures, USUAL_INFO), 1):
@@ -160,25 +135,18 @@ def _load_sets(settings: TrainSettings, base: Path, remark: Callable[[str], None
     return structures, read_structures(base / settings.validation_file, settings.labels, labelled=True, remark=remark)
 
 
-def _export(
-    models: Sequence[Any],
-    training_set: Sequence[Atoms],
-    calibration_set: Sequence[Atoms],
-    uncertainty: UncertaintySettings,
-    path: Path,
-    settings: dict[str, Any],
-    operators: bool | None = None,
-) -> dict[str, Any]:
-    from ubmd.data.labels import dataset_hash
-    from ubmd.potentials.gmnn.export import export_model
+def _print_summary(backend: Backend, folder: Path, console: Console) -> None:
+    """What a back end that keeps a log says about the training in this folder."""
+    from ubmd.potentials.interface import KeepsLog
 
-    provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings}
-    return export_model(models, training_set, calibration_set, uncertainty, path, provenance, operators)
+    if isinstance(backend, KeepsLog):
+        console.print(_training_summary(backend.summary(folder)))
+        console.print(f"log and picture: {folder / ', '.join(backend.logs)}", soft_wrap=True, markup=False)
 
 
-def _training_summary(best: dict[str, Any], epochs: int) -> Table:
+def _training_summary(found: Summary) -> Table:
     """RMSEs of the kept weights."""
-    table = Table(title=f"kept: epoch {best['epoch']} of {epochs}")
+    table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}")
     for column in ("RMSE", "training (during the epoch)", "validation", "unit"):
         table.add_column(column)
     for name, key, unit in (
@@ -186,7 +154,7 @@ def _training_summary(best: dict[str, Any], epochs: int) -> Table:
         ("force", "force_rmse_eV_per_A", "eV/Å"),
         ("stress", "stress_rmse_MPa", "MPa"),
     ):
-        values = [best.get(f"{part}_{key}") for part in ("train", "valid")]
+        values = [found.best.get(f"{part}_{key}") for part in ("train", "valid")]
         if any(value is not None for value in values):
             table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values), unit)
     return table
@@ -264,20 +232,26 @@ def export(
     ] = None,
 ) -> None:
     """Make a model file from trained weights, e.g. with another confidence: --set alpha=0.5."""
+    from ubmd.data.labels import dataset_hash
     from ubmd.data.structures import read_structures
-    from ubmd.potentials.gmnn.checkpoint import load_weights
+    from ubmd.potentials.fitting import export_raw
+    from ubmd.potentials.gmnn.backend import GaussianMoments
 
     with user_errors():
         check_outputs(output.parent, [output.name], "--output")
         uncertainty = make_settings(UncertaintySettings, {}, overrides or [], "--set")
-        models = [load_weights(path) for path in [weights, *(member or [])]]
+        backend = GaussianMoments(operators)
+        raw = backend.raw_module([weights, *(member or [])], uncertainty)
         remarks: list[str] = []
         mapping = label_mapping(label)
         training_set = read_structures(training_file, mapping, labelled=True, remark=remarks.append)
         calibration_set = read_structures(calibration_file, mapping, labelled=True, remark=remarks.append)
         print_remarks(remarks)
-        settings = {"uncertainty": uncertainty.model_dump(mode="json")}
-        metadata = _export(models, training_set, calibration_set, uncertainty, output, settings, operators)
+        provenance = {
+            "training_set_hash": dataset_hash(training_set),
+            "settings": {"uncertainty": uncertainty.model_dump(mode="json")},
+        }
+        metadata = export_raw(raw, backend.name, training_set, calibration_set, uncertainty, output, provenance)
         attainable = metadata["uncertainty"]["energy"]["attainable"]
         print(f"wrote {output}: uncertainties of structures hold at {100 * attainable:.4g} % confidence")
 

@@ -90,11 +90,15 @@ class _PlainProgress:
 
 
 def _errors_text(row: dict[str, Any]) -> str:
-    """Validation errors of an epoch in one line (training errors where there was no validation); of GM-NN only."""
-    if "train_energy_rmse_meV_per_atom" not in row:
-        return ""
+    """Validation errors of an epoch in one line (training errors where there was no validation); empty without any."""
     part = "valid" if row.get("valid_force_rmse_eV_per_A") is not None else "train"
-    energy, force = row[f"{part}_energy_rmse_meV_per_atom"], row[f"{part}_force_rmse_eV_per_A"]
-    text = f"{part} E {energy:.2f} meV/atom, F {force:.4f} eV/Å"
-    stress = row.get(f"{part}_stress_rmse_MPa")
-    return text if stress is None else f"{text}, S {stress:.1f} MPa"
+    values = [(text, row.get(f"{part}_{key}")) for text, key in _ERRORS]
+    found = [text.format(value) for text, value in values if value is not None]
+    return f"{part} {', '.join(found)}" if found else ""
+
+
+_ERRORS = (
+    ("E {:.2f} meV/atom", "energy_rmse_meV_per_atom"),
+    ("F {:.4f} eV/Å", "force_rmse_eV_per_A"),
+    ("S {:.1f} MPa", "stress_rmse_MPa"),
+)

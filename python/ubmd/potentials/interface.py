@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
 
@@ -60,7 +60,8 @@ def converged(signals: Sequence[Signal]) -> bool:
 
 
 Report = Callable[[dict[str, Any]], None]
-"""called after every epoch with 'epoch' (from 1) and 'epochs' (all), and whatever else is known"""
+"""called after every epoch with 'epoch' (from 1), 'epochs' (all), and whatever else is known; the command line shows
+what there is of {train,valid}_{energy_rmse_meV_per_atom,force_rmse_eV_per_A,stress_rmse_MPa}"""
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,25 @@ class RawModule:
     """libraries of compiled operators that the module needs"""
 
 
+@dataclass(frozen=True)
+class Summary:
+    """How a training went."""
+
+    best: dict[str, Any]
+    """what `Report` was told about the epoch whose weights are in the checkpoint"""
+    epochs: int
+    """that were trained"""
+
+
 class Backend(Protocol):
     """A kind of network. Everything else (uncertainty, calibration, model file, LAMMPS) is the same for all.
 
     An instance is made without arguments, in the driver and in workers.
+
+    Force constants are no back end: the covariance is part of their regression (force rows, a noise, a prior for each
+    order), while a back end's uncertainty is fitted to features per atom of a finished module, and their module needs
+    the sites of a crystal where `RawModule` has edges alone. Behind this protocol, covariance, lattice and ideal energy
+    would have to pass it by; what both have in common is `ubmd.potentials.learner.Learner`.
     """
 
     name: str
@@ -141,3 +157,14 @@ class Backend(Protocol):
 
     def raw_module(self, checkpoints: Sequence[Path], features: UncertaintySettings) -> RawModule:
         """The module of a checkpoint (several: of an ensemble), with the features that this uncertainty needs."""
+
+
+@runtime_checkable
+class KeepsLog(Protocol):
+    """What a back end may have beside `Backend`: its trainings leave a log, and can be asked later how they went."""
+
+    logs: Sequence[str]
+    """names of the files that `train` leaves in its folder for people: log, picture"""
+
+    def summary(self, folder: Path) -> Summary:
+        """Of the training that has ended in this folder, now or earlier."""

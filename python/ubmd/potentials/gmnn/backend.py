@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ubmd.potentials.interface import Labels, RawModule, Report, TrainingTable
+from ubmd.potentials.interface import Labels, RawModule, Report, Summary, TrainingTable
 from ubmd.settings import UncertaintySettings
 
 
@@ -15,6 +15,11 @@ class GaussianMoments:
     name = "gmnn"
     checkpoint = "weights.pt"
     uncertainties = ("posterior", "last-layer", "distance", "ensemble")
+    logs = ("log.csv", "learning_curve.png")
+
+    def __init__(self, operators: bool | None = None) -> None:
+        """``operators``: whether model files call the compiled operators (None: if they can be loaded here)."""
+        self.operators = operators
 
     def train(
         self, labels: Labels, table: TrainingTable, folder: Path, start: Path | None, seed: int, report: Report | None
@@ -37,15 +42,23 @@ class GaussianMoments:
         return folder / self.checkpoint
 
     def raw_module(self, checkpoints: Sequence[Path], features: UncertaintySettings) -> RawModule:
-        """See `export.raw_module`; with the compiled operators, if they can be loaded here."""
+        """See `export.raw_module`."""
         import torch
 
-        from ubmd.operators import available
         from ubmd.potentials.gmnn.checkpoint import load_weights
-        from ubmd.potentials.gmnn.export import raw_module
+        from ubmd.potentials.gmnn.export import chosen_operators, raw_module
+
+        operators = chosen_operators(self.operators)
 
         networks = [load_weights(path) for path in checkpoints]
         dtype = networks[0].radial.dtype
         for network in networks:
             network.to_network_dtype(torch.float64)
-        return raw_module(networks, features, available(), dtype)
+        return raw_module(networks, features, operators, dtype)
+
+    def summary(self, folder: Path) -> Summary:
+        """From the finished checkpoint, which keeps all rows."""
+        from ubmd.potentials.gmnn.checkpoint import load
+
+        saved = load(folder / "checkpoint.pt", "checkpoint")
+        return Summary(saved["history"][saved["best"]["epoch"] - 1], len(saved["history"]))

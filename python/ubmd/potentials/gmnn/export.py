@@ -42,9 +42,7 @@ def export_model(
         ModelError: the number of networks doesn't fit the settings, their elements or cutoffs differ, or operators are
             wanted that can't be loaded.
     """
-    if operators:
-        load_operators()
-    operators = available() if operators is None else operators
+    operators = chosen_operators(operators)
     models = [model] if isinstance(model, GaussianMomentNetwork) else list(model)
     dtypes = [member.radial.dtype for member in models]
     try:
@@ -55,6 +53,13 @@ def export_model(
     finally:
         for member, original in zip(models, dtypes, strict=True):
             member.to_network_dtype(original)
+
+
+def chosen_operators(wanted: bool | None) -> bool:
+    """Whether a file calls the operators (None: if they can be loaded here); ModelError if they are wanted in vain."""
+    if wanted:
+        load_operators()
+    return available() if wanted is None else wanted
 
 
 def raw_module(

@@ -88,29 +88,15 @@ def train(
     if saved is not None:
         _check_identity(saved["identity"], identity, path)
         if saved["finished"]:
-            return _result(saved["best"], saved["history"])
+            result = _result(saved["best"], saved["history"])
+            if not (folder / "weights.pt").exists():
+                checkpoint.save_weights(result.model, folder / "weights.pt")
+            return result
     with torch_threads(training_settings.threads):
         trainer = _Trainer(model, training_settings, training, validation, epochs, seed, initial is not None)
         if saved is not None:
             trainer.load_state(saved)
         return _run(trainer, identity, folder, progress)
-
-
-def split(structures: Sequence[Atoms], share: float, seed: int) -> tuple[list[Atoms], list[Atoms]]:
-    """Random split into training and validation, each with at least one structure.
-
-    Raises:
-        DataError: fewer than two structures.
-    """
-    if len(structures) < 2:
-        raise DataError("One structure cannot be split into training and validation; add more, or a validation_file.")
-    count = min(max(1, round(share * len(structures))), len(structures) - 1)
-    order = np.random.default_rng(np.random.SeedSequence([seed, 2])).permutation(len(structures))
-    held_out = set(order[:count].tolist())
-    return (
-        [atoms for k, atoms in enumerate(structures) if k not in held_out],
-        [atoms for k, atoms in enumerate(structures) if k in held_out],
-    )
 
 
 # ------------------------------------------------------------------------------------------- the loop
