@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from ubmd.errors import SettingsError, describe
 from ubmd.faults import check_machine, in_worker
+from ubmd.files import file_hash
 from ubmd.spelling import nearest
 
 _PIP_NAMES = {"openmm": "'ubmd[openmm]'", "tblite": "'ubmd[tblite]'"}
@@ -96,6 +97,18 @@ def own_file(module_name: str, base: Path) -> Path | None:
         if top and (path.is_file() if path.suffix else path.is_dir()):
             return path
     return None
+
+
+def own_files(modules: Iterable[str], base: Path) -> Iterator[tuple[str, str]]:
+    """(path relative to ``base``, SHA-256) of imported modules that lie in the folder of the settings file."""
+    folder = Path(base).resolve()
+    for module in modules:
+        file = getattr(sys.modules.get(module), "__file__", None)
+        if file is None or "site-packages" in file or module.partition(".")[0] == "ubmd":
+            continue
+        path = Path(file).resolve()
+        if path.is_relative_to(folder):
+            yield str(path.relative_to(folder)), file_hash(path)
 
 
 def _import_module(name: str, module_name: str, base: Path, key: str) -> ModuleType:

@@ -5,6 +5,7 @@ The stranger is `tests/helpers/linear_backend.py`, named by import path from a s
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from ubmd.cli.main import app
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.errors import ModelError, SettingsError
+from ubmd.files import file_hash
 from ubmd.learning import RunFolder, check, run
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.potentials.fitting import export_raw
@@ -130,10 +132,12 @@ def test_lammps_says_the_same_with_a_bias(trained: Path, tmp_path: Path) -> None
 
 
 def test_it_goes_through_the_loop_in_spawned_workers(tmp_path: Path) -> None:
-    shutil.copy(HELPER, tmp_path)
+    module = tmp_path / "my_network.py"
+    shutil.copy(HELPER, module)
     write_structures(tmp_path / "start.extxyz", [cluster()])
     settings = make_settings(tmp_path / "run", test=None)
-    settings = settings.model_copy(update={"model": ModelSettings.model_validate(STRANGER)})
+    network = ModelSettings.model_validate(STRANGER | {"kind": "my_network:Linear"})
+    settings = settings.model_copy(update={"model": network})
     folder = RunFolder(run(settings, tmp_path))
     dataset, history = read_structures(folder.dataset), folder.read_history()
     assert len(dataset) == 8
@@ -144,6 +148,20 @@ def test_it_goes_through_the_loop_in_spawned_workers(tmp_path: Path) -> None:
     shutil.rmtree(folder.iteration(1))  # what is missing is made again, the same
     run(settings, tmp_path)
     assert folder.dataset.read_bytes() == before
+    assert folder.read_manifest()["backend"] == {"files": {"my_network.py": file_hash(module)}}
+    assert remarks(folder) == []
+    module.write_text(module.read_text() + "# edited\n")
+    run(settings, tmp_path)
+    assert folder.dataset.read_bytes() == before
+    assert remarks(folder) == [
+        "my_network.py (model.kind) has changed since the run was started; what the run has made with it stays."
+    ]
+
+
+def remarks(folder: RunFolder) -> list[str]:
+    """What a run has said that is no mistake."""
+    events = map(json.loads, folder.events.read_text().splitlines())
+    return [event["text"] for event in events if event["event"] == "remark"]
 
 
 def test_a_network_of_any_back_end_learns_along_trajectories(tmp_path: Path) -> None:

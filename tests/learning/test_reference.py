@@ -21,7 +21,7 @@ from ubmd.learning import RunFolder, Workers, run
 from ubmd.learning.dynamic.check import check as check_dynamic
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.reference import look_at_reference, remarks
-from ubmd.runs.manifest import open_run
+from ubmd.runs.manifest import edited_files, open_run
 from ubmd.settings import ReferenceSettings
 
 SHORT = {"loop": {"labels": 4}, "training": {"epochs": 2}, "test": None}
@@ -251,6 +251,18 @@ def test_manifests_of_earlier_versions_are_shown(folder: RunFolder) -> None:
     manifest["settings"]["reference"]["calculator"] = "openmm"
     write_json(folder.manifest, manifest)
     assert "openmm 8.1" in dict(map(tuple, provenance_rows(folder)))["packages"]
+
+
+def test_an_edited_module_of_the_reference_is_named(folder: RunFolder, workers: Workers) -> None:
+    base, module = folder.path.parent, folder.path.parent / "my_calculator.py"
+    module.write_text(OWN)
+    record = look(folder, workers, calculator="my_calculator:Mine")
+    folder.path.mkdir()
+    open_run(folder, make_settings(folder.path, reference={"calculator": "my_calculator:Mine"}), {}, reference=record)
+    assert list(edited_files(folder.read_manifest(), base)) == []
+    module.write_text(OWN + "# edited\n")
+    (text,) = edited_files(folder.read_manifest(), base)
+    assert text.startswith("my_calculator.py (reference.calculator) has changed since the run was started")
 
 
 def test_check_prints_remarks(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def provenance_rows(folder: RunFolder) -> list[list[str]]:
         ["python", manifest["python"]],
         ["packages", _versions(found)],
         *_reference_rows(calculator, manifest.get("reference") or {}),
+        *_file_rows(manifest.get("backend", {})),
         ["machine", ", ".join(f"{value} {key}" if key == "cores" else str(value) for key, value in machine.items())],
         ["seed", f"{manifest['seed']}; {manifest['seeds']}"],
         ["threads of the training", str(manifest["threads"])],
@@ -45,10 +46,14 @@ def _reference_rows(calculator: str, record: dict[str, Any]) -> list[list[str]]:
     parts = [calculator, _versions(record.get("packages", {}))]
     parts += [path if path.endswith(name) else f"{name} {path}" for name, path in record.get("programs", {}).items()]
     rows = [["labelled by", "; ".join(part for part in parts if part)]]
-    rows += [[f"SHA-256 of {name}", value] for name, value in record.get("files", {}).items()]
+    rows += _file_rows(record)
     if record.get("unrecognised"):
         rows.append(["arguments that the calculator does not name", ", ".join(record["unrecognised"])])
     return rows
+
+
+def _file_rows(record: dict[str, Any]) -> list[list[str]]:
+    return [[f"SHA-256 of {name}", value] for name, value in record.get("files", {}).items()]
 
 
 def _versions(packages: dict[str, str | None]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor as StandardExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -34,6 +34,7 @@ from ubmd.learning.work.workers import Executor
 from ubmd.process import torch_threads
 from ubmd.references import energy_jumps
 from ubmd.runs.folder import EventLog, Listener, RunFolder
+from ubmd.runs.manifest import edited_files
 from ubmd.runs.records import Record
 from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import WorkerSettings
@@ -112,6 +113,7 @@ class Walk:
         self.events = EventLog(folder.events, listener)
         if changes:
             self.events.write("settings_changed", changes=changes)
+        self._remark(edited_files(folder.read_manifest(), base))
         folder.mend_history()
         self.known = read_dataset(folder.dataset)
         self.dataset: list[Atoms] = []
@@ -126,7 +128,7 @@ class Walk:
         """From the start structures to the report."""
         raise NotImplementedError
 
-    def _remark(self, texts: Sequence[str]) -> None:
+    def _remark(self, texts: Iterable[str]) -> None:
         """Let the user know something that is no mistake."""
         for text in texts:
             self.events.write("remark", text=text)

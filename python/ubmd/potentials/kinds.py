@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ubmd.errors import SettingsError, describe
-from ubmd.imports import import_attribute, load
+from ubmd.imports import import_attribute, load, own_files
 from ubmd.potentials.interface import Backend
 from ubmd.settings import ModelSettings, TrainSettings, UncertaintySettings
 from ubmd.settings.dynamic import DynamicRunSettings
@@ -102,3 +102,13 @@ def check_backend(model: ModelSettings, uncertainty: UncertaintySettings, base: 
             f"{', '.join(backend.uncertainties)}."
         )
     return backend
+
+
+def backend_files(model: ModelSettings | None, base: Path) -> dict[str, str]:
+    """Path -> SHA-256 of the back end's modules beside the settings file; paths are relative to their folder.
+
+    Empty without a network, and for back ends that are installed. Errors as for `backend_of`.
+    """
+    if model is None:
+        return {}
+    return dict(own_files((part.__module__ for part in type(backend_of(model, base)).__mro__), base))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import shlex
 import shutil
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
+from ubmd.imports import own_files
 from ubmd.references.calculators import READY_MADE, unrecognised_arguments
 from ubmd.references.labels import cached_calculator
 from ubmd.settings import ReferenceSettings
@@ -38,7 +37,7 @@ def inspect_reference(settings: ReferenceSettings, base: Path) -> dict[str, Any]
     modules = [path.partition(":")[0], *(kind.__module__ for kind in kinds if kind.__module__ not in _BASES)]
     return {
         "packages": _packages([*modules, _LIBRARIES.get(settings.calculator, "")]),
-        "files": dict(_own_files(modules, Path(base).resolve())),
+        "files": dict(own_files(modules, base)),
         "programs": _programs(settings),
         "unrecognised": unrecognised_arguments(settings, base),
     }
@@ -56,17 +55,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # removed while this process runs
         return None
-
-
-def _own_files(modules: Iterable[str], base: Path) -> Iterator[tuple[str, str]]:
-    """(path relative to the settings file, SHA-256) of modules that lie in its folder."""
-    for module in modules:
-        file = getattr(sys.modules.get(module), "__file__", None)
-        if file is None or "site-packages" in file or module.partition(".")[0] == "ubmd":
-            continue
-        path = Path(file).resolve()
-        if path.is_relative_to(base):
-            yield str(path.relative_to(base)), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _programs(settings: ReferenceSettings) -> dict[str, str]:

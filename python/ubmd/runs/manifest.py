@@ -6,10 +6,11 @@ import json
 import os
 import platform
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import tomli_w
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 import ubmd
 from ubmd.errors import DataError, SettingsError
 from ubmd.files import (
+    file_hash,
     move_aside,
     write_json,
     write_text,
@@ -53,6 +55,7 @@ def open_run(
     inputs: dict[str, str],
     from_iteration: int | None = None,
     reference: dict[str, Any] | None = None,
+    backend: dict[str, str] | None = None,
 ) -> tuple[Plan[S], dict[str, list[Any]]]:
     """Start a run, or check that these settings continue the one in the folder.
 
@@ -62,6 +65,7 @@ def open_run(
         inputs: content hashes of the files that the settings name.
         from_iteration: the run was taken back to this iteration: from there on, other settings are allowed.
         reference: what makes the labels, for the manifest of a new run.
+        backend: the network's own files with their hashes, for the manifest of a new run.
 
     Returns:
         The plan, and the settings that have changed (key -> [old, new]): harmless ones, or any in a run without labels,
@@ -70,7 +74,8 @@ def open_run(
     Raises:
         SettingsError: the settings differ from those of the run in keys that labels depend on.
     """
-    changes = {} if folder.has_labels() else _begin_anew(folder, settings, inputs, reference or {})
+    software = {"reference": reference or {}, "backend": {"files": backend or {}}}
+    changes = {} if folder.has_labels() else _begin_anew(folder, settings, inputs, software)
     if folder.manifest.exists():
         manifest = folder.read_manifest()
         if manifest.get("format") != FORMAT:
@@ -84,7 +89,7 @@ def open_run(
             manifest["phases"] = [*kept, {"from": from_iteration, "settings": settings.model_dump(mode="json")}]
             write_json(folder.manifest, manifest)
     else:
-        manifest = _new_manifest(settings, inputs, reference or {})
+        manifest = _new_manifest(settings, inputs, software)
         write_json(folder.manifest, manifest)
     phases = [(0, manifest["settings"]), *((phase["from"], phase["settings"]) for phase in manifest["phases"])]
     plan = Plan(int(manifest["threads"]), [(first, _updated(old, settings)) for first, old in phases])
@@ -94,7 +99,7 @@ def open_run(
 
 
 def _begin_anew(
-    folder: RunFolder, settings: Table, inputs: dict[str, str], reference: dict[str, Any]
+    folder: RunFolder, settings: Table, inputs: dict[str, str], software: dict[str, Any]
 ) -> dict[str, list[Any]]:
     """Move what a run without labels has written aside if it is damaged, or of other settings, files or software.
 
@@ -108,11 +113,24 @@ def _begin_anew(
         manifest = {}
     is_ours = manifest.get("format") == FORMAT
     changes = _changes(manifest["settings"], settings) if is_ours else {}
-    same = is_ours and manifest["inputs"] == inputs and manifest.get("reference", reference) == reference
+    known = {key: manifest.get(key, value) for key, value in software.items()}
+    same = is_ours and manifest["inputs"] == inputs and known == software
     if changes or not same:
         for path in (folder.manifest, folder.events, folder.rejected, folder.path / "basis.npz"):
             move_aside(path, folder.path / "aside")
     return changes
+
+
+def edited_files(manifest: dict[str, Any], base: Path) -> Iterator[str]:
+    """Sentences about modules beside the settings file that are not those which the run was started with.
+
+    They are in no key of a stage: a run goes on with them, and keeps what the old ones have made.
+    """
+    for key, part in (("reference.calculator", "reference"), ("model.kind", "backend")):
+        for name, known in (manifest.get(part) or {}).get("files", {}).items():
+            path = base / name
+            if path.is_file() and file_hash(path) != known:
+                yield f"{name} ({key}) has changed since the run was started; what the run has made with it stays."
 
 
 def _changes(latest: dict[str, Any], settings: Table) -> dict[str, list[Any]]:
@@ -160,7 +178,7 @@ def read_settings_of(folder: RunFolder, kind: type[S]) -> S:
         ) from None
 
 
-def _new_manifest(settings: Any, inputs: dict[str, str], reference: dict[str, Any]) -> dict[str, Any]:
+def _new_manifest(settings: Any, inputs: dict[str, str], software: dict[str, Any]) -> dict[str, Any]:
     training = settings.training  # None: there is no network
     return {
         "format": FORMAT,
@@ -168,7 +186,7 @@ def _new_manifest(settings: Any, inputs: dict[str, str], reference: dict[str, An
         "ubmd": ubmd.__version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "reference": reference,
+        **software,
         "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "seed": settings.seed,
         "seeds": "numpy SeedSequence([seed, iteration, stage, replica]); see ubmd.runs.seeds.random_generator",

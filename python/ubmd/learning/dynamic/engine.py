@@ -33,7 +33,7 @@ from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.work.workers import Executor
 from ubmd.potentials.interface import converged
-from ubmd.potentials.kinds import kind_of_settings
+from ubmd.potentials.kinds import backend_files, kind_of_settings
 from ubmd.potentials.learner import Learner
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.runs.inputs import input_hashes
@@ -85,7 +85,8 @@ class Engine(Walk):
         self.box = ideal_box(settings, base)
         record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
         inputs = input_hashes(input_files(settings, base), settings.reference.arguments, base)
-        plan, changes = open_run(folder, settings, inputs, reference=record)
+        own = backend_files(settings.model, base)
+        plan, changes = open_run(folder, settings, inputs, reference=record, backend=own)
         self.settings = plan.at(0)
         self.dynamic = self.settings.dynamic
         super().__init__(base, folder, workers, listener, plan.threads, changes)

@@ -35,7 +35,7 @@ from ubmd.learning.work.workers import Executor
 from ubmd.measure import convergence
 from ubmd.measure.coverage import coverage
 from ubmd.measure.torsions import torsions
-from ubmd.potentials.kinds import backend_of
+from ubmd.potentials.kinds import backend_files, backend_of
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.runs.inputs import input_hashes
 from ubmd.runs.manifest import open_run
@@ -104,7 +104,8 @@ class Loop(Walk):
         self.start_structures = read_structures(base / settings.start.file, settings.start.labels)
         record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
         inputs = input_hashes(input_files(settings, base), settings.reference.arguments, base)
-        self.plan, changes = open_run(folder, settings, inputs, from_iteration, record)
+        own = backend_files(settings.model, base)
+        self.plan, changes = open_run(folder, settings, inputs, from_iteration, record, own)
         self.settings = self.plan.at(START)
         backend = backend_of(self.settings.model, base)
         super().__init__(base, folder, workers, listener, self.plan.threads, changes)
