@@ -33,7 +33,7 @@ from ubmd.settings import ReferenceSettings
 
 HERE = Path(__file__).resolve().parent
 # A test set holds what the trajectory holds: no limit on forces.
-REFERENCE = ReferenceSettings(calculator="quickff_mil53", force_limit=1e3, energy_limit=1e3)
+REFERENCE = ReferenceSettings(calculator="quickff:quickff_mil53", force_limit=1e3, energy_limit=1e3)
 LOW, HIGH, INTERVALS = 780.0, 1550.0, 22  # Å^3
 CLOSED_BELOW = 1200.0  # Å^3
 MPA = 1e6 * units.Pascal

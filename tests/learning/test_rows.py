@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,6 @@ from ubmd.learning import RunFolder, run
 from ubmd.learning.loop.check import miniature
 from ubmd.learning.loop.verify import verify
 from ubmd.references import label
-from ubmd.references.quickff import DEBIAN_EXAMPLES, quickff_mil53
 from ubmd.settings import ReferenceSettings, RunSettings, load_settings
 
 EXAMPLES = Path(__file__).parents[2] / "lammps_examples"
@@ -30,7 +30,6 @@ NAMES = ("paper.toml", "reduced.toml", "faster.toml")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # A network that trains at once.
 SMALL = ("model.n_radial=2", "model.hidden=[8, 8]", "uncertainty.projections=8", "training.threads=1")
-needs_quickff = pytest.mark.skipif(not DEBIAN_EXAMPLES.is_dir(), reason="needs Debian's package lammps-examples")
 
 
 def load(path: Path) -> ModuleType:
@@ -49,6 +48,9 @@ def load(path: Path) -> ModuleType:
 
 
 rows = load(EXAMPLES / "rows.py")
+quickff = load(MIL53 / "quickff.py")
+has_quickff = quickff.DEBIAN_EXAMPLES.is_dir()
+needs_quickff = pytest.mark.skipif(not has_quickff, reason="needs Debian's package lammps-examples")
 
 
 def settings_of(file: Path, row: str, *changes: str) -> RunSettings:
@@ -120,14 +122,19 @@ def test_kinds_of_rows_of_alanine_dipeptide(name: str, row: str, tmp_path: Path)
 
 
 @needs_quickff
-def test_a_row_of_mil53(tmp_path: Path) -> None:
-    large = quickff_mil53().structure()
-    write_structures(tmp_path / "closed_pore.extxyz", [large])
-    settings = settings_of(
-        MIL53 / "reduced.toml", "biased_600K", *SMALL, "start.displacement=0.01", "start.strain=0.01"
-    )
+@pytest.mark.parametrize("name", ["quickff:quickff_mil53", "quickff_mil53"])
+def test_a_row_of_mil53(name: str, tmp_path: Path) -> None:
+    """Also with the name that the force field had as a part of the package; then no module is beside the settings."""
+    if ":" in name:
+        shutil.copy(quickff.__file__, tmp_path)
+    write_structures(tmp_path / "closed_pore.extxyz", [quickff.quickff_mil53().structure()])
+    changes = ("start.displacement=0.01", "start.strain=0.01", f"reference.calculator={name}")
+    settings = settings_of(MIL53 / "reduced.toml", "biased_600K", *SMALL, *changes)
     replica = run_miniature(settings, tmp_path, tmp_path / "run")
     assert (replica["ensemble"], replica["pressure"], replica["stress"]) == ("npt", 0.0, 0.5)
+    origin = RunFolder(tmp_path / "run").read_manifest()["reference"]
+    assert list(origin["packages"]) == ["lammps"]
+    assert list(origin["files"]) == (["quickff.py"] if ":" in name else [])
 
 
 # ------------------------------------------------------------------------------------------ the driver

@@ -21,10 +21,10 @@ from ubmd.settings import ReferenceSettings
 READY_MADE = {
     "openmm": "ubmd.references.openmm:OpenMM",
     "lammps": "ubmd.references.lammps:LAMMPS",
-    "quickff_mil53": "ubmd.references.quickff:quickff_mil53",
     "tblite": "ubmd.references.tblite:tblite",
     "cp2k": "ubmd.references.cp2k:cp2k",
     "espresso": "ubmd.references.espresso:espresso",
+    "quickff_mil53": "ubmd.references.quickff:quickff_mil53",  # of lammps_examples/mil53, by the name it once had
 }
 """Short names of the references that ship with the package."""
 

@@ -16,9 +16,11 @@ from ubmd.references.labels import cached_calculator
 from ubmd.settings import ReferenceSettings
 
 _BASES = ("ase.calculators.abc", "ase.calculators.calculator", "ase.calculators.genericfileio")  # compute nothing
-_LIBRARIES = {"openmm": "openmm", "lammps": "lammps", "quickff_mil53": "lammps", "tblite": "tblite"}
+_LIBRARIES = {f"ubmd.references.{name}": name for name in ("openmm", "lammps", "tblite")}
+"""Module of the package -> the library that computes for it."""
+
 _PROGRAMS = {"cp2k": "cp2k_shell", "espresso": "pw.x"}
-"""Of the ready-made references: the library that computes, or the default of 'command'."""
+"""Of the ready-made references that start a program: the default of 'command'."""
 
 
 def inspect_reference(settings: ReferenceSettings, base: Path) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def inspect_reference(settings: ReferenceSettings, base: Path) -> dict[str, Any]
     path = READY_MADE.get(settings.calculator, settings.calculator)
     modules = [path.partition(":")[0], *(kind.__module__ for kind in kinds if kind.__module__ not in _BASES)]
     return {
-        "packages": _packages([*modules, _LIBRARIES.get(settings.calculator, "")]),
+        "packages": _packages([*modules, *(_LIBRARIES.get(module, "") for module in modules)]),
         "files": dict(own_files(modules, base)),
         "programs": _programs(settings),
         "unrecognised": unrecognised_arguments(settings, base),

@@ -47,8 +47,8 @@ class ReferenceSettings(Table):
     """Who labels structures: a ready-made reference or any ASE calculator by import path."""
 
     calculator: Annotated[str, FIRST_LABELS] = Field(
-        description="'openmm', 'lammps', 'quickff_mil53', 'tblite', 'cp2k', 'espresso', or the import path of an ASE "
-        "calculator, e.g. 'ase.calculators.emt:EMT'"
+        description="'openmm', 'lammps', 'tblite', 'cp2k', 'espresso', or the import path of an ASE calculator, "
+        "e.g. 'ase.calculators.emt:EMT'"
     )
     arguments: Annotated[dict[str, Any], FIRST_LABELS] = Field(
         default_factory=dict,
