@@ -42,31 +42,34 @@ def make_run(folder: Path, seed: int, factor: float, labels: list[int], **change
 
 
 def cells(text: str, name: str) -> list[list[str]]:
-    """Cells of the lines of a row: ours, then the paper's."""
+    """Cells of the lines of a row: of runs, then the published one."""
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     first = next(k for k, line in enumerate(lines) if line[0] == name)
     return [lines[first], *(line for line in lines[first + 1 : first + 2] if line[0] == "")]
 
 
-def test_rows_are_means_over_seeds_beside_the_paper(tmp_path):
+@pytest.mark.parametrize("words", [("paper", "ours"), ()])
+def test_rows_are_means_over_seeds_beside_published_ones(words, tmp_path):
     runs = [make_run(tmp_path / f"biased_{seed}", seed, 1.0 + seed, [8, 16, 24]) for seed in (0, 1)]
     plain = make_run(tmp_path / "plain", 0, 3.0, [8, 15, 24], bias={"force": 0.0})
     published = tmp_path / "published.toml"
     published.write_text(
-        'source = "a paper"\n[[row]]\nname = "biased"\nenergy = [3.0, 0.25]\nstress = 7\n[[row]]\nname = "x"\n'
+        "".join(f'{key} = "{word}"\n' for key, word in zip(("label", "label_of_runs"), words, strict=False))
+        + 'source = "a book"\n[[row]]\nname = "biased"\nenergy = [3.0, 0.25]\nstress = 7\n[[row]]\nname = "x"\n'
     )
     rows = collect_rows([runs[0], plain, runs[1]], ["biased", "plain"])
     text = table_markdown(rows, read_published(published))
     head = [cell.strip() for cell in text.splitlines()[0].split("|")[1:-1]]
-    assert head == ["row", "whose", "labels", "coverage", "E, meV/atom", "F, eV/Å", "S, MPa", "MD, ps"]
+    assert head == ["row", "source", "labels", "coverage", "E, meV/atom", "F, eV/Å", "S, MPa", "MD, ps"]
     # 100/24 and 200/24; coverage and time of the MD before the last model: two iterations, 2000 steps of 0.5 fs
-    ours, paper = cells(text, "biased")
-    assert ours[1:6] == ["ours, 2 runs", "24", "0.200 ± 0.000", "6.25 ± 2.95", "0.062 ± 0.029"]
-    assert ours[6:] == ["-", "1 ± 0"]
-    assert paper[1:] == ["paper", "-", "-", "3.00 ± 0.25", "-", "7.0", "-"]
-    assert cells(text, "plain")[0][1:5] == ["ours, 1 run", "24", "0.200", "12.50"]
-    assert cells(text, "x")[0][1] == "paper"  # a row that we lack shows
-    assert "- Paper: a paper" in text
+    made, known = cells(text, "biased")
+    label, before = (words[0], f"{words[1]}, ") if words else ("published", "")
+    assert made[1:6] == [f"{before}2 runs", "24", "0.200 ± 0.000", "6.25 ± 2.95", "0.062 ± 0.029"]
+    assert made[6:] == ["-", "1 ± 0"]
+    assert known[1:] == [label, "-", "-", "3.00 ± 0.25", "-", "7.0", "-"]
+    assert cells(text, "plain")[0][1:5] == [f"{before}1 run", "24", "0.200", "12.50"]
+    assert cells(text, "x")[0][1] == label  # a row without runs shows
+    assert f"- {label.capitalize()}: a book" in text
     assert "- biased: biased_0, biased_1; seeds 0, 1; begun " in text
 
 
@@ -98,7 +101,7 @@ def test_runs_that_have_not_come_so_far_are_named_and_left_out(tmp_path):
     (tmp_path / "empty").mkdir()
     result = CliRunner().invoke(app, ["table", *map(str, runs), str(tmp_path / "empty"), "--labels", "16"])
     assert result.exit_code == 0, result.output
-    assert cells(result.output, "run_seed1")[0][1:3] == ["ours, 1 run", "16"]
+    assert cells(result.output, "run_seed1")[0][1:3] == ["1 run", "16"]
     assert "Not counted:" in result.output
     assert "run_seed0 has no model with 16 labels yet; the last has seen 8." in result.output
     assert "There is no run in" in result.output
@@ -117,7 +120,7 @@ def test_outputs_that_cannot_be_written(tmp_path):
         )
     assert (tmp_path / "file").read_text() == "mine"
     assert CliRunner().invoke(app, ["table", str(run), "--out", str(tmp_path / "new" / "x.md")]).exit_code == 0
-    assert cells((tmp_path / "new" / "x.md").read_text(), "run")[0][1] == "ours, 1 run"
+    assert cells((tmp_path / "new" / "x.md").read_text(), "run")[0][1] == "1 run"
 
 
 def test_runs_without_their_test_sets_are_compared(tmp_path):
@@ -134,7 +137,7 @@ def test_titles_of_rows_by_the_names_of_folders(tmp_path):
     names = ["table", *map(str, [*runs, alone]), "--rows", str(tmp_path / "rows.toml")]
     result = CliRunner().invoke(app, names)
     assert result.exit_code == 0, result.output
-    assert (cells(result.output, "A")[0][1], cells(result.output, "B")[0][1]) == ("ours, 2 runs", "ours, 1 run")
+    assert (cells(result.output, "A")[0][1], cells(result.output, "B")[0][1]) == ("2 runs", "1 run")
 
 
 def test_row_files_stand_for_what_is_no_run(tmp_path):
@@ -184,9 +187,9 @@ def test_published_tables_of_the_examples(name, tmp_path):
     options = ["--published", str(EXAMPLES / name / "published.toml"), "--name", first, "-o", str(tmp_path / "t.md")]
     result = CliRunner().invoke(app, ["table", str(run), *options])
     assert result.exit_code == 0, result.output
-    ours, paper = cells((tmp_path / "t.md").read_text(), first)
-    assert ours[2] == "16"
-    assert paper[2] == "512"
+    made, known = cells((tmp_path / "t.md").read_text(), first)
+    assert made[1:3] == ["ours, 1 run", "16"]
+    assert known[1:3] == ["paper", "512"]
 
 
 # --- plain trajectories -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Finished runs as rows of a published table: the same columns and units, mean ± standard deviation over repeats."""
+"""Finished runs as rows of a table, beside published ones: same columns and units, mean ± standard deviation."""
 
 from __future__ import annotations
 
@@ -68,6 +68,10 @@ class Published:
     source: str
     rows: dict[str, dict[str, Any]]
     """name -> key of `COLUMNS` -> mean, or [mean, standard deviation]"""
+    label: str = "published"
+    """what its rows are called, e.g. 'paper'"""
+    label_of_runs: str = ""
+    """what rows of runs are called beside it, e.g. 'ours'; empty: only how many runs they are"""
 
     def cell(self, name: str, key: str) -> str:
         """Mean ± standard deviation, or '-'."""
@@ -81,6 +85,8 @@ class Published:
 def read_published(path: Path) -> Published:
     """A TOML file with ``source`` and one table [[row]] per row: ``name``, then values as in `COLUMNS`.
 
+    It may say how its rows and those of runs are called: ``label``, ``label_of_runs``.
+
     Raises:
         DataError: the file is no such table.
     """
@@ -92,7 +98,8 @@ def read_published(path: Path) -> Published:
         raise DataError(f"{path} is no table of published numbers (source, and [[row]] with name): {error}.") from None
     if unknown:
         raise DataError(f"{path}: unknown column '{sorted(unknown)[0]}'; known are {', '.join(COLUMNS)}.")
-    return Published(str(content.get("source", "")), rows)
+    words = {key: str(content[key]) for key in ("label", "label_of_runs") if key in content}
+    return Published(str(content.get("source", "")), rows, **words)
 
 
 def run_values(run: Run, labels: int | None = None) -> Values:
@@ -221,26 +228,26 @@ def _provenance(runs: Sequence[Run]) -> str:
 
 
 def table_markdown(rows: Sequence[Repeats], published: Published | None = None) -> str:
-    """Markdown: every row of ours and, below it, the published row of the same name; then where ours come from.
+    """Markdown: every row of runs and, below it, the published row of the same name; then where the runs are from.
 
-    Published rows without one of ours are listed, too, so that a missing row shows.
+    Published rows without runs are listed, too, so that a missing row shows.
     """
-    ours = {row.name: row for row in rows}
-    theirs: Mapping[str, Any] = published.rows if published else {}
+    published = published or Published("", {})
+    made = {row.name: row for row in rows}
     used = [
         key
         for key in COLUMNS
-        if any(row.cell(key) != "-" for row in rows) or any(key in values for values in theirs.values())
+        if any(row.cell(key) != "-" for row in rows) or any(key in values for values in published.rows.values())
     ]
     lines = []
-    for name in [*theirs, *(name for name in ours if name not in theirs)]:
-        if name in ours:
-            count = len(ours[name].runs)
-            repeats = f"{count} run{'s' if count != 1 else ''}"
-            lines.append([name, f"ours, {repeats}", *(ours[name].cell(key) for key in used)])
-        if published and name in theirs:
-            lines.append(["" if name in ours else name, "paper", *(published.cell(name, key) for key in used)])
-    text = as_markdown(Table(["row", "whose", *(COLUMNS[key][0] for key in used)], lines))
-    notes = [f"Paper: {escaped(published.source)}"] if published and published.source else []
+    for name in [*published.rows, *(name for name in made if name not in published.rows)]:
+        if name in made:
+            count = len(made[name].runs)
+            label = ", ".join(filter(None, [published.label_of_runs, f"{count} run{'s' if count != 1 else ''}"]))
+            lines.append([name, label, *(made[name].cell(key) for key in used)])
+        if name in published.rows:
+            lines.append(["" if name in made else name, published.label, *(published.cell(name, k) for k in used)])
+    text = as_markdown(Table(["row", "source", *(COLUMNS[key][0] for key in used)], lines))
+    notes = [f"{published.label.capitalize()}: {escaped(published.source)}"] if published.source else []
     notes += [escaped(f"{row.name}: {row.where}") for row in rows if row.where]
     return "\n".join([*text, "", *(f"- {note}" for note in notes), ""])

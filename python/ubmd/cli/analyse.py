@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 def table(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or row files (JSON).", show_default=False)],
     published: Annotated[
-        Path | None, typer.Option(help="TOML file with a published table, shown row by row below ours.")
+        Path | None, typer.Option(help="TOML file with a published table, shown row by row below the runs.")
     ] = None,
     name: Annotated[
         list[str] | None, typer.Option("--name", help="Name of a row, in order of the runs; may be repeated.")
@@ -42,7 +42,7 @@ def table(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Markdown file (default: print).")] = None,
     run_models: RunModels = False,
 ) -> None:
-    """Make the rows of a published table from finished runs: mean ± standard deviation over seeds.
+    """Make rows of a table from finished runs, beside published ones: mean ± standard deviation over seeds.
 
     Coverage and volumes of the MD, errors on the test set, autocorrelation times (runs with md.trace_every).
     """
