@@ -21,6 +21,7 @@ from ubmd.analysis.dynamic_report import newest_structures
 from ubmd.data.structures import read_structures
 from ubmd.learning import RunFolder
 from ubmd.potentials.force_constants.potential import Potential, anharmonicity, load_potential, order_shares
+from ubmd.runs.reading import read_rounds
 
 
 def read(source: str) -> tuple[Potential, list[Atoms]]:
@@ -29,7 +30,7 @@ def read(source: str) -> tuple[Potential, list[Atoms]]:
     if structures:
         return load_potential(Path(model)), read_structures(Path(structures))
     folder = RunFolder(Path(model))
-    found, _ = newest_structures(folder, folder.read_history())
+    found, _ = newest_structures(folder, read_rounds(folder))
     hottest = max(found, key=lambda name: float(name.split()[0]) if name else 0.0)
     return load_potential(folder.path), found[hottest]
 

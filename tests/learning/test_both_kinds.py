@@ -14,12 +14,14 @@ from rich.console import Console
 
 from ubmd.cli import dynamic_progress, loop_progress
 from ubmd.cli.run_status import make_table, page
+from ubmd.errors import DataError
 from ubmd.files import file_hash
 from ubmd.learning.dynamic.check import input_files as dynamic_files
 from ubmd.learning.dynamic.timeline import DynamicTimeline
 from ubmd.learning.loop.timeline import Timeline
 from ubmd.learning.loop.verify import input_files as loop_files
-from ubmd.runs.folder import Event, RunFolder
+from ubmd.runs.event_records import Event, read_event
+from ubmd.runs.folder import RunFolder
 from ubmd.runs.inputs import input_hashes
 from ubmd.runs.timeline import RunTimeline
 
@@ -31,7 +33,7 @@ both = pytest.mark.parametrize("kind", TIMELINES)
 
 
 def at(second: int, event: str, **values: Any) -> Event:
-    return {"time": f"2026-01-01T00:00:{second:02d}+00:00", "event": event, **values}
+    return read_event({"time": f"2026-01-01T00:00:{second:02d}+00:00", "event": event, **values})
 
 
 STARTED = at(0, "run_started", process=7, labels_wanted=30, steps_wanted=500)
@@ -48,7 +50,7 @@ def test_a_run_from_its_start_to_its_end(kind: str) -> None:
     assert list(run.running) == ["measure"]
     run.add(STOPPED)
     assert (run.stopped, run.error) == ("Bad.", "DataError")
-    run.add(STARTED | {"process": 8})  # resumed: nothing runs yet
+    run.add(STARTED.model_copy(update={"process": 8}))  # resumed: nothing runs yet
     assert (run.process, run.stopped, run.running) == (8, "", {})
     run.add(at(4, "stage_started", stage="label"))
     run.add(at(5, "run_done", reason="Enough.", labels=3))
@@ -59,10 +61,10 @@ def test_a_run_from_its_start_to_its_end(kind: str) -> None:
 
 @both
 def test_damaged_events_of_a_file_are_passed_over_those_of_now_are_not(kind: str) -> None:
-    run = TIMELINES[kind]([{"event": "stage_started"}, {"event": "md_steps"}, STARTED])
+    run = TIMELINES[kind]([read_event({"event": name}) for name in ("stage_started", "md_steps")] + [STARTED])
     assert run.process == 7
-    with pytest.raises(KeyError):
-        run.add({"event": "stage_started"})
+    with pytest.raises(DataError, match="has no 'stage'"):
+        run.add(read_event({"event": "stage_started"}))
 
 
 @pytest.mark.parametrize(
@@ -70,19 +72,20 @@ def test_damaged_events_of_a_file_are_passed_over_those_of_now_are_not(kind: str
 )
 def test_lines_that_both_kinds_print(describe: Callable[[Event], str], number: str) -> None:
     rejected = {"event": "label_rejected", "index": 2, "why": "No."}
-    assert describe(rejected | {number: 3}) == "[  3] label 2 rejected: No."
-    assert describe(rejected) == "[start] label 2 rejected: No."
-    assert describe({"event": "remark", "text": "Well."}) == "Remark: Well."
+    assert describe(read_event(rejected | {number: 3})) == "[  3] label 2 rejected: No."
+    assert describe(read_event(rejected)) == "[start] label 2 rejected: No."
+    assert describe(read_event({"event": "remark", "text": "Well."})) == "Remark: Well."
     lost = {"event": "task_lost", "what": "label", "index": 1, "why": "Gone.", "again": True, "crashed": False}
-    assert describe(lost | {number: 12}) == "[ 12] label 1: Gone. It is tried again."
-    assert describe({"event": "unheard"}) == ""
+    assert describe(read_event(lost | {number: 12})) == "[ 12] label 1: Gone. It is tried again."
+    assert describe(read_event({"event": "unheard"})) == ""
 
 
 def test_a_page_of_status(tmp_path: Path) -> None:
     lost = {"event": "task_lost", "what": "label", "index": 1, "why": "Gone.", "again": True, "crashed": False}
+    half = read_event({"event": "task_lost", "what": "label"})
     table = make_table({"all": ["1", "2"], "some": ["-", "5"], "none": ["-", ""]})
     console = Console(file=io.StringIO(), width=100)
-    console.print(page(RunFolder(Path("run")), "running", ["3 labels."], [lost], [table]))
+    console.print(page(RunFolder(Path("run")), "running", ["3 labels."], [read_event(lost), half], [table]))
     lines = [line.strip() for line in console.file.getvalue().splitlines()]
     assert lines[:2] == ["run: running", "3 labels."]
     assert lines[2] == "Processes lost since its last start: 1; the last was that of label 1: Gone. It is tried again."

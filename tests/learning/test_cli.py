@@ -30,6 +30,7 @@ from ubmd.cli.main import app
 from ubmd.cli.template import run_template, short_template
 from ubmd.data.extxyz import write_structures
 from ubmd.learning.loop.timeline import Timeline
+from ubmd.runs.event_records import read_event
 from ubmd.settings import RunSettings, Table
 
 UBMD = [sys.executable, "-c", "from ubmd.cli.main import app; app()"]
@@ -401,8 +402,8 @@ def test_lines_say_now_and_then_how_far_a_stage_is() -> None:
     lines(EVENTS[2])
     console.file.close()
     assert re.fullmatch(r"\[  0\] training: epoch 3 of 12(; about \d+ s to go)?\n", console.export_text())
-    assert describe_event({"event": "epoch", "epoch": 1}) == ""
-    assert describe_event(EVENTS[8]) == "[  0] label 0 rejected: No."
+    assert describe_event(read_event({"event": "epoch", "epoch": 1})) == ""
+    assert describe_event(read_event(EVENTS[8])) == "[  0] label 0 rejected: No."
 
 
 def test_estimates() -> None:
@@ -410,9 +411,9 @@ def test_estimates() -> None:
     line = Timeline(settings)
     assert line.run_left() is None
     for event in EVENTS[:-1]:
-        line.add(event)
+        line.add(read_event(event))
     assert (line.labels, line.rejected, line.running) == (5, 1, {})
-    line.add(at(0, **EVENTS[-1]))
+    line.add(read_event(at(0, **EVENTS[-1])))
     now = datetime.fromisoformat("2026-01-01T00:00:01+00:00")
     # The first training took 24 s for 4 labels and 12 epochs: 0.5 s per label and epoch.
     assert line.stage_left("train", now) == pytest.approx(5 * 6 * 0.5 - 1)
@@ -427,7 +428,7 @@ def test_estimates() -> None:
     assert line.epochs(line.iteration) == 40
     assert line.stage_left("train", now) == pytest.approx(5 * 40 * 0.5 - 1)
     assert line.run_left(now) == pytest.approx(0.5 * (5 * 40 + 6 * 33 + 7 * 29 + 8 * 25) + 3 * (10.0 + 2.0) - 1)
-    line.add(at(9, event="run_done", labels=8, iterations=3, reason="Enough."))
+    line.add(read_event(at(9, event="run_done", labels=8, iterations=3, reason="Enough.")))
     assert (line.finished, line.running, line.labels) == ("Enough.", {}, 8)
 
 

@@ -8,24 +8,25 @@ from typing import Any
 
 import pytest
 
-from ubmd.measure.convergence import label_budget, plateau, quiet, size_limit, stop_rule
+from ubmd.runs.convergence import label_budget, plateau, quiet, size_limit, stop_rule
+from ubmd.runs.records import Errors, IterationEntry
 from ubmd.settings import LoopSettings
 
 
-def entry(iteration: int, labels: int, endings: str = "", **more: Any) -> dict[str, Any]:
+def entry(iteration: int, labels: int, endings: str = "", **more: Any) -> IterationEntry:
     """An iteration whose replicas ended as the letters say: l(imit), t(hreshold), f(ailed)."""
     names = {"l": "step limit", "t": "threshold", "f": "failed"}
     replicas = [{"stopped": names[letter], "max_u": 0.1 * (k + 1)} for k, letter in enumerate(endings)]
-    return {"iteration": iteration, "labels": labels, "replicas": replicas, **more}
+    return IterationEntry.read({"iteration": iteration, "labels": labels, "replicas": replicas, **more})
 
 
-def explored(*endings: str) -> list[dict[str, Any]]:
+def explored(*endings: str) -> list[IterationEntry]:
     return [entry(k, 10 + k, text) for k, text in enumerate(endings)]
 
 
 def measured(
     errors: Sequence[float | None], factors: Sequence[float | None], labels: Sequence[int] | None = None
-) -> list[dict[str, Any]]:
+) -> list[IterationEntry]:
     """One entry per force error and calibration factor."""
     sizes = labels or [10 + k for k in range(len(errors))]
     return [
@@ -119,15 +120,15 @@ def test_iterations_without_new_labels_are_no_plateau() -> None:
 
 def test_plateau_prefers_the_calibration_share() -> None:
     history = measured([0.1, 0.2, 0.4], [2.0] * 3)
-    for item, error in zip(history, (0.30, 0.31, 0.30), strict=True):
-        item["calib"] = {"force_rmse": error}
+    for k, error in enumerate((0.30, 0.31, 0.30)):
+        history[k] = history[k].model_copy(update={"calib": Errors.read({"force_rmse": error})})
     verdict = plateau(history, 2, 0.1)
     assert verdict is not None
     assert verdict.evidence["set"] == "calib"
     assert verdict.evidence["force_rmse"] == [0.30, 0.31, 0.30]
     assert verdict.evidence["spread"]["force_rmse"] == pytest.approx(0.01 / (0.91 / 3))
     assert verdict.evidence["labels"] == [10, 11, 12]
-    del history[0]["calib"]  # the first models had too few labels for it
+    history[0] = history[0].model_copy(update={"calib": None})  # the first models had too few labels for it
     assert plateau(history, 2, 0.1) is None  # 0.1, 0.2, 0.4 of the validation
     assert json.loads(json.dumps(verdict.as_json())) == verdict.as_json()
 

@@ -31,6 +31,7 @@ from ubmd.lammps.triggers import make_trigger
 from ubmd.learning import RunFolder
 from ubmd.learning.dynamic.timeline import DynamicTimeline
 from ubmd.potentials.force_constants.learner import ForceConstants
+from ubmd.runs.event_records import read_event
 from ubmd.runs.schedules import DYNAMIC, LOOP, schedule_of_file
 from ubmd.settings import load_settings
 from ubmd.settings import make_settings as from_table
@@ -148,9 +149,9 @@ def test_progress_of_a_long_run_is_estimated(printed: tuple[Path, str]) -> None:
     course = DynamicTimeline(settings)
     assert course.left() is None
     quiet = {"round": 0, "replica": 0, "temperature": 300.0, "end": 5, "ended": "segment", "reason": ""}
-    assert describe_event({"event": "piece_done", **quiet}) == ""
+    assert describe_event(read_event({"event": "piece_done", **quiet})) == ""
     failed = quiet | {"ended": "failed", "reason": "It exploded."}
-    assert describe_event({"event": "piece_done", **failed}).endswith("step 5: It exploded.")
+    assert describe_event(read_event({"event": "piece_done", **failed})).endswith("step 5: It exploded.")
 
 
 def test_check_says_what_would_be_run(tmp_path: Path) -> None:

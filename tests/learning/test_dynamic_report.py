@@ -20,6 +20,7 @@ from ubmd.learning.dynamic.engine import run
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.potential import anharmonicity, load_potential, order_shares
 from ubmd.potentials.force_constants.regression import Posterior
+from ubmd.runs.reading import read_rounds
 
 PICTURES = {"learning_curve", "calibration", "trajectories", "signals", "orders", "phonons"}
 SECTIONS = [
@@ -81,7 +82,7 @@ def test_numbers_are_those_of_the_files(finished: RunFolder) -> None:
 
 def test_shares_of_the_orders(finished: RunFolder) -> None:
     """Against the force matrix of the same frames: shares are ratios of rms forces."""
-    structures, what = newest_structures(finished, finished.read_history())
+    structures, what = newest_structures(finished, read_rounds(finished))
     assert set(structures) == {"300 K", "900 K"}
     assert "newest trajectories" in what
     potential = load_potential(finished.path)

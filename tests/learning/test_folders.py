@@ -235,8 +235,13 @@ def test_a_manifest_of_another_version(run: Path) -> None:
     assert (code, "was made by another version of ubmd (9.0)" in said) == (1, True), said
 
 
+WITHIN = b'[{"iteration": 0, "labels": 4, "md_steps": 8, "valid": 5}]'
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"[{", b"{}", b"[1]", b'[{"iteration": 0, "labels": "4"}]', b"\xff\xfe"], ids=str
+    "content",
+    [b"", b"[{", b"{}", b"[1]", b'[{"iteration": 0, "labels": "4"}]', WITHIN, b"\xff\xfe"],
+    ids=str,
 )
 def test_a_damaged_history_is_made_again(run: Path, content: bytes) -> None:
     before, labels = json.loads((run / "history.json").read_text()), (run / "dataset.extxyz").read_text()

@@ -24,6 +24,7 @@ from ubmd.files import read_json, write_json
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.work.tasks import MDJob
+from ubmd.runs.event_records import read_event
 
 SHORT = {
     "loop": {"labels": 8, "threshold": 1000.0, "warm_epochs": 2},
@@ -97,7 +98,7 @@ def test_a_task_that_is_lost_once_changes_nothing(base: Path, calm: RunFolder) -
     found = losses(folder)
     assert len(found) == 12  # 4 + 2 + 2 labels, 2 replicas twice
     assert all(again for _, _, again in found)
-    lines = [describe_event(e) for e in folder.read_events() if e["event"] == "task_lost"]
+    lines = [describe_event(read_event(e)) for e in folder.read_events() if e["event"] == "task_lost"]
     assert (
         "[  0] replica 0: The executor lost the task (RuntimeError: node n7 does not answer). It is tried again."
         in (lines)

@@ -21,6 +21,7 @@ from ubmd.learning import RunFolder, Workers, run
 from ubmd.learning.dynamic.check import check as check_dynamic
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.reference import look_at_reference, remarks
+from ubmd.runs.event_records import read_event
 from ubmd.runs.manifest import edited_files, open_run
 from ubmd.settings import ReferenceSettings
 
@@ -197,7 +198,7 @@ def test_a_start_without_any_label_can_be_mended_in_the_same_folder(folder: RunF
     assert [change["reference.calculator"] for change in changes] == [["unkind:UnkindEMT", "own_code:Mine"]]
     # what was passed on is said once, in the output of this run, and stays in its manifest
     run(right, base, events.append)
-    assert [describe_event(event) for event in events].count(REMARK) == 1
+    assert [describe_event(read_event(event)) for event in events].count(REMARK) == 1
     rows = dict(map(tuple, provenance_rows(folder)))
     assert rows["labelled by"] == f"own_code:Mine; ase {version('ase')}"
     assert rows["SHA-256 of own_code.py"] == hashlib.sha256(OWN.encode()).hexdigest()

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from ubmd.analysis import figures, trajectory_figures
 from ubmd.analysis.document import Document, Section
 from ubmd.analysis.provenance import setting_texts
-from ubmd.analysis.run_groups import ERRORS, Comparison, Curve, Run, group_runs, value_or_nan
+from ubmd.analysis.run_data import value_or_nan
+from ubmd.analysis.run_groups import ERRORS, Comparison, Curve, Run, group_runs
 from ubmd.analysis.trajectory import SHORTEST, Trajectory
 from ubmd.files import file_hash, write_text
 from ubmd.measure.autocorrelation import mean_autocorrelation
 from ubmd.measure.errors import CalibrationData
 from ubmd.measure.torsions import torsions
 from ubmd.measure.volumes import errors_by_volume, slow_wave, volume_edges
+from ubmd.runs.records import IterationEntry, SetName
 from ubmd.valid_json import valid_json
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the MD steps, and of the labels, that every run reached
@@ -90,11 +92,13 @@ def _rows(comparison: Comparison) -> list[Row]:
             rows.append(Row(f"{what} after {mark:,} MD steps", values))
     for labels in _shown_labels(comparison):
         rows += _learning_rows(comparison, labels)
-    final = {"labels": "labels", "MD steps": "md_steps", "coverage": "coverage"}
-    for title, key in final.items():
-        values = comparison.each(lambda run, key=key: value_or_nan(run.history[-1].get(key)))  # type: ignore[misc]
-        rows.append(Row(f"{title} at the end", values))
-    rows += _error_rows(comparison, "at the end", lambda run: run.history[-1])
+    last = comparison.each(lambda run: run.history[-1])
+    rows.append(Row("labels at the end", _numbers_of(last, lambda entry: entry.labels)))
+    rows.append(Row("MD steps at the end", _numbers_of(last, lambda entry: entry.md_steps)))
+    rows.append(Row("coverage at the end", _numbers_of(last, lambda entry: entry.coverage)))
+    for k, (title, unit) in enumerate(ERRORS.items()):
+        values = _numbers_of(last, lambda entry, k=k: entry.rmse_on(comparison.set_name)[k])  # type: ignore[misc]
+        rows.append(Row(f"{title} at the end, {unit}", values))
     rows += _isomer_rows(comparison)
     rows.append(Row("autocorrelation time of positions, ps", comparison.each(lambda run: run.times.positions)))
     rows.append(Row("autocorrelation time of max u, ps", comparison.each(lambda run: run.times.uncertainty)))
@@ -102,15 +106,11 @@ def _rows(comparison: Comparison) -> list[Row]:
     return [row for row in rows if any(np.isfinite(v) for values in row.values.values() for v in values)]
 
 
-def _error_rows(comparison: Comparison, when: str, entry: Callable[[Run], dict[str, Any]]) -> list[Row]:
-    """Rows of all errors in some entry of the histories."""
-    return [
-        Row(
-            f"{title} {when}, {unit}",
-            comparison.each(lambda run, key=key: value_or_nan((entry(run).get(comparison.set_name) or {}).get(key))),  # type: ignore[misc]
-        )
-        for title, (key, unit) in ERRORS.items()
-    ]
+def _numbers_of(
+    entries: dict[str, list[IterationEntry]], value: Callable[[IterationEntry], float | None]
+) -> dict[str, list[float]]:
+    """A number of each entry; NaN where it has none."""
+    return {name: [value_or_nan(value(entry)) for entry in group] for name, group in entries.items()}
 
 
 def _isomer_rows(comparison: Comparison) -> list[Row]:
@@ -119,10 +119,13 @@ def _isomer_rows(comparison: Comparison) -> list[Row]:
     return [
         Row(
             f"{title} at the end, {name} amides, {unit}",
-            {group: [run.get(name, {}).get(key, np.nan) for run in runs] for group, runs in found.items()},
+            {
+                group: [value_or_nan(run[name].rmse[k] if name in run else None) for run in runs]
+                for group, runs in found.items()
+            },
         )
         for name in ("trans", "cis")
-        for title, (key, unit) in ERRORS.items()
+        for k, (title, unit) in enumerate(ERRORS.items())
     ]
 
 
@@ -133,7 +136,7 @@ def _learning_rows(comparison: Comparison, labels: int) -> list[Row]:
     )
     return [
         Row(f"{title} at {labels} labels, {unit}", {name: [run[k] for run in runs] for name, runs in values.items()})
-        for k, (title, (_, unit)) in enumerate(ERRORS.items())
+        for k, (title, unit) in enumerate(ERRORS.items())
     ]
 
 
@@ -395,16 +398,11 @@ def _last_of(rows: Sequence[Row], row: Row) -> Row:
     return [other for other in rows if other.title.split(" after ")[0] == row.title.split(" after ")[0]][-1]
 
 
-def _learning_curve(run: Run, set_name: str) -> NDArray[np.float64]:
+def _learning_curve(run: Run, set_name: SetName) -> NDArray[np.float64]:
     """[K, 5]: labels, MD steps before the training, RMSE of energy (meV/atom), force (eV/Å) and stress (MPa)."""
-    before = [0, *(entry["md_steps"] for entry in run.history)]
+    before = [0, *(entry.md_steps for entry in run.history)]
     rows = [
-        [
-            entry["labels"],
-            before[k],
-            *(value_or_nan((entry.get(set_name) or {}).get(key)) for key, _ in ERRORS.values()),
-        ]
-        for k, entry in enumerate(run.history)
+        [entry.labels, before[k], *map(value_or_nan, entry.rmse_on(set_name))] for k, entry in enumerate(run.history)
     ]
     return np.array(rows, dtype=np.float64)
 

@@ -12,7 +12,7 @@ from ase import Atoms
 
 from ubmd.analysis import crystal_figures, figures
 from ubmd.analysis.document import Document, Section
-from ubmd.analysis.run_data import RunData
+from ubmd.analysis.run_data import RunData, value_or_nan
 from ubmd.analysis.run_report import rejected_section, write_report
 from ubmd.data.structures import read_structures
 from ubmd.errors import UbmdError
@@ -22,6 +22,8 @@ from ubmd.potentials.kinds import kind_of_settings
 from ubmd.runs.dynamic_history import read_errors
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings_of
+from ubmd.runs.reading import read_rounds
+from ubmd.runs.records import ForceErrors, RoundEntry, SignalEntry
 from ubmd.settings.dynamic import DynamicRunSettings
 from ubmd.texts import number
 
@@ -48,17 +50,17 @@ def make_dynamic_report(run: Path, run_models: bool = False) -> list[Path]:
     return write_report(data, "dynamic run", "No round has finished yet.", _summary, sections, (_rejected, _times))
 
 
-class _Run(RunData[DynamicRunSettings]):
+class _Run(RunData[DynamicRunSettings, RoundEntry]):
     """A dynamic run."""
 
     def __init__(self, folder: RunFolder) -> None:
         settings = read_settings_of(folder, DynamicRunSettings)
-        super().__init__(folder, settings, settings.dynamic.timestep)
+        super().__init__(folder, settings, read_rounds(folder), settings.dynamic.timestep)
 
     @property
-    def models(self) -> list[dict[str, Any]]:
+    def models(self) -> list[RoundEntry]:
         """The first entry of every model."""
-        return [entry for entry in self.history if entry["refit"]]
+        return [entry for entry in self.history if entry.refit]
 
     @property
     def is_crystal(self) -> bool:
@@ -79,59 +81,62 @@ def _summary(data: _Run) -> str:
     last, dynamic = data.last, data.settings.dynamic
     heat = " and ".join(f"{t:g}" for t in dynamic.temperatures)
     bias = f"bias force {data.settings.bias.force:g}" if data.settings.bias else "no bias (plain MD)"
-    ended = last.get("ended")
+    ended = last.ended
     return (
-        f"{last['labels']} labels ({last['calls']} calls of the reference) after {len(data.history)} rounds and "
-        f"{last['md_steps']:,} MD steps ({data.picoseconds(last['md_steps']):,.1f} ps) of "
+        f"{last.labels} labels ({last.calls} calls of the reference) after {len(data.history)} rounds and "
+        f"{last.md_steps:,} MD steps ({data.picoseconds(last.md_steps):,.1f} ps) of "
         f"{dynamic.trajectories} {'trajectory' if dynamic.trajectories == 1 else 'trajectories'} at {heat} K; {bias}; "
         f"trigger '{dynamic.trigger.rule}'; seed {data.settings.seed}. "
-        + (f"Finished: {ended['reason']}" if ended else "The run has not finished.")
+        + (f"Finished: {ended.reason}" if ended else "The run has not finished.")
     )
 
 
 def _numbers(report: Document, data: _Run) -> None:
     """The result in a few rows."""
-    last, model = data.last, data.last["model"]
-    rows = [["labels learnt", str(last["labels"])], ["calls of the reference", str(last["calls"])]]
-    for key, name in (("test", "test set"), ("train", "training labels")):
-        found = last.get(key)
-        if found:
-            share = f" ({100 * found['relative']:.2f} % of their rms)" if found.get("relative") else ""
-            title = f"force RMSE, {name} ({found['structures']} structures)"
-            rows.append([title, f"{found['force_rmse']:.5f} eV/Å{share}"])
+    last, model = data.last, data.last.model
+    rows = [["labels learnt", str(last.labels)], ["calls of the reference", str(last.calls)]]
+    for name, errors in (("test set", last.test), ("training labels", last.train)):
+        if errors:
+            share = f" ({100 * errors.relative:.2f} % of their rms)" if errors.relative else ""
+            title = f"force RMSE, {name} ({errors.structures} structures)"
+            rows.append([title, f"{errors.force_rmse:.5f} eV/Å{share}"])
     if data.is_crystal:
-        gamma, counts = sum(model["gamma"].values()), sum(model["parameters"].values())
-        rows.append(["noise or truncation of the forces, 1/√β", f"{model['noise']:.5f} eV/Å"])
+        gamma, counts = sum(model.gamma.values()), sum(model.parameters.values())
+        rows.append(["noise or truncation of the forces, 1/√β", f"{model.noise:.5f} eV/Å"])
         rows.append(
             ["parameters that the labels determine, γ/P", f"{gamma:.1f} of {counts} ({100 * gamma / counts:.1f} %)"]
         )
-        if model.get("energy") is not None:
-            rows.append(["energy of the ideal crystal", f"{model['energy']:.6f} eV per primitive cell"])
+        if model.energy is not None:
+            rows.append(["energy of the ideal crystal", f"{model.energy:.6f} eV per primitive cell"])
     if data.settings.dynamic.calibrate:
-        rows.append(["conformal factor of the errors in use", f"{model['force_scale']:.3f}"])
-    far = [r["max_displacement"] for e in data.history for r in e["replicas"] if r.get("max_displacement")]
+        rows.append(["conformal factor of the errors in use", number(model.force_scale, ".3f")])
+    pieces = [piece for entry in data.history for piece in entry.replicas]
+    far = [piece.max_displacement for piece in pieces if piece.max_displacement]
     if far:
         rows.append(["largest displacement of an atom", f"{max(far):.3f} Å"])
-    speed = [r["ms_per_step"] for e in data.history for r in e["replicas"] if r.get("ms_per_step")]
+    speed = [piece.ms_per_step for piece in pieces if piece.ms_per_step]
     if speed:
         rows.append(["time of an MD step", f"{np.median(speed):.3g} ms (median of the pieces)"])
-    guards = sum(r["ended"] == "guard" for e in data.history for r in e["replicas"])
-    failed = sum(r["ended"] == "failed" for e in data.history for r in e["replicas"])
+    guards = sum(piece.ended == "guard" for piece in pieces)
+    failed = sum(piece.ended == "failed" for piece in pieces)
     rows.append(["pieces that ended at the guard; that failed", f"{guards}; {failed}"])
     report.section("Result").table(["what", "value"], rows)
 
 
 def _learning(report: Document, data: _Run) -> None:
     """Errors against reference calls."""
-    curves = {}
-    for key, name in (("test", "test set"), ("train", "training labels")):
-        entries = [entry for entry in data.models if entry.get(key)]
-        if entries:
-            curves[name] = ([e["calls"] for e in entries], [e[key]["force_rmse"] for e in entries])
+    sets: dict[str, list[tuple[RoundEntry, ForceErrors | None]]] = {
+        "test set": [(entry, entry.test) for entry in data.models],
+        "training labels": [(entry, entry.train) for entry in data.models],
+    }
+    known = {
+        name: [(entry.calls, errors.force_rmse) for entry, errors in pairs if errors] for name, pairs in sets.items()
+    }
+    curves = {name: ([x for x, _ in pairs], [y for _, y in pairs]) for name, pairs in known.items() if pairs}
     if not curves:
         return
-    noise = data.last["model"]["noise"] if data.is_crystal else None
-    rms = (data.last.get("test") or {}).get("force_rms")
+    noise = data.last.model.noise if data.is_crystal else None
+    rms = data.last.test.force_rms if data.last.test else None
     path = crystal_figures.dynamic_learning_figure(curves, data.picture("learning_curve.png"), noise, rms)
     section = report.section("Errors against reference calls")
     section.picture(path, "Root mean square error of the force components after each refit")
@@ -143,13 +148,13 @@ def _calibration(report: Document, data: _Run) -> None:
     """Each label's error as it was predicted before the model learnt it."""
     bare, scaled, true = [], [], []
     for entry in data.history:
-        factor = (entry.get("conformal") or {}).get("scale", np.nan)
-        used = entry["model"].get("force_scale") or 1.0 if data.is_crystal else 1.0
-        for item in entry["asked"]:
-            if item["label"] is not None:
-                bare.append(item["error_before"] / used)
-                scaled.append(item["error_before"] / used * factor)
-                true.append(item["true_before"])
+        factor = value_or_nan(entry.conformal.scale if entry.conformal else None)
+        used = entry.model.force_scale or 1.0 if data.is_crystal else 1.0
+        for item in entry.asked:
+            if item.error_before is not None and item.true_before is not None:  # it has a label
+                bare.append(item.error_before / used)
+                scaled.append(item.error_before / used * factor)
+                true.append(item.true_before)
     if not bare:
         return
     u, v, e = np.array(bare), np.array(scaled), np.array(true)
@@ -169,18 +174,19 @@ def _calibration(report: Document, data: _Run) -> None:
     )
     if data.is_crystal:
         components = 3 * len(read_structures(data.folder.dataset)[0])
-        deviations, noise = np.sqrt(2 * np.log(components)), data.last["model"]["noise"]
+        deviations, noise = np.sqrt(2 * np.log(components)), data.last.model.noise
         section.text(
             "The Bayesian error is the largest standard deviation of a force component. Of "
             f"{components} normal errors the largest is about {deviations:.1f} deviations, and true errors also hold "
             f"the noise or truncation floor ({noise:.4f} eV/Å per component)."
         )
-    conformal = data.last.get("conformal")
+    conformal = data.last.conformal
     if conformal:
         section.text(
-            f"The conformal factor of the newest {conformal['count']} labels is {conformal['scale']:.2f}: predicted "
-            f"errors times this cover {100 * min(1 - conformal['alpha'], conformal['attainable']):.0f} % of the true "
-            "ones. Labels are asked for where the predicted error is large, so they are harder than the trajectory."
+            f"The conformal factor of the newest {conformal.count} labels is {number(conformal.scale, '.2f')}: "
+            f"predicted errors times this cover {100 * min(1 - conformal.alpha, conformal.attainable):.0f} % of the "
+            "true ones. Labels are asked for where the predicted error is large, so they are harder than the "
+            "trajectory."
         )
 
 
@@ -204,31 +210,29 @@ def _trajectories(report: Document, data: _Run) -> None:
 
 def _signals(report: Document, data: _Run) -> None:
     """Signals of convergence as they evolved, the last ones of every model."""
-    newest: dict[int, dict[str, Any]] = {}
+    newest: dict[int, dict[str, SignalEntry]] = {}
     for entry in data.history:
-        if {signal["name"] for signal in entry["signals"]} >= set(SIGNALS):
-            newest[entry["labels"]] = {signal["name"]: signal for signal in entry["signals"]}
+        if {signal.name for signal in entry.signals} >= set(SIGNALS):
+            newest[entry.labels] = {signal.name: signal for signal in entry.signals}
     if not newest:
         return
     labels = sorted(newest)
     curves = {
-        title: ([newest[k][name]["value"] for k in labels], [newest[k][name]["threshold"] for k in labels])
+        title: ([newest[k][name].value for k in labels], [newest[k][name].threshold for k in labels])
         for name, title in SIGNALS.items()
     }
     error = None
-    tested = [entry for entry in data.models if entry.get("test")]
+    tested = [(entry.labels, entry.test.force_rmse) for entry in data.models if entry.test]
     if tested:
-        error = ([e["labels"] for e in tested], [e["test"]["force_rmse"] for e in tested], "test set")
+        error = ([x for x, _ in tested], [y for _, y in tested], "test set")
     path = crystal_figures.signals_figure(labels, curves, error, data.picture("signals.png"))
     section = report.section("Convergence without further labels")
     section.picture(path, "Signals of convergence (dashed: thresholds) and the true error")
-    rows = [
-        [signal["name"], "yes" if signal["holds"] else "no", signal["reason"]] for signal in newest[labels[-1]].values()
-    ]
+    rows = [[signal.name, "yes" if signal.holds else "no", signal.reason] for signal in newest[labels[-1]].values()]
     section.table(["signal", "holds", "what it sees"], rows)
-    ended = data.last.get("ended")
+    ended = data.last.ended
     if ended:
-        section.text(f"The run ended by the rule '{ended['rule']}': {ended['reason']}")
+        section.text(f"The run ended by the rule '{ended.rule}': {ended.reason}")
 
 
 def _parameters(report: Document, data: _Run) -> None:
@@ -268,13 +272,13 @@ def _parameters(report: Document, data: _Run) -> None:
         )
 
 
-def newest_structures(folder: RunFolder, history: Sequence[dict[str, Any]]) -> tuple[dict[str, list[Atoms]], str]:
+def newest_structures(folder: RunFolder, history: Sequence[RoundEntry]) -> tuple[dict[str, list[Atoms]], str]:
     """(frames of the newest pieces by temperature, else the test set or the labels; what they are)."""
     found: dict[str, list[Atoms]] = {}
     for entry in reversed(history):
-        for result in entry["replicas"]:
-            name = f"{result['temperature']:g} K"
-            path = folder.path / "rounds" / f"round_{entry['round']:04d}" / f"piece_{result['replica']:03d}.npz"
+        for result in entry.replicas:
+            name = f"{result.temperature:g} K"
+            path = folder.path / "rounds" / f"round_{entry.round:04d}" / f"piece_{result.replica:03d}.npz"
             if len(found.setdefault(name, [])) < _MOST_FRAMES and path.exists():
                 found[name] += _frames(path)
     found = {name: frames[:_MOST_FRAMES] for name, frames in sorted(found.items()) if frames}
@@ -322,16 +326,17 @@ def _labels(report: Document, data: _Run) -> None:
     """One row per label."""
     rows = []
     for entry in data.models:
-        for item in entry["learnt"]:
+        for item in entry.learnt:
+            errors = (item.threshold, item.error_before, item.true_before, item.error_after, item.true_after)
             rows.append(
                 [
-                    str(item["label"]),
-                    item["rule"],
-                    number(item.get("temperature"), "g") if item["rule"] != "start" else "-",
-                    f"{item['replica']}",
-                    f"{item['step']:,}",
-                    *(number(item.get(key), ".4f") for key in _LABEL_COLUMNS),
-                    number(None if item.get("drop") is None else 100 * item["drop"], ".1f"),
+                    str(item.label),
+                    item.rule,
+                    number(item.temperature, "g") if item.rule != "start" else "-",
+                    f"{item.replica}",
+                    f"{item.step:,}",
+                    *(number(error, ".4f") for error in errors),
+                    number(None if item.drop is None else 100 * item.drop, ".1f"),
                 ]
             )
     if not rows:
@@ -345,9 +350,6 @@ def _labels(report: Document, data: _Run) -> None:
     )
 
 
-_LABEL_COLUMNS = ("threshold", "error_before", "true_before", "error_after", "true_after")
-
-
 def _rejected(report: Document, data: _Run) -> None:
     section = rejected_section(report, data) if data.history else None
     if section is not None:
@@ -359,8 +361,8 @@ def _times(report: Document, data: _Run) -> None:
     """Wall time by stage."""
     total: dict[str, float] = {}
     for entry in data.history:
-        for stage, seconds in (entry.get("seconds") or {}).items():
-            total[stage] = total.get(stage, 0.0) + float(seconds)
+        for stage, seconds in entry.seconds.items():
+            total[stage] = total.get(stage, 0.0) + seconds
     whole = sum(total.values())
     if whole > 0.0:
         rows = [[stage, f"{seconds:.1f}", f"{100 * seconds / whole:.1f}"] for stage, seconds in total.items()]

@@ -23,6 +23,7 @@ from ubmd.errors import DataError
 from ubmd.files import replacing
 from ubmd.measure.isomers import amide_torsions, count_cis
 from ubmd.runs.folder import RunFolder
+from ubmd.runs.records import IterationEntry
 
 FILE = "predictions.npz"
 _NEWEST = 8  # iterations whose new labels stand in for a test set
@@ -159,7 +160,7 @@ def predict(
     return found
 
 
-def predict_unseen(folder: RunFolder, history: Sequence[Mapping[str, Any]], run_models: bool = False) -> Unseen | None:
+def predict_unseen(folder: RunFolder, history: Sequence[IterationEntry], run_models: bool = False) -> Unseen | None:
     """The newest model on the test set; without one, earlier models on the labels that they selected.
 
     The latter are the hardest structures that the replicas found. None if there is no model or no such label yet.
@@ -174,7 +175,7 @@ def predict_unseen(folder: RunFolder, history: Sequence[Mapping[str, Any]], run_
         amides = amide_torsions(structures[0])
         note = f" ({count_cis(structures, amides)} of them with a cis amide bond)" if amides else ""
         what = f"Newest model on the {len(structures)} structures of the test set{note}"
-        found = predict(folder, history[-1]["iteration"], structures, run_models, folder.model)
+        found = predict(folder, history[-1].iteration, structures, run_models, folder.model)
         return Unseen(structures, found.each, found.promise, what)
     chosen, parts = _new_labels(folder, history, run_models)
     if not chosen:
@@ -187,7 +188,7 @@ def predict_unseen(folder: RunFolder, history: Sequence[Mapping[str, Any]], run_
 
 
 def _new_labels(
-    folder: RunFolder, history: Sequence[Mapping[str, Any]], run_models: bool
+    folder: RunFolder, history: Sequence[IterationEntry], run_models: bool
 ) -> tuple[list[Atoms], list[Predictions]]:
     """Labels of the newest iterations, and what the models that selected them say, where that is known."""
     labels = read_structures(folder.dataset, labelled=True)
@@ -195,10 +196,10 @@ def _new_labels(
     parts: list[Predictions] = []
     missing: NotKept | None = None
     for entry in history[-_NEWEST:]:
-        chosen = labels_of_iteration(labels, entry["iteration"])
+        chosen = labels_of_iteration(labels, entry.iteration)
         try:
             if chosen:
-                parts.append(predict(folder, entry["iteration"], chosen, run_models))
+                parts.append(predict(folder, entry.iteration, chosen, run_models))
                 structures += chosen
         except NotKept as error:
             missing = missing or error

@@ -14,21 +14,23 @@ import numpy as np
 from ubmd.analysis import figures
 from ubmd.analysis.document import Document, Section
 from ubmd.analysis.predictions import NotKept, predict_unseen
-from ubmd.analysis.run_data import Frames, RunData, count_endings, read_frames, stage_seconds
+from ubmd.analysis.run_data import Frames, RunData, count_endings, read_frames, stage_seconds, value_or_nan
 from ubmd.analysis.run_report import rejected_section, write_report
 from ubmd.analysis.trajectory import SHORTEST, correlation_times, read_traces
-from ubmd.measure.convergence import plateau, quiet
 from ubmd.measure.coverage import coverage
 from ubmd.measure.errors import CalibrationData, calibration_data, parity_data, pearson, share_covered, spearman
 from ubmd.measure.isomers import amide_torsions, count_cis
 from ubmd.measure.torsions import torsions
+from ubmd.runs.convergence import plateau, quiet
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
+from ubmd.runs.reading import read_iterations
+from ubmd.runs.records import IterationEntry, SetName
 from ubmd.settings import RunSettings
 from ubmd.settings.run import conditions
 from ubmd.texts import number, wall_time
 
-_SETS = {
+_SETS: dict[SetName, str] = {
     "test": "test set",
     "valid": "validation labels",
     "calib": "calibration labels",
@@ -51,12 +53,12 @@ def make_report(run: Path, run_models: bool = False) -> list[Path]:
     return write_report(data, "run", "No iteration has finished yet.", _summary, sections, (_failures, _times))
 
 
-class _Run(RunData[RunSettings]):
+class _Run(RunData[RunSettings, IterationEntry]):
     """A loop."""
 
     def __init__(self, folder: RunFolder, run_models: bool) -> None:
         settings = read_settings(folder)
-        super().__init__(folder, settings, settings.md.timestep)
+        super().__init__(folder, settings, read_iterations(folder), settings.md.timestep)
         self.run_models = run_models
 
     @cached_property
@@ -67,8 +69,8 @@ class _Run(RunData[RunSettings]):
 def _summary(data: _Run) -> str:
     last, settings = data.last, data.settings
     return (
-        f"{last['labels']} labels after {len(data.history)} iterations and {last['md_steps']:,} MD steps "
-        f"({data.picoseconds(last['md_steps']):,.1f} ps); {conditions(settings)}; "
+        f"{last.labels} labels after {len(data.history)} iterations and {last.md_steps:,} MD steps "
+        f"({data.picoseconds(last.md_steps):,.1f} ps); {conditions(settings)}; "
         f"uncertainty {settings.uncertainty.kind}, selection {settings.selection.method}, seed {settings.seed}. "
         + _ending(data)
     )
@@ -77,12 +79,12 @@ def _summary(data: _Run) -> str:
 def _ending(data: _Run) -> str:
     """Why the run ended, if it did: its last iteration has no replicas."""
     last, wanted = data.last, data.settings.loop.labels
-    if last.get("ended"):
-        return f"Finished: {last['ended']['reason']}"
-    if last.get("replicas"):
+    if last.ended:
+        return f"Finished: {last.ended.reason}"
+    if last.replicas:
         return "The run has not finished."
-    if last["labels"] >= wanted:
-        return f"Finished: the data set has {last['labels']} labels (loop.labels = {wanted})."
+    if last.labels >= wanted:
+        return f"Finished: the data set has {last.labels} labels (loop.labels = {wanted})."
     return "Finished before loop.labels was reached."
 
 
@@ -91,13 +93,13 @@ def _iterations(report: Document, data: _Run) -> None:
     rejected = Counter(int(atoms.info.get("iteration", -1)) for atoms in data.rejected)
     rows = [
         [
-            str(entry["iteration"]),
-            str(entry["labels"]),
-            str(rejected[entry["iteration"]] or ""),
-            f"{entry['md_steps']:,}",
-            *(_error(entry, name, key, form) for name in ("valid", "test") for key, form in _ERRORS),
-            number(entry.get("max_u"), ".2f"),
-            number(entry.get("coverage"), ".3f"),
+            str(entry.iteration),
+            str(entry.labels),
+            str(rejected[entry.iteration] or ""),
+            f"{entry.md_steps:,}",
+            *map(number, (*entry.rmse_on("valid"), *entry.rmse_on("test")), 2 * _FORMS),
+            number(entry.max_u, ".2f"),
+            number(entry.coverage, ".3f"),
         ]
         for entry in data.history
     ]
@@ -113,11 +115,7 @@ def _iterations(report: Document, data: _Run) -> None:
     )
 
 
-_ERRORS = (("energy_rmse_mev_per_atom", ".2f"), ("force_rmse", ".4f"), ("stress_rmse_mpa", ".1f"))
-
-
-def _error(entry: dict[str, Any], name: str, key: str, form: str) -> str:
-    return number((entry.get(name) or {}).get(key), form)
+_FORMS = (".2f", ".4f", ".1f")  # of energy, forces, stress
 
 
 def _learning(report: Document, data: _Run) -> None:
@@ -125,14 +123,14 @@ def _learning(report: Document, data: _Run) -> None:
     by_labels: dict[str, Sequence[Any]] = {}
     by_steps: dict[str, Sequence[Any]] = {}
     for key, name in _SETS.items():
-        entries = [entry for entry in data.history if entry.get(key)]
+        entries = [entry for entry in data.history if entry.errors_on(key)]
         if not entries:
             continue
-        errors = [[entry[key].get(quantity, np.nan) for entry in entries] for quantity, _ in _ERRORS]
-        by_labels[name] = ([entry["labels"] for entry in entries], *errors)
+        errors = list(zip(*([value_or_nan(value) for value in entry.rmse_on(key)] for entry in entries), strict=True))
+        by_labels[name] = ([entry.labels for entry in entries], *errors)
         # A model has seen what the iterations before it found.
-        before = [0, *(entry["md_steps"] for entry in data.history)]
-        by_steps[name] = ([before[entry["iteration"]] / 1000.0 for entry in entries], *errors)
+        before = [0, *(entry.md_steps for entry in data.history)]
+        by_steps[name] = ([before[entry.iteration] / 1000.0 for entry in entries], *errors)
     if not by_labels:
         return
     section = report.section("Learning curves")
@@ -236,9 +234,9 @@ def _uncertainty(report: Document, data: _Run) -> None:
     if not len(frames):
         return
     endings = {
-        (result.get("iteration", entry["iteration"]), result["replica"]): result["stopped"]
+        (entry.iteration if result.iteration is None else result.iteration, result.replica): result.stopped
         for entry in data.history
-        for result in entry.get("replicas") or []
+        for result in entry.replicas
     }
     path = figures.uncertainty_figure(
         frames.iteration,
@@ -262,28 +260,28 @@ def _uncertainty(report: Document, data: _Run) -> None:
 
 def _replicas(report: Document, data: _Run) -> None:
     """How replicas ended, and why those that failed did."""
-    entries = [entry for entry in data.history if entry.get("replicas")]
+    entries = [entry for entry in data.history if entry.replicas]
     if not entries:
         return
     section = report.section("How the replicas ended")
     counts = [count_endings(entry) for entry in entries]
     path = figures.replicas_figure(
-        [entry["iteration"] for entry in entries],
+        [entry.iteration for entry in entries],
         {name: [count[name] for count in counts] for name in figures.ENDINGS},
-        [data.picoseconds(np.mean([r["steps"] for r in entry["replicas"]])) for entry in entries],
+        [data.picoseconds(np.mean([r.steps for r in entry.replicas])) for entry in entries],
         data.picture("replicas.png"),
     )
     section.picture(path, "Replicas that reached the step limit, passed the threshold, or failed")
-    reasons = [(entry["iteration"], r["reason"]) for entry in entries for r in entry["replicas"] if r["reason"]]
+    reasons = [(entry.iteration, r.reason) for entry in entries for r in entry.replicas if r.reason]
     _reasons(section, "why replicas failed", reasons)
 
 
 def _convergence(report: Document, data: _Run) -> None:
     """What the stop rules see, in use or not."""
     loop, history = data.settings.loop, data.history
-    calls = history[-1]["labels"] + len(data.rejected)
+    calls = history[-1].labels + len(data.rejected)
     budget = loop.label_budget
-    explored = [entry for entry in history if entry.get("replicas")]
+    explored = [entry for entry in history if entry.replicas]
     calm = next((n for n in range(len(explored), 0, -1) if quiet(explored, n)), 0)
     seen = plateau(history, loop.plateau_iterations, float("inf"))
     spreads = (
@@ -294,7 +292,7 @@ def _convergence(report: Document, data: _Run) -> None:
         f"{100 * seen.evidence['spread']['force_factor']:.0f} % (tolerance {100 * loop.plateau_tolerance:g} %)"
     )
     rows = [
-        ["labels", "yes", f"{history[-1]['labels']} of {loop.labels}"],
+        ["labels", "yes", f"{history[-1].labels} of {loop.labels}"],
         [
             "label budget",
             "yes" if budget else "no",
@@ -309,24 +307,28 @@ def _convergence(report: Document, data: _Run) -> None:
     ]
     section = report.section("Convergence")
     section.table(["stop rule", "in use", "what it sees"], rows)
-    known = [entry for entry in history if (entry.get("calibration") or {}).get("force_factor")]
+    known = [
+        (entry, entry.calibration.force_factor)
+        for entry in history
+        if entry.calibration and entry.calibration.force_factor
+    ]
     if len(known) > 1:
-        held_out = "calib" if all(entry.get("calib") for entry in known) else "valid"
+        held_out: SetName = "calib" if all(entry.calib for entry, _ in known) else "valid"
         path = figures.convergence_figure(
-            [entry["labels"] for entry in known],
-            [entry[held_out]["force_rmse"] for entry in known],
-            [entry["calibration"]["force_factor"] for entry in known],
+            [entry.labels for entry, _ in known],
+            [value_or_nan(entry.rmse_on(held_out)[1]) for entry, _ in known],
+            [factor for _, factor in known],
             data.picture("convergence.png"),
         )
         section.picture(path, "Force error and calibration factor of held-out labels; both settle when a run converges")
-    if history[-1].get("ended"):
-        section.text(f"The run ended by the rule '{history[-1]['ended']['rule']}'.")
+    if history[-1].ended:
+        section.text(f"The run ended by the rule '{history[-1].ended.rule}'.")
 
 
 def _failures(report: Document, data: _Run) -> None:
     """Rejected labels with their reasons."""
     rejected = data.rejected
-    labelled = data.last["labels"] if data.history else 0
+    labelled = data.last.labels if data.history else 0
     section = rejected_section(report, data) if rejected or labelled else None
     if section is None:
         return
@@ -370,15 +372,14 @@ def _times(report: Document, data: _Run) -> None:
 
 def _cost(data: _Run, stage: str, values: np.ndarray) -> str:
     """A stage's cost per piece of work."""
-    last = data.last if data.history else {"labels": 0, "md_steps": 0}
-    results = [r for entry in data.history for r in entry.get("replicas") or []]
-    if stage == "label" and last["labels"]:
-        return f"{values.sum() / last['labels']:.3g} s per label"
-    if stage == "md" and last["md_steps"]:
-        busy = sum(float(r["seconds"]) for r in results)
+    labels, md_steps = (data.last.labels, data.last.md_steps) if data.history else (0, 0)
+    if stage == "label" and labels:
+        return f"{values.sum() / labels:.3g} s per label"
+    if stage == "md" and md_steps:
+        busy = sum(result.seconds for entry in data.history for result in entry.replicas)
         return (
-            f"{1000 * busy / last['md_steps']:.3g} ms per step of a replica, "
-            f"{1000 * values.sum() / last['md_steps']:.3g} ms of wall time"
+            f"{1000 * busy / md_steps:.3g} ms per step of a replica, "
+            f"{1000 * values.sum() / md_steps:.3g} ms of wall time"
         )
     if stage == "train" and np.count_nonzero(values):
         return f"{values.sum() / np.count_nonzero(values):.3g} s per training"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from ubmd.measure.coverage import coverage_growth
 from ubmd.measure.torsions import torsions
 from ubmd.runs.folder import RunFolder
+from ubmd.runs.reading import read_iterations
+from ubmd.runs.records import IterationEntry, Record
 from ubmd.settings import Table
 
 STAGES = ("test_set", "train", "export", "measure", "md", "select", "label")
@@ -25,20 +27,21 @@ STAGES = ("test_set", "train", "export", "measure", "md", "select", "label")
 
 
 S = TypeVar("S", bound=Table)
+E = TypeVar("E", bound=Record)
 
 
-class RunData(Generic[S]):
+class RunData(Generic[S, E]):
     """What the sections of a report read, each once; each kind of run adds its own."""
 
-    def __init__(self, folder: RunFolder, settings: S, timestep: float) -> None:
+    def __init__(self, folder: RunFolder, settings: S, history: list[E], timestep: float) -> None:
         """``timestep``: of the MD, fs."""
         self.folder = folder
         self.settings = settings
-        self.history: list[dict[str, Any]] = folder.read_history()
+        self.history = history
         self._timestep = timestep
 
     @property
-    def last(self) -> dict[str, Any]:
+    def last(self) -> E:
         """Newest entry of the history."""
         return self.history[-1]
 
@@ -90,21 +93,21 @@ class Frames:
         return volume if np.ptp(volume) > 1e-6 * volume.mean() else None
 
 
-def stage_seconds(run: Path, history: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, NDArray[np.float64]]]:
+def stage_seconds(run: Path, history: Sequence[IterationEntry]) -> tuple[list[str], dict[str, NDArray[np.float64]]]:
     """(names of the iterations, stage -> wall time of each, s); what came before the loop is called 'start'."""
     marks = sorted((Path(run) / ".stages").glob("*.json"))
     records = {mark.stem: json.loads(mark.read_text()) for mark in marks}
     start = {stage: float(record["seconds"]) for stage, record in records.items() if "seconds" in record}
-    columns = [start, *(entry.get("seconds") or {} for entry in history)]
+    columns = [start, *(entry.seconds for entry in history)]
     found = {stage for column in columns for stage in column}
     order = [stage for stage in STAGES if stage in found] + sorted(found - set(STAGES))
-    names = ["start", *(str(entry["iteration"]) for entry in history)]
+    names = ["start", *(str(entry.iteration) for entry in history)]
     return names, {stage: np.array([float(column.get(stage, 0.0)) for column in columns]) for stage in order}
 
 
-def count_endings(entry: Mapping[str, Any]) -> Counter[str]:
+def count_endings(entry: IterationEntry) -> Counter[str]:
     """How the replicas of an iteration ended -> their number."""
-    return Counter(result["stopped"] for result in entry.get("replicas") or [])
+    return Counter(result.stopped for result in entry.replicas)
 
 
 def read_frames(run: Path) -> Frames:
@@ -112,21 +115,26 @@ def read_frames(run: Path) -> Frames:
     structures: list[Atoms] = []
     rows: list[tuple[int, int, int, int, float]] = []
     before = 0
-    for entry in RunFolder(run).read_history():
-        folder = RunFolder(run).iteration(entry["iteration"])
+    for entry in read_iterations(RunFolder(run)):
+        folder = RunFolder(run).iteration(entry.iteration)
         found = [atoms for path in sorted(folder.glob("frames_*.extxyz")) for atoms in _read(path)]
         found.sort(key=lambda atoms: (int(atoms.info["step"]), int(atoms.info["replica"])))
         last = _last_steps(found)
         for atoms in found:
             step, replica = int(atoms.info["step"]), int(atoms.info["replica"])
             total = before + sum(min(step, end) for end in last.values())
-            rows.append((entry["iteration"], replica, step, total, float(atoms.info.get("max_uncertainty", np.nan))))
+            rows.append((entry.iteration, replica, step, total, float(atoms.info.get("max_uncertainty", np.nan))))
         structures += found
         # Replicas that outlive their iteration (asynchronous runs) count with the frames of where they began.
-        before = max(int(entry["md_steps"]), rows[-1][3] if rows else 0)
+        before = max(entry.md_steps, rows[-1][3] if rows else 0)
     table = np.array(rows, dtype=np.float64).reshape(-1, 5)
     whole = table[:, :4].astype(np.int64)
     return Frames(structures, whole[:, 0], whole[:, 1], whole[:, 2], whole[:, 3], table[:, 4])
+
+
+def value_or_nan(value: float | None) -> float:
+    """A number; NaN for None."""
+    return float("nan") if value is None else float(value)
 
 
 def _read(path: Path) -> list[Atoms]:

@@ -24,6 +24,8 @@ from ubmd.measure.errors import CalibrationData, calibration_data, error_summary
 from ubmd.measure.isomers import isomers
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
+from ubmd.runs.reading import read_iterations
+from ubmd.runs.records import Errors, SetName
 from ubmd.runs.schedules import LOOP, schedule_of_run
 from ubmd.settings import RunSettings
 
@@ -40,12 +42,8 @@ _SAME = (
     "training.checkpoint_every",
     "md.trace_every",
 )
-ERRORS = {
-    "energy RMSE": ("energy_rmse_mev_per_atom", "meV/atom"),
-    "force RMSE": ("force_rmse", "eV/Å"),
-    "stress RMSE": ("stress_rmse_mpa", "MPa"),
-}
-"""title -> (key in the history, unit)"""
+ERRORS = {"energy RMSE": "meV/atom", "force RMSE": "eV/Å", "stress RMSE": "MPa"}
+"""title -> unit of the errors, in the order of `Errors.rmse`"""
 
 
 class Run:
@@ -70,7 +68,7 @@ class Run:
                 "for its errors against labels, or compare runs of active-learning loops only."
             )
         self.settings: RunSettings = read_settings(self.folder)
-        self.history: list[dict[str, Any]] = self.folder.read_history()
+        self.history = read_iterations(self.folder)
         if not self.history:
             raise DataError(f"No iteration of the run in {path} has finished: there is nothing to compare yet.")
 
@@ -101,8 +99,8 @@ class Run:
         """Errors and uncertainties on structures that the models have not seen; None if there are none."""
         return calibration_data(self.unseen.structures, self.unseen.predictions) if self.unseen else None
 
-    def isomer_errors(self, index: int = -1) -> dict[str, dict[str, float]]:
-        """'trans', 'cis' -> `error_summary` of a model (place in the history) on these structures of the test set.
+    def isomer_errors(self, index: int = -1) -> dict[str, Errors]:
+        """'trans', 'cis' -> errors of a model (place in the history) on these structures of the test set.
 
         Empty without a test set of a molecule with both isomers of its amide bonds, or without predictions for it.
         """
@@ -110,11 +108,11 @@ class Run:
         if not found:
             return {}
         try:
-            made = predict(self.folder, self.history[index]["iteration"], self._tested, self.run_models)
+            made = predict(self.folder, self.history[index].iteration, self._tested, self.run_models)
         except NotKept as error:
             self.lacks = str(error)
             return {}
-        return {name: error_summary(self._tested, made.each, chosen) for name, chosen in found.items()}
+        return {name: Errors.read(error_summary(self._tested, made.each, chosen)) for name, chosen in found.items()}
 
     @cached_property
     def _tested(self) -> list[Atoms]:
@@ -127,7 +125,7 @@ class Run:
         The MD, selection and labels that an iteration does with its model belong to the next model.
         """
         last = range(len(self.history))[index]
-        stages = [entry.get("seconds") or {} for entry in self.history[: last + 1]]
+        stages = [entry.seconds for entry in self.history[: last + 1]]
         made = {stage: seconds for stage, seconds in stages[-1].items() if stage in ("train", "export", "measure")}
         return sum(sum(part.values()) for part in (*stages[:-1], made)) / 60.0 if made else np.nan
 
@@ -137,9 +135,9 @@ class Run:
 
     def by_labels(self, curve: Curve) -> Curve:
         """A growing quantity against MD steps as one against labels: what the MD had reached before each model."""
-        steps = [0, *(entry["md_steps"] for entry in self.history)][: len(self.history)]
+        steps = [0, *(entry.md_steps for entry in self.history)][: len(self.history)]
         grown = np.interp(steps, np.append(0, curve[0]), np.append(0.0, curve[1]))
-        return np.array([entry["labels"] for entry in self.history]), grown
+        return np.array([entry.labels for entry in self.history]), grown
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ class Comparison:
     """Groups of runs, and what they have in common."""
 
     groups: dict[str, list[Run]]
-    set_name: str
+    set_name: SetName
     """set whose errors are compared: 'test' if every run has it, else 'valid'"""
 
     @property
@@ -185,7 +183,7 @@ def group_runs(runs: Sequence[Run], names: Sequence[str] | None = None) -> Compa
             f"--name: {len(names)} names for {len(groups)} groups: runs that differ in their seed only are one."
         )
     chosen = list(names) if names is not None else _names(list(groups.values()))
-    tested = all(run.history[-1].get("test") for run in runs)
+    tested = all(run.history[-1].test for run in runs)
     return Comparison(dict(zip(chosen, groups.values(), strict=True)), "test" if tested else "valid")
 
 
@@ -206,8 +204,3 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
         bare = {re.sub(r"[ _.-]*(seed|s|run)?[ _.-]*\d+$", "", name) or name for name in own}
         names.append(bare.pop() if len(bare) == 1 and len(own) > 1 else own[0])
     return [name if names.count(name) == 1 else f"{name} ({k + 1})" for k, name in enumerate(names)]
-
-
-def value_or_nan(value: Any) -> float:
-    """A number; NaN for None."""
-    return float("nan") if value is None else float(value)

@@ -10,7 +10,7 @@ from ubmd.analysis.document import Document, Section
 from ubmd.analysis.provenance import add_provenance
 from ubmd.analysis.run_data import RunData
 
-D = TypeVar("D", bound=RunData[Any])
+D = TypeVar("D", bound=RunData[Any, Any])
 
 
 def write_report(
@@ -47,7 +47,7 @@ def write_report(
     return [*report.pictures(), *report.write(data.folder.report, "report")]
 
 
-def rejected_section(report: Document, data: RunData[Any]) -> Section | None:
+def rejected_section(report: Document, data: RunData[Any, Any]) -> Section | None:
     """The section on rejected labels; None if there are none, which it then says."""
     section = report.section("Rejected labels")
     if data.rejected:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ubmd.analysis.document import Table, as_markdown, escaped
-from ubmd.analysis.run_groups import Run, group_runs, value_or_nan
+from ubmd.analysis.run_data import value_or_nan
+from ubmd.analysis.run_groups import Run, group_runs
 from ubmd.errors import DataError
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -112,28 +113,30 @@ def run_values(run: Run, labels: int | None = None) -> Values:
     Raises:
         DataError: the run has no model with so many labels.
     """
-    index = next((k for k, entry in enumerate(run.history) if labels is None or entry["labels"] >= labels), None)
+    index = next((k for k, entry in enumerate(run.history) if labels is None or entry.labels >= labels), None)
     if index is None:
         raise DataError(
             f"{run.folder.path} has no model with {labels} labels yet; the last has seen {_last(run)}. Lower --labels."
         )
     index = len(run.history) - 1 if labels is None else index
-    entry, before = run.history[index], run.history[index - 1] if index else {}
-    test = entry.get("test") or {}
+    entry, before = run.history[index], run.history[index - 1] if index else None
+    md_steps = before.md_steps if before else 0
+    energy, force, stress = map(value_or_nan, entry.rmse_on("test"))
     values = {
-        "labels": float(entry["labels"]),
-        "coverage": value_or_nan(before.get("coverage")),
-        "energy": value_or_nan(test.get("energy_rmse_mev_per_atom")),
-        "force": value_or_nan(test.get("force_rmse")),
-        "stress": value_or_nan(test.get("stress_rmse_mpa")),
+        "labels": float(entry.labels),
+        "coverage": value_or_nan(before.coverage if before else None),
+        "energy": energy,
+        "force": force,
+        "stress": stress,
         "position_act": run.times.positions,
         "uncertainty_act": run.times.uncertainty,
-        "time": before.get("md_steps", 0) * run.settings.md.timestep / 1000.0,
+        "time": md_steps * run.settings.md.timestep / 1000.0,
         "minutes": run.minutes(index),
     }
     for name, errors in run.isomer_errors(index).items():
-        values |= {f"energy_{name}": errors["energy_rmse_mev_per_atom"], f"force_{name}": errors["force_rmse"]}
-    return values | _volumes(run, int(before.get("md_steps", 0)))
+        energy, force, _ = map(value_or_nan, errors.rmse)
+        values |= {f"energy_{name}": energy, f"force_{name}": force}
+    return values | _volumes(run, md_steps)
 
 
 def _volumes(run: Run, md_steps: int) -> Values:
@@ -147,7 +150,7 @@ def _volumes(run: Run, md_steps: int) -> Values:
 
 
 def _last(run: Run) -> int:
-    return int(run.history[-1]["labels"])
+    return run.history[-1].labels
 
 
 def read_titles(path: Path) -> dict[str, str]:

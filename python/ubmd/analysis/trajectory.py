@@ -16,6 +16,7 @@ from ubmd.calculator import Evaluator
 from ubmd.errors import DataError
 from ubmd.measure.autocorrelation import EffectiveSamples
 from ubmd.runs.folder import RunFolder
+from ubmd.runs.reading import read_iterations
 
 Array = NDArray[np.float64]
 
@@ -156,8 +157,8 @@ def _check_spacing(path: Path, steps: Sequence[int]) -> None:
 def read_traces(run: Path) -> Iterator[Trajectory]:
     """Traces of all finished iterations of a run (``md.trace_every``), in order, one at a time: they may be large."""
     folder = RunFolder(run)
-    for entry in folder.read_history():
-        for path in sorted(folder.iteration(entry["iteration"]).glob("trace_*.npz")):
+    for entry in read_iterations(folder):
+        for path in sorted(folder.iteration(entry.iteration).glob("trace_*.npz")):
             yield _read_trace(path)
 
 

@@ -7,7 +7,17 @@ from rich.progress import TaskID
 
 from ubmd.cli.live import Bars, Lines, describe_any_run, joined, place
 from ubmd.learning.dynamic.timeline import STAGE_NAMES, DynamicTimeline
-from ubmd.runs.folder import Event
+from ubmd.runs.event_records import (
+    Basis,
+    Epoch,
+    Event,
+    MDSteps,
+    PieceDone,
+    RoundDone,
+    RunDone,
+    RunStarted,
+    StageStarted,
+)
 from ubmd.texts import to_go
 
 
@@ -18,12 +28,12 @@ class ProgressLines(Lines[DynamicTimeline]):
         return describe_event(event)
 
     def _how_far(self, event: Event) -> str:
-        if event["event"] == "epoch":
-            return f"{_place(event)}training: epoch {event['epoch']}"
-        if event["event"] != "md_steps":
+        if isinstance(event, Epoch):
+            return f"{place(event)}training: epoch {event.epoch}"
+        if not isinstance(event, MDSteps):
             return ""
         line = self._timeline
-        text = f"{_place(event)}MD: {line.steps:,} of at most {line.steps_wanted:,} steps"
+        text = f"{place(event)}MD: {line.steps:,} of at most {line.steps_wanted:,} steps"
         return text + joined(to_go(line.left(), "at most "))
 
 
@@ -49,54 +59,47 @@ def make_progress(console: Console, timeline: DynamicTimeline) -> ProgressBars |
     return ProgressBars(console, timeline) if console.is_terminal else ProgressLines(console, timeline)
 
 
-def _place(event: Event) -> str:
-    return place(event.get("round", -1))
-
-
 def describe_event(event: Event) -> str:
     """One line about an event, or an empty text if it is not worth a line."""
-    match event["event"]:
-        case "run_started":
-            return f"Dynamic training: at most {event['labels_wanted']} labels and {event['steps_wanted']:,} MD steps."
-        case "basis":
-            return " ".join([*event.get("symmetry", []), f"{event['parameters']} parameters."])
-        case "stage_started" if event["stage"] == "test_set" or event.get("round") == -1:
-            return f"{_place(event)}{STAGE_NAMES.get(event['stage'], event['stage'])} …"
-        case "piece_done":
+    match event:
+        case RunStarted():
+            return f"Dynamic training: at most {event.labels_wanted} labels and {event.steps_wanted:,} MD steps."
+        case Basis():
+            return " ".join([*event.symmetry, f"{event.parameters} parameters."])
+        case StageStarted() if event.stage == "test_set" or event.round == -1:
+            return f"{place(event)}{STAGE_NAMES.get(event.stage, event.stage)} …"
+        case PieceDone():
             return describe_piece(event)
-        case "round_done":
+        case RoundDone():
             return describe_round(event)
-        case "run_done":
-            return f"Done with {event['labels']} labels after {event['rounds']} rounds. {event['reason']}"
-    return describe_any_run(event, _place(event))
+        case RunDone():
+            return f"Done with {event.labels} labels after {event.rounds} rounds. {event.reason}"
+    return describe_any_run(event)
 
 
-def describe_piece(event: Event) -> str:
+def describe_piece(event: PieceDone) -> str:
     """One line about how a piece of a trajectory ended; nothing about a quiet one."""
-    who = f"{_place(event)}replica {event['replica']} ({event['temperature']:g} K), step {event['end']}: "
-    if event["ended"] == "asked":
-        return f"{who}asks for a label, error {event['error']:.3g} > {event['threshold']:.3g} eV/Å ({event['rule']})"
-    return f"{who}{event['reason']}" if event["ended"] != "segment" else ""
+    who = f"{place(event)}replica {event.replica} ({event.temperature:g} K), step {event.end}: "
+    if event.ended == "asked":
+        return f"{who}asks for a label, error {event.error:.3g} > {event.threshold:.3g} eV/Å ({event.rule})"
+    return f"{who}{event.reason}" if event.ended != "segment" else ""
 
 
-def describe_round(event: Event) -> str:
+def describe_round(event: RoundDone) -> str:
     """One line about a round's model and what its trajectories have shown."""
-    parts = [f"{_place(event)}{event['labels']} labels, {event['md_steps']:,} MD steps"]
-    for row in event["learnt"]:
-        if row["error_before"] is not None:
-            parts.append(
-                f"label {row['label']}: predicted {row['error_before']:.3g}, true {row['true_before']:.3g} eV/Å"
-            )
-    if event["refit"]:
-        for name in ("test", "train"):
-            if name in event:
-                share = event[name]["relative"]
-                tail = "" if share is None else f" ({100 * share:.1f} %)"
-                parts.append(f"{name} {event[name]['force_rmse']:.3g} eV/Å{tail}")
+    parts = [f"{place(event)}{event.labels} labels, {event.md_steps:,} MD steps"]
+    for row in event.learnt:
+        if row.error_before is not None:
+            parts.append(f"label {row.label}: predicted {row.error_before:.3g}, true {row.true_before:.3g} eV/Å")
+    if event.refit:
+        for name, errors in (("test", event.test), ("train", event.train)):
+            if errors is not None:
+                tail = "" if errors.relative is None else f" ({100 * errors.relative:.1f} %)"
+                parts.append(f"{name} {errors.force_rmse:.3g} eV/Å{tail}")
                 break
-        if event["noise"]:
-            parts.append(f"noise {event['noise']:.3g} eV/Å")
-    if event["signals"]:
-        shown = [f"{name} {value:.3g} {'✓' if holds else '✗'}" for name, (value, holds) in event["signals"].items()]
+        if event.noise:
+            parts.append(f"noise {event.noise:.3g} eV/Å")
+    if event.signals:
+        shown = [f"{name} {value:.3g} {'✓' if holds else '✗'}" for name, (value, holds) in event.signals.items()]
         parts.append(", ".join(shown))
     return "; ".join(parts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -13,6 +14,8 @@ from ubmd.cli.run_status import SHOWN, cell, describe_idle, make_table, page, si
 from ubmd.learning.dynamic.timeline import STAGE_NAMES, DynamicTimeline
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings_of
+from ubmd.runs.reading import newest_rounds, read_events
+from ubmd.runs.records import Fit, ForceErrors, RoundEntry
 from ubmd.settings.dynamic import DynamicRunSettings
 
 
@@ -24,8 +27,7 @@ def status(run_dir: Path) -> RenderableType:
     """
     folder = RunFolder(run_dir)
     settings = read_settings_of(folder, DynamicRunSettings)
-    events = folder.read_events()
-    timeline, running = DynamicTimeline(settings, events), folder.is_locked()
+    timeline, running = DynamicTimeline(settings, read_events(folder)), folder.is_locked()
     lines = [
         f"{timeline.labels} labels, {timeline.calls} of at most {timeline.wanted} structures asked for; "
         f"{timeline.steps:,} of at most {timeline.steps_wanted:,} MD steps."
@@ -33,41 +35,40 @@ def status(run_dir: Path) -> RenderableType:
     if running and timeline.running:
         doing = [f"{STAGE_NAMES.get(stage, stage)} {since(begin)}" for stage, begin in timeline.running.items()]
         lines.append(f"Round {timeline.round}: {', '.join(doing)}.")
-    history, below = folder.read_history(), list[RenderableType]()
-    if history:
-        refits = [entry for entry in history if entry["refit"]]
-        below = [_table(refits[-SHOWN:]), *(Text(signal["reason"]) for signal in history[-1]["signals"])]
-    return page(folder, "running" if running else describe_idle(timeline), lines, events, below)
+    rounds, below = newest_rounds(folder), list[RenderableType]()
+    for last in islice(rounds, 1):
+        refits = list(islice((entry for entry in chain([last], rounds) if entry.refit), SHOWN))
+        below = [_table(refits[::-1]), *(Text(signal.reason) for signal in last.signals)]
+    return page(folder, "running" if running else describe_idle(timeline), lines, timeline.lost, below)
 
 
-def _table(refits: list[dict[str, Any]]) -> Table:
+def _table(refits: list[RoundEntry]) -> Table:
     """One row per refit."""
     columns = {
-        "round": [str(entry["round"]) for entry in refits],
-        "labels": [str(entry["labels"]) for entry in refits],
-        "MD\nsteps": [f"{entry['md_steps']:,}" for entry in refits],
-        "predicted\neV/Å": [_newest(entry, "error_before") for entry in refits],
-        "true\neV/Å": [_newest(entry, "true_before") for entry in refits],
-        "noise\neV/Å": [cell(entry["model"]["noise"] or None, ".3g") for entry in refits],
-        "determined\n%": [_determined(entry["model"]) for entry in refits],
-        "train F\n%": [_percent(entry.get("train")) for entry in refits],
-        "test F\n%": [_percent(entry.get("test")) for entry in refits],
+        "round": [str(entry.round) for entry in refits],
+        "labels": [str(entry.labels) for entry in refits],
+        "MD\nsteps": [f"{entry.md_steps:,}" for entry in refits],
+        "predicted\neV/Å": [_worst(row.error_before for row in entry.learnt) for entry in refits],
+        "true\neV/Å": [_worst(row.true_before for row in entry.learnt) for entry in refits],
+        "noise\neV/Å": [cell(entry.model.noise or None, ".3g") for entry in refits],
+        "determined\n%": [_determined(entry.model) for entry in refits],
+        "train F\n%": [_percent(entry.train) for entry in refits],
+        "test F\n%": [_percent(entry.test) for entry in refits],
     }
     return make_table(columns)
 
 
-def _newest(entry: dict[str, Any], name: str) -> str:
-    """Of the worst label that this refit has learnt."""
-    values = [row[name] for row in entry["learnt"] if row[name] is not None]
-    return cell(max(values, default=None), ".3g")
+def _worst(errors: Iterable[float | None]) -> str:
+    """Of the labels that a refit has learnt."""
+    return cell(max((error for error in errors if error is not None), default=None), ".3g")
 
 
-def _determined(model: dict[str, Any]) -> str:
-    if not model.get("gamma"):
+def _determined(model: Fit) -> str:
+    if not model.gamma:
         return "-"
-    return f"{100 * sum(model['gamma'].values()) / sum(model['parameters'].values()):.0f}"
+    return f"{100 * sum(model.gamma.values()) / sum(model.parameters.values()):.0f}"
 
 
-def _percent(errors: dict[str, Any] | None) -> str:
-    share = (errors or {}).get("relative")
+def _percent(errors: ForceErrors | None) -> str:
+    share = errors.relative if errors else None
     return "-" if share is None else f"{100 * share:.2f}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ubmd.learning.work.groups import describe_loss
-from ubmd.runs.folder import Event
+from ubmd.runs.event_records import Event, LabelDone, Remark, TaskLost, read_event
 from ubmd.runs.timeline import RunTimeline
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -19,20 +19,20 @@ SECONDS_BETWEEN_LINES = 30.0
 T = TypeVar("T", bound=RunTimeline)
 
 
-def place(number: int) -> str:
-    """How a line begins: the iteration or round, -1 before the first one."""
-    return f"[{number:3d}] " if number >= 0 else "[start] "
+def place(event: Event) -> str:
+    """How a line begins: the iteration or round, or what comes before the first one."""
+    return f"[{event.turn:3d}] " if event.turn >= 0 else "[start] "
 
 
-def describe_any_run(event: Event, where: str) -> str:
+def describe_any_run(event: Event) -> str:
     """One line about an event that runs of both kinds have, or an empty text."""
-    match event["event"]:
-        case "remark":
-            return f"Remark: {event['text']}"
-        case "task_lost":
-            return f"{where}{describe_loss(event)}"
-        case "label_rejected":
-            return f"{where}label {event['index']} rejected: {event['why']}"
+    match event:
+        case Remark():
+            return f"Remark: {event.text}"
+        case TaskLost():
+            return f"{place(event)}{describe_loss(event)}"
+        case LabelDone(event="label_rejected"):
+            return f"{place(event)}label {event.index} rejected: {event.why}"
     return ""
 
 
@@ -50,7 +50,11 @@ class Lines(Generic[T]):
         self._between = seconds_between
         self._last = time.monotonic()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, values: dict[str, Any]) -> None:
+        self.take(read_event(values))
+
+    def take(self, event: Event) -> None:
+        """Take note of an event, and print what is worth it."""
         self._timeline.add(event)
         line = self._describe(event)
         if not line and time.monotonic() - self._last >= self._between:
@@ -97,8 +101,9 @@ class Bars(Generic[T]):
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def __call__(self, event: Event) -> None:
-        self._lines(event)
+    def __call__(self, values: dict[str, Any]) -> None:
+        event = read_event(values)
+        self._lines.take(event)
         self._show(event)
 
     def _show(self, event: Event) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 from rich.progress import TaskID
 
 from ubmd.cli.live import Bars, Lines, describe_any_run, joined, place
+from ubmd.cli.run_status import cell
 from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
-from ubmd.runs.folder import Event
+from ubmd.runs.event_records import (
+    Epoch,
+    Event,
+    IterationDone,
+    LabelDone,
+    MDSteps,
+    ReplicaDone,
+    RunDone,
+    RunStarted,
+    StageDone,
+    StageStarted,
+)
 from ubmd.texts import duration, to_go
 
 
@@ -20,11 +30,17 @@ class ProgressLines(Lines[Timeline]):
         return describe_event(event)
 
     def _how_far(self, event: Event) -> str:
-        stage = {"epoch": "train", "md_steps": "md", "label_done": "label"}.get(event["event"], "")
-        if not stage:
-            return ""
+        match event:
+            case Epoch():
+                stage = "train"
+            case MDSteps():
+                stage = "md"
+            case LabelDone(event="label_done"):
+                stage = "label"
+            case _:
+                return ""
         timeline = self._timeline
-        line = f"{_place(event)}{STAGE_NAMES[stage]}: {describe_work(stage, timeline.work.get(stage))}"
+        line = f"{place(event)}{STAGE_NAMES[stage]}: {describe_work(stage, timeline.work.get(stage))}"
         return line + joined(to_go(timeline.stage_left(stage)), to_go(timeline.run_left(), "run: "))
 
 
@@ -38,7 +54,7 @@ class ProgressBars(Bars[Timeline]):
 
     def _show(self, event: Event) -> None:
         line = self._timeline
-        if event["event"] == "run_started" and self._labels is None:
+        if isinstance(event, RunStarted) and self._labels is None:
             self._labels = self._bars.add_task("labels", total=line.wanted, left="")
         for stage in set(self._stages) - set(line.running):
             self._bars.remove_task(self._stages.pop(stage))
@@ -68,44 +84,40 @@ def _stage_name(stage: str) -> str:
 
 def describe_event(event: Event) -> str:
     """One line about an event, or an empty text if it is not worth a line."""
-    match event["event"]:
-        case "run_started":
-            return f"Run to {event['labels_wanted']} labels."
-        case "stage_started" if event["stage"] in ("test_set", "train", "md"):
-            return f"{_place(event)}{_stage_name(event['stage'])} …"
-        case "stage_started" if event["stage"] == "label" and event.get("iteration", -1) < 0:
-            return f"{_place(event)}{_stage_name('label')} …"
-        case "stage_done" if event["stage"] == "train":
-            return f"{_place(event)}trained on {event['labels']} labels in {duration(event['seconds'])}."
-        case "replica_done":
-            return f"{_place(event)}{describe_replica(event)}"
-        case "iteration_done":
-            return f"{_place(event)}{describe_iteration(event)}"
-        case "run_done":
-            return f"Done after {event['iterations']} iterations. {event['reason']}"
-    return describe_any_run(event, _place(event))
+    match event:
+        case RunStarted():
+            return f"Run to {event.labels_wanted} labels."
+        case StageStarted() if event.stage in ("test_set", "train", "md"):
+            return f"{place(event)}{_stage_name(event.stage)} …"
+        case StageStarted() if event.stage == "label" and event.turn < 0:
+            return f"{place(event)}{_stage_name('label')} …"
+        case StageDone() if event.stage == "train":
+            return f"{place(event)}trained on {event.labels} labels in {duration(event.seconds)}."
+        case ReplicaDone():
+            return f"{place(event)}{describe_replica(event)}"
+        case IterationDone():
+            return f"{place(event)}{describe_iteration(event)}"
+        case RunDone():
+            return f"Done after {event.iterations} iterations. {event.reason}"
+    return describe_any_run(event)
 
 
-def _place(event: Event) -> str:
-    return place(event.get("iteration", -1))
-
-
-def describe_replica(result: dict[str, Any]) -> str:
+def describe_replica(event: ReplicaDone) -> str:
     """One line about how a replica ended."""
-    text = f"replica {result['replica']}: {result['steps']} steps, {result['stopped']}"
-    if result["reason"]:
-        text += f" ({result['reason']})"
-    return f"{text}; max u {result['max_u']:.2f} eV/Å; {result['ms_per_step']:.2f} ms/step"
+    text = f"replica {event.replica}: {event.steps} steps, {event.stopped}"
+    if event.reason:
+        text += f" ({event.reason})"
+    return f"{text}; max u {event.max_u:.2f} eV/Å; {event.ms_per_step:.2f} ms/step"
 
 
-def describe_iteration(entry: dict[str, Any]) -> str:
+def describe_iteration(event: IterationDone) -> str:
     """One line about errors, steps and coverage of an iteration."""
-    parts = [f"{entry['labels']} labels"]
-    for name in ("valid", "test"):
-        if name in entry:
-            errors = entry[name]
-            parts.append(f"{name} {errors['energy_rmse_mev_per_atom']:.2f} meV/atom, {errors['force_rmse']:.3f} eV/Å")
-    parts.append(f"{entry['md_steps']} MD steps")
-    if entry.get("coverage") is not None:
-        parts.append(f"coverage {entry['coverage']:.3f}")
+    parts = [f"{event.labels} labels"]
+    for name, errors in (("valid", event.valid), ("test", event.test)):
+        if errors is not None:
+            energy, force, _ = errors.rmse
+            parts.append(f"{name} {cell(energy, '.2f')} meV/atom, {cell(force, '.3f')} eV/Å")
+    parts.append(f"{event.md_steps} MD steps")
+    if event.coverage is not None:
+        parts.append(f"coverage {event.coverage:.3f}")
     return "; ".join(parts)

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -19,6 +18,8 @@ from ubmd.cli.run_status import SHOWN, cell, describe_idle, make_table, page, si
 from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
+from ubmd.runs.reading import read_events, read_iterations
+from ubmd.runs.records import IterationEntry
 from ubmd.settings import RunSettings
 from ubmd.texts import duration, to_go
 
@@ -37,13 +38,12 @@ def status(run_dir: Path) -> RenderableType:
         DataError: the folder holds no run.
     """
     folder = RunFolder(run_dir)
-    settings, history = read_settings(folder), folder.read_history()
-    events = folder.read_events()
-    timeline = Timeline(settings, events)
+    settings, history = read_settings(folder), read_iterations(folder, newest=SHOWN)
+    timeline = Timeline(settings, read_events(folder))
     running = folder.is_locked()
     lines = [_labels(timeline, folder), *(_now(folder, timeline, settings) if running else ())]
-    below: list[RenderableType] = [_table(folder, history[-SHOWN:]), Text(_LEGEND)] if history else []
-    return page(folder, _state(folder, timeline, running), lines, events, below)
+    below: list[RenderableType] = [_table(folder, history), Text(_LEGEND)] if history else []
+    return page(folder, _state(folder, timeline, running), lines, timeline.lost, below)
 
 
 def _state(folder: RunFolder, timeline: Timeline, running: bool) -> str:
@@ -127,22 +127,23 @@ def _replica_steps(folder: Path) -> dict[int, int]:
 # ------------------------------------------------------------------------------------------ table
 
 
-def _table(folder: RunFolder, history: Sequence[dict[str, Any]]) -> Table:
+def _table(folder: RunFolder, history: Sequence[IterationEntry]) -> Table:
     """One row per iteration."""
     rejected = _rejected(folder)
-    tested = any(entry.get("test") for entry in history)  # then errors on validation labels say nothing more
+    tested = any(entry.test for entry in history)  # then errors on validation labels say nothing more
+    errors = [entry.rmse_on("test") for entry in history]
     columns = {
-        "iter": [str(entry["iteration"]) for entry in history],
-        "labels": [str(entry["labels"]) for entry in history],
-        "rej.": [str(rejected[entry["iteration"]] or "") for entry in history],
-        "MD\nsteps": [str(entry["md_steps"]) for entry in history],
-        "valid F\neV/Å": [_error(entry, "valid", "force_rmse", ".3f") for entry in history if not tested],
-        "test E\nmeV/atom": [_error(entry, "test", "energy_rmse_mev_per_atom", ".2f") for entry in history],
-        "test F\neV/Å": [_error(entry, "test", "force_rmse", ".3f") for entry in history],
-        "test S\nMPa": [_error(entry, "test", "stress_rmse_mpa", ".1f") for entry in history],
-        "max u\neV/Å": [cell(entry.get("max_u"), ".2f") for entry in history],
-        "cov.": [cell(entry.get("coverage"), ".3f") for entry in history],
-        "volume\nÅ³/atom": [_volumes(folder.iteration(entry["iteration"])) for entry in history],
+        "iter": [str(entry.iteration) for entry in history],
+        "labels": [str(entry.labels) for entry in history],
+        "rej.": [str(rejected[entry.iteration] or "") for entry in history],
+        "MD\nsteps": [str(entry.md_steps) for entry in history],
+        "valid F\neV/Å": [cell(entry.rmse_on("valid")[1], ".3f") for entry in history if not tested],
+        "test E\nmeV/atom": [cell(energy, ".2f") for energy, _, _ in errors],
+        "test F\neV/Å": [cell(force, ".3f") for _, force, _ in errors],
+        "test S\nMPa": [cell(stress, ".1f") for _, _, stress in errors],
+        "max u\neV/Å": [cell(entry.max_u, ".2f") for entry in history],
+        "cov.": [cell(entry.coverage, ".3f") for entry in history],
+        "volume\nÅ³/atom": [_volumes(folder.iteration(entry.iteration)) for entry in history],
         "ended": [_endings(entry) for entry in history],
         "train": [_seconds(entry, "train") for entry in history],
         "MD": [_seconds(entry, "md") for entry in history],
@@ -157,18 +158,14 @@ def _rejected(folder: RunFolder) -> Counter[int]:
     return Counter(int(found) for found in re.findall(r"\biteration=(-?\d+)", text))
 
 
-def _error(entry: dict[str, Any], name: str, key: str, form: str) -> str:
-    return cell((entry.get(name) or {}).get(key), form)
-
-
-def _endings(entry: dict[str, Any]) -> str:
+def _endings(entry: IterationEntry) -> str:
     """'5 thr 3 lim': how the replicas ended."""
-    counts = Counter(result["stopped"] for result in entry.get("replicas") or [])
+    counts = Counter[str](result.stopped for result in entry.replicas)
     return " ".join(f"{counts[name]} {short}" for name, short in _ENDINGS.items() if counts[name])
 
 
-def _seconds(entry: dict[str, Any], stage: str) -> str:
-    seconds = (entry.get("seconds") or {}).get(stage)
+def _seconds(entry: IterationEntry, stage: str) -> str:
+    seconds = entry.seconds.get(stage)
     return "-" if seconds is None else duration(seconds)
 
 

@@ -11,6 +11,7 @@ import typer
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs, write_text
 from ubmd.runs.folder import RunFolder
+from ubmd.runs.reading import read_events
 from ubmd.runs.schedules import DYNAMIC, LOOP, schedule_of_file, schedule_of_run
 from ubmd.settings import load_settings
 
@@ -107,7 +108,7 @@ def run(
     from rich.console import Console
 
     schedule.verify(values, settings.parent, _remark)
-    timeline = schedule.timeline(values, RunFolder(values.run_dir).read_events())
+    timeline = schedule.timeline(values, read_events(RunFolder(values.run_dir)))
     with schedule.progress(Console(), timeline) as progress:
         folder = schedule.run(values, settings.parent, progress, **options)
     print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")

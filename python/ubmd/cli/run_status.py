@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ubmd.learning.work.groups import describe_losses
-from ubmd.runs.folder import Event, RunFolder
+from ubmd.runs.event_records import TaskLost
+from ubmd.runs.folder import RunFolder
 from ubmd.runs.timeline import RunTimeline
 from ubmd.texts import duration
 
@@ -32,10 +33,10 @@ _ADVICE = {
 
 
 def page(
-    folder: RunFolder, state: str, lines: Iterable[str], events: Sequence[Event], below: Iterable[RenderableType]
+    folder: RunFolder, state: str, lines: Iterable[str], losses: Sequence[TaskLost], below: Iterable[RenderableType]
 ) -> Group:
     """The folder with its state, further lines, processes that were lost, and what stands below."""
-    texts = [f"{folder.path}: {state}", *lines, *describe_losses(events)]
+    texts = [f"{folder.path}: {state}", *lines, *describe_losses(losses)]
     return Group(*(Text(text) for text in texts), *below)
 
 

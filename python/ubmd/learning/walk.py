@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor as StandardExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ase import Atoms
 
@@ -41,12 +41,17 @@ from ubmd.settings import WorkerSettings
 
 LARGEST_FRUITLESS = 3  # turns in a row that lead nowhere, after which a run gives up
 
+E = TypeVar("E", bound=Record)
+
 START = -1
 """Number of the turn that the first labels belong to, in the info of the data set."""
 
 
 def drive(
-    folder: RunFolder, settings: WorkerSettings, executor: StandardExecutor | None, begin: Callable[[Executor], Walk]
+    folder: RunFolder,
+    settings: WorkerSettings,
+    executor: StandardExecutor | None,
+    begin: Callable[[Executor], Walk[Any]],
 ) -> None:
     """Walk through a run with its folder locked; whatever ends it, its workers end too, and the events say why.
 
@@ -59,7 +64,7 @@ def drive(
     Raises:
         StorageError: the disk is full, whatever the walk itself has raised.
     """
-    walk: Walk | None = None
+    walk: Walk[Any] | None = None
     with ExitStack() as stack:
         try:
             stack.enter_context(folder.locked())
@@ -78,7 +83,7 @@ def drive(
             raise reason from (None if reason is error else error)
 
 
-class Walk:
+class Walk(Generic[E]):
     """One walk through a run, turn by turn. The folder is locked; the workers live as long as the walk.
 
     Attributes:
@@ -90,8 +95,6 @@ class Walk:
     """
 
     unit: ClassVar[str]
-    entry: ClassVar[type[Record]]
-    """what the history has of a turn"""
     settings: Tested
     least_labels = 2
     """start structures that must get a label"""
@@ -104,8 +107,9 @@ class Walk:
         listener: Listener | None,
         threads: int,
         changes: dict[str, list[Any]],
+        entry: type[E],
     ) -> None:
-        """``changes``: of the settings since the last start, as `open_run` returns them."""
+        """``changes``: of the settings since the last start, as `open_run` returns them; ``entry``: of the history."""
         self.base = base
         self.folder = folder
         self.workers = workers
@@ -114,12 +118,14 @@ class Walk:
         if changes:
             self.events.write("settings_changed", changes=changes)
         self._remark(edited_files(folder.read_manifest(), base))
-        folder.mend_history()
+        folder.mend_history(entry.read)
         self.known = read_dataset(folder.dataset)
         self.dataset: list[Atoms] = []
         self.rejected: list[Atoms] = []
         self.postponed: list[Atoms] = []
-        self.history: list[dict[str, Any]] = []
+        self.history: list[E] = []
+        self._entry = entry
+        self._written: list[dict[str, Any]] = []  # the history as its file has it
         self._held_out: HeldOut | None = None
         self._fruitless = 0
         self._dataset_bytes = 0
@@ -302,11 +308,18 @@ class Walk:
 
     # -------------------------------------------------------------------------------------- history
 
+    def _recall(self, number: int) -> E:
+        """Take the entry of a settled turn into this walk's history, whatever version wrote it; returns it."""
+        entry = self.folder.read_history()[number]
+        self._written.append(entry)
+        self.history.append(self._entry.read(entry))
+        return self.history[-1]
+
     def _add_to_history(self, number: int, entry: dict[str, Any]) -> bool:
         """Append the entry of a turn; returns whether the file did not have it yet, just so."""
-        self.entry.model_validate(entry)
-        self.history.append(entry)
+        self.history.append(self._entry.model_validate(entry))
+        self._written.append(entry)
         written = self.folder.read_history()
-        if len(self.history) >= len(written):
-            write_json(self.folder.history, self.history)
+        if len(self._written) >= len(written):
+            write_json(self.folder.history, self._written)
         return written[number : number + 1] != [entry]

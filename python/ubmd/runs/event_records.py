@@ -1,32 +1,39 @@
 """Events of a run, one JSON object per line of events.jsonl. ``ubmd schema events`` prints this as JSON schema.
 
-A listener of a run also gets two kinds that are too many to keep: 'epoch' and 'md_steps'.
+A listener of a run also gets two kinds that are too many to keep: 'epoch' and 'md_steps' (`Epoch`, `MDSteps`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter
 
 from ubmd.lammps.engine import PieceResult, ReplicaResult
-from ubmd.runs.records import Errors, Record
+from ubmd.runs.records import Errors, ForceErrors, MayLack, Record
 
 
 class Event(Record):
-    """What all events have."""
+    """What all events have; one of a kind that this version does not know has nothing else."""
 
-    time: str = Field(description="ISO 8601, UTC")
+    time: MayLack[str] = Field(description="ISO 8601, UTC")
     iteration: int | None = Field(None, description="of a loop; -1: the first labels")
     round: int | None = Field(None, description="of a dynamic run; -1: the first labels")
+
+    @property
+    def turn(self) -> int:
+        """Iteration or round, -1 before the first."""
+        turn = self.round if self.iteration is None else self.iteration
+        return -1 if turn is None else turn
 
 
 class RunStarted(Event):
     """A driver has begun, or goes on."""
 
     event: Literal["run_started"]
-    process: int = Field(description="number of the driver's process")
-    labels_wanted: int
+    process: MayLack[int] = Field(description="number of the driver's process")
+    labels_wanted: MayLack[int]
     steps_wanted: int | None = Field(None, description="dynamic run: MD steps of all trajectories together")
 
 
@@ -34,8 +41,8 @@ class RunStopped(Event):
     """The driver was interrupted, or could not go on."""
 
     event: Literal["run_stopped"]
-    why: str
-    kind: str = Field(description="class of the error")
+    why: MayLack[str]
+    kind: MayLack[str] = Field(description="class of the error")
 
 
 class RunDone(Event):
@@ -72,18 +79,21 @@ class Basis(Event):
     symmetry: list[str] = Field(description="sentences")
 
 
-class StageStarted(Event):
-    """A stage has begun."""
-
-    event: Literal["stage_started"]
+class _Stage(Event):
     stage: str
     labels: int | None = Field(None, description="in the data set")
 
 
-class StageDone(StageStarted):
+class StageStarted(_Stage):
+    """A stage has begun."""
+
+    event: Literal["stage_started"]
+
+
+class StageDone(_Stage):
     """A stage has ended."""
 
-    event: Literal["stage_done"]  # type: ignore[assignment]
+    event: Literal["stage_done"]
     seconds: float
 
 
@@ -139,10 +149,19 @@ class IterationDone(Event):
     event: Literal["iteration_done"]
     labels: int
     md_steps: int
-    train: Errors
-    valid: Errors
+    train: MayLack[Errors]
+    valid: MayLack[Errors]
     test: Errors | None = None
     coverage: float | None = None
+
+
+class LearntLabel(Record):
+    """A label that a round's model is the first to know, in short; see `ubmd.runs.records.Learnt`."""
+
+    label: int
+    error_before: float | None
+    true_before: float | None
+    true_after: float
 
 
 class RoundDone(Event):
@@ -153,14 +172,31 @@ class RoundDone(Event):
     calls: int
     md_steps: int
     refit: bool
-    train: dict[str, Any]
-    test: dict[str, Any] | None = None
+    train: MayLack[ForceErrors]
+    test: ForceErrors | None = None
     fresh_steps: int
     converged: bool
     signals: dict[str, tuple[float, bool]] = Field(description="name -> (value, whether it holds)")
     noise: float = Field(description="eV/Å")
     determined: float | None = Field(description="share γ/P of the parameters; null for networks")
-    learnt: list[dict[str, Any]]
+    learnt: list[LearntLabel]
+
+
+class Epoch(Event):
+    """An epoch of a training has ended; never kept."""
+
+    event: Literal["epoch"]
+    epoch: int
+    epochs: int = Field(description="of the whole training")
+
+
+class MDSteps(Event):
+    """How far replicas or trajectories are; never kept."""
+
+    event: Literal["md_steps"]
+    steps: list[int] = Field(description="that each has done")
+    limit: int | None = Field(None, description="of each, in a loop")
+    limits: list[int] | None = Field(None, description="of each, in a dynamic run")
 
 
 AnyEvent = Annotated[
@@ -184,3 +220,18 @@ AnyEvent = Annotated[
 ]
 EVENTS: TypeAdapter[Any] = TypeAdapter(AnyEvent)
 """validates an event, and has the schema of all"""
+
+_KINDS: dict[str, type[Event]] = {
+    name: kind
+    for kind in (*get_args(get_args(AnyEvent)[0]), Epoch, MDSteps)
+    for name in get_args(kind.model_fields["event"].annotation)
+}
+
+
+def read_event(values: Mapping[str, Any]) -> Event:
+    """An event as it is in the file, or as a listener gets it; see `Record.read` for those of other versions.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    return _KINDS.get(values["event"], Event).read(values)

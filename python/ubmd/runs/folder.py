@@ -45,8 +45,7 @@ from ubmd.files import (
     why,
 )
 
-Event = dict[str, Any]
-Listener = Callable[[Event], None]
+Listener = Callable[[dict[str, Any]], None]
 
 FORMAT = 2  # of the run folder
 _MANIFEST = {
@@ -163,7 +162,7 @@ class RunFolder:
         )
 
     def read_history(self) -> list[dict[str, Any]]:
-        """Entries of the finished iterations.
+        """Entries of the finished iterations as the file has them; `ubmd.runs.reading` makes records of them.
 
         Raises:
             DataError: the file is damaged.
@@ -172,21 +171,34 @@ class RunFolder:
             return []
         entries = read_json_if_whole(self.history)
         if not isinstance(entries, list) or not all(map(_is_entry, entries)):
-            raise DataError(f"{self.history} is damaged; 'ubmd run' makes it again from the results of the iterations.")
+            raise self.damaged_history()
         return entries
 
-    def mend_history(self) -> None:
-        """Move a damaged file of the history aside: walking through the run makes it again."""
+    def damaged_history(self, reason: str = "") -> DataError:
+        """What to do about a history that cannot be read."""
+        what = f"{self.history} is damaged; 'ubmd run' makes it again from the results of the iterations."
+        return DataError(f"{what} {reason}".rstrip())
+
+    def mend_history(self, read: Callable[[dict[str, Any]], object]) -> None:
+        """Move a damaged file of the history aside: walking through the run makes it again.
+
+        Args:
+            read: makes a record of an entry; DataError if it cannot.
+        """
         try:
-            self.read_history()
+            for entry in self.read_history():
+                read(entry)
         except DataError:
             move_aside(self.history, self.path / "aside")
 
-    def read_events(self) -> list[Event]:
-        """All events; what a kill or a damage left of others is left out."""
+    def read_events(self) -> list[dict[str, Any]]:
+        """All events as the file has them; what a kill or a damage left of others is left out."""
+        return list(self.each_event())
+
+    def each_event(self) -> Iterator[dict[str, Any]]:
+        """`read_events`, one at a time; `ubmd.runs.reading` makes records of them."""
         if not self.events.exists():
-            return []
-        events = []
+            return
         for line in self.events.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 event = json.loads(line)
@@ -195,8 +207,7 @@ class RunFolder:
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue
             if whole:
-                events.append(event)
-        return events
+                yield event
 
 
 class EventLog:

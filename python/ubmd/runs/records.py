@@ -2,15 +2,44 @@
 
 One entry per finished iteration (active-learning loop) or round (dynamic run). Keys that do not apply are left out;
 files of earlier versions may lack some. ``ubmd schema history`` prints this as JSON schema.
+
+Writing is strict: `Record.model_validate` refuses unknown and missing keys. Reading is not (`Record.read`): a file may
+be of an earlier or a later version, and whoever reads a field that may be None has to do without it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+from pydantic.json_schema import SkipJsonSchema
 
+from ubmd.errors import DataError
 from ubmd.lammps.engine import PieceResult, ReplicaResult
+
+T = TypeVar("T")
+
+
+def _given(value: T) -> T:
+    if value is None:
+        raise ValueError("null is not allowed here")
+    return value
+
+
+MayLack = Annotated[T | SkipJsonSchema[None], AfterValidator(_given)]
+"""Always written, but files may lack it: None for those who read."""
+
+
+@dataclass(frozen=True)
+class IfLacking:
+    """Mark of a field that is always written, with the value of files that lack it."""
+
+    value: Any
 
 
 class Record(BaseModel):
@@ -19,8 +48,116 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values of the keys that were given, in the order of the declaration."""
-        return self.model_dump(mode="json", exclude_unset=True)
+        """The keys that were given, in their order: declared, or as in the file; NaN stays NaN."""
+        return self.model_dump(exclude_unset=True, warnings=False)  # one that was read may lack more than a new one
+
+    @classmethod
+    def read(cls, values: Any) -> Self:
+        """What a file has, of whatever version.
+
+        Keys that are not declared are passed over. What is missing is None where the type allows it, the default if
+        there is one, an empty list or dictionary; all else is missed when it is asked for (DataError). Numbers and
+        texts are taken as they are. `as_json` has the known keys of the file again.
+
+        Args:
+            values: of a JSON file.
+
+        Raises:
+            DataError: the values, or some within them, are no record or no list of records.
+        """
+        if not isinstance(values, dict):
+            raise DataError(f"{_shown(cls)} of a file is damaged: it is no table of values.")
+        how = _reading(cls)
+        found = {
+            name: value
+            for name, value in values.items()
+            if name in how.names and (value is not None or name in how.may_be_none)
+        }
+        given = set(found)
+        for name, build in how.builders.items():
+            if found.get(name) is not None:
+                found[name] = build(found[name])
+        for name, make in how.lacking.items():
+            if name not in given:
+                found[name] = make()
+        # As `model_construct` makes it, which would order the keys anew, and takes twice as long.
+        made = cls.__new__(cls)
+        object.__setattr__(made, "__dict__", found)
+        object.__setattr__(made, "__pydantic_fields_set__", given)
+        object.__setattr__(made, "__pydantic_extra__", None)
+        object.__setattr__(made, "__pydantic_private__", None)
+        return made
+
+    if not TYPE_CHECKING:  # or else every name would be right
+
+        def __getattr__(self, name: str) -> Any:
+            if name in type(self).model_fields:
+                kind = _shown(type(self))
+                raise DataError(f"{kind} of a file has no '{name}': damaged, or of another version of ubmd.")
+            return super().__getattr__(name)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a kind of record is read: names of fields, and what they need."""
+
+    names: frozenset[str]
+    may_be_none: frozenset[str]
+    builders: dict[str, Callable[[Any], Any]]
+    """of fields with records in them"""
+    lacking: dict[str, Callable[[], Any]]
+    """makes what stands for a missing value"""
+
+
+@cache
+def _reading(kind: type[Record]) -> _Reading:
+    fields = kind.model_fields
+    options = {name: _options(field) for name, field in fields.items()}
+    may_be_none = frozenset(name for name in fields if NoneType in options[name])
+    builders = {name: build for name in fields for build in map(_builder, options[name]) if build}
+    lacking = {name: make for name, field in fields.items() if (make := _lacking(field, name in may_be_none))}
+    return _Reading(frozenset(fields), may_be_none, builders, lacking)
+
+
+def _options(field: FieldInfo) -> list[Any]:
+    """The types that a value may have, without marks."""
+    is_union = get_origin(field.annotation) in (Union, UnionType)
+    return [_bare(option) for option in (get_args(field.annotation) if is_union else (field.annotation,))]
+
+
+def _bare(option: Any) -> Any:
+    """A type without marks."""
+    return get_args(option)[0] if get_origin(option) is Annotated else option
+
+
+def _builder(option: Any) -> Callable[[Any], Any] | None:
+    """What makes a record, or a list of records."""
+    if isinstance(option, type) and issubclass(option, Record):
+        return option.read
+    items = [item for item in get_args(option) if get_origin(option) is list and isinstance(item, type)]
+    return next((partial(_read_all, item) for item in items if issubclass(item, Record)), None)
+
+
+def _read_all(kind: type[Record], values: Any) -> list[Record]:
+    if not isinstance(values, list):
+        raise DataError(f"{_shown(kind)} of a file is damaged: it is in no list.")
+    return [kind.read(value) for value in values]
+
+
+def _lacking(field: FieldInfo, may_be_none: bool) -> Callable[[], Any] | None:
+    marks = [mark for mark in field.metadata if isinstance(mark, IfLacking)]
+    if marks:
+        return partial(getattr, marks[0], "value")
+    if may_be_none:
+        return NoneType
+    if not field.is_required():
+        return partial(field.get_default, call_default_factory=True)
+    return {list: list, dict: dict}.get(get_origin(field.annotation))  # type: ignore[arg-type]
+
+
+def _shown(kind: type[Record]) -> str:
+    """A class as a sentence begins with it: 'A record RoundEntry'."""
+    return f"A record {kind.__name__!r}"
 
 
 class Ending(Record):
@@ -37,27 +174,37 @@ class Ending(Record):
 class Errors(Record):
     """Errors of a model on labelled structures."""
 
-    energy_rmse_mev_per_atom: float = Field(description="root mean square error, meV/atom")
-    force_rmse: float = Field(description="of force components, eV/Å")
+    energy_rmse_mev_per_atom: MayLack[float] = Field(description="root mean square error, meV/atom")
+    force_rmse: MayLack[float] = Field(description="of force components, eV/Å")
     stress_rmse_mpa: float | None = Field(None, description="of stress components, MPa; where there are stress labels")
     structures: int = Field(description="number of structures")
+
+    @property
+    def rmse(self) -> Rmse:
+        """Of energy (meV/atom), forces (eV/Å) and stress (MPa); None where there is none."""
+        return self.energy_rmse_mev_per_atom, self.force_rmse, self.stress_rmse_mpa
 
 
 class Calibration(Record):
     """Conformal factors of a model, and the shares of errors below u that so few structures can promise."""
 
     energy_factor: float
-    force_factor: float
+    force_factor: MayLack[float]
     energy_attainable: float
     force_attainable: float
 
 
-class _Origin(BaseModel):
+class _Origin(Record):
     iteration: int | None = Field(None, description="iteration that a replica began in, if it is an earlier one")
 
 
 class Replica(ReplicaResult, _Origin):
     """How a replica ended."""
+
+
+Rmse = tuple[float | None, float | None, float | None]
+SetName = Literal["train", "valid", "calib", "test"]
+"""what errors are measured on"""
 
 
 class IterationEntry(Record):
@@ -66,8 +213,8 @@ class IterationEntry(Record):
     iteration: int = Field(description="0, 1, ...")
     labels: int = Field(description="labels that this iteration's model was trained, validated and calibrated on")
     md_steps: int = Field(description="MD steps of all replicas so far")
-    train: Errors = Field(description="on labels that the model was trained on")
-    valid: Errors = Field(description="on labels that stopped the training early")
+    train: MayLack[Errors] = Field(description="on labels that the model was trained on")
+    valid: MayLack[Errors] = Field(description="on labels that stopped the training early")
     calib: Errors | None = Field(None, description="on labels that only calibrate, if there are any")
     test: Errors | None = Field(None, description="on the test set, if there is one")
     calibration: Calibration | None = Field(None, description="factors of the uncertainties")
@@ -76,6 +223,15 @@ class IterationEntry(Record):
     replicas: list[Replica] = Field(description="those that ended in this iteration")
     seconds: dict[str, float] = Field(description="wall time by stage, s")
     ended: Ending | None = Field(None, description="only in the last entry of a finished run")
+
+    def errors_on(self, name: SetName) -> Errors | None:
+        """Errors on a set, if they were measured."""
+        return {"train": self.train, "valid": self.valid, "calib": self.calib, "test": self.test}[name]
+
+    def rmse_on(self, name: SetName) -> Rmse:
+        """`Errors.rmse` on a set, None for each if they were not measured."""
+        errors = self.errors_on(name)
+        return errors.rmse if errors else (None, None, None)
 
 
 # ------------------------------------------------------------------------------------------ dynamic runs
@@ -100,8 +256,8 @@ class Request(Record):
 class Learnt(Request):
     """A label that a round's model is the first to know."""
 
-    error_after: float = Field(description="predicted by this round's model, eV/Å")
-    true_after: float = Field(description="largest |ΔF| of a component with it, eV/Å")
+    error_after: MayLack[float] = Field(description="predicted by this round's model, eV/Å")
+    true_after: MayLack[float] = Field(description="largest |ΔF| of a component with it, eV/Å")
     rms_after: float = Field(description="root mean square ΔF with it, eV/Å")
 
 
@@ -118,7 +274,7 @@ class Fit(Record):
     iterations: int | None = Field(None, description="of the search for it")
     noise_limited: list[str] = Field(default_factory=list, description="labels whose noise is at its lower bound")
     energy: float | None = Field(None, description="of the ideal crystal, eV per primitive cell; null: unknown")
-    force_scale: float = Field(description="conformal factor in use")
+    force_scale: MayLack[float] = Field(description="conformal factor in use")
     fit_seconds: float | None = Field(None, description="wall time of the fit, s")
     epochs: int | None = Field(None, description="of a network's training")
 
@@ -127,7 +283,7 @@ class ForceErrors(Record):
     """Force errors of a model on labelled structures."""
 
     force_rmse: float = Field(description="root mean square error of components, eV/Å")
-    force_rms: float = Field(description="root mean square of the labels, eV/Å")
+    force_rms: MayLack[float] = Field(description="root mean square of the labels, eV/Å")
     relative: float | None = Field(description="their ratio")
     structures: int
     energy_rmse_mev_per_atom: float | None = Field(None, description="of networks, meV/atom")
@@ -136,7 +292,7 @@ class ForceErrors(Record):
 class Conformal(Record):
     """Factor that covers 1 - alpha of the true errors of the newest labels, each predicted before it was learnt."""
 
-    scale: float
+    scale: MayLack[float]
     alpha: float
     attainable: float = Field(description="share that so few labels can promise")
     count: int
@@ -153,6 +309,13 @@ class SignalEntry(Record):
     evidence: dict[str, Any]
 
 
+class Piece(PieceResult, Record):
+    """How a piece of a trajectory ended."""
+
+    max_displacement: Annotated[float, IfLacking(0.0)]
+    ms_per_step: Annotated[float, IfLacking(0.0)]
+
+
 class RoundEntry(Record):
     """A round of a dynamic run: a model, one piece of every trajectory with it, labels for those that asked."""
 
@@ -163,10 +326,10 @@ class RoundEntry(Record):
     refit: bool = Field(description="whether the model is new in this round")
     learnt: list[Learnt] = Field(description="labels that this model has learnt and the one before had not")
     model: Fit
-    train: ForceErrors
+    train: MayLack[ForceErrors]
     test: ForceErrors | None = Field(None, description="on the test set, if there is one")
     conformal: Conformal | None = Field(description="null before the first label that was predicted")
-    replicas: list[PieceResult] = Field(description="pieces of the trajectories")
+    replicas: list[Piece] = Field(description="pieces of the trajectories")
     asked: list[Request] = Field(description="what the reference was asked for")
     passed: list[int] = Field(description="replicas that asked but whose frame others made superfluous")
     fresh_steps: int = Field(description="steps of all replicas since the last refit")

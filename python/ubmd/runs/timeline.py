@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 
-from ubmd.runs.folder import Event
+from ubmd.errors import DataError
+from ubmd.runs.event_records import Event, RunDone, RunStarted, RunStopped, StageDone, StageStarted, TaskLost
 
 
 class RunTimeline:
@@ -18,6 +19,7 @@ class RunTimeline:
         stopped: why the driver ended, as far as it could say; empty while it runs or if it was killed.
         error: class of the error that stopped it; empty if none did, or in runs of older versions.
         finished: the stop rule that ended the run, or empty.
+        lost: processes that were lost since the newest start.
     """
 
     def __init__(self, wanted: int) -> None:
@@ -27,29 +29,34 @@ class RunTimeline:
         self.process: int | None = None
         self.finished = self.stopped = self.error = ""
         self.last_event: datetime | None = None
+        self.lost: list[TaskLost] = []
 
     def follow(self, events: Iterable[Event]) -> None:
         """Take note of the events of a file, which may be old or damaged."""
         for event in events:
-            with suppress(KeyError, TypeError, ValueError):
+            with suppress(DataError, TypeError, ValueError):
                 self.add(event)
 
     def add(self, event: Event) -> None:
         """Take note of an event."""
-        time = datetime.fromisoformat(event["time"]) if "time" in event else datetime.now(UTC)
-        if "time" in event:
+        time = datetime.fromisoformat(event.time) if event.time else datetime.now(UTC)
+        if event.time:
             self.last_event = time
-        match event["event"]:
-            case "run_started":
+        match event:
+            case RunStarted():
                 self.running.clear()
-                self.process, self.wanted = event.get("process"), event.get("labels_wanted", self.wanted)
+                self.process = event.process
+                self.wanted = self.wanted if event.labels_wanted is None else event.labels_wanted
                 self.finished = self.stopped = ""
-            case "stage_started":
-                self.running[event["stage"]] = time
-            case "stage_done":
-                self.running.pop(event["stage"], None)
-            case "run_stopped":
-                self.stopped, self.error = event.get("why", ""), event.get("kind", "")
-            case "run_done":
-                self.finished = event["reason"]
+                self.lost.clear()
+            case TaskLost():
+                self.lost.append(event)
+            case StageStarted():
+                self.running[event.stage] = time
+            case StageDone():
+                self.running.pop(event.stage, None)
+            case RunStopped():
+                self.stopped, self.error = event.why or "", event.kind or ""
+            case RunDone():
+                self.finished = event.reason
                 self.running.clear()

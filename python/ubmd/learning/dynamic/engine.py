@@ -12,6 +12,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import Executor as StandardExecutor
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ubmd.errors import SimulationError
 from ubmd.files import content_hash, copy_file, read_json, write_json
 from ubmd.learning.dynamic.check import check_box, ideal_box, input_files
 from ubmd.learning.dynamic.models import Models
-from ubmd.learning.dynamic.rounds import Past, Round
+from ubmd.learning.dynamic.rounds import Past, Round, RoundSignals
 from ubmd.learning.dynamic.series import Series
 from ubmd.learning.dynamic.trajectories import Trajectories, asks
 from ubmd.learning.labels import reference_key
@@ -38,7 +39,7 @@ from ubmd.potentials.learner import Learner
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.runs.inputs import input_hashes
 from ubmd.runs.manifest import open_run
-from ubmd.runs.records import RoundEntry
+from ubmd.runs.records import Ending, Piece, Request, RoundEntry
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages
 from ubmd.settings.dynamic import DynamicRunSettings
@@ -72,11 +73,10 @@ def run(
     return Path(settings.run_dir)
 
 
-class Engine(Walk):
+class Engine(Walk[RoundEntry]):
     """One walk through a run."""
 
     unit = "round"
-    entry = RoundEntry
     settings: DynamicRunSettings
 
     def __init__(
@@ -89,7 +89,7 @@ class Engine(Walk):
         plan, changes = open_run(folder, settings, inputs, reference=record, backend=own)
         self.settings = plan.at(0)
         self.dynamic = self.settings.dynamic
-        super().__init__(base, folder, workers, listener, plan.threads, changes)
+        super().__init__(base, folder, workers, listener, plan.threads, changes, RoundEntry)
         self._remark(remarks(record, settings.reference))
         self._rounds: list[Round] = []
         self._past = Past(self.dataset, self.history, self._rounds)
@@ -115,7 +115,7 @@ class Engine(Walk):
             ended = self._do(now)
             if ended is not None:
                 self._report()
-                self.events.write("run_done", labels=len(self.dataset), rounds=number + 1, **ended)
+                self.events.write("run_done", labels=len(self.dataset), rounds=number + 1, **ended.as_json())
                 return
 
     @cached_property
@@ -184,26 +184,23 @@ class Engine(Walk):
 
     def _pass_over(self, now: Round) -> None:
         """Take the results of a settled round."""
-        entry = self.folder.read_history()[now.number]
-        self.history.append(entry)
+        entry = self._recall(now.number)
         self._trajectories.ensure_pieces(now)
         self._take(now.number, now.folder / "labels")
-        self._series.add(now, entry["replicas"])
-        self._check_sane(entry["replicas"])
+        self._series.add(now, entry.replicas)
+        self._check_sane(entry.replicas)
 
-    def _do(self, now: Round) -> dict[str, Any] | None:
+    def _do(self, now: Round) -> Ending | None:
         """One round; why the run ends with it, or None."""
         self._learn(now)
         ended = self._why_finished(now)
-        results: list[dict[str, Any]] = []
-        signals: dict[str, Any] = {"signals": [], "converged": False, "fresh_steps": 0, "drops": {}, "chosen": []}
+        results: list[Piece] = []
+        signals = RoundSignals()
         if ended is None:
             results = self._trajectories.move(now)
             signals = self._signals(now, results)
             ended = self._why_converged(signals)
-        asked = []
-        if ended is None:
-            asked = self._ask(now, results, signals)
+        asked = self._ask(now, results, signals) if ended is None else []
         self._record(now, results, signals, asked, ended)
         return ended
 
@@ -230,14 +227,10 @@ class Engine(Walk):
 
     # -------------------------------------------------------------------------------------- signals
 
-    def _signals(self, now: Round, results: list[dict[str, Any]]) -> dict[str, Any]:
-        """Signals of convergence on the frames since the last refit, and which of the replicas that asked are labelled.
-
-        Returns:
-            signals, converged, fresh_steps, drops (replica -> predicted relative drop), chosen (replicas).
-        """
+    def _signals(self, now: Round, results: list[Piece]) -> RoundSignals:
+        """Signals of convergence on the frames since the last refit, and what the replicas that asked would bring."""
         target = now.folder / "signals.json"
-        candidates = [r["replica"] for r in results if asks(r)]
+        candidates = [r.replica for r in results if asks(r)]
         most = self.dynamic.batch or len(candidates)
         limits = self.dynamic.convergence
 
@@ -264,41 +257,41 @@ class Engine(Walk):
 
         key = content_hash([now.keys["move"], key_values(limits), most])
         now.once.run("signals", key, [target], work)
-        return read_json(target)
+        return RoundSignals.read(read_json(target))
 
-    def _why_finished(self, now: Round) -> dict[str, str] | None:
+    def _why_finished(self, now: Round) -> Ending | None:
         """The budget that is used up, if one is."""
         calls = self._calls()
         if calls >= self.dynamic.labels:
-            return {"rule": "labels", "reason": f"The reference was asked for {calls} structures (dynamic.labels)."}
+            return Ending(rule="labels", reason=f"The reference was asked for {calls} structures (dynamic.labels).")
         if not self._trajectories.lengths(now.number):
-            return {"rule": "steps", "reason": f"All trajectories have {self.dynamic.steps:,} steps (dynamic.steps)."}
+            return Ending(rule="steps", reason=f"All trajectories have {self.dynamic.steps:,} steps (dynamic.steps).")
         return None
 
-    def _why_converged(self, signals: dict[str, Any]) -> dict[str, str] | None:
+    def _why_converged(self, signals: RoundSignals) -> Ending | None:
         limits = self.dynamic.convergence
-        if not (limits.stop and signals["converged"] and signals["fresh_steps"] >= limits.steps):
+        if not (limits.stop and signals.converged and signals.fresh_steps >= limits.steps):
             return None
-        reasons = " ".join(signal["reason"] for signal in signals["signals"])
-        return {"rule": "converged", "reason": f"All signals of convergence hold. {reasons}"}
+        reasons = " ".join(signal.reason for signal in signals.signals)
+        return Ending(rule="converged", reason=f"All signals of convergence hold. {reasons}")
 
     def _calls(self) -> int:
         return len(self.dataset) + len(self.rejected)
 
     # -------------------------------------------------------------------------------------- label
 
-    def _ask(self, now: Round, results: list[dict[str, Any]], signals: dict[str, Any]) -> list[dict[str, Any]]:
+    def _ask(self, now: Round, results: list[Piece], signals: RoundSignals) -> list[Request]:
         """Label the chosen frames and append them; returns 'asked' of the round's entry."""
-        by_replica = {result["replica"]: result for result in results}
+        by_replica = {result.replica: result for result in results}
         # Not in the key: a limit that grows later must not change what is already labelled.
-        chosen = signals["chosen"][: self.dynamic.labels - self._calls()]
+        chosen = signals.chosen[: self.dynamic.labels - self._calls()]
         candidates = []
         for r in chosen:
             atoms, result = self._trajectories.frame(now, r), by_replica[r]
-            atoms.info |= {"iteration": now.number, "replica": r, "step": result["end"], "rule": result["rule"]}
+            atoms.info |= {"iteration": now.number, "replica": r, "step": result.end, "rule": result.rule}
             # Rounded: a model that was made again may differ in its last digits, the data set must not.
-            error = float(f"{result['error']:.4g}")
-            atoms.info |= {"temperature": result["temperature"], "predicted_error": error}
+            error = float(f"{result.error:.4g}")
+            atoms.info |= {"temperature": result.temperature, "predicted_error": error}
             candidates.append(atoms)
         first, rejected = len(self.dataset), len(self.rejected)
         self._label(now.number, now.keys["label"], lambda: candidates, now.folder / "labels", now.once)
@@ -309,17 +302,17 @@ class Engine(Walk):
             self._models.load(now)
             rows = []
             for k, (atoms, before) in enumerate(zip(labelled, self.learner.judge(labelled), strict=True), start=first):
-                row = _asked(atoms, by_replica, signals["drops"]) | {"label": k, "rejected": ""}
+                row = _asked(atoms, by_replica, signals.drops) | {"label": k, "rejected": ""}
                 rows.append(row | {"error_before": before.error, "true_before": before.true, "rms_before": before.rms})
             for atoms in refused:
-                row = _asked(atoms, by_replica, signals["drops"]) | {"label": None, "rejected": atoms.info["reason"]}
+                row = _asked(atoms, by_replica, signals.drops) | {"label": None, "rejected": atoms.info["reason"]}
                 rows.append(row | {"error_before": row.pop("seen"), "true_before": None, "rms_before": None})
             for row in rows:
                 row.pop("seen", None)
             write_json(target, rows)
 
         now.once.run("judge", now.keys["label"], [target], judge)
-        return read_json(target)
+        return [Request.read(row) for row in read_json(target)]
 
     def _check_fruitful(self, labelled: Sequence[Atoms], rejected: Sequence[Atoms]) -> None:
         if labelled or rejected:  # a round in which no trajectory has asked says nothing
@@ -328,55 +321,50 @@ class Engine(Walk):
     # -------------------------------------------------------------------------------------- after a round
 
     def _record(
-        self,
-        now: Round,
-        results: list[dict[str, Any]],
-        signals: dict[str, Any],
-        asked: list[dict[str, Any]],
-        ended: dict[str, str] | None,
+        self, now: Round, results: list[Piece], signals: RoundSignals, asked: list[Request], ended: Ending | None
     ) -> None:
         """One entry of the history, and the error series so far."""
         fit = read_json(now.owner.folder / "fit.json")
-        last = self.history[-1] if self.history else {"md_steps": 0}
+        before = self.history[-1].md_steps if self.history else 0
         conformal = self._models.conformal()
-        chosen = {item["replica"] for item in asked}
+        chosen = {item.replica for item in asked}
         entry: dict[str, Any] = {
             "round": now.number,
             "labels": now.labels,
             "calls": self._calls() - len(asked),
-            "md_steps": last["md_steps"] + sum(result["end"] - result["begin"] for result in results),
+            "md_steps": before + sum(result.end - result.begin for result in results),
             "refit": now.refit,
             "learnt": fit["learnt"] if now.refit else [],
             "model": fit["model"],
             **read_json(now.owner.folder / "errors.json"),
-            "conformal": conformal if conformal["count"] else None,
-            "replicas": results,
-            "asked": asked,
-            "passed": [r["replica"] for r in results if asks(r) and r["replica"] not in chosen],
-            "fresh_steps": signals["fresh_steps"],
-            "signals": signals["signals"],
-            "converged": signals["converged"],
+            "conformal": asdict(conformal) if conformal else None,
+            "replicas": [one.as_json() for one in results],
+            "asked": [one.as_json() for one in asked],
+            "passed": [r.replica for r in results if asks(r) and r.replica not in chosen],
+            "fresh_steps": signals.fresh_steps,
+            "signals": [one.as_json() for one in signals.signals],
+            "converged": signals.converged,
             "seconds": now.once.seconds(),
         }
         if ended is not None:
-            entry["ended"] = ended
+            entry["ended"] = ended.as_json()
         is_new = self._add_to_history(now.number, entry)
         self._series.add(now, results)
         self._series.save(self.folder.path)
         if is_new:
-            self.events.write("round_done", round=now.number, **_shown(entry))
+            self.events.write("round_done", round=now.number, **_shown(self.history[-1]))
         if ended is None:
             now.once.note("record", now.keys["label"])
             self._models.remove_old(now)
             self._check_sane(results)
 
-    def _check_sane(self, results: Sequence[dict[str, Any]]) -> None:
+    def _check_sane(self, results: Sequence[Piece]) -> None:
         """Give up after several rounds in a row in which every trajectory failed: more of the same would never end."""
-        failed = [result["ended"] == "failed" or result["end"] == result["begin"] for result in results]
+        failed = [result.ended == "failed" or result.end == result.begin for result in results]
         self._insane = self._insane + 1 if failed and all(failed) else 0
         if self._insane == LARGEST_FRUITLESS:
             raise SimulationError(
-                f"All trajectories failed {LARGEST_FRUITLESS} times in a row; the last reason: {results[-1]['reason']}"
+                f"All trajectories failed {LARGEST_FRUITLESS} times in a row; the last reason: {results[-1].reason}"
             )
 
     def _report(self) -> None:
@@ -386,29 +374,36 @@ class Engine(Walk):
         make_dynamic_report(self.folder.path)
 
 
-def _asked(atoms: Atoms, results: dict[int, dict[str, Any]], drops: dict[str, float]) -> dict[str, Any]:
+def _asked(atoms: Atoms, results: dict[int, Piece], drops: dict[str, float]) -> dict[str, Any]:
     """What is known of a request before its label."""
     replica = int(atoms.info["replica"])
     result = results[replica]
     return {
         "replica": replica,
-        "temperature": result["temperature"],
-        "step": result["end"],
-        "rule": result["rule"],
-        "threshold": result["threshold"],
+        "temperature": result.temperature,
+        "step": result.end,
+        "rule": result.rule,
+        "threshold": result.threshold,
         "drop": drops.get(str(replica)),
-        "seen": result["error"],
+        "seen": result.error,
     }
 
 
-def _shown(entry: dict[str, Any]) -> dict[str, Any]:
+def _shown(entry: RoundEntry) -> dict[str, Any]:
     """What an event says about a round."""
+    whole, model = entry.as_json(), entry.model
     names = ("labels", "calls", "md_steps", "refit", "test", "train", "fresh_steps", "converged")
-    shown = {name: entry[name] for name in names if name in entry}
-    gamma, count = (sum((entry["model"].get(name) or {}).values()) for name in ("gamma", "parameters"))
-    shown["signals"] = {signal["name"]: [signal["value"], signal["holds"]] for signal in entry["signals"]}
-    shown["noise"], shown["determined"] = entry["model"]["noise"], gamma / count if count else None
+    shown = {name: whole[name] for name in names if name in whole}
+    gamma, count = sum(model.gamma.values()), sum(model.parameters.values())
+    shown["signals"] = {signal.name: [signal.value, signal.holds] for signal in entry.signals}
+    shown["noise"], shown["determined"] = model.noise, gamma / count if count else None
     shown["learnt"] = [
-        {name: row[name] for name in ("label", "error_before", "true_before", "true_after")} for row in entry["learnt"]
+        {
+            "label": row.label,
+            "error_before": row.error_before,
+            "true_before": row.true_before,
+            "true_after": row.true_after,
+        }
+        for row in entry.learnt
     ]
     return shown

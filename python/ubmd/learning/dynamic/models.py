@@ -11,7 +11,7 @@ from ubmd.learning.dynamic.rounds import Past, Round
 from ubmd.potentials.learner import Learner
 from ubmd.runs.folder import EventLog
 from ubmd.settings.dynamic import DynamicRunSettings
-from ubmd.uncertainty.conformal import conformal_scale
+from ubmd.uncertainty.conformal import ConformalScale, conformal_scale
 
 
 class Models:
@@ -32,7 +32,7 @@ class Models:
         def work() -> None:
             labels = self._past.dataset[: owner.labels]
             previous = owner.previous.folder if owner.previous else None
-            scale = float(self.conformal(owner.number)["scale"]) if self._settings.dynamic.calibrate else 1.0
+            scale = float(self._scale(owner.number)) if self._settings.dynamic.calibrate else 1.0
             summary = self._learner.learn(labels, owner.folder, previous, scale, self._show_epoch)
             self._loaded = owner.keys["learn"]
             write_json(owner.folder / "fit.json", {"model": summary, "learnt": self._learnt(owner)})
@@ -55,16 +55,15 @@ class Models:
     def _learnt(self, owner: Round) -> list[dict[str, Any]]:
         """The labels that a model is the first to know, with errors before and after; the learner holds the model."""
         first = owner.previous.labels if owner.previous else 0
-        before = {item["label"]: item for item in self._asked_until(owner.number) if item["label"] is not None}
+        asked = (item for entry in self._past.history[: owner.number] for item in entry.asked)
+        before = {item.label: item.as_json() for item in asked}
         new = self._past.dataset[first : owner.labels]
         rows = []
         for k, (atoms, after) in enumerate(zip(new, self._learner.judge(new), strict=True), start=first):
-            row = {key: value for key, value in before.get(k, _unasked(k, atoms)).items() if key != "rejected"}
+            row = before.get(k) or _unasked(k, atoms)
+            row.pop("rejected", None)
             rows.append(row | {"error_after": after.error, "true_after": after.true, "rms_after": after.rms})
         return rows
-
-    def _asked_until(self, number: int) -> list[dict[str, Any]]:
-        return [item for entry in self._past.history[:number] for item in entry["asked"]]
 
     def remove_old(self, now: Round) -> None:
         """Models before the newest are not needed, and can be made again; the newest is where the next one starts."""
@@ -74,20 +73,28 @@ class Models:
 
     def next_scale(self) -> float | None:
         """Conformal factor that the next model gets."""
-        return self.conformal()["scale"] if self._settings.dynamic.calibrate else None
+        return self._scale() if self._settings.dynamic.calibrate else None
 
-    def conformal(self, number: int | None = None) -> dict[str, Any]:
-        """Factor from labels that were predicted before they were learnt (until a round); 1 before the first."""
+    def _scale(self, number: int | None = None) -> float:
+        """Conformal factor (until a round); 1 before the first label that was predicted."""
+        found = self.conformal(number)
+        return found.scale if found else 1.0
+
+    def conformal(self, number: int | None = None) -> ConformalScale | None:
+        """From labels that were predicted before they were learnt (until a round); None before the first."""
         pairs = []
         for entry in self._past.history[:number]:
-            scale = entry["model"]["force_scale"] if self._learner.scale_in_errors else 1.0
-            pairs += [(a["true_before"], a["error_before"] / scale) for a in entry["asked"] if a["label"] is not None]
+            scale = (entry.model.force_scale or 1.0) if self._learner.scale_in_errors else 1.0
+            pairs += [
+                (item.true_before, item.error_before / scale)
+                for item in entry.asked
+                if item.true_before is not None and item.error_before is not None
+            ]
         pairs = pairs[-self._settings.dynamic.calibration_window :]
         if not pairs:
-            return {"scale": 1.0, "count": 0}
+            return None
         true, predicted = zip(*pairs, strict=True)
-        found = conformal_scale(true, predicted, self._settings.uncertainty.alpha)
-        return {"scale": found.scale, "alpha": found.alpha, "attainable": found.attainable, "count": found.count}
+        return conformal_scale(true, predicted, self._settings.uncertainty.alpha)
 
 
 def _unasked(label: int, atoms: Atoms) -> dict[str, Any]:

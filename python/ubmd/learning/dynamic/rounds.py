@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ase import Atoms
+from pydantic import Field
 
+from ubmd.runs.records import Record, RoundEntry, SignalEntry
 from ubmd.runs.stages import Stages
 
 
@@ -47,5 +48,18 @@ class Past:
     """What a run has come to so far; the engine adds to these lists."""
 
     dataset: list[Atoms]
-    history: list[dict[str, Any]]
+    history: list[RoundEntry]
     rounds: list[Round]
+
+
+class RoundSignals(Record):
+    """What a round's pieces say; nothing if none was run."""
+
+    signals: list[SignalEntry] = Field(default_factory=list)
+    converged: bool = False
+    fresh_steps: int = 0
+    """of all replicas since the last refit"""
+    drops: dict[str, float] = Field(default_factory=dict)
+    """replica that asked -> predicted relative drop of the error"""
+    chosen: list[int] = Field(default_factory=list)
+    """replicas that asked, those to label"""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from ubmd.lammps.trajectory import read_piece
 from ubmd.learning.dynamic.rounds import Round
 from ubmd.learning.dynamic.trajectories import asks, piece_file
 from ubmd.runs.dynamic_history import ErrorSeries, error_file
+from ubmd.runs.records import Piece
 
 
 class Series:
@@ -21,15 +21,15 @@ class Series:
         """``trajectories``: their number."""
         self._parts: dict[int, list[ErrorSeries]] = {r: [] for r in range(trajectories)}
 
-    def add(self, now: Round, results: Sequence[dict[str, Any]]) -> None:
+    def add(self, now: Round, results: Sequence[Piece]) -> None:
         """Take what the pieces of a round have seen."""
         for result in results:
-            path = piece_file(now, result["replica"])
+            path = piece_file(now, result.replica)
             if not path.exists():
                 continue
             _, data = read_piece(path)
-            calls = [result["end"]] if asks(result) else []
-            self._parts[result["replica"]].append(
+            calls = [result.end] if asks(result) else []
+            self._parts[result.replica].append(
                 ErrorSeries(
                     data.steps,
                     data.errors,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from ubmd.runs.folder import Event
+from ubmd.runs.event_records import Event, LabelAppended, LabelDone, MDSteps, RoundDone, RunStarted
 from ubmd.runs.timeline import RunTimeline
 from ubmd.settings.dynamic import DynamicRunSettings
 
@@ -32,20 +32,20 @@ class DynamicTimeline(RunTimeline):
     def add(self, event: Event) -> None:
         """Take note of an event."""
         super().add(event)
-        self.round = max(self.round, event.get("round", 0))
-        match event["event"]:
-            case "run_started":
-                self.steps_wanted = event.get("steps_wanted", self.steps_wanted)
-            case "label_done" | "label_rejected":
+        self.round = max(self.round, event.turn)
+        match event:
+            case RunStarted(steps_wanted=int(wanted)):
+                self.steps_wanted = wanted
+            case LabelDone():
                 self.calls += 1
-            case "label_appended":
-                self.labels = max(self.labels, event["label"] + 1)
-            case "md_steps":
-                self.steps = self._settled + sum(event["steps"])
+            case LabelAppended():
+                self.labels = max(self.labels, event.label + 1)
+            case MDSteps():
+                self.steps = self._settled + sum(event.steps)
                 self._begun = self._begun or (time.monotonic(), self.steps)
-            case "round_done":
-                self.steps = self._settled = event["md_steps"]
-                self.calls = max(self.calls, event["calls"])
+            case RoundDone():
+                self.steps = self._settled = event.md_steps
+                self.calls = max(self.calls, event.calls)
 
     def left(self) -> float | None:
         """Time to the end of all trajectories at the pace of this driver, labels and refits included, s."""

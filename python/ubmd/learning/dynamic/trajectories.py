@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from ase import Atoms
@@ -23,6 +23,7 @@ from ubmd.learning.work.tasks import MDJob, run_md
 from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.potentials.learner import Learner
 from ubmd.runs.folder import EventLog
+from ubmd.runs.records import Learnt, Piece
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.settings.dynamic import DynamicRunSettings
 
@@ -57,11 +58,11 @@ class Trajectories:
         """Steps of the piece in a round of each replica that goes on."""
         ends = dict.fromkeys(range(self._dynamic.trajectories), 0)
         for entry in self._past.history[:number]:
-            ends |= {result["replica"]: result["end"] for result in entry["replicas"]}
+            ends |= {result.replica: result.end for result in entry.replicas}
         left = {r: self._dynamic.steps - ends[r] for r in range(self._dynamic.trajectories)}
         return {r: min(self._dynamic.segment, steps) for r, steps in left.items() if steps > 0}
 
-    def move(self, now: Round) -> list[dict[str, Any]]:
+    def move(self, now: Round) -> list[Piece]:
         """A piece of every trajectory; leaves piece_RRR.npz, and pieces.json with the results."""
         target, lengths = now.folder / "pieces.json", self.lengths(now.number)
 
@@ -71,7 +72,7 @@ class Trajectories:
             write_json(target, [result.model_dump() for result in results])
 
         now.once.run("move", now.keys["move"], [target, *(piece_file(now, r) for r in lengths)], work)
-        return read_json(target)
+        return [Piece.read(result) for result in read_json(target)]
 
     def _tasks(self, now: Round, lengths: dict[int, int]) -> dict[int, PieceTask]:
         """The pieces of a round; writes the states that they start from."""
@@ -107,16 +108,16 @@ class Trajectories:
     def _state(self, now: Round, replica: int) -> TrajectoryState:
         """Where a trajectory goes on: where it was, with its trigger told of a refit; or anew from the box."""
         earlier = [
-            (self._past.rounds[entry["round"]], result)
+            (self._past.rounds[entry.round], result)
             for entry in self._past.history[: now.number]
-            for result in entry["replicas"]
-            if result["replica"] == replica
+            for result in entry.replicas
+            if result.replica == replica
         ]
         if not earlier:
             return self._fresh_state(now, replica, 0)
         last, result = earlier[-1]
         if self._starts_anew(last, result):
-            return self._fresh_state(now, replica, result["end"])
+            return self._fresh_state(now, replica, result.end)
         self.ensure_pieces(last)
         state, _ = read_piece(piece_file(last, replica))
         if not now.refit:
@@ -130,19 +131,18 @@ class Trajectories:
         temperature, trigger = self._dynamic.temperature_of(replica), make_trigger(self._dynamic.trigger)
         return replace(TrajectoryState.begin(self._box, temperature, trigger, rng), step=step)
 
-    def _starts_anew(self, last: Round, result: dict[str, Any]) -> bool:
+    def _starts_anew(self, last: Round, result: Piece) -> bool:
         """Whether a trajectory is given up: it makes no sense, or the reference refuses its frame."""
-        if result["ended"] == "failed" or (result["ended"] == "guard" and result["end"] == result["begin"]):
+        if result.ended == "failed" or (result.ended == "guard" and result.end == result.begin):
             return True
-        asked = self._past.history[last.number]["asked"]
-        return any(item["replica"] == result["replica"] and item["rejected"] for item in asked)
+        asked = self._past.history[last.number].asked
+        return any(item.replica == result.replica and item.rejected for item in asked)
 
     def _error_after(self, now: Round, replica: int) -> float:
         """What the refit left of the error: on the replica's own label, else the mean over the new labels."""
-        learnt = read_json(now.owner.folder / "fit.json")["learnt"]
-        own = [row["error_after"] for row in learnt if row["replica"] == replica and row["rule"] != "start"]
-        errors = own or [row["error_after"] for row in learnt]
-        return float(np.mean(errors))
+        learnt = [Learnt.read(row) for row in read_json(now.owner.folder / "fit.json")["learnt"]]
+        own = [row for row in learnt if row.replica == replica and row.rule != "start"]
+        return float(np.mean([row.error_after for row in own or learnt if row.error_after is not None]))
 
     def ensure_pieces(self, last: Round) -> None:
         """Run an earlier round's pieces again if one of them was lost or damaged."""
@@ -200,17 +200,17 @@ class Trajectories:
         take_state(atoms, self._box, self._settings.reference.info)
         return atoms
 
-    def fresh_frames(self, now: Round, results: list[dict[str, Any]]) -> tuple[list[Atoms], int]:
+    def fresh_frames(self, now: Round, results: list[Piece]) -> tuple[list[Atoms], int]:
         """(evenly chosen frames since the last refit, steps of all replicas since then)."""
         rounds = self._past.rounds[now.owner.number : now.number]
-        pieces = [(r, self._past.history[r.number]["replicas"]) for r in rounds] + [(now, results)]
+        pieces = [(r, self._past.history[r.number].replicas) for r in rounds] + [(now, results)]
         frames, steps = [], 0
         for where, ended in pieces:
             for result in ended:
-                steps += result["end"] - result["begin"]
+                steps += result.end - result.begin
                 if where is not now:
                     self.ensure_pieces(where)
-                state, data = read_piece(piece_file(where, result["replica"]))
+                state, data = read_piece(piece_file(where, result.replica))
                 frames += [replace(state, positions=positions).atoms() for positions in data.frames]
         count = min(_SIGNAL_FRAMES, len(frames))
         return [frames[(k + 1) * len(frames) // count - 1] for k in range(count)], steps
@@ -221,9 +221,9 @@ def piece_file(now: Round, replica: int) -> Path:
     return now.folder / f"piece_{replica:03d}.npz"
 
 
-def asks(result: dict[str, Any]) -> bool:
+def asks(result: Piece) -> bool:
     """Whether a piece ended with a frame to label; a guard before the first check has none that is new."""
-    return result["ended"] == "asked" or (result["ended"] == "guard" and result["end"] > result["begin"])
+    return result.ended == "asked" or (result.ended == "guard" and result.end > result.begin)
 
 
 def _note_of(task: PieceTask) -> Path:

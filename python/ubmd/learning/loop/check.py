@@ -18,7 +18,9 @@ from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError, StorageError, UbmdError
 from ubmd.learning.loop.verify import existing_folder, state_remarks, verify
 from ubmd.learning.work.clusters import tasks_at_once
+from ubmd.runs.event_records import Remark
 from ubmd.runs.folder import Listener, RunFolder
+from ubmd.runs.reading import read_events, read_iterations
 from ubmd.settings import RunSettings
 from ubmd.settings.run import conditions
 from ubmd.texts import duration, size
@@ -134,28 +136,27 @@ def _test_calls(settings: RunSettings, base: Path) -> int:
 
 def _findings(folder: RunFolder) -> Iterator[str]:
     """What the miniature run found."""
-    history, start = folder.read_history(), len(read_structures(folder.dataset))
-    yield from (f"Remark: {event['text']}" for event in folder.read_events() if event["event"] == "remark")
-    replica = history[0]["replicas"][0]
-    seconds = history[0]["seconds"]
-    dynamics = f"MD: {replica['steps']} steps, {replica['stopped']}"
-    if replica["reason"]:
-        dynamics += f" ({replica['reason']})"
+    first, start = read_iterations(folder)[0], len(read_structures(folder.dataset))
+    yield from (f"Remark: {event.text}" for event in read_events(folder) if isinstance(event, Remark))
+    replica, seconds = first.replicas[0], first.seconds
+    dynamics = f"MD: {replica.steps} steps, {replica.stopped}"
+    if replica.reason:
+        dynamics += f" ({replica.reason})"
     yield f"Reference: {start} structures labelled."
     yield f"Training: {_EPOCHS} epochs of one structure in {seconds['train']:.1f} s."
     yield f"Export: {seconds['export']:.1f} s."
-    share = f"bias {replica['bias_share']:.3g} of the forces"
-    yield f"{dynamics}; largest uncertainty {replica['max_u']:.3g} eV/Å; {share}."
+    share = f"bias {replica.bias_share:.3g} of the forces"
+    yield f"{dynamics}; largest uncertainty {replica.max_u:.3g} eV/Å; {share}."
 
 
 def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -> Iterator[str]:
     """Time and disk of the whole run, from the miniature's speeds; rough, and MD as if no replica stopped early."""
     processes = tasks_at_once(settings.workers)
     rounds, batch = _iterations(settings), settings.selection.batch
-    history = folder.read_history()
-    label = min(float(entry["seconds"]["label"]) for entry in history if "label" in entry["seconds"])
+    history = read_iterations(folder)
+    label = min(entry.seconds["label"] for entry in history if "label" in entry.seconds)
     reference = label * (math.ceil(settings.start.count / processes) + rounds * math.ceil(batch / processes))
-    step = history[0]["replicas"][0]["ms_per_step"] / 1000.0
+    step = history[0].replicas[0].ms_per_step / 1000.0
     at_once = max(1, processes // settings.md.ranks)
     dynamics = step * settings.md.steps * rounds * math.ceil(settings.md.replicas / at_once)
     training = _training_time(settings, folder)

@@ -32,10 +32,10 @@ from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.start import perturb
 from ubmd.learning.walk import START, Walk, drive
 from ubmd.learning.work.workers import Executor
-from ubmd.measure import convergence
 from ubmd.measure.coverage import coverage
 from ubmd.measure.torsions import torsions
 from ubmd.potentials.kinds import backend_files, backend_of
+from ubmd.runs import convergence
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.runs.inputs import input_hashes
 from ubmd.runs.manifest import open_run
@@ -85,11 +85,10 @@ def run(
     return Path(settings.run_dir)
 
 
-class Loop(Walk):
+class Loop(Walk[IterationEntry]):
     """One walk through a run."""
 
     unit = "iteration"
-    entry = IterationEntry
     settings: RunSettings
 
     def __init__(
@@ -108,7 +107,7 @@ class Loop(Walk):
         self.plan, changes = open_run(folder, settings, inputs, from_iteration, record, own)
         self.settings = self.plan.at(START)
         backend = backend_of(self.settings.model, base)
-        super().__init__(base, folder, workers, listener, self.plan.threads, changes)
+        super().__init__(base, folder, workers, listener, self.plan.threads, changes, IterationEntry)
         if record:  # of a run without labels: said once
             self._remark([*remarks(record, settings.reference), *state_remarks(self.start_structures, settings)])
         self._models = Models(backend, base, workers, self.threads, self.events)
@@ -171,7 +170,7 @@ class Loop(Walk):
         sets = [dataset_hash(training), dataset_hash(validation)]
         options = key_values(settings.training)
         warm = settings.loop.warm_start and self._weights is not None
-        epochs = settings.epochs(len(self.dataset), len(self.dataset) - self.history[-1]["labels"] if warm else None)
+        epochs = settings.epochs(len(self.dataset), len(self.dataset) - self.history[-1].labels if warm else None)
         train = content_hash(
             [
                 sets,
@@ -214,7 +213,7 @@ class Loop(Walk):
         for frames in filter(frames_are_damaged, self._replicas.frame_files(turn)):
             move_aside(frames, self.folder.path / "aside")
         self._replicas.read_left(turn)
-        self.history.append(self.folder.read_history()[turn.iteration])
+        self._recall(turn.iteration)
         self._take(turn.iteration, turn.once.folder / "labels")
         self._coverage(self._replicas.frame_files(turn))
 
@@ -289,13 +288,13 @@ class Loop(Walk):
         """One entry of the history; ``md_steps`` and ``coverage`` count all replicas so far, this iteration's too."""
         iteration, once, explored = turn.iteration, turn.once, verdict is None
         replicas = read_json(once.folder / "replicas.json") if explored else []
-        last = self.history[-1] if self.history else {"md_steps": 0}
+        last = self.history[-1] if self.history else None
         entry = {
             "iteration": iteration,
             "labels": once.context["labels"],
-            "md_steps": last["md_steps"] + sum(result["steps"] for result in replicas),
+            "md_steps": (last.md_steps if last else 0) + sum(result["steps"] for result in replicas),
             **read_json(once.folder / "errors.json"),
-            "coverage": self._coverage(self._replicas.frame_files(turn)) if explored else last.get("coverage"),
+            "coverage": self._coverage(self._replicas.frame_files(turn)) if explored else last and last.coverage,
             "max_u": max((result["max_u"] for result in replicas), default=None),
             "replicas": replicas,
             "seconds": once.seconds(),
@@ -325,7 +324,7 @@ class Loop(Walk):
     def _why_finished(self, turn: Turn) -> convergence.Verdict | None:
         """The stop rule that holds, if any; it sees the newest model's errors, too."""
         errors = read_json(turn.once.folder / "errors.json")
-        newest = {"iteration": turn.iteration, "labels": len(self.dataset), **errors}
+        newest = IterationEntry.read({"iteration": turn.iteration, "labels": len(self.dataset), **errors})
         calls = len(self.dataset) + len(self.rejected)
         return convergence.stop_rule([*self.history, newest], len(self.dataset), calls, self.settings.loop)
 

@@ -6,7 +6,19 @@ import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
-from ubmd.runs.folder import Event
+from ubmd.runs.event_records import (
+    Epoch,
+    Event,
+    IterationDone,
+    LabelAppended,
+    LabelDone,
+    MDSteps,
+    RunDone,
+    RunStarted,
+    StageDone,
+    StageStarted,
+    TaskLost,
+)
 from ubmd.runs.timeline import RunTimeline
 from ubmd.settings import RunSettings
 
@@ -43,41 +55,41 @@ class Timeline(RunTimeline):
     def add(self, event: Event) -> None:
         """Take note of an event."""
         super().add(event)
-        match event["event"]:
-            case "run_started":
+        match event:
+            case RunStarted():
                 self.work.clear()
-            case "stage_started":
+            case StageStarted():
                 self._start(event)
-            case "stage_done":
-                self._seconds.setdefault(event.get("iteration", -1), {})[event["stage"]] = float(event["seconds"])
-                self.work.pop(event["stage"], None)
-            case "epoch":
-                self.work["train"] = (event["epoch"], event["epochs"])
-            case "md_steps":
-                self.work["md"] = (sum(event["steps"]), event["limit"] * len(event["steps"]))
-            case "label_done" | "label_rejected":
-                self.rejected += event["event"] == "label_rejected"
-                done, total = self.work.get("label", (0, self._batch()))
-                self.work["label"] = (min(done + 1, total), total)
-            case "task_lost" if event["what"] == "label" and not (event["again"] or event["crashed"]):
-                done, total = self.work.get("label", (0, self._batch()))
-                self.work["label"] = (min(done + 1, total), total)
-            case "label_appended":
-                self.labels = event["label"] + 1
-            case "iteration_done":
-                self.labels = max(self.labels, event["labels"])
-            case "run_done":
-                self.labels = max(self.labels, event["labels"])
+            case StageDone():
+                self._seconds.setdefault(event.turn, {})[event.stage] = float(event.seconds)
+                self.work.pop(event.stage, None)
+            case Epoch():
+                self.work["train"] = (event.epoch, event.epochs)
+            case MDSteps(limit=int(limit)):
+                self.work["md"] = (sum(event.steps), limit * len(event.steps))
+            case LabelDone():
+                self.rejected += event.event == "label_rejected"
+                self._count_label()
+            case TaskLost(what="label", again=False, crashed=False):
+                self._count_label()
+            case LabelAppended():
+                self.labels = event.label + 1
+            case IterationDone() | RunDone():
+                self.labels = max(self.labels, event.labels)
 
-    def _start(self, event: Event) -> None:
-        stage = event["stage"]
-        self.iteration = event.get("iteration", -1)
-        self.work.pop(stage, None)
-        if "labels" in event:
+    def _start(self, event: StageStarted) -> None:
+        self.iteration = event.turn
+        self.work.pop(event.stage, None)
+        if event.labels is not None:
             # Also fewer than before, after `ubmd run --from`.
-            self.labels = self._labels_of[self.iteration] = event["labels"]
-        if stage == "label":
+            self.labels = self._labels_of[self.iteration] = event.labels
+        if event.stage == "label":
             self.work["label"] = (0, self._batch())
+
+    def _count_label(self) -> None:
+        """One structure of the batch is done with."""
+        done, total = self.work.get("label", (0, self._batch()))
+        self.work["label"] = (min(done + 1, total), total)
 
     def _batch(self) -> int:
         """Structures in the batch that is being labelled."""

@@ -6,10 +6,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from typing import Any
 
-from ubmd.errors import LabelError, MachineError, SimulationError, TrainingError, UbmdError
+from ubmd.errors import DataError, LabelError, MachineError, SimulationError, TrainingError, UbmdError
 from ubmd.learning.work.workers import Executor, TaskCrashed, TaskFailed, WorkersLost, outcome
+from ubmd.runs.event_records import TaskLost
 from ubmd.runs.folder import EventLog
 
 _POLL = 1.0  # s between two looks at running tasks
@@ -195,26 +197,21 @@ def note_losses(events: EventLog, what: str, **context: Any) -> Lost:
     return lost
 
 
-def describe_loss(event: Mapping[str, Any]) -> str:
+def describe_loss(event: TaskLost) -> str:
     """One line about such an event."""
-    name = event["what"] if event["what"] == "reference" else f"{event['what']} {event['index']}"
-    if event["again"]:
-        return f"{name}: {event['why']} It is tried again."
-    return f"{name}: {event['why']}" + ("" if event["crashed"] else " It is postponed.")
+    name = event.what if event.what == "reference" else f"{event.what} {event.index}"
+    if event.again:
+        return f"{name}: {event.why} It is tried again."
+    return f"{name}: {event.why}" + ("" if event.crashed else " It is postponed.")
 
 
-def describe_losses(events: Sequence[Mapping[str, Any]]) -> list[str]:
+def describe_losses(losses: Sequence[TaskLost]) -> list[str]:
     """A line on the losses since the newest start of a run, if there were any."""
-    losses: list[str] = []
-    for event in events:
-        match event:
-            case {"event": "run_started"}:
-                losses = []
-            case {"event": "task_lost", "what": _, "index": _, "why": _, "again": _, "crashed": _}:
-                losses.append(describe_loss(event))
-    if not losses:
-        return []
-    return [f"Processes lost since its last start: {len(losses)}; the last was that of {losses[-1]}"]
+    lines = []
+    for loss in losses:
+        with suppress(DataError):  # damaged
+            lines.append(describe_loss(loss))
+    return [f"Processes lost since its last start: {len(lines)}; the last was that of {lines[-1]}"] if lines else []
 
 
 def nothing_ended(what: str, error: UbmdError) -> MachineError:

@@ -1,20 +1,19 @@
 """When the loop stops: rules as functions of its history, each with the evidence that it saw.
 
-A rule returns a `Verdict` or None. It sees entries of ``history.json``, the last of which may be of an iteration that
-has been trained and measured, but has not explored yet. Nothing here reads the test set: it decides nothing.
+A rule returns a `Verdict` or None. It sees entries of the history, the last of which may be of an iteration that has
+been trained and measured, but has not explored yet. Nothing here reads the test set: it decides nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from ubmd.runs.records import IterationEntry, SetName
 from ubmd.settings import LoopSettings
-
-Entry = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Verdict:
         return asdict(self)
 
 
-def stop_rule(history: Sequence[Entry], labels: int, calls: int, settings: LoopSettings) -> Verdict | None:
+def stop_rule(history: Sequence[IterationEntry], labels: int, calls: int, settings: LoopSettings) -> Verdict | None:
     """The first rule that holds, or None: the loop goes on.
 
     Args:
@@ -71,26 +70,26 @@ def label_budget(labels: int, calls: int, budget: int | None) -> Verdict | None:
     )
 
 
-def quiet(history: Sequence[Entry], iterations: int) -> Verdict | None:
+def quiet(history: Sequence[IterationEntry], iterations: int) -> Verdict | None:
     """Every replica of the last iterations reached the step limit: none became uncertain, none failed.
 
     Iterations that have not run their replicas yet don't count.
     """
-    last = [entry for entry in history if entry.get("replicas")][-iterations:]
-    if len(last) < iterations or any(r["stopped"] != "step limit" for entry in last for r in entry["replicas"]):
+    last = [entry for entry in history if entry.replicas][-iterations:]
+    if len(last) < iterations or any(r.stopped != "step limit" for entry in last for r in entry.replicas):
         return None
     return Verdict(
         "quiet",
         f"Every replica reached the step limit in {iterations} successive iterations.",
         {
-            "iterations": [entry["iteration"] for entry in last],
-            "replicas": [len(entry["replicas"]) for entry in last],
-            "max_u": [max(r["max_u"] for r in entry["replicas"]) for entry in last],
+            "iterations": [entry.iteration for entry in last],
+            "replicas": [len(entry.replicas) for entry in last],
+            "max_u": [max(r.max_u for r in entry.replicas) for entry in last],
         },
     )
 
 
-def plateau(history: Sequence[Entry], iterations: int, tolerance: float) -> Verdict | None:
+def plateau(history: Sequence[IterationEntry], iterations: int, tolerance: float) -> Verdict | None:
     """New labels no longer change the calibrated errors.
 
     Over the last ``iterations`` steps from model to model, neither the force error on held-out labels nor the factor
@@ -101,9 +100,9 @@ def plateau(history: Sequence[Entry], iterations: int, tolerance: float) -> Verd
     models = _with_new_labels(history)[-iterations - 1 :]
     if len(models) < iterations + 1:
         return None
-    held_out = "calib" if all(entry.get("calib") for entry in models) else "valid"
-    errors = [(entry.get(held_out) or {}).get("force_rmse") for entry in models]
-    factors = [(entry.get("calibration") or {}).get("force_factor") for entry in models]
+    held_out: SetName = "calib" if all(entry.calib for entry in models) else "valid"
+    errors = [entry.rmse_on(held_out)[1] for entry in models]
+    factors = [entry.calibration.force_factor if entry.calibration else None for entry in models]
     spreads = {"force_rmse": _spread(errors), "force_factor": _spread(factors)}
     if not all(spread is not None and spread <= tolerance for spread in spreads.values()):
         return None
@@ -112,8 +111,8 @@ def plateau(history: Sequence[Entry], iterations: int, tolerance: float) -> Verd
         f"calibration factor ({factors[-1]:.3g}) of held-out labels stayed within {100 * tolerance:g} %."
     )
     evidence = {
-        "iterations": [entry["iteration"] for entry in models],
-        "labels": [entry["labels"] for entry in models],
+        "iterations": [entry.iteration for entry in models],
+        "labels": [entry.labels for entry in models],
         "set": held_out,
         "force_rmse": errors,
         "force_factor": factors,
@@ -123,9 +122,9 @@ def plateau(history: Sequence[Entry], iterations: int, tolerance: float) -> Verd
     return Verdict("plateau", reason, evidence)
 
 
-def _with_new_labels(history: Sequence[Entry]) -> list[Entry]:
+def _with_new_labels(history: Sequence[IterationEntry]) -> list[IterationEntry]:
     """The last entry for each size of the data set."""
-    return list({entry["labels"]: entry for entry in history}.values())
+    return list({entry.labels: entry for entry in history}.values())
 
 
 def _spread(values: Sequence[float | None]) -> float | None:
