@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "atom.h"
+#include "citeme.h"
 #include "comm.h"
 #include "domain.h"
 #include "error.h"
@@ -28,6 +29,19 @@ using namespace FixConst;
 
 namespace {
 
+const char cite_fix_ubmd[] =
+    "fix ubmd: doi:10.1038/s41524-024-01254-1\n\n"
+    "@Article{Zaverkin2024,\n"
+    " author = {Zaverkin, V. and Holzm{\\\"u}ller, D. and Christiansen, H. and Errica, F. and Alesiani, F. and\n"
+    "           Takamoto, M. and Niepert, M. and K{\\\"a}stner, J.},\n"
+    " title = {Uncertainty-biased molecular dynamics for learning uniformly accurate interatomic potentials},\n"
+    " journal = {npj Comput.\\ Mater.},\n"
+    " year = 2024,\n"
+    " volume = 10,\n"
+    " pages = {83},\n"
+    " doi = {10.1038/s41524-024-01254-1}\n"
+    "}\n\n";
+
 constexpr int n_columns = 4;   // per-atom array: u_i, fbias_x, fbias_y, fbias_z
 constexpr int n_outputs = 10;  // of the vector
 // Added to the first number of the state in restart files; the first format had none and lacks two numbers.
@@ -42,6 +56,7 @@ bool is_keyword(const char *word) {
 }  // namespace
 
 FixUBMD::FixUBMD(LAMMPS *lmp, int narg, char **arg) : Fix(lmp, narg, arg) {
+  if (lmp->citeme) lmp->citeme->add(cite_fix_ubmd);
   parse(narg, arg);
   force_window_ = ubmd::Window(settings_.window);
   stress_window_ = ubmd::Window(settings_.window);

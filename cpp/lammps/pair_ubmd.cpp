@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "atom.h"
+#include "citeme.h"
 #include "comm.h"
 #include "error.h"
 #include "force.h"
@@ -18,6 +19,33 @@ namespace LAMMPS_NS {
 
 namespace {
 
+const char cite_pair_ubmd[] =
+    "pair_style ubmd: doi:10.1021/acs.jctc.0c00347, doi:10.1021/acs.jctc.1c00527\n\n"
+    "@Article{Zaverkin2020,\n"
+    " author = {Zaverkin, V. and K{\\\"a}stner, J.},\n"
+    " title = {{G}aussian Moments as Physically Inspired Molecular Descriptors for Accurate and Scalable\n"
+    "          Machine Learning Potentials},\n"
+    " journal = {J.~Chem.\\ Theory Comput.},\n"
+    " year = 2020,\n"
+    " volume = 16,\n"
+    " pages = {5410--5421},\n"
+    " doi = {10.1021/acs.jctc.0c00347}\n"
+    "}\n\n"
+    "@Article{Zaverkin2021,\n"
+    " author = {Zaverkin, V. and Holzm{\\\"u}ller, D. and Steinwart, I. and K{\\\"a}stner, J.},\n"
+    " title = {Fast and Sample-Efficient Interatomic Neural Network Potentials for Molecules and Materials Based on\n"
+    "          {G}aussian Moments},\n"
+    " journal = {J.~Chem.\\ Theory Comput.},\n"
+    " year = 2021,\n"
+    " volume = 17,\n"
+    " pages = {6658--6670},\n"
+    " doi = {10.1021/acs.jctc.1c00527}\n"
+    "}\n\n"
+    "@Misc{ubmd,\n"
+    " author = {{The ubmd developers}},\n"
+    " title = {ubmd: uncertainty-biased molecular dynamics for learning interatomic potentials}\n"
+    "}\n\n";
+
 double bytes_of(const PairUBMD::Piece &piece) {
   return piece.block.bytes() +
          static_cast<double>((piece.result.energies.size() + piece.result.gradient.size()) * sizeof(double));
@@ -26,6 +54,7 @@ double bytes_of(const PairUBMD::Piece &piece) {
 }  // namespace
 
 PairUBMD::PairUBMD(LAMMPS *lmp) : Pair(lmp) {
+  if (lmp->citeme) lmp->citeme->add(cite_pair_ubmd);
   single_enable = 0;
   restartinfo = 0;
   one_coeff = 1;
