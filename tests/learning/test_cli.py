@@ -132,7 +132,7 @@ def test_init_writes_once(tmp_path: Path) -> None:
     assert (tmp_path / "settings.toml").read_text() == run_template()
     again = ubmd("init", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (1, "")
-    assert again.stderr == "Error: settings.toml is already there; name another file.\n"
+    assert again.stderr == "Error: settings.toml already exists; name another file.\n"
     assert ubmd("init", "brief.toml", "--short", cwd=tmp_path).returncode == 0
     assert (tmp_path / "brief.toml").read_text() == short_template("brief.toml")
 
@@ -248,7 +248,7 @@ def test_interrupt_status_resume(tmp_path: Path) -> None:
     assert re.search(r"Iteration 0, MD since \d+ s(; [\d,]+ of at most 300,000 MD steps)?", while_running)
     assert re.search(r"replica 0: \d+ of 100000 steps", while_running)
     assert driver.returncode == 130
-    assert errors == "Interrupted; the same command goes on where it was.\n"
+    assert errors == "Interrupted; rerun the same command to resume.\n"
     assert children
     assert wait_for(lambda: not any(is_alive(child) for child in children))
     afterwards = ubmd("status", "run", cwd=tmp_path).stdout

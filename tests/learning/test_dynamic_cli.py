@@ -63,7 +63,7 @@ def test_run_says_what_happens(printed: tuple[Path, str]) -> None:
     folder, out = printed
     lines = out.splitlines()
     assert lines[0] == "Dynamic training: at most 3 labels and 180 MD steps."
-    (asked,) = [line for line in lines if "replica 0 (300 K), step 2: asks" in line]
+    (asked,) = [line for line in lines if "replica 0 (300 K), step 2: requests" in line]
     assert "> 0.02 eV/Å (absolute)" in asked
     history = RunFolder(folder / "run").read_history()
     row = history[1]["learnt"][0]
@@ -76,7 +76,7 @@ def test_status_has_a_row_per_refit(printed: tuple[Path, str]) -> None:
     code, out, _ = ubmd("status", printed[0] / "run", cwd=printed[0])
     assert code == 0
     assert "finished. The reference was asked for 3 structures" in out
-    assert "3 labels, 3 of at most 3 structures asked for" in out
+    assert "3 labels, 3 of at most 3 reference calculations" in out
     history = RunFolder(printed[0] / "run").read_history()
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("0 ", "1 "))]
     assert [row[:2] for row in rows] == [["0", "1"], ["1", "3"]]

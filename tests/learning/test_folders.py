@@ -266,7 +266,7 @@ def test_what_the_system_refuses_is_one_sentence(run: Path, command: str, name: 
     (run / name).mkdir()
     code, said = said_by(command, run.parent / "settings.toml" if command == "run" else run)
     assert code == 1, said
-    assert f"{name}: is a directory; put that right and give the same command again." in said
+    assert f"{name}: is a directory; fix that and rerun the same command." in said
 
 
 def test_damaged_events(run: Path) -> None:
@@ -320,7 +320,7 @@ def test_ctrl_c_is_one_sentence_whenever_it_comes(tmp_path: Path, delay: float) 
     out, err = driver.communicate(timeout=60)
     assert "Traceback" not in out + err, err
     assert (driver.returncode, err.splitlines()[-1:]) in (
-        (130, ["Interrupted; the same command goes on where it was."]),
+        (130, ["Interrupted; rerun the same command to resume."]),
         (0, err.splitlines()[-1:]),
     )
     if driver.returncode == 0:
@@ -350,7 +350,7 @@ def test_signals_end_a_run_like_ctrl_c_and_once_is_enough(tmp_path: Path, name: 
         time.sleep(0.01)
         driver.send_signal(number)
     _, said = driver.communicate()
-    assert said == "Interrupted; the same command goes on where it was.\n"
+    assert said == "Interrupted; rerun the same command to resume.\n"
     assert driver.returncode == 128 + number
     assert why_stopped(tmp_path / "run") == [f"ended by {name}"]
 

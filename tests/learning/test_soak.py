@@ -224,7 +224,7 @@ def check_interrupted(driver: subprocess.Popen[str], number: signal.Signals) -> 
     _, errors = driver.communicate(timeout=120)
     assert driver.returncode in (128 + number, -number, 0), errors
     if driver.returncode == 128 + number:
-        assert errors.splitlines()[-1] == "Interrupted; the same command goes on where it was."
+        assert errors.splitlines()[-1] == "Interrupted; rerun the same command to resume."
     assert "Traceback" not in errors
 
 

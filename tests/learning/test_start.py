@@ -164,10 +164,10 @@ def test_flat_boxes_move_in_dynamic_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("event", "words"),
     [
-        ({"kind": "SettingsError"}, "it would stop there again: change what the sentence names first"),
+        ({"kind": "SettingsError"}, "it would stop there again: change what the message names first"),
         ({"kind": "DataError"}, "it would stop there again"),
         ({"kind": "TrainingError"}, "it would stop there again"),
-        ({"kind": "SimulationError"}, "once the cause is mended, 'ubmd run' with the same settings resumes it"),
+        ({"kind": "SimulationError"}, "once the cause is fixed, 'ubmd run' with the same settings resumes it"),
         ({"kind": "LabelError"}, "(why); 'ubmd run' with the same settings resumes it"),
         ({"kind": "StorageError"}, "(why); 'ubmd run' with the same settings resumes it"),
         ({"kind": "KeyboardInterrupt"}, "(why); 'ubmd run' with the same settings resumes it"),
@@ -204,7 +204,7 @@ def test_replicas_that_never_got_anywhere_are_tried_again(tmp_path: Path) -> Non
     hurried = make_settings(tmp_path / "run", **tables | {"md": SMALL["md"] | {"timeout": 1e-3}})
     with pytest.raises(SimulationError, match=r"Every replica failed before its first frame"):
         run(hurried, tmp_path)
-    assert "once the cause is mended, 'ubmd run'" in shown(tmp_path / "run")
+    assert "once the cause is fixed, 'ubmd run'" in shown(tmp_path / "run")
     folder = RunFolder(run(make_settings(tmp_path / "run", **tables), tmp_path))
     assert len(read_structures(folder.dataset, labelled=True)) == 6
 

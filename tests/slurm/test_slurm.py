@@ -68,7 +68,7 @@ def test_driver_told_to_end(cluster: Cluster, calm: Run, tmp_path: Path, number:
     driver.signal(number)
     code, said = driver.end()
     assert code == 128 + number, said
-    assert "Interrupted; the same command goes on where it was." in said
+    assert "Interrupted; rerun the same command to resume." in said
     assert "Traceback" not in said
     check_nothing_left(cluster)
     run.finish()

@@ -359,14 +359,14 @@ def test_info_and_eval(trained, data):
     assert json.loads(text)["stress_rmse_MPa"] is None
     code, text, _ = ubmd("eval", output / "model.pt", data / "test.extxyz")
     assert "forces 90 %" in text
-    assert "lack that of the ideal crystal" not in text
+    assert "do not include that of the ideal crystal" not in text
     structures = read_structures(data / "test.extxyz")
     for atoms in structures:
         atoms.calc.results["stress"] = np.zeros(6)
     write_structures(data / "stresses.extxyz", structures)
     code, text, _ = ubmd("eval", output / "model.pt", data / "stresses.extxyz")
     assert code == 0
-    assert "lack that of the ideal crystal" in text
+    assert "do not include that of the ideal crystal" in text
 
 
 def test_a_rounded_crystal_trains_the_same_potential_within_a_tolerance(trained, data, tmp_path):
@@ -427,7 +427,7 @@ def test_mistakes(data, tmp_path, reference):
     path = settings(data, tmp_path / "out")
     code, _, error = ubmd("train", path, "--set", "crystal.structure=training.extxyz")
     assert code == 1
-    assert "holds 4 structures; crystal.structure needs the ideal crystal alone" in error
+    assert "holds 4 structures; crystal.structure must be the ideal crystal alone" in error
     code, _, error = ubmd("train", path, "--set", "crystal.structure=nothing.extxyz")
     assert (code, error.count("\n")) == (1, 1)
     assert "There is no file" in error

@@ -1,3 +1,3 @@
 """The command ``ubmd``; tables, bars and lines on terminals are here only."""
 
-INTERRUPTED = "Interrupted; the same command goes on where it was."
+INTERRUPTED = "Interrupted; rerun the same command to resume."

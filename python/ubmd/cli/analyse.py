@@ -37,7 +37,7 @@ def table(
         ),
     ] = None,
     labels: Annotated[
-        int | None, typer.Option(help="Take the first model with at least this many labels (default: the last).")
+        int | None, typer.Option(help="Use the first model with at least this many labels (default: the last).")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Markdown file (default: print).")] = None,
     run_models: RunModels = False,
@@ -70,18 +70,18 @@ def trajectory(
     files: Annotated[
         list[Path], typer.Argument(help="Trajectories of one system: extxyz, LAMMPS dump, ..., or traces (npz).")
     ],
-    spacing: Annotated[float | None, typer.Option(help="Time between frames, fs (traces know it).")] = None,
-    model: Annotated[Path | None, typer.Option(help="Model file that says max_i u_i of the frames.")] = None,
+    spacing: Annotated[float | None, typer.Option(help="Time between frames, fs (traces contain it).")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model file that computes max_i u_i of the frames.")] = None,
     torsion: Annotated[
         list[str] | None,
-        typer.Option("--torsion", metavar="NAME=I,J,K,L", help="Torsion for the coverage (atoms from 0); twice."),
+        typer.Option("--torsion", metavar="NAME=I,J,K,L", help="Torsion for the coverage (atoms from 0); give two."),
     ] = None,
     shortest: Annotated[float, typer.Option(help="Shortest trajectory for autocorrelation times, ps.")] = 1.0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("trajectory"),
 ) -> None:
-    """Say what trajectories visit and how fast they forget: coverage, volumes, autocorrelation times.
+    """Describe what trajectories explore and how fast they decorrelate: coverage, volumes, autocorrelation times.
 
-    Any trajectory will do, biased by whatever, metadynamics for instance. A stride of 10 fs or less is needed for
+    Any trajectory will do, whatever its bias, metadynamics for instance. A stride of 10 fs or less is needed for
     autocorrelation times.
     """
     from ubmd.analysis.trajectory_report import describe_trajectories
@@ -114,7 +114,7 @@ def calibration(
         list[str] | None, typer.Option("--kind", help="Kind of uncertainty; default: posterior, distance, ensemble.")
     ] = None,
     low: Annotated[
-        float, typer.Option(help="Miscoverage alpha of the low confidence; the high is uncertainty.alpha.")
+        float, typer.Option(help="Miscoverage alpha of the low confidence; that of the high one is uncertainty.alpha.")
     ] = 0.5,
     label: KeyOption = None,
     override: SetOption = None,
@@ -123,7 +123,7 @@ def calibration(
     """Show how far calibrated uncertainties can be trusted on your data: largest errors against largest uncertainties.
 
     Trains on random splits and compares kinds of uncertainty, low and high confidence, and the two ways to calibrate.
-    An interrupted study goes on where it was. --set changes model.*, training.* and uncertainty.*.
+    Rerun the same command to resume an interrupted study. --set changes model.*, training.* and uncertainty.*.
     """
     from ubmd.analysis.calibration_study import HEAD, KINDS, Sizes, calibration_study, summary_rows, write_study
     from ubmd.cli.console import make_console
@@ -163,7 +163,7 @@ def calibration(
 
 
 def _test_size(data: Path, count: int, training: int, calibrating: int, test: int | None) -> int:
-    """Test structures of every split: so many, or all that are left.
+    """Number of test structures of every split: the given one, or all that are left.
 
     Raises:
         SettingsError: there are too few.

@@ -22,7 +22,7 @@ from ubmd.texts import to_go
 
 
 class ProgressLines(Lines[DynamicTimeline]):
-    """One plain line per thing worth knowing, and now and then one that says how far the trajectories are."""
+    """One plain line per notable event, and now and then one on the progress of the trajectories."""
 
     def _describe(self, event: Event) -> str:
         return describe_event(event)
@@ -78,15 +78,16 @@ def describe_event(event: Event) -> str:
 
 
 def describe_piece(event: PieceDone) -> str:
-    """One line about how a piece of a trajectory ended; nothing about a quiet one."""
+    """One line about how a segment of a trajectory ended; empty if it reached its end without a request."""
     who = f"{place(event)}replica {event.replica} ({event.temperature:g} K), step {event.end}: "
     if event.ended == "asked":
-        return f"{who}asks for a label, error {event.error:.3g} > {event.threshold:.3g} eV/Å ({event.rule})"
+        errors = f"{event.error:.3g} > {event.threshold:.3g} eV/Å"
+        return f"{who}requests a reference calculation, error {errors} ({event.rule})"
     return f"{who}{event.reason}" if event.ended != "segment" else ""
 
 
 def describe_round(event: RoundDone) -> str:
-    """One line about a round's model and what its trajectories have shown."""
+    """One line about a round's model and the errors along its trajectories."""
     parts = [f"{place(event)}{event.labels} labels, {event.md_steps:,} MD steps"]
     for row in event.learnt:
         if row.error_before is not None:

@@ -29,7 +29,7 @@ def status(run_dir: Path) -> RenderableType:
     settings = read_settings_of(folder, DynamicRunSettings)
     timeline, running = DynamicTimeline(settings, read_events(folder)), folder.is_locked()
     lines = [
-        f"{timeline.labels} labels, {timeline.calls} of at most {timeline.wanted} structures asked for; "
+        f"{timeline.labels} labels, {timeline.calls} of at most {timeline.wanted} reference calculations; "
         f"{timeline.steps:,} of at most {timeline.steps_wanted:,} MD steps."
     ]
     if running and timeline.running:

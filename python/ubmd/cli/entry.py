@@ -19,8 +19,8 @@ _received: signal.Signals | None = None
 def main() -> None:
     """Run the command line.
 
-    Ctrl-C ends it with a sentence and status 130, whenever it comes; so do SIGTERM (143), and SIGHUP (129) when the
-    terminal closes, except one that was ignored at the start (``nohup``, a job in the background of a script).
+    Ctrl-C ends it with a message and exit status 130 at any time; so do SIGTERM (143), and SIGHUP (129) when the
+    terminal closes, except one that was ignored at the start (``nohup``, a background job of a script).
     """
     for name in _ENDING:
         if signal.getsignal(name) is not signal.SIG_IGN:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, unless one is being handled: the clean-up goes to its end."""
+    """Raise KeyboardInterrupt, unless one is being handled: the clean-up must be completed."""
     global _received
     if _handles_interrupt(sys.exception()):
         return
@@ -61,7 +61,7 @@ def _handles_interrupt(error: BaseException | None) -> bool:
 
 
 class _LastingStream(TextIOWrapper):
-    """A stream whose terminal may vanish: what is written then goes nowhere, and the run goes on."""
+    """A stream whose terminal may vanish: later output is then discarded, and the run continues."""
 
     def write(self, text: str) -> int:
         try:
@@ -77,7 +77,7 @@ class _LastingStream(TextIOWrapper):
             self._let_go(error)
 
     def _let_go(self, error: OSError) -> None:
-        """Write to nowhere from now on; other errors, such as a full disk, and ``| head`` stay what they are."""
+        """Discard all output from now on; other errors, such as a full disk, and ``| head`` are raised as usual."""
         left_alone = _received is not None or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         if error.errno != errno.EIO and not (error.errno == errno.EPIPE and left_alone):
             raise error
@@ -87,7 +87,7 @@ class _LastingStream(TextIOWrapper):
 
 
 def _lasting(stream: Any) -> Any:
-    """The same stream; letters that the terminal's locale lacks, such as Å, must not end a run either."""
+    """The same stream; characters that the terminal's locale lacks, such as Å, must not end a run either."""
     if not isinstance(stream, TextIOWrapper):
         return stream
     encoding, by_line, at_once = stream.encoding, stream.line_buffering, stream.write_through

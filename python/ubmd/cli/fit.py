@@ -82,7 +82,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
 
 
 def _effective(settings: TrainSettings) -> dict[str, Any]:
-    """The settings without those of networks."""
+    """The settings without those that only networks use."""
     unused = set(type(settings.uncertainty).model_fields) - CRYSTAL_UNCERTAINTY
     return settings.model_dump(mode="json", exclude={"model": True, "training": True, "uncertainty": unused})
 
@@ -94,7 +94,9 @@ def _ideal(path: Path, labels: Mapping[str, str]) -> tuple[Atoms, float | None]:
 
     structures = read_structures(path, labels, missing_ok=True)
     if len(structures) > 1:
-        raise DataError(f"{path} holds {len(structures)} structures; crystal.structure needs the ideal crystal alone.")
+        raise DataError(
+            f"{path} holds {len(structures)} structures; crystal.structure must be the ideal crystal alone."
+        )
     return structures[0], labels_of(structures[0]).get("energy")
 
 
@@ -112,7 +114,7 @@ def _sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) ->
 def _remarks(fit: CrystalFit) -> Iterator[str]:
     """Noise, energy, calibration, and what is unusual."""
     posterior = fit.posterior
-    limited = " (the smallest that can be told: the labels look free of noise)" if posterior.noise_limited else ""
+    limited = " (a lower bound: the labels look free of noise)" if posterior.noise_limited else ""
     yield f"noise or truncation of the forces: {posterior.noise:.3g} eV/Å{limited}"
     if fit.energy:
         yield f"energy of the ideal crystal: {fit.energy:.8g} eV per primitive cell"

@@ -21,7 +21,7 @@ def info(
 ) -> None:
     """Print where a model file or a run comes from: versions, seeds, hashes, settings.
 
-    Nothing in the file or the folder is run: it may be a stranger's.
+    Nothing in the file or the folder is executed: it may come from someone you do not know.
     """
     with user_errors():
         record, tables = _run_info(path) if path.is_dir() else _model_info(path)
@@ -59,8 +59,8 @@ def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
     record = read_record(path)
     if record is None:
         raise ModelError(
-            f"{path} has no record that can be read without running it, so nothing is known about it; whoever made it "
-            "can write one into it (see 'extra file ubmd.json' in the manual of pair_style ubmd)."
+            f"{path} has no record that can be read without running it, so nothing is known about it; its author "
+            "can add one (see 'extra file ubmd.json' in the manual of pair_style ubmd)."
         )
     with complete_record(path):
         if kind_of_record(record).of_crystal:

@@ -13,7 +13,7 @@ from ubmd.runs.event_records import Event, LabelDone, Remark, TaskLost, read_eve
 from ubmd.runs.timeline import RunTimeline
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Between two plain lines that only say how far a stage is."""
+"""Between two plain lines that only report the progress of a stage."""
 
 
 T = TypeVar("T", bound=RunTimeline)
@@ -42,7 +42,7 @@ def joined(*parts: str) -> str:
 
 
 class Lines(Generic[T]):
-    """One plain line per thing worth knowing, and now and then one that says how far a long stage is."""
+    """One plain line per notable event, and now and then one on the progress of a long stage."""
 
     def __init__(self, console: Console, timeline: T, seconds_between: float = SECONDS_BETWEEN_LINES) -> None:
         self._console = console
@@ -54,7 +54,7 @@ class Lines(Generic[T]):
         self.take(read_event(values))
 
     def take(self, event: Event) -> None:
-        """Take note of an event, and print what is worth it."""
+        """Record an event, and print a line if it is worth one."""
         self._timeline.add(event)
         line = self._describe(event)
         if not line and time.monotonic() - self._last >= self._between:
@@ -68,7 +68,7 @@ class Lines(Generic[T]):
         raise NotImplementedError
 
     def _how_far(self, event: Event) -> str:
-        """How far the stage of an event is, or an empty text if the event doesn't tell."""
+        """The progress of the stage of an event, or an empty text if the event has none."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -107,5 +107,5 @@ class Bars(Generic[T]):
         self._show(event)
 
     def _show(self, event: Event) -> None:
-        """Bring the bars up to date; the timeline knows the event already."""
+        """Update the bars; the timeline has the event already."""
         raise NotImplementedError

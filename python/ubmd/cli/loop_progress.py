@@ -24,7 +24,7 @@ from ubmd.texts import duration, to_go
 
 
 class ProgressLines(Lines[Timeline]):
-    """One plain line per thing worth knowing, and now and then one that says how far a long stage is."""
+    """One plain line per notable event, and now and then one on the progress of a long stage."""
 
     def _describe(self, event: Event) -> str:
         return describe_event(event)

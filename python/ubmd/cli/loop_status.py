@@ -23,7 +23,7 @@ from ubmd.runs.records import IterationEntry
 from ubmd.settings import RunSettings
 from ubmd.texts import duration, to_go
 
-_QUIET = 1800.0  # s without a sign of life that are worth a word
+_QUIET = 1800.0  # s without any output, after which the status mentions it
 _ENDINGS = {"threshold": "thr", "step limit": "lim", "failed": "fail"}
 _LEGEND = (
     "ended: replicas that passed the threshold (thr), reached the step limit (lim), or failed; "
@@ -58,7 +58,7 @@ def _state(folder: RunFolder, timeline: Timeline, running: bool) -> str:
 
 
 def _seconds_since_life(folder: RunFolder) -> float:
-    """Since something in the folder was written: an event, an epoch, steps of a replica, a label."""
+    """Time since anything in the folder was written: an event, an epoch, steps of a replica, a label."""
     newest = folder.iterations()[-1:]
     paths = [folder.events, *folder.path.glob("test/*"), *folder.path.glob("start/*")]
     paths += [path for iteration in newest for path in (*iteration.glob("*"), *iteration.glob("*/*"))]
@@ -130,7 +130,7 @@ def _replica_steps(folder: Path) -> dict[int, int]:
 def _table(folder: RunFolder, history: Sequence[IterationEntry]) -> Table:
     """One row per iteration."""
     rejected = _rejected(folder)
-    tested = any(entry.test for entry in history)  # then errors on validation labels say nothing more
+    tested = any(entry.test for entry in history)  # then errors on validation labels add nothing
     errors = [entry.rmse_on("test") for entry in history]
     columns = {
         "iter": [str(entry.iteration) for entry in history],

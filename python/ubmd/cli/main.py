@@ -43,7 +43,7 @@ run 'ubmd doctor'.
 
 
 class _Group(TyperGroup):
-    """Errors meant for the user end with their sentence and status 1, never with a traceback."""
+    """Errors meant for the user are printed as their message, with exit status 1 and never with a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -51,13 +51,13 @@ class _Group(TyperGroup):
         except UbmdError as error:
             print(f"Error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
-        except BrokenPipeError:  # | head: typer ends without a word
+        except BrokenPipeError:  # | head: typer exits silently
             raise
         except OSError as error:  # a full disk, a folder that vanished, a file that may not be read
             if error.filename is None and error.strerror is None:
                 raise
             what = "" if error.filename is None else f"{error.filename}: "
-            print(f"Error: {what}{why(error)}; put that right and give the same command again.", file=sys.stderr)
+            print(f"Error: {what}{why(error)}; fix that and rerun the same command.", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             print(INTERRUPTED, file=sys.stderr)

@@ -25,8 +25,8 @@ RunModels = Annotated[
     bool,
     typer.Option(
         "--run-models",
-        help="Run the model files in a folder that lacks what its models say (one of an earlier version): only for "
-        "folders that you trust.",
+        help="Run the model files in a folder that lacks the predictions of its models (one of an earlier version): "
+        "only for folders that you trust.",
     ),
 ]
 
@@ -49,21 +49,21 @@ def init(
         raise SettingsError("--short is for active-learning loops; leave it out with --dynamic.")
 
     if path.exists():
-        raise SettingsError(f"{path} is already there; name another file.")
+        raise SettingsError(f"{path} already exists; name another file.")
     if not path.parent.is_dir():
-        raise SettingsError(f"There is no folder {path.parent}; make it, or name another file.")
+        raise SettingsError(f"There is no folder {path.parent}; create it, or name another file.")
     check_outputs(path.parent, [], "FILE")
     write_text(path, template(path.name))
     print(f"Wrote {path}. Set run_dir, {schedule.to_fill_in} and the reference, then: ubmd check {path}")
 
 
 def check(settings: SettingsFile, override: Override = None) -> None:
-    """Say what would be run, then do every stage once, in miniature: finds mistakes in a minute.
+    """Describe what would be run, then run every stage once, in miniature: finds mistakes in a minute.
 
-    For dynamic training (settings with a \\[dynamic] table) only the first.
+    For dynamic training (settings with a \\[dynamic] table) it only describes the run.
 
     Labels two structures, trains a few epochs, runs ten biased MD steps, selects and labels one more. From this it
-    tells roughly how long the whole run would take and how much it would write. It works in a hidden folder beside
+    estimates roughly how long the whole run would take and how much it would write. It works in a hidden folder beside
     run_dir, which is kept until the next check if a stage fails.
     """
     schedule = schedule_of_file(settings)
@@ -82,29 +82,29 @@ def run(
             "--from",
             metavar="ITERATION",
             min=0,
-            help="Take the run back to this iteration, perhaps with changed settings; labels from before stay, later "
-            "ones go to the folder 'aside'. Resume without it.",
+            help="Take the run back to this iteration, if wanted with changed settings; earlier labels stay, later "
+            "ones are moved to the folder 'aside'. Leave it out to resume.",
         ),
     ] = None,
 ) -> None:
     """Start or resume an active-learning run.
 
-    Labels perturbed start structures; then again and again: trains, calibrates the uncertainty, runs biased MD replicas
-    in LAMMPS, selects the most informative frames, labels them. Kill it whenever you like: the same command goes on
-    where it was. A finished run with a larger loop.labels goes on, too.
+    Labels perturbed start structures, then repeats: train, calibrate the uncertainty, run biased MD replicas in LAMMPS,
+    select the most informative frames, label them. You can kill it at any time: rerun the same command to resume. A
+    finished run continues, too, if loop.labels is raised.
 
-    With a \\[dynamic] table in the settings: dynamic training. MD with the current potential asks for a label when its
-    predicted error is too large, learns it, and goes on.
+    With a \\[dynamic] table in the settings: dynamic training. MD with the current potential requests a reference
+    calculation when its predicted error is too large, learns the label, and continues.
     """
     schedule, options = schedule_of_file(settings), {}
     if from_iteration is not None:
         if not schedule.takes_back:
             raise SettingsError(
-                f"--from works for active-learning loops; a {schedule.name} run goes on, or starts anew."
+                f"--from works for active-learning loops; a {schedule.name} run can only be resumed or started again."
             )
         options["from_iteration"] = from_iteration
     values = load_settings(settings, schedule.settings, override or [])
-    # After the settings: a mistake there shows at once, these take seconds.
+    # After the settings: a mistake there is reported at once, these take seconds.
     from rich.console import Console
 
     schedule.verify(values, settings.parent, _remark)
@@ -127,10 +127,10 @@ def status(run_dir: RunDir) -> None:
 
 
 def report(run_dir: RunDir, run_models: RunModels = False) -> None:
-    """Make the report of a run, also of an unfinished one: one HTML page with all tables and pictures.
+    """Make the report of a run, even of an unfinished one: one HTML page with all tables and pictures.
 
     Learning curves, model against reference, uncertainty against error, what was explored, how replicas ended, rejected
-    labels, time per stage, settings and versions. The same as report.md, with the pictures as PNG files, for papers.
+    labels, time per stage, settings and versions. Also as report.md, with the pictures as PNG files, for papers.
     """
     folder = RunFolder(run_dir)
     if folder.manifest.exists():  # else there is no run to report

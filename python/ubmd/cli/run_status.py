@@ -19,9 +19,9 @@ from ubmd.texts import duration
 SHOWN = 12
 """Newest rows in the table."""
 
-_AGAIN = "it would stop there again: change what the sentence names first, then 'ubmd run' goes on"
-_CAUSE = "once the cause is mended, 'ubmd run' with the same settings resumes it"
-# What to do after an error that comes again by itself; after others the same command simply goes on.
+_AGAIN = "it would stop there again: change what the message names first, then 'ubmd run' resumes it"
+_CAUSE = "once the cause is fixed, 'ubmd run' with the same settings resumes it"
+# What to do after an error that would recur by itself; after others the same command simply resumes the run.
 _ADVICE = {
     "SettingsError": _AGAIN,
     "DataError": _AGAIN,
@@ -59,7 +59,7 @@ def since(begin: datetime) -> str:
 
 
 def make_table(columns: Mapping[str, Sequence[str]]) -> Table:
-    """Titles over their cells; columns in which nothing is known are left out."""
+    """Titles over their cells; columns without any value are left out."""
     shown = {title: cells for title, cells in columns.items() if any(cell not in ("", "-") for cell in cells)}
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for title in shown:
@@ -70,5 +70,5 @@ def make_table(columns: Mapping[str, Sequence[str]]) -> Table:
 
 
 def cell(value: float | None, form: str) -> str:
-    """A number of a history, '-' where it has none; other than in reports, one that is not finite is shown."""
+    """A number of a history, '-' where it has none; unlike in reports, one that is not finite is shown."""
     return "-" if value is None else format(value, form)

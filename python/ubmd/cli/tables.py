@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def accuracy_table(result: dict[str, Any], metadata: dict[str, Any]) -> Table:
     made_for = ", ".join(_promise(name, metadata["uncertainty"]) for name in ("energy", "forces"))
-    caption = f"u made for: {made_for}"
+    caption = f"confidence of u: {made_for}"
     if kind_of_record(metadata).of_crystal and result["stress_rmse_MPa"] is not None:
-        caption += "\nstresses of the model lack that of the ideal crystal"
+        caption += "\nstresses of the model do not include that of the ideal crystal"
     table = Table(title=f"{result['structures']} structures, {result['atoms']} atoms", caption=caption)
     for column in ("quantity", "RMSE", "MAE", "unit", "errors below u"):
         table.add_column(column)
@@ -96,7 +96,7 @@ def _orders_table(
     """One row per order; ``shares`` of the rms force are known right after a training only."""
     columns = ["order", "cutoff, Å", "parameters", "determined by the data", "prior width, eV/Å^order"]
     table = Table(title="parameters by order")
-    for column in [*columns, *(["its rms force, of the labels'"] if shares else [])]:
+    for column in [*columns, *(["rms force, share of the labels'"] if shares else [])]:
         table.add_column(column, justify="right")
     for order, count in counts.items():
         known = f"{gamma[order]:.1f} = {100 * gamma[order] / count:.3g} %"
@@ -121,7 +121,7 @@ def info_tables(metadata: dict[str, Any], title: str) -> list[Table]:
         "parameters P": str(uncertainty["projections"]),
         "determined by the data γ/P": f"{100 * regression['determined']:.3g} %",
         "noise or truncation": f"{noise:.3g} eV/Å",
-        "largest displacement": f"{guard:.3g} Å (simulations stop beyond)",
+        "largest displacement": f"{guard:.3g} Å (simulations stop beyond it)",
         "energy of the ideal crystal": f"{lattice['energy']:.8g} eV per primitive cell",
     }
     for row in rows.items():

@@ -40,7 +40,7 @@ KeyOption = Annotated[
         "--label",
         metavar="LABEL=KEY",
         help="Key of a label (energy, forces, stress, virial), e.g. energy=dft_energy; may be repeated. Default: "
-        "energy, forces, stress or virial; else REF_energy ... A frame with both must say the same in both.",
+        "energy, forces, stress or virial; else REF_energy ... In a frame with both they must agree.",
     ),
 ]
 
@@ -61,7 +61,7 @@ def train(
     settings_file: Annotated[Path, typer.Argument(help="TOML file of the training (see `ubmd schema train`).")],
     overrides: SetOption = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh/--resume", help="Start again, or go on from the last checkpoint (default).")
+        bool, typer.Option("--fresh/--resume", help="Start from scratch, or resume from the last checkpoint (default).")
     ] = False,
 ) -> None:
     """Train a model on labelled structures and export it as model.pt.
@@ -136,7 +136,7 @@ def _load_sets(settings: TrainSettings, base: Path, remark: Callable[[str], None
 
 
 def _print_summary(backend: Backend, folder: Path, console: Console) -> None:
-    """What a back end that keeps a log says about the training in this folder."""
+    """The tables and files of the training in this folder, of a back end that keeps a log."""
     from ubmd.potentials.interface import KeepsLog
 
     if isinstance(backend, KeepsLog):
@@ -172,8 +172,8 @@ def evaluate(
 ) -> None:
     """Compare a model with labelled structures: errors, and how often they stay below the uncertainty.
 
-    Labels in eV, eV/Å and eV/Å^3, tension positive; a virial in eV is the stress -virial/volume. "energy" counts, not
-    "free_energy", unless --label energy=free_energy says so. What looks like a mistake is printed as a remark.
+    Labels in eV, eV/Å and eV/Å^3, tension positive; a virial in eV is the stress -virial/volume. "energy" is used, not
+    "free_energy", unless --label energy=free_energy is given. Whatever looks like a mistake is printed as a remark.
     """
     from ubmd.calculator import Evaluator
     from ubmd.cli.structure_table import describe
@@ -227,7 +227,7 @@ def export(
         bool | None,
         typer.Option(
             "--operators/--no-operators",
-            help="Use the compiled operators (default where they are), or plain PyTorch: slower, runs anywhere.",
+            help="Use the compiled operators (default where available), or plain PyTorch: slower, runs anywhere.",
         ),
     ] = None,
 ) -> None:
@@ -280,7 +280,7 @@ def schema(
         if kind not in kinds:
             *others, last = kinds
             raise SettingsError(f"There is no schema of '{kind}'; choose {', '.join(others)} or {last}.")
-        # By the names that the template has; a key may have a second one.
+        # By the names that the template uses; a key may have an alias.
         known = kinds[kind]
         described = (
             known.json_schema(by_alias=False)
