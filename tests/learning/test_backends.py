@@ -264,5 +264,5 @@ def test_a_module_that_does_not_give_what_it_should(fault: str, words: str, tmp_
 def test_keys_of_one_back_end_are_not_those_of_another() -> None:
     with pytest.raises(ValueError, match=r"model.hidden belongs to model.kind = 'gmnn'"):
         ModelSettings.model_validate(STRANGER | {"hidden": [8, 8]})
-    with pytest.raises(ValueError, match=r"model.arguments are for other back ends"):
+    with pytest.raises(ValueError, match=r"model.arguments are for back ends other than"):
         ModelSettings.model_validate({"arguments": {"a": 1}})

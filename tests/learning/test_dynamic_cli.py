@@ -222,7 +222,7 @@ def test_older_runs_go_on_without_the_tolerance(printed: tuple[Path, str]) -> No
         ({"dynamic": {"temperatures": [300.0, -1.0]}}, "temperatures must be greater than 0"),
         ({"dynamic": {"check_every": 7}}, "must be a multiple of dynamic.check_every = 7"),
         ({"dynamic": {"labels": 1}, "start": {"count": 2}}, "dynamic.labels = 1 is less than start.count = 2"),
-        ({"start": {"repeat": [1, 0, 1]}}, "start.repeat has three numbers from 1 on"),
+        ({"start": {"repeat": [1, 0, 1]}}, "start.repeat needs three numbers of at least 1"),
         ({"model": {"cutoff": 4.0}}, r"\[model\] is for networks"),
         ({"uncertainty": {"kind": "distance"}}, "uncertainty.kind has no effect"),
         ({"crystal": None}, "'start.file' is missing"),

@@ -125,7 +125,7 @@ def test_selection_must_fit_the_uncertainty(run_file, kind, method, wanted):
     if wanted is None:
         assert load_settings(run_file, RunSettings, overrides).selection.method == method
         return
-    with pytest.raises(SettingsError, match=rf"'{method}' does not go with .*'{kind}'; use '{wanted}'"):
+    with pytest.raises(SettingsError, match=rf"'{method}' cannot be used with .*'{kind}'; use '{wanted}'"):
         load_settings(run_file, RunSettings, overrides)
 
 
@@ -277,7 +277,7 @@ def test_crystal_table(crystal_file):
     [
         (["crystal.cutoffs.7=4"], "crystal.cutoffs has no order '7'; did you mean '6'?"),
         (["crystal.cutoffs.pairs=4"], "crystal.cutoffs has no order 'pairs'; did you mean '2'?"),
-        (["crystal.cutoffs.5=4"], "crystal.cutoffs lacks order 4; give every order"),
+        (["crystal.cutoffs.5=4"], "crystal.cutoffs lacks order 4; give a cutoff in Å for every order"),
         (["crystal.cutoffs={}"], "crystal.cutoffs lacks order 2"),
         (["crystal.cutoffs.3=-1"], "crystal.cutoffs.3 must be a length above zero, Å, not -1"),
         (["crystal.cutoffs.3=nan"], "crystal.cutoffs.3 must be a length above zero, Å, not nan"),

@@ -23,7 +23,7 @@ from ubmd.settings.marks import ELSEWHERE, NOTHING
 
 
 class DynamicStartSettings(Table):
-    """The box, and the first labels."""
+    """The simulation box, and the first labels."""
 
     file: Annotated[Path | None, NOTHING] = Field(
         None,
@@ -39,12 +39,12 @@ class DynamicStartSettings(Table):
     @model_validator(mode="after")
     def _repeats(self) -> DynamicStartSettings:
         if min(self.repeat) < 1:
-            raise ValueError(f"start.repeat has three numbers from 1 on, not {list(self.repeat)}")
+            raise ValueError(f"start.repeat needs three numbers of at least 1, not {list(self.repeat)}")
         return self
 
 
 class TriggerSettings(Table):
-    """When a trajectory asks for a label."""
+    """When a trajectory requests a reference calculation."""
 
     rule: Literal["average", "absolute", "history"] = Field(
         "average",
@@ -52,15 +52,15 @@ class TriggerSettings(Table):
         "current model; absolute: above 'threshold'; history: above 'factor' times the mean error right after the "
         "last refits",
     )
-    maximum: float | None = Field(None, gt=0, description="average: largest error, eV/Å; default 0.14")
+    maximum: float | None = Field(None, gt=0, description="average: largest allowed error, eV/Å; default 0.14")
     factor: float | None = Field(None, gt=0, description="average, history: see rule (no unit); default √3, 1")
     window: int | None = Field(None, ge=1, description="average: checks that are averaged; default 1000")
     wait: int | None = Field(
-        None, ge=1, description="average: checks after a refit without the comparison with the average; default 10"
+        None, ge=1, description="average: checks after a refit before errors are compared with the average; default 10"
     )
-    threshold: float | None = Field(None, gt=0, description="absolute: largest error, eV/Å")
+    threshold: float | None = Field(None, gt=0, description="absolute: largest allowed error, eV/Å")
     start: float | None = Field(
-        None, gt=0, description="history: threshold until enough refits were seen, eV/Å; default 0.002"
+        None, gt=0, description="history: threshold until there have been enough refits, eV/Å; default 0.002"
     )
     history: int | None = Field(None, ge=1, description="history: refits that are averaged; default 10")
     floor: float = Field(
@@ -77,7 +77,7 @@ class TriggerSettings(Table):
         given = set(self.arguments())
         if given - allowed:
             name, own = min(given - allowed), ", ".join(sorted(allowed))
-            raise ValueError(f"dynamic.trigger.{name} has no effect with rule = '{self.rule}', which has {own}")
+            raise ValueError(f"dynamic.trigger.{name} has no effect with rule = '{self.rule}', which takes {own}")
         if self.rule == "absolute" and self.threshold is None:
             raise ValueError("dynamic.trigger.threshold is missing: rule = 'absolute' needs it, eV/Å")
         return self
@@ -89,7 +89,7 @@ class TriggerSettings(Table):
 
 
 class ConvergenceSettings(Table):
-    """Signals of convergence, none of which needs a label."""
+    """Signals of convergence, none of which needs an extra label."""
 
     stop: Annotated[bool, NOTHING] = Field(True, description="stop when all three signals hold")
     determined: float = Field(
@@ -99,10 +99,10 @@ class ConvergenceSettings(Table):
         0.5, gt=0, description="rms predicted error of a fresh trajectory, relative to the noise of labels (no unit)"
     )
     gain: float = Field(
-        0.1, gt=0, description="predicted drop of the mean error by labelling the best frame of it (no unit)"
+        0.1, gt=0, description="predicted drop of the mean error if its best frame were labelled (no unit)"
     )
     steps: Annotated[int, NOTHING] = Field(
-        200, ge=1, description="steps since the last refit, of all replicas, that the signals need to stop"
+        200, ge=1, description="steps since the last refit, over all replicas, before the signals can stop the run"
     )
 
 
@@ -114,36 +114,38 @@ class DynamicSettings(Table):
     steps: Annotated[int, NOTHING] = Field(20000, ge=1, description="steps of each trajectory")
     timestep: float = Field(1.0, gt=0, description="time step, fs")
     damping: float = Field(0.1, gt=0, description="damping time of the Langevin thermostat, ps")
-    check_every: int = Field(1, ge=1, description="steps between looks at the error")
+    check_every: int = Field(1, ge=1, description="steps between checks of the error")
     segment: int = Field(
-        1000, ge=1, description="most steps of a piece: all replicas meet after it, also if none has asked"
+        1000,
+        ge=1,
+        description="maximum steps of a segment: all replicas wait there for each other, even without a request",
     )
     labels: Annotated[int, NOTHING] = Field(
         100,
         ge=1,
-        description="stop when the reference was asked for this many structures, rejected ones and start "
-        "structures included (not the test set)",
+        description="stop after this many reference calculations, rejected ones and start structures included (not "
+        "the test set)",
     )
     batch: Annotated[int | None, ELSEWHERE] = Field(
         None,
         ge=1,
-        description="most labels per round, those that lower the predicted error most, when more replicas ask; "
-        "default: all",
+        description="maximum labels per round: when more replicas request one, those that lower the predicted error "
+        "most; default: all",
     )
     calibrate: Annotated[bool, ELSEWHERE] = Field(
         False,
         description="multiply predicted errors by the conformal factor of the newest labels (each predicted before it "
-        "was learnt; 1 - uncertainty.alpha are covered)",
+        "was learnt; a share of 1 - uncertainty.alpha is covered)",
     )
     calibration_window: Annotated[int, ELSEWHERE] = Field(
-        20, ge=1, description="newest labels that the conformal factor is taken from"
+        20, ge=1, description="number of newest labels that the conformal factor is computed from"
     )
-    frames: int = Field(8, ge=1, description="frames per piece that the signals of convergence look at")
+    frames: int = Field(8, ge=1, description="frames per segment that the signals of convergence use")
     warm_epochs: Annotated[int, ELSEWHERE] = Field(200, ge=1, description="networks: epochs of a refit")
     precision: Literal["mixed", "single", "double"] = Field(
         "mixed", description="precision of pair_style ubmd (force constants are always in double)"
     )
-    timeout: Annotated[float, NOTHING] = Field(7200.0, gt=0, description="longest time for a piece, s")
+    timeout: Annotated[float, NOTHING] = Field(7200.0, gt=0, description="time limit of a segment, s")
     trigger: TriggerSettings = Field(default_factory=TriggerSettings)
     convergence: Annotated[ConvergenceSettings, NOTHING] = Field(default_factory=ConvergenceSettings)
 
@@ -189,7 +191,7 @@ class DynamicRunSettings(Table):
     seed: int = Field(0, ge=0, description="seed of the run; the same seed repeats the run")
     crystal: CrystalSettings | None = Field(None, description="a force-constant potential; default: a network")
     model: ModelSettings | None = Field(None, description="the network, if there is no [crystal]")
-    training: TrainingSettings | None = Field(None, description="of the network")
+    training: TrainingSettings | None = Field(None, description="training of the network")
     uncertainty: UncertaintySettings = Field(default_factory=UncertaintySettings)
     start: DynamicStartSettings = Field(default_factory=DynamicStartSettings)
     reference: ReferenceSettings
@@ -213,7 +215,7 @@ class DynamicRunSettings(Table):
             if self.start.count < 2:
                 raise ValueError("start.count must be at least 2 for a network: one trains, one validates")
             if self.uncertainty.kind == "ensemble":
-                raise ValueError("dynamic training has one network: use another uncertainty.kind than 'ensemble'")
+                raise ValueError("dynamic training has one network: use an uncertainty.kind other than 'ensemble'")
             return self
         for name in ("model", "training"):
             if getattr(self, name) is not None:

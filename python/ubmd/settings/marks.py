@@ -1,7 +1,7 @@
-"""What a setting affects, said once, where the setting is declared.
+"""What a setting affects, declared once, together with the setting.
 
-A field is declared as ``name: Annotated[type, NOTHING] = Field(...)``; a field without a mark affects labels. From the
-marks follow which settings may change when a run goes on, and the values that decide the keys of its stages.
+A field is declared as ``name: Annotated[type, NOTHING] = Field(...)``; a field without a mark affects labels. The
+marks determine which settings may change when a run is resumed, and which values enter the keys of its stages.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Mark:
     """The mark of one field."""
 
     affects: Literal["nothing", "labels", "first labels"] = "labels"
-    """nothing: no label depends on it, or only how many there will be, so that it may change when a run goes on;
-    labels: it may change where a run is taken back to (--from); first labels: not even there"""
+    """nothing: no label depends on it, or only how many there will be, so that it may change when a run is resumed;
+    labels: it may change only where a run is taken back to (--from); first labels: not even there"""
     in_key: bool = True
-    """whether the values of its table have it; False: it comes in by another way, or affects nothing"""
+    """whether it is among the key's values of its table; False: it enters the key in another way, or affects nothing"""
     late: bool = False
-    """it joined its table after runs had been made: left out of keys at its default, so that these runs keep theirs"""
+    """added to its table after runs had been made: left out of keys at its default, so that these runs keep theirs"""
     version: int = 1
     """of the default; raised when the default changes"""
 
@@ -44,7 +44,7 @@ def mark_of(field: FieldInfo) -> Mark:
 def marks(kind: type[Table], prefix: str = "") -> Iterator[tuple[str, Mark]]:
     """(dotted key, mark) of all settings of a kind of run.
 
-    A table with a mark other than that of labels hands it to its fields, except those that have one themselves.
+    A table with a mark other than that of labels passes it on to its fields, except those that have one themselves.
     """
     for name, field in kind.model_fields.items():
         own, inner = mark_of(field), tables_of(field.annotation)
@@ -71,7 +71,7 @@ def is_set(table: Table, key: str) -> bool:
 
 
 def key_values(table: Table) -> dict[str, Any]:
-    """What a table brings into the key of a stage: the values that affect its result, as JSON."""
+    """What a table contributes to the key of a stage: the values that affect its result, as JSON."""
     fields = {name: (field, mark_of(field)) for name, field in type(table).model_fields.items()}
     usual = {
         name

@@ -33,7 +33,7 @@ class MDSettings(Table):
     """The replicas' dynamics in LAMMPS (NVT: fix nve + fix langevin; NPT: fix npt, Nosé-Hoover)."""
 
     replicas: int = Field(8, ge=1, description="independent replicas per iteration")
-    steps: int = Field(20000, ge=1, description="longest run of one replica, steps")
+    steps: int = Field(20000, ge=1, description="maximum steps of one replica")
     timestep: float = Field(0.5, gt=0, description="time step of the dynamics, fs")
     ensemble: Literal["nvt", "npt"] = Field(
         "nvt", description="nvt: the cell, if any, stays as it is; npt: a barostat moves it (periodic structures only)"
@@ -76,14 +76,14 @@ class MDSettings(Table):
     )
     colvars: Path | None = Field(
         None,
-        description="file with a Colvars configuration (LAMMPS: fix colvars), another bias that joins the dynamics of "
-        "every replica from its first step on, e.g. metadynamics; relative to the settings file; default: none",
+        description="file with a Colvars configuration (LAMMPS: fix colvars), another bias that acts on the dynamics "
+        "of every replica from its first step on, e.g. metadynamics; relative to the settings file; default: none",
     )
     precision: Literal["mixed", "single", "double"] = Field("mixed", description="precision of pair_style ubmd")
     ranks: int = Field(
-        1, ge=1, description="MPI processes that share one replica's atoms; more than 1 pays for thousands of atoms"
+        1, ge=1, description="MPI processes that share one replica's atoms; more than 1 pays off for thousands of atoms"
     )
-    timeout: Annotated[float, NOTHING] = Field(7200.0, gt=0, description="longest time for one replica, s")
+    timeout: Annotated[float, NOTHING] = Field(7200.0, gt=0, description="time limit of one replica, s")
     start_from: Literal["start", "labelled"] = Field(
         "start", description="replicas start from the first structure, or from newly labelled ones"
     )

@@ -41,7 +41,7 @@ class ModelSettings(Table):
     def _keys_are_of_the_kind(self) -> ModelSettings:
         if self.kind == "gmnn":
             if self.arguments:
-                raise ValueError("model.arguments are for other back ends than model.kind = 'gmnn'; remove them")
+                raise ValueError("model.arguments are for back ends other than model.kind = 'gmnn'; remove them")
             return self
         for name, field in type(self).model_fields.items():
             if name not in ("kind", "arguments", "elements") and getattr(self, name) != field.default:
@@ -126,7 +126,7 @@ class CrystalSettings(Table):
     )
     cutoffs: dict[int, float] = Field(
         description="largest distance inside a cluster by order, Å, e.g. {2 = 5.4, 3 = 4.0, 4 = 4.0}; orders 2 to 6, "
-        "none left out"
+        "none skipped"
     )
     max_displacement: float | None = Field(
         None,
@@ -137,7 +137,7 @@ class CrystalSettings(Table):
     decay: float | None = Field(
         None,
         gt=0,
-        description="length over which force constants are expected to fall by a factor e with the size of their "
+        description="length over which force constants are expected to decay by a factor e with the size of their "
         "cluster, Å: for labels of a box shorter than twice a cutoff, where a pair and its periodic images look alike; "
         "default: no such expectation",
     )
@@ -145,8 +145,8 @@ class CrystalSettings(Table):
     tolerance: Annotated[float, LATE] = Field(
         1e-5,
         gt=0,
-        description="how far the crystal may be from its symmetry, Å; above 1e-5 it is moved onto it first, e.g. 1e-3 "
-        "for a file with 4 decimals",
+        description="how far the crystal may deviate from its symmetry, Å; above 1e-5 it is symmetrised first, e.g. "
+        "1e-3 for a file with 4 decimals",
     )
     caution: float = Field(
         0.5,
@@ -174,8 +174,7 @@ class CrystalSettings(Table):
         missing = sorted(set(range(2, max(value, default=2) + 1)) - set(value))
         if missing:
             raise ValueError(
-                f"crystal.cutoffs lacks order {missing[0]}; give every order from 2 to the highest one wanted a cutoff "
-                "in Å"
+                f"crystal.cutoffs lacks order {missing[0]}; give a cutoff in Å for every order from 2 to the highest"
             )
         return dict(sorted(value.items()))
 
@@ -225,8 +224,8 @@ class TrainSettings(Table):
         unused = sorted(self.uncertainty.model_fields_set - CRYSTAL_UNCERTAINTY)
         if unused:
             raise ValueError(
-                f"uncertainty.{unused[0]} has no effect on a force-constant potential; remove it ([crystal] goes with "
-                "alpha and atoms_by alone)"
+                f"uncertainty.{unused[0]} has no effect on a force-constant potential; remove it ([crystal] uses "
+                "alpha and atoms_by only)"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Settings of what labels, of reference MD and of the test set."""
+"""Settings of the reference calculator, of reference MD and of the test set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABEL_NAMES = ("energy", "forces", "stress", "virial")
 
 
 def check_label_names(value: dict[str, str]) -> dict[str, str]:
-    """ValueError if keys are named for a label that does not exist, with the nearest one that does."""
+    """ValueError if keys are given for a label that does not exist; names the nearest one that does."""
     for name in value:
         if name not in LABEL_NAMES:
             near = difflib.get_close_matches(name, LABEL_NAMES, n=1, cutoff=0.0)
@@ -44,7 +44,7 @@ _TAKEN = {
 
 
 class ReferenceSettings(Table):
-    """Who labels structures: a ready-made reference or any ASE calculator by import path."""
+    """The reference calculator: a ready-made reference or any ASE calculator by import path."""
 
     calculator: Annotated[str, FIRST_LABELS] = Field(
         description="'openmm', 'lammps', 'tblite', 'cp2k', 'espresso', or the import path of an ASE calculator, "
@@ -58,7 +58,7 @@ class ReferenceSettings(Table):
     )
     info: Annotated[tuple[str, ...], ELSEWHERE] = Field(
         USUAL_INFO,
-        description="keys of atoms.info that the calculator reads: they go from the start structures to every "
+        description="keys of atoms.info that the calculator reads: they are copied from the start structures to every "
         "structure that is labelled, as initial charges, initial magnetic moments, tags and masses always do",
     )
     environment: Annotated[dict[str, str], NOTHING] = Field(
@@ -67,10 +67,10 @@ class ReferenceSettings(Table):
     )
     cache: Annotated[str | None, NOTHING] = Field(
         None,
-        description="folder (relative to the settings file) that keeps every label and is asked before a new one is "
-        "made; runs may share it",
+        description="folder (relative to the settings file) that stores every label and is searched before a new one "
+        "is computed; runs may share it",
     )
-    timeout: Annotated[float, NOTHING] = Field(600.0, gt=0, description="longest time for one label, s")
+    timeout: Annotated[float, NOTHING] = Field(600.0, gt=0, description="time limit of one label, s")
     force_limit: float = Field(20.0, gt=0, description="labels with a larger |F| are rejected, eV/Å")
     energy_limit: float = Field(
         5.0,
@@ -85,7 +85,7 @@ class ReferenceSettings(Table):
         0.0,
         ge=0,
         description="standard deviation of Gaussian noise that is added to the forces, eV/Å, to study how a method "
-        "takes it (the same structure always gets the same noise)",
+        "copes with it (the same structure always gets the same noise)",
     )
 
     @field_validator("info")
@@ -94,8 +94,8 @@ class ReferenceSettings(Table):
         for name in value:
             if name.removeprefix("REF_") in _TAKEN:
                 raise ValueError(
-                    f"reference.info names {name!r}, under which ubmd keeps something else; rename it in the "
-                    "structures and in what reads it"
+                    f"reference.info names {name!r}, a key that ubmd uses for something else; rename it in the "
+                    "structures and in the code that reads it"
                 )
         return value
 

@@ -63,21 +63,21 @@ class LoopSettings(Table):
     label_budget: Annotated[int | None, NOTHING] = Field(
         None,
         ge=2,
-        description="stop when the reference was asked for this many structures, rejected ones and start structures "
-        "included (not the test set); default: no limit",
+        description="stop after this many reference calculations, rejected ones and start structures included (not "
+        "the test set); default: no limit",
     )
     threshold: float = Field(
         1.5, gt=0, description="a replica stops when max_i u_i passes this, eV/Å; inf: never, as for plain MD"
     )
     quiet_iterations: Annotated[int, NOTHING] = Field(
-        3, ge=1, description="stop after this many successive iterations in which every replica reached the step limit"
+        3, ge=1, description="stop after this many consecutive iterations in which every replica reached the step limit"
     )
-    stop_when_quiet: Annotated[bool, NOTHING] = Field(False, description="use the quiet_iterations rule at all")
+    stop_when_quiet: Annotated[bool, NOTHING] = Field(False, description="whether to use the quiet_iterations rule")
     stop_at_plateau: Annotated[bool, NOTHING] = Field(
         False, description="stop when new labels no longer change force error and calibration factor of held-out labels"
     )
     plateau_iterations: Annotated[int, NOTHING] = Field(
-        4, ge=1, description="successive iterations with new labels that stop_at_plateau looks at"
+        4, ge=1, description="consecutive iterations with new labels that stop_at_plateau considers"
     )
     plateau_tolerance: Annotated[float, NOTHING] = Field(
         0.1, gt=0, description="largest spread over them, relative to the mean, that is a plateau (no unit)"
@@ -94,21 +94,21 @@ class LoopSettings(Table):
         ge=0,
         lt=1,
         description="share of labels that only calibrate: never trained on, not used for early stopping either, and "
-        "never moved to another side; while there are none, validation labels calibrate (no unit)",
+        "never moved to another split; while there are none, validation labels calibrate (no unit)",
     )
     warm_start: bool = Field(True, description="train from the last model (else from scratch) in every iteration")
     warm_epochs: int = Field(200, ge=1, description="epochs of a warm start, at most")
     warm_visits: int = Field(
         1000,
         ge=0,
-        description="and at most this many times the share of new labels (but at least 10): with hundreds of labels, "
-        "more would overfit the old ones; 0: no such limit",
+        description="epochs of a warm start are also at most this many times the share of new labels (but at least "
+        "10): with hundreds of labels, more would overfit the old ones; 0: no such limit",
     )
     asynchronous: bool = Field(
         False,
         alias="async",
         description="also written 'async': select as soon as asynchronous_share of the replicas are done; the others "
-        "go on and join the next iteration's pool. Faster where replicas differ in length; a seed no longer repeats",
+        "continue and join the next iteration's pool. Faster where replicas differ in length, but not reproducible",
     )
     asynchronous_share: float = Field(
         0.5, gt=0, le=1, description="share of the replicas that asynchronous waits for (no unit)"
@@ -116,7 +116,7 @@ class LoopSettings(Table):
 
     @field_serializer("threshold", when_used="json")
     def _infinity_as_text(self, value: float) -> float | str:
-        """JSON has no infinity, and readers of it in other languages refuse Python's."""
+        """JSON has no infinity, and JSON readers in other languages reject Python's."""
         return "inf" if math.isinf(value) else value
 
 
@@ -129,7 +129,7 @@ class VariablesSettings(Table):
 
 
 class WorkerSettings(Table):
-    """Where labels and replicas run. Nothing here changes a result: a run may go on with other workers."""
+    """Where labels and replicas run. Nothing here changes a result: a run may be resumed with other workers."""
 
     processes: int | None = Field(
         None,
@@ -149,12 +149,12 @@ class WorkerSettings(Table):
     retries: int = Field(
         1,
         ge=0,
-        description="how often a task is tried again whose process crashed (then it is rejected) or was lost by a "
-        "fault of the machine or cluster (then it is postponed); never after a time-out",
+        description="how often a task is retried if its process crashed (afterwards it is rejected) or was lost by a "
+        "fault of the machine or cluster (afterwards it is postponed); never after a time-out",
     )
 
 
-# Selection methods that make sense with each kind of uncertainty, the one that the method was published with first.
+# Selection methods that make sense with each kind of uncertainty; first the one that it was published with.
 FITTING_METHODS = {
     "posterior": ("max_det", "max_dist", "max_diag", "random"),
     "last-layer": ("max_det", "max_dist", "max_diag", "random"),
@@ -219,7 +219,7 @@ class RunSettings(Table):
         if method not in FITTING_METHODS[kind]:
             wanted = FITTING_METHODS[kind][0]
             raise ValueError(
-                f"selection.method = '{method}' does not go with uncertainty.kind = '{kind}'; use '{wanted}'"
+                f"selection.method = '{method}' cannot be used with uncertainty.kind = '{kind}'; use '{wanted}'"
             )
         return self
 

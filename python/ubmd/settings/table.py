@@ -71,7 +71,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, kind: type[Table]) -> str:
     """One sentence for the first validation error, with the nearest valid key for unknown ones."""
-    # a typo explains a missing key better than the missing key does
+    # an unknown key (a typo) explains a missing one better than the message about the missing one does
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
