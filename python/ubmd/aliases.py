@@ -1,8 +1,8 @@
 """Names for files that LAMMPS's input lines can hold.
 
-LAMMPS replaces what is not ASCII in a line, takes $ for a variable also in quotes, and has no way to write a quote in
-quotes: a file whose full name has any of these can't be named. Such a folder is opened, and called by the number of its
-open handle (/proc/self/fd/7/model.pt), which means the same file, in this process only.
+LAMMPS replaces non-ASCII characters in a line, takes $ for a variable even in quotes, and cannot escape a quote within
+quotes: a file whose full path has any of these cannot be named. Its folder is opened instead, and the file is named by
+the open descriptor (/proc/self/fd/7/model.pt), which means the same file, in this process only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Aliases:
         self._real: dict[int, Path] = {}
 
     def of(self, path: Path) -> Path:
-        """A name of a file (if its own is odd, one that exists) for LAMMPS: the path itself wherever that will do.
+        """A name of a file for LAMMPS: the path itself where possible; otherwise the file must exist.
 
         Raises:
             SimulationError: the folder cannot be opened, or this system does not name open handles.
@@ -44,7 +44,7 @@ class Aliases:
         return re.sub(rf"{_HANDLES}/(\d+)", named, text)
 
     def close(self) -> None:
-        """Give the handles back."""
+        """Close the handles."""
         while self._real:
             os.close(self._real.popitem()[0])
 
@@ -58,6 +58,6 @@ class Aliases:
         alias = _HANDLES / str(handle)
         if not alias.exists():
             raise SimulationError(
-                f"LAMMPS cannot be told the name of {path} on this system: rename it, with ASCII letters only."
+                f"LAMMPS cannot read the name of {path} on this system: rename it, with ASCII letters only."
             )
         return alias

@@ -1,9 +1,9 @@
-"""Who may write a result, where several processes may be at the same task without knowing of each other.
+"""Which process may write a result, where several may be working on the same task without knowing of each other.
 
-A worker on another machine that has lost its driver, or its connection to it, works on while the same task is started
-again. Each process therefore works in a folder of its own beside the result, ``frames_003.<token>.attempt``, and puts
-what it has made in place by renaming it out of there. Whoever begins removes the folders of the others: from then on
-they can put nothing in place, and end when they notice.
+A worker on another machine that has lost its driver, or its connection to it, keeps working while the same task is
+started again. Each process therefore works in a folder of its own beside the result, ``frames_003.<token>.attempt``,
+and puts what it has made in place by renaming it out of there. Each new process removes the folders of the others: from
+then on they can put nothing in place, and end when they notice.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Attempt:
 
     @classmethod
     def begin(cls, target: Path) -> Attempt:
-        """Make the folder; attempts that others have begun at this target are over."""
-        # Listed before the own folder is there: of two that begin at the same time, at least one goes on.
+        """Make the folder; this ends all attempts that others have begun at this target."""
+        # Listed before the own folder is there: of two that begin at the same time, at least one continues.
         others = attempts(target)
         own = cls._new(target)
         own.folder.mkdir(parents=True)
@@ -52,7 +52,7 @@ class Attempt:
 
     @classmethod
     def take_over(cls, target: Path, content: Callable[[Path], int]) -> Attempt:
-        """`begin`, with all that one attempt has done: of several that with most ``content``, then the newest."""
+        """`begin`, with all that an earlier attempt has done: the one with most ``content``, then the newest."""
         others = attempts(target)
         own = cls._new(target)
         try:
@@ -68,7 +68,7 @@ class Attempt:
         return cls(target, target.with_name(f"{target.stem}.{secrets.token_hex(6)}{_SUFFIX}"))
 
     def check(self) -> None:
-        """Raise TakenOver unless this attempt may go on."""
+        """Raise TakenOver unless this attempt may continue."""
         try:
             self.folder.stat()
         except OSError as error:
@@ -132,7 +132,7 @@ def end_attempts(target: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """End all attempts below a folder, and remove the files that were on their way when their process was killed."""
+    """End all attempts below a folder, and remove the unfinished files that killed processes have left."""
     for parent, folders, files in os.walk(root):
         over = [name for name in folders if name.endswith(_SUFFIX) or is_temporary(name)]
         for name in over:

@@ -115,7 +115,7 @@ class Calculator(AseCalculator):
     Keywords besides these are those of ASE's calculators: ``atoms``, ``label``, ``directory``.
 
     Raises:
-        ArgumentError: an unknown keyword (ASE would take it without a word).
+        ArgumentError: an unknown keyword (ASE would accept it silently).
         ModelError: missing or corrupt model file. DataError: an element that the model does not know, two atoms at the
             same place, a cell whose periodic vectors are parallel; for a force-constant potential a box that doesn't
             hold its crystal, or an atom too far from its site.
@@ -186,5 +186,5 @@ def _check_keywords(found: Iterable[str]) -> None:
     for name in found:
         if name not in _ASE_KEYWORDS:
             meant = nearest(name, known)
-            hint = f"did you mean {meant!r}?" if meant else f"known are path, {', '.join(known)}."
+            hint = f"did you mean {meant!r}?" if meant else f"known keywords: path, {', '.join(known)}."
             raise ArgumentError(f"ubmd.Calculator has no keyword {name!r}; {hint}")

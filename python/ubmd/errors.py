@@ -35,7 +35,7 @@ class ModelError(UbmdError):
 
 
 class LabelError(UbmdError):
-    """A reference calculation failed, did not converge, or returned an absurd label."""
+    """A reference calculation failed, did not converge, or returned an implausible label."""
 
 
 class SimulationError(UbmdError):
@@ -47,17 +47,17 @@ class TrainingError(UbmdError):
 
 
 class StorageError(UbmdError):
-    """A disk, a quota or a limit on file sizes is full: nothing is lost; with space, the same command goes on."""
+    """A disk, a quota or a limit on file sizes is full: nothing is lost; with space, the same command resumes."""
 
 
 class MachineError(UbmdError):
-    """The machine or cluster failed: no fault of what was computed, and nothing is lost; later, or mended, it works."""
+    """The machine or cluster failed, not the calculation; nothing is lost: try again later, or after a repair."""
 
 
 def one_line(text: object) -> str:
     """A text of another program as one line for a message, a table or a file.
 
-    Control characters, colours and line breaks go; what is longer than 500 characters is cut, and the line says so.
+    Control characters, colours and line breaks are removed; more than 500 characters are cut, and the line says so.
     """
     whole = text if isinstance(text, str) else _as_text(text)
     shown = _TERMINAL.sub("", whole[:_LOOKED_AT])

@@ -13,8 +13,8 @@ from ubmd.errors import MachineError, StorageError, one_line
 WORKER = "UBMD_WORKER"
 """Environment variable of worker processes, and of what they start: '<process id of the worker>-<random text>'."""
 
-# What a machine runs out of, or loses. Left out: what a calculation may well do by itself (permissions, missing files,
-# connections that were refused), and full disks, which have an error of their own.
+# What a machine runs out of, or loses. Left out: what a calculation may well cause by itself (permissions, missing
+# files, connections that were refused), and full disks, which have an error of their own.
 _ERRNOS = {
     number
     for name in (
@@ -85,7 +85,7 @@ def _reason(error: BaseException) -> str:
         return one_line(error).rstrip(".")
     if isinstance(error, OSError) and (error.errno in _ERRNOS or _NO_FOLDER in str(error.strerror)):
         return (
-            f"the machine ran out of something or lost it ({one_line(error)}{_ERRNO_HINTS.get(error.errno or 0, '')})"
+            f"the machine ran out of a resource or lost one ({one_line(error)}{_ERRNO_HINTS.get(error.errno or 0, '')})"
         )
     if isinstance(error, RuntimeError) and _NO_THREADS in one_line(error):
         return "the system allows no more processes and threads (ulimit -u)"
@@ -129,5 +129,5 @@ def killed_rank(output: str) -> int:
 
 
 def in_worker() -> bool:
-    """Whether this process is one of our workers: in a session of its own, where no Ctrl-C of a terminal arrives."""
+    """Whether this process is one of our workers: in a session of its own, which no Ctrl-C in a terminal reaches."""
     return os.environ.get(WORKER, "").startswith(f"{os.getpid()}-")

@@ -44,7 +44,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name was on its way, or on its way out, when its process was killed."""
+    """Whether this is the name of a file or folder that was being written, or removed, when its process was killed."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
@@ -74,7 +74,7 @@ def check_outputs(folder: Path, names: Iterable[str], key: str) -> None:
 
 
 def check_name(path: Path, key: str) -> None:
-    """SettingsError if a full name is no text: neither settings nor model files could be written there."""
+    """SettingsError if a full name is not valid text: neither settings nor model files could be written there."""
     name = os.fsencode(path.absolute())
     try:
         name.decode()
@@ -164,8 +164,8 @@ def check_space(folder: Path) -> None:
 def full_disk(folder: Path) -> StorageError:
     """The error that ends a run on a full disk."""
     return StorageError(
-        f"There is no space left for {folder} (disk, quota or limit on file sizes); nothing finished is lost: "
-        "free some, and the same command goes on."
+        f"There is no space left for {folder} (disk, quota or limit on file sizes); no finished work is lost: "
+        "free some, then rerun the same command to resume."
     )
 
 
@@ -209,7 +209,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a new name in a folder survive a power failure, too."""
+    """Make a new name in a folder survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

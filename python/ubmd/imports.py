@@ -23,7 +23,7 @@ CALCULATOR = "reference.calculator"
 
 
 def load(path: str) -> Any:
-    """What 'module:name' names, of ours."""
+    """The object of this package that 'module:name' names."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)
 
@@ -54,7 +54,7 @@ def import_attribute(
         base: folder of the settings file; modules in it count, too, after the installed ones.
         short_names: short name -> import path.
         key: the setting that names it, for messages.
-        what: a short name stands for, for messages.
+        what: what a short name stands for, for messages.
         example: of an import path, for messages.
 
     Raises:
@@ -77,17 +77,17 @@ def import_attribute(
 
 
 def _check_path(start: str, module_name: str, attribute: str, base: Path, example: str) -> None:
-    """SettingsError for what is no import path: a file's name, or one that begins or ends with nothing."""
+    """SettingsError for what is not an import path: a file's name, or one that begins or ends with nothing."""
     if "/" in module_name or (module_name.endswith(".py") and own_file(module_name.removesuffix(".py"), base)):
         path = Path(base, module_name.removesuffix(".py"))
         if path.is_relative_to(base) and ".." not in path.parts:
             meant = f": write '{'.'.join(path.relative_to(base).parts)}:{attribute}'."
         else:
             meant = f": put it into {base} and write '{path.name}:{attribute}'."
-        raise SettingsError(f"{start} names a file, but a module is wanted{meant}")
+        raise SettingsError(f"{start} names a file, but a module is needed{meant}")
     spaces = module_name != module_name.lstrip() or attribute != attribute.rstrip()
     if not (attribute and all(module_name.split("."))) or spaces:
-        raise SettingsError(f"{start} is no import path; write it like {example!r}.")
+        raise SettingsError(f"{start} is not an import path; write it like {example!r}.")
 
 
 def own_file(module_name: str, base: Path) -> Path | None:
@@ -168,7 +168,7 @@ def _no_attribute(module: ModuleType, attribute: str, base: Path, key: str) -> s
         parts = sorted(path.stem for path in own.glob("*.py"))
         hint = f"{own} is a folder: name the module in it{f', perhaps {module.__name__}.{parts[0]}' if parts else ''}."
     elif own is not None and "." not in module.__name__ and not Path(file or "/").resolve().is_relative_to(base):
-        hint = f"Python has a module of this name of its own ({file or 'built in'}): rename {own.name}."
+        hint = f"Python has its own module of this name ({file or 'built in'}): rename {own.name}."
     return f"{key}: the module {module.__name__} has no {attribute!r}; {hint}"
 
 
@@ -182,7 +182,7 @@ def _place(error: BaseException, base: Path) -> str:
 
 
 def _own_frames(error: BaseException, base: Path) -> list[traceback.FrameSummary]:
-    """Where an error passed through the user's own files; an environment beside the settings is none."""
+    """Where an error passed through the user's own files; an environment beside the settings does not count."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(base)]
     return [frame for frame in own if "site-packages" not in frame.filename and _is_foreign(frame.filename)]

@@ -47,8 +47,8 @@ def available() -> bool:
 def use_operators(module: nn.Module, wanted: bool) -> None:
     """Let a module and its parts call the compiled operators, or plain torch for everything.
 
-    What can do either has an attribute ``operators``; new modules have it False. TorchScript takes it as a constant, so
-    that a file of a module without operators needs no library.
+    A part that can do either has an attribute ``operators``, False in new modules. TorchScript takes it as a constant,
+    so that a file of a module without operators needs no library.
     """
     for part in module.modules():
         if hasattr(part, "operators"):

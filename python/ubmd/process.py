@@ -1,4 +1,4 @@
-"""What a process may be told about its memory and threads. Library calls leave it as they found it."""
+"""Settings of a process for its memory and threads. Library calls leave them as they found them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _KEPT = 1 << 28  # bytes of freed memory at the end of the heap
 def keep_freed_memory() -> bool:
     """Keep freed blocks for the next step of this process instead of giving them back to the system.
 
-    Whatever is fetched again comes page by page, each filled with zeros: in a training step of 700 atoms more than
+    Memory that is requested again comes page by page, each filled with zeros: in a training step of 700 atoms more than
     10^4 page faults, a quarter of its time. The command ``ubmd`` and its workers do this; a program that trains through
-    the Python package may, too. Only glibc has this switch, and it cannot be turned back; returns whether it worked.
+    the Python package may, too. Only glibc has this switch, and it cannot be undone; returns whether it worked.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

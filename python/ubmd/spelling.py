@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-_SHORT = 3  # letters of a name in which one mistake is all that is forgiven
+_SHORT = 3  # letters of a name in which only one mistake is forgiven
 
 
 def distance(a: str, b: str) -> int:
@@ -28,7 +28,7 @@ def nearest(name: str, known: Iterable[str], strict: Iterable[str] = ()) -> str 
         name: what was written.
         known: what may have been meant; in names of up to three letters only one letter may differ, unless one name
             begins with the other.
-        strict: names of ``known`` that are at most one letter away.
+        strict: names of ``known`` that must be at most one letter away.
     """
     strict = set(strict)
     found = []

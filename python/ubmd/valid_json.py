@@ -1,4 +1,4 @@
-"""Values as JSON that every program reads: Python also writes NaN and Infinity, which JSON lacks."""
+"""Values as JSON that every program reads: Python also writes NaN and Infinity, which JSON does not have."""
 
 from __future__ import annotations
 
