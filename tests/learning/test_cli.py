@@ -150,7 +150,7 @@ def test_init_writes_once(tmp_path: Path) -> None:
         (["run", "settings.toml", "--set", "bias.species={H = 0.0}"], "start.extxyz holds only Cu, Au; remove it"),
         (
             ["check", "settings.toml", "--set", "bias.species={Cx = 0.0}"],
-            "bias.species names 'Cx', which is no element",
+            "bias.species names 'Cx', which is not an element",
         ),
         (["check", "settings.toml", "--set", "model.elements=['Cu']"], "holds Au; add it to model.elements"),
         (
@@ -223,7 +223,7 @@ def test_check_works_beside_the_run_and_keeps_the_logs_of_a_failure(tmp_path: Pa
     failed = ubmd("check", settings.name, "--set", "md.colvars=colvars", cwd=tmp_path)
     (kept,) = (tmp_path / "runs").iterdir()
     assert kept.name.startswith(".a[1].check-")
-    assert re.search(rf"collective.*Until the next check its files are in {re.escape(str(kept))}.$", failed.stderr)
+    assert re.search(rf"collective.*Its files stay in {re.escape(str(kept))} until the next check\.$", failed.stderr)
     assert any("nonsense" in log.read_text() for log in kept.rglob("*.log"))
     missing = ubmd("check", settings.name, "--set", "reference.calculator=no.such:Thing", cwd=tmp_path)
     assert missing.returncode == 1

@@ -410,7 +410,7 @@ def test_a_reference_that_rejects_everything_ends_the_run_with_its_reason(tmp_pa
     reference = settings_table(tmp_path)["reference"] | {"force_limit": 0.5}  # start structures have 0.3 eV/Å
     dynamic = settings_table(tmp_path)["dynamic"] | {"labels": 50, "steps": 900, "temperatures": [900.0]}
     dynamic["trigger"] = {"rule": "absolute", "threshold": 0.3}
-    with pytest.raises(LabelError, match=r"3 rounds in a row gave no label; .*reference.force_limit"):
+    with pytest.raises(LabelError, match=r"3 consecutive rounds without a new label; .*reference.force_limit"):
         run(make_settings(tmp_path / "run", reference=reference, dynamic=dynamic, test=None), tmp_path)
     folder = RunFolder(tmp_path / "run")
     rejected = read_structures(folder.rejected)

@@ -198,7 +198,7 @@ def test_a_run_that_its_settings_stop_says_so(tmp_path: Path) -> None:
 
 
 def test_replicas_that_never_got_anywhere_are_tried_again(tmp_path: Path) -> None:
-    """Whoever resumes has mended the cause, here a limit of the time: kept failures must not end the run again."""
+    """On resuming the cause has been fixed, here a limit of the time: kept failures must not end the run again."""
     write_structures(tmp_path / "start.extxyz", [cluster()])
     tables = SMALL | {"loop": {"labels": 6, "warm_epochs": 1}}
     hurried = make_settings(tmp_path / "run", **tables | {"md": SMALL["md"] | {"timeout": 1e-3}})
@@ -210,7 +210,7 @@ def test_replicas_that_never_got_anywhere_are_tried_again(tmp_path: Path) -> Non
 
 
 def test_a_mended_reference_is_asked_again(tmp_path: Path) -> None:
-    """A program is missing at the start, and again later: what it has rejected must not end the run for ever."""
+    """A program is missing at the start, and again later: what it has rejected must not end the run forever."""
     write_structures(tmp_path / "start.extxyz", [cluster()])
 
     def settings(labels: int, **environment: str) -> RunSettings:
@@ -223,7 +223,7 @@ def test_a_mended_reference_is_asked_again(tmp_path: Path) -> None:
     assert "'ubmd run' with the same settings resumes it" in shown(tmp_path / "run")
     folder = RunFolder(run(settings(4, PROGRAM="there"), tmp_path))
     assert len(read_structures(folder.dataset, labelled=True)) == 4
-    with pytest.raises(LabelError, match=r"3 iterations in a row gave no label; .*dft\.x"):
+    with pytest.raises(LabelError, match=r"3 consecutive iterations without a new label; .*dft\.x"):
         run(settings(8), tmp_path)
     run(settings(8, PROGRAM="there"), tmp_path)
     labels = read_structures(folder.dataset, labelled=True)

@@ -217,7 +217,7 @@ def test_names_of_ready_made_references_are_corrected() -> None:
         ("precison", r"did you mean 'precision'\?"),
         ("bias", r"known keywords: path, precision, bias_force, atoms, label, directory\."),
         ("bias_forc", r"did you mean 'bias_force'\?"),
-        ("restart", "known are"),  # ASE would look for a file that nothing here writes
+        ("restart", "known keywords: "),  # ASE would look for a file that nothing here writes
         ("device", "known keywords: path, precision"),
     ],
 )

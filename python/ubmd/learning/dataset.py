@@ -31,7 +31,7 @@ def split_batch(
 
     ``share`` of all labels (at least 1) is validation, ``calibration_share`` (at least 1, or none at 0) calibration.
 
-    Labels that were split earlier keep their side (sticky split): what a model was trained on never calibrates a
+    Labels that were split earlier keep their split (sticky split): what a model was trained on never calibrates a
     model that starts from it.
     """
     total = n_training + n_validation + n_calibration + n_new
@@ -55,7 +55,7 @@ def fresh_split(n_labels: int, share: float, rng: np.random.Generator) -> list[s
 
 
 def fresh_sides(sides: Sequence[str], share: float, rng: np.random.Generator) -> list[str]:
-    """Sides for a model from scratch: calibration labels stay what they are, `fresh_split` deals out the others."""
+    """Splits for a model from scratch: calibration labels stay what they are, `fresh_split` divides the others."""
     others = [k for k, side in enumerate(sides) if side != "calib"]
     new = list(sides)
     for k, side in zip(others, fresh_split(len(others), share * len(sides) / len(others), rng), strict=True):
@@ -68,7 +68,7 @@ def append_once(path: Path, offset: int, labels: Sequence[Atoms], report: Callab
 
     Appends one by one, each on disk before the next. What is already there stays; an unfinished frame of an earlier
     attempt is cut off first. Only the newest batch may be unfinished, so later batches are never touched. A file that
-    goes on differently is kept aside before it is cut: no label is ever lost.
+    continues differently is copied aside before it is cut: no label is ever lost.
     """
     frames = [as_extxyz([atoms]).encode() for atoms in labels]
     content = b"".join(frames)
@@ -93,7 +93,7 @@ def append_once(path: Path, offset: int, labels: Sequence[Atoms], report: Callab
 
 
 def read_dataset(path: Path) -> list[Atoms]:
-    """The labels in a data set, without an unfinished last one; a damaged file is moved aside, to be written anew."""
+    """The labels in a data set, without an unfinished last one; a damaged file is moved aside, to be written again."""
     try:
         repair_structures(path)
         return read_structures(path, labelled=True) if path.exists() and path.stat().st_size else []

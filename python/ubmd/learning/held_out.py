@@ -37,10 +37,10 @@ class Tested(Protocol):
 
 
 class HeldOut:
-    """The test set in the making: `begin` starts reference MD in workers, `finish` waits for it.
+    """A test set that is being made: `begin` starts reference MD in workers, `finish` waits for it.
 
     A file that ``test.file`` names is taken as it is. If it isn't there, reference MD makes it; a note beside it keeps
-    the hash of reference, sampling and start structure, so that several runs share it and none takes a wrong one.
+    the hash of reference, sampling and start structure, so that several runs share it and none uses a wrong one.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class HeldOut:
         self._sampling = settings.test.sampling
         self._reference = settings.reference
         self._start = bare(start, settings.reference.info)
-        self._start.set_constraint(start.constraints)  # FixAtoms, which reference MD holds
+        self._start.set_constraint(start.constraints)  # FixAtoms, which reference MD keeps fixed
         self._folder = folder
         self._base = base
         self._events = events
@@ -76,7 +76,7 @@ class HeldOut:
 
         Raises:
             SettingsError: the file was made with other settings.
-            DataError: it is no good.
+            DataError: it cannot be used.
         """
         if self._given is not None and self._given.exists():
             _check_note(self._given, self._key)
@@ -121,7 +121,7 @@ class HeldOut:
 
         def done(index: int, _: Any, error: UbmdError | None) -> None:
             if error is not None and is_sealed(self._parts[index], self._key):
-                error = None  # only the answer was lost
+                error = None  # only the reply was lost
             if error is not None:
                 check_space(self._folder.path)
                 text = f"Trajectory {index} of the test set failed: {error}"
@@ -144,7 +144,7 @@ def given_test_set(
     """Structures in the file that ``test.file`` names; None if there is no test set, or it is yet to be made.
 
     Raises:
-        DataError: a frame is no good. ``remark``: see `read_structures`.
+        DataError: a frame cannot be used. ``remark``: see `read_structures`.
     """
     if test is None or test.file is None or not (base / test.file).exists():
         return None
@@ -154,7 +154,7 @@ def given_test_set(
 def read_test_set(
     given: Path, labels: Mapping[str, str], remark: Callable[[str], None] = lambda _: None
 ) -> list[Atoms]:
-    """Structures of a test set; one that `ubmd run` has made needs no second look at its labels."""
+    """Structures of a test set; the labels of one that `ubmd run` has made are not checked again."""
     made = _note(given).exists()
     return read_structures(given, labels, labelled=True, compare=not made, remark=remark)
 

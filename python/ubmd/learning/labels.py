@@ -47,8 +47,8 @@ def label_batch(
     """Label structures in workers; a failure of any kind costs one structure.
 
     Every label (``label_RRR.extxyz``, sealed) and every reason (``rejected_RRR.json``) is kept in ``folder`` as soon as
-    it is known: an interrupted batch continues there. Structures that the machine lost again and again while others
-    came to an end are postponed (``postponed_RRR.json``): neither labelled nor rejected. For the results see
+    it is known: an interrupted batch continues there. Structures that the machine lost repeatedly while others
+    were completed are postponed (``postponed_RRR.json``): neither labelled nor rejected. For the results see
     `read_batch` and `read_postponed`.
 
     Args:
@@ -65,7 +65,7 @@ def label_batch(
     Raises:
         SettingsError: the reference's calculator cannot be made at all.
         StorageError: the disk is full; no structure is rejected for that.
-        MachineError: not a single structure came to an end, by a fault of the machine.
+        MachineError: not a single structure was completed, by a fault of the machine.
     """
     keys = [label_key(candidate, settings) for candidate in candidates]
     files = [(folder / f"candidate_{k:03d}.extxyz", folder / f"label_{k:03d}.extxyz") for k in range(len(candidates))]
@@ -73,7 +73,7 @@ def label_batch(
     for candidate, (source, _) in zip(candidates, files, strict=True):
         write_structures(source, [candidate])
     mend_batch(folder, known, settings)
-    for note in folder.glob("postponed_*.json"):  # of a driver that was killed here: asked again now
+    for note in folder.glob("postponed_*.json"):  # of a driver that was killed here: requested again now
         note.unlink()
     missing = {}
     for k, (source, target) in enumerate(files):
@@ -85,7 +85,7 @@ def label_batch(
 
     def done(index: int, _: None, error: UbmdError | None) -> None:
         if isinstance(error, WorkersLost) and is_sealed(files[index][1], keys[index]):
-            error = None  # only the answer was lost
+            error = None  # only the reply was lost
         if isinstance(error, WorkersLost):
             postponed[index] = error
             return
@@ -104,7 +104,7 @@ def label_batch(
 
 
 def label_key(candidate: Atoms, settings: ReferenceSettings) -> str:
-    """Hash of what decides a label."""
+    """Hash of everything that determines a label."""
     return content_hash([structures_hash([candidate], settings.info), reference_key(settings)])
 
 
@@ -138,7 +138,7 @@ def forget_rejections(folder: Path) -> None:
 
 
 def free_lost(folder: Path) -> bool:
-    """Let `label_batch` ask again for what an earlier version rejected for a fault of the machine; was there any?"""
+    """Let `label_batch` request again what an earlier version rejected for a fault of the machine; was there any?"""
     freed = False
     for path in folder.glob("rejected_*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The reference of a run, looked at before anything is written: a run must not begin with one that cannot label."""
+"""The reference of a run, checked before anything is written: a run must not begin with one that cannot label."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ubmd.settings import ReferenceSettings, WorkerSettings
 def look_at_reference(
     folder: RunFolder, settings: ReferenceSettings, base: Path, workers: Executor, retries: int = 0
 ) -> dict[str, Any]:
-    """What labels a run that has no label yet, for its manifest; empty for one that has.
+    """The software that labels a run without any label yet, for its manifest; empty for a run with labels.
 
     The calculator is made where labels will be, in a worker: the driver's machine may lack the program, and a module of
     the user may do anything when it is imported. The worker keeps it for its labels.
@@ -85,7 +85,7 @@ def _cannot_be_made(settings: ReferenceSettings, error: UbmdError) -> UbmdError:
 
 
 def _cache_has_labels(settings: ReferenceSettings, base: Path) -> bool:
-    """Whether all labels may be kept ones: these need no calculator."""
+    """Whether all labels may come from the cache: these need no calculator."""
     if settings.cache is None:
         return False
     return any((Path(base) / Path(settings.cache).expanduser()).glob("??/*.extxyz"))

@@ -1,4 +1,4 @@
-"""Start structures: can a run begin with them, and the perturbed copies that are labelled first."""
+"""Start structures: whether a run can begin with them, and the perturbed copies that are labelled first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ubmd.settings import RunSettings, StartSettings
 
 
 def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
-    """What is wrong with the start structures shows before anything is labelled or written.
+    """Check the start structures before anything is labelled or written.
 
     Raises:
         SettingsError: they don't fit the ensemble, one that replicas start from cannot be moved, or one has two atoms
@@ -51,7 +51,7 @@ def check_periodicity(atoms: Atoms, name: str) -> None:
 def check_movable(atoms: Atoms, name: str, min_distance: float) -> None:
     """SettingsError if MD cannot even begin with a structure; ``name`` is what the sentence calls it."""
     if len(atoms) == 1:
-        raise SettingsError(f"{name} has a single atom, which has nothing to move against; repeat its cell.")
+        raise SettingsError(f"{name} has a single atom, so that nothing can move relative to it; repeat its cell.")
     try:
         check_geometry(atoms, min_distance)
     except LabelError as error:
@@ -59,10 +59,10 @@ def check_movable(atoms: Atoms, name: str, min_distance: float) -> None:
 
 
 def check_states(structures: Sequence[Atoms], settings: RunSettings) -> None:
-    """Can start structures be labelled and learnt in the states (charge, spin, moments, masses) that they have?
+    """Check that start structures can be labelled and learnt in their states (charge, spin, moments, masses).
 
     Raises:
-        SettingsError: a mass or moment that makes no sense, a constraint that is not FixAtoms, or structures of one
+        SettingsError: an invalid mass or moment, a constraint that is not FixAtoms, or structures of one
             composition in different states, unless start.mixed_states allows them.
     """
     for number, atoms in enumerate(structures):

@@ -1,4 +1,8 @@
-"""What both kinds of runs share: how a driver holds the folder and ends, and how the data set grows."""
+"""What both kinds of runs share: how a driver locks the folder and ends, and how the data set grows.
+
+An iteration is here also a round of dynamic training, and a walk is one execution of a run from its beginning, which
+skips what is already done.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +43,12 @@ from ubmd.runs.records import Record
 from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import WorkerSettings
 
-LARGEST_FRUITLESS = 3  # turns in a row that lead nowhere, after which a run gives up
+LARGEST_FRUITLESS = 3  # consecutive iterations without a new label, after which a run stops
 
 E = TypeVar("E", bound=Record)
 
 START = -1
-"""Number of the turn that the first labels belong to, in the info of the data set."""
+"""Number of the iteration that the first labels belong to, in the info of the data set."""
 
 
 def drive(
@@ -53,7 +57,7 @@ def drive(
     executor: StandardExecutor | None,
     begin: Callable[[Executor], Walk[Any]],
 ) -> None:
-    """Walk through a run with its folder locked; whatever ends it, its workers end too, and the events say why.
+    """Execute a run with its folder locked; whatever ends it, its workers end too, and the events say why.
 
     Args:
         folder: of the run.
@@ -84,14 +88,14 @@ def drive(
 
 
 class Walk(Generic[E]):
-    """One walk through a run, turn by turn. The folder is locked; the workers live as long as the walk.
+    """One execution of a run, iteration by iteration. The folder is locked; the workers live as long as this object.
 
     Attributes:
-        unit: what a turn is called in events and messages.
-        settings: those of the current turn.
-        known: labels that the data set had at the start of this walk.
-        dataset, rejected, history: what this walk has come to so far.
-        postponed: structures that the machine has lost, in the order in which they were; to be asked again.
+        unit: what an iteration is called in events and messages.
+        settings: those of the current iteration.
+        known: labels that the data set had when this execution started.
+        dataset, rejected, history: the results so far.
+        postponed: structures that the machine has lost, in the order in which they were; to be requested again.
     """
 
     unit: ClassVar[str]
@@ -135,7 +139,7 @@ class Walk(Generic[E]):
         raise NotImplementedError
 
     def _remark(self, texts: Iterable[str]) -> None:
-        """Let the user know something that is no mistake."""
+        """Tell the user something that is not an error."""
         for text in texts:
             self.events.write("remark", text=text)
 
@@ -159,13 +163,13 @@ class Walk(Generic[E]):
         if key != stateless and mark.exists() and mark.read_text() == stateless:
             raise SettingsError(
                 f"The run in {self.folder.path} was made by an earlier version of ubmd, which labelled its structures "
-                f"without what the start structures have ({describe_state(candidates[0], reference.info)}): start anew "
-                "in another run_dir."
+                f"without what the start structures have ({describe_state(candidates[0], reference.info)}): start "
+                "again in another run_dir."
             )
         self._label(START, key, lambda: candidates, folder, once)
 
     def _label(self, number: int, key: str, candidates: Callable[[], list[Atoms]], folder: Path, once: Stages) -> None:
-        """Label the batch of a turn, and append it to the data set."""
+        """Label the batch of an iteration, and append it to the data set."""
         settings, done = self.settings, folder / "done.json"
 
         def report(index: int, reason: str) -> None:
@@ -198,20 +202,20 @@ class Walk(Generic[E]):
             if number == START:
                 self._check_start_labels()
         except (LabelError, MachineError):
-            # Whoever resumes has mended the reference: its rejections must not end the run again.
+            # On resuming the reference has been fixed: its rejections must not end the run again.
             forget_rejections(folder)
             done.unlink()
             raise
 
     def _take(self, number: int, folder: Path) -> None:
-        """Append a labelled batch; what it has postponed comes behind what was not asked again of earlier ones."""
+        """Append a labelled batch; what it has postponed follows what was not requested again of earlier ones."""
         done = folder / "done.json"
         self._append(number, *read_batch(folder))
         again = read_json(done).get("asked_again", 0) if done.exists() else 0
         self.postponed = self.postponed[again:] + read_postponed(folder)
 
     def _ask_again(self, number: int, room: int) -> list[Atoms]:
-        """The first postponed structures, at most ``room``, as candidates of a turn."""
+        """The first postponed structures, at most ``room``, as candidates of an iteration."""
         copies = [bare(atoms, self.settings.reference.info) for atoms in self.postponed[: max(room, 0)]]
         for copy, atoms in zip(copies, self.postponed, strict=False):
             first = atoms.info.get("first_iteration", atoms.info["iteration"])
@@ -220,7 +224,7 @@ class Walk(Generic[E]):
         return copies
 
     def _check_start_labels(self) -> None:
-        """Give up if there are too few to begin with."""
+        """Stop if there are too few to begin with."""
         labelled, lost = len(self.dataset), len(self.postponed)
         if labelled >= self.least_labels:
             return
@@ -234,27 +238,27 @@ class Walk(Generic[E]):
         raise LabelError(f"{have}, at least {self.least_labels} needed; the first reason: {reason}")
 
     def _known_of(self, number: int) -> list[Atoms]:
-        """Labels of a turn that the data set had at the start of this walk."""
+        """Labels of an iteration that the data set had when this execution started."""
         return [atoms for atoms in self.known if atoms.info["iteration"] == number]
 
     def _mend_labels(self, number: int, folder: Path) -> None:
         """Make a damaged batch whole again, from what the data set has of it.
 
-        The newest batch is asked again for what an earlier version rejected for a fault of the machine.
+        In the newest batch, what an earlier version rejected for a fault of the machine is requested again.
         """
         if not folder.exists():
             return
         if len(self.folder.read_history()) <= number + 1 and free_lost(folder):
             self._write_rejected()
-            self._remark(["Structures that were rejected for a fault of the machine are asked for again."])
+            self._remark(["Structures that were rejected for a fault of the machine are requested again."])
         if not batch_is_whole(folder):
             mend_batch(folder, self._known_of(number), self.settings.reference)
 
     def _is_settled(self, number: int, once: Stages, stages_done: tuple[str, ...], key: str) -> bool:
-        """Whether a turn has ended and its labels are whole: then little else of it is needed any more.
+        """Whether an iteration has ended and its labels are complete: then little else of it is still needed.
 
         Args:
-            number: of the turn.
+            number: of the iteration.
             once: its stages.
             stages_done: those that must have been done with ``key``, that of its labels.
         """
@@ -297,26 +301,27 @@ class Walk(Generic[E]):
             self.folder.rejected.unlink(missing_ok=True)
 
     def _accept(self, number: int, labelled: list[Atoms]) -> None:
-        """Called with new labels before they are written: what else their ``info`` has to say."""
+        """Called with new labels before they are written: adds to their ``info``."""
 
     def _check_fruitful(self, labelled: Sequence[Atoms], rejected: Sequence[Atoms]) -> None:
-        """Give up after several turns in a row without a label: more of the same would never end."""
+        """Stop after several consecutive iterations without a new label: the run would never end."""
         self._fruitless = 0 if labelled else self._fruitless + 1
         if self._fruitless == LARGEST_FRUITLESS:
             last = self.rejected[-1].info["reason"] if self.rejected else "no frame differed from the training set"
-            raise LabelError(f"{LARGEST_FRUITLESS} {self.unit}s in a row gave no label; the last reason: {last}")
+            what = f"{LARGEST_FRUITLESS} consecutive {self.unit}s without a new label"
+            raise LabelError(f"{what}; the last reason: {last}")
 
     # -------------------------------------------------------------------------------------- history
 
     def _recall(self, number: int) -> E:
-        """Take the entry of a settled turn into this walk's history, whatever version wrote it; returns it."""
+        """Add the entry of a finished iteration to the history, whatever version wrote it; returns it."""
         entry = self.folder.read_history()[number]
         self._written.append(entry)
         self.history.append(self._entry.read(entry))
         return self.history[-1]
 
     def _add_to_history(self, number: int, entry: dict[str, Any]) -> bool:
-        """Append the entry of a turn; returns whether the file did not have it yet, just so."""
+        """Append the entry of an iteration; returns whether the file did not have exactly this entry yet."""
         self.history.append(self._entry.model_validate(entry))
         self._written.append(entry)
         written = self.folder.read_history()

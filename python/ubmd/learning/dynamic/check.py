@@ -47,7 +47,7 @@ def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
 
 
 def input_files(settings: DynamicRunSettings, base: Path) -> dict[str, Path]:
-    """Key -> file, of the settings whose files must not change while a run goes on.
+    """Key -> file, of the settings whose files must not change during a run.
 
     Raises:
         SettingsError: a file is not there.
@@ -70,18 +70,18 @@ def check_box(settings: DynamicRunSettings, base: Path) -> Atoms:
 
 
 def verify(settings: DynamicRunSettings, base: Path, remark: Callable[[str], None]) -> None:
-    """Is a given test set good? ``remark`` is called with sentences on labels that may be a mistake.
+    """Check a given test set. ``remark`` is called with sentences on labels that may be a mistake.
 
     The box is checked where the run begins (`check_box`).
 
     Raises:
-        DataError: the test set is no good.
+        DataError: the test set cannot be used.
     """
     given_test_set(settings.test, base, remark)
 
 
 def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
-    """Do the settings fit the structures? Sentences on what would be run, as they are found out.
+    """Check the settings against the structures; yields sentences on what would be run.
 
     Raises:
         SettingsError, DataError: the first mistake.
@@ -93,12 +93,12 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
     if settings.bias is not None:
         for element in settings.bias.species:
             if element not in set(box.symbols):
-                raise SettingsError(f"bias.species names {element}, but the box has none of it; remove it.")
+                raise SettingsError(f"bias.species names {element}, but the box does not contain it; remove it.")
     state = describe_state(box, settings.reference.info)
     if state:
-        yield f"The calculator sees of all structures: {state}."
+        yield f"In every structure the calculator sees: {state}."
     if len(fixed_atoms(read_structures(box_file(settings, base))[0])):
-        yield "Fixed atoms (FixAtoms) are not held: the trajectories move all atoms."
+        yield "Fixed atoms (FixAtoms) are not kept fixed: the trajectories move all atoms."
     dynamic = settings.dynamic
     temperatures = ", ".join(f"{t:g}" for t in dynamic.temperatures)
     yield (
@@ -108,7 +108,7 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
     yield (
         f"{dynamic.trajectories} trajectories of {dynamic.steps:,} steps "
         f"({dynamic.steps * dynamic.timestep / 1000.0:g} ps) at {temperatures} K, "
-        f"{'biased' if settings.bias else 'unbiased'}; at most {dynamic.labels} structures for the reference."
+        f"{'biased' if settings.bias else 'unbiased'}; at most {dynamic.labels} reference calculations."
     )
     yield from kind_of_settings(settings).learner_class().plan(settings, base, box)
     yield from check_here(settings.reference, settings.workers, base)

@@ -1,9 +1,9 @@
 """The engine of dynamic training: start -> (learn -> move -> signals -> label) -> ... -> report.
 
-A run is a function of its settings: it is always walked from the beginning, and stages whose results are in the folder
-are passed over, as in `ubmd.learning.loop.loop`. So a killed run continues where it was, and ends with the labels of an
-uninterrupted one. A round is synchronous: all replicas run, side by side, until they ask or reach the end of their
-segment; then those that asked are labelled, the model learns, and all trajectories go on where they were.
+A run is a function of its settings: it is always executed from the beginning, skipping stages whose results are in the
+folder, as in `ubmd.learning.loop.loop`. So a killed run continues where it stopped, and ends with the labels of an
+uninterrupted one. A round is synchronous: all replicas run, side by side, until they request a label or reach the end
+of their segment; then the requested labels are made, the model learns, and all trajectories continue.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def run(
 
     Raises:
         SettingsError: the settings cannot work, or don't continue the run in the folder.
-        LabelError: the reference fails for all start structures, or for whole rounds again and again.
+        LabelError: the reference fails for all start structures, or for several whole rounds in a row.
         SimulationError: no trajectory can be run.
         StorageError: the disk is full.
-        MachineError: no task comes to an end, by a fault of the machine or cluster.
+        MachineError: no task could be completed, by a fault of the machine or cluster.
     """
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
     check_box(settings, base)  # before the folder is made: what is wrong here stays wrong
@@ -74,7 +74,7 @@ def run(
 
 
 class Engine(Walk[RoundEntry]):
-    """One walk through a run."""
+    """One execution of a run, from its beginning."""
 
     unit = "round"
     settings: DynamicRunSettings
@@ -140,7 +140,7 @@ class Engine(Walk[RoundEntry]):
 
     def _start(self) -> None:
         """Displaced copies of the box are the first labels."""
-        _ = self.learner  # a box that doesn't fit the crystal shows before anything is labelled
+        _ = self.learner  # a box that doesn't fit the crystal is noticed before anything is labelled
         rng = random_generator(self.settings.seed, 0, Stage.START)
         candidates = []
         for k in range(self.settings.start.count):
@@ -167,7 +167,7 @@ class Engine(Walk[RoundEntry]):
             learn = before.keys["learn"]
         outcome = [len(self.dataset), len(self.rejected)]
         chain = before.keys["move"] if before else structures_hash([self.box], self.settings.reference.info)
-        # The tasks of the pieces follow from these and from the chain before.
+        # The tasks of the segments follow from these and from the chain before.
         move = content_hash([learn, chain, outcome, self._motion_key, self._trajectories.lengths(number)])
         reference = reference_key(self.settings.reference)
         keys = {"learn": learn, "move": move, "label": content_hash([move, self.dynamic.batch, reference])}
@@ -191,7 +191,7 @@ class Engine(Walk[RoundEntry]):
         self._check_sane(entry.replicas)
 
     def _do(self, now: Round) -> Ending | None:
-        """One round; why the run ends with it, or None."""
+        """Run one round; returns why the run ends with it, or None."""
         self._learn(now)
         ended = self._why_finished(now)
         results: list[Piece] = []
@@ -228,7 +228,7 @@ class Engine(Walk[RoundEntry]):
     # -------------------------------------------------------------------------------------- signals
 
     def _signals(self, now: Round, results: list[Piece]) -> RoundSignals:
-        """Signals of convergence on the frames since the last refit, and what the replicas that asked would bring."""
+        """Signals of convergence on the frames since the last refit, and what the requested labels would gain."""
         target = now.folder / "signals.json"
         candidates = [r.replica for r in results if asks(r)]
         most = self.dynamic.batch or len(candidates)
@@ -359,7 +359,7 @@ class Engine(Walk[RoundEntry]):
             self._check_sane(results)
 
     def _check_sane(self, results: Sequence[Piece]) -> None:
-        """Give up after several rounds in a row in which every trajectory failed: more of the same would never end."""
+        """Stop after several rounds in a row in which every trajectory failed: the run would never end."""
         failed = [result.ended == "failed" or result.end == result.begin for result in results]
         self._insane = self._insane + 1 if failed and all(failed) else 0
         if self._insane == LARGEST_FRUITLESS:
@@ -375,7 +375,7 @@ class Engine(Walk[RoundEntry]):
 
 
 def _asked(atoms: Atoms, results: dict[int, Piece], drops: dict[str, float]) -> dict[str, Any]:
-    """What is known of a request before its label."""
+    """What is known about a request before its label."""
     replica = int(atoms.info["replica"])
     result = results[replica]
     return {

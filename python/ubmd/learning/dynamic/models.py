@@ -25,7 +25,7 @@ class Models:
         self._loaded = ""  # key of the model that the learner holds
 
     def make(self, now: Round) -> None:
-        """See to it that the files of a round's model are there."""
+        """Make sure that the files of a round's model are there."""
         owner = now.owner
         files = [owner.folder / name for name in self._learner.files]
 
@@ -43,7 +43,7 @@ class Models:
         self._events.show("epoch", **row)
 
     def load(self, now: Round) -> None:
-        """Let the learner hold the model of a round."""
+        """Load the model of a round into the learner."""
         owner = now.owner
         if self._loaded != owner.keys["learn"]:
             self.make(owner)
@@ -53,7 +53,7 @@ class Models:
             self._loaded = owner.keys["learn"]
 
     def _learnt(self, owner: Round) -> list[dict[str, Any]]:
-        """The labels that a model is the first to know, with errors before and after; the learner holds the model."""
+        """The labels that are new to a model, with errors before and after; the learner holds the model."""
         first = owner.previous.labels if owner.previous else 0
         asked = (item for entry in self._past.history[: owner.number] for item in entry.asked)
         before = {item.label: item.as_json() for item in asked}

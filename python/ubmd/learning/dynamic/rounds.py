@@ -1,4 +1,4 @@
-"""One round of dynamic training, and what a run has come to so far."""
+"""One round of dynamic training, and the results of a run so far."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Past:
-    """What a run has come to so far; the engine adds to these lists."""
+    """The results of a run so far; the engine adds to these lists."""
 
     dataset: list[Atoms]
     history: list[RoundEntry]
@@ -53,13 +53,13 @@ class Past:
 
 
 class RoundSignals(Record):
-    """What a round's pieces say; nothing if none was run."""
+    """What a round's segments say about convergence; empty if none was run."""
 
     signals: list[SignalEntry] = Field(default_factory=list)
     converged: bool = False
     fresh_steps: int = 0
     """of all replicas since the last refit"""
     drops: dict[str, float] = Field(default_factory=dict)
-    """replica that asked -> predicted relative drop of the error"""
+    """replica that requested a label -> predicted relative drop of the error"""
     chosen: list[int] = Field(default_factory=list)
-    """replicas that asked, those to label"""
+    """replicas with a request, those to label"""

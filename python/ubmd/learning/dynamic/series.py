@@ -22,7 +22,7 @@ class Series:
         self._parts: dict[int, list[ErrorSeries]] = {r: [] for r in range(trajectories)}
 
     def add(self, now: Round, results: Sequence[Piece]) -> None:
-        """Take what the pieces of a round have seen."""
+        """Add the errors along the segments of a round."""
         for result in results:
             path = piece_file(now, result.replica)
             if not path.exists():

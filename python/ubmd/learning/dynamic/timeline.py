@@ -16,7 +16,7 @@ class DynamicTimeline(RunTimeline):
     """What the events of every run say, and those of a dynamic run: labels, MD steps, and how long they take.
 
     Attributes:
-        wanted: most labels that are asked for. calls: labels asked for. round: the current one.
+        wanted: maximum number of labels requested. calls: labels requested. round: the current one.
         steps, steps_wanted: of all replicas.
     """
 
@@ -30,7 +30,7 @@ class DynamicTimeline(RunTimeline):
         self._begun = None
 
     def add(self, event: Event) -> None:
-        """Take note of an event."""
+        """Record an event."""
         super().add(event)
         self.round = max(self.round, event.turn)
         match event:

@@ -1,4 +1,4 @@
-"""The trajectories of dynamic training: every round has a piece of each, run in workers."""
+"""The trajectories of dynamic training: every round has a segment of each, run in workers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from ubmd.runs.seeds import Stage, random_generator
 from ubmd.settings.dynamic import DynamicRunSettings
 
 _LARGEST_SEED = 900_000_000  # of LAMMPS's random-number generators
-_SIGNAL_FRAMES = 16  # most frames that the signals look at
+_SIGNAL_FRAMES = 16  # maximum number of frames that the signals use
 
 
 class Trajectories:
-    """The trajectories of a run, piece by piece."""
+    """The trajectories of a run, segment by segment."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Trajectories:
         self._events = events
 
     def lengths(self, number: int) -> dict[int, int]:
-        """Steps of the piece in a round of each replica that goes on."""
+        """Steps of the segment in a round of each replica that continues."""
         ends = dict.fromkeys(range(self._dynamic.trajectories), 0)
         for entry in self._past.history[:number]:
             ends |= {result.replica: result.end for result in entry.replicas}
@@ -63,7 +63,7 @@ class Trajectories:
         return {r: min(self._dynamic.segment, steps) for r, steps in left.items() if steps > 0}
 
     def move(self, now: Round) -> list[Piece]:
-        """A piece of every trajectory; leaves piece_RRR.npz, and pieces.json with the results."""
+        """A segment of every trajectory; leaves piece_RRR.npz, and pieces.json with the results."""
         target, lengths = now.folder / "pieces.json", self.lengths(now.number)
 
         def work() -> None:
@@ -75,7 +75,7 @@ class Trajectories:
         return [Piece.read(result) for result in read_json(target)]
 
     def _tasks(self, now: Round, lengths: dict[int, int]) -> dict[int, PieceTask]:
-        """The pieces of a round; writes the states that they start from."""
+        """The segments of a round; writes the states that they start from."""
         dynamic, bias = self._dynamic, self._settings.bias
         self._models.load(now)
         noise = self._learner.noise
@@ -106,7 +106,7 @@ class Trajectories:
         return tasks
 
     def _state(self, now: Round, replica: int) -> TrajectoryState:
-        """Where a trajectory goes on: where it was, with its trigger told of a refit; or anew from the box."""
+        """The state a trajectory continues from: its last, with a refit passed to its trigger; or again the box."""
         earlier = [
             (self._past.rounds[entry.round], result)
             for entry in self._past.history[: now.number]
@@ -132,24 +132,24 @@ class Trajectories:
         return replace(TrajectoryState.begin(self._box, temperature, trigger, rng), step=step)
 
     def _starts_anew(self, last: Round, result: Piece) -> bool:
-        """Whether a trajectory is given up: it makes no sense, or the reference refuses its frame."""
+        """Whether a trajectory is abandoned: its state is invalid, or its frame was rejected by the reference."""
         if result.ended == "failed" or (result.ended == "guard" and result.end == result.begin):
             return True
         asked = self._past.history[last.number].asked
         return any(item.replica == result.replica and item.rejected for item in asked)
 
     def _error_after(self, now: Round, replica: int) -> float:
-        """What the refit left of the error: on the replica's own label, else the mean over the new labels."""
+        """The error that remains after the refit: on the replica's own label, else the mean over the new labels."""
         learnt = [Learnt.read(row) for row in read_json(now.owner.folder / "fit.json")["learnt"]]
         own = [row for row in learnt if row.replica == replica and row.rule != "start"]
         return float(np.mean([row.error_after for row in own or learnt if row.error_after is not None]))
 
     def ensure_pieces(self, last: Round) -> None:
-        """Run an earlier round's pieces again if one of them was lost or damaged."""
+        """Run an earlier round's segments again if one of them was lost or damaged."""
         self.move(last)
 
     def _run_pieces(self, now: Round, tasks: dict[int, PieceTask]) -> list[PieceResult]:
-        """Pieces in workers; those that an interrupted stage had finished are not run again."""
+        """Segments in workers; those that an interrupted stage had finished are not run again."""
         jobs = {r: MDJob(PIECES, task, now.keys["move"], _note_of(task)) for r, task in tasks.items()}
         results = {r: kept for r, job in jobs.items() if (kept := job.kept())}
         errors: list[UbmdError] = []
@@ -186,15 +186,15 @@ class Trajectories:
         retries = self._settings.workers.retries
         run_tasks(self._workers, run_md, missing, self._dynamic.timeout, done, tick, retries, lost=lost)
         if len(errors) == len(tasks):
-            raise SimulationError(f"No trajectory could be run; the first said: {errors[0]}")
+            raise SimulationError(f"No trajectory could be run; the first error: {errors[0]}")
         if gone and len(gone) == len(missing):
-            raise nothing_ended("piece of a trajectory", next(iter(gone.values())))
-        for r, error in gone.items():  # they stay where they are, and go on in the next round
+            raise nothing_ended("segment of a trajectory", next(iter(gone.values())))
+        for r, error in gone.items():  # they stay where they are, and continue in the next round
             rest(r, error, "segment")
         return [results[r] for r in sorted(results)]
 
     def frame(self, now: Round, replica: int) -> Atoms:
-        """The structure at the end of a piece."""
+        """The structure at the end of a segment."""
         state, _ = read_piece(piece_file(now, replica))
         atoms = state.atoms()
         take_state(atoms, self._box, self._settings.reference.info)
@@ -217,15 +217,15 @@ class Trajectories:
 
 
 def piece_file(now: Round, replica: int) -> Path:
-    """What a round has of a replica's trajectory."""
+    """File of a replica's segment in a round."""
     return now.folder / f"piece_{replica:03d}.npz"
 
 
 def asks(result: Piece) -> bool:
-    """Whether a piece ended with a frame to label; a guard before the first check has none that is new."""
+    """Whether a segment ended with a frame to label; at a displacement limit before the first check none is new."""
     return result.ended == "asked" or (result.ended == "guard" and result.end > result.begin)
 
 
 def _note_of(task: PieceTask) -> Path:
-    """File that notes how a piece has ended."""
+    """File that records how a segment has ended."""
     return task.result.with_suffix(".json")

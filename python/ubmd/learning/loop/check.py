@@ -1,4 +1,4 @@
-"""Before a run: do settings and structures fit, what would be run, and every stage once in miniature."""
+"""Before a run: whether settings and structures fit, what would be run, and every stage once in miniature."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ubmd.settings.run import conditions
 from ubmd.texts import duration, size
 
 _EPOCHS = 4  # of the miniature; the first is slow and not counted
-_STEPS = 10  # few: the model of two structures soon leads astray
+_STEPS = 10  # few: MD with a model of two structures is stable for a few steps only
 _BYTES_PER_ATOM = 130  # of a stored frame
 _TYPICAL_BATCH_GAIN = 3.0  # a full mini-batch costs less per structure than the miniature's single ones
 
@@ -43,10 +43,10 @@ def miniature(settings: RunSettings, run_dir: Path) -> RunSettings:
             "bias": settings.bias.model_copy(update={"window": 2, "every": 1}),
             "selection": settings.selection.model_copy(update={"batch": 1, "duplicate_tolerance": 0.0}),
             "loop": settings.loop.model_copy(
-                # A model that has seen two structures is unsure of everything: no threshold here.
+                # A model of two structures is uncertain about everything: no threshold here.
                 update={"labels": 3, "warm_epochs": _EPOCHS, "stop_when_quiet": False, "threshold": 1e9}
             ),
-            # Nor does its structure have to be a sensible one, as long as the reference takes it.
+            # Nor does its structure have to be a realistic one, as long as the reference accepts it.
             "reference": settings.reference.model_copy(update={"force_limit": 1e3, "energy_limit": 1e3}),
             "test": None,
         }
@@ -92,7 +92,10 @@ def _folder_beside(settings: RunSettings) -> Iterator[Path]:
     except UbmdError as error:
         keep = not isinstance(error, SettingsError | StorageError)
         if keep:
-            error.args = (f"{str(error).rstrip('.')}. Until the next check its files are in {folder}.", *error.args[1:])
+            error.args = (
+                f"{str(error).rstrip('.')}. Its files stay in {folder} until the next check.",
+                *error.args[1:],
+            )
         raise
     finally:
         if not keep:
@@ -172,7 +175,7 @@ def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -
     needed = frames * n_atoms * _BYTES_PER_ATOM + (rounds + 1) * _fixed_size(folder) + records * (12 * n_atoms + 100)
     free = shutil.disk_usage(existing_folder(Path(settings.run_dir))).free
     warning = (
-        "" if needed < free else f" But only {size(free)} are free: choose larger md.frames_every, or another disk."
+        "" if needed < free else f" But only {size(free)} are free: choose a larger md.frames_every, or another disk."
     )
     yield f"Rough disk space: at most {size(needed)}.{warning}"
 

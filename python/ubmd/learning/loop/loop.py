@@ -1,7 +1,7 @@
 """The active-learning loop: start -> (train -> export -> measure -> MD -> select -> label -> append) -> ... -> report.
 
-A run is a function of its settings: it is always walked from the beginning, and stages whose results are in the folder
-are passed over. So a killed run continues where it was, and ends with the labels of an uninterrupted one.
+A run is a function of its settings: it is always executed from the beginning, skipping stages whose results are in the
+folder. So a killed run continues where it stopped, and ends with the labels of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def run(
         listener: called with every event, also with those that are too many for events.jsonl (epochs, MD steps).
         executor: where tasks run, any ``concurrent.futures.Executor``; None: as ``settings.workers`` says.
         from_iteration: take the run back: keep the labels from before this iteration, move everything later into the
-            folder ``aside``, and go on from there, if wanted with other settings. Resume it without this argument.
+            folder ``aside``, and continue from there, if wanted with other settings. Resume it without this argument.
 
     Raises:
         SettingsError: the settings cannot work, or don't continue the run in the folder.
-        LabelError: the reference fails for all start structures, or for whole batches again and again.
+        LabelError: the reference fails for all start structures, or for several whole batches in a row.
         SimulationError: no replica starts.
         StorageError: the disk is full.
-        MachineError: no task comes to an end, by a fault of the machine or cluster.
+        MachineError: no task could be completed, by a fault of the machine or cluster.
     """
     # Workers may have another working directory.
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
@@ -86,7 +86,7 @@ def run(
 
 
 class Loop(Walk[IterationEntry]):
-    """One walk through a run."""
+    """One execution of a run, from its beginning."""
 
     unit = "iteration"
     settings: RunSettings
@@ -232,7 +232,7 @@ class Loop(Walk[IterationEntry]):
         return model
 
     def _split(self, iteration: int) -> tuple[list[Atoms], list[Atoms], list[Atoms]]:
-        """(training, validation, calibration): sticky with warm starts, otherwise drawn anew, except calibration."""
+        """(training, validation, calibration): sticky with warm starts, otherwise drawn again, except calibration."""
         sides = [atoms.info["split"] for atoms in self.dataset]
         if not self.settings.loop.warm_start:
             rng = random_generator(self.settings.seed, iteration, Stage.SPLIT, replica=1)
@@ -265,7 +265,7 @@ class Loop(Walk[IterationEntry]):
         return chosen + self._ask_again(turn.iteration, self._affordable() - len(chosen))
 
     def _accept(self, number: int, labelled: list[Atoms]) -> None:
-        """Give labels their sides."""
+        """Assign labels to splits."""
         sides = [atoms.info["split"] for atoms in self.dataset]
         loop = self.settings.loop
         rng = random_generator(self.settings.seed, number + 1, Stage.SPLIT)

@@ -143,7 +143,7 @@ def measure(turn: Turn, model: Path, test: list[Atoms]) -> None:
 
 
 def keep_predictions(turn: Turn, dataset: Sequence[Atoms]) -> None:
-    """What this iteration's model says about the labels that it has selected: the report's stand-in for a test."""
+    """Predictions of this iteration's model for the labels that it has selected: they replace a test in the report."""
     labels = predictions.labels_of_iteration(dataset, turn.iteration)
     if labels and turn.settings.test is None:
         evaluator = Evaluator(turn.once.folder / "model.pt", turn.settings.md.precision)

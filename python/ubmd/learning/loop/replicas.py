@@ -1,4 +1,4 @@
-"""Replicas of an iteration: what each is to run, their results, and those that run on."""
+"""Replicas of an iteration: what each is to run, their results, and those that are still running."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def replica_tasks(
 ) -> list[ReplicaTask]:
     """The replicas of an iteration.
 
-    Replica r starts from ``starts[r % len]`` with its own random numbers; lists of temperatures and pressures are dealt
-    out in the same way. Ramps count iterations from 0. ``base``: folder that md.colvars is relative to.
+    Replica r starts from ``starts[r % len]`` with its own random numbers; lists of temperatures and pressures are
+    distributed in the same way. Ramps count iterations from 0. ``base``: folder that md.colvars is relative to.
     """
     md, bias = settings.md, settings.bias
     ramp, bias_ramp = md.ramp or MDRampSettings(), bias.ramp or BiasRampSettings()
@@ -113,13 +113,13 @@ def run_replicas(
         share: of the replicas to wait for.
 
     Returns:
-        Results of the replicas that have ended, in order. Those that run on are left in the group; those that have not
-        begun are taken out of it.
+        Results of the replicas that have ended, in order. Those still running are left in the group; those that have
+        not begun are removed from it.
 
     Raises:
         SimulationError: no replica that has ended has a frame.
         StorageError: the disk is full.
-        MachineError: not a single replica came to an end, by a fault of the machine.
+        MachineError: not a single replica was completed, by a fault of the machine.
     """
     jobs = {origin: _job(task, model_keys[origin[0]]) for origin, task in tasks.items()}
     results = {origin: kept for origin, job in jobs.items() if origin not in group.running() and (kept := job.kept())}
@@ -127,7 +127,7 @@ def run_replicas(
     lost: dict[Origin, UbmdError] = {}
 
     def done(origin: Origin, result: ReplicaResult | None, error: UbmdError | None) -> None:
-        result = result or jobs[origin].kept()  # else only the answer was lost
+        result = result or jobs[origin].kept()  # else only the reply was lost
         if result is None and isinstance(error, WorkersLost):
             lost[origin] = error
             return
@@ -147,15 +147,15 @@ def run_replicas(
         check_space(next(iter(tasks.values())).frames.parent)
     if lost and not results:
         raise nothing_ended("replica", next(iter(lost.values())))
-    for origin, error in lost.items():  # nothing waits for them: what they have explored counts
+    for origin, error in lost.items():  # they are not run again: what they have explored counts
         results[origin] = jobs[origin].salvage(str(error))
         report(results[origin])
     ordered = {origin: results[origin] for origin in sorted(results)}
     if not any(result.frames for result in ordered.values()):
         reason = next(iter(ordered.values())).reason
-        for origin in ordered:  # whoever resumes has mended something, LAMMPS perhaps: try them again then
+        for origin in ordered:  # on resuming something has been fixed, LAMMPS perhaps: try them again then
             jobs[origin].finished.unlink(missing_ok=True)
-        raise SimulationError(f"Every replica failed before its first frame; the first said: {reason}")
+        raise SimulationError(f"Every replica failed before its first frame; the first reason: {reason}")
     return ordered
 
 
@@ -175,13 +175,13 @@ def _job(task: ReplicaTask, model_key: str) -> MDJob[ReplicaTask, ReplicaResult]
 
 def settled(task: ReplicaTask) -> dict[str, Any]:
     """All of a task that decides its trajectory, except model and start structure: no paths."""
-    # The key of a task without Colvars is what it was before there were any: run folders of then go on.
+    # The key of a task without Colvars is what it was before Colvars were supported: older run folders can be resumed.
     absent: set[str] = set() if task.colvars else {"colvars"}
     return task.model_dump(mode="json", exclude={"model", "start", "frames", "trace_every"} | absent)
 
 
 def _task_key(task: ReplicaTask, model_key: str) -> str:
-    """Hash of everything that decides the trajectory; where its files lie does not."""
+    """Hash of everything that determines the trajectory; the location of its files does not."""
     starts = read_structures(task.start)
     return content_hash([settled(task), model_key, structures_hash(starts, starts[0].info)])
 
@@ -190,7 +190,7 @@ class Replicas:
     """The replicas of a run; those of an asynchronous loop may outlive the iteration that they began in.
 
     Attributes:
-        left: replicas of earlier iterations that run on.
+        left: replicas of earlier iterations that are still running.
     """
 
     def __init__(
@@ -211,13 +211,13 @@ class Replicas:
         )
 
     def tasks(self, settings: RunSettings, iteration: int, files: list[Path], model: Path) -> dict[Origin, ReplicaTask]:
-        """New replicas of an iteration: those whose earlier ones don't run on."""
+        """New replicas of an iteration: those whose earlier ones are not still running."""
         tasks = replica_tasks(settings, iteration, model, files, self._base)
         busy = {replica for _, replica in self.left}
         return {(iteration, task.replica): task for task in tasks if task.replica not in busy}
 
     def run(self, turn: Turn, model_keys: Mapping[int, str]) -> None:
-        """Run those of an iteration; leaves frames_RRR.extxyz, replicas.json, and left.json with those that run on.
+        """Run those of an iteration; leaves frames_RRR.extxyz, replicas.json, and left.json with those still running.
 
         ``model_keys``: of each iteration's model.
         """
@@ -248,7 +248,7 @@ class Replicas:
         self.read_left(turn)
 
     def read_left(self, turn: Turn) -> None:
-        """Take note of the replicas that ran on when an iteration selected its batch."""
+        """Record the replicas that were still running when an iteration selected its batch."""
         path = turn.once.folder / "left.json"
         tasks = self.left | turn.tasks
         self.left = {tuple(origin): tasks[tuple(origin)] for origin in read_json(path)} if path.exists() else {}

@@ -53,7 +53,7 @@ class Timeline(RunTimeline):
         self.follow(events)
 
     def add(self, event: Event) -> None:
-        """Take note of an event."""
+        """Record an event."""
         super().add(event)
         match event:
             case RunStarted():
@@ -87,7 +87,7 @@ class Timeline(RunTimeline):
             self.work["label"] = (0, self._batch())
 
     def _count_label(self) -> None:
-        """One structure of the batch is done with."""
+        """One structure of the batch is finished."""
         done, total = self.work.get("label", (0, self._batch()))
         self.work["label"] = (min(done + 1, total), total)
 
@@ -109,7 +109,7 @@ class Timeline(RunTimeline):
         expected = self._expected(stage)
         if expected is None or elapsed > expected:
             return by_work
-        # Replicas may stop long before their step limit: earlier iterations know better, up to what is left to do.
+        # Replicas may stop long before their step limit: earlier iterations tell more, up to what is left to do.
         left = expected - elapsed
         return left if by_work is None else min(left, by_work)
 

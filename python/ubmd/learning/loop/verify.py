@@ -1,4 +1,4 @@
-"""Before a run: do its settings fit the start structures, and is a given test set good?"""
+"""Before a run: whether its settings fit the start structures, and whether a given test set can be used."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _KEYS = 8  # that a sentence lists
 
 
 def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = lambda _: None) -> list[Atoms]:
-    """Do the settings fit the start structures, and is a given test set good? Returns the start structures.
+    """Check the settings against the start structures, and a given test set; returns the start structures.
 
     ``remark`` is called with sentences on labels that may be a mistake.
 
     Raises:
-        DataError: the file with the start structures, or with the test set, is no good.
-        SettingsError: it is missing, or the settings speak of elements or atoms that the structures don't have.
+        DataError: the file with the start structures, or with the test set, cannot be used.
+        SettingsError: it is missing, or the settings name elements or atoms that the structures don't have.
     """
     check_run_dir(Path(settings.run_dir))
     path = base / settings.start.file
@@ -45,7 +45,7 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
     for key, elements in (("bias.species", settings.bias.species), ("model.elements", settings.model.elements or ())):
         for element in elements:
             if element not in atomic_numbers:
-                raise SettingsError(f"{key} names '{element}', which is no element.")
+                raise SettingsError(f"{key} names '{element}', which is not an element.")
     for element in settings.bias.species:
         if element not in present:
             raise SettingsError(
@@ -70,7 +70,7 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
 
 
 def input_files(settings: RunSettings, base: Path) -> dict[str, Path]:
-    """Key -> file, of the settings whose files must not change while a run goes on."""
+    """Key -> file, of the settings whose files must not change during a run."""
     colvars = settings.md.colvars
     return {"start.file": base / settings.start.file} | ({} if colvars is None else {"md.colvars": base / colvars})
 
@@ -104,20 +104,20 @@ def state_remarks(structures: list[Atoms], settings: RunSettings) -> Iterator[st
     """What the start structures pass on to all others, and what they don't, in sentences."""
     state = sorted({describe_state(atoms, settings.reference.info) for atoms in structures} - {""})
     if state:
-        yield f"The calculator sees of all structures: {'; or '.join(state)}."
+        yield f"In every structure the calculator sees: {'; or '.join(state)}."
     unseen = sorted({key for atoms in structures for key in atoms.info} - {*settings.reference.info})
     if unseen:
         more = ", ..." if len(unseen) > _KEYS else ""
         yield (
-            f"The calculator does not see these keys of info: {', '.join(map(str, unseen[:_KEYS]))}{more} (those that "
-            "it reads belong in reference.info)."
+            f"The calculator does not see these keys of info: {', '.join(map(str, unseen[:_KEYS]))}{more} (list those "
+            "that it reads in reference.info)."
         )
     if any(len(fixed_atoms(atoms)) for atoms in structures):
-        yield "Fixed atoms (FixAtoms) are held in reference MD only: the replicas move all atoms."
+        yield "Fixed atoms (FixAtoms) are kept fixed in reference MD only: the replicas move all atoms."
 
 
 def check_run_dir(path: Path) -> None:
-    """SettingsError if the folder of the run cannot be made or written, as far as can be told without making it."""
+    """SettingsError if the folder of the run cannot be made or written, as far as this is known without making it."""
     check_name(path, "run_dir")
     there = existing_folder(path)
     reason = "" if os.access(there, os.W_OK | os.X_OK) else f"{there} is read-only"
