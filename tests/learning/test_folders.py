@@ -221,8 +221,8 @@ def test_a_damaged_manifest(run: Path, content: bytes | None) -> None:
     manifest = run / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-40] if content is None else content)
     sentence = (
-        f"Error: {manifest} is damaged, and without it the run cannot go on: restore it from a copy, or set another "
-        "run_dir and start from the labels in dataset.extxyz, which are kept."
+        f"Error: {manifest} is damaged, and without it the run cannot be resumed: restore it from a copy, or set "
+        "another run_dir and start from the labels in dataset.extxyz, which are kept."
     )
     for command in (["run", run.parent / "settings.toml"], ["status", run], ["info", run], ["report", run]):
         assert said_by(*command) == (1, sentence)
@@ -248,7 +248,7 @@ def test_a_damaged_history_is_made_again(run: Path, content: bytes) -> None:
     (run / "history.json").write_bytes(content)
     for command in ("status", "report"):
         code, said = said_by(command, run)
-        assert (code, "history.json is damaged; 'ubmd run' makes it again" in said) == (1, True), said
+        assert (code, "history.json is damaged; 'ubmd run' recreates it" in said) == (1, True), said
     begun = len(RunFolder(run).read_events())
     code, said = said_by("run", run.parent / "settings.toml")
     assert code == 0, said

@@ -148,7 +148,7 @@ def test_a_run_is_taken_back_and_goes_on_with_other_settings(moved: RunFolder, f
 @pytest.mark.parametrize(
     ("iteration", "tables", "words"),
     [
-        (3, {}, r"has no iteration 3 to go on from; its last one is 2"),
+        (3, {}, r"has no iteration 3 to continue from; its last one is 2"),
         (1, {"start": {"count": 3}}, r"start.count = 4, now it is 3; set it back, or set another"),
         (1, {"reference": {"arguments": {"asap_cutoff": True}}}, r"reference.arguments.asap_cutoff = not set"),
     ],

@@ -33,13 +33,13 @@ class Verdict:
 
 
 def stop_rule(history: Sequence[IterationEntry], labels: int, calls: int, settings: LoopSettings) -> Verdict | None:
-    """The first rule that holds, or None: the loop goes on.
+    """The first rule that holds, or None: the loop continues.
 
     Args:
         history: entries of all iterations so far.
         labels: in the data set.
-        calls: structures that the reference was asked for in this run, the rejected ones too.
-        settings: limits; rules that are off are not asked.
+        calls: reference calculations requested in this run, the rejected ones too.
+        settings: limits; rules that are off are not evaluated.
     """
     verdict = size_limit(labels, settings.labels) or label_budget(labels, calls, settings.label_budget)
     if verdict is None and settings.stop_when_quiet:
@@ -50,7 +50,7 @@ def stop_rule(history: Sequence[IterationEntry], labels: int, calls: int, settin
 
 
 def size_limit(labels: int, limit: int) -> Verdict | None:
-    """The data set is as large as it was to become."""
+    """The data set has reached its requested size."""
     if labels < limit:
         return None
     reason = f"The data set has {labels} labels (loop.labels = {limit})."
@@ -58,7 +58,7 @@ def size_limit(labels: int, limit: int) -> Verdict | None:
 
 
 def label_budget(labels: int, calls: int, budget: int | None) -> Verdict | None:
-    """The reference was asked as often as it may be; labels that were rejected have cost as much as the others."""
+    """All allowed reference calculations are used; rejected labels have cost as much as the others."""
     if budget is None or calls < budget:
         return None
     reason = (

@@ -2,9 +2,9 @@
 
     settings.toml, manifest.json, events.jsonl, report/    as for every run (`ubmd.runs.folder`); the report is
                        made by `ubmd.analysis.dynamic_report.make_dynamic_report(run)`, which returns its files
-    dataset.extxyz     all labels in the order in which they were learnt; info: label (0, 1, ...), iteration (round that
-                       asked, -1: start), replica, step, temperature (K), rule, predicted_error (eV/Å, before learning,
-                       four digits)
+    dataset.extxyz     all labels in the order in which they were learnt; info: label (0, 1, ...), iteration (round of
+                       the request, -1: start), replica, step, temperature (K), rule, predicted_error (eV/Å, before
+                       learning, four digits)
     rejected.extxyz    structures without a label; info has the reason
     test.extxyz        test set, if there is one
     model.pt           newest model
@@ -12,11 +12,11 @@
                        `Posterior.load`); the model after the first k labels is made again from dataset[:k]
     history.json       list with one entry per round, see `ubmd.runs.records`
     errors_RRR.npz     error series of replica RRR (`read_errors`)
-    rounds/round_NNNN/ pieces of the trajectories (piece_RRR.npz), labels/, and the newest round's model
+    rounds/round_NNNN/ segments of the trajectories (piece_RRR.npz), labels/, and the newest round's model
 
-A round: a model (refitted if there are new labels), one piece of every replica's trajectory with it, signals of
-convergence, labels for those replicas that asked. `ubmd.runs.records.RoundEntry` says what its entry in history.json
-has.
+A round: a model (refitted if there are new labels), one segment of every replica's trajectory with it, signals of
+convergence, labels for those replicas that requested one. `ubmd.runs.records.RoundEntry` says what its entry in
+history.json has.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ErrorSeries:
     labels: NDArray[np.int64]
     """[N] labels that the model had learnt"""
     calls: NDArray[np.int64]
-    """[C] steps at which the replica asked"""
+    """[C] steps at which the replica requested a label"""
 
     def save(self, path: Path) -> None:
         """Write an npz file."""

@@ -29,7 +29,7 @@ class Event(Record):
 
 
 class RunStarted(Event):
-    """A driver has begun, or goes on."""
+    """A driver has started or resumed the run."""
 
     event: Literal["run_started"]
     process: MayLack[int] = Field(description="number of the driver's process")
@@ -38,7 +38,7 @@ class RunStarted(Event):
 
 
 class RunStopped(Event):
-    """The driver was interrupted, or could not go on."""
+    """The driver was interrupted, or could not continue."""
 
     event: Literal["run_stopped"]
     why: MayLack[str]
@@ -58,14 +58,14 @@ class RunDone(Event):
 
 
 class SettingsChanged(Event):
-    """Settings that may change did so since the last start."""
+    """Settings that may change have changed since the last start."""
 
     event: Literal["settings_changed"]
     changes: dict[str, list[Any]] = Field(description="key -> [old, new]")
 
 
 class Remark(Event):
-    """Something that is no mistake."""
+    """Something that is not an error."""
 
     event: Literal["remark"]
     text: str
@@ -138,7 +138,7 @@ class ReplicaDone(ReplicaResult, Event):
 
 
 class PieceDone(PieceResult, Event):
-    """A piece of a trajectory has ended."""
+    """A segment of a trajectory has ended."""
 
     event: Literal["piece_done"]
 
@@ -156,7 +156,7 @@ class IterationDone(Event):
 
 
 class LearntLabel(Record):
-    """A label that a round's model is the first to know, in short; see `ubmd.runs.records.Learnt`."""
+    """A label that is new to a round's model, in short; see `ubmd.runs.records.Learnt`."""
 
     label: int
     error_before: float | None

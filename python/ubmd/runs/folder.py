@@ -92,9 +92,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other drivers off; the kernel releases the lock when this process ends, also by ``kill -9``.
+        """Keep other drivers out; the kernel releases the lock when this process ends, also by ``kill -9``.
 
-        Where the file system has no such locks, only processes of this machine are kept off, as far as the note of the
+        Where the file system has no such locks, only processes of this machine are kept out, as far as the note of the
         last one tells. What earlier processes have left of unfinished work is removed, in the end that of this one's
         workers, too.
 
@@ -157,8 +157,8 @@ class RunFolder:
         if isinstance(manifest, dict) and all(isinstance(manifest.get(k), v) for k, v in _MANIFEST.items()):
             return manifest
         raise DataError(
-            f"{self.manifest} is damaged, and without it the run cannot go on: restore it from a copy, or set another "
-            f"run_dir and start from the labels in {self.dataset.name}, which are kept."
+            f"{self.manifest} is damaged, and without it the run cannot be resumed: restore it from a copy, or set "
+            f"another run_dir and start from the labels in {self.dataset.name}, which are kept."
         )
 
     def read_history(self) -> list[dict[str, Any]]:
@@ -176,11 +176,11 @@ class RunFolder:
 
     def damaged_history(self, reason: str = "") -> DataError:
         """What to do about a history that cannot be read."""
-        what = f"{self.history} is damaged; 'ubmd run' makes it again from the results of the iterations."
+        what = f"{self.history} is damaged; 'ubmd run' recreates it from the results of the iterations."
         return DataError(f"{what} {reason}".rstrip())
 
     def mend_history(self, read: Callable[[dict[str, Any]], object]) -> None:
-        """Move a damaged file of the history aside: walking through the run makes it again.
+        """Move a damaged file of the history aside: executing the run recreates it.
 
         Args:
             read: makes a record of an entry; DataError if it cannot.
@@ -242,7 +242,7 @@ def _is_entry(value: Any) -> bool:
 
 
 def _is_taken(handle: TextIO, kind: int) -> bool:
-    """Take a lock, unless another process has it: of the file system, or else by what the last process noted."""
+    """Take a lock, unless another process has it: of the file system, or else as the last process noted."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
         return False

@@ -1,4 +1,4 @@
-"""The files that a run depends on: their hashes tell whether it can go on."""
+"""The files that a run depends on: their hashes tell whether it can be resumed."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def open_run(
 
     Returns:
         The plan, and the settings that have changed (key -> [old, new]): harmless ones, or any in a run without labels,
-        which then begins anew.
+        which then starts over.
 
     Raises:
         SettingsError: the settings differ from those of the run in keys that labels depend on.
@@ -103,7 +103,7 @@ def _begin_anew(
 ) -> dict[str, list[Any]]:
     """Move what a run without labels has written aside if it is damaged, or of other settings, files or software.
 
-    Nothing depends on it yet: whoever mistyped the calculator must not need another folder. Returns what changed.
+    Nothing depends on it yet: a mistyped calculator must not require another folder. Returns what changed.
     """
     if not folder.manifest.exists():
         return {}
@@ -124,7 +124,7 @@ def _begin_anew(
 def edited_files(manifest: dict[str, Any], base: Path) -> Iterator[str]:
     """Sentences about modules beside the settings file that are not those which the run was started with.
 
-    They are in no key of a stage: a run goes on with them, and keeps what the old ones have made.
+    They are in no key of a stage: a run continues with them, and keeps what the old ones have made.
     """
     for key, part in (("reference.calculator", "reference"), ("model.kind", "backend")):
         for name, known in (manifest.get(part) or {}).get("files", {}).items():
@@ -134,7 +134,7 @@ def edited_files(manifest: dict[str, Any], base: Path) -> Iterator[str]:
 
 
 def _changes(latest: dict[str, Any], settings: Table) -> dict[str, list[Any]]:
-    """Key -> [old, new] of all settings that differ; keys that this version has got since count with their defaults."""
+    """Key -> [old, new] of all settings that differ; keys added since by this version count with their defaults."""
     old, new = _flat(_with_defaults(latest, type(settings))), _flat(settings.model_dump(mode="json"))
     keys = sorted(old.keys() | new.keys())
     return {key: [old.get(key), new.get(key)] for key in keys if old.get(key) != new.get(key)}
@@ -222,7 +222,7 @@ def _check_same(
     if bad:
         shown = "; ".join(f"{key} = {_shown(changed[key][0])}, now it is {_shown(changed[key][1])}" for key in bad)
         which = "set it back" if len(bad) == 1 else "set them back"
-        others = "" if from_iteration is not None else f", go on with other settings from a later iteration ({_FROM})"
+        others = "" if from_iteration is not None else f", resume with other settings from a later iteration ({_FROM})"
         raise SettingsError(
             f"The run in {folder.path} was started with {shown}; {which}{others}, or set another run_dir."
         )
@@ -241,7 +241,7 @@ def _check_same(
 
 
 def _with_older_defaults(changed: Iterable[str], settings: Table, manifest: dict[str, Any]) -> list[str]:
-    """Changed keys that nobody has changed: their default is another one since the run was started."""
+    """Keys that differ only because their default has changed since the run was started."""
     known = manifest.get("defaults", {})
     return [
         key for key in changed if mark_at(type(settings), key).version > known.get(key, 1) and not is_set(settings, key)

@@ -1,4 +1,4 @@
-"""History and events of a run as records, for all who look at them.
+"""History and events of a run as records, for all readers.
 
 `RunFolder.read_history` and `RunFolder.read_events` have what is in the files.
 """
@@ -39,7 +39,7 @@ def read_rounds(folder: RunFolder) -> list[RoundEntry]:
 
 
 def newest_rounds(folder: RunFolder) -> Iterator[RoundEntry]:
-    """`read_rounds` from the last one back, each made when it is asked for: a run may have thousands."""
+    """`read_rounds` from the last one back, each made when it is needed: a run may have thousands."""
     return _records(RoundEntry, folder, reversed(folder.read_history()))
 
 

@@ -4,7 +4,7 @@ One entry per finished iteration (active-learning loop) or round (dynamic run). 
 files of earlier versions may lack some. ``ubmd schema history`` prints this as JSON schema.
 
 Writing is strict: `Record.model_validate` refuses unknown and missing keys. Reading is not (`Record.read`): a file may
-be of an earlier or a later version, and whoever reads a field that may be None has to do without it.
+be of an earlier or a later version, and code that reads a field that may be None has to do without it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _given(value: T) -> T:
 
 
 MayLack = Annotated[T | SkipJsonSchema[None], AfterValidator(_given)]
-"""Always written, but files may lack it: None for those who read."""
+"""Always written, but files may lack it: None when read."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class IfLacking:
 
 
 class Record(BaseModel):
-    """Something that is written down; unknown keys are errors of ours."""
+    """A record that is written; unknown keys are programming errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,8 +56,8 @@ class Record(BaseModel):
         """What a file has, of whatever version.
 
         Keys that are not declared are passed over. What is missing is None where the type allows it, the default if
-        there is one, an empty list or dictionary; all else is missed when it is asked for (DataError). Numbers and
-        texts are taken as they are. `as_json` has the known keys of the file again.
+        there is one, an empty list or dictionary; anything else is an error when it is accessed (DataError). Numbers
+        and texts are taken as they are. `as_json` has the known keys of the file again.
 
         Args:
             values: of a JSON file.
@@ -66,7 +66,7 @@ class Record(BaseModel):
             DataError: the values, or some within them, are no record or no list of records.
         """
         if not isinstance(values, dict):
-            raise DataError(f"{_shown(cls)} of a file is damaged: it is no table of values.")
+            raise DataError(f"{_shown(cls)} of a file is damaged: it is not a table of values.")
         how = _reading(cls)
         found = {
             name: value
@@ -80,7 +80,7 @@ class Record(BaseModel):
         for name, make in how.lacking.items():
             if name not in given:
                 found[name] = make()
-        # As `model_construct` makes it, which would order the keys anew, and takes twice as long.
+        # As `model_construct` makes it, which would reorder the keys, and takes twice as long.
         made = cls.__new__(cls)
         object.__setattr__(made, "__dict__", found)
         object.__setattr__(made, "__pydantic_fields_set__", given)
@@ -88,7 +88,7 @@ class Record(BaseModel):
         object.__setattr__(made, "__pydantic_private__", None)
         return made
 
-    if not TYPE_CHECKING:  # or else every name would be right
+    if not TYPE_CHECKING:  # otherwise mypy would accept every name
 
         def __getattr__(self, name: str) -> Any:
             if name in type(self).model_fields:
@@ -140,7 +140,7 @@ def _builder(option: Any) -> Callable[[Any], Any] | None:
 
 def _read_all(kind: type[Record], values: Any) -> list[Record]:
     if not isinstance(values, list):
-        raise DataError(f"{_shown(kind)} of a file is damaged: it is in no list.")
+        raise DataError(f"{_shown(kind)} of a file is damaged: it is not in a list.")
     return [kind.read(value) for value in values]
 
 
@@ -186,7 +186,7 @@ class Errors(Record):
 
 
 class Calibration(Record):
-    """Conformal factors of a model, and the shares of errors below u that so few structures can promise."""
+    """Conformal factors of a model, and the highest shares of errors below u attainable with so few structures."""
 
     energy_factor: float
     force_factor: MayLack[float]
@@ -238,7 +238,7 @@ class IterationEntry(Record):
 
 
 class Request(Record):
-    """A structure that a trajectory asked a label for."""
+    """A structure for which a trajectory requested a label."""
 
     label: int | None = Field(None, description="number in the data set; null if it was rejected")
     replica: int
@@ -254,7 +254,7 @@ class Request(Record):
 
 
 class Learnt(Request):
-    """A label that a round's model is the first to know."""
+    """A label that is new to a round's model."""
 
     error_after: MayLack[float] = Field(description="predicted by this round's model, eV/Å")
     true_after: MayLack[float] = Field(description="largest |ΔF| of a component with it, eV/Å")
@@ -294,7 +294,7 @@ class Conformal(Record):
 
     scale: MayLack[float]
     alpha: float
-    attainable: float = Field(description="share that so few labels can promise")
+    attainable: float = Field(description="highest share attainable with so few labels")
     count: int
 
 
@@ -310,18 +310,18 @@ class SignalEntry(Record):
 
 
 class Piece(PieceResult, Record):
-    """How a piece of a trajectory ended."""
+    """How a segment of a trajectory ended."""
 
     max_displacement: Annotated[float, IfLacking(0.0)]
     ms_per_step: Annotated[float, IfLacking(0.0)]
 
 
 class RoundEntry(Record):
-    """A round of a dynamic run: a model, one piece of every trajectory with it, labels for those that asked."""
+    """A round of a dynamic run: a model, one segment of every trajectory with it, the labels that these requested."""
 
     round: int = Field(description="0, 1, ...")
     labels: int = Field(description="labels that the model of this round has learnt")
-    calls: int = Field(description="structures that the reference was asked for so far, rejected ones too")
+    calls: int = Field(description="reference calculations requested so far, rejected ones too")
     md_steps: int = Field(description="MD steps of all replicas so far, this round's included")
     refit: bool = Field(description="whether the model is new in this round")
     learnt: list[Learnt] = Field(description="labels that this model has learnt and the one before had not")
@@ -329,9 +329,9 @@ class RoundEntry(Record):
     train: MayLack[ForceErrors]
     test: ForceErrors | None = Field(None, description="on the test set, if there is one")
     conformal: Conformal | None = Field(description="null before the first label that was predicted")
-    replicas: list[Piece] = Field(description="pieces of the trajectories")
-    asked: list[Request] = Field(description="what the reference was asked for")
-    passed: list[int] = Field(description="replicas that asked but whose frame others made superfluous")
+    replicas: list[Piece] = Field(description="segments of the trajectories")
+    asked: list[Request] = Field(description="requested reference calculations")
+    passed: list[int] = Field(description="replicas whose request became superfluous by the labels of others")
     fresh_steps: int = Field(description="steps of all replicas since the last refit")
     signals: list[SignalEntry]
     converged: bool = Field(description="whether all three signals hold")

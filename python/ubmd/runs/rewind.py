@@ -23,7 +23,7 @@ def take_back(folder: RunFolder, iteration: int) -> Path:
     last = len(folder.iterations()) - 1
     if not folder.manifest.exists() or not 0 <= iteration <= last:
         has = f"its last one is {last}" if last >= 0 else "it has none yet"
-        raise SettingsError(f"The run in {folder.path} has no iteration {iteration} to go on from; {has}.")
+        raise SettingsError(f"The run in {folder.path} has no iteration {iteration} to continue from; {has}.")
     stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
     aside = folder.path / "aside" / f"{stamp}_from_{iteration}"
     for path in reversed(folder.iterations()[iteration:]):

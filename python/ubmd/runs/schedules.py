@@ -33,7 +33,7 @@ class Schedule:
     takes_back: bool
     """whether its run can be taken back to an earlier iteration (``--from``)"""
     check_shows: str
-    """a sentence on what a check has shown that found no mistake"""
+    """what is printed after a check that found no mistake"""
     to_fill_in: str
     """what a new settings file lacks, besides run_dir and the reference"""
 

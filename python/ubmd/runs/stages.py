@@ -1,4 +1,4 @@
-"""Stages of a run: each is done once per key, the hash of everything that decides its result."""
+"""Stages of a run: each is done once per key, the hash of everything that determines its result."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ubmd.runs.folder import EventLog
 class Stages:
     """The stages of one folder: each runs once per key.
 
-    A key is the hash of everything that decides the result: settings, data, and the keys of earlier stages. It holds no
-    path, no time-out and no hash of an earlier stage's output: a run that moves to another folder or machine keeps its
+    A key is the hash of everything that determines the result: settings, data, and the keys of earlier stages. It holds
+    no path, no time-out and no hash of an earlier stage's output: a run that moves to another folder or machine keeps its
     keys, and an output that had to be made again (a damaged model, say, on a machine that rounds differently) makes
     nothing else stale. A stage's mark (``.stages/<name>.json``) is written after its outputs and has their hashes.
     """
@@ -39,7 +39,7 @@ class Stages:
     ) -> None:
         """Call ``function`` unless its outputs are there, undamaged, and made with the same key.
 
-        ``outputs`` may be a function, for a stage that only knows afterwards which files it wrote.
+        ``outputs`` may be a function, for a stage whose files are known only afterwards.
         """
         if self.is_done(name, key):
             return

@@ -1,4 +1,4 @@
-"""What the events of a run say, whatever its kind: who runs it, what it does since when, why it ended."""
+"""What the events of a run of either kind say: which process runs it, its stages since when, why it ended."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class RunTimeline:
         self.lost: list[TaskLost] = []
 
     def follow(self, events: Iterable[Event]) -> None:
-        """Take note of the events of a file, which may be old or damaged."""
+        """Record the events of a file, which may be old or damaged."""
         for event in events:
             with suppress(DataError, TypeError, ValueError):
                 self.add(event)
 
     def add(self, event: Event) -> None:
-        """Take note of an event."""
+        """Record an event."""
         time = datetime.fromisoformat(event.time) if event.time else datetime.now(UTC)
         if event.time:
             self.last_event = time

@@ -1,7 +1,7 @@
 """Executors of clusters, made from the options of a settings file: those of Parsl and executorlib.
 
-A wrong option is one sentence that names it; what the packages leave open (addresses, encryption, when jobs take their
-last task) is set to what suits tasks of minutes to hours.
+A wrong option gives a one-sentence error that names it; what the packages leave open (addresses, encryption, when jobs
+take their last task) is set to what suits tasks of minutes to hours.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ubmd.spelling import nearest
 
 _EXECUTORLIB = ("SingleNodeExecutor", "SlurmJobExecutor")
 _LAST_TASK = 0.75  # of a job's walltime, after which it takes no new tasks
-_FAILED_BLOCKS = 60  # in a row, some minutes of trying, after which the batch system is given up
+_FAILED_BLOCKS = 60  # in a row, some minutes of trying, after which the batch system counts as down
 _ANSWER = 60.0  # s that Parsl's interchange may take to answer
 # As `python interchange.py`, whatever PATH is, and in a session of its own: Ctrl-C in a terminal would reach it, too.
 _INTERCHANGE = (
@@ -99,7 +99,7 @@ class _Parsl(StandardExecutor):
 
 
 def job_label(settings: WorkerSettings, token: str) -> str:
-    """What the names of all jobs contain that belong to a driver of this token."""
+    """Text contained in the names of all jobs of the driver with this token."""
     return f"{settings.options.get('label', 'ubmd')}-{token}"
 
 
@@ -171,7 +171,7 @@ def _seconds(walltime: Any) -> int:
 
 
 def _address(provider: Any, options: Mapping[str, Any]) -> str | None:
-    """Where workers find this machine. Without one, Parsl would listen on all its addresses, and ask the internet."""
+    """Address of this machine for workers. Without one, Parsl would listen on all addresses, and ask the internet."""
     from parsl.addresses import address_by_hostname, address_by_route
     from parsl.launchers import SimpleLauncher, SingleNodeLauncher
     from parsl.providers import LocalProvider
@@ -202,12 +202,12 @@ def _check_address(address: Any) -> None:
 
 
 def _high_throughput_executor() -> Callable[..., Any]:
-    """Parsl's HighThroughputExecutor with three faults mended, as a class: Parsl is optional."""
+    """Parsl's HighThroughputExecutor with three faults fixed, made by a function because Parsl is optional."""
     from parsl.executors import HighThroughputExecutor
     from parsl.executors.high_throughput.errors import CommandClientTimeoutError
 
     class Executor(HighThroughputExecutor):
-        """Leaves jobs in the queue that are wanted, and notices that its interchange has died."""
+        """Leaves jobs that are needed in the queue, and notices that its interchange has died."""
 
         def start(self) -> None:
             super().start()
@@ -220,7 +220,7 @@ def _high_throughput_executor() -> Callable[..., Any]:
                     self._lose_interchange()
                     raise
 
-            # Without a time limit, its caller would wait for a dead process for ever.
+            # Without a time limit, its caller would wait for a dead process forever.
             self.command_client.run = run  # type: ignore[method-assign]
             threading.Thread(target=self._watch, name="ubmd_interchange", daemon=True).start()
 
@@ -247,7 +247,7 @@ def _high_throughput_executor() -> Callable[..., Any]:
 def _give_up(executor: Any, status: dict[str, Any]) -> None:
     """Fail all tasks if no job ever started, or if none is left and new ones have failed again and again.
 
-    Parsl's own rule would go on for ever once one job has started. A batch system may be away for some minutes.
+    Parsl's own rule would retry forever once one job has started. A batch system may be down for some minutes.
     """
     from parsl.jobs.error_handlers import simple_error_handler
     from parsl.jobs.states import JobState
@@ -280,8 +280,8 @@ def executorlib_executor(settings: WorkerSettings) -> StandardExecutor:
         raise SettingsError(
             "workers.options.name = 'SlurmJobExecutor' works inside a SLURM job: start the run in one (sbatch, salloc)."
         )
-    # Processes that stay, else each task starts a new one. And each task would be searched for futures among its
-    # arguments, and wait for them: ours have none.
+    # Processes that stay, else each task starts a new one. Otherwise executorlib would also search the arguments of
+    # each task for futures and wait for them: ours have none.
     defaults: dict[str, Any] = {"block_allocation": True, "disable_dependencies": True}
     if not options.get("max_workers") and not options.get("max_cores"):
         defaults["max_workers"] = tasks_at_once(settings)

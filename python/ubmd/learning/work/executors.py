@@ -29,7 +29,7 @@ from ubmd.learning.work.keeper import cancel_jobs
 from ubmd.learning.work.workers import Executor, Pools, Workers, available_cores
 from ubmd.settings import WorkerSettings
 
-_WANTED = ".wanted-"  # how the name of the file begins that says that tasks are wanted
+_WANTED = ".wanted-"  # beginning of the name of the file that says that tasks are wanted
 _BATCH_SYSTEM = re.compile(r"\b(?:sbatch|qsub|bsub|condor_submit): [^\n]+")  # why it takes no job
 _TOKEN = 8  # bytes of a driver's token
 _LOOK = 2.0  # s between two looks for the file that says that tasks are wanted
@@ -64,7 +64,7 @@ def _made(settings: WorkerSettings, folder: Path, token: str) -> StandardExecuto
 
 
 def _jobs(settings: WorkerSettings, token: str) -> str:
-    """What the names of the jobs contain that this executor hands to SLURM; empty if it hands it none."""
+    """Text contained in the names of the jobs that this executor submits to SLURM; empty if it submits none."""
     provider = settings.options.get("provider", {})
     is_slurm = isinstance(provider, Mapping) and provider.get("name") == "SlurmProvider"
     return job_label(settings, token) if settings.executor == "parsl" and is_slurm else ""
@@ -79,7 +79,7 @@ def forget_dead_drivers(folder: Path) -> None:
         with suppress(OSError):
             jobs, token = wanted.read_text(errors="replace"), wanted.name.removeprefix(_WANTED)
             wanted.unlink()
-            if len(token) == 2 * _TOKEN and jobs.endswith(f"-{token}"):  # nothing that other jobs' names contain, too
+            if len(token) == 2 * _TOKEN and jobs.endswith(f"-{token}"):  # nothing that other jobs' names could contain
                 cancel_jobs(jobs)
 
 
@@ -107,7 +107,7 @@ class Adapter:
             processes: tasks at once.
             owned: shut the executor down in the end.
             token: of this driver; None: a new one.
-            jobs: what the names of its jobs in SLURM contain: they are cancelled in the end.
+            jobs: text contained in the names of its jobs in SLURM: they are cancelled in the end.
         """
         self.processes = processes or getattr(executor, "_max_workers", None) or available_cores()
         self._executor = executor
@@ -172,7 +172,7 @@ def isolated(path: list[str], wanted: str, driver: int, task: bytes, timeout: fl
 
 
 class _Unwanted:
-    """Asked often whether a task is to stop; looks for the file only now and then, since it may be far away."""
+    """Called often: whether a task is to stop; looks for the file only now and then, since it may be far away."""
 
     def __init__(self, wanted: Path, driver: int) -> None:
         self._wanted = wanted

@@ -1,4 +1,4 @@
-"""Groups of tasks: submitted, waited for in part or to the end, tried again where a worker was lost."""
+"""Groups of tasks: submitted, waited for in part or to the end, retried where a worker was lost."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Lost = Callable[[Any, UbmdError, bool], None]
 class TaskGroup:
     """Tasks of one kind, known by their keys.
 
-    A task that raises or takes too long has failed by itself. One whose process crashes is tried again, as it may have
-    been innocent; then it has failed, too. One that is lost by a fault of the machine (`WorkersLost`: a lost node, a
-    process killed from outside, no memory for a new one) is tried as often, and then handed back without a verdict.
+    A task that raises or takes too long has failed by itself. One whose process crashes is tried again, as it may not
+    have been the cause; then it has failed, too. One that is lost by a fault of the machine (`WorkersLost`: a lost
+    node, a process killed from outside, no memory for a new one) is retried as often, then returned as undecided.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class TaskGroup:
         done(key, None, failure)
 
     def _forget(self, key: Hashable) -> None:
-        """A task that is added again later has all its chances again."""
+        """A task that is added again later has all its retries again."""
         for known in (self._arguments, self._crashes, self._losses):
             known.pop(key, None)  # type: ignore[attr-defined]
 
@@ -215,8 +215,8 @@ def describe_losses(losses: Sequence[TaskLost]) -> list[str]:
 
 
 def nothing_ended(what: str, error: UbmdError) -> MachineError:
-    """The error that ends a run in which no task of a kind came to an end."""
+    """The error that ends a run in which no task of a kind was completed."""
     return MachineError(
-        f"No {what} could be run, by a fault of the machine or cluster; the first was lost with: {error} Nothing is "
-        "rejected or lost: once the cause is fixed, rerun the same command to resume."
+        f"No {what} could be run because of a fault of the machine or cluster; the first was lost with: {error} "
+        "Nothing is rejected or lost: once the cause is fixed, rerun the same command to resume."
     )

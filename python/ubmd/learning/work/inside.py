@@ -1,7 +1,7 @@
-"""What happens inside a worker process: how it begins, how it runs a task, what it puts right afterwards.
+"""What happens inside a worker process: how it begins, how it runs a task, what it restores afterwards.
 
 A task may change its process in many ways (working directory, signals, descriptors, locale, ...), and calculators do.
-The next task finds all that matters as the first one did; where that cannot be mended, the process is replaced.
+The next task finds all that matters as the first one did; where that cannot be restored, the process is replaced.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run_task(function: Callable[..., Any], *arguments: Any) -> tuple[Reply, bool
 
 
 def mend_process() -> None:
-    """Put right what a calculator has changed in this worker: after a task, and before its result is written.
+    """Restore what a calculator has changed in this worker: after a task, and before its result is written.
 
     One that has closed the pipes to the driver ends the process: no answer can be trusted any more.
     """
@@ -174,7 +174,7 @@ class _State:
         self.worn = False  # whether the process must be replaced
 
     def remember(self) -> None:
-        """Take the present state for the right one."""
+        """Take the present state as the right one."""
         self._folder = _working_directory()
         self._umask = os.umask(0o022)
         os.umask(self._umask)
@@ -239,7 +239,7 @@ def _working_directory() -> str:
 def _open_files() -> dict[int, tuple[int, int] | None]:
     """Descriptors of this process beyond the standard ones, and which files they are.
 
-    Python itself may open that of multiprocessing's resource tracker anew.
+    Python itself may reopen that of multiprocessing's resource tracker.
     """
     try:
         numbers = [int(path.name) for path in Path("/dev/fd").iterdir()]
@@ -259,7 +259,7 @@ def _file(descriptor: int) -> tuple[int, int] | None:
 
 
 def _mend_streams() -> None:
-    """Let standard input, output and error lead nowhere if they are closed, or if nobody can read them any more.
+    """Redirect standard input, output and error to /dev/null if they are closed or can no longer be read.
 
     A file that is opened would get their numbers, and what compiled code prints would be written into it.
     """
@@ -275,5 +275,5 @@ def _mend_streams() -> None:
 
 
 def _usable(stream: TextIO) -> TextIO:
-    """A stream, or one that leads nowhere if a task has closed it."""
+    """A stream, or one to /dev/null if a task has closed it."""
     return Path(os.devnull).open("w") if stream is not None and stream.closed else stream

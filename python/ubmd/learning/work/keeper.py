@@ -21,7 +21,7 @@ from pathlib import Path
 _PATIENCE = 10.0  # s that new processes may go on to appear
 _QUIET = 3  # looks in a row that find nothing
 _ANSWER = 60.0  # s that SLURM may take to answer
-_TRIES = (0.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # s before each try to cancel jobs: SLURM may be away
+_TRIES = (0.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # s before each try to cancel jobs: SLURM may be down
 
 
 def wait_for_end(worker: int) -> None:

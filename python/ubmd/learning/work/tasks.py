@@ -3,9 +3,9 @@
 Each task leaves its result in a file and seals it (`ubmd.files.seal`): what a worker has finished stays
 finished, also if the driver is killed before it hears of it. A worker that labels imports no torch.
 
-Several processes may be at the same task: a worker on another machine goes on without its driver while the next driver
-has the task done again. The first to finish counts; MD and trainings that another process has begun anew end early
-(`ubmd.attempts`).
+Several processes may work on the same task: a worker on another machine continues without its driver while the next
+driver starts the task again. The first to finish counts; MD and trainings that another process has started again end
+early (`ubmd.attempts`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _keep(target: Path, structures: Iterable[Atoms], key: str) -> None:
 
 @contextmanager
 def lost_if_taken_over() -> Iterator[None]:
-    """A task that another process has begun anew is no failure: whoever still wants its result may ask again."""
+    """A task that another process has started again has not failed: it may be submitted again for its result."""
     try:
         yield
     except TakenOver as error:

@@ -44,7 +44,7 @@ _POLL = 0.2  # s between two looks at a running task, or less for shorter time l
 _SHORTEST_POLL = 0.01
 _LONGEST_STEP = 1.0  # s between two such looks that count; what is longer, this process could not run
 _GRACE = 1.0  # s in which pebble notices by itself that a process has ended
-_LONGEST_HALT = 60.0  # s that a worker may be stopped (SIGSTOP) before it is given up
+_LONGEST_HALT = 60.0  # s that a worker may be stopped (SIGSTOP) before it counts as lost
 
 
 class TaskFailed(UbmdError):
@@ -120,7 +120,7 @@ class Workers:
 
 
 def _start_tracker() -> None:
-    """Start the process that cleans up after multiprocessing, deaf to SIGHUP.
+    """Start the process that cleans up after multiprocessing, so that it ignores SIGHUP.
 
     By itself it only ignores Ctrl-C and SIGTERM: when a terminal closes it would die, and a new one show a traceback.
     """
