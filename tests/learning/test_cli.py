@@ -145,7 +145,7 @@ def test_init_writes_once(tmp_path: Path) -> None:
         (["run", "settings.toml", "--set", "start.file='none.extxyz'"], "start.file: there is no file none.extxyz"),
         (
             ["run", "settings.toml", "--set", "start.file='settings.toml'"],
-            "ASE cannot read settings.toml: it is of no known kind",
+            "ASE cannot read settings.toml: its format is not known",
         ),
         (["run", "settings.toml", "--set", "bias.species={H = 0.0}"], "start.extxyz holds only Cu, Au; remove it"),
         (

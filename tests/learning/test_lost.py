@@ -153,7 +153,7 @@ def test_a_structure_that_is_always_lost_does_not_hold_up_the_run(base: Path) ->
 def test_if_nothing_comes_to_an_end_the_run_does_and_is_resumed_when_that_is_fixed(base: Path, calm: RunFolder) -> None:
     names = {"reference_record": "task", "label_file": "label", "run_md": "replica"}
     for function, what in names.items():
-        with pytest.raises(MachineError, match=f"^No {what} could be run, by a fault .* node n7 does not answer"):
+        with pytest.raises(MachineError, match=f"^No {what} could be run because of .* node n7 does not answer"):
             go(base, lambda name, file, wanted=function: name == wanted)
     folder = go(base)
     assert folder.dataset.read_bytes() == calm.dataset.read_bytes()
@@ -218,7 +218,7 @@ def test_a_trajectory_whose_piece_is_lost_goes_on_in_the_next_round(tmp_path: Pa
 
 def test_a_dynamic_run_that_the_machine_ends_goes_on(tmp_path: Path) -> None:
     for function in ("run_md", "label_file"):
-        with pytest.raises(MachineError, match="could be run, by a fault of the machine"):
+        with pytest.raises(MachineError, match="could be run because of a fault of the machine"):
             go_dynamic(tmp_path, lambda name, file, wanted=function: name == wanted)
     calm, folder = go_dynamic(tmp_path, name="calm"), go_dynamic(tmp_path)
     assert folder.dataset.read_bytes() == calm.dataset.read_bytes()

@@ -133,7 +133,7 @@ def test_preemption(cluster: Cluster, tmp_path: Path) -> None:
     code, said = driver.end()
     if code != 0:  # every structure was lost as often as it is tried: the run says so, and goes on when started again
         assert code == 1, said
-        assert "by a fault of the machine or cluster" in said
+        assert "a fault of the machine or cluster" in said
         run.finish()
     assert run.rejected() == []
     assert len(read_structures(run.folder.dataset, labelled=True)) == 8

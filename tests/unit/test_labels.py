@@ -52,7 +52,7 @@ BOTH = {"forces": FORCES, "REF_forces": FORCES + 0.01}
     [
         (
             frame("energy=-3.25 REF_energy=-5.25"),
-            r"a.extxyz, frame 1: 'energy' is -3.25 eV, but 'REF_energy' is -5.25 eV; say which counts, e.g. "
+            r"a.extxyz, frame 1: 'energy' is -3.25 eV, but 'REF_energy' is -5.25 eV; say which one to use, e.g. "
             r"--label energy=REF_energy .in settings: labels = {energy = \"REF_energy\"}",
         ),
         (
@@ -186,9 +186,9 @@ def test_a_stress_of_zero_beside_forces_is_remarked(tmp_path):
     """Programs that compute no stress write zeros; an ideal crystal has neither stress nor forces."""
     zero = frame('energy=1 stress="0 0 0 0 0 0 0 0 0"')
     _, remarks = read(tmp_path, zero, zero)
-    assert [text for text in remarks if "the stress of 2 frames is exactly zero, but not the forces" in text]
+    assert [text for text in remarks if "the stress of 2 frames is exactly zero, but the forces are not" in text]
     _, remarks = read(tmp_path, zero, frame(f'energy=1 stress="{numbers(FULL)}"'), frame("energy=1"))
-    assert [text for text in remarks if "the stress of 1 frame is exactly zero, but not the forces" in text]
+    assert [text for text in remarks if "the stress of 1 frame is exactly zero, but the forces are not" in text]
     assert not read(tmp_path, frame('energy=1 stress="0 0 0 0 0 0 0 0 0"', {"forces": 0.0 * FORCES}))[1]
 
 

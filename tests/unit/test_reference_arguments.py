@@ -140,10 +140,10 @@ def test_keywords_of_tblite_go_to_its_library() -> None:
 
 
 def test_arguments_without_a_place_are_refused_with_all_names() -> None:
-    with pytest.raises(SettingsError, match=r"no argument 'foo'; known are rc, width\.$"):
+    with pytest.raises(SettingsError, match=r"no argument 'foo'; known arguments: rc, width\.$"):
         make_calculator(reference("ase.calculators.tip3p:TIP3P", foo=1), Path())
     # of the settings file's folder: ubmd gives it itself
-    with pytest.raises(SettingsError, match=r"no argument 'base'; known are atom_style, commands, data"):
+    with pytest.raises(SettingsError, match=r"no argument 'base'; known arguments: atom_style, commands, data"):
         make_calculator(reference("lammps", base="x"), Path())
 
 

@@ -61,8 +61,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("by_hand:Calc", "ModuleNotFoundError: not on this machine (FOLDER/by_hand.py, line 1)."),
         ("code:Calc", "the module code has no 'Calc'; Python has its own module of this name .*: rename code.py."),
         ("fine:X", "is an object of type int; name a class or a function"),
-        ("fine:Calc", "makes an object of type Calc, which is no ASE calculator."),
-        ("fine:Atoms", "makes an object of type Atoms, which is no ASE calculator."),
+        ("fine:Calc", "makes an object of type Calc, which is not an ASE calculator."),
+        ("fine:Atoms", "makes an object of type Atoms, which is not an ASE calculator."),
         ("fine:late", "No module named 'no_such_package' (FOLDER/fine.py, line 5); .*pip install no_such_package"),
         ("fine:leaving", "don't suit the calculator 'fine:leaving': SystemExit: no licence"),
         ("fine.Calc", "nor an import path like 'ase.calculators.emt:EMT'; did you mean 'fine:Calc'?"),
@@ -79,7 +79,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "no_such_helper' (FOLDER/helped.py, line 1); there is no no_such_helper.py in FOLDER either.*pip install",
         ),
         ("zero:Calc", "SyntaxError: source code string cannot contain null bytes."),
-        ("package.inner:Calc", "makes an object of type Calc, which is no ASE calculator."),
+        ("package.inner:Calc", "makes an object of type Calc, which is not an ASE calculator."),
     ],
 )
 def test_one_sentence(calculator: str, message: str, folder: Path) -> None:

@@ -395,7 +395,7 @@ def test_settings_that_lammps_or_we_refuse():
 
     with pytest.raises(SettingsError, match="units = 'si' is not supported; use 'metal' or 'real'"):
         make(units="si")
-    with pytest.raises(SettingsError, match="'Xx' is no element"):
+    with pytest.raises(SettingsError, match="'Xx' is not an element"):
         make(elements=["Xx"])
     with pytest.raises(SettingsError, match="lists an element twice"):
         make(elements=["Ar", "Ar"])

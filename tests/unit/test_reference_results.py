@@ -149,7 +149,7 @@ def test_zero_stress_beside_zero_forces_is_a_result(monkeypatch: pytest.MonkeyPa
         ({"forces": lambda f: f.astype(complex)}, "forces with complex numbers"),
         ({"forces": lambda f: [None] * len(f)}, r"forces with values that are not numbers \(NoneType\)"),
         ({"forces": lambda f: [[str(x) for x in row] for row in f]}, "not numbers"),
-        ({"forces": lambda f: [[1.0], *f.tolist()[1:]]}, "no array of numbers"),
+        ({"forces": lambda f: [[1.0], *f.tolist()[1:]]}, "not an array of numbers"),
         ({"forces": lambda f: np.ma.masked_array(f, np.abs(f) > 1e-9)}, "masked"),
         ({"forces": lambda f: f.ravel()}, r"forces of shape \(12,\) for 4 atoms instead of \(4, 3\)"),
         ({"forces": lambda f: f[:3]}, r"forces of shape \(3, 3\) for 4 atoms instead of \(4, 3\)"),

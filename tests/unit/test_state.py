@@ -455,7 +455,7 @@ def test_fixed_atoms_that_are_not_there_are_named(tmp_path):
     atoms = slab()
     atoms.set_constraint(FixAtoms([1, 100]))
     for work in (fixed_atoms, lambda atoms: write_structures(tmp_path / "a.extxyz", [atoms])):
-        with pytest.raises(DataError, match=f"FixAtoms holds atom 100, but there are only {len(atoms)} atoms"):
+        with pytest.raises(DataError, match=f"FixAtoms fixes atom 100, but there are only {len(atoms)} atoms"):
             work(atoms)
 
 
@@ -627,7 +627,7 @@ def test_tblite_reads_charge_and_multiplicity_of_the_structure(tmp_path):
 
 
 def test_a_sum_of_rounded_charges_is_a_whole_number():
-    """tblite computes nonsense from 0.98 e: 77 eV above the cation."""
+    """tblite gives invalid results for 0.98 e: 77 eV above the cation."""
     for charges, whole in (([0.5, 0.24, 0.24], 1.0), ([-0.8, 0.4, 0.41], 0.0), ([-1.5, 0.25, 0.26], -1.0)):
         atoms = water()
         atoms.set_initial_charges(charges)

@@ -1,4 +1,4 @@
-"""Atoms that are held (FixAtoms), and structures in which something can move."""
+"""Atoms that are kept fixed (FixAtoms), and structures in which something can move."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ubmd.errors import DataError
 
 
 def fixed_atoms(atoms: Atoms) -> np.ndarray:
-    """Indices of the atoms that ASE's FixAtoms holds, sorted, from 0 (-1 is the last atom).
+    """Indices of the atoms that ASE's FixAtoms fixes, sorted, from 0 (-1 is the last atom).
 
     Raises:
         DataError: a constraint of another kind, which is not supported, or one on atoms that are not there.
@@ -31,10 +31,10 @@ def check_free(atoms: Atoms) -> None:
 
 
 def held_atoms(atoms: Atoms) -> np.ndarray:
-    """Indices of the atoms that FixAtoms holds, whatever other constraints there are."""
+    """Indices of the atoms that FixAtoms fixes, whatever other constraints there are."""
     held = [np.asarray(c.index, dtype=np.int64) for c in atoms.constraints if isinstance(c, FixAtoms)]
     indices = np.concatenate([np.empty(0, dtype=np.int64), *held])
     out = indices[(indices < -len(atoms)) | (indices >= len(atoms))]
     if len(out):
-        raise DataError(f"FixAtoms holds atom {out[0]}, but there are only {len(atoms)} atoms (counted from 0).")
+        raise DataError(f"FixAtoms fixes atom {out[0]}, but there are only {len(atoms)} atoms (counted from 0).")
     return np.unique(indices % max(1, len(atoms)))

@@ -56,7 +56,7 @@ def repair_structures(path: Path | str) -> int:
 def scan_frames(path: Path, content: bytes, strict_end: bool) -> tuple[list[tuple[int, int]], int]:
     """Byte ranges of the complete frames, and where the last of them ends.
 
-    ASE's reader stops at a blank line without a word; here everything after the last complete frame must be the
+    ASE's reader silently stops at a blank line; here everything after the last complete frame must be the
     beginning of one more frame (or blank).
 
     Args:

@@ -27,7 +27,7 @@ Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
 
 
 def check_cell(atoms: Atoms) -> None:
-    """DataError if a cell is not finite, or its periodic vectors do not span a lattice. Others may be anything."""
+    """DataError if a cell is not finite, or its periodic vectors do not span a lattice. Other vectors don't matter."""
     cell = np.asarray(atoms.cell)
     if not np.isfinite(cell).all():
         raise DataError("the cell contains NaN or infinity.")
@@ -138,7 +138,7 @@ def unfit_structures() -> Iterator[None]:
 
 
 def check_geometry(atoms: Atoms, min_distance: float) -> None:
-    """LabelError if positions or cell make no sense, or two atoms are closer than this share of their covalent radii.
+    """LabelError if positions or cell are invalid, or two atoms are closer than this share of their covalent radii.
 
     Whatever the share, two atoms may not be at the same place.
     """

@@ -8,7 +8,7 @@ The rule for files (`read_structures`):
   under ``virial``) of a structure that is periodic in all directions is the stress -virial/volume. Beside a stress it
   must agree with it.
 - All labels of a frame come from the keys with REF_, or all from those without.
-- ``energy`` counts, not ``free_energy``, which is read only where there is no ``energy``.
+- ``energy`` is used, not ``free_energy``, which is read only where there is no ``energy``.
 - A mapping, e.g. ``{"energy": "dft_energy"}``, overrides all that for the labels that it names.
 """
 
@@ -186,13 +186,13 @@ def _family(key: str, label: str) -> str:
 
 
 def _check_agreement(found: Mapping[str, Sequence[_Found]], mapping: Mapping[str, str]) -> None:
-    """DataError if a label has two values, or labels that nobody has named come from two sources."""
+    """DataError if a label has two values, or labels without a given key come from two sources."""
     for label, items in found.items():
         for other in items[1:]:
             if _differ(label, items[0].value, other.value):
                 both = {name: values for name, values in found.items() if len(values) > 1}
                 last = {name: values[-1].key for name, values in both.items()}
-                raise DataError(f"{_difference(label, items[0], other)}; say which counts, e.g. {_advice(last)}.")
+                raise DataError(f"{_difference(label, items[0], other)}; say which one to use, e.g. {_advice(last)}.")
     free = _free(found, mapping)
     if free and not set.intersection(*({item.family for item in items} for items in free.values())):
         keys = {label: items[0].key for label, items in free.items()}
@@ -204,7 +204,7 @@ def _check_agreement(found: Mapping[str, Sequence[_Found]], mapping: Mapping[str
 
 
 def _free(found: Mapping[str, Sequence[_Found]], mapping: Mapping[str, str]) -> dict[str, Sequence[_Found]]:
-    """Labels whose key nobody has named."""
+    """Labels whose key is not given by the user."""
     named = {"stress" if name == "virial" else name for name in mapping}
     return {label: items for label, items in found.items() if label not in named}
 
@@ -241,7 +241,7 @@ def _advice(keys: Mapping[str, str]) -> str:
 
 
 def _choose(found: Mapping[str, Sequence[_Found]], mapping: Mapping[str, str], compare: bool) -> dict[str, _Found]:
-    """One source for each label: of those that nobody has named the same for all."""
+    """One source for each label: the same for all whose key is not given by the user."""
     if not compare:
         return {label: items[0] for label, items in found.items()}
     free = _free(found, mapping).values()
@@ -289,12 +289,12 @@ def check_mapping(mapping: Mapping[str, str] | None) -> None:
 
 _NOTICEABLE = 1e-4  # eV/atom between free energy and energy
 _STRANGE_STRESS = 100 * GPa  # eV/Å^3
-_TYPICAL_STRESS = 2.0  # GPa, of shaken solids
+_TYPICAL_STRESS = 2.0  # GPa, of solids with displaced atoms
 _STRESS_UNITS = {"GPa": 1.0, "kbar": 0.1, "MPa": 1e-3, "bar": 1e-4}
 
 
 def label_remarks(frames: Sequence[Frame], mapping: Mapping[str, str]) -> Iterator[str]:
-    """Sentences on what is no error in the frames of a file, but may be a mistake."""
+    """Sentences on what is not an error in the frames of a file, but may be a mistake."""
     yield from _mixed_sources(frames, mapping)
     for key in sorted({key for frame in frames for key in frame.unused}):
         without = [frame.unused[key] for frame in frames if key in frame.unused]
@@ -303,7 +303,7 @@ def label_remarks(frames: Sequence[Frame], mapping: Mapping[str, str]) -> Iterat
     if len(excess) and np.abs(excess).max() > _NOTICEABLE:
         yield (
             f"'energy' is read, which differs from 'free_energy' by up to {1000 * np.abs(excess).max():.3g} meV/atom; "
-            "forces are derivatives of the free energy (smeared electrons), which `ubmd run` learns, too: "
+            "forces are derivatives of the free energy (smeared electrons), which `ubmd run` also learns: "
             f"{_advice({'energy': 'free_energy'})}."
         )
     yield from _strange_stress([frame.atoms for frame in frames])
@@ -311,7 +311,7 @@ def label_remarks(frames: Sequence[Frame], mapping: Mapping[str, str]) -> Iterat
 
 
 def _mixed_sources(frames: Sequence[Frame], mapping: Mapping[str, str]) -> Iterator[str]:
-    """Labels that nobody has named, beside others that come from elsewhere."""
+    """Labels without a given key, beside others that come from elsewhere."""
     named = {"stress" if name == "virial" else name for name in mapping}
     for frame in frames:
         families = {label: _family(key, label) for label, key in frame.sources.items()}
@@ -337,13 +337,13 @@ def _no_stress(structures: Sequence[Atoms]) -> Iterator[str]:
     ]
     if zero:
         yield (
-            f"the stress of {len(zero)} frame{'s' if len(zero) > 1 else ''} is exactly zero, but not the forces: if "
-            "it was not computed, remove it from the file; a model would learn it."
+            f"the stress of {len(zero)} frame{'s' if len(zero) > 1 else ''} is exactly zero, but the forces are not: "
+            "if it was not computed, remove it from the file; a model would learn it."
         )
 
 
 def _strange_stress(structures: Sequence[Atoms]) -> Iterator[str]:
-    """A stress that no crystal bears is in another unit, by its size in this one."""
+    """A stress larger than any crystal sustains is in another unit: which, follows from its size."""
     sizes = [
         float(np.abs(atoms.calc.results["stress"]).max())
         for atoms in structures
@@ -354,8 +354,8 @@ def _strange_stress(structures: Sequence[Atoms]) -> Iterator[str]:
     typical = max(float(np.median(sizes)), 1e-300) / _TYPICAL_STRESS
     unit = min(_STRESS_UNITS, key=lambda name: abs(np.log(typical * _STRESS_UNITS[name])))
     yield (
-        f"stresses of up to {max(sizes):.3g} eV/Å^3 = {max(sizes) / GPa:.3g} GPa are read; by their size they are in "
-        f"another unit, perhaps {unit}, or virials in eV. Convert them to eV/Å^3 (1 GPa = {GPa:.6f} eV/Å^3), or name "
+        f"stresses of up to {max(sizes):.3g} eV/Å^3 = {max(sizes) / GPa:.3g} GPa are read; judging by their size they are "
+        f"in another unit, perhaps {unit}, or virials in eV. Convert them to eV/Å^3 (1 GPa = {GPa:.6f} eV/Å^3), or name "
         "virials with --label virial=KEY."
     )
 
@@ -397,7 +397,7 @@ def labels_of(atoms: Atoms) -> dict[str, Any]:
 
 
 def check_labelled(structures: Sequence[Atoms], what: str) -> None:
-    """Raise DataError unless there are structures, each sound and with energy and forces.
+    """Raise DataError unless there are structures, each valid and with energy and forces.
 
     Args:
         what: name of the set in the message, e.g. "training set".

@@ -2,7 +2,7 @@
 
 That is the arrays ``initial_charges``, ``initial_magmoms``, ``tags`` and ``masses`` of ASE, and named keys of
 ``atoms.info`` such as the total charge. Labels depend on it, so it travels from the start structures to all structures
-that come from them. An array that says nothing (charges, moments or tags of zero, the usual masses) counts as absent.
+that come from them. An array without information (charges, moments or tags of zero, the usual masses) counts as absent.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NAMES = {
 
 
 def state_arrays(atoms: Atoms) -> dict[str, np.ndarray]:
-    """Per-atom arrays [n] (moments may be [n, 3]) that say something: charges in e, moments in μ_B, masses in amu."""
+    """Per-atom arrays [n] (moments may be [n, 3]) that are not trivial: charges in e, moments in μ_B, masses in amu."""
     found = {name: np.asarray(atoms.arrays[name]) for name in _NAMES if name in atoms.arrays}
     return {name: array for name, array in found.items() if not _is_default(name, array, atoms.numbers)}
 
@@ -88,7 +88,7 @@ def describe_state(atoms: Atoms, info: Iterable[str]) -> str:
 
 
 def check_state(atoms: Atoms, info: Iterable[str] = ()) -> None:
-    """DataError (without file name and frame number) if a state cannot be one, or its ``info`` not be kept in files."""
+    """DataError (without file name and frame number) if a state is invalid, or files cannot keep its ``info``."""
     for key, value in state_info(atoms, info).items():
         if isinstance(value, float | np.floating) and not np.isfinite(value):
             raise DataError(f"info['{key}'] is {value}, which is not a finite number.")

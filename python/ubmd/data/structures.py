@@ -53,7 +53,7 @@ def read_structures(
         missing_ok: a key that the mapping names may be missing.
         compare: with labels under other keys; not needed for files of a run folder, nor where nobody uses labels: there
             the first of energy and REF_energy (forces, stress) that is there counts.
-        remark: called with sentences on what is no error but may be a mistake.
+        remark: called with sentences on what is not an error but may be a mistake.
 
     Returns:
         Structures whose labels, where there are any, sit in a ``SinglePointCalculator``.
@@ -90,7 +90,7 @@ def _read_frames(path: Path) -> Iterable[Atoms]:
         try:
             structures = list(ase.io.iread(path, index=":"))
         except UnknownFileTypeError:
-            raise DataError(f"ASE cannot read {path}: it is of no known kind; give structures as extxyz.") from None
+            raise DataError(f"ASE cannot read {path}: its format is not known; give structures as extxyz.") from None
         except Exception as error:  # ASE's readers raise anything from KeyError to AssertionError
             raise DataError(f"ASE cannot read {path}: {_sentence(error)}") from error
         for number, atoms in enumerate(structures):
@@ -102,8 +102,8 @@ def _read_frames(path: Path) -> Iterable[Atoms]:
     frames, complete = scan_frames(path, content, strict_end=False)
     if content[complete:].strip():
         raise DataError(
-            f"{path}: the last frame (number {len(frames)}) is not complete; `ubmd run` cuts it off by itself, "
-            "for other files remove it or write the file again."
+            f"{path}: the last frame (number {len(frames)}) is not complete; `ubmd run` removes it by itself, "
+            "in other files remove it or write the file again."
         )
     return [_parse(path, number, content[start:end]) for number, (start, end) in enumerate(frames)]
 

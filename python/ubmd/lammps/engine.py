@@ -1,6 +1,6 @@
-"""What the loop asks of an MD engine: to run a task in a worker, and to recover what a killed worker has done.
+"""What the loop needs from an MD engine: to run a task in a worker, and to recover what a killed worker has done.
 
-There are two kinds of tasks: replicas of the active-learning loop and pieces of the trajectories of a dynamic run.
+There are two kinds of tasks: replicas of the active-learning loop and segments of the trajectories of a dynamic run.
 LAMMPS runs both (`ubmd.lammps.replica.REPLICAS`, `ubmd.lammps.trajectory.PIECES`).
 """
 
@@ -33,8 +33,8 @@ class MDEngine(Protocol[Task, Result]):
 
         Args:
             task: what to run.
-            note: called when the output is in its place and the attempt is not yet over; others must not hear of its
-                end before what this writes (through the attempt) is there.
+            note: called when the output is in its place and the attempt is not yet over; its end must not become
+                visible before what this writes (through the attempt) is there.
 
         Raises:
             TakenOver: another process has begun the same task; nothing of what that one writes is touched.
@@ -49,7 +49,7 @@ class MDEngine(Protocol[Task, Result]):
 
 
 class ReplicaTask(BaseModel):
-    """Everything that decides a replica's trajectory: the same task repeats it bit for bit on one machine."""
+    """Everything that determines a replica's trajectory: the same task repeats it bit for bit on one machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
@@ -107,7 +107,7 @@ class ReplicaResult(BaseModel):
 
     replica: int
     steps: int
-    """MD steps run (sane ones)"""
+    """MD steps run (valid ones)"""
     stopped: Literal["threshold", "step limit", "failed"]
     reason: str
     """one sentence if it failed, else empty"""
@@ -137,7 +137,7 @@ def trace_file(task: ReplicaTask) -> Path:
 
 
 class PieceTask(BaseModel):
-    """Everything that decides a piece: the same task repeats it bit for bit on one machine."""
+    """Everything that determines a segment: the same task repeats it bit for bit on one machine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -148,7 +148,7 @@ class PieceTask(BaseModel):
     result: Path
     """npz that is written"""
     steps: int
-    """most steps; a multiple of check_every"""
+    """maximum steps; a multiple of check_every"""
     timestep: float
     """fs"""
     temperature: float
@@ -158,7 +158,7 @@ class PieceTask(BaseModel):
     check_every: int
     """steps"""
     frames: int
-    """most frames that are kept, evenly spaced"""
+    """maximum number of frames that are kept, evenly spaced"""
     precision: Literal["mixed", "single", "double"]
     force: float
     """bias strength tau; 0: none"""
@@ -173,7 +173,7 @@ class PieceTask(BaseModel):
 
 
 class PieceResult(BaseModel):
-    """How a piece ended; the rest is in its npz file."""
+    """How a segment ended; the rest is in its npz file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -184,13 +184,13 @@ class PieceResult(BaseModel):
     end: int
     ended: Literal["asked", "segment", "guard", "failed"]
     reason: str
-    """one sentence for guard and failed, else empty"""
+    """one sentence for guard (displacement limit) and failed, else empty"""
     rule: str
-    """of the trigger that asked; 'guard'; else empty"""
+    """of the trigger that requested a label; 'guard'; else empty"""
     error: float | None
     """at the last check, eV/Å"""
     threshold: float | None
-    """that was passed, eV/Å; None if the trigger did not ask"""
+    """that was passed, eV/Å; None without a request of the trigger"""
     max_error: float | None
     """of all checks, eV/Å; None without a check"""
     mean_error: float | None

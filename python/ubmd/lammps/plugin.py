@@ -59,8 +59,8 @@ def mpi_library() -> Path | None:
 def starting_lammps() -> Iterator[None]:
     """Around the start of a LAMMPS: MPICH keeps 1 MB per process in /dev/shm from the first on.
 
-    Processes that are killed would leave that behind, in the way of later ones of their ids, so its name is given back.
-    The memory stays as long as it is in use, and nobody looks for it any more: all ranks of ``mpiexec`` have it when
+    Processes that are killed would leave that behind, in the way of later ones of their ids, so its name is removed.
+    The memory stays as long as it is in use, and its name is not needed any more: all ranks of ``mpiexec`` have it when
     they have started a LAMMPS together.
 
     Raises:
@@ -78,7 +78,7 @@ def starting_lammps() -> Iterator[None]:
 
 
 def check_shared_memory() -> None:
-    """Whether MPI can start: it would end the process without a word, or with SIGBUS.
+    """Whether MPI can start: it would end the process silently, or with SIGBUS.
 
     Raises:
         MachineError: there is no room in /dev/shm, or it cannot be written.

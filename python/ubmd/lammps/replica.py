@@ -1,12 +1,12 @@
 """One replica: LAMMPS through its Python interface, in a worker process, files in and files out.
 
 The fix writes frames to a folder of this attempt alone (`ubmd.attempts`) while the run goes on; frames, log and trace
-have their own names once it has ended. Between pieces of the run the replica is checked for nonsense (NaN, absurd
-temperature, overlapping atoms, a cell out of bounds). However it ends - threshold, step limit, LAMMPS error, crash of
-the whole process (`salvage`) - the frames up to the last sane one are kept.
+have their own names once it has ended. Between segments of the run the replica is checked for invalid states (NaN,
+extreme temperature, overlapping atoms, a cell out of bounds). However it ends - threshold, step limit, LAMMPS error, crash of
+the whole process (`salvage`) - the frames up to the last valid one are kept.
 
-LAMMPS turns cells (first vector along x, second in the xy plane), and so do the frames of cells: positions, cell and
-whatever is computed from them later belong together, in the turned orientation.
+LAMMPS rotates cells (first vector along x, second in the xy plane), and frames of cells are rotated, too: positions,
+cell and whatever is computed from them later belong together, in the rotated orientation.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _run_under_mpi(task: ReplicaTask, attempt: Attempt) -> _Ended:
 
 
 def _wait_for(command: list[str], attempt: Attempt) -> tuple[int, str]:
-    """(exit code, what it said) of a program, which ends when the attempt is over."""
+    """(exit code, output) of a program, which ends when the attempt is over."""
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as program:
@@ -245,7 +245,7 @@ def _session(task: ReplicaTask, folder: Path, atoms: Atoms, neighbours: Neighbou
 def _advance(
     session: Session, task: ReplicaTask, attempt: Attempt, start: Atoms, trace: _Trace
 ) -> tuple[Literal["threshold", "step limit", "failed"], str]:
-    """Run piece by piece; (how it ended, reason if it failed)."""
+    """Run segment by segment; (how it ended, reason if it failed)."""
     for begin, end in _pieces(task):
         whole = end % _PIECE == 0 or end == task.steps  # the others only end where the trace has a record
         try:
@@ -265,7 +265,7 @@ def _advance(
 
 
 def _pieces(task: ReplicaTask) -> Iterator[tuple[int, int]]:
-    """(first, last step) of every piece; pieces end at the steps of the trace, too."""
+    """(first, last step) of every segment; segments end at the steps of the trace, too."""
     ends = {*range(_PIECE, task.steps, _PIECE), task.steps}
     if task.trace_every:
         ends |= set(range(task.trace_every, task.steps, task.trace_every))
@@ -273,7 +273,7 @@ def _pieces(task: ReplicaTask) -> Iterator[tuple[int, int]]:
 
 
 def _nonsense(session: Session, task: ReplicaTask, start: Atoms) -> str:
-    """Why the current state makes no sense, or an empty text."""
+    """Why the current state is invalid, or an empty text."""
     if not np.isfinite(session.positions()).all():
         return f"Positions are not finite at step {session.step()}."
     limit = highest_temperature(task.temperature)
@@ -310,7 +310,7 @@ def _finish(
     bias_share: float,
     seconds: float,
 ) -> ReplicaResult:
-    """Give the sane frames, log and trace their final names, and say how it went."""
+    """Give the valid frames, log and trace their final names, and say how it went."""
     raw = count_frames(attempt.folder / _FRAMES)  # first: the process of a salvaged attempt may still be writing
     frames = list(_sane_frames(task, attempt.folder))
     if len(frames) < raw:
@@ -319,7 +319,7 @@ def _finish(
         stopped, reason, steps = "failed", reason or insane, min(steps, last + task.frames_every)
     _keep_log(task, attempt)
     attempt.remove(trace_file(task))
-    # Where a failed replica stops to make sense is known for frames only.
+    # Where a failed replica becomes invalid is known for frames only.
     if stopped != "failed" and (attempt.folder / _TRACE).exists():
         attempt.put(_TRACE, trace_file(task))
     attempt.put_text(as_extxyz(frames), task.frames)
@@ -342,7 +342,7 @@ def _finish(
 
 
 def _sane_frames(task: ReplicaTask, folder: Path) -> Iterator[Atoms]:
-    """Frames of the unfinished file up to the first that makes no sense.
+    """Frames of the unfinished file before the first invalid one.
 
     That is: cut short, not finite, with overlapping atoms, or with a cell out of bounds. They are in the start's state.
     """
@@ -398,7 +398,7 @@ def _npt(task: ReplicaTask) -> list[str]:
 
 
 def _colvars(task: ReplicaTask, folder: Path) -> list[str]:
-    """Another bias, on collective variables, for comparisons. Its hills are forgotten at the end of the replica."""
+    """Another bias, on collective variables, for comparisons. Its hills are discarded at the end of the replica."""
     names = f'"{folder / "colvars"}" output "{folder / "colvars_out"}" seed {task.langevin_seed}'
     return [f"fix collective_variables all colvars {names}"] if task.colvars else []
 

@@ -64,7 +64,7 @@ class Session:
             model: file of the model that moves the atoms, for `make_system`.
 
         Raises:
-            SimulationError: LAMMPS could not be started, or cannot be told the name of a file.
+            SimulationError: LAMMPS could not be started, or cannot read the name of a file.
             MachineError: there is no room in /dev/shm.
         """
         self._aliases = Aliases()
@@ -271,7 +271,7 @@ def system_commands(atoms: Atoms, model: Path, precision: str, neighbours: Neigh
 
 
 def _region(atoms: Atoms) -> str:
-    """The first box: the turned cell, or a block around a molecule."""
+    """The first box: the rotated cell, or a block around a molecule."""
     if atoms.pbc.all():
         xx, yy, zz, xy, xz, yz = (f"{value:.17g}" for value in Prism(atoms.cell[:]).get_lammps_prism())
         return f"region cell prism 0 {xx} 0 {yy} 0 {zz} {xy} {xz} {yz} units box"

@@ -1,9 +1,9 @@
-"""One piece of a trajectory that watches its own error: LAMMPS in a worker process, a state in and a state out.
+"""One segment of a trajectory that monitors its own error: LAMMPS in a worker process, a state in and a state out.
 
 Between checks LAMMPS runs alone; at each check the largest atomic uncertainty of fix ubmd goes to a trigger
-(`ubmd.lammps.triggers`). The piece ends where the trigger asks for a label, at its step limit, where an atom leaves
-the range of a force-constant potential (guard), or when it makes no sense any more. The state that comes back is that
-of the last check that made sense, in full precision: the next piece goes on from there, with the same or another model.
+(`ubmd.lammps.triggers`). The segment ends where the trigger requests a label, at its step limit, where an atom exceeds
+the displacement limit of a force-constant potential (guard), or when its state is invalid. The state that comes back is
+that of the last valid check, in full precision: the next segment continues from there, with the same or another model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ubmd.lammps.triggers import Trigger, load_trigger
 Array = NDArray[np.float64]
 FIX = "monitor"
 _GUARD = re.compile(r"atom (\d+) is (\S+) A away from its site, more than the (\S+) A")  # the plugin's error
-_LOOK = 50  # checks between looks at the temperature and notes of the progress
+_LOOK = 50  # checks between tests of the temperature and notes of the progress
 _SPEED = 1000.0 * units.fs  # Å/ps in ASE's unit of speed
 
 
@@ -118,7 +118,7 @@ def read_state(path: Path) -> TrajectoryState:
 
 @dataclass
 class PieceData:
-    """What a piece leaves behind besides its state."""
+    """What a segment leaves behind besides its state."""
 
     steps: NDArray[np.int64]
     """[N] step of the trajectory at each check"""
@@ -129,23 +129,23 @@ class PieceData:
     means: Array
     """[N] eV/Å; NaN without"""
     frames: Array
-    """[K, n, 3] unwrapped positions of frames that were not asked about, Å"""
+    """[K, n, 3] unwrapped positions of frames without a request, Å"""
     frame_steps: NDArray[np.int64]
     """[K]"""
 
 
 def read_piece(path: Path) -> tuple[TrajectoryState, PieceData]:
-    """(state at the end, what happened) of a finished piece; errors as for `read_state`."""
+    """(state at the end, what happened) of a finished segment; errors as for `read_state`."""
     state = read_state(path)
     with path.open("rb") as handle, np.load(handle, allow_pickle=False) as data:
         return state, PieceData(**{name: data[name] for name in PieceData.__dataclass_fields__})
 
 
 def run_piece(task: PieceTask, note: Callable[[Attempt, PieceResult], None] | None = None) -> PieceResult:
-    """Run a piece to its end and write its file; see `ubmd.lammps.engine.MDEngine.run`.
+    """Run a segment to its end and write its file; see `ubmd.lammps.engine.MDEngine.run`.
 
     Raises:
-        TakenOver: another process has begun the same piece.
+        TakenOver: another process has begun the same segment.
         SimulationError: it could not be started (no LAMMPS, no plugin, no model, unknown element).
         ModelError: the state cannot be read.
     """
@@ -172,7 +172,7 @@ _Ran = tuple["_Piece", "_Ending", str, float]
 
 
 def _run_once(task: PieceTask, attempt: Attempt, state: TrajectoryState, neighbours: Neighbours) -> _Ran:
-    """Run a piece with one way to find neighbours; ThinBoxError if it is the wrong one."""
+    """Run a segment with one way to find neighbours; ThinBoxError if it is the wrong one."""
     piece = _Piece(task, state)
     with _session(task, state, neighbours) as (session, oriented):
         begin = time.monotonic()
@@ -181,7 +181,7 @@ def _run_once(task: PieceTask, attempt: Attempt, state: TrajectoryState, neighbo
 
 
 def salvage(task: PieceTask, reason: str) -> PieceResult:
-    """The result of a piece whose process was lost: nothing has happened, its file has the state of the start.
+    """The result of a segment whose process was lost: nothing has happened, its file has the state of the start.
 
     Attempts at it are over, also if their processes live on.
     """
@@ -199,13 +199,13 @@ _Ending = Literal["asked", "segment", "guard", "failed"]
 
 
 class _Piece:
-    """A piece in the making: what its checks have seen."""
+    """A running segment: the results of its checks."""
 
     def __init__(self, task: PieceTask, state: TrajectoryState) -> None:
         self.task = task
         self.begin = state.step
         self._start = state
-        self._sane = state.step, state.positions, state.velocities  # at the last check that made sense
+        self._sane = state.step, state.positions, state.velocities  # at the last valid check
         self.trigger = load_trigger(state.trigger)
         self.bias_share = self.max_displacement = 0.0
         self._rule = ""
@@ -235,7 +235,7 @@ class _Piece:
         return "failed", f"LAMMPS stopped with an error: {message}"
 
     def _check(self, session: Session, oriented: _Oriented, check: int) -> tuple[_Ending, str] | None:
-        """Look at one step; how the piece ends with it, or None."""
+        """Check one step; how the segment ends with it, or None."""
         error = session.fix_value(FIX, FixValue.MAX_UNCERTAINTY)
         step = self.begin + (check + 1) * self.task.check_every
         positions, velocities = oriented.positions(), oriented.velocities()
@@ -259,7 +259,7 @@ class _Piece:
         return "asked", ""
 
     def state(self) -> TrajectoryState:
-        """At the last check that made sense."""
+        """At the last valid check."""
         step, positions, velocities = self._sane
         return replace(self._start, positions=positions, velocities=velocities, step=step, trigger=self.trigger.state())
 
@@ -292,7 +292,7 @@ class _Piece:
 
 
 class _Frames:
-    """Evenly spaced frames of a piece of unknown length: every second one goes whenever there are too many."""
+    """Evenly spaced frames of a segment of unknown length: every second one is dropped whenever there are too many."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -345,7 +345,7 @@ def _dynamics_commands(task: PieceTask, symbols: list[str]) -> Iterator[str]:
 
 
 class _Oriented:
-    """A trajectory's atoms in their own orientation, as states and frames have them; LAMMPS turns cells."""
+    """A trajectory's atoms in their own orientation, as states and frames have them; LAMMPS rotates cells."""
 
     def __init__(self, session: Session, state: TrajectoryState) -> None:
         """Give the atoms of a session the velocities of a state."""
@@ -373,7 +373,7 @@ def _write(path: Path, arrays: dict[str, Any]) -> None:
 
 
 class _Pieces:
-    """Pieces of trajectories in LAMMPS."""
+    """Segments of trajectories in LAMMPS."""
 
     result_type = PieceResult
     run = staticmethod(run_piece)
@@ -386,4 +386,4 @@ class _Pieces:
 
 
 PIECES: MDEngine[PieceTask, PieceResult] = _Pieces()
-"""LAMMPS as the engine of pieces"""
+"""LAMMPS as the engine of segments"""

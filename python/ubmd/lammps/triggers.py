@@ -1,8 +1,8 @@
-"""When a running trajectory asks for a label: rules on the series of its errors, for every kind of model.
+"""When a running trajectory requests a label: rules on the series of its errors, for every kind of model.
 
 A trigger belongs to one trajectory. It sees one error per step (eV/Å: the Bayesian error or a calibrated largest
-atomic uncertainty) and is told of every refit. Its state is a dictionary of JSON values, so that a run goes on after a
-restart.
+atomic uncertainty) and is informed of every refit. Its state is a dictionary of JSON values, so that a run continues
+after a restart.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Trigger(ABC):
 
     @abstractmethod
     def _remember(self, error: float) -> None:
-        """Take the error into the state, after the rule has been asked."""
+        """Take the error into the state, after the rule has been evaluated."""
 
     @abstractmethod
     def _memory(self) -> dict[str, Any]: ...
@@ -158,7 +158,7 @@ class AverageTrigger(Trigger):
         self.errors: deque[float] = deque(maxlen=window)
 
     def refitted(self, error: float) -> None:
-        """The average is that of the current model: it starts anew."""
+        """The average is that of the current model: it starts again."""
         self.steps = 0
         self.errors.clear()
 
@@ -200,7 +200,7 @@ class AverageTrigger(Trigger):
 class HistoryTrigger(Trigger):
     """VASP-like: the threshold is the mean of the last errors right after refits, times a factor.
 
-    Until ``history`` refits were seen, the threshold is ``start``: small, so that an untrained model learns at once.
+    Before ``history`` refits the threshold is ``start``: small, so that an untrained model learns at once.
     """
 
     kind = "history"

@@ -1,4 +1,4 @@
-"""References: who labels structures, and reference MD that makes test sets."""
+"""References: the calculators that label structures, and reference MD that makes test sets."""
 
 from ubmd.references.calculators import make_calculator
 from ubmd.references.labels import energy_jumps, label

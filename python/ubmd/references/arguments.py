@@ -1,8 +1,8 @@
-"""Whether a calculator knows the arguments that it is handed.
+"""Whether a calculator knows the arguments that it is given.
 
 ASE's ``Calculator.__init__`` takes any keyword: a misspelt ``method`` would leave the method at its default, and labels
-would be of another level of theory without a word. Programs with hundreds of keywords (Vasp, CP2K, DFTB+) live from
-that freedom, so a name is refused only where no other reading is left.
+would silently be of another level of theory. Programs with hundreds of keywords (Vasp, CP2K, DFTB+) rely on
+that freedom, so a name is refused only if it can be nothing but a mistake.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _PASSED_ON = {
 def check_arguments(
     factory: Callable[..., Any], calculator: str, arguments: Iterable[str], ours: Iterable[str] = ()
 ) -> list[str]:
-    """Names of arguments that a calculator is handed but does not name.
+    """Names of arguments that a calculator is given but does not name.
 
     Args:
         factory: class or function that makes the calculator.
         calculator: what the settings call it, for messages.
         arguments: names of the keyword arguments.
-        ours: names that are not for the settings to give.
+        ours: names that settings must not give.
 
     Raises:
         SettingsError: an argument that the calculator cannot take, or one that is up to two letters away from one that
@@ -57,7 +57,7 @@ def check_arguments(
     for name in unknown:
         meant = nearest(name, known, keywords | _common_arguments())
         if meant is not None or not takes_any:
-            hint = f"did you mean {meant!r}?" if meant else f"known are {', '.join(sorted(known)) or 'none'}."
+            hint = f"did you mean {meant!r}?" if meant else f"known arguments: {', '.join(sorted(known)) or 'none'}."
             raise SettingsError(
                 f"reference.arguments don't suit the calculator {calculator!r}: it has no argument {name!r}; {hint}"
             )

@@ -1,4 +1,4 @@
-"""Labels that are never computed twice: a folder of labelled structures, by a hash of all that decides a label.
+"""Labels that are never computed twice: a folder of labelled structures, by a hash of all that determines a label.
 
 Runs may share the folder, also at the same time: a label is one file, written under another name and then renamed.
 """
@@ -49,7 +49,7 @@ def through_cache(atoms: Atoms, settings: ReferenceSettings, base: Path, compute
             if kept.info.get(_UNCONSTRAINED) or not _has_zero_force(labels_of(kept)):
                 return labels_of(kept)
         except DataError:
-            pass  # a damaged file, for instance after a power failure: made anew
+            pass  # a damaged file, for instance after a power failure: made again
     results = compute()
     copy = bare(atoms, settings.info)
     copy.calc = SinglePointCalculator(copy, **results)

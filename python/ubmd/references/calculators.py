@@ -50,13 +50,13 @@ def make_calculator(settings: ReferenceSettings, base: Path) -> GetPropertiesMix
     if isinstance(calculator, Atoms) or not hasattr(calculator, "get_forces"):
         raise SettingsError(
             f"reference.calculator = {settings.calculator!r} makes an object of type {type(calculator).__name__}, "
-            "which is no ASE calculator."
+            "which is not an ASE calculator."
         )
     return calculator
 
 
 def unrecognised_arguments(settings: ReferenceSettings, base: Path) -> list[str]:
-    """Names of ``settings.arguments`` that the calculator is handed but does not name; errors as `make_calculator`."""
+    """Names of ``settings.arguments`` that the calculator is given but does not name; errors as `make_calculator`."""
     base = Path(base).resolve()
     with variables(settings.environment):
         return _check(import_attribute(settings.calculator, base, READY_MADE), settings, base)
@@ -94,7 +94,7 @@ def _make(factory: Any, settings: ReferenceSettings, base: Path) -> GetPropertie
         if isinstance(error, KeyboardInterrupt) and not in_worker():
             raise
         check_machine(error)
-        # Whatever a foreign constructor raises, its arguments come from the settings file: say which table to mend.
+        # Whatever a foreign constructor raises, its arguments come from the settings file: say which table to correct.
         raise SettingsError(
             f"reference.arguments don't suit the calculator {settings.calculator!r}: {describe(error)}"
         ) from error

@@ -111,7 +111,7 @@ def cp2k(
 ) -> Program:
     """Gaussian and plane waves DFT with CP2K (energy in eV, forces in eV/Å, stress in eV/Å^3).
 
-    Every label starts cp2k_shell anew in a folder of its own, from the atomic guess: 0.7 s more than keeping it, but
+    Every label starts a new cp2k_shell in its own folder, from the atomic guess: 0.7 s more than keeping it, but
     labels do not depend on each other. A label whose SCF does not converge is rejected (CP2K 2023 and older return
     its numbers as if nothing had happened).
 
@@ -140,7 +140,7 @@ def cp2k(
     unknown = sorted(set(settings) - set(DEFAULTS))
     if unknown:
         meant = nearest(unknown[0], DEFAULTS)
-        hint = f"did you mean {meant!r}?" if meant else f"known are {', '.join(DEFAULTS)}."
+        hint = f"did you mean {meant!r}?" if meant else f"known arguments: {', '.join(DEFAULTS)}."
         raise SettingsError(f"reference.arguments.{unknown[0]} is unknown to cp2k; {hint}")
     chosen = DEFAULTS | PRESETS[preset] | settings
     text = None if template is None else _read(Path(base) / template)
@@ -160,7 +160,7 @@ def _run(
     from ase.calculators.cp2k import CP2K
 
     if not atoms.cell.rank == 3:
-        raise LabelError("CP2K needs a cell, also around molecules; set one in the start structure.")
+        raise LabelError("CP2K needs a cell, even for molecules; set one in the start structure.")
     output = folder / "cp2k.out"
     calculator = None
     try:

@@ -1,4 +1,4 @@
-"""Charge and spin of a calculation: what the settings say, else what the structure says; never two different things."""
+"""Charge and spin of a calculation: from the settings, else from the structure; the two must not disagree."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _ROUNDING = 0.05  # e, of the sum of initial charges
 def total_charge(atoms: Atoms, argument: float | None, *, whole: bool = True) -> float:
     """Total charge (e): ``reference.arguments.charge``, else ``info['charge']``, else the sum of the initial charges.
 
-    A sum next to a whole number is that number: charges of atoms are rounded.
+    A sum close to a whole number is that number: charges of atoms are rounded.
 
     Args:
         atoms: the structure.
         argument: what the settings say.
-        whole: it must be a whole number (tblite computes nonsense from others).
+        whole: it must be a whole number (tblite gives invalid results for others).
 
     Raises:
         LabelError: two of them that differ (a sum of zero counts as not given), or a fraction of a charge.
@@ -41,7 +41,7 @@ def total_charge(atoms: Atoms, argument: float | None, *, whole: bool = True) ->
 def spin_multiplicity(atoms: Atoms, argument: int | None) -> int | None:
     """2 S + 1 by ``reference.arguments.multiplicity``, else ``info['multiplicity']``, else from the initial moments.
 
-    None if nothing says it.
+    None if it is not given.
 
     Raises:
         LabelError: two of them that differ; one that is no whole number above zero; non-collinear moments; or

@@ -149,7 +149,7 @@ def _run(
 def _complete(results: dict[str, Any], output: Path) -> dict[str, Any]:
     for name in ("energy", "forces", "stress"):
         if results.get(name) is None:
-            raise LabelError(f"Quantum ESPRESSO gave no {name}; see {output.name} of a run by hand.")
+            raise LabelError(f"Quantum ESPRESSO gave no {name}; run it manually and see {output.name}.")
     return results
 
 

@@ -86,14 +86,14 @@ def read_gth(path: Path, element: str, name: str) -> Potential:
     try:
         return _parse(element, functional, words)
     except (ValueError, StopIteration):
-        raise SettingsError(f"The entry {wanted} of {element} in {path} is damaged; install cp2k-data anew.") from None
+        raise SettingsError(f"The entry {wanted} of {element} in {path} is damaged; reinstall cp2k-data.") from None
 
 
 def find_potentials(file: str | Path | None, base: Path) -> Path:
     """GTH_POTENTIALS: the given file (relative to ``base``), else that of CP2K's data on this machine.
 
     Raises:
-        SettingsError: it is nowhere.
+        SettingsError: it is not found.
     """
     if file is not None:
         path = (base / Path(file).expanduser()).resolve()

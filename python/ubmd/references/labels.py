@@ -34,7 +34,7 @@ _states: dict[tuple[str, str], str] = {}  # of the structures that these calcula
 
 
 def cached_calculator(settings: ReferenceSettings, base: Path, state: str = "") -> GetPropertiesMixin:
-    """The calculator of these settings in this process, made on first use, and anew for each change of state.
+    """The calculator of these settings in this process, made on first use, and again for each change of state.
 
     ASE's calculators return their last results for a structure that differs only in tags, masses or ``info``.
 
@@ -227,10 +227,10 @@ def _check_force(forces: np.ndarray, force_limit: float) -> None:
 
 
 def energy_jumps(new: Sequence[Atoms], known: Sequence[Atoms], limit: float) -> dict[int, str]:
-    """Labels whose energy is absurd beside those known before, as SCF solutions in a wrong state are.
+    """Labels whose energy is implausible compared with those known before, as for SCF solutions in a wrong state.
 
     Energies per atom are compared with the median of the labels of the same composition, those known before or, if
-    there are none yet, the new ones themselves. Fewer than three say nothing.
+    there are none yet, the new ones themselves. Fewer than three are not enough.
 
     Args:
         new: labelled structures.

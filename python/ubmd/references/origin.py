@@ -28,7 +28,7 @@ def inspect_reference(settings: ReferenceSettings, base: Path) -> dict[str, Any]
 
     Returns:
         packages: name -> version of what computes; files: own module -> SHA-256; programs: name -> full path;
-        unrecognised: arguments that the calculator is handed but does not name.
+        unrecognised: arguments that the calculator is given but does not name.
 
     Raises:
         SettingsError: the calculator cannot be imported or made, or an argument is misspelt.

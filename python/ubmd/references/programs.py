@@ -32,7 +32,7 @@ Runner = Callable[[Atoms, Path], dict[str, Any]]
 
 
 class Program(Calculator):
-    """An ASE calculator that starts a program (or a library) afresh for every structure.
+    """An ASE calculator that starts a program (or a library) from scratch for every structure.
 
     Nothing is carried over from the last structure: a label depends on its structure alone, whichever worker makes it.
     """
@@ -60,7 +60,7 @@ class Program(Calculator):
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A new folder under the system's temporary directory; it goes afterwards, also after a failure.
+    """A new folder under the system's temporary directory; it is removed afterwards, also after a failure.
 
     Folders that killed processes of this machine have left are removed, too.
 
@@ -144,7 +144,7 @@ def tail(path: Path) -> str:
 def failed(
     program: str, error: BaseException, output: Path, translate: Callable[[str], str], code: int = 0
 ) -> LabelError:
-    """The reason for a failure: ``translate`` finds a sentence in the program's output, else its last lines do.
+    """The reason for a failure: a sentence that ``translate`` finds in the program's output, else its last lines.
 
     Args:
         program: its name.

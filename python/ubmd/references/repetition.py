@@ -82,7 +82,7 @@ class Repetition:
             raise LabelError("reference.arguments.repeat is for structures that are periodic in all directions.")
 
     def _shifts(self, atoms: Atoms) -> np.ndarray:
-        """Cell translations [n, 3] that close all bonds: the copies of atom k change places by shift k."""
+        """Cell translations [n, 3] that close all bonds: the copies of atom k are exchanged by shift k."""
         first, second = self._bonds.T
         straight = atoms.positions[second] - atoms.positions[first]
         nearest, _ = find_mic(straight, atoms.cell, pbc=True)

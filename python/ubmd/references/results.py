@@ -82,7 +82,7 @@ def as_numbers(name: str, value: Any) -> np.ndarray:
     """A new array of float64 from what a calculator returned as its ``name``.
 
     Raises:
-        LabelError: it is None, masked, complex, or has something else in it than numbers.
+        LabelError: it is None, masked, complex, or contains something other than numbers.
     """
     if value is None:
         raise LabelError(f"The reference returned no {name} (None).")
@@ -91,7 +91,9 @@ def as_numbers(name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError as error:  # rows of different lengths
-        raise LabelError(f"The reference returned {name} that are no array of numbers ({one_line(error)}).") from error
+        raise LabelError(
+            f"The reference returned {name} that are not an array of numbers ({one_line(error)})."
+        ) from error
     for item in array.ravel() if array.dtype == object else array.ravel()[:1].tolist():
         _check_kind(name, item)
     return np.array(array, dtype=float)

@@ -23,7 +23,7 @@ from ubmd.settings import ReferenceSettings, SamplingSettings
 def sample(atoms: Atoms, reference: ReferenceSettings, sampling: SamplingSettings, base: Path) -> list[Atoms]:
     """Labelled frames of reference MD: the frames of all trajectories, one after the other.
 
-    The frames depend only on ``atoms`` and the settings: same seed, same frames. Atoms that FixAtoms holds stay where
+    The frames depend only on ``atoms`` and the settings: same seed, same frames. Atoms that FixAtoms fixes stay where
     they are; the frames have no constraint, and their labels the reference's own forces on all atoms.
 
     Raises:

@@ -23,8 +23,8 @@ class Stages:
     """The stages of one folder: each runs once per key.
 
     A key is the hash of everything that determines the result: settings, data, and the keys of earlier stages. It holds
-    no path, no time-out and no hash of an earlier stage's output: a run that moves to another folder or machine keeps its
-    keys, and an output that had to be made again (a damaged model, say, on a machine that rounds differently) makes
+    no path, no time-out and no hash of an earlier stage's output: a run that moves to another folder or machine keeps
+    its keys, and an output that had to be made again (a damaged model, say, on a machine that rounds differently) makes
     nothing else stale. A stage's mark (``.stages/<name>.json``) is written after its outputs and has their hashes.
     """
 
