@@ -354,9 +354,9 @@ def _strange_stress(structures: Sequence[Atoms]) -> Iterator[str]:
     typical = max(float(np.median(sizes)), 1e-300) / _TYPICAL_STRESS
     unit = min(_STRESS_UNITS, key=lambda name: abs(np.log(typical * _STRESS_UNITS[name])))
     yield (
-        f"stresses of up to {max(sizes):.3g} eV/Å^3 = {max(sizes) / GPa:.3g} GPa are read; judging by their size they are "
-        f"in another unit, perhaps {unit}, or virials in eV. Convert them to eV/Å^3 (1 GPa = {GPa:.6f} eV/Å^3), or name "
-        "virials with --label virial=KEY."
+        f"stresses of up to {max(sizes):.3g} eV/Å^3 = {max(sizes) / GPa:.3g} GPa are read; judging by their size "
+        f"they are in another unit, perhaps {unit}, or virials in eV. Convert them to eV/Å^3 (1 GPa = {GPa:.6f} "
+        "eV/Å^3), or name virials with --label virial=KEY."
     )
 
 

@@ -2,8 +2,8 @@
 
 The fix writes frames to a folder of this attempt alone (`ubmd.attempts`) while the run goes on; frames, log and trace
 have their own names once it has ended. Between segments of the run the replica is checked for invalid states (NaN,
-extreme temperature, overlapping atoms, a cell out of bounds). However it ends - threshold, step limit, LAMMPS error, crash of
-the whole process (`salvage`) - the frames up to the last valid one are kept.
+extreme temperature, overlapping atoms, a cell out of bounds). However it ends - threshold, step limit, LAMMPS error,
+crash of the whole process (`salvage`) - the frames up to the last valid one are kept.
 
 LAMMPS rotates cells (first vector along x, second in the xy plane), and frames of cells are rotated, too: positions,
 cell and whatever is computed from them later belong together, in the rotated orientation.
