@@ -31,7 +31,7 @@ class ArgumentError(SettingsError, TypeError):
 
 
 class ModelError(UbmdError):
-    """A model file is missing, corrupt, of another format, or lacks what was asked of it."""
+    """A model file is missing, corrupt, of another format, or lacks something that is needed."""
 
 
 class LabelError(UbmdError):

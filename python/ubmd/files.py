@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and whether they can be written where they are wanted."""
+"""Files that are written whole or not at all, and whether they can be written where they are needed."""
 
 from __future__ import annotations
 

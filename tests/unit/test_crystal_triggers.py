@@ -103,7 +103,7 @@ def test_state_survives_a_restart() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(DataError, match="broken at this step"):
+    with pytest.raises(DataError, match="invalid at this step"):
         AbsoluteTrigger(0.1).observe(math.nan)
     with pytest.raises(SettingsError, match="threshold"):
         AbsoluteTrigger(0.0)

@@ -273,8 +273,8 @@ def rename(atoms: Atoms) -> None:
         (stretch, False, ""),
         (rename, False, ""),
         (move, True, "moved the atoms"),
-        (stretch, True, "another cell"),
-        (rename, True, "other elements"),
+        (stretch, True, "a cell other than"),
+        (rename, True, "elements other than"),
         (lambda atoms: atoms.set_pbc(False), False, ""),
         (lambda atoms: atoms.set_pbc(False), True, r"without its periodicity \(pbc\)"),
         (lambda atoms: atoms.info.clear(), True, ""),
@@ -282,7 +282,7 @@ def rename(atoms: Atoms) -> None:
     ],
 )
 def test_calculators_that_change_their_atoms(change, before, reason, monkeypatch, tmp_path):
-    """They get a copy; a label of another structure than the one that was asked for is refused."""
+    """They get a copy; a label of a structure other than the requested one is refused."""
     settings = ReferenceSettings(calculator="ase.calculators.emt:EMT")
     use(Changing(change, before), monkeypatch, settings, tmp_path)
     atoms = slab()

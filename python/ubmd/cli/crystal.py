@@ -34,7 +34,7 @@ def phonons(
     ] = False,
     mesh: Annotated[
         int,
-        typer.Option(min=1, help="Conductivity: points along each reciprocal vector; raise it until nothing moves."),
+        typer.Option(min=1, help="Conductivity: points along each reciprocal vector; raise it until converged."),
     ] = 11,
     temperature: Annotated[
         list[float] | None, typer.Option(min=1.0, help="Conductivity: K; may be repeated. Default: 300.")
@@ -46,12 +46,11 @@ def phonons(
     """Phonons, elastic constants and heat conductivity of a force-constant potential.
 
     Writes phonons.png (dispersion and density of states), phonons.npz (the numbers) and elastic.txt. These follow from
-    the second order alone: small vibrations of the ideal lattice, without the long-ranged forces of polar crystals.
+    the second order alone: small vibrations of the ideal lattice, without the long-range forces of polar crystals.
 
     With --conductivity: the relaxation time approximation from second and third order, in conductivity.txt, and
-    phono3py.yaml, fc2.hdf5, fc3.hdf5, with which phono3py itself goes on (other meshes, full solution, cumulative ...).
-    Needs a third order. Seconds for silicon on an 11x11x11 mesh, and the cube of the mesh twice over: double the mesh
-    and it takes 64 times as long.
+    phono3py.yaml, fc2.hdf5, fc3.hdf5, to continue with phono3py itself (other meshes, full solution, cumulative ...).
+    Needs a third order. Takes seconds for silicon on an 11x11x11 mesh; double the mesh and it takes 64 times as long.
 
       ubmd phonons runs/silicon --conductivity --temperature 300 --temperature 600 --out phonons
     """

@@ -113,7 +113,7 @@ def info_tables(metadata: dict[str, Any], title: str) -> list[Table]:
     lattice, regression, uncertainty = metadata["lattice"], metadata["regression"], metadata["uncertainty"]
     elements = [metadata["elements"][k] for k in lattice["species"]]
     head = info_table(title, ("what", "value"))
-    guard, noise = lattice["max_displacement"], regression["noise"]["forces"]
+    limit, noise = lattice["max_displacement"], regression["noise"]["forces"]
     rows = {
         "kind": "force constants of a crystal",
         "space group": metadata.get("space_group") or "not recorded",
@@ -121,7 +121,7 @@ def info_tables(metadata: dict[str, Any], title: str) -> list[Table]:
         "parameters P": str(uncertainty["projections"]),
         "determined by the data γ/P": f"{100 * regression['determined']:.3g} %",
         "noise or truncation": f"{noise:.3g} eV/Å",
-        "largest displacement": f"{guard:.3g} Å (simulations stop beyond it)",
+        "largest displacement": f"{limit:.3g} Å (simulations stop beyond it)",
         "energy of the ideal crystal": f"{lattice['energy']:.8g} eV per primitive cell",
     }
     for row in rows.items():

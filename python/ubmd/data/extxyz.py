@@ -226,7 +226,7 @@ def _info_item(key: str, value: Any) -> str:
 
 
 def _without_arrays(value: Any) -> Any:
-    """A nested value with lists in place of arrays and of numpy's numbers, as JSON wants it."""
+    """A nested value with lists in place of arrays and of numpy's numbers, as JSON needs it."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, dict):

@@ -51,7 +51,7 @@ class Frame:
     free_energy: float | None = None
     """free energy minus energy, eV/atom, where both are given"""
     unused: dict[str, str] = field(default_factory=dict)
-    """virial's key -> why it is no label"""
+    """virial's key -> why it is not a label"""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _candidates(
             if value is not None:
                 found.append(_Found(key, family, _converted("virial" if name in _VIRIALS else label, value, atoms)))
                 if label == "energy" or not compare:
-                    break  # a free energy is no second energy
+                    break  # a free energy is not a second energy
     return found if compare else found[:1]
 
 

@@ -315,8 +315,8 @@ def _finish(
     frames = list(_sane_frames(task, attempt.folder))
     if len(frames) < raw:
         last = int(frames[-1].info["step"]) if frames else 0
-        insane = f"Atoms overlap or are lost, or the cell is out of bounds, after the frame of step {last}."
-        stopped, reason, steps = "failed", reason or insane, min(steps, last + task.frames_every)
+        invalid = f"Atoms overlap or are lost, or the cell is out of bounds, after the frame of step {last}."
+        stopped, reason, steps = "failed", reason or invalid, min(steps, last + task.frames_every)
     _keep_log(task, attempt)
     attempt.remove(trace_file(task))
     # Where a failed replica becomes invalid is known for frames only.

@@ -49,7 +49,7 @@ class Trigger(ABC):
             DataError: the error is negative or not a finite number.
         """
         if not math.isfinite(error) or error < 0.0:
-            raise DataError(f"A trigger got the error {error}: the model or the structure is broken at this step.")
+            raise DataError(f"A trigger got the error {error}: the model or the structure is invalid at this step.")
         call = self._rule(error)
         self._remember(error)
         return call if call is not None and error >= self.floor * noise else None

@@ -25,13 +25,13 @@ from ubmd.spelling import nearest
 _ANY = inspect.Parameter.VAR_KEYWORD
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _COMMON = (BaseCalculator, Calculator, FileIOCalculator, GenericFileIOCalculator)
-"""Their arguments say how a program runs, not what it computes: Vasp's 'istart' is no misspelt 'restart'."""
+"""Their arguments say how a program runs, not what it computes: Vasp's 'istart' is not a misspelt 'restart'."""
 
 _PASSED_ON = {
     "ase.calculators.espresso:Espresso": "ase.io.espresso:write_espresso_in",
     "ubmd.references.tblite:tblite": "tblite.ase:TBLite",
 }
-"""Calculators that hand their keywords to something else, which alone names them."""
+"""Calculators that pass their keywords on to something else, which alone names them."""
 
 
 def check_arguments(

@@ -44,7 +44,7 @@ def spin_multiplicity(atoms: Atoms, argument: int | None) -> int | None:
     None if it is not given.
 
     Raises:
-        LabelError: two of them that differ; one that is no whole number above zero; non-collinear moments; or
+        LabelError: two of them that differ; one that is not a positive whole number; non-collinear moments; or
             ``info['spin']`` alone, which is 2 S in one program, 2 S + 1 in another.
     """
     moments = atoms.get_initial_magnetic_moments().reshape(len(atoms), -1)

@@ -89,7 +89,7 @@ def _potentials(
 
 
 def _gather(potentials: Mapping[str, Path | str], folder: Path) -> dict[str, str]:
-    """Put all pseudopotentials into one folder, as pw.x wants them; their names by element."""
+    """Put all pseudopotentials into one folder, as pw.x needs them; their names by element."""
     names = {}
     for element, potential in potentials.items():
         if isinstance(potential, str):

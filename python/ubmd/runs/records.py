@@ -63,7 +63,7 @@ class Record(BaseModel):
             values: of a JSON file.
 
         Raises:
-            DataError: the values, or some within them, are no record or no list of records.
+            DataError: the values, or some within them, are not a record or a list of records.
         """
         if not isinstance(values, dict):
             raise DataError(f"{_shown(cls)} of a file is damaged: it is not a table of values.")

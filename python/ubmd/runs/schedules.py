@@ -1,4 +1,4 @@
-"""The schedules of learning. Which one a settings file or a run folder is of is asked here, and nowhere else."""
+"""The schedules of learning. Which one a settings file or a run folder is of is decided here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Schedule:
     schema: str
     """what `ubmd schema` calls its settings"""
     table: str | None
-    """the table of a settings file that asks for this schedule; None: it is the one of all other files"""
+    """the table of a settings file that selects this schedule; None: it is the one of all other files"""
     settings: Settings
     takes_back: bool
     """whether its run can be taken back to an earlier iteration (``--from``)"""

@@ -85,7 +85,7 @@ def _verdict(error: BaseException) -> tuple[str, str]:
         return "StorageError", describe(error)
     if isinstance(error, MachineError):
         return "WorkersLost", one_line(error)
-    if isinstance(error, KeyboardInterrupt) and not in_worker():  # somebody's Ctrl-C
+    if isinstance(error, KeyboardInterrupt) and not in_worker():  # a user's Ctrl-C
         return "WorkersLost", "The task was interrupted."
     if not isinstance(error, LabelError | StorageError):  # these say themselves what was at fault
         fault = machine_fault(error)

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-_PATIENCE = 10.0  # s that new processes may go on to appear
+_PATIENCE = 10.0  # s in which new processes may still appear
 _QUIET = 3  # looks in a row that find nothing
 _ANSWER = 60.0  # s that SLURM may take to answer
 _TRIES = (0.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # s before each try to cancel jobs: SLURM may be down
@@ -46,7 +46,7 @@ def left_behind(session: int | None, cookie: bytes) -> list[int]:
             fields = (entry / "stat").read_bytes().rsplit(b")", 1)[1].split()  # a name may be any bytes
             mine = int(fields[3]) == session or cookie in (entry / "environ").read_bytes().split(b"\0")
         except (OSError, IndexError):
-            continue  # it has ended, or belongs to somebody else
+            continue  # it has ended, or belongs to another user
         if mine and fields[0] != b"Z" and int(entry.name) != os.getpid():
             found.append(int(entry.name))
     return found
