@@ -151,8 +151,8 @@ class CrystalSettings(Table):
     caution: float = Field(
         0.5,
         ge=0,
-        description="hyperprior that keeps an order the labels say nothing about from being switched off; 0: the bare "
-        "evidence (no unit)",
+        description="hyperprior that keeps an order without information in the labels from being switched off; 0: the "
+        "bare evidence (no unit)",
     )
 
     @field_validator("cutoffs", mode="before")
