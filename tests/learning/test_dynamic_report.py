@@ -25,7 +25,7 @@ from ubmd.runs.reading import read_rounds
 PICTURES = {"learning_curve", "calibration", "trajectories", "signals", "orders", "phonons"}
 SECTIONS = [
     "Result",
-    "Errors against reference calls",
+    "Errors against reference calculations",
     "Predicted against true error",
     "Errors along the trajectories",
     "Convergence without further labels",

@@ -153,7 +153,7 @@ def test_loop_with_other_uncertainties(inputs: Path, kind: str, method: str) -> 
     assert Evaluator(folder.model).metadata["uncertainty"]["kind"] == kind
     labels = read_structures(folder.dataset)
     check_kept(folder, 0, [atoms for atoms in labels if atoms.info["iteration"] == 0])  # in place of a test set
-    assert "So these are 2 labels of the newest iterations" in (folder.report / "report.md").read_text()
+    assert "Instead, these are 2 labels of the newest iterations" in (folder.report / "report.md").read_text()
     assert all(0.1 < replica["bias_share"] < 1.0 for replica in folder.read_history()[0]["replicas"])
     for iteration in (0, 1):
         weights = sorted(path.parent.name for path in folder.iteration(iteration).rglob("weights.pt"))

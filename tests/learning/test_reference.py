@@ -200,9 +200,9 @@ def test_a_start_without_any_label_can_be_mended_in_the_same_folder(folder: RunF
     run(right, base, events.append)
     assert [describe_event(read_event(event)) for event in events].count(REMARK) == 1
     rows = dict(map(tuple, provenance_rows(folder)))
-    assert rows["labelled by"] == f"own_code:Mine; ase {version('ase')}"
+    assert rows["reference calculator"] == f"own_code:Mine; ase {version('ase')}"
     assert rows["SHA-256 of own_code.py"] == hashlib.sha256(OWN.encode()).hexdigest()
-    assert rows["arguments that the calculator does not name"] == "fixed_cutof"
+    assert rows["arguments not in the signature of the calculator"] == "fixed_cutof"
 
 
 # --- what labels --------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_tblite_made_every_label_and_openmm_none(folder: RunFolder, workers: Wor
     folder.path.mkdir()
     open_run(folder, settings, {}, reference=record)
     rows = dict(map(tuple, provenance_rows(folder)))
-    assert rows["labelled by"] == f"tblite; tblite {version('tblite')}"
+    assert rows["reference calculator"] == f"tblite; tblite {version('tblite')}"
     assert "openmm" not in str(rows).lower()
 
 
@@ -247,7 +247,7 @@ def test_manifests_of_earlier_versions_are_shown(folder: RunFolder) -> None:
     manifest["packages"]["openmm"] = "8.1"
     write_json(folder.manifest, manifest)
     rows = dict(map(tuple, provenance_rows(folder)))
-    assert rows["labelled by"] == "tblite"
+    assert rows["reference calculator"] == "tblite"
     assert "openmm" not in rows["packages"]
     manifest["settings"]["reference"]["calculator"] = "openmm"
     write_json(folder.manifest, manifest)

@@ -316,10 +316,10 @@ def test_report_has_readable_pictures_and_tables(run):
     text = files[-2].read_text()
     assert re.search(r"\| 1 +\| 16 +\| +\| 900 +\| 7.00 +\| 0.3000 +\| 10.00", text)
     assert "The run has not finished." in text
-    assert "force error of held-out labels spreads by 40 %, their calibration factor by 0 % (tolerance 10 %)" in text
-    assert re.search(r"\| label budget \| yes +\| 19 calls of the reference of 30", text)
+    assert "force error of held-out labels varies by 40 %, their calibration factor by 0 % (tolerance 10 %)" in text
+    assert re.search(r"\| label budget \| yes +\| 19 reference calculations of 30", text)
     assert "0 last iterations (of 3) in which every replica reached the step limit" in text
-    assert "promised share" in text
+    assert "expected share" in text
     assert "22 stored frames" in text
     assert "| 2     | start to 0 | The force is 21.3 eV/Å." in text  # two reasons that differ in a number
     assert "| 2     | 0 to 1     | It exploded at step 190." in text
@@ -374,7 +374,7 @@ def test_without_a_test_set_new_labels_stand_in(run, frames, tmp_path, kept):
     if kept:
         keep(folder, 0, Evaluator(folder / "model.pt"), labels[3:6])
     text = analysis.make_report(folder, run_models=not kept)[-2].read_text()
-    assert "The run has no test set. So these are 3 labels" in text
+    assert "The run has no test set. Instead, these are 3 labels" in text
     found = Evaluator(folder / "model.pt").predict(frames[3:6])
     expected = analysis.calibration_data(frames[3:6], found).force_rmse
     assert f"force RMSE {expected:.4f} eV/Å." in text
@@ -593,7 +593,7 @@ def test_comparison_groups_by_seed_and_interpolates_at_equal_md_steps(run, tmp_p
     assert "| bias.force | 0.25   | 0.0   |" in text
     assert "| biased | 2    | 0, 1  | biased_seed0, biased_seed1 |" in text
     assert "those on the test set" in text
-    assert "Careful" not in text
+    assert "Caution" not in text
     assert Page((tmp_path / "out" / "comparison.html").read_text()).open == []
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == values
 
@@ -755,7 +755,7 @@ def test_comparison_says_when_test_sets_differ(run, frames, tmp_path):
     runs = [copy_run(run, tmp_path / f"run_{k}", seed=k) for k in range(2)]
     write_structures(runs[1] / "test.extxyz", frames[:5])
     _, files = compare(runs, tmp_path / "out")
-    assert "Careful: the runs have different test sets" in files[-3].read_text()
+    assert "Caution: the runs have different test sets" in files[-3].read_text()
 
 
 def test_settings_of_the_example_load():

@@ -84,7 +84,7 @@ def test_a_finished_study_is_read_again(structures, study, monkeypatch):
     again = calibration_study(structures, SIZES, 2, ("distance",), MODEL, TRAINING, UNCERTAINTY, folder, 5)
     for found, expected in zip(again, (outcomes[1], outcomes[4]), strict=True):
         np.testing.assert_array_equal(found.test.atom_u, expected.test.atom_u)
-    with pytest.raises(DataError, match=r"20 \+ 4 \+ 8 structures are wanted for a split, but there are only 24"):
+    with pytest.raises(DataError, match=r"20 \+ 4 \+ 8 structures are needed for a split, but there are only 24"):
         calibration_study(structures, Sizes(20, 4, 8), 1, (), MODEL, TRAINING, UNCERTAINTY, folder)
 
 

@@ -80,7 +80,7 @@ def test_rows_at_a_number_of_labels(tmp_path):
     assert [values["coverage"] for values in row.runs] == pytest.approx([0.1, 0.2])
     assert [values["force"] for values in row.runs] == pytest.approx([1 / 16, 1 / 23])
     assert np.isnan(collect_rows(runs[:1], labels=8)[0].runs[0]["coverage"])
-    with pytest.raises(DataError, match="has no model with 20 labels yet; the last has seen 16"):
+    with pytest.raises(DataError, match="has no model with 20 labels yet; the last one has 16"):
         collect_rows(runs, labels=20)
 
 
@@ -103,7 +103,7 @@ def test_runs_that_have_not_come_so_far_are_named_and_left_out(tmp_path):
     assert result.exit_code == 0, result.output
     assert cells(result.output, "run_seed1")[0][1:3] == ["1 run", "16"]
     assert "Not counted:" in result.output
-    assert "run_seed0 has no model with 16 labels yet; the last has seen 8." in result.output
+    assert "run_seed0 has no model with 16 labels yet; the last one has 8." in result.output
     assert "There is no run in" in result.output
 
 
@@ -127,7 +127,7 @@ def test_runs_without_their_test_sets_are_compared(tmp_path):
     runs = [make_run(tmp_path / f"run_{k}", k, 1.0, [8, 16]) for k in range(2)]
     _, files = compare(runs, tmp_path / "out")
     (page,) = (path.read_text() for path in files if path.name.endswith(".md"))
-    assert "Careful: whether the test sets are the same is not known: there is no" in page
+    assert "Caution: it is not known whether the test sets are the same: there is no" in page
 
 
 def test_titles_of_rows_by_the_names_of_folders(tmp_path):
@@ -150,7 +150,7 @@ def test_row_files_stand_for_what_is_no_run(tmp_path):
         "1.50 ± 0.71",
     )
     (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(DataError, match="no row file"):
+    with pytest.raises(DataError, match="is not a row file"):
         collect_rows([tmp_path / "bad.json"])
     (tmp_path / "bad.toml").write_text('[[row]]\nname = "a"\nenergies = 1.0\n')
     with pytest.raises(DataError, match="unknown column 'energies'"):
@@ -208,7 +208,7 @@ def test_trajectory_command_needs_nothing_of_ubmd(tmp_path):
     result = CliRunner().invoke(app, ["trajectory", str(tmp_path / "md.xyz"), *options], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     share = analysis.coverage(analysis.torsions(frames, [PHI, PSI]))
-    assert f"{share:.3f} by 250 frames" in result.output
+    assert f"{share:.3f} from 250 frames" in result.output
     g = statistical_inefficiency(aligned(np.array([atoms.positions for atoms in frames])))
     assert f"{0.01 * np.mean(g):.4g} ps" in result.output
     assert "- ps" in result.output  # max u, which nobody gave

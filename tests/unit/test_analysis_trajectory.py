@@ -164,7 +164,7 @@ def test_traces_and_plain_files_are_the_same_trajectory(tmp_path: Path):
         np.testing.assert_allclose(found.volumes, [atoms.get_volume() for atoms in cells], rtol=1e-6)
         np.testing.assert_allclose(found.max_u, 0.1 * np.arange(6))
         np.testing.assert_allclose(found.structures()[3].get_all_distances(), cells[3].get_all_distances(), atol=1e-5)
-    with pytest.raises(DataError, match=r"give the time between them .--spacing, fs"):
+    with pytest.raises(DataError, match=r"does not contain the time between its frames; give it .--spacing, fs"):
         read_trajectory(tmp_path / "plain.extxyz")
     cells[4].info["step"] = 110
     write(tmp_path / "plain.extxyz", cells)
@@ -195,7 +195,7 @@ def test_mistakes_of_the_command_name_their_options(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     for content in ((tmp_path / "other.npz").read_bytes(), b"", b"PK\x03\x04", b"text"):
         (tmp_path / "bad.npz").write_bytes(content)
-        with pytest.raises(DataError, match=r"bad.npz is no trace of a replica .md.trace_every., or it is damaged"):
+        with pytest.raises(DataError, match=r"bad.npz is not a trace of a replica .md.trace_every., or it is damaged"):
             read_trajectory(tmp_path / "bad.npz")
     (tmp_path / "bad.xyz").write_text("2\n\nH 0 0\n")
     with pytest.raises(DataError, match=r"ASE cannot read .*bad.xyz: "):

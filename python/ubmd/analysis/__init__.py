@@ -1,6 +1,6 @@
-"""What a run has learnt and explored: pictures, tables, report; and by their old names, what is measured.
+"""Figures, tables and reports of runs; the functions of `ubmd.measure` are here too, under their old names.
 
-The names are loaded when they are used (PEP 562): pictures load matplotlib.
+The names are loaded when they are used (PEP 562): figures load matplotlib.
 """
 
 from importlib import import_module

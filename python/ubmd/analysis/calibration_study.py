@@ -1,8 +1,8 @@
-"""How well calibrated uncertainties hold on structures that nobody has seen: random splits of labelled data.
+"""How well calibrated uncertainties hold on held-out structures: random splits of labelled data.
 
-For every split networks are trained once, and every kind of uncertainty is made from them and calibrated on structures
-that were held back (which also stopped the training early, as in the loop). The errors on the test structures say what
-share of them an uncertainty really covers. Fig. 2 of npj Comput. Mater. 10, 83 (2024).
+For every split networks are trained once, and every kind of uncertainty is made from them and calibrated on held-out
+structures (which also serve for early stopping, as in the loop). The share of the errors on the test structures that an
+uncertainty covers is compared with the confidence, as in Fig. 2 of Zaverkin et al., npj Comput. Mater. 10, 83 (2024).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def calibration_study(
         structures: labelled (energy, forces).
         sizes: of the splits; a split takes a random choice of the structures.
         splits: number of them.
-        kinds: of uncertainty; all but 'ensemble' use its first network.
+        kinds: of uncertainty; all but 'ensemble' use its first network only.
         model, training: of the networks.
         uncertainty: everything but ``kind``, ``alpha`` and ``atoms_by``.
         folder: for trainings, model files and results.
@@ -130,7 +130,7 @@ def calibration_study(
     check_labelled(structures, "data set")
     if len(structures) < sizes.total:
         raise DataError(
-            f"{sizes.training} + {sizes.calibration} + {sizes.test} structures are wanted for a split, but there are "
+            f"{sizes.training} + {sizes.calibration} + {sizes.test} structures are needed for a split, but there are "
             f"only {len(structures)}."
         )
     given = [dataset_hash(structures), vars(sizes), seed, model.model_dump(), training.model_dump()]
@@ -170,7 +170,7 @@ def _parts(structures: Sequence[Atoms], sizes: Sizes, seed: int, split: int) -> 
 
 
 def _evaluate(path: Path, kind: str, split: int, calibration: Sequence[Atoms], test: Sequence[Atoms]) -> Outcome:
-    """Errors and uncertainties of a model file, its calibration taken out again."""
+    """Errors and uncertainties of a model file, its calibration divided out."""
     evaluator = Evaluator(path, "double")
     record = evaluator.metadata["uncertainty"]
     factors = {"energy_u": record["energy"]["scale"], "atom_u": record["forces"]["scale"]}
@@ -190,7 +190,7 @@ def _write(path: Path, outcome: Outcome, key: str) -> None:
 
 
 def _read(path: Path, kind: str, split: int, key: str) -> Outcome | None:
-    """A finished outcome, or None if there is none of this very study."""
+    """A finished outcome, or None if there is none of this study."""
     if not path.exists():
         return None
     with np.load(path) as content:
@@ -254,13 +254,13 @@ HEAD = (
 def write_study(
     outcomes: Sequence[Outcome], sizes: Sizes, alphas: Sequence[float], out: Path, title: str
 ) -> list[Path]:
-    """Tables and pictures as calibration.md, calibration.html and PNG files in ``out``."""
+    """Tables and figures as calibration.md, calibration.html and PNG files in ``out``."""
     document = Document(title)
     groups = _by_kind(outcomes)
     splits = len(next(iter(groups.values())))
     document.introduction.append(
         f"{splits} random splits into {sizes.training} training, {sizes.calibration} calibration and {sizes.test} test "
-        "structures. Calibration structures also stopped the trainings early. Mean ± standard deviation over splits."
+        "structures. The calibration structures also served for early stopping. Mean ± standard deviation over splits."
     )
     errors = [[kind, *_errors(group)] for kind, group in groups.items()]
     document.section("Errors on the test structures").table(["kind", "E, meV/atom", "F, eV/Å"], errors)
@@ -269,10 +269,10 @@ def write_study(
     section.text(
         "Shares count test errors that do not exceed their calibrated uncertainty: RMSE over x, y, z of every atom's "
         "force against u_i (atoms), the largest of a structure against its largest u_i (structures: those under the "
-        "diagonal of the pictures), |ΔE|/n against u (energies). Atoms of one structure are not independent: a "
-        "calibration that counts every atom promises its share of atoms, not of largest errors; one that counts every "
-        "structure's maximum does. Where the calibration set is too small for the wanted confidence, it promises the "
-        "attained one. Miscalibration: mean |found - promised| over confidences of 5 to 95 %, of atoms (calibrated per "
+        "diagonal of the figures), |ΔE|/n against u (energies). Atoms of one structure are not independent: "
+        "calibration per atom guarantees the share of atoms, not that of largest errors; calibration per structure "
+        "guarantees the latter. Where the calibration set is too small for the wanted confidence, the attained one is "
+        "guaranteed. Miscalibration: mean |found - expected| over confidences of 5 to 95 %, of atoms (calibrated per "
         "atom) or of structures (per structure)."
     )
     for way, words in WAYS.items():

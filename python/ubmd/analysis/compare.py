@@ -47,7 +47,7 @@ class Row:
 def compare(
     paths: Sequence[Path], out: Path, names: Sequence[str] | None = None, run_models: bool = False
 ) -> tuple[list[Row], list[Path]]:
-    """Compare runs; writes comparison.html, .md, .json and the pictures into ``out``.
+    """Compare runs; writes comparison.html, .md, .json and the figures into ``out``.
 
     Args:
         paths: run folders.
@@ -213,21 +213,21 @@ def _numbers(document: Document, comparison: Comparison, rows: Sequence[Row]) ->
     section.table(["", *comparison.groups], [[row.title, *row.cells()] for row in rows])
     what = "the test set" if comparison.set_name == "test" else "each run's own validation labels (no common test set)"
     section.text(
-        f"Mean ± sample standard deviation over the runs of a group. Errors are those on {what}, between two models "
-        "interpolated (in their logarithm). Coverage and volumes count stored frames, at equal numbers of MD steps of "
-        "all replicas together."
+        f"Mean ± sample standard deviation over the runs of a group. Errors are those on {what}, interpolated (in "
+        "their logarithm) between two models. Coverage and volumes are those of the stored frames, at equal numbers of "
+        "MD steps of all replicas together."
     )
     if comparison.set_name != "test":
         return
     missing = [str(run.folder.test) for run in comparison.runs if not run.folder.test.is_file()]
     if missing:
-        section.text(f"Careful: whether the test sets are the same is not known: there is no {', '.join(missing)}.")
+        section.text(f"Caution: it is not known whether the test sets are the same: there is no {', '.join(missing)}.")
     elif not _same_test(comparison):
-        section.text("Careful: the runs have different test sets, so their errors are not quite comparable.")
+        section.text("Caution: the runs have different test sets, so their errors are not strictly comparable.")
 
 
 def _same_test(comparison: Comparison) -> bool:
-    """Whether all runs have one test set; no if one of them has lost its own."""
+    """Whether all runs have one test set; no if one of them is missing."""
     files = [run.folder.test for run in comparison.runs]
     return all(path.is_file() for path in files) and len({file_hash(path) for path in files}) == 1
 
@@ -260,7 +260,7 @@ def _pictures(document: Document, comparison: Comparison, out: Path) -> None:
 def _exploration(
     section: Section, comparison: Comparison, explored: dict[str, dict[str, list[Curve]]], out: Path
 ) -> None:
-    """Growth against simulated time and labels, and histograms of what the stored frames visited."""
+    """Growth against simulated time and labels, and histograms of the torsions or volumes of the stored frames."""
     for what, growth in explored.items():
         name, title = ("coverage.png", "Coverage of torsion space") if what == _COVERAGE else ("volumes.png", what)
         pairs = {group: list(zip(comparison.groups[group], curves, strict=True)) for group, curves in growth.items()}
@@ -310,8 +310,9 @@ def _autocorrelation(document: Document, comparison: Comparison, out: Path) -> N
     )
     section.text(
         f"Replicas of at least {SHORTEST:g} ps, recorded every {1000 * spacing:g} fs; {counts}. Positions: after "
-        "alignment (molecules) or removal of the cell (crystals). A time is the stride times N / ESS, with the sum "
-        "over the autocorrelation ended where it first is not positive; it cannot exceed the length of trajectories."
+        "alignment (molecules) or removal of the cell (crystals). An autocorrelation time is the stride times N / ESS; "
+        "the sum over the autocorrelation function ends at its first value that is not positive. It cannot exceed the "
+        "length of the trajectories."
     )
 
 
@@ -321,7 +322,7 @@ def _series(runs: Sequence[Run], of: Callable[[Trajectory], Any]) -> Iterator[An
 
 
 def _slow_waves(document: Document, comparison: Comparison, out: Path) -> None:
-    """V(t) of each group's longest trace (of several, the widest one), and the wave of twice its length."""
+    """V(t) of each group's longest trace (of several, the one that varies most), and the `slow_wave` fitted to it."""
     waves, rows = {}, []
     for name, runs in comparison.groups.items():
         every = ((trace.spacing, trace.volumes) for run in runs for trace in run.traces())
@@ -338,8 +339,8 @@ def _slow_waves(document: Document, comparison: Comparison, out: Path) -> None:
         return
     section = document.section("Volumes against time")
     path = trajectory_figures.slow_wave_figure(waves, out / "volume_against_time.png")
-    which = "The longest replica of each group, of several the one that changes most"
-    section.picture(path, f"{which}: V(t), and a wave of twice its length plus white noise")
+    which = "The longest replica of each group; of several, the one whose volume varies most"
+    section.picture(path, f"{which}: V(t), and a wave with a period of twice its length plus white noise")
     section.table(["group", "V (Å³)", "amplitude (Å³)", "noise (Å³)", "variance explained"], rows)
 
 
@@ -362,12 +363,12 @@ def _errors_by_volume(document: Document, comparison: Comparison, out: Path) -> 
 
 
 def _left_out(document: Document, comparison: Comparison) -> None:
-    """What could not be shown, and why."""
+    """What is not shown, and why."""
     reasons = [run.lacks for run in comparison.runs if run.lacks]
     if reasons:
-        section = document.section("Left out")
+        section = document.section("Not shown")
         section.text(
-            "Errors of isomers, uncertainty against error, and errors by volume need predictions of the models."
+            "Errors of isomers, uncertainty against error, and errors by volume require predictions of the models."
         )
         for reason in reasons:
             section.text(reason)

@@ -1,6 +1,6 @@
-"""Pictures of force-constant potentials and of dynamic runs: one function, one PNG file, plain arrays in.
+"""Figures of force-constant potentials and of dynamic runs: one function, one PNG file, plain arrays in.
 
-Every function takes the path of the picture and returns it, as those of `ubmd.analysis.figures`.
+Every function takes the path of the file and returns it, as those of `ubmd.analysis.figures`.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ def _special_points(bands: Dispersion) -> tuple[list[float], list[str]]:
 def dynamic_learning_figure(
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path, noise: float | None = None, rms: float | None = None
 ) -> Path:
-    """Force errors against the number of reference calls.
+    """Force errors against the number of reference calculations.
 
     Args:
         curves: name of the set -> (calls [K], force RMSE [K] eV/Å).
         path: of the picture.
-        noise: of the labels as the newest model sees it, eV/Å: a line.
+        noise: of the labels as estimated by the newest model, eV/Å: a line.
         rms: root mean square force of the test set, eV/Å: a second axis in % of it.
     """
     figure = new_figure(6.4, 4.0)
@@ -103,7 +103,7 @@ def dynamic_learning_figure(
         axes.plot(np.asarray(calls), np.asarray(error), f"-{marker}", color=colour, markersize=4, label=name)
     if noise:
         axes.axhline(noise, color=GREY, linewidth=1.0, linestyle="--", label=r"noise $1/\sqrt{\beta}$ (newest model)")
-    axes.set(yscale="log", xlabel="Reference calls", ylabel="Force RMSE (eV/Å)")
+    axes.set(yscale="log", xlabel="Reference calculations", ylabel="Force RMSE (eV/Å)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     log_ticks(axes, x=False)
     axes.grid(alpha=0.25, which="both")
@@ -121,7 +121,7 @@ def dynamic_learning_figure(
 def trajectory_figure(
     panels: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike, ArrayLike]], path: Path
 ) -> Path:
-    """Errors, thresholds and requests for labels along trajectories.
+    """Errors, thresholds and requests for reference calculations along trajectories.
 
     Args:
         panels: title -> (time [N] ps, error [N], threshold [N], mean [N] (NaN: none), times of the requests [C] ps);
@@ -135,12 +135,12 @@ def trajectory_figure(
     for axes, (title, (time, error, threshold, mean, calls)) in zip(grid, panels.items(), strict=False):
         t, e = np.asarray(time, dtype=float), np.asarray(error, dtype=float)
         axes.plot(t, e, color=BLUE, linewidth=0.9, label="error")
-        axes.plot(t, np.asarray(mean), color=GREEN, linewidth=1.2, label="average since the refit")
+        axes.plot(t, np.asarray(mean), color=GREEN, linewidth=1.2, label="average since the last refit")
         axes.plot(t, np.asarray(threshold), color=ORANGE, linewidth=1.0, linestyle="--", label="threshold")
         asked = np.asarray(calls, dtype=float)
         if len(asked) and len(t):
             height = e[np.searchsorted(t, asked).clip(max=len(t) - 1)]
-            axes.plot(asked, height, "v", color="black", markersize=6, label="label requested")
+            axes.plot(asked, height, "v", color="black", markersize=6, label="reference calculation requested")
         axes.set_yscale("log")
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
@@ -160,7 +160,7 @@ def trajectory_figure(
 
 
 def _is_early(panels: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike, ArrayLike]]) -> bool:
-    """Whether most requests are so early that a linear axis of time would pile them up."""
+    """Whether most requests are so early that they would overlap on a linear axis of time."""
     shares = [
         np.asarray(calls, dtype=float) / float(np.max(time)) for time, *_, calls in panels.values() if np.size(time)
     ]

@@ -1,4 +1,4 @@
-"""A text with tables and pictures, written as Markdown (pictures beside it) and as one self-contained HTML file."""
+"""A text with tables and figures, written as Markdown (figures beside it) and as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MARKUP = re.compile(
     r"\\(?=[!-/:-@\[-`{-~]|$)|[`$]|[*~](?=\S)|(?<=\S)[*~]|(?<![^\W_])_|_(?![^\W_])"
     r"|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\#$"
 )
-# What makes of a paragraph a heading, a quotation, an item of a list or a rule when it stands at its start.
+# What, at the start of a paragraph, makes it a heading, a quotation, a list item or a rule.
 _AT_START = re.compile(r"^(\d*)(>|[#+*=-](?=[\s#=-]|$)|(?<=\d)[.)](?=\s|$))")
 
 
@@ -68,7 +68,7 @@ Block = Text | Table | Picture
 
 @dataclass
 class Section:
-    """A heading and what stands under it; a folded one opens with a click in the HTML file."""
+    """A heading and its content; a folded one opens with a click in the HTML file."""
 
     title: str
     blocks: list[Block] = field(default_factory=list)
@@ -146,7 +146,7 @@ class Document:
 def escaped(text: str) -> str:
     """A text on one line in which nothing is taken for Markdown or HTML: settings, reasons and names of files.
 
-    Signs that have no meaning where they stand (a minus, an underscore in a word) stay as they are, so that the file
+    Characters without a special meaning in their place (a minus, an underscore in a word) are kept, so that the file
     reads well as plain text.
     """
     return _AT_START.sub(r"\g<1>\\\g<2>", _inline(text))

@@ -1,4 +1,4 @@
-"""The report of a dynamic run: a page as that of `ubmd.analysis.report`, for trajectories that ask for labels."""
+"""The report of a dynamic run: a page like that of `ubmd.analysis.report`, for trajectories with requests."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _MOST_PANELS = 6  # trajectories in the picture of errors
 _MOST_FRAMES = 24  # structures that the shares of the orders are measured on
 
 SIGNALS = {
-    "determined": "Share of parameters\nthat labels determine, γ/P",
-    "below noise": "Rms uncertainty of\nfresh frames (eV/Å)",
+    "determined": "Share of parameters\ndetermined by the labels, γ/P",
+    "below noise": "Rms uncertainty of\nnew frames (eV/Å)",
     "little to gain": "Predicted drop of the mean\nerror by the best label",
 }
 
@@ -40,7 +40,7 @@ SIGNALS = {
 def make_dynamic_report(run: Path, run_models: bool = False) -> list[Path]:
     """Write report/*.png, report.md and report.html of a dynamic run from what is there; returns the files.
 
-    ``run_models`` is there as in `ubmd.analysis.report.make_report`: this report runs no model file.
+    ``run_models`` has no effect (`ubmd.analysis.report.make_report` has it too): this report runs no model file.
 
     Raises:
         DataError: the folder holds no dynamic run.
@@ -83,7 +83,7 @@ def _summary(data: _Run) -> str:
     bias = f"bias force {data.settings.bias.force:g}" if data.settings.bias else "no bias (plain MD)"
     ended = last.ended
     return (
-        f"{last.labels} labels ({last.calls} calls of the reference) after {len(data.history)} rounds and "
+        f"{last.labels} labels ({last.calls} reference calculations) after {len(data.history)} rounds and "
         f"{last.md_steps:,} MD steps ({data.picoseconds(last.md_steps):,.1f} ps) of "
         f"{dynamic.trajectories} {'trajectory' if dynamic.trajectories == 1 else 'trajectories'} at {heat} K; {bias}; "
         f"trigger '{dynamic.trigger.rule}'; seed {data.settings.seed}. "
@@ -94,7 +94,7 @@ def _summary(data: _Run) -> str:
 def _numbers(report: Document, data: _Run) -> None:
     """The result in a few rows."""
     last, model = data.last, data.last.model
-    rows = [["labels learnt", str(last.labels)], ["calls of the reference", str(last.calls)]]
+    rows = [["labels", str(last.labels)], ["reference calculations", str(last.calls)]]
     for name, errors in (("test set", last.test), ("training labels", last.train)):
         if errors:
             share = f" ({100 * errors.relative:.2f} % of their rms)" if errors.relative else ""
@@ -102,29 +102,29 @@ def _numbers(report: Document, data: _Run) -> None:
             rows.append([title, f"{errors.force_rmse:.5f} eV/Å{share}"])
     if data.is_crystal:
         gamma, counts = sum(model.gamma.values()), sum(model.parameters.values())
-        rows.append(["noise or truncation of the forces, 1/√β", f"{model.noise:.5f} eV/Å"])
+        rows.append(["noise or truncation error of the forces, 1/√β", f"{model.noise:.5f} eV/Å"])
         rows.append(
-            ["parameters that the labels determine, γ/P", f"{gamma:.1f} of {counts} ({100 * gamma / counts:.1f} %)"]
+            ["parameters determined by the labels, γ/P", f"{gamma:.1f} of {counts} ({100 * gamma / counts:.1f} %)"]
         )
         if model.energy is not None:
             rows.append(["energy of the ideal crystal", f"{model.energy:.6f} eV per primitive cell"])
     if data.settings.dynamic.calibrate:
-        rows.append(["conformal factor of the errors in use", number(model.force_scale, ".3f")])
+        rows.append(["conformal factor of the predicted errors", number(model.force_scale, ".3f")])
     pieces = [piece for entry in data.history for piece in entry.replicas]
     far = [piece.max_displacement for piece in pieces if piece.max_displacement]
     if far:
         rows.append(["largest displacement of an atom", f"{max(far):.3f} Å"])
     speed = [piece.ms_per_step for piece in pieces if piece.ms_per_step]
     if speed:
-        rows.append(["time of an MD step", f"{np.median(speed):.3g} ms (median of the pieces)"])
+        rows.append(["time of an MD step", f"{np.median(speed):.3g} ms (median over the segments)"])
     guards = sum(piece.ended == "guard" for piece in pieces)
     failed = sum(piece.ended == "failed" for piece in pieces)
-    rows.append(["pieces that ended at the guard; that failed", f"{guards}; {failed}"])
+    rows.append(["segments ended by the displacement limit; failed", f"{guards}; {failed}"])
     report.section("Result").table(["what", "value"], rows)
 
 
 def _learning(report: Document, data: _Run) -> None:
-    """Errors against reference calls."""
+    """Errors against reference calculations."""
     sets: dict[str, list[tuple[RoundEntry, ForceErrors | None]]] = {
         "test set": [(entry, entry.test) for entry in data.models],
         "training labels": [(entry, entry.train) for entry in data.models],
@@ -138,10 +138,10 @@ def _learning(report: Document, data: _Run) -> None:
     noise = data.last.model.noise if data.is_crystal else None
     rms = data.last.test.force_rms if data.last.test else None
     path = crystal_figures.dynamic_learning_figure(curves, data.picture("learning_curve.png"), noise, rms)
-    section = report.section("Errors against reference calls")
+    section = report.section("Errors against reference calculations")
     section.picture(path, "Root mean square error of the force components after each refit")
     if "test set" not in curves:
-        section.text("The run has no test set ([test] in the settings): errors on training labels say little.")
+        section.text("The run has no test set ([test] in the settings): training errors say little about accuracy.")
 
 
 def _calibration(report: Document, data: _Run) -> None:
@@ -159,14 +159,14 @@ def _calibration(report: Document, data: _Run) -> None:
         return
     u, v, e = np.array(bare), np.array(scaled), np.array(true)
     known = np.isfinite(v)
-    first = "Bayesian error, bare" if data.is_crystal else "Calibrated at export"
+    first = "Bayesian error, not calibrated" if data.is_crystal else "Calibrated at export"
     panels = {first: (u, e)}
     if known.any():
         panels["Conformal, from earlier labels"] = (v[known], e[known])
     names = [("Predicted largest error (eV/Å)", "True largest error (eV/Å)")] * len(panels)
     path = figures.calibration_figure(panels, data.picture("calibration.png"), names)
     section = report.section("Predicted against true error")
-    section.picture(path, "Every point is a label, predicted by the model that asked for it and had not learnt it")
+    section.picture(path, "Every point is a label, predicted by the model that requested it, before training on it")
     ratio = np.median(e / u)
     section.text(
         f"{len(u)} labels: the largest error of a force component is {ratio:.2f} times the predicted one (median), and "
@@ -177,16 +177,16 @@ def _calibration(report: Document, data: _Run) -> None:
         deviations, noise = np.sqrt(2 * np.log(components)), data.last.model.noise
         section.text(
             "The Bayesian error is the largest standard deviation of a force component. Of "
-            f"{components} normal errors the largest is about {deviations:.1f} deviations, and true errors also hold "
-            f"the noise or truncation floor ({noise:.4f} eV/Å per component)."
+            f"{components} normal errors the largest is about {deviations:.1f} deviations, and true errors also "
+            f"contain the noise or truncation floor ({noise:.4f} eV/Å per component)."
         )
     conformal = data.last.conformal
     if conformal:
         section.text(
             f"The conformal factor of the newest {conformal.count} labels is {number(conformal.scale, '.2f')}: "
             f"predicted errors times this cover {100 * min(1 - conformal.alpha, conformal.attainable):.0f} % of the "
-            "true ones. Labels are asked for where the predicted error is large, so they are harder than the "
-            "trajectory."
+            "true ones. Reference calculations are requested where the predicted error is large, so the labels are "
+            "more difficult than the trajectory."
         )
 
 
@@ -205,11 +205,11 @@ def _trajectories(report: Document, data: _Run) -> None:
     path = crystal_figures.trajectory_figure(panels, data.picture("trajectories.png"))
     section = report.section("Errors along the trajectories")
     left = f" ({len(shown)} of {len(series)} trajectories)" if len(shown) < len(series) else ""
-    section.picture(path, f"Predicted error at every check, and where the trigger asked for a label{left}")
+    section.picture(path, f"Predicted error at every check, and requests for reference calculations{left}")
 
 
 def _signals(report: Document, data: _Run) -> None:
-    """Signals of convergence as they evolved, the last ones of every model."""
+    """Signals of convergence by number of labels, the last ones of every model."""
     newest: dict[int, dict[str, SignalEntry]] = {}
     for entry in data.history:
         if {signal.name for signal in entry.signals} >= set(SIGNALS):
@@ -229,7 +229,7 @@ def _signals(report: Document, data: _Run) -> None:
     section = report.section("Convergence without further labels")
     section.picture(path, "Signals of convergence (dashed: thresholds) and the true error")
     rows = [[signal.name, "yes" if signal.holds else "no", signal.reason] for signal in newest[labels[-1]].values()]
-    section.table(["signal", "holds", "what it sees"], rows)
+    section.table(["signal", "holds", "observed"], rows)
     ended = data.last.ended
     if ended:
         section.text(f"The run ended by the rule '{ended.rule}': {ended.reason}")
@@ -273,7 +273,7 @@ def _parameters(report: Document, data: _Run) -> None:
 
 
 def newest_structures(folder: RunFolder, history: Sequence[RoundEntry]) -> tuple[dict[str, list[Atoms]], str]:
-    """(frames of the newest pieces by temperature, else the test set or the labels; what they are)."""
+    """(frames of the newest segments by temperature, else the test set or the labels; a description of them)."""
     found: dict[str, list[Atoms]] = {}
     for entry in reversed(history):
         for result in entry.replicas:
@@ -292,7 +292,7 @@ def _frames(path: Path) -> list[Atoms]:
     try:
         state, piece = read_piece(path)
     except UbmdError:
-        return []  # damaged: the next walk of the run makes it again
+        return []  # damaged: the run computes it again when it is resumed
     box = state.atoms()
     return [Atoms(box.numbers, positions, cell=box.cell, pbc=True) for positions in piece.frames]
 
@@ -310,7 +310,7 @@ def _phonons(report: Document, data: _Run) -> None:
     section = report.section("Phonons and elastic constants")
     section.picture(path, "Phonons of the ideal lattice (second order; no long-ranged forces of polar crystals)")
     if bands.frequencies.min() < -0.05:
-        section.text("Frequencies below zero stand for imaginary ones: the ideal lattice is not stable at 0 K.")
+        section.text("Negative values stand for imaginary frequencies: the ideal lattice is not stable at 0 K.")
     found = elastic_constants(*data.potential)
     cubic = found.cubic()
     if cubic is not None:
@@ -342,11 +342,11 @@ def _labels(report: Document, data: _Run) -> None:
     if not rows:
         return
     section = report.section("Labels", folded=len(rows) > 25)
-    head = ["label", "asked by", "T (K)", "trajectory", "step", "threshold", "predicted", "true", "predicted after"]
+    head = ["label", "requested by", "T (K)", "trajectory", "step", "threshold", "predicted", "true", "predicted after"]
     section.table([*head, "true after", "predicted drop (%)"], rows)
     section.text(
-        "Errors in eV/Å: predicted and true largest error of a force component before the label was learnt, and after; "
-        "the predicted drop is that of the mean error."
+        "Errors in eV/Å: predicted and true largest error of a force component before and after training on the label; "
+        "the predicted drop is the relative reduction of the mean error."
     )
 
 

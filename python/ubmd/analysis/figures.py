@@ -1,6 +1,6 @@
-"""Pictures of one run: one function, one PNG file. No pyplot, so no global state and no display.
+"""Figures of one run: one function, one PNG file. No pyplot, so no global state and no display.
 
-Every function takes plain arrays and the path of the picture, and returns the path.
+Every function takes plain arrays and the path of the file, and returns the path.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def parity_figure(data: ParityData, path: Path) -> Path:
 def calibration_figure(
     panels: Mapping[str, tuple[ArrayLike, ArrayLike]], path: Path, names: Sequence[tuple[str, str]]
 ) -> Path:
-    """Uncertainty against error, one panel each, with the share under the diagonal; there the model is safe.
+    """Uncertainty against error, one panel each, with the share under the diagonal, where the error is the smaller one.
 
     Args:
         panels: title -> (calibrated uncertainty [N], error [N]), both in the same unit.
@@ -139,11 +139,11 @@ def draw_calibration(
     limits: tuple[float, float] | None = None,
     ticks: int = 7,
 ) -> list[PolyCollection]:
-    """One panel of `calibration_figure`; ``limits`` and number of ``ticks`` of both axes. Its hexagons, if it has."""
+    """One panel of `calibration_figure`; ``limits`` and number of ``ticks`` of both axes. Returns any hexagons."""
     u, e = np.asarray(uncertainty, dtype=float), np.asarray(error, dtype=float)
     positive = np.concatenate([u[u > 0], e[e > 0]])
     low, high = limits or ((0.8 * positive.min(), 1.25 * positive.max()) if len(positive) else (0.1, 1.0))
-    # A handful of tiny errors would stretch the axes: they are drawn at the edge.
+    # A few tiny errors would stretch the axes: they are drawn at the edge.
     low = max(low, high / 1e4)
     drawn = _cloud(axes, np.clip(u, low, None), np.clip(e, low, None), (low, high, low, high), log=True)
     axes.plot([low, high], [low, high], color="black", linewidth=1)
@@ -358,7 +358,7 @@ def replicas_figure(
 
 
 def convergence_figure(labels: ArrayLike, force_rmse: ArrayLike, factor: ArrayLike, path: Path) -> Path:
-    """What the plateau rule looks at, against the number of labels.
+    """The quantities of the plateau rule against the number of labels.
 
     Args:
         labels: [K]. force_rmse: [K] of held-out labels, eV/Å. factor: [K] from raw to calibrated force uncertainties.
@@ -527,7 +527,7 @@ def _iteration_colours(figure: Figure, axes: Axes, iteration: ArrayLike) -> tupl
     """One colour per iteration, and a colour bar beside the axes."""
     numbers = np.asarray(iteration, dtype=int)
     first, last = (int(numbers.min()), int(numbers.max())) if len(numbers) else (0, 0)
-    # The light end of the map would vanish on white.
+    # The light end of the colour map would be invisible on white.
     colours = colormaps["viridis"].resampled(256)(np.linspace(0.0, 0.93, last - first + 1))
     map_ = matplotlib.colors.ListedColormap(colours)
     norm = BoundaryNorm(np.arange(first - 0.5, last + 1.0), map_.N)

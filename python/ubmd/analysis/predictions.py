@@ -1,7 +1,7 @@
-"""What the models of a run say about structures that they were not trained on.
+"""What the models of a run predict for structures that they were not trained on.
 
-A model file is a program. The run keeps what its models say (``predictions.npz`` of an iteration), so that a report
-need not run them: the folder may be a stranger's.
+A model file is a program. The run stores the predictions of its models (``predictions.npz`` of an iteration), so that a
+report need not run them: the folder may come from someone who is not trusted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class NotKept(DataError):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one model says about some structures."""
+    """Predictions of one model for some structures."""
 
     each: list[Prediction]
     """without features"""
@@ -61,7 +61,7 @@ class Unseen:
 def keep_predictions(
     path: Path, structures: Sequence[Atoms], predictions: Sequence[Prediction], promise: Mapping[str, Any]
 ) -> None:
-    """Write what a model with this calibration record says about labelled structures."""
+    """Write the predictions of a model with this calibration record for labelled structures."""
     none = np.full(6, np.nan)
     with replacing(path) as handle:
         np.savez_compressed(
@@ -77,7 +77,7 @@ def keep_predictions(
 
 
 def kept_predictions(path: Path, structures: Sequence[Atoms]) -> Predictions | None:
-    """What the file says about these structures; None if it is damaged, about others, or not there."""
+    """The file's predictions for these structures; None if it is damaged, missing, or about other structures."""
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as data:
             if str(data["structures"]) != dataset_hash(structures):
@@ -129,7 +129,7 @@ def _checked(promise: Any) -> dict[str, Any]:
 def predict(
     folder: RunFolder, iteration: int, structures: Sequence[Atoms], run_models: bool, model: Path | None = None
 ) -> Predictions:
-    """What the model of an iteration says about labelled structures: kept by the run, or (if told so) by running it.
+    """Predictions of an iteration's model for labelled structures: stored by the run, or made now (``run_models``).
 
     Args:
         folder: of the run.
@@ -139,7 +139,7 @@ def predict(
         model: the file to run, if not that of the iteration.
 
     Raises:
-        NotKept: the run has kept none, and the model may not be run, or is gone.
+        NotKept: the run has stored none, and the model may not be run, or is missing.
     """
     where = folder.iteration(iteration)
     found = kept_predictions(where / FILE, structures)
@@ -149,13 +149,13 @@ def predict(
         return Predictions(evaluator.predict(structures), evaluator.metadata["uncertainty"])
     if found is None:
         cure = (
-            f"{model} is gone, too."
+            f"{model} is missing, too."
             if run_models
             else "Give --run-models to make them; this runs the model files in the folder, so you must trust them."
         )
         raise NotKept(
             f"{folder.path} has no predictions of its models for these structures (an earlier version of ubmd made it, "
-            f"or its test set is another one now). {cure}"
+            f"or its test set has changed since). {cure}"
         )
     return found
 
@@ -163,10 +163,10 @@ def predict(
 def predict_unseen(folder: RunFolder, history: Sequence[IterationEntry], run_models: bool = False) -> Unseen | None:
     """The newest model on the test set; without one, earlier models on the labels that they selected.
 
-    The latter are the hardest structures that the replicas found. None if there is no model or no such label yet.
+    The latter are the most difficult structures of the replicas. None if there is no model or no such label yet.
 
     Raises:
-        NotKept: the folder has a model, but not what it says, and ``run_models`` is not set.
+        NotKept: the folder has a model, but not its predictions, and ``run_models`` is not set.
     """
     if not folder.model.exists() or not history:
         return None
@@ -181,8 +181,8 @@ def predict_unseen(folder: RunFolder, history: Sequence[IterationEntry], run_mod
     if not chosen:
         return None
     what = (
-        f"The run has no test set. So these are {len(chosen)} labels of the newest iterations, as predicted by the "
-        "models that selected them and had not been trained on them (so the hardest of the replicas)"
+        f"The run has no test set. Instead, these are {len(chosen)} labels of the newest iterations, predicted by the "
+        "models that selected them, before training on them (the most difficult structures of the replicas)"
     )
     return Unseen(chosen, [prediction for part in parts for prediction in part.each], parts[-1].promise, what)
 
@@ -190,7 +190,7 @@ def predict_unseen(folder: RunFolder, history: Sequence[IterationEntry], run_mod
 def _new_labels(
     folder: RunFolder, history: Sequence[IterationEntry], run_models: bool
 ) -> tuple[list[Atoms], list[Predictions]]:
-    """Labels of the newest iterations, and what the models that selected them say, where that is known."""
+    """Labels of the newest iterations, and predictions of the models that selected them, where known."""
     labels = read_structures(folder.dataset, labelled=True)
     structures: list[Atoms] = []
     parts: list[Predictions] = []

@@ -42,13 +42,13 @@ def provenance_rows(folder: RunFolder) -> list[list[str]]:
 
 
 def _reference_rows(calculator: str, record: dict[str, Any]) -> list[list[str]]:
-    """What labels; runs of earlier versions know its name only."""
+    """The reference calculator; runs of earlier versions recorded its name only."""
     parts = [calculator, _versions(record.get("packages", {}))]
     parts += [path if path.endswith(name) else f"{name} {path}" for name, path in record.get("programs", {}).items()]
-    rows = [["labelled by", "; ".join(part for part in parts if part)]]
+    rows = [["reference calculator", "; ".join(part for part in parts if part)]]
     rows += _file_rows(record)
     if record.get("unrecognised"):
-        rows.append(["arguments that the calculator does not name", ", ".join(record["unrecognised"])])
+        rows.append(["arguments not in the signature of the calculator", ", ".join(record["unrecognised"])])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file with everything in it, the same as Markdown, and the pictures as PNG files."""
+"""The report of a run: one HTML file with everything in it, the same as Markdown, and the figures as PNG files."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def make_report(run: Path, run_models: bool = False) -> list[Path]:
     """Write report/*.png, report.md and report.html of a run folder from what is there; returns the files.
 
     Sections whose data the run does not have (no test set, no torsions, no finished iteration) are left out.
-    ``run_models``: run the newest model files where the folder doesn't have what they say, as in folders of earlier
-    versions; a stranger's file can do anything when it is run.
+    ``run_models``: run the newest model files where the folder lacks their predictions, as in folders of earlier
+    versions; only for model files that are trusted, because they are programs.
 
     Raises:
         DataError: the folder holds no run.
@@ -111,7 +111,7 @@ def _iterations(report: Document, data: _Run) -> None:
     section.table([head[k] for k in keep], [[row[k] for k in keep] for row in rows])
     section.text(
         "Root mean square errors of energies (E), components of forces (F) and stress (S). valid: labels that were "
-        "held back from training, for early stopping and calibration; test: the test set, which nothing depends on."
+        "held out from training, for early stopping and calibration; test: the test set, which nothing depends on."
     )
 
 
@@ -128,7 +128,7 @@ def _learning(report: Document, data: _Run) -> None:
             continue
         errors = list(zip(*([value_or_nan(value) for value in entry.rmse_on(key)] for entry in entries), strict=True))
         by_labels[name] = ([entry.labels for entry in entries], *errors)
-        # A model has seen what the iterations before it found.
+        # A model was trained on what the iterations before it found.
         before = [0, *(entry.md_steps for entry in data.history)]
         by_steps[name] = ([before[entry.iteration] / 1000.0 for entry in entries], *errors)
     if not by_labels:
@@ -167,11 +167,11 @@ def _accuracy(report: Document, data: _Run) -> None:
         data.picture("calibration.png"),
         [("$u_i$ (eV/Å)", "RMSE($F_i$) (eV/Å)"), ("max $u_i$ (eV/Å)", "max RMSE($F_i$) (eV/Å)")],
     )
-    section.picture(path, "Calibrated uncertainty against error; in the green half the error is the smaller one")
+    section.picture(path, "Calibrated uncertainty against error; in the green half the error is below the uncertainty")
 
 
 def _calibration_table(section: Section, data: CalibrationData, uncertainty: dict[str, Any]) -> None:
-    """Promised and found shares of errors under their uncertainty, and correlations."""
+    """Expected and observed shares of errors under their uncertainty, and correlations."""
     rows = []
     wanted = 1.0 - uncertainty["alpha"]
     for name, error, u, record in [
@@ -183,7 +183,7 @@ def _calibration_table(section: Section, data: CalibrationData, uncertainty: dic
             [name, f"{min(record['attainable'], wanted):.3f}", f"{share_covered(error, u):.3f}"]
             + [number(correlation(u, error), ".2f") for correlation in (pearson, spearman)]
         )
-    section.table(["what", "promised share", "share found", "Pearson", "Spearman"], rows)
+    section.table(["what", "expected share", "observed share", "Pearson", "Spearman"], rows)
     section.text(
         "The share counts errors that do not exceed their uncertainty. Calibrated on "
         f"{uncertainty['energy']['n_calibration']} structures like the training data: "
@@ -192,7 +192,7 @@ def _calibration_table(section: Section, data: CalibrationData, uncertainty: dic
 
 
 def _exploration(report: Document, data: _Run) -> None:
-    """Torsions and volumes that the replicas have seen."""
+    """Torsions and volumes that the replicas have visited."""
     frames, settings = data.frames, data.settings
     if not len(frames):
         return
@@ -277,7 +277,7 @@ def _replicas(report: Document, data: _Run) -> None:
 
 
 def _convergence(report: Document, data: _Run) -> None:
-    """What the stop rules see, in use or not."""
+    """What the stop rules observe, in use or not."""
     loop, history = data.settings.loop, data.history
     calls = history[-1].labels + len(data.rejected)
     budget = loop.label_budget
@@ -287,7 +287,7 @@ def _convergence(report: Document, data: _Run) -> None:
     spreads = (
         f"fewer than {loop.plateau_iterations + 1} models with new labels"
         if seen is None
-        else f"over the last {loop.plateau_iterations + 1} models the force error of held-out labels spreads by "
+        else f"over the last {loop.plateau_iterations + 1} models the force error of held-out labels varies by "
         f"{100 * seen.evidence['spread']['force_rmse']:.0f} %, their calibration factor by "
         f"{100 * seen.evidence['spread']['force_factor']:.0f} % (tolerance {100 * loop.plateau_tolerance:g} %)"
     )
@@ -296,7 +296,7 @@ def _convergence(report: Document, data: _Run) -> None:
         [
             "label budget",
             "yes" if budget else "no",
-            f"{calls} calls of the reference" + (f" of {budget}" if budget else ""),
+            f"{calls} reference calculations" + (f" of {budget}" if budget else ""),
         ],
         [
             "quiet",
@@ -306,7 +306,7 @@ def _convergence(report: Document, data: _Run) -> None:
         ["plateau", "yes" if loop.stop_at_plateau else "no", spreads],
     ]
     section = report.section("Convergence")
-    section.table(["stop rule", "in use", "what it sees"], rows)
+    section.table(["stop rule", "in use", "observed"], rows)
     known = [
         (entry, entry.calibration.force_factor)
         for entry in history
@@ -320,7 +320,7 @@ def _convergence(report: Document, data: _Run) -> None:
             [factor for _, factor in known],
             data.picture("convergence.png"),
         )
-        section.picture(path, "Force error and calibration factor of held-out labels; both settle when a run converges")
+        section.picture(path, "Force error and calibration factor of held-out labels; both level off at convergence")
     if history[-1].ended:
         section.text(f"The run ended by the rule '{history[-1].ended.rule}'.")
 
@@ -371,7 +371,7 @@ def _times(report: Document, data: _Run) -> None:
 
 
 def _cost(data: _Run, stage: str, values: np.ndarray) -> str:
-    """A stage's cost per piece of work."""
+    """A stage's cost per label, MD step or training."""
     labels, md_steps = (data.last.labels, data.last.md_steps) if data.history else (0, 0)
     if stage == "label" and labels:
         return f"{values.sum() / labels:.3g} s per label"

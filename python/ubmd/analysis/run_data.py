@@ -1,4 +1,4 @@
-"""What a run folder says, as reports need it: its history, and frames in the order in which the MD reached them."""
+"""The content of a run folder as reports need it: its history, and frames in the order in which the MD reached them."""
 
 from __future__ import annotations
 

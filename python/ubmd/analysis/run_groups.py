@@ -31,7 +31,7 @@ from ubmd.settings import RunSettings
 
 Curve = tuple[NDArray[Any], NDArray[Any]]
 
-# Keys that don't make another group: where things are, how fast they are made, what is recorded, and the seed.
+# Keys by which runs of one group may differ: paths, parallelism, what is recorded, and the seed.
 _SAME = (
     "seed",
     "run_dir",
@@ -50,8 +50,8 @@ class Run:
     """One run, read when needed.
 
     Attributes:
-        run_models: whether its model files may be run, where the folder doesn't have what they say.
-        lacks: why something was left out; empty if nothing was.
+        run_models: whether its model files may be run, where the folder lacks their predictions.
+        lacks: why something is not shown; empty if everything is.
 
     Raises:
         DataError: the folder holds no run, one of another schedule, or none of its iterations has finished.
@@ -88,7 +88,7 @@ class Run:
 
     @cached_property
     def unseen(self) -> Unseen | None:
-        """Predictions for structures that the models have not seen; None if there are none."""
+        """Predictions for structures that the models were not trained on; None if there are none."""
         try:
             return predict_unseen(self.folder, self.history, self.run_models)
         except NotKept as error:
@@ -96,7 +96,7 @@ class Run:
             return None
 
     def errors(self) -> CalibrationData | None:
-        """Errors and uncertainties on structures that the models have not seen; None if there are none."""
+        """Errors and uncertainties on structures that the models were not trained on; None if there are none."""
         return calibration_data(self.unseen.structures, self.unseen.predictions) if self.unseen else None
 
     def isomer_errors(self, index: int = -1) -> dict[str, Errors]:
@@ -188,7 +188,7 @@ def group_runs(runs: Sequence[Run], names: Sequence[str] | None = None) -> Compa
 
 
 def _identity(settings: RunSettings) -> dict[str, str]:
-    """Every key that makes a group, with its value as text."""
+    """Every key that distinguishes groups, with its value as text."""
     return {
         key: value
         for key, value in setting_texts(settings).items()

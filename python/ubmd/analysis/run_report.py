@@ -1,4 +1,4 @@
-"""How the report of a run is put together, of either kind: its page, its pictures, and where the run comes from."""
+"""How the report of a run is put together, of either kind: its page, its figures, and where the run comes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every picture looks: colours, sizes, axes, file format."""
+"""The style of all figures: colours, sizes, axes, file format."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ubmd.files import replacing
 
-# Okabe and Ito's colours: told apart with every kind of colour vision.
+# Okabe and Ito's colours: distinguishable with every kind of colour vision.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", GREY, "#000000")
 MARKERS = "osD^vP*X"
 COUNTS = ListedColormap(colormaps["viridis_r"](np.linspace(0.08, 1.0, 256)))
-"""Colours of numbers per cell; the light end of the map would vanish on white."""
+"""Colours of numbers per cell; the light end of the colour map would be invisible on white."""
 DPI = 160
-"""Dots per inch of the files: 8 inches are shown 800 dots wide on a page, twice as sharp on a fine screen."""
+"""Dots per inch of the files: 8 inches are shown 800 pixels wide, sharp also on high-density screens."""
 
 
 def new_figure(width: float, height: float, square: bool = False) -> Figure:

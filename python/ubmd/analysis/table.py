@@ -96,7 +96,7 @@ def read_published(path: Path) -> Published:
         rows = {row["name"]: {key: row[key] for key in row if key != "name"} for row in content["row"]}
         unknown = {key for row in rows.values() for key in row} - set(COLUMNS)
     except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no table of published numbers (source, and [[row]] with name): {error}.") from None
+        raise DataError(f"{path} has no table of published numbers (source, and [[row]] with name): {error}.") from None
     if unknown:
         raise DataError(f"{path}: unknown column '{sorted(unknown)[0]}'; known are {', '.join(COLUMNS)}.")
     words = {key: str(content[key]) for key in ("label", "label_of_runs") if key in content}
@@ -107,8 +107,8 @@ def run_values(run: Run, labels: int | None = None) -> Values:
     """One run as values of `COLUMNS`, at its end or at the first model with at least this many labels.
 
     Coverage, volumes and time count the MD that found these labels: all before the training of that model; minutes
-    those of all stages until the model was there. Errors are those on the test set; 'trans' and 'cis' is what the amide
-    bonds of its structures are. Autocorrelation times are those of the traces of the whole run.
+    are those of all stages until the model was trained. Errors are those on the test set; 'trans' and 'cis' refer to
+    the amide bonds of its structures. Autocorrelation times are those of the traces of the whole run.
 
     Raises:
         DataError: the run has no model with so many labels.
@@ -116,7 +116,7 @@ def run_values(run: Run, labels: int | None = None) -> Values:
     index = next((k for k, entry in enumerate(run.history) if labels is None or entry.labels >= labels), None)
     if index is None:
         raise DataError(
-            f"{run.folder.path} has no model with {labels} labels yet; the last has seen {_last(run)}. Lower --labels."
+            f"{run.folder.path} has no model with {labels} labels yet; the last one has {_last(run)}. Lower --labels."
         )
     index = len(run.history) - 1 if labels is None else index
     entry, before = run.history[index], run.history[index - 1] if index else None
@@ -185,7 +185,7 @@ def collect_rows(
         labels: take the first model with at least this many labels (default: the last).
         titles: name of a run folder without its seed -> name of the row.
         skip: called with the reason for every run that has nothing to count yet; None: that is an error.
-        run_models: run the model files of folders that don't have what their models say.
+        run_models: run the model files of folders that lack their predictions.
 
     Raises:
         DataError: a path is neither, or (without ``skip``) a run has no finished iteration or lacks such a model.
@@ -215,7 +215,7 @@ def _read_row(path: Path) -> tuple[str, Values]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return str(content["name"]), {key: float(content[key]) for key in COLUMNS if content.get(key) is not None}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no row file (JSON with name and values): {error}.") from None
+        raise DataError(f"{path} is not a row file (JSON with name and values): {error}.") from None
 
 
 def _provenance(runs: Sequence[Run]) -> str:

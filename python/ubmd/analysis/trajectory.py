@@ -1,4 +1,4 @@
-"""Trajectories with equal spacing, from traces of replicas or any file that ASE reads, and how fast they move on."""
+"""Trajectories with equal spacing, from traces of replicas or any file that ASE reads, and their correlation times."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Trajectory:
 def aligned(positions: Array) -> Array:
     """Positions [T, n, 3] shifted and rotated onto their mean structure (least squares, equal weights).
 
-    Kabsch's rotation, onto the first record, then three times onto the mean.
+    Kabsch's rotation (Acta Cryst. A 32, 922 (1976)), onto the first record, then three times onto the mean.
     """
     centred = np.asarray(positions, dtype=np.float64)
     centred = centred - centred.mean(axis=1, keepdims=True)
@@ -114,7 +114,7 @@ def read_trajectory(path: Path, spacing: float | None = None) -> Trajectory:
     if path.suffix == ".npz":
         return _read_trace(path)
     if spacing is None:
-        raise DataError(f"{path} doesn't say how far its frames are apart; give the time between them (--spacing, fs).")
+        raise DataError(f"{path} does not contain the time between its frames; give it (--spacing, fs).")
     try:
         frames: list[Atoms] = list(ase.io.iread(path, index=":"))
     except Exception as error:  # ASE's readers raise anything from KeyError to AssertionError
@@ -144,7 +144,7 @@ def _read_trace(path: Path) -> Trajectory:
                 trace["max_u"],
             )
     except (OSError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError, BadZipFile):
-        raise DataError(f"{path} is no trace of a replica (md.trace_every), or it is damaged.") from None
+        raise DataError(f"{path} is not a trace of a replica (md.trace_every), or it is damaged.") from None
     _check_spacing(path, steps.tolist())
     return found
 

@@ -1,4 +1,4 @@
-"""Pictures of trajectories: what they visit, how fast they forget, how cells breathe. One function, one PNG file."""
+"""Figures of trajectories: visited torsions, autocorrelation functions, cell volumes. One function, one PNG file."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def slow_wave_figure(runs: Mapping[str, tuple[ArrayLike, ArrayLike, SlowWave]], 
         t = np.asarray(times, dtype=float)
         axes.plot(t, fit.sample(0), color=GREY, linewidth=0.6, alpha=0.5, label="wave + noise (sample)")
         axes.plot(t, np.asarray(volumes), color=BLUE, linewidth=0.9, label="V(t)")
-        axes.plot(t, fit.curve, color=ORANGE, linewidth=2.0, label="wave of twice the length")
+        axes.plot(t, fit.curve, color=ORANGE, linewidth=2.0, label="wave (period: twice the length)")
         axes.set_title(
             f"{title}: amplitude {fit.amplitude:.3g} {unit}, noise {fit.noise:.3g} {unit}, "
             f"explained {100 * fit.explained:.0f} %",
@@ -193,7 +193,7 @@ def dependence_figure(x: Sequence[float], rows: Mapping[str, Sequence[Sequence[f
 
 
 def _hide_empty(panels: Sequence[Axes], used: int, columns: int) -> None:
-    """No axes where there is nothing; the panels above them show the numbers of the common horizontal axis."""
+    """Hide axes of empty panels; the panels above them show the numbers of the common horizontal axis."""
     for k in range(used, len(panels)):
         panels[k].set_axis_off()
         panels[k - columns].tick_params(labelbottom=True)

@@ -1,4 +1,4 @@
-"""What plain trajectories say, whoever made them: numbers for a terminal, and pictures."""
+"""Report of plain trajectories from any program: numbers for a terminal, and figures."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def _add_torsions(
         return
     _check_atoms(variables, min(len(t.numbers) for t in found))
     angles = np.concatenate([torsions(t.structures(), list(variables.values())) for t in found])
-    rows.append((f"coverage of ({', '.join(variables)})", f"{coverage(angles):.3f} by {len(angles):,} frames"))
+    rows.append((f"coverage of ({', '.join(variables)})", f"{coverage(angles):.3f} from {len(angles):,} frames"))
     if len(variables) == 2:
         pictures.append(figures.torsion_histogram_figure({"": angles}, out / "torsions.png", list(variables)))
 
 
 def _check_atoms(variables: Mapping[str, Torsion], n_atoms: int) -> None:
-    """DataError if a torsion is not of four different atoms that are there."""
+    """DataError unless a torsion is of four different atoms of the structure."""
     for name, atoms in variables.items():
         if len(set(atoms)) < 4 or min(atoms) < 0 or max(atoms) >= n_atoms:
             raise DataError(
@@ -100,7 +100,7 @@ def _add_volumes(
         fit = waves[name][2]
         rows.append(
             (
-                f"{name}: wave of twice its length",
+                f"{name}: wave with a period of twice its length",
                 f"amplitude {fit.amplitude:.1f} Å³, noise {fit.noise:.1f} Å³, explains {100 * fit.explained:.0f} %",
             )
         )
@@ -114,7 +114,7 @@ def _add_times(
     times = correlation_times(long, shortest)
     rows.append(("autocorrelation time of positions", f"{number(times.positions, '.4g')} ps"))
     rows.append(("autocorrelation time of max u", f"{number(times.uncertainty, '.4g')} ps"))
-    rows.append(("trajectories for them", f"{times.trajectories}, {times.duration:,.1f} ps together"))
+    rows.append(("trajectories used for both", f"{times.trajectories}, {times.duration:,.1f} ps together"))
     if not long:
         return
     longest = max(2, max(len(t) for t in long) // 2)
