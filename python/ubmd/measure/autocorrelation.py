@@ -14,6 +14,7 @@ def autocorrelation(series: ArrayLike) -> Array:
     """Normalised autocorrelation C(t) [T, ...] of one or more series [T, ...] along the first axis; C(0) = 1.
 
     C(t) = Σ_k δ_k δ_{k+t} / ((T - t) σ^2), δ = x - mean(x), σ^2 the mean of δ^2; by FFT. NaN for a constant series.
+    The estimator of Chodera et al., J. Chem. Theory Comput. 3, 26 (2007).
     """
     x = np.asarray(series, dtype=np.float64)
     length = len(x)
@@ -22,7 +23,7 @@ def autocorrelation(series: ArrayLike) -> Array:
     sums = np.fft.irfft(transformed * transformed.conj(), n=2 * length, axis=0)[:length]
     counts = np.arange(length, 0, -1).reshape(-1, *[1] * (x.ndim - 1))
     variance = np.mean(spread**2, axis=0)
-    # A constant series keeps some rounding error of its mean.
+    # Of a constant series, the rounding error of its mean remains.
     moves = variance > (1e-12 * np.abs(x).max(axis=0)) ** 2
     return sums / counts / np.where(moves, variance, np.nan)
 
@@ -31,7 +32,8 @@ def statistical_inefficiency(series: ArrayLike) -> Array:
     """g [...] of one or more series [T, ...]: T values are worth T/g independent ones (the effective sample size).
 
     g = 1 + 2 Σ_t (1 - t/T) C(t), summed up to the first t ≥ 1 with C(t) ≤ 0; at least 1; NaN for a constant series.
-    The definition of J. Chem. Theory Comput. 3, 26 (2007), in pymbar: statistical_inefficiency(x, mintime=0).
+    The definition of Chodera et al., J. Chem. Theory Comput. 3, 26 (2007), which pymbar implements:
+    statistical_inefficiency(x, mintime=0).
     """
     correlation = autocorrelation(series)
     length = len(correlation)
@@ -51,7 +53,7 @@ class EffectiveSamples:
         self._effective: Array = np.zeros(())
 
     def add(self, series: ArrayLike) -> None:
-        """Count one more series; those of a single value say nothing."""
+        """Count one more series; those of a single value are ignored."""
         x = np.asarray(series, dtype=np.float64)
         if len(x) > 1:
             self._values += len(x)

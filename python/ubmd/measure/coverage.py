@@ -11,8 +11,8 @@ def coverage(angles: ArrayLike, levels: int = 5) -> float:
 
     Every level h = 1..``levels`` splits each dimension into 2^h equal parts of [-π, π]; a cell that is visited
     for the first time earns 2^(-dh), so a fully visited level earns 1; the sum is divided by ``levels``. For two
-    angles and five levels the finest cells are 1024 squares of 11.25° (arXiv:2312.01416, coverage of the
-    (φ, ψ) space; the root does not count).
+    angles and five levels the finest cells are 1024 squares of 11.25° (Zaverkin et al., npj Comput. Mater.
+    10, 83 (2024), coverage of the (φ, ψ) space; the root does not count).
 
     Args:
         angles: [N, d], rad, any period.
@@ -32,7 +32,7 @@ def coverage_growth(angles: ArrayLike, levels: int = 5) -> NDArray[np.float64]:
         return earned
     dimensions = points.shape[1]
     share = np.mod(points + np.pi, 2.0 * np.pi) / (2.0 * np.pi)
-    # A tiny negative angle can round up to a share of exactly 1: it belongs to the last cell.
+    # A tiny negative angle can be rounded up to a share of exactly 1: it belongs to the last cell.
     finest = np.minimum((share * 2**levels).astype(np.int64), 2**levels - 1)
     for level in range(1, levels + 1):
         cells = finest >> (levels - level)

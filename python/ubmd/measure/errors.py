@@ -68,7 +68,7 @@ def calibration_data(structures: Sequence[Atoms], predictions: Sequence[Predicti
 def error_summary(
     structures: Sequence[Atoms], predictions: Sequence[Prediction], chosen: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """Root mean square errors of predictions for the same structures; ``chosen``: places of those that count.
+    """Root mean square errors of predictions for the same structures; ``chosen``: indices of those that count.
 
     Returns:
         ``energy_rmse_mev_per_atom`` (meV/atom), ``force_rmse`` (components, eV/Å), ``stress_rmse_mpa`` (components,
@@ -96,7 +96,7 @@ def check_finite(predictions: Sequence[Prediction], source: str) -> None:
 
 
 def share_covered(error: ArrayLike, u: ArrayLike) -> float:
-    """Share of errors that do not exceed their uncertainty: 1 - alpha, if the calibration transfers."""
+    """Share of errors that do not exceed their uncertainty: 1 - alpha for data like those of the calibration."""
     return float(np.mean(np.asarray(error) <= np.asarray(u)))
 
 

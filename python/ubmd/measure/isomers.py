@@ -45,8 +45,8 @@ def count_cis(structures: Sequence[Atoms], amides: Sequence[Torsion]) -> int:
 def isomers(structures: Sequence[Atoms]) -> dict[str, list[int]]:
     """'trans' and 'cis' -> indices of the structures without and with a cis amide bond.
 
-    MD at room temperature hardly ever turns an amide bond, so errors of a test set that holds both mix structures like
-    those of a training set with others that it can't have seen. Empty unless these are structures of one molecule
+    MD at room temperature hardly ever isomerises an amide bond, so errors of a test set that contains both mix
+    structures like those of a training set with others unlike them. Empty unless these are structures of one molecule
     (atoms in one order) of which both isomers occur.
     """
     if not structures or any(a.pbc.any() or list(a.numbers) != list(structures[0].numbers) for a in structures):

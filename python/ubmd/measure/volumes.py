@@ -38,7 +38,8 @@ class SlowWave:
 def slow_wave(times: ArrayLike, volumes: ArrayLike) -> SlowWave:
     """Least-squares fit of a wave of twice the run's length to volumes [N] at times [N].
 
-    How arXiv:2312.01416 describes slow oscillations of a cell that one run sees half a period of.
+    Zaverkin et al., npj Comput. Mater. 10, 83 (2024), use it for slow oscillations of a cell, of which one run covers
+    half a period.
     """
     t, v = np.asarray(times, dtype=np.float64), np.asarray(volumes, dtype=np.float64)
     phase = np.pi * (t - t[0]) / (t[-1] - t[0])

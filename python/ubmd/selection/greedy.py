@@ -1,8 +1,11 @@
 """Greedy selection of a batch of structures, given the training set.
 
-One loop serves every method: score the candidates, take the best, strike out its near-duplicates, let the
+One loop serves every method: score the candidates, take the best, remove its near-duplicates, let the
 method update its scores, repeat. Features are structure features on the scale where the mean of |φ|² over the
 training set is 1, so that λ² and the duplicate tolerance have no unit.
+
+MaxDet and MaxDist with respect to training set and batch, and MaxDiag, as in Holzmüller et al., J. Mach. Learn. Res.
+24, 164 (2023); for interatomic potentials: Zaverkin et al., Digital Discovery 1, 605 (2022).
 """
 
 from __future__ import annotations
@@ -83,8 +86,8 @@ def select(
 def near_any(features: Array, others: Array, tolerance: float) -> NDArray[np.bool_]:
     """Whether each row of ``features`` [N, p] is closer than ``tolerance`` to any row of ``others`` [T, p].
 
-    Norms and products find the suspects at the price of one matrix product; because they lose half of the
-    digits for nearly equal rows, each suspect pair is then measured by its difference.
+    Norms and products find the candidate pairs at the cost of one matrix product; because they lose half of the
+    digits for nearly equal rows, the distance of each such pair is then computed from its difference.
     """
     near = np.zeros(len(features), dtype=bool)
     squares = np.sum(features**2, axis=1)[:, None] + np.sum(others**2, axis=1)
@@ -138,7 +141,7 @@ class _MaxDistance:
             self._approach(known)
 
     def picked(self, index: int) -> None:
-        """The structure ``index`` is known from now on."""
+        """Add the structure ``index`` to the known ones."""
         self._approach(self._pool[index])
 
     def _approach(self, known: Array) -> None:
@@ -149,7 +152,7 @@ class _MaxDeterminant:
     """Posterior variances that shrink with every pick (pivoted Cholesky factorisation of the kernel).
 
     k(s, t) = λ² φ_s·(ΦᵀΦ + λ²I)⁻¹ φ_t is written as v_s·v_t with v = λ L⁻¹ φ, where LLᵀ = ΦᵀΦ + λ²I. A pick x
-    takes k(·, x) k(x, ·) / (k(x, x) + noise) off the kernel: one more column of the factor, O(N·(p + b)).
+    subtracts k(·, x) k(x, ·) / (k(x, x) + noise) from the kernel: one more column of the factor, O(N·(p + b)).
     """
 
     def __init__(self, pool: Array, training: Array, lambda2: float, noise: float) -> None:

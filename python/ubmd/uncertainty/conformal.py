@@ -1,4 +1,9 @@
-"""Split (inductive) conformal calibration of uncertainties."""
+"""Split (inductive) conformal calibration of uncertainties.
+
+Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World (Springer, 2005); for regression with errors divided
+by an estimate of their size: Papadopoulos et al., Lect. Notes Comput. Sci. 2430, 345 (2002); Lei et al., J. Am. Stat.
+Assoc. 113, 1094 (2018). For interatomic potentials: Zaverkin et al., npj Comput. Mater. 10, 83 (2024).
+"""
 
 from __future__ import annotations
 
@@ -10,14 +15,14 @@ from numpy.typing import ArrayLike
 
 from ubmd.errors import DataError
 
-EPSILON = 1e-8  # in the units of error and uncertainty; guards the ratio 0/0
+EPSILON = 1e-8  # in the units of error and uncertainty; avoids the ratio 0/0
 
 
 @dataclass(frozen=True)
 class ConformalScale:
     """The factor q with P(|error| <= q u) >= 1 - alpha on exchangeable data.
 
-    attainable: the confidence level really reached by this calibration set (1 - alpha, or n/(n + 1) if that is less).
+    attainable: the confidence level that this calibration set reaches (1 - alpha, or n/(n + 1) if that is less).
     """
 
     scale: float
@@ -29,7 +34,7 @@ class ConformalScale:
 def conformal_scale(errors: ArrayLike, uncertainties: ArrayLike, alpha: float) -> ConformalScale:
     """The k-th smallest ratio (|error| + eps)/(u + eps), k = ceil((n + 1)(1 - alpha)).
 
-    If k > n the level is not attainable with n points: the largest ratio is used, and n/(n + 1) kept as attainable.
+    If k > n the level is not attainable with n points: the largest ratio is used, and attainable is n/(n + 1).
 
     Raises:
         DataError: no calibration point, unequal lengths, or values that are not finite.
@@ -41,7 +46,7 @@ def conformal_scale(errors: ArrayLike, uncertainties: ArrayLike, alpha: float) -
             f"Conformal calibration needs one error per uncertainty and at least one, got {len(error)} and {len(u)}."
         )
     if not (np.isfinite(error).all() and np.isfinite(u).all()):
-        raise DataError("Conformal calibration met errors or uncertainties that are not finite numbers.")
+        raise DataError("Conformal calibration got errors or uncertainties that are not finite numbers.")
     n = len(u)
     ratios = np.sort((error + EPSILON) / (u + EPSILON))
     # (n + 1)(1 - alpha) can be an integer that float arithmetic overshoots (20 * 0.95): round before the ceiling.

@@ -1,4 +1,8 @@
-"""Distance to the nearest training feature as an uncertainty."""
+"""Distance to the nearest training feature as an uncertainty.
+
+Janet et al., Chem. Sci. 10, 7913 (2019), in the space of a network's features; with sketched gradient features and
+biased dynamics: Zaverkin et al., npj Comput. Mater. 10, 83 (2024).
+"""
 
 import numpy as np
 import torch
@@ -7,7 +11,7 @@ from torch import Tensor
 from ubmd.selection import select
 from ubmd.uncertainty.base import Uncertainty
 
-SMALLEST_SQUARE = 1e-8  # of u before calibration: a training structure is not certain beyond this
+SMALLEST_SQUARE = 1e-8  # of u before calibration: the lower bound, reached by training structures
 
 
 class DistanceUncertainty(Uncertainty):
@@ -38,7 +42,7 @@ class DistanceUncertainty(Uncertainty):
     def forward(self, phi: Tensor) -> Tensor:
         """Calibrated u [n] (float64) of raw features [n, p] of any precision."""
         x = phi.to(self.references.dtype) / self.feature_scale
-        # A matrix product finds the nearest reference; the difference to it then has all digits, and a short gradient.
+        # A matrix product finds the nearest reference; the difference to it then has full precision.
         halves = 0.5 * (self.references * self.references).sum(1)
         nearest = torch.argmin(halves - torch.mm(x.detach(), self.references.t()), dim=1)
         difference = x - self.references.index_select(0, nearest)

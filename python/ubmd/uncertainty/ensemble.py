@@ -1,4 +1,8 @@
-"""Disagreement of an ensemble of networks as an uncertainty (population standard deviations)."""
+"""Disagreement of an ensemble of networks as an uncertainty (population standard deviations).
+
+Query by committee: Seung, Opper and Sompolinsky, Proc. 5th Workshop on Computational Learning Theory, 287 (1992);
+ensembles of networks: Lakshminarayanan, Pritzel and Blundell, Adv. Neural Inf. Process. Syst. 30, 6402 (2017).
+"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,8 @@
-"""Posterior uncertainty of Bayesian linear regression in (sketched) gradient features."""
+"""Posterior uncertainty of Bayesian linear regression in (sketched) gradient features.
+
+The predictive variance of Bishop, Pattern Recognition and Machine Learning (2006), section 3.3, without its noise term;
+as the posterior kernel of a network's features: Holzmüller et al., J. Mach. Learn. Res. 24, 164 (2023).
+"""
 
 import torch
 from torch import Tensor, nn
