@@ -45,7 +45,7 @@ class AtomicUncertainties {
   virtual double bytes() const { return 0.0; }
 };
 
-// As the model needs it, which must outlive it. LAMMPS's communication asks `pair`, which passes it on.
+// The kind that the model needs; the model must outlive it. LAMMPS's communication calls `pair`, which passes it on.
 std::unique_ptr<AtomicUncertainties> make_atomic_uncertainties(LAMMPS_NS::LAMMPS *lmp, LAMMPS_NS::Pair &pair,
                                                                Model &model, Timer &timer);
 

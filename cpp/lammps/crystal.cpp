@@ -26,7 +26,7 @@ void SiteTable::reset(std::size_t n) {
   values_.assign(size, -1);
 }
 
-// Where a site is, or would be.
+// Position of a site, whether or not an atom is there.
 std::size_t SiteTable::slot(const Site &site) const {
   std::uint64_t hash = 0;
   for (int number : site) hash = (hash ^ static_cast<std::uint32_t>(number)) * 0x9E3779B97F4A7C15ULL;
@@ -54,7 +54,7 @@ namespace {
 constexpr std::size_t sample_size = 256;  // atoms that choose between the possible orientations and origins
 constexpr int trials = 4;                 // atoms tried on every sublattice of their species
 
-// One way to put the ideal crystal, and how well some atoms agree with it.
+// One placement of the ideal crystal, and how well some atoms agree with it.
 struct Trial {
   const Fit *fit;
   Vector shift;
@@ -122,7 +122,7 @@ int rarest_species(const Lattice &lattice) {
   return rarest;
 }
 
-// Origins to try: where the model has it, then each of a few atoms on each sublattice of its species.
+// Origins to try: that of the model, then each of a few atoms on each sublattice of its species.
 std::vector<Vector> origins(const Lattice &lattice, const Fit &fit, const std::vector<SystemAtom> &atoms) {
   std::vector<Vector> shifts = {{}};
   const int rarest = rarest_species(lattice);
@@ -148,10 +148,10 @@ std::vector<SystemAtom> sample(const std::vector<SystemAtom> &atoms) {
   return few;
 }
 
-// The possible ways to put the crystal, the best first. Equally good ones (they differ by a symmetry of the crystal)
-// stay in order: as the model has it comes first.
+// The possible placements of the crystal, the best first. Equally good ones (they differ by a symmetry of the crystal)
+// stay in order: that of the model comes first.
 std::vector<Trial> rank(const Lattice &lattice, const std::vector<Fit> &fits, const std::vector<SystemAtom> &atoms) {
-  constexpr double equal = 0.02;  // Å: a few atoms don't decide between less
+  constexpr double equal = 0.02;  // Å: smaller differences of a few atoms are not significant
   const auto few = sample(atoms);
   std::vector<Trial> ranked;
   for (const auto &fit : fits) {
@@ -161,7 +161,7 @@ std::vector<Trial> rank(const Lattice &lattice, const std::vector<Fit> &fits, co
       if (value < best.deviation - equal) best = {&fit, shift, value};
     }
     ranked.push_back(best);
-    // without rotation, and not worse than atoms that vibrate: no need to look further
+    // without rotation, and within thermal vibrations: no need to look further
     if (!fit.is_turned() && best.deviation < 0.25 * lattice.max_displacement) return ranked;
   }
   std::stable_sort(ranked.begin(), ranked.end(), [&](const Trial &a, const Trial &b) {
@@ -209,7 +209,7 @@ void check_numbers(const Lattice &lattice, const Fit &fit, const std::vector<Sys
     throw Error("the box has " + std::to_string(atoms.size()) + " atoms of the crystal but the crystal has " +
                 std::to_string(n_sites) + " sites in it: start from a crystal without vacancies and interstitials");
   throw Error(
-      "the box has other numbers of each element than the crystal has sites for: check the names of pair_coeff");
+      "the numbers of atoms of each element differ from those of the crystal's sites: check the names in pair_coeff");
 }
 
 }  // namespace
@@ -220,9 +220,8 @@ void Crystal::map(const Matrix &box, std::vector<SystemAtom> atoms) {
   const auto fits = find_fits(lattice_, box);
   if (fits.empty())
     throw Error(
-        "the box is no integer multiple of the primitive cell that the model was trained for: build it by repeating "
-        "that "
-        "cell, neither strained nor heated");
+        "the box is not an integer multiple of the primitive cell that the model was trained for: build it by "
+        "repeating that cell without strain or thermal expansion");
   check_numbers(lattice_, fits.front(), atoms);
   std::string reason;
   for (auto &trial : rank(lattice_, fits, atoms)) {
@@ -298,7 +297,7 @@ void Crystal::locate(int n_local, const double *positions, const std::vector<std
     const auto *site = site_of(tags[i]);
     if (!site || lattice_.species[(*site)[3]] != species[i])
       throw Error("atom " + std::to_string(tags[i]) +
-                  " has no site of its element in the crystal: atoms and types must stay as they are during a run");
+                  " has no site of its element in the crystal: atoms and types must not change during a run");
     Vector rest = Vector{positions[3 * i], positions[3 * i + 1], positions[3 * i + 2]} - ideal(*site) - drift_;
     const auto shift = periods_.nearest(rest);
     images_[i] = *site;
@@ -338,7 +337,7 @@ void Crystal::connect(const std::vector<std::int64_t> &tags) {
       const int end = table.find({centre[0] + site[0], centre[1] + site[1], centre[2] + site[2], site[3]});
       if (end < 0)
         throw Error("an atom on a site near atom " + std::to_string(tags[centres_[k]]) +
-                    " is not among the neighbours of this processor: give a larger 'comm_modify cutoff'");
+                    " is unknown to this processor: use a larger 'comm_modify cutoff'");
       ends_.push_back(end);
     }
     first_.push_back(static_cast<std::int64_t>(ends_.size()));
@@ -380,7 +379,7 @@ void Crystal::build(Block &block, std::size_t begin, std::size_t end) const {
   block.first.resize(end - begin + 1);
   for (std::size_t k = begin; k <= end; ++k) block.first[k - begin] = first_[k] - first_[begin];
   const auto start = static_cast<std::size_t>(first_[begin]), n = static_cast<std::size_t>(first_[end]) - start;
-  // never smaller: steady steps neither allocate nor clear memory
+  // never shrinks: steady steps neither allocate nor clear memory
   if (block.ends.size() < n) {
     block.ends.resize(n);
     block.neighbours.resize(n);

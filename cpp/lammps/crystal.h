@@ -61,7 +61,7 @@ class Crystal {
 
   // Whether all atoms have a site of their species (species -1: takes no part).
   bool knows(const std::vector<std::int64_t> &tags, const std::vector<int> &species) const;
-  // After owned atoms and ghosts were set up anew: find the image of each atom's site, and the atoms on the sites of
+  // After owned atoms and ghosts were set up again: find the image of each atom's site, and the atoms on the sites of
   // each owned centre; throws Error.
   void locate(int n_local, const double *positions, const std::vector<std::int64_t> &tags,
               const std::vector<int> &species);

@@ -31,11 +31,10 @@ void CrystalSites::init() {
   for (const auto *fix : modify->get_fix_list())
     if (fix->box_change &
         (LAMMPS_NS::Fix::BOX_CHANGE_ANY | LAMMPS_NS::Fix::BOX_CHANGE_SIZE | LAMMPS_NS::Fix::BOX_CHANGE_SHAPE))
-      error->all(
-          FLERR,
-          "pair_style ubmd: the force-constant model of a crystal knows one cell only, but fix {} {} changes the "
-          "box: remove it, and use fix nvt instead of fix npt",
-          fix->id, fix->style);
+      error->all(FLERR,
+                 "pair_style ubmd: the force-constant model of a crystal is valid for a fixed cell only, but fix {} {} "
+                 "changes the box: remove it, and use fix nvt instead of fix npt",
+                 fix->id, fix->style);
   check_exclusions();
 }
 
@@ -46,7 +45,7 @@ double CrystalSites::range() const {
   return std::max(cutoff, cutoff + 2.0 * crystal_.max_displacement() - neighbor->skin);
 }
 
-// A crystal's energy is no sum over the pairs of a neighbour list.
+// A crystal's energy is not a sum over the pairs of a neighbour list.
 void CrystalSites::check_exclusions() const {
   int mine = 0, bits;
   for (int i = 0; i < atom->nlocal; ++i)
@@ -55,7 +54,7 @@ void CrystalSites::check_exclusions() const {
   if (excludes_pairs(*neighbor, *group, species_, bits))
     error->all(FLERR,
                "pair_style ubmd: the force-constant model of a crystal cannot leave out pairs of its atoms: remove "
-               "'neigh_modify exclude', or restrict it to atoms that are not of the crystal");
+               "'neigh_modify exclude', or restrict it to atoms outside the crystal");
 }
 
 Matrix CrystalSites::box() const {
@@ -93,8 +92,8 @@ void CrystalSites::read(bool requested) {
   if (crystal_.is_mapped() && !in_setup && !crystal_.has_box(box()))
     error->all(
         FLERR,
-        "the box changed at step {} but the force-constant model of a crystal knows one cell only: change the box "
-        "between runs, to another multiple of the cell",
+        "the box changed at step {} but the force-constant model of a crystal is valid for a fixed cell only: change "
+        "the box between runs, to another multiple of the cell",
         update->ntimestep);
   if (fresh || !crystal_.is_mapped()) {
     fresh = true;
@@ -116,7 +115,7 @@ void CrystalSites::read(bool requested) {
       largest = displace_sites();
     }
   }
-  check_displacement(largest);  // before a site of an atom that flew away is missed
+  check_displacement(largest);  // before an atom that has left its site is missed
   if (anew) connect_sites();
   displacement_ = largest.displacement;
   if (requested) requested_displacement_ = displacement_;
@@ -175,8 +174,8 @@ void CrystalSites::locate_sites() {
   if (count != crystal_.n_sites())
     error->all(
         FLERR,
-        "pair_style ubmd: {} atoms are left of the crystal's {} at step {}: atoms and types must stay as they are "
-        "during a run",
+        "pair_style ubmd: {} of the crystal's {} atoms are left at step {}: atoms and types must not change during a "
+        "run",
         count, crystal_.n_sites(), update->ntimestep);
   const int nall = atom->nlocal + atom->nghost;
   try {
@@ -194,7 +193,7 @@ void CrystalSites::connect_sites() {
   }
 }
 
-// Displacements from the sites without their mean over the whole system. The model doesn't feel the mean, but the
+// Displacements from the sites without their mean over the whole system. The model doesn't depend on the mean, but the
 // energies of single atoms and the images of the sites would.
 Crystal::Largest CrystalSites::displace_sites() {
   const auto mine = crystal_.displace(atoms_of(*atom).positions);
@@ -209,11 +208,12 @@ Crystal::Largest CrystalSites::displace_sites() {
 
 void CrystalSites::check_displacement(const Crystal::Largest &largest) const {
   if (largest.displacement <= crystal_.max_displacement()) return;
-  error->one(FLERR,
-             "pair_style ubmd: at step {} atom {} is {:.3f} A away from its site, more than the {:.3f} A that the "
-             "force-constant model is made for: use a lower temperature or a shorter time step, or train the model on "
-             "larger displacements",
-             update->ntimestep, atom->tag[largest.atom], largest.displacement, crystal_.max_displacement());
+  error->one(
+      FLERR,
+      "pair_style ubmd: at step {} atom {} is {:.3f} A away from its site, more than the displacement "
+      "limit of the force-constant model, {:.3f} A: use a lower temperature or a shorter time step, or train the "
+      "model on larger displacements",
+      update->ntimestep, atom->tag[largest.atom], largest.displacement, crystal_.max_displacement());
 }
 
 double CrystalSites::largest_displacement() const {

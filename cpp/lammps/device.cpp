@@ -10,10 +10,10 @@ std::string device_of_rank(const std::string &device, int local_rank, int n_devi
   if (device.rfind("cuda", 0) != 0) return device;
   if (n_devices == 0)
     throw Error("device " + device +
-                " was asked for but torch sees no GPU: use 'device cpu' or install torch with CUDA");
+                " was requested but torch finds no GPU: use 'device cpu' or install torch with CUDA");
   if (device == "cuda") return "cuda:" + std::to_string(local_rank % n_devices);
   if (std::atoi(device.c_str() + 5) >= n_devices)
-    throw Error("device " + device + " was asked for but the last one is cuda:" + std::to_string(n_devices - 1) +
+    throw Error("device " + device + " was requested but the last one is cuda:" + std::to_string(n_devices - 1) +
                 ": use 'device cuda' to share the GPUs among the ranks");
   return device;
 }

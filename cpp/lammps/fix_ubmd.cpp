@@ -122,15 +122,14 @@ void FixUBMD::parse(int narg, char **arg) {
     if (key == "uncertainty") {
       settings_.atomic = std::strcmp(arg[i + 1], "atomic") == 0;
       if (!settings_.atomic && std::strcmp(arg[i + 1], "energy") != 0)
-        error->all(FLERR, "fix ubmd: uncertainty is energy or atomic, not '{}'", arg[i + 1]);
+        error->all(FLERR, "fix ubmd: uncertainty must be energy or atomic, not '{}'", arg[i + 1]);
     }
     i += 2;
   }
   if (!settings_.atoms && (settings_.stop >= 0.0 || !settings_.save_file.empty() || settings_.atomic))
-    error->all(
-        FLERR,
-        "fix ubmd: 'atoms no' leaves out the atomic uncertainties that stop, save and 'uncertainty atomic' need: "
-        "remove it");
+    error->all(FLERR,
+               "fix ubmd: 'atoms no' skips the atomic uncertainties that stop, save and 'uncertainty atomic' need: "
+               "remove it");
 }
 
 int FixUBMD::parse_species(int i, int narg, char **arg) {
@@ -204,10 +203,10 @@ void FixUBMD::check_pair() {
   if (!pair_)
     error->all(FLERR, "fix ubmd needs one pair_style ubmd: put 'pair_style ubmd' and its pair_coeff before the run");
   if (pair_->model().metadata().projections < 1)
-    error->all(FLERR, "fix ubmd: the model file carries no uncertainty: export it again with an [uncertainty] table");
+    error->all(FLERR, "fix ubmd: the model file contains no uncertainty: export it again with an [uncertainty] table");
 }
 
-// A force-constant model has closed forms for the energy's uncertainty only, in the one cell that it knows.
+// A force-constant model has closed forms for the energy's uncertainty only, in its fixed cell.
 void FixUBMD::check_crystal() {
   if (!pair_->model().is_crystal()) return;
   if (settings_.atomic && biasing())
@@ -256,8 +255,8 @@ bool FixUBMD::minimising() const {
 }
 
 // Monte Carlo fixes (gcmc, widom, atom/swap, ...) evaluate trial configurations through all fixes, before atoms are
-// exchanged and the step's own lists are built. These are not the run's: they aren't looked at, saved, nor a reason to
-// stop, and don't count in the window. A step that keeps its lists has no trials, and lists that are older.
+// exchanged and the step's own lists are built. These are not the run's: they are neither tested nor saved, don't
+// stop it, and don't count in the window. A step that keeps its lists has no trials, and lists that are older.
 bool FixUBMD::on_trial() const {
   return !listed_ && neighbor->ago == 0;
 }
@@ -268,8 +267,8 @@ void FixUBMD::post_neighbor() {
   listed_ = true;
 }
 
-// Evaluations of an MD run lie at first + k * every, however many run commands it is split into. A monitor also looks
-// in every setup, so that `run 0` and `rerun` report the positions they are given.
+// Evaluations of an MD run lie at first + k * every, however many run commands it is split into. A monitor also
+// evaluates every setup, so that `run 0` and `rerun` report the positions they are given.
 void FixUBMD::request(bool in_setup) {
   const bigint step = update->ntimestep;
   in_setup_ = in_setup;
@@ -361,7 +360,7 @@ void FixUBMD::evaluate_uncertainty(std::vector<double> *weight) {
   if (weight) weight->assign(mean.size(), 0.0);
   u_ = n_atoms_ > 0 ? pair_->model().uncertainty(mean, weight) : 0.0;  // fix gcmc may empty the box
   if (n_atoms_ == 0 && in_setup_ && comm->me == 0)
-    error->warning(FLERR, "fix ubmd: no atom has an element of the model, u is 0: check the names of pair_coeff");
+    error->warning(FLERR, "fix ubmd: no atom has an element of the model, u is 0: check the names in pair_coeff");
   if (!std::isfinite(u_))
     error->all(FLERR, "the uncertainty is not a number at step {}: train or export the model again", update->ntimestep);
   sigma_ = u_ * static_cast<double>(n_atoms_);
@@ -484,7 +483,7 @@ void FixUBMD::check_stop() {
   if (!stopped_) return;
   if (comm->me == 0 && !forced_timeout_)
     utils::logmesg(lmp,
-                   "fix {} ubmd: the largest atomic uncertainty {:.6g} {}/A passed {:.6g} at step {}, the run ends\n",
+                   "fix {} ubmd: the largest atomic uncertainty {:.6g} {}/A exceeds {:.6g} at step {}, the run ends\n",
                    id, u_max_, pair_->unit().name, settings_.stop, update->ntimestep);
   timer->force_timeout();
   forced_timeout_ = true;
@@ -497,7 +496,7 @@ void FixUBMD::post_run() {
 }
 
 // Frames above the limit, at the first evaluation at or after each multiple of save_every; the stopping frame always.
-// The setup of a run sees the last step of the run before again, which isn't saved twice; if the script moved the atoms
+// The setup of a run repeats the last step of the previous run, which isn't saved twice; if the script moved the atoms
 // in between, it is a frame of its own.
 void FixUBMD::check_save() {
   if (settings_.save_file.empty() || minimising()) return;
@@ -513,8 +512,8 @@ void FixUBMD::check_save() {
   save_frame();
 }
 
-// Ranks call it together. Setups wrap atoms into the box and turn them into its coordinates and back: rounding errors
-// are no change.
+// Ranks call it together. Setups wrap atoms into the box and convert them to its coordinates and back: rounding errors
+// don't count as a change.
 FixUBMD::Start FixUBMD::compare_with_last_run() {
   if (end_.step < 0) return Start::later;
   constexpr double tolerance = 1e-8;  // Å
@@ -563,7 +562,7 @@ void FixUBMD::save_frame() {
     error->one(FLERR, "fix ubmd cannot write {}: the disk may be full", settings_.save_file);
 }
 
-// All atoms, sorted by tag, on rank 0; without those that are absent by an exclusion.
+// All atoms, sorted by tag, on rank 0; without those that an exclusion makes absent.
 std::vector<FixUBMD::Row> FixUBMD::gather_atoms() const {
   std::vector<Row> mine;
   std::vector<bool> takes_part(atom->nlocal, false);
@@ -644,7 +643,7 @@ void FixUBMD::unpack_reverse_comm(int n, int *list, double *buffer) {
     for (int k = 0; k < 6; ++k) work_[6 * list[i] + k] += buffer[6 * i + k];
 }
 
-// ---- restart files: the windows and the held bias, so that a run continues as if it had not been cut ----
+// ---- restart files: the windows and the held bias, so that a run continues as if it had not been interrupted ----
 
 void FixUBMD::write_restart(FILE *restart_file) {
   if (comm->me != 0) return;

@@ -79,12 +79,12 @@ class FixUBMD : public Fix {
 
   // Where the last run (no minimisation) left the atoms, for the setup of the next; only if frames are saved.
   struct End {
-    bigint step = -1;                // negative: no run yet, or looked at
+    bigint step = -1;                // negative: no run yet, or already tested
     std::vector<Row> atoms;          // as of gather_atoms()
     std::array<double, 9> box = {};  // as of box()
   };
 
-  // A setup sees the atoms and the box as the last run left them, or changed with no step in between, or later.
+  // In a setup, atoms and box are as the last run left them, or changed with no step in between, or later.
   enum class Start { same, changed, later };
 
   void parse(int, char **);

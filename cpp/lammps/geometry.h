@@ -22,7 +22,7 @@ class Geometry {
  public:
   virtual ~Geometry() = default;
 
-  // From init_style(): ask for the neighbour list, or an error if the run isn't one that the model can do.
+  // From init_style(): ask for the neighbour list, or an error if the model doesn't support the run.
   virtual void init() = 0;
 
   // From init_one(): range of the pair style, Å. LAMMPS adds the skin to it, for the ghosts.
@@ -51,7 +51,7 @@ class Geometry {
   virtual double bytes() const = 0;
 };
 
-// As the model needs it, which must outlive it; `species` is the element index of each type, -1: none.
+// The kind that the model needs; the model must outlive it. `species` is the element index of each type, -1: none.
 std::unique_ptr<Geometry> make_geometry(LAMMPS_NS::LAMMPS *lmp, LAMMPS_NS::Pair &pair, Model &model,
                                         const std::vector<int> &species, Timer &timer);
 

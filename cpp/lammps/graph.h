@@ -35,8 +35,8 @@ struct Absent {
   bool covers(int type, int bits) const { return (bits & groups) != 0 || (!types.empty() && types[type - 1]); }
 };
 
-// Who takes part: only atoms whose type has an element, and which aren't absent. Read anew at every evaluation, because
-// types and groups may change between two rebuilds of the list (fix atom/swap).
+// Who takes part: only atoms whose type has an element, and which aren't absent. Read again at every evaluation,
+// because types and groups may change between two rebuilds of the list (fix atom/swap).
 struct Participants {
   std::vector<int> centres;   // atom index of each centre, in the order of the list
   std::vector<int> elements;  // [n_all] element index of each atom, -1: none, or absent

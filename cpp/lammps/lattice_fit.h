@@ -54,7 +54,7 @@ inline double largest_difference(const Matrix &a, const Matrix &b) {
   return largest;
 }
 
-// The translations along three vectors (rows of `basis`), which may be as skewed as they like.
+// The translations along three vectors (rows of `basis`), however skewed.
 class Translations {
  public:
   Translations() = default;
@@ -85,7 +85,7 @@ struct Fit {
   bool is_turned() const;
 };
 
-// All ways, that without rotation first. `tolerance` is a fraction of the longest primitive vector.
+// All ways, the one without rotation first. `tolerance` is a fraction of the longest primitive vector.
 std::vector<Fit> find_fits(const Lattice &lattice, const Matrix &box, double tolerance = 1e-3);
 
 }  // namespace ubmd

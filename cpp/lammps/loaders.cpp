@@ -8,17 +8,17 @@
 namespace ubmd {
 namespace {
 
-// In the order in which they are asked. The last one takes what no other reads, and says what is wrong with it.
+// In the order in which they are tried. The last one takes what no other reads, and reports what is wrong with it.
 const Loader *const loaders[] = {&torchscript_loader};
 
-// What LAMMPS leaves of letters that are not ASCII is no text any more.
+// LAMMPS makes invalid text of letters that are not ASCII.
 [[noreturn]] void cannot_read(std::string file) {
   bool ascii = true;
   for (char &letter : file)
     if (static_cast<unsigned char>(letter) > 127) ascii = false, letter = '?';
   if (ascii) throw Error("cannot read model file " + file + ": check the path in pair_coeff");
   throw Error("cannot read model file " + file +
-              ": LAMMPS changes letters of an input line that are not ASCII; start it with '-var model FILE' and write "
+              ": LAMMPS replaces non-ASCII characters in input lines; start it with '-var model FILE' and write "
               "${model} in pair_coeff, or rename the file");
 }
 

@@ -46,11 +46,11 @@ Metadata read(const Json &record, const std::string &file) {
   if (record.contains("operators")) metadata.operators = record["operators"].get<std::vector<std::string>>();
   if (record.contains("lattice")) metadata.lattice = read_lattice(record["lattice"], metadata.elements.size(), file);
   if (metadata.elements.empty() || !(metadata.cutoff > 0.0))
-    throw Error("model file " + file + " names no elements or no cutoff: export it again with 'ubmd train'");
+    throw Error("model file " + file + " lacks its elements or its cutoff: export it again with 'ubmd train'");
   return metadata;
 }
 
-// Run `work` on JSON; what is no record becomes an Error.
+// Run `work` on JSON; if it is not a record, an Error.
 template <typename Work>
 auto with_json(const std::string &file, Work work) -> decltype(work()) {
   try {
@@ -78,8 +78,8 @@ std::vector<int> map_elements(const Metadata &metadata, const std::vector<std::s
     if (name == "NULL") {
       species.push_back(-1);
     } else if (found == metadata.elements.end()) {
-      throw Error("element " + name + " is not in model file " + file + ", which knows " + join(metadata.elements) +
-                  ": correct the names of pair_coeff or train with this element");
+      throw Error("element " + name + " is not in model file " + file + ", which contains " + join(metadata.elements) +
+                  ": correct the names in pair_coeff or train with this element");
     } else {
       species.push_back(static_cast<int>(found - metadata.elements.begin()));
     }

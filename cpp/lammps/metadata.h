@@ -19,25 +19,25 @@ struct Lattice {
   std::vector<std::array<double, 3>> scaled;           // [S] fractional position of each sublattice
   std::vector<int> species;                            // [S] species index of each sublattice
   std::vector<std::vector<std::array<int, 4>>> sites;  // [S] sites that the energy of a centre in cell 0 depends on
-  double max_displacement = 0.0;                       // Å: beyond it the model isn't used
+  double max_displacement = 0.0;                       // Å: the displacement limit
 };
 
 struct Metadata {
   int format = 0;
   std::vector<std::string> elements;   // species index -> element name
   double cutoff = 0.0;                 // Å
-  int projections = 0;                 // length p of the features; 0: the file carries no uncertainty
+  int projections = 0;                 // length p of the features; 0: the file has no uncertainty
   std::vector<std::string> operators;  // operator libraries the model needs
   std::optional<Lattice> lattice;      // of a force-constant model
 };
 
-// Read the record; throws Error naming `file` when it is no ubmd record or of a newer format.
+// Read the record; throws Error naming `file` when it is not a ubmd record or of a newer format.
 Metadata parse_metadata(const std::string &json, const std::string &file);
 
-// Whether two records say the same; throws Error naming `file` when one of them is no JSON.
+// Whether two records say the same; throws Error naming `file` when one of them is not JSON.
 bool same_record(const std::string &record, const std::string &other, const std::string &file);
 
-// Species index of every LAMMPS type (-1 for NULL); throws Error for names the model doesn't know.
+// Species index of every LAMMPS type (-1 for NULL); throws Error for names that are not in the model.
 std::vector<int> map_elements(const Metadata &metadata, const std::vector<std::string> &names, const std::string &file);
 
 }  // namespace ubmd

@@ -18,7 +18,7 @@ enum class Precision { mixed, single_, double_ };
 
 enum class Bias { none, structure, atomic };
 
-// What an evaluation gives besides energies and gradient.
+// What an evaluation computes besides energies and gradient.
 struct Request {
   bool structure = false;    // features of the structure, for u
   bool atoms = false;        // atomic uncertainties, or what an ensemble needs for them
@@ -69,7 +69,7 @@ class Model {
   // Blocks may have any size up to this one.
   virtual std::size_t largest_block() const = 0;
 
-  // One evaluation of everything, as at the steps that come: the first of them then isn't slower than the others.
+  // A warm-up: one evaluation as in the steps of the run, so that the first of them is no slower than the others.
   virtual void warm_up(const Request &request) = 0;
 
   // Begin an evaluation. One with `structure` takes the place of the last such one; others leave it alone.

@@ -86,10 +86,10 @@ void PairUBMD::read_option(const std::string &keyword, const std::string &value)
     else if (value == "double")
       precision_ = ubmd::Precision::double_;
     else
-      error->all(FLERR, "pair_style ubmd: precision is mixed, single or double, not '{}'", value);
+      error->all(FLERR, "pair_style ubmd: precision must be mixed, single or double, not '{}'", value);
   } else if (keyword == "device") {
     if (value != "cpu" && value != "cuda" && !utils::strmatch(value, "^cuda:\\d+$"))
-      error->all(FLERR, "pair_style ubmd: device is cpu, cuda or cuda:n, not '{}'", value);
+      error->all(FLERR, "pair_style ubmd: device must be cpu, cuda or cuda:n, not '{}'", value);
     device_ = value;
   } else if (keyword == "timing") {
     timing_ = utils::logical(FLERR, value, false, lmp) == 1;
@@ -133,7 +133,7 @@ void PairUBMD::coeff(int narg, char **arg) {
     for (int j = 1; j <= atom->ntypes; ++j) setflag[i][j] = has_element(i) && has_element(j);
 }
 
-// Large matrix products, little memory; a GPU needs more atoms to be busy.
+// Large matrix products, little memory; a GPU needs more atoms to be used well.
 std::size_t PairUBMD::block_size() const {
   if (chunk_ > 0) return chunk_;
   return device_ == "cpu" ? 512 : 4096;
@@ -151,7 +151,7 @@ void PairUBMD::allocate() {
 void PairUBMD::init_style() {
   if (!force->newton_pair)
     error->all(FLERR,
-               "pair_style ubmd needs Newton's third law across processors: put 'newton on' before the box is made");
+               "pair_style ubmd needs Newton's third law across processors: put 'newton on' before the box is created");
   if (!atom->tag_enable) error->all(FLERR, "pair_style ubmd needs atom IDs: remove 'atom_modify id no'");
   if (atom->molecular != Atom::ATOMIC)
     for (int k = 1; k < 4; ++k)
@@ -185,8 +185,10 @@ void PairUBMD::read_atoms() {
   const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
   const int bad = ubmd::find_non_finite(ubmd::atoms_of(*atom));
   if (bad >= 0)
-    error->one(FLERR, "the position of atom {} is not a number at step {}: use a shorter time step or a better start",
-               atom->tag[bad], update->ntimestep);
+    error->one(
+        FLERR,
+        "the position of atom {} is not a number at step {}: use a shorter time step or a better initial structure",
+        atom->tag[bad], update->ntimestep);
   geometry_->read(state_ == Kept::requested);
 }
 
@@ -263,7 +265,7 @@ void PairUBMD::tally(const Piece &piece) {
   if (vflag_atom || cvflag_atom) tally_virial(piece);
 }
 
-// An edge gives all of -r ⊗ dE_centre/dr to its neighbour: only this split makes the heat flux right, because the
+// An edge gives all of -r ⊗ dE_centre/dr to its neighbour: only this split makes the heat flux correct, because the
 // energy E_centre moves through the motion of the neighbour.
 void PairUBMD::tally_virial(const Piece &piece) {
   static const int rows[9] = {0, 1, 2, 0, 0, 1, 1, 2, 2};

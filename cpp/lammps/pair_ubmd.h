@@ -45,7 +45,7 @@ class PairUBMD : public Pair {
   };
 
   // Ask the next compute() for features, and for what the bias needs that is to follow. Other calls of compute() (fix
-  // numdiff) don't touch what it leaves.
+  // numdiff) don't change its results.
   void request(const ubmd::Request &request);
   // An error if compute() didn't run since request().
   void check_evaluated() const;
@@ -53,7 +53,7 @@ class PairUBMD : public Pair {
   std::int64_t n_atoms() const { return static_cast<std::int64_t>(participants().size()); }
   // Their indices, of the last evaluation.
   const std::vector<int> &participants() const { return geometry_->centres(); }
-  // Uncertainties of the last evaluation that was asked for them, by atom index; 0 for atoms that take no part.
+  // Uncertainties of the last evaluation that computed them, by atom index; 0 for atoms that take no part.
   const double *uncertainties() const { return uncertainties_.data(); }
   // The kept blocks: all of this rank if the request named a bias, else none.
   std::size_t n_pieces() const { return n_kept_; }

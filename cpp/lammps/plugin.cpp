@@ -61,7 +61,7 @@ void check(void *lammps) {
   if (!reason.empty()) static_cast<LAMMPS *>(lammps)->error->all(FLERR, reason);
 }
 
-// glibc gives freed memory of more than 128 kB back to the system at once and takes it again, page by page, in the next
+// glibc returns freed memory of more than 128 kB to the system at once and allocates it, page by page, in the next
 // step: half the time of a step of 512 atoms. Here it keeps what a few blocks of atoms need. It is the process's
 // setting, so values that the user chose (malloc's own environment variables) stay.
 void keep_freed_memory() {

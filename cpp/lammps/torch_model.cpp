@@ -71,7 +71,7 @@ void check_methods(const torch::jit::Module &module, const std::vector<const cha
       throw Error("file " + file + " is TorchScript but has no method " + method + ": it is not a ubmd model file");
 }
 
-// The file's own record counts, if it has one; what the module says must be the same.
+// The file's own record counts, if it has one; what the module's code returns must be the same.
 Metadata read_metadata(const torch::jit::Module &module, const std::optional<std::string> &record,
                        const std::string &file) {
   check_methods(module, {"metadata"}, file);
@@ -79,8 +79,8 @@ Metadata read_metadata(const torch::jit::Module &module, const std::optional<std
   auto metadata = parse_metadata(record.value_or(said), file);
   if (record && !same_record(*record, said, file))
     throw Error("model file " + file +
-                " is refused: when it is run, it says something else about itself than its record does; export it "
-                "again, or get it anew from whoever made it");
+                " is refused: its code gives another description than its record; export the model again, or ask its "
+                "author for a new copy");
   if (metadata.lattice) {
     check_methods(module,
                   {"evaluate", "uncertainty", "site_uncertainties", "strain_derivative", "by_structure", "features",
@@ -100,7 +100,7 @@ std::optional<torch::jit::Method> atomic_uncertainties_of(const torch::jit::Modu
 
 }  // namespace
 
-// torch's messages carry C++ and TorchScript traces; the part that says what happened is the last line with text.
+// torch's messages contain C++ and TorchScript traces; the part that says what happened is the last line with text.
 std::string essence(const std::exception &exception) {
   const auto *torch_error = dynamic_cast<const c10::Error *>(&exception);
   std::string text = torch_error ? torch_error->what_without_backtrace() : exception.what();
@@ -168,7 +168,7 @@ std::unique_ptr<Model> load_torchscript(const std::string &file, const std::opti
     loaded.metadata = read_metadata(loaded.module, record, file);
     if (loaded.metadata.lattice) loaded.dtype = torch::kFloat64;
     if (loaded.metadata.lattice && !loaded.device.is_cpu())
-      throw Error("model file " + file + " is that of a crystal, which runs on the processor: remove 'device " +
+      throw Error("model file " + file + " is a force-constant model, which runs on the CPU only: remove 'device " +
                   options.device + "'");
     const bool has_blocks = loaded.module.find_method("evaluate").has_value();
     return has_blocks ? make_block_model(std::move(loaded), options.block_size) : make_generic_model(std::move(loaded));

@@ -18,7 +18,7 @@ namespace ubmd {
 // The part of an exception's message that says what happened.
 std::string essence(const std::exception &exception);
 
-// What every call into a model needs. TorchScript's optimiser is off: it would compile anew for every new shape and at
+// What every call into a model needs. TorchScript's optimiser is off: it would compile again for every new shape and at
 // every second call, and the models spend their time in few large operations.
 class Guards {
  public:

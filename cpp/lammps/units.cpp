@@ -7,7 +7,7 @@ namespace ubmd {
 EnergyUnit energy_unit(const std::string &style) {
   if (style == "metal") return {1.0, "eV"};
   if (style == "real") return {23.060549, "kcal/mol"};  // LAMMPS's own factor (utils::get_conversion_factor)
-  throw Error("it works in units metal or real, not in units " + style + ": put 'units metal' at the top of the input");
+  throw Error("the units must be metal or real, not " + style + ": put 'units metal' at the top of the input");
 }
 
 }  // namespace ubmd

@@ -18,7 +18,7 @@ using at::Tensor;
 
 // Bytes of monomials that `moments` keeps at a time, about what fits into the second level of cache.
 constexpr std::int64_t kTileBytes = 512 * 1024;
-// Bytes of intermediate results of `crystal_deviations`; more would come from the system anew at every call. But no
+// Bytes of intermediate results of `crystal_deviations`; more would be allocated from the system at every call. But no
 // fewer than kChunkSets sets of centres, for the products of matrices.
 constexpr std::int64_t kChunkBytes = 1024 * 1024, kChunkSets = 8;
 

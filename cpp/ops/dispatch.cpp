@@ -1,5 +1,5 @@
 // Chooses the copy of the kernels for this processor. The environment variable UBMD_ISA (v4, v3 or base), read once,
-// asks for a lesser one; it is there for tests.
+// selects a lower one; it is meant for tests.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

@@ -1,4 +1,4 @@
-// torch's operator for products by oneDNN, which is no part of its public interface.
+// torch's operator for products by oneDNN, which is not part of its public interface.
 //
 // torch's own products in float32 (oneMKL) use half the width of the vector units on processors with AVX-512 that are
 // not Intel's: measured on an AMD EPYC 110 GFLOP/s, oneDNN 235. A build with -DUBMD_PRIVATE_GEMM=OFF does without.

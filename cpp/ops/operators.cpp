@@ -16,7 +16,7 @@ namespace {
 
 using at::Tensor;
 
-// Centres per task below which another thread doesn't pay.
+// Centres per task below which another thread has no benefit.
 constexpr std::int64_t kGrain = 16;
 // Gradients w.r.t. B are summed over this many fixed parts at most, so that they don't depend on the number of threads.
 constexpr std::int64_t kParts = 32;

@@ -22,11 +22,10 @@ class Undifferentiable : public Function<Undifferentiable> {
     return value.alias();
   }
   static variable_list backward(AutogradContext *, const variable_list &) {
-    TORCH_CHECK(
-        false,
-        "this result of ubmd's operators can't be differentiated once more: of ubmd::gaussian_moments only second "
-        "derivatives with at most one with respect to radial are implemented, of ubmd::crystal_deviation only "
-        "first ones; use a model without operators for others");
+    TORCH_CHECK(false,
+                "this result of ubmd's operators can't be differentiated again: of ubmd::gaussian_moments only second "
+                "derivatives with at most one with respect to radial are implemented, of ubmd::crystal_deviation only "
+                "first ones; use a model without operators for others");
   }
 };
 

@@ -27,7 +27,7 @@ TAILS = {
     "npt": ("fix 1 all npt temp 300 300 0.1 iso 0 0 1\nrun 0\n", "fix 1 npt changes the box: remove it"),
     "deform": ("fix 1 all deform 1 x scale 1.1\nrun 0\n", "fix 1 deform changes the box"),
     "box/relax": ("fix 1 all box/relax iso 0.0\nminimize 0 0 1 1\n", "fix 1 box/relax changes the box"),
-    "changed box": ("run 0\nchange_box all x scale 1.01 remap\nrun 0\n", "the box is no integer multiple"),
+    "changed box": ("run 0\nchange_box all x scale 1.01 remap\nrun 0\n", "the box is not an integer multiple"),
     "vacancy": ("group one id 3\ndelete_atoms group one compress no\nrun 0\n", "has 15 atoms of the crystal but"),
     "interstitial": (
         "create_atoms 1 single 2.0 1.0 1.5\nrun 0\n",
@@ -37,7 +37,7 @@ TAILS = {
         "run 0\ngroup one id 3\ndelete_atoms group one compress no\nrun 0\n",
         "start from a crystal without vacancies",
     ),
-    "other elements": ("set atom 1 type 2\nrun 0\n", "other numbers of each element than the crystal has sites for"),
+    "other elements": ("set atom 1 type 2\nrun 0\n", "differ from those of the crystal's sites: check the names"),
     "swapped atoms": ("set atom 1 type 2\nset atom 2 type 1\nrun 0\n", "the atoms don't lie on the sites"),
     "two atoms on a site": (
         "group one id 3\ngroup other id 5\ndisplace_atoms one move 3.38 0.0 0.0 units box\nrun 0\n",
@@ -49,13 +49,13 @@ TAILS = {
     ),
     "guard": (
         "run 0\nvelocity all create 60000.0 4 dist gaussian\nfix 1 all nve\ntimestep 0.001\nrun 1000\n",
-        "A away from its site, more than the 0.800 A that the force-constant model is made for: use a lower",
+        "A away from its site, more than the displacement limit of the force-constant model, 0.800 A: use a lower",
     ),
     "atomic bias": ("fix b all ubmd force 0.1 uncertainty atomic\nrun 0\n", "use 'uncertainty energy'"),
     "stress bias": ("fix b all ubmd stress 0.1\nrun 0\n", "whose cell is fixed: remove 'stress'"),
     "changed type": (
         "run 0\nfix 1 all nve\nrun 1\nset atom 1 type 2\nrun 1 pre no\n",
-        "atoms and types must stay as they are during a run",
+        "atoms and types must not change during a run",
     ),
 }
 
@@ -79,7 +79,7 @@ def test_box_that_changes_during_a_run(crystal_lab, crystals):
     """By a command that no fix announces."""
     script = head(*shaken(crystals)) + "fix 1 all nve\nrun 0\n"
     script += 'run 4 every 2 "change_box all x scale 1.01 remap units box"\n'
-    assert "the box is no integer multiple" in message_of(crystal_lab, script)
+    assert "the box is not an integer multiple" in message_of(crystal_lab, script)
     script = script.replace("run 4 every 2", "run 4 pre no every 2")
     assert "the box changed at step" in message_of(crystal_lab, script)
 

@@ -151,9 +151,9 @@ def test_nearest_translation_in_skewed_cells():
 
 
 ERRORS = {
-    "strained": (lambda a: a.set_cell(a.cell.array * 1.01, scale_atoms=True), "no integer multiple"),
+    "strained": (lambda a: a.set_cell(a.cell.array * 1.01, scale_atoms=True), "not an integer multiple"),
     "vacancy": (lambda a: a.__delitem__(3), "the box has 15 atoms of the crystal but the crystal has 16 sites in it"),
-    "wrong species": (lambda a: a.symbols.__setitem__(0, "As"), "other numbers of each element"),
+    "wrong species": (lambda a: a.symbols.__setitem__(0, "As"), "differ from those of the crystal's sites"),
     "two on a site": (
         lambda a: a.positions.__setitem__(3, a.positions[1] + 0.2),
         r"atoms 11 and 13 are nearest to the same site\): start from the ideal crystal",

@@ -37,10 +37,10 @@ PROBLEMS = {
     "newton off": ("units metal", "newton off\nunits metal", "put 'newton on'"),
     "units": ("units metal", "units lj", "put 'units metal'"),
     "no pair_coeff": (COEFF, "", "(pair coeffs are not set|no model)"),
-    "precision": (PAIR, "pair_style ubmd precision half", "precision is mixed, single or double, not 'half'"),
+    "precision": (PAIR, "pair_style ubmd precision half", "precision must be mixed, single or double, not 'half'"),
     "option without value": (PAIR, "pair_style ubmd device", "'device' has no value"),
     "unknown option": (PAIR, "pair_style ubmd color red", "has no keyword 'color'"),
-    "no GPU": (PAIR, "pair_style ubmd device cuda", "torch sees no GPU"),
+    "no GPU": (PAIR, "pair_style ubmd device cuda", "torch finds no GPU"),
     "fix keyword": ("#fix", "fix b all ubmd strength 3", "fix ubmd has no keyword 'strength'"),
     "fix value": ("#fix", "fix b all ubmd force", "'force' has no value"),
     "negative strength": ("#fix", "fix b all ubmd force -1", "force must be zero or positive"),
@@ -51,14 +51,14 @@ PROBLEMS = {
     "stress without cell": ("#fix", "fix b all ubmd stress 1", "periodic in all directions"),
     "two of them": ("#fix", "fix b all ubmd\nfix c all ubmd", "only one fix ubmd can be used at a time"),
     "no forces": ("#fix", "fix b all ubmd\npair_modify compute no", "remove 'pair_modify compute no'"),
-    "uncertainty": ("#fix", "fix b all ubmd uncertainty total", "uncertainty is energy or atomic, not 'total'"),
+    "uncertainty": ("#fix", "fix b all ubmd uncertainty total", "uncertainty must be energy or atomic, not 'total'"),
     "stop without atoms": (
         "#fix",
         "fix b all ubmd atoms no stop 1.0",
-        "'atoms no' leaves out the atomic uncertainties",
+        "'atoms no' skips the atomic uncertainties",
     ),
-    "save without atoms": ("#fix", "fix b all ubmd save 1.0 f.extxyz atoms no", "'atoms no' leaves out"),
-    "bias without atoms": ("#fix", "fix b all ubmd force 1 uncertainty atomic atoms no", "'atoms no' leaves out"),
+    "save without atoms": ("#fix", "fix b all ubmd save 1.0 f.extxyz atoms no", "'atoms no' skips"),
+    "bias without atoms": ("#fix", "fix b all ubmd force 1 uncertainty atomic atoms no", "'atoms no' skips"),
     "chunk": (PAIR, "pair_style ubmd chunk 0", "chunk must be 1 or more, not 0"),
     "no pair style": (
         f"{PAIR}\n            {COEFF}",
@@ -135,7 +135,7 @@ class Other(torch.nn.Module):
             "has format 99 but this ubmd reads formats up to 1",
         ),
         ("no json", "are not a ubmd record"),
-        (json.dumps({"format": 1, "elements": [], "cutoff": 4.0}), "names no elements"),
+        (json.dumps({"format": 1, "elements": [], "cutoff": 4.0}), "lacks its elements"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -165,8 +165,8 @@ def stored(record: dict | bytes) -> None:
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        ({"cutoff": 4.5}, "model file model.pt is refused: when it is run, it says something else about itself"),
-        ({"elements": ["H", "C", "N"]}, "element O is not in model file model.pt, which knows H C N"),
+        ({"cutoff": 4.5}, "model file model.pt is refused: its code gives another description than its record"),
+        ({"elements": ["H", "C", "N"]}, "element O is not in model file model.pt, which contains H C N"),
         ({"format": 99}, "has format 99 but this ubmd reads formats up to 1"),
         ({"cutoff": "4.0"}, "are not a ubmd record"),
         (b"no json", "are not a ubmd record"),

@@ -99,7 +99,7 @@ def test_metadata_and_names():
     )
     assert (record.elements, record.cutoff, record.projections) == (["C", "H"], 4.5, 8)
     assert _cpp.map_elements(record, ["H", "NULL", "C", "C"], "m.pt") == [1, -1, 0, 0]
-    with pytest.raises(_cpp.Error, match=r"element N is not in model file m\.pt, which knows C H"):
+    with pytest.raises(_cpp.Error, match=r"element N is not in model file m\.pt, which contains C H"):
         _cpp.map_elements(record, ["N"], "m.pt")
 
 
@@ -123,7 +123,7 @@ def test_device_of_a_rank():
     assert _cpp.device_of_rank("cuda:1", 0, 2) == "cuda:1"
     with pytest.raises(_cpp.Error, match="the last one is cuda:1"):
         _cpp.device_of_rank("cuda:2", 0, 2)
-    with pytest.raises(_cpp.Error, match="torch sees no GPU"):
+    with pytest.raises(_cpp.Error, match="torch finds no GPU"):
         _cpp.device_of_rank("cuda", 0, 0)
 
 

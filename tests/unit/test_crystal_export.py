@@ -273,7 +273,7 @@ def test_mistakes(case, tmp_path):
     far.positions[4, 1] += 1.0
     with pytest.raises(DataError, match=r"Atom 4 is 0\.9\d* Å from its lattice site, .* up to 0.827 Å"):
         evaluator.predict_one(far)
-    with pytest.raises(DataError, match="no integer multiple"):
+    with pytest.raises(DataError, match="not an integer multiple"):
         evaluator.predict_one(bulk("BAs", "zincblende", 4.9))
     with pytest.raises(DataError, match="species that the ideal crystal lacks"):
         evaluator.predict_one(bulk("GaAs", "zincblende", 4.777))

@@ -107,7 +107,7 @@ def test_hot_crystals_find_their_sites():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda a: a.set_cell(a.cell.array * 1.01, scale_atoms=True), "no integer multiple of the primitive cell"),
+        (lambda a: a.set_cell(a.cell.array * 1.01, scale_atoms=True), "not an integer multiple of the primitive cell"),
         (lambda a: a.set_pbc([True, True, False]), "must be periodic in three directions"),
         (lambda a: a.__delitem__(0), "has 23 atoms but the ideal crystal has 24 sites"),
         (lambda a: a.positions.__setitem__((1, 1), np.nan), "not finite numbers"),

@@ -422,7 +422,7 @@ def test_mistakes(data, tmp_path, reference):
     with pytest.raises(DataError, match="training structure 0: no forces; label it or remove it"):
         list(frames(lattice, [silicon()], "training structure"))
     strained = bulk("Si", "diamond", 5.5)
-    with pytest.raises(DataError, match="structure 1: The box is no integer multiple"):
+    with pytest.raises(DataError, match="structure 1: The box is not an integer multiple"):
         list(frames(lattice, [labelled(silicon(), reference), labelled(strained, reference)]))
     path = settings(data, tmp_path / "out")
     code, _, error = ubmd("train", path, "--set", "crystal.structure=training.extxyz")

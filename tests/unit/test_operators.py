@@ -295,9 +295,9 @@ def test_third_derivatives_are_refused_in_one_sentence() -> None:
     value = ops.gaussian_moments(*replace(graph, vectors=vectors, radial=radial).arguments()).square().sum()
     first, by_radial = torch.autograd.grad(value, (vectors, radial), create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), vectors, create_graph=True)
-    with pytest.raises(RuntimeError, match="can't be differentiated once more"):
+    with pytest.raises(RuntimeError, match="can't be differentiated again"):
         second.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="can't be differentiated once more"):
+    with pytest.raises(RuntimeError, match="can't be differentiated again"):
         by_radial.sum().backward()
 
 
