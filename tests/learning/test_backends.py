@@ -199,11 +199,11 @@ def test_a_network_of_any_back_end_learns_along_trajectories(tmp_path: Path) -> 
             r"kind = 'nowhere:Linear' cannot be imported: there is no nowhere",
         ),
         ({"model": {"kind": "linear_backend:Linaer"}}, r"model.kind: the module linear_backend has no 'Linaer'"),
-        ({"model": {"kind": "linear_backend:Module"}}, r"model.kind = 'linear_backend:Module' could not be made"),
-        ({"model": {"kind": "linear_backend:CUTOFF"}}, r"is no back end: it has no 'name'"),
+        ({"model": {"kind": "linear_backend:Module"}}, r"model.kind = 'linear_backend:Module' could not be created"),
+        ({"model": {"kind": "linear_backend:CUTOFF"}}, r"is not a back end: it has no 'name'"),
         (
             {"model": STRANGER, "uncertainty": {"kind": "ensemble"}, "selection": {"method": "max_diag"}},
-            r"has no uncertainty.kind = 'ensemble', only post",
+            r"does not support uncertainty.kind = 'ensemble', only post",
         ),
     ],
 )

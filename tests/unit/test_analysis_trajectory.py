@@ -179,7 +179,7 @@ def test_mistakes_of_the_command_name_their_options(tmp_path):
     write(tmp_path / "a.xyz", [Atoms("H4", positions=np.eye(4, 3))] * 3)
     spacing = ["--spacing", "10"]
     for options, message in (
-        ([], "give the time between them (--spacing, fs)"),
+        ([], "does not contain the time between its frames; give it (--spacing, fs)"),
         (["--spacing", "0"], "--spacing must be above 0 fs, not 0."),
         ([*spacing, "--torsion", "phi=0,1,2,4"], "--torsion phi=0,1,2,4: it needs four different atoms, counted from"),
         ([*spacing, "--torsion", "phi=0,1,2,-1"], "--torsion phi=0,1,2,-1: it needs four different atoms"),

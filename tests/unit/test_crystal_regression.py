@@ -366,7 +366,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     again.add(*extra)
     equations.add(*extra)
     np.testing.assert_array_equal(fit(again).mean, fit(equations).mean)
-    with pytest.raises(ModelError, match="holds no posterior"):
+    with pytest.raises(ModelError, match="does not contain the posterior"):
         Posterior.load(tmp_path / "sums.npz")
     with pytest.raises(ModelError, match="does not exist"):
         Posterior.load(tmp_path / "none.npz")

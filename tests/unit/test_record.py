@@ -101,7 +101,7 @@ def test_the_record_that_lies_beside_the_code_is_the_one_that_is_read(made, tmp_
     path, said = made["posterior"]
     other = rewritten(path, tmp_path / "other.pt", {"extra/ubmd.json": json.dumps(said | {"note": "new"}).encode()})
     assert read_record(other)["note"] == "new"
-    with pytest.raises(ModelError, match="is refused: when it is run, it says something else about itself"):
+    with pytest.raises(ModelError, match="is refused: its code gives another description than its record"):
         Evaluator(other)
 
 
@@ -202,7 +202,7 @@ def test_a_file_that_says_something_else_when_it_is_run_is_refused(tmp_path):
     victim, path = Victim(tmp_path), tmp_path / "model.pt"
     write_hostile(path, victim, Talker, RECORD | {"elements": ["Au"]})
     assert info(path)[0] == 0
-    with pytest.raises(ModelError, match=r"model.pt is refused: when it is run, it says something else"):
+    with pytest.raises(ModelError, match=r"model.pt is refused: its code gives another description"):
         load_model(path)
 
 
@@ -215,15 +215,15 @@ DAMAGED = {
     "no table": (b"[1]", "is not a ubmd model file"),
     "deep": (b"[" * 200_000, "is not a ubmd model file"),
     "newer": ({"format": 99}, r"has format 99, but ubmd .* reads up to 1; upgrade"),
-    "format": ({"format": "1"}, r"damaged \(format is no number\)"),
-    "cutoff as text": ({"cutoff": "4.0"}, r"damaged \(cutoff is no length\)"),
-    "no number": ({"cutoff": float("nan")}, r"damaged \(cutoff is no length\)"),
-    "infinite": ({"cutoff": float("inf")}, r"damaged \(cutoff is no length\)"),
-    "true": ({"cutoff": True}, r"damaged \(cutoff is no length\)"),
-    "negative": ({"cutoff": -1.0}, r"damaged \(cutoff is no length\)"),
-    "elements as text": ({"elements": "H"}, r"damaged \(elements is no list of names\)"),
-    "no elements": ({"elements": []}, r"damaged \(elements is no list of names\)"),
-    "numbers": ({"elements": [1]}, r"damaged \(elements is no list of names\)"),
+    "format": ({"format": "1"}, r"damaged \(format is not a number\)"),
+    "cutoff as text": ({"cutoff": "4.0"}, r"damaged \(cutoff is not a positive length\)"),
+    "no number": ({"cutoff": float("nan")}, r"damaged \(cutoff is not a positive length\)"),
+    "infinite": ({"cutoff": float("inf")}, r"damaged \(cutoff is not a positive length\)"),
+    "true": ({"cutoff": True}, r"damaged \(cutoff is not a positive length\)"),
+    "negative": ({"cutoff": -1.0}, r"damaged \(cutoff is not a positive length\)"),
+    "elements as text": ({"elements": "H"}, r"damaged \(elements is not a list of names\)"),
+    "no elements": ({"elements": []}, r"damaged \(elements is not a list of names\)"),
+    "numbers": ({"elements": [1]}, r"damaged \(elements is not a list of names\)"),
 }
 
 
@@ -275,7 +275,7 @@ def test_two_records_are_none(made, tmp_path, name):
         warnings.simplefilter("ignore", UserWarning)
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(name, json.dumps(RECORD))
-    with pytest.raises(ModelError, match=r"damaged \(it is there 2 times\)"):
+    with pytest.raises(ModelError, match=r"damaged \(it occurs 2 times\)"):
         load_model(path)
 
 

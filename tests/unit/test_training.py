@@ -422,9 +422,9 @@ def test_warm_start_refuses_what_does_not_fit(tmp_path, molecules, crystals):
     def run(model: ModelSettings, data: list[Atoms], path: Path = initial) -> None:
         train(model, settings(epochs=1), data[:2], data[2:3], tmp_path / "new", seed=0, initial=path)
 
-    with pytest.raises(ModelError, match="does not know the element Cu of the new data; train from scratch"):
+    with pytest.raises(ModelError, match="does not contain the element Cu of the new data; train from scratch"):
         run(MODEL, crystals)
-    with pytest.raises(ModelError, match=r"has cutoff = 4\.0, the settings want 5\.0"):
+    with pytest.raises(ModelError, match=r"has cutoff = 4\.0, the settings have 5\.0"):
         run(MODEL.model_copy(update={"cutoff": 5.0}), molecules)
     with pytest.raises(ModelError, match="There is no weights file"):
         run(MODEL, molecules, tmp_path / "missing.pt")

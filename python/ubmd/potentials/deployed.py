@@ -1,4 +1,4 @@
-"""What a model file can do: its interface, and modules of others that get an uncertainty of ours."""
+"""The interface of a model file, and modules of other programs with an uncertainty of ubmd."""
 
 from typing import Any
 
@@ -26,8 +26,8 @@ class Deployed(nn.Module):
     - ``evaluate(species, first, neighbours, edge_vector, keep)`` -> (E [n], dSum(E)/d edge_vector [P, 3] float64,
       tape); the tape is empty unless ``keep``, which everything below needs.
     - ``by_structure(n)``: whether sums and gradient of the structure's features are cheaper by the two identities
-      (weight gradient; tangent along one direction of the weights) than atom by atom, for n atoms on this process. What
-      follows takes its answer, or False where features of atoms are needed.
+      (weight gradient; tangent along one direction of the weights) than atom by atom, for n atoms on this process. The
+      methods below take its result, or False where features of atoms are needed.
     - ``features(tape, by_structure)`` -> (sums, phi [n, p] (no rows by structure), factors). The sums of chunks are
       added tensor by tensor; ``feature_sum(sums)`` then is sum_i phi_i [p] (float64).
     - ``directions(w [p], by_structure)``: what ``feature_gradient`` needs of w, the same for all chunks.
@@ -67,7 +67,7 @@ class Deployed(nn.Module):
 
 
 class ForeignModule(Deployed):
-    """A module of another program with an uncertainty of ours: the generic part of the interface, by autograd."""
+    """A module of another program with an uncertainty of ubmd: the generic part of the interface, by autograd."""
 
     def __init__(self, raw: nn.Module, n_features: int) -> None:
         """``raw``: see `ubmd.potentials.interface.RawModule`."""

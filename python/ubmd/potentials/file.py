@@ -1,4 +1,4 @@
-"""Model files: written by torch.jit.save, loaded with a look at what they say about themselves."""
+"""Model files: written by torch.jit.save, and checked against their record when they are loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ubmd.potentials.record import RECORD, check_said, no_model_file, read_recor
 
 
 class Described(Protocol):
-    """A module that says what it is."""
+    """A module with a description of itself."""
 
     description: str
 
@@ -53,7 +53,7 @@ def load_with_record(path: Path, precision: str = "double") -> tuple[Any, dict[s
 
     Raises:
         ModelError: missing or corrupt file, newer format, unknown precision, operators that can't be loaded, or a
-            module that says something else about itself than the record.
+            module whose description differs from the record.
     """
     path = Path(path)
     if precision not in ("mixed", "single", "double"):
@@ -68,8 +68,8 @@ def load_with_record(path: Path, precision: str = "double") -> tuple[Any, dict[s
     except (RuntimeError, AttributeError, ValueError) as error:
         if not operators and "ubmd::" in str(error):
             raise ModelError(
-                f"{path} needs ubmd's compiled operators, which can't be loaded here: reinstall ubmd, or make the file "
-                "with 'ubmd export --no-operators'."
+                f"{path} needs ubmd's compiled operators, which can't be loaded here: reinstall ubmd, or export "
+                "the file with 'ubmd export --no-operators'."
             ) from None
         raise no_model_file(path) from None
     record = check_said(record, said, path)

@@ -1,4 +1,4 @@
-"""What a module of any back end gets from ubmd: an uncertainty that is fitted and calibrated, a record, a file."""
+"""What ubmd adds to a module of any back end: an uncertainty that is fitted and calibrated, a record, a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ubmd.potentials.record import FORMAT
 from ubmd.settings import UncertaintySettings
 from ubmd.uncertainty import ConformalScale, DistanceUncertainty, PosteriorUncertainty, conformal_scale
 
-# Settings that a kind of uncertainty doesn't use: they would only mislead in its file.
+# Settings that a kind of uncertainty doesn't use: they would be misleading in its file.
 WITHOUT_EFFECT = {
     "posterior": {"members", "references"},
     "last-layer": {"members", "references"},
@@ -152,8 +152,8 @@ def export_raw(
         ModelError: the module of another program does not give what it should.
     """
     deployed = _with_uncertainty(raw, settings)
-    # As in `ubmd.calculator.Evaluator`: what torch learns in the first calls, it takes for granted in others (that
-    # features have derivatives, say), and compiles.
+    # As in `ubmd.calculator.Evaluator`: what torch records in the first calls, it assumes in later ones (for instance
+    # that features have derivatives), and compiles.
     with torch.jit.optimized_execution(False):
         if isinstance(deployed, ForeignModule):
             _check_module(deployed, build_graph(training[0], raw.elements, raw.cutoff), name)
@@ -169,7 +169,7 @@ def export_raw(
 
 
 def _with_uncertainty(raw: RawModule, settings: UncertaintySettings) -> Deployed:
-    """The module as one of ours; from a file of another program, it gets an uncertainty of ours."""
+    """The module as a `Deployed` one; a module of another program gets an uncertainty of ubmd."""
     if isinstance(raw.module, Deployed):
         return raw.module
     with warnings.catch_warnings():
@@ -202,8 +202,8 @@ def _check_module(deployed: ForeignModule, graph: Graph, name: str) -> None:
 def _frozen(file: Path) -> torch.jit.ScriptModule:
     """The module of a TorchScript file with its numbers as constants.
 
-    Their precision is its own affair: that of model files changes parameters only, and a module of others may mix them
-    with buffers.
+    Their precision does not change with that of the model file, which applies to parameters only: a module of another
+    program may mix them with buffers.
     """
     loaded = torch.jit.load(str(file), map_location="cpu").eval()
     buffer = io.BytesIO()  # a frozen module can be part of another one only when it has been loaded

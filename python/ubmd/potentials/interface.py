@@ -70,7 +70,7 @@ class Labels:
 
     training: Sequence[Atoms]
     validation: Sequence[Atoms]
-    """tells when to stop; never trained on"""
+    """for early stopping; never trained on"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class RawModule:
     module: Any
     """`ubmd.potentials.deployed.Deployed`, or a TorchScript file: forward(species [n_local + n_ghost], edge_index
     [2, P], edge_vector [P, 3] in Å, n_local) -> (energies [n_local] in eV, float64; features [n_local, p]), both
-    differentiable by edge_vector. What it says of an atom depends on the edges of that atom alone: message passing
+    differentiable by edge_vector. Its results for an atom depend on the edges of that atom alone: message passing
     would be wrong in LAMMPS, where atoms beyond the box have no edges"""
     elements: list[str]
     """the species 0, 1, ... of the module"""
@@ -125,7 +125,7 @@ class Backend(Protocol):
     Force constants are no back end: the covariance is part of their regression (force rows, a noise, a prior for each
     order), while a back end's uncertainty is fitted to features per atom of a finished module, and their module needs
     the sites of a crystal where `RawModule` has edges alone. Behind this protocol, covariance, lattice and ideal energy
-    would have to pass it by; what both have in common is `ubmd.potentials.learner.Learner`.
+    would have to bypass it; what both have in common is `ubmd.potentials.learner.Learner`.
     """
 
     name: str
@@ -138,7 +138,7 @@ class Backend(Protocol):
     def train(
         self, labels: Labels, table: TrainingTable, folder: Path, start: Path | None, seed: int, report: Report | None
     ) -> Path:
-        """Train, or go on with the training that was interrupted in this folder.
+        """Train, or resume the training that was interrupted in this folder.
 
         Args:
             labels: what is learnt.
@@ -161,7 +161,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class KeepsLog(Protocol):
-    """What a back end may have beside `Backend`: its trainings leave a log, and can be asked later how they went."""
+    """What a back end may have besides `Backend`: a log of its trainings, and their summaries afterwards."""
 
     logs: Sequence[str]
     """names of the files that `train` leaves in its folder for people: log, picture"""

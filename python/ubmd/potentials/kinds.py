@@ -1,4 +1,4 @@
-"""The kinds of potentials. Which one settings or a model file are of is asked here, and nowhere else."""
+"""The kinds of potentials. The kind of settings or of a model file is determined here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def backend_of(model: ModelSettings, base: Path) -> Backend:
     try:
         backend: Backend = found() if isinstance(found, type) else found
     except Exception as error:
-        raise SettingsError(f"model.kind = {model.kind!r} could not be made: {describe(error)}.") from error
+        raise SettingsError(f"model.kind = {model.kind!r} could not be created: {describe(error)}.") from error
     missing = [name for name in _PARTS if not hasattr(backend, name)]
     if missing:
         raise SettingsError(
-            f"model.kind = {model.kind!r} is no back end: it has no {missing[0]!r} (see Backend in "
+            f"model.kind = {model.kind!r} is not a back end: it has no {missing[0]!r} (see Backend in "
             "ubmd/potentials/interface.py)."
         )
     return backend
@@ -98,7 +98,7 @@ def check_backend(model: ModelSettings, uncertainty: UncertaintySettings, base: 
     backend = backend_of(model, base)
     if uncertainty.kind not in backend.uncertainties:
         raise SettingsError(
-            f"model.kind = {model.kind!r} has no uncertainty.kind = '{uncertainty.kind}', only "
+            f"model.kind = {model.kind!r} does not support uncertainty.kind = '{uncertainty.kind}', only "
             f"{', '.join(backend.uncertainties)}."
         )
     return backend

@@ -39,7 +39,7 @@ class Learner(ABC):
     least_labels = 2
     """labels that the first model needs"""
     scale_in_errors = False
-    """whether predicted errors have the conformal factor of an entry of history.json in them"""
+    """whether predicted errors include the conformal factor of an entry of history.json"""
     files: tuple[str, ...] = ("model.pt",)
     """what `learn` writes into its folder"""
 
@@ -80,13 +80,13 @@ class Learner(ABC):
 
     @abstractmethod
     def key(self) -> Any:
-        """JSON values of all settings that decide a model, given its labels."""
+        """JSON values of all settings that determine a model, given its labels."""
 
     @abstractmethod
     def learn(
         self, labels: Sequence[Atoms], folder: Path, previous: Path | None, scale: float, progress: Progress
     ) -> dict[str, Any]:
-        """Train on all labels; from then on this is the model that the other functions speak of.
+        """Train on all labels; from then on this is the model that the other functions use.
 
         Args:
             labels: the data set; longer than at the last call, or from the beginning again.

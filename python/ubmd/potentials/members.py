@@ -40,7 +40,7 @@ def member_folders(folder: Path, count: int) -> list[Path]:
 
 
 def member_seed(seed: int, member: int) -> int:
-    """Seed of a member; the first has the seed itself, so that it is the network one would train alone."""
+    """Seed of a member; the first has the seed itself, so that it is the network of a training without ensemble."""
     return seed if member == 0 else int(np.random.SeedSequence([seed, 3, member]).generate_state(1)[0])
 
 

@@ -97,7 +97,7 @@ class Network(Learner):
 
     @property
     def noise(self) -> float:
-        """None is known."""
+        """Unknown: 0."""
         return 0.0
 
     def judge(self, labels: Sequence[Atoms]) -> list[Judgement]:
@@ -154,9 +154,9 @@ class Network(Learner):
 
 
 def split(labels: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
-    """(training, validation): labels 1, 11, 21, ... validate, and stay there."""
+    """(training, validation): labels 1, 11, 21, ... are for validation, however many labels follow."""
     if len(labels) < 2:
-        raise DataError("A network needs at least two labels: one trains, one validates.")
+        raise DataError("A network needs at least two labels: one for training, one for validation.")
     validating = [k % 10 == 1 for k in range(len(labels))]
     pairs = list(zip(labels, validating, strict=True))
     return [a for a, v in pairs if not v], [a for a, v in pairs if v]

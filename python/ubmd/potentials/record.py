@@ -32,10 +32,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """The record of a model file; nothing in the file is run.
 
     Returns:
-        None if it has no record of its own, as networks of other programs, which only say it when they are run.
+        None if it has no record of its own, as networks of other programs, which give it only when they are run.
 
     Raises:
-        ModelError: there is no such file, it is no model file, it is damaged, or of a newer format.
+        ModelError: there is no such file, it is not a model file, it is damaged, or of a newer format.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,16 +72,16 @@ def parse_record(text: str | bytes, path: Path) -> dict[str, Any]:
         )
     elements = record.get("elements")
     if not isinstance(elements, list) or not elements or not all(isinstance(name, str) for name in elements):
-        raise damaged(path, "elements is no list of names")
+        raise damaged(path, "elements is not a list of names")
     if not _is_number(cutoff) or not 0.0 < cutoff < math.inf:
-        raise damaged(path, "cutoff is no length")
+        raise damaged(path, "cutoff is not a positive length")
     if not _is_number(version):
-        raise damaged(path, "format is no number")
+        raise damaged(path, "format is not a number")
     return record
 
 
 def check_said(record: dict[str, Any] | None, said: str, path: Path) -> dict[str, Any]:
-    """The record, checked against what the loaded file says about itself; without one that is the record.
+    """The record, checked against the loaded module's own description; without a record, that description.
 
     Raises:
         ModelError: they differ.
@@ -89,8 +89,8 @@ def check_said(record: dict[str, Any] | None, said: str, path: Path) -> dict[str
     found = parse_record(said, path)
     if record is not None and found != record and _canonical(found) != _canonical(record):
         raise ModelError(
-            f"{path} is refused: when it is run, it says something else about itself than its record does; "
-            "export the model again, or get the file anew from whoever made it."
+            f"{path} is refused: its code gives another description than its record; "
+            "export the model again, or ask its author for a new copy."
         )
     return found if record is None else record
 
@@ -131,7 +131,7 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes | None:
     """Content of a member below the archive's one folder; None if there is none.
 
     Raises:
-        ModelError: two have this name (programs differ in which one they take), or it is too large.
+        ModelError: two have this name (programs differ in which one they read), or it is too large.
     """
     names = archive.namelist()
     wanted = f"{names[0].partition('/')[0]}/{name}" if names else name
@@ -139,7 +139,7 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes | None:
     if not found:
         return None
     if len(found) > 1:
-        raise damaged(path, f"it is there {len(found)} times")
+        raise damaged(path, f"it occurs {len(found)} times")
     if found[0].file_size > _LARGEST:
         raise damaged(path, f"it has {found[0].file_size} bytes")
     return archive.read(found[0])
@@ -163,7 +163,7 @@ class _Object:
 class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
     """Builds text, numbers and containers only.
 
-    That of Python's own source: the compiled one takes memory for as many objects as a pickle claims to hold.
+    The unpickler in Python: the compiled one allocates memory for as many objects as a pickle claims to contain.
     """
 
     def find_class(self, module: str, name: str) -> type[_Object]:

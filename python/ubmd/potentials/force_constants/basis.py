@@ -6,6 +6,10 @@ norm is that of the full tensor. Per orbit the site symmetry leaves a subspace; 
 sum_j Phi(i1 ... i_(n-1), j) = 0 couple the orbits of an order and leave the parameters. The basis is orthonormal in the
 Frobenius norm of *all* force constants of that order per primitive cell (every ordered tuple of sites counts), or, with
 a decay, in that norm with every force constant divided by the size that is expected at the cluster's diameter.
+
+The expansion, its symmetry and its sum rules: Born and Huang, Dynamical Theory of Crystal Lattices (Clarendon Press,
+1954); Esfarjani and Stokes, Phys. Rev. B 77, 144112 (2008). As a linear model of orbits of clusters, fitted to forces:
+Zhou et al., Phys. Rev. Lett. 113, 185501 (2014); Eriksson, Fransson and Erhart, Adv. Theory Simul. 2, 1800184 (2019).
 """
 
 from __future__ import annotations
@@ -92,7 +96,7 @@ class ClusterBasis:
         self._plans: WeakKeyDictionary[Supercell, list[list[_OrbitPlan]]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple:
-        # the tables of boxes are made again where they are needed
+        # the tables of boxes are computed again where they are needed
         return ClusterBasis, (self.lattice, self.parts, self.decay)
 
     @classmethod
@@ -109,8 +113,8 @@ class ClusterBasis:
             crystal: the ideal crystal.
             cutoffs: largest diameter of the clusters by order, Å.
             decay: length (Å) over which force constants are expected to fall by a factor e with the cluster's diameter.
-                It says what labels can't: in a box shorter than twice a cutoff, the force constants of a pair and of
-                its periodic images only occur as a sum, which goes to the nearest ones then. None: all alike.
+                It decides what labels cannot: in a box shorter than twice a cutoff, the force constants of a pair and
+                of its periodic images occur only as a sum, which is then assigned to the nearest ones. None: all alike.
             tolerance: of the symmetry, Å; with more than the default, the crystal is symmetrised first.
 
         Raises:
@@ -262,7 +266,7 @@ class ClusterBasis:
             lattice = Lattice(*(arrays[name] for name in _LATTICE_FIELDS))
             parts = [_load_order(arrays, order, cutoff, count) for order, cutoff, count in header["orders"]]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise ModelError(f"{path} is no cluster basis ({error}): build and save it again.") from error
+            raise ModelError(f"{path} is not a cluster basis ({error}): build and save it again.") from error
         return cls(lattice, parts, header.get("decay"))
 
     def _displacements(
@@ -272,7 +276,7 @@ class ClusterBasis:
             box = self.supercell(structure) if supercell is None else supercell
             return box.displacements(structure), box
         if supercell is None:
-            raise DataError("Displacements alone don't tell the box: give the supercell they belong to as well.")
+            raise DataError("Displacements alone do not define the box: give the supercell they belong to as well.")
         displacements = np.asarray(structure, dtype=np.float64)
         if displacements.ndim not in (2, 3) or displacements.shape[-2:] != (len(supercell), 3):
             raise DataError(f"Displacements must have shape [{len(supercell)}, 3], not {list(displacements.shape)}.")
@@ -284,7 +288,7 @@ class ClusterBasis:
         return self._plans[supercell]
 
     def _monomials(self, displacements: np.ndarray) -> list[_Monomials]:
-        """Entry m: monomials of degree m of the displacements turned back by every operation."""
+        """Entry m: monomials of degree m of the displacements rotated back by every operation."""
         rotations = self.lattice.cartesian_rotations
         turned = np.einsum("gba,nb->gna", rotations, displacements)
         return [_Monomials.build(m, turned, rotations) for m in range(max(self.orders) + 1)]
@@ -365,7 +369,7 @@ def _dimensions(multiplicity: tuple[int, ...]) -> list[int]:
 
 
 def _turned(lattice: Lattice, operation: int, multiplicity: tuple[int, ...], tensors: np.ndarray) -> np.ndarray:
-    """Tensors [D1, ..., Db, p] of a prototype, turned to its image under an operation (bodies in the same order)."""
+    """Tensors [D1, ..., Db, p] of a prototype, rotated to its image under an operation (bodies in the same order)."""
     known = _representations(lattice)
     for axis, m in enumerate(multiplicity):
         tensors = np.moveaxis(np.tensordot(known[m][operation], tensors, axes=(1, axis)), 0, axis)
@@ -489,11 +493,11 @@ def _with_free_partner(
 
 @dataclass(frozen=True, eq=False)
 class _Monomials:
-    """Monomials of one degree m in isometric coordinates, for displacements turned back by every operation.
+    """Monomials of one degree m in isometric coordinates, for displacements rotated back by every operation.
 
     Attributes:
         values: [G, n, D]; Phi · u^m = values · Phi.
-        gradients: derivatives by the *unturned* displacement [G, n, 3, D]; None for degree 0.
+        gradients: derivatives by the displacement before rotation [G, n, 3, D]; None for degree 0.
     """
 
     values: np.ndarray

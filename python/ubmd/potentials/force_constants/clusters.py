@@ -3,6 +3,8 @@
 A site is four integers (cell offset, sublattice), packed into one int64 *key* that is linear in the offset: a lattice
 translation adds a constant, and the order of keys doesn't change under it. A cluster of order n is a sorted row of n
 keys (sites may repeat), moved so that its first site lies in cell 0: one row per cluster modulo translations.
+
+Orbits of clusters as in Eriksson, Fransson and Erhart, Adv. Theory Simul. 2, 1800184 (2019).
 """
 
 from __future__ import annotations
@@ -153,7 +155,7 @@ def _orbit(lattice: Lattice, row: np.ndarray, operations: np.ndarray, stabiliser
 
 
 def _hash(rows: np.ndarray) -> np.ndarray:
-    """Hash [...] of rows [..., n] modulo 2^64 (a collision only makes `find` complain, never wrong)."""
+    """Hash [...] of rows [..., n] modulo 2^64 (a collision can only make `find` raise an error)."""
     mixed = rows.astype(np.uint64)
     mixed ^= mixed >> np.uint64(29)
     mixed = mixed * np.uint64(0xBF58476D1CE4E5B9)

@@ -18,6 +18,8 @@ from ubmd.potentials.interface import Signal
 def determined(gamma: Mapping[int, float], counts: Mapping[int, int], threshold: float = 0.95) -> Signal:
     """The data determine nearly all parameters: γ/P above the threshold.
 
+    γ is the number of well-determined parameters of MacKay, Neural Comput. 4, 415 (1992).
+
     Args:
         gamma: effective number of parameters by order.
         counts: number of parameters by order.
@@ -36,7 +38,7 @@ def determined(gamma: Mapping[int, float], counts: Mapping[int, int], threshold:
 
 
 def below_noise(epistemic: Iterable[ArrayLike], noise: float, fraction: float = 0.5) -> Signal:
-    """The epistemic error of a fresh trajectory is well below the noise floor: more labels would average noise only.
+    """The epistemic error of a new trajectory is well below the noise floor: more labels would only average out noise.
 
     Args:
         epistemic: standard deviations of the force components, one array [3n] per frame of a trajectory that no label
@@ -49,7 +51,7 @@ def below_noise(epistemic: Iterable[ArrayLike], noise: float, fraction: float = 
         raise DataError("The comparison with the noise needs a noise above zero and deviations of one frame or more.")
     value = float(np.sqrt(squares.mean()))
     threshold = fraction * noise
-    reason = f"The rms epistemic force error of a fresh trajectory is {value:.3g} eV/Å, the noise {noise:.3g} eV/Å."
+    reason = f"The rms epistemic force error of a new trajectory is {value:.3g} eV/Å, the noise {noise:.3g} eV/Å."
     evidence = {"rms": value, "noise": noise, "fraction": fraction, "frames": len(squares)}
     evidence["largest_frame_rms"] = float(np.sqrt(squares.max()))
     return Signal("below noise", value < threshold, value, threshold, reason, evidence)

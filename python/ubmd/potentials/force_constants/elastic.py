@@ -1,4 +1,7 @@
-"""Elastic constants from second-order force constants, by the long-wave limit of the dynamical matrix."""
+"""Elastic constants from second-order force constants, by the long-wave limit of the dynamical matrix.
+
+Born and Huang, Dynamical Theory of Crystal Lattices (Clarendon Press, 1954); see `elastic_constants`.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ class ElasticConstants:
 
     Attributes:
         matrix: C [6, 6] in Voigt's order xx, yy, zz, yz, xz, xy along the Cartesian axes of the crystal, GPa.
-        misfit: largest part of the long-wave force constants that no elastic tensor explains, GPa. Not zero only where
-            symmetry allows a stress in the ideal lattice, or where the potential breaks rotational invariance.
+        misfit: largest part of the long-wave force constants that no elastic tensor explains, GPa. It differs from zero
+            only where symmetry allows a stress in the ideal lattice, or the potential breaks rotational invariance.
     """
 
     matrix: NDArray[np.float64]

@@ -59,9 +59,9 @@ class CrystalEvaluator:
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
         """See `Evaluator`.
 
-        The stress is that beyond the ideal crystal's own, which structures in a fixed cell say nothing about. It needs
+        The stress is that beyond the ideal crystal's own, which structures in a fixed cell do not determine. It needs
         force constants at their true distances: labels of boxes smaller than their range fold them, and the stress
-        then follows shifts of the sublattices against each other badly.
+        then responds inaccurately to displacements of the sublattices against each other.
 
         Raises:
             DataError: a box doesn't hold the crystal, or an atom is further from its site than the force constants
@@ -87,11 +87,11 @@ class CrystalEvaluator:
     def atomic_uncertainty_gradient(self, atoms: Atoms) -> NoReturn:
         """Refused with a ModelError."""
         raise ModelError(
-            "A force-constant potential has no gradient of atomic uncertainties: use that of the structure's."
+            "A force-constant potential has no gradient of atomic uncertainties: use the structure's uncertainty."
         )
 
     def box(self, atoms: Atoms) -> tuple[Box, np.ndarray]:
-        """The placed box, and displacements [n, 3] (Å) in the crystal's frame that the guard lets through."""
+        """The placed box, and displacements [n, 3] (Å) in the crystal's frame, within the displacement limit."""
         placement, displacements = self._placer(atoms)
         if self._box is None or self._box.placement is not placement:
             self._box = self._box_of(placement)
@@ -116,7 +116,7 @@ class CrystalEvaluator:
         return displacements
 
     def _evaluated(self, atoms: Atoms) -> tuple[Box, Evaluated]:
-        """The box, and what the module makes of it."""
+        """The box, and the module's results for it."""
         box, displacements = self.box(atoms)
         vectors = torch.from_numpy(displacements)[box.atoms]
         return box, (vectors, *self.module.evaluate(box.species, box.first, box.atoms, vectors, True))

@@ -123,7 +123,7 @@ def _by_order(values: dict[int, Any]) -> dict[str, Any]:
 
 
 def _calibrated(scale: float | ConformalScale) -> dict[str, Any]:
-    """The record of one factor; a bare number was not calibrated and promises nothing."""
+    """The record of one factor; a bare number is not calibrated and guarantees nothing."""
     if isinstance(scale, ConformalScale):
         result = {"scale": scale.scale, "attainable": scale.attainable, "n_calibration": scale.count}
     else:

@@ -20,7 +20,7 @@ from ubmd.settings import CrystalSettings, UncertaintySettings
 from ubmd.uncertainty.conformal import ConformalScale, conformal_scale
 
 Progress = Callable[[str, int, int], None]
-"""what is done, how many of how many"""
+"""(name of the step, number done, number of all)"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class Errors:
         return self.deviations.max(axis=1)
 
     def z_score(self, noise: float) -> float:
-        """Root mean square of error over sqrt(deviation^2 + noise^2); 1 for a model that knows what it doesn't."""
+        """Root mean square of error over sqrt(deviation^2 + noise^2); 1 for correct deviations."""
         return float(np.sqrt(np.mean(self.forces**2 / (self.deviations**2 + noise**2))))
 
     def largest(self, values: np.ndarray) -> np.ndarray:
@@ -243,8 +243,8 @@ def fit_crystal(
         validation: structures with forces that aren't trained on.
         crystal: what to fit.
         uncertainty: its alpha and atoms_by say how to calibrate.
-        ideal_energy: label of the ideal crystal, eV per primitive cell; None: the mean of what the forces leave of the
-            training energies.
+        ideal_energy: label of the ideal crystal, eV per primitive cell; None: the mean of the training energies minus
+            those of the fit.
         progress: is told about every structure.
 
     Raises:

@@ -28,7 +28,7 @@ def describe_symmetry(crystal: Atoms, lattice: Lattice, tolerance: float) -> Ite
 
 
 def _better(crystal: Atoms, lattice: Lattice, tolerance: float) -> Iterator[str]:
-    """What looser tolerances find more."""
+    """Higher symmetries that looser tolerances find."""
     for looser in (value for value in _LOOSER if value > tolerance):
         try:
             other = Lattice.from_atoms(crystal, looser)

@@ -46,8 +46,8 @@ class Lattice:
     def from_atoms(cls, atoms: Atoms, tolerance: float = SYMMETRY_TOLERANCE) -> Lattice:
         """Lattice of an ideal crystal, given as its primitive cell or any supercell of it (Å, pbc in three directions).
 
-        A primitive input cell is kept as it is; a larger one is reduced without turning or shifting the crystal. With a
-        tolerance (Å) looser than the default, the crystal is symmetrised first.
+        A primitive input cell is kept as it is; a larger one is reduced without rotating or shifting the crystal. With
+        a tolerance (Å) looser than the default, the crystal is symmetrised first.
 
         Raises:
             DataError: the cell isn't periodic, or spglib finds no symmetry in it.
@@ -180,8 +180,8 @@ def _integer_matrix(lattice: Lattice, cell: np.ndarray, tolerance: float) -> np.
     matrix = np.rint(exact).astype(np.int64)
     if np.abs(exact - matrix).max() > tolerance or round(np.linalg.det(matrix)) == 0:
         raise DataError(
-            "The box is no integer multiple of the primitive cell: "
-            "repeat the ideal crystal without straining or turning it."
+            "The box is not an integer multiple of the primitive cell: "
+            "repeat the ideal crystal without straining or rotating it."
         )
     return matrix
 
@@ -202,7 +202,7 @@ def _nearest_sites(lattice: Lattice, atoms: Atoms) -> tuple[np.ndarray, np.ndarr
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where the crystal lies in a box that may be turned and have any origin.
+    """Where the crystal lies in a box that may be rotated and have any origin.
 
     Attributes:
         supercell: the box in the crystal's own frame.
@@ -218,8 +218,8 @@ class Placement:
     def fit(cls, lattice: Lattice, atoms: Atoms, tolerance: float = 1e-3) -> Placement:
         """Find sites, rotation and origin for a box whose atoms are moderately displaced.
 
-        Boxes that hold the crystal as it is are tried first, then every turn that takes lattice vectors to those of
-        the box (LAMMPS turns boxes, for instance).
+        Boxes that hold the crystal without rotation are tried first, then every rotation that takes lattice vectors to
+        those of the box (LAMMPS rotates boxes, for instance).
 
         Raises:
             DataError: the box is no integer multiple of the primitive cell in any orientation (within `tolerance`, in
@@ -228,7 +228,7 @@ class Placement:
         _check_periodic_and_finite(atoms)
         best: tuple[float, Placement] | None = None
         problem = DataError(
-            "The box is no integer multiple of the primitive cell: repeat the ideal crystal without straining it."
+            "The box is not an integer multiple of the primitive cell: repeat the ideal crystal without straining it."
         )
         for rotation, matrix in _orientations(lattice, np.array(atoms.cell), tolerance):
             turned = Atoms(atoms.numbers, atoms.positions @ rotation, cell=matrix @ lattice.cell, pbc=True)

@@ -136,7 +136,7 @@ class ForceConstants(Learner):
         }
 
     def load(self, folder: Path, summary: dict[str, Any], labels: Sequence[Atoms]) -> None:
-        """The posterior; the sums are made again when they are needed."""
+        """The posterior; the sums are computed again when they are needed."""
         from ubmd.potentials.force_constants.regression import Posterior
 
         self._posterior = Posterior.load(folder / "posterior.npz")

@@ -34,7 +34,7 @@ class CrystalModel(nn.Module):
         basis: cluster basis on the crystal.
         posterior: fitted parameters and their covariance.
         energy_scale, force_scale: calibration of the two uncertainties.
-        max_displacement: where the polynomials are trusted, Å.
+        max_displacement: the displacement limit of the polynomials, Å.
         energy: of the ideal lattice per primitive cell, eV.
     """
 
@@ -232,8 +232,8 @@ class CrystalModel(nn.Module):
         """d sum(E)/d strain [3, 3] (eV, rows: component of the position) when the ideal positions are strained.
 
         In a strained crystal displacements grow with the distance, so the parts of forces that cancel in a periodic
-        one (sum rules) must be attached to places. What is left of a cluster without one of its sites, k, gets one
-        place whatever k is: its centroid. So a cluster of order n with centroid c (of all its sites) gives
+        one (sum rules) must be assigned to places. A cluster without one of its sites, k, has one place whatever k
+        is: its centroid. So a cluster of order n with centroid c (of all its sites) gives
         n/(n - 1) sum_k (x_k - c) ⊗ dE/du_k with the ideal positions x. That the displacements are strained, too, adds
         sum u ⊗ dE/du, which isn't in the result.
         """

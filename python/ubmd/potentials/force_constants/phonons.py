@@ -3,6 +3,10 @@
 Only the orders 2 and 3 enter, so everything here belongs to small vibrations of the ideal lattice (harmonic phonons at
 zero temperature; with the third order their lowest-order decay). Charges are not treated: the splitting of longitudinal
 and transverse optical branches of polar crystals at the zone centre is missing.
+
+Born and Huang, Dynamical Theory of Crystal Lattices (Clarendon Press, 1954); paths through the Brillouin zone (ASE's):
+Setyawan and Curtarolo, Comput. Mater. Sci. 49, 299 (2010); heat conductivity (phono3py's): Togo, Chaput and Tanaka,
+Phys. Rev. B 91, 094306 (2015).
 """
 
 from __future__ import annotations
@@ -97,7 +101,7 @@ class HarmonicCrystal:
             band = Cell(self.lattice.cell).bandpath(path, npoints=points)
         except (KeyError, ValueError, AssertionError) as error:
             raise SettingsError(
-                f"{path!r} is no path of this lattice ({error}): name its points with --path, as in 'GXWKGL'."
+                f"{path!r} is not a path of this lattice ({error}): name its points with --path, as in 'GXWKGL'."
             ) from error
         distance, places, labels = band.get_linear_kpoint_axis()
         # ASE knows the lattice up to its tolerance: the points are the same in units of either reciprocal cell.
@@ -257,7 +261,7 @@ def conductivity(
         mesh: points along the reciprocal vectors; results need a series of meshes to converge.
         repeats: see `make_phono3py`.
         isotopes: scattering by the natural isotopes as well.
-        folder: write phono3py.yaml, fc2.hdf5 and fc3.hdf5 there, with which phono3py itself can go on.
+        folder: write phono3py.yaml, fc2.hdf5 and fc3.hdf5 there, which phono3py itself reads.
     """
     program = make_phono3py(basis, parameters, repeats)
     points = (mesh,) * 3 if isinstance(mesh, int) else tuple(mesh)

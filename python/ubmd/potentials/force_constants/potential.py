@@ -76,7 +76,7 @@ def _from_model(path: Path) -> Potential:
     module, record = load_with_record(path)
     if record.get("kind") != "force constants":
         raise ModelError(
-            f"{path} is no force-constant potential: give a model of a crystal, from settings with [crystal]."
+            f"{path} is not a force-constant potential: give a model of a crystal, from settings with [crystal]."
         )
     found = {BASIS: ""}
     torch.jit.load(str(path), map_location="cpu", _extra_files=found)

@@ -64,15 +64,15 @@ class Program:
         blocks: clusters by block, each cluster of the crystal once.
         bodies: relative site of each body of each cluster [N, 6], -1 where there is none.
         operations: operation that takes the orbit's prototype to the cluster [N].
-        components: component of the prototypes' tensors that each coefficient [C] comes from before it is turned.
+        components: component of the prototypes' tensors that each coefficient [C] comes from before rotation.
         members: all clusters that contain the centre, by block and by the body that is the centre; here bodies are in
-            the order of the orbit's prototype, so degrees needn't rise.
+            the order of the orbit's prototype, so degrees need not rise.
         member_bodies: relative sites [M, 6]; the centre is 0.
         member_orbits, member_operations: orbit (row of `orbits`) and operation of each [M].
         orbits: components D and raw coefficients p of each orbit [O, 2], in the order of the basis.
         orders: raw coefficients and parameters of each order [n, 2].
-        raw: tensors [D, p] of all orbits, one behind the other, as a vector.
-        parameters: raw coefficients by parameters of all orders, one behind the other, as a vector.
+        raw: tensors [D, p] of all orbits, concatenated to a vector.
+        parameters: raw coefficients by parameters of all orders, concatenated to a vector.
         turns: for each degree from 1: matrices [G, D, D] from the prototype's isometric components to coefficients.
     """
 

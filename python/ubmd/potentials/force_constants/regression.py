@@ -27,14 +27,14 @@ from ubmd.files import replacing
 Array = NDArray[np.float64]
 CHANNELS = ("forces", "energies", "stresses")
 FORMAT = 1
-RELATIVE_NOISE = 1e-6  # smallest noise sd over rms label: a residual formed from Gram matrices resolves no less
+RELATIVE_NOISE = 1e-6  # lower bound of noise sd over rms label: residuals from Gram matrices resolve no less
 ALPHA_RANGE = (1e-10, 1e14)  # of α, in units of the α whose prior explains all labels by this order alone
 ROUNDING = 1e-4  # largest rounding error of B (its smallest eigenvalue is 1) that Cholesky may see
 
 
 @dataclass
 class Sums:
-    """What a channel's data leave behind: AᵀA [P, P], Aᵀy [P], yᵀy, number of rows, number of structures."""
+    """The sums over a channel's data: AᵀA [P, P], Aᵀy [P], yᵀy, number of rows, number of structures."""
 
     gram: Array
     moment: Array
@@ -139,7 +139,7 @@ class NormalEquations:
                 f"{len(y)} labels ({channel}) of {p} parameters need a {len(y)} x {p} matrix, got {a.shape}."
             )
         if not (np.isfinite(a).all() and np.isfinite(y).all()):
-            raise DataError(f"The regression met a matrix or labels ({channel}) that are not finite numbers.")
+            raise DataError(f"The regression got a matrix or labels ({channel}) that are not finite numbers.")
         return a, y
 
 
@@ -161,7 +161,7 @@ class Posterior:
     converged: bool = True
     iterations: int = 0
     noise_limited: tuple[str, ...] = field(default=())
-    """channels whose noise is the smallest that can be resolved: the data look free of noise"""
+    """channels whose noise is at its lower bound: the data look free of noise"""
 
     @property
     def counts(self) -> dict[int, int]:
@@ -262,7 +262,7 @@ def fit(
 
     γ_c = β_c tr(S A_cᵀA_c), which sum to Σ_o γ_o. The gradient of the log evidence is (γ_o - α_o|θ_o|^2)/2 by ln α_o
     (and alike for β): a hyperparameter is converged when its gradient is below the tolerance, absolutely or relative to
-    γ_o. The first kind ends the drift of an order about which the data say nothing. Noise never falls below 1e-6 of the
+    γ_o. The first kind ends the drift of an order that the data do not determine. Noise never falls below 1e-6 of the
     rms label.
 
     Args:
@@ -271,10 +271,10 @@ def fit(
         tolerance: see above.
         max_iterations: at least 1; `Posterior.converged` is False if they don't suffice.
         caution: κ of a hyperprior α_o^-κ on every order; the fixed point is then γ_o = α_o|θ_o|^2 + 2κ. With 0 it is
-            the bare evidence, which is flat in α_o when the labels say nothing about an order, and then often switches
-            that order off: errors at larger displacements are underestimated many times. With κ > 0 such an order
-            keeps the width at which the labels would begin to see it (γ_o about 2κ); well-determined orders change
-            by 2κ/γ_o.
+            the bare evidence, which is flat in α_o when the labels do not determine an order, and then often switches
+            that order off: errors at larger displacements are underestimated by a large factor. With κ > 0 such an
+            order keeps the width at which the labels would begin to determine it (γ_o about 2κ); well-determined
+            orders change by 2κ/γ_o.
 
     Raises:
         DataError: there are no forces, or all of them are zero.
@@ -339,6 +339,10 @@ def shrink(rows: Array, candidate: Array, beta: float) -> Array:
 def predicted_drops(posterior: Posterior, candidates: Sequence[ArrayLike], probes: Sequence[ArrayLike]) -> Array:
     """Relative drop of the mean Bayesian error over the probes by labelling each candidate, [number of candidates].
 
+    The expected error after a measurement as the criterion: MacKay, Neural Comput. 4, 590 (1992); Cohn, Ghahramani and
+    Jordan, J. Artif. Intell. Res. 4, 129 (1996). Here the error of a probe is its largest standard deviation of a force
+    component, where they take the variance.
+
     Args:
         posterior: the current one; its hyperparameters are kept.
         candidates: force matrices [3n, P].
@@ -378,7 +382,7 @@ def _factorise(matrix: Array) -> tuple[Array, float, Array]:
     """Factor V of (1 + K)^-1 = V Vᵀ, ln det(1 + K), and which columns of V the data reach; K [P, P] semidefinite.
 
     Cholesky while the rounding of K stays far below the 1; else eigenvectors, where eigenvalues that are rounding
-    are taken as zero: such directions keep their prior width instead of a made-up sharpness.
+    are taken as zero: such directions keep their prior width instead of a spuriously small one.
     """
     p = len(matrix)
     rounding = p * np.finfo(float).eps
@@ -487,7 +491,7 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
     except (OSError, ValueError, EOFError, AttributeError, BadZipFile) as error:
         raise ModelError(f"The regression file {path} cannot be read ({error}): fit the data again.") from error
     if str(arrays.get("kind")) != kind:
-        raise ModelError(f"{path} holds no {kind} of a regression.")
+        raise ModelError(f"{path} does not contain the {kind} of a regression.")
     if int(arrays["format"]) != FORMAT:
         raise ModelError(f"{path} has format {int(arrays['format'])}, this version of ubmd reads {FORMAT}.")
     return arrays

@@ -13,7 +13,7 @@ from ase.geometry import find_mic, minkowski_reduce
 from ubmd.errors import DataError, SettingsError
 
 SYMMETRY_TOLERANCE = 1e-5  # Å, spglib's symprec; crystals that obey their symmetry this well are taken as they are
-_LARGEST_SHARE = 0.1  # of the shortest distance between atoms; with a looser tolerance, anything would be a symmetry
+_LARGEST_SHARE = 0.1  # of the shortest distance between atoms; beyond it, any operation would be a symmetry
 _OVERLAP = 0.1  # Å
 _NO_GROUP = "spglib finds no space group: check the ideal structure for overlapping atoms or a flat cell."
 
@@ -43,7 +43,7 @@ def operations(atoms: Atoms, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
         raise SettingsError("Force-constant potentials need spglib: pip install 'ubmd[crystal]'.") from None
     cell: Any = (np.array(atoms.cell), atoms.get_scaled_positions(), atoms.numbers)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # on how spglib says that it has found nothing
+        warnings.simplefilter("ignore", DeprecationWarning)  # on how spglib reports that it has found nothing
         try:
             dataset = spglib.get_symmetry_dataset(cell, tolerance)
         except getattr(spglib, "SpglibError", ()):
@@ -94,7 +94,7 @@ def symmetrised(atoms: Atoms, tolerance: float) -> Atoms:
     """The crystal with the symmetry that it has within a tolerance (Å) made exact, for files with rounded numbers.
 
     Within the default tolerance it is taken as it is. Else positions and the cell's metric become averages over all
-    operations. The crystal is neither turned nor shifted as a whole, the cell stays the same multiple of the primitive
+    operations. The crystal is neither rotated nor shifted as a whole, the cell stays the same multiple of the primitive
     one, and atoms keep their order.
 
     Raises:
@@ -113,7 +113,7 @@ def symmetrised(atoms: Atoms, tolerance: float) -> Atoms:
     exact = Atoms(numbers, scaled @ cell, cell=cell, pbc=True)
     if len(operations(exact, SYMMETRY_TOLERANCE)[0]) < len(rotations):
         raise DataError(
-            f"The symmetry of the ideal crystal within {tolerance:g} Å contradicts itself: give better positions, or "
+            f"The symmetry of the ideal crystal within {tolerance:g} Å is inconsistent: give better positions, or "
             "another crystal.tolerance."
         )
     return Atoms(atoms.numbers, (offsets + scaled[sites]) @ cell, cell=matrix @ cell, pbc=atoms.pbc)
@@ -136,7 +136,7 @@ def _check_tolerance(atoms: Atoms, tolerance: float) -> None:
     if tolerance > _LARGEST_SHARE * shortest:
         raise SettingsError(
             f"crystal.tolerance = {tolerance:g} Å is too loose for atoms that are {shortest:.3g} Å apart: give at most "
-            f"{_LARGEST_SHARE:g} of that, and far less if only rounded numbers are to be mended."
+            f"{_LARGEST_SHARE:g} of that, and far less if it is only to correct rounded numbers."
         )
 
 

@@ -56,7 +56,7 @@ def export_model(
 
 
 def chosen_operators(wanted: bool | None) -> bool:
-    """Whether a file calls the operators (None: if they can be loaded here); ModelError if they are wanted in vain."""
+    """Whether a file calls the operators (None: if they can be loaded here); ModelError if wanted but not loadable."""
     if wanted:
         load_operators()
     return available() if wanted is None else wanted

@@ -36,7 +36,7 @@ class Log:
 
     def __init__(self, path: Path, history: Sequence[Row] = ()) -> None:
         """Start the file with the rows of ``history`` only: rows after a checkpoint are computed again."""
-        path.unlink(missing_ok=True)  # whoever still writes to it, elsewhere, must not write into this one
+        path.unlink(missing_ok=True)  # another process that still has the old file open must not write into this one
         self._file = path.open("w", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, COLUMNS, restval="", extrasaction="ignore")
         self._writer.writeheader()

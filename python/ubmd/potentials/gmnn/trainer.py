@@ -55,7 +55,7 @@ def train(
     progress: Callable[[Row], None] | None = None,
     fresh: bool = False,
 ) -> TrainedModel:
-    """Train a model, or go on with (or just return) the training that ``folder/checkpoint.pt`` belongs to.
+    """Train a model, or resume (or just return) the training that ``folder/checkpoint.pt`` belongs to.
 
     Writes ``log.csv``, ``learning_curve.png``, ``checkpoint.pt`` and, at the end, ``weights.pt`` (best weights).
     A training that was killed and resumed ends with the same bits as an uninterrupted one (with one thread).
@@ -64,8 +64,8 @@ def train(
         training, validation: labelled structures (energy and forces; stress where there is one).
         folder: made if missing.
         seed: of the initial weights and the order of the mini-batches.
-        initial: weights file of an earlier model to start from; c, sigma and mu go on from there, the weights as
-            `_shrink_and_perturb` says, Adam starts anew with all learning rates times ``warm_learning_rate_factor``.
+        initial: weights file of an earlier model to start from; c, sigma and mu are taken from there, the weights as
+            `_shrink_and_perturb` says; Adam is restarted with all learning rates times ``warm_learning_rate_factor``.
         epochs: instead of ``training_settings.epochs``.
         progress: called after every epoch with the row of the log (see `history.COLUMNS`) and ``epochs``.
         fresh: start again even if there is a checkpoint.
@@ -125,7 +125,7 @@ def _run(
     assert trainer.best is not None
     result = _result(trainer.best, trainer.history)
     checkpoint.save_weights(result.model, folder / "weights.pt")
-    # Last, and without optimiser state: from now on this training is only looked up.
+    # Last, and without optimiser state: from now on this training is only read.
     finished = {**_header(identity, True), "best": trainer.best, "history": trainer.history}
     checkpoint.save_atomically(finished, folder / "checkpoint.pt")
     return result
@@ -214,7 +214,7 @@ class _Trainer:
         if not math.isfinite(total):
             raise TrainingError(
                 f"The loss is not finite in epoch {self.epoch + 1}: lower training.learning_rate (now "
-                f"{self.settings.learning_rate:g}), and look for absurd labels in the table of the data."
+                f"{self.settings.learning_rate:g}), and look for outliers among the labels in the table of the data."
             )
         self.optimiser.step()
         return total
@@ -298,7 +298,7 @@ def _initial_model(
     elements = settings.elements or (model and model.elements) or sorted(found, key=ase.data.chemical_symbols.index)
     missing = sorted(found - set(elements))
     if missing and model is not None and settings.elements is None:
-        raise ModelError(f"{initial} does not know the element {missing[0]} of the new data; train from scratch.")
+        raise ModelError(f"{initial} does not contain the element {missing[0]} of the new data; train from scratch.")
     if missing:
         raise DataError(f"The data contain {missing[0]}, which is not in model.elements; add it there.")
     new = GaussianMomentNetwork(elements, settings, seed)
@@ -308,7 +308,7 @@ def _initial_model(
     for key in sorted(new_config):
         if key != "settings.elements" and old_config.get(key) != new_config[key]:
             raise ModelError(
-                f"{initial} has {key.removeprefix('settings.')} = {old_config.get(key)}, the settings want "
+                f"{initial} has {key.removeprefix('settings.')} = {old_config.get(key)}, the settings have "
                 f"{new_config[key]}; train from scratch, or use the old settings."
             )
     _shrink_and_perturb(model, GaussianMomentNetwork(model.elements, settings, seed), keep)
@@ -318,7 +318,7 @@ def _initial_model(
 def _shrink_and_perturb(model: GaussianMomentNetwork, fresh: GaussianMomentNetwork, keep: float) -> None:
     """Replace W and B by keep·old + sqrt(1 - keep^2)·fresh, which keeps their variance; biases stay.
 
-    Weights fitted to few data generalise worse when training goes on than fresh ones; partly forgetting them cures that
+    Weights fitted to few data generalise worse after further training than new ones; partly forgetting them cures that
     (Ash & Adams, NeurIPS 2020, "On warm-starting neural network training"). Seen on alanine dipeptide, 200 epochs per
     8 new labels: keep = 0.6 has a quarter smaller force errors up to 32 labels, keep = 1 smaller ones from 48 on.
     """
