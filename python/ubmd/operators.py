@@ -73,13 +73,15 @@ class Products(nn.Module):
     def product(self, left: Tensor, right: Tensor, add: Tensor | None = None) -> Tensor:
         """left @ right [n, m], plus ``add`` ([m] or [n, m]) if given."""
         if self.operators:
-            return torch.ops.ubmd.product(left, right, add)
+            result: Tensor = torch.ops.ubmd.product(left, right, add)
+            return result
         return torch.mm(left, right) if add is None else torch.addmm(add, left, right)
 
     def activation(self, z: Tensor, order: int) -> list[Tensor]:
         """`activation`, in one pass where there are operators."""
         if self.operators:
-            return torch.ops.ubmd.activation(z, order)
+            orders: list[Tensor] = torch.ops.ubmd.activation(z, order)
+            return orders
         return activation(z, order)
 
 

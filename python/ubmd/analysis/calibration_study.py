@@ -186,7 +186,7 @@ def _write(path: Path, outcome: Outcome, key: str) -> None:
     parts = {"calibration": outcome.calibration, "test": outcome.test}
     arrays = {f"{part}_{name}": getattr(data, name) for part, data in parts.items() for name in _FIELDS}
     with replacing(path) as file:
-        np.savez_compressed(file, key=key, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, key=key, **arrays)
 
 
 def _read(path: Path, kind: str, split: int, key: str) -> Outcome | None:

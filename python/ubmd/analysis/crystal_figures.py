@@ -110,7 +110,7 @@ def dynamic_learning_figure(
     if rms:
         scale = 100.0 / rms
         both = (lambda error: np.asarray(error) * scale, lambda share: np.asarray(share) / scale)
-        right = axes.secondary_yaxis("right", functions=both)  # type: ignore[arg-type]
+        right = axes.secondary_yaxis("right", functions=both)
         right.set_ylabel("% of the rms force of the test set")
         right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         right.yaxis.set_minor_formatter(NullFormatter())

@@ -79,7 +79,7 @@ def aligned(positions: Array) -> Array:
     for _ in range(4):
         left, _, right = np.linalg.svd(np.einsum("tna,nb->tab", centred, target))
         left[:, :, 2] *= np.linalg.det(left @ right)[:, None]  # never a mirror image
-        moved = np.einsum("tna,tab->tnb", centred, left @ right)
+        moved: Array = np.einsum("tna,tab->tnb", centred, left @ right)
         target = moved.mean(axis=0)
     return moved
 
@@ -93,7 +93,8 @@ def without_cell(positions: Array, cells: Array) -> Array:
     steps = np.diff(fractional, axis=0)
     unwrapped = fractional - np.concatenate([np.zeros_like(fractional[:1]), np.cumsum(np.round(steps), axis=0)])
     unwrapped -= unwrapped.mean(axis=1, keepdims=True)
-    return unwrapped @ np.mean(cells, axis=0)
+    moved: Array = unwrapped @ np.mean(cells, axis=0)
+    return moved
 
 
 def read_trajectory(path: Path, spacing: float | None = None) -> Trajectory:

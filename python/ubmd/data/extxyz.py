@@ -215,8 +215,9 @@ def _info_item(key: str, value: Any) -> str:
     if not isinstance(key, str) or not key or any(character in key for character in "= \"'\\{}[]\n"):
         raise DataError(f"atoms.info has the key {key!r}, which extxyz cannot keep; use a plain word.")
     if value is not None and not isinstance(value, str):
-        return key_val_dict_to_str({key: _without_arrays(value) if isinstance(value, dict | list | tuple) else value})
-    plain = key_val_dict_to_str({key: value})
+        value = _without_arrays(value) if isinstance(value, dict | list | tuple) else value
+        return str(key_val_dict_to_str({key: value}))
+    plain = str(key_val_dict_to_str({key: value}))
     back = key_val_str_to_dict(plain) if value else {}
     if list(back) == [key] and isinstance(back[key], str) and back[key] == value:
         return plain

@@ -80,7 +80,8 @@ class Batch:
 
     def by_structure(self, values: Tensor) -> tuple[Tensor, ...]:
         """Values of pairs [P, ...] as one view per structure."""
-        return values.split(self.pair_counts)
+        views: tuple[Tensor, ...] = values.split(self.pair_counts)
+        return views
 
     def forces_from(self, edge_gradient: Tensor) -> Tensor:
         """`scatter_forces` of all pairs, several times as fast, but not differentiable."""

@@ -196,6 +196,6 @@ def _place(atoms: Atoms, info: Sequence[str]) -> str:
 
 
 def _with_labels_of(candidate: Atoms, known: Atoms) -> Atoms:
-    copy = candidate.copy()
+    copy: Atoms = candidate.copy()
     copy.calc = SinglePointCalculator(copy, **labels_of(known))
     return copy

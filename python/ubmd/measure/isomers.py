@@ -34,7 +34,8 @@ def are_cis(structures: Sequence[Atoms], amides: Sequence[Torsion]) -> NDArray[n
     """[N]: whether at least one of these amide bonds is cis (|ω| < 90°)."""
     if not amides or not structures:
         return np.zeros(len(structures), dtype=np.bool_)
-    return np.any(np.abs(torsions(structures, amides)) < np.pi / 2, axis=1)
+    cis: NDArray[np.bool_] = np.any(np.abs(torsions(structures, amides)) < np.pi / 2, axis=1)
+    return cis
 
 
 def count_cis(structures: Sequence[Atoms], amides: Sequence[Torsion]) -> int:

@@ -58,7 +58,8 @@ class Deployed(nn.Module):
     @torch.jit.export
     def uncertainty(self, phi_mean: Tensor) -> Tensor:
         """Calibrated structure uncertainty u (0-dim, eV/atom) of the mean feature [p]."""
-        return self.structure_uncertainty(phi_mean.unsqueeze(0)).squeeze(0)
+        u: Tensor = self.structure_uncertainty(phi_mean.unsqueeze(0))
+        return u.squeeze(0)
 
     @torch.jit.export
     def metadata(self) -> str:
@@ -89,7 +90,8 @@ class ForeignModule(Deployed):
     @torch.jit.export
     def atomic_uncertainties(self, phi: Tensor) -> Tensor:
         """Calibrated atomic uncertainties [n_local], eV/Å, of atomic features [n_local, p]."""
-        return self.atom_uncertainty(phi)
+        u: Tensor = self.atom_uncertainty(phi)
+        return u
 
 
 def edge_gradient(output: Tensor, edge: Tensor, cotangent: Tensor) -> Tensor:

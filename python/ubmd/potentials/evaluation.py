@@ -48,7 +48,8 @@ class Evaluation:
 
     def feature_gradient(self, w: Tensor) -> Tensor:
         """d(sum_i w·phi_i)/d(edge_vector) [P, 3] (float64) for w [p]."""
-        return self.module.bias(*self._arguments(self.edge_vector), w).double()
+        gradient: Tensor = self.module.bias(*self._arguments(self.edge_vector), w)
+        return gradient.double()
 
     def member_gradients(self) -> Tensor:
         """Gradients [M, P, 3] (float64) of the energies of an ensemble's members."""
@@ -80,9 +81,11 @@ class Evaluation:
     def atomic_uncertainties(self) -> Tensor:
         """u_i [n] (float64, eV/Å)."""
         if is_ensemble(self.module):
-            return self.module.force_uncertainties(self._member_forces(self.member_gradients()))
+            u: Tensor = self.module.force_uncertainties(self._member_forces(self.member_gradients()))
+            return u
         with torch.no_grad():
-            return self.module.atomic_uncertainties(self.phi)
+            u = self.module.atomic_uncertainties(self.phi)
+        return u
 
     def atomic_uncertainty_gradient(self) -> tuple[Tensor, Tensor]:
         """(sum of the atomic uncertainties, its gradient with respect to edge_vector [P, 3] (float64))."""
@@ -113,13 +116,18 @@ class FastEvaluation(Evaluation):
         return self.pairs.species, self.pairs.first, self.pairs.neighbours, self.edge_vector
 
     def feature_gradient(self, w: Tensor) -> Tensor:
-        return self.module.feature_gradient(self._tape, self._factors, self.module.directions(w, False), w)
+        directions = self.module.directions(w, False)
+        gradient: Tensor = self.module.feature_gradient(self._tape, self._factors, directions, w)
+        return gradient
 
     def atomic_feature_gradient(self, w: Tensor) -> Tensor:
-        return self.module.feature_gradient(self._tape, self._factors, [], w)
+        gradient: Tensor = self.module.feature_gradient(self._tape, self._factors, [], w)
+        return gradient
 
     def member_gradients(self) -> Tensor:
-        return self.module.member_gradients(self._tape)
+        gradients: Tensor = self.module.member_gradients(self._tape)
+        return gradients
 
     def member_bias(self, cotangents: Tensor) -> Tensor:
-        return self.module.member_bias(*self._arguments_by_centre(), cotangents)
+        gradient: Tensor = self.module.member_bias(*self._arguments_by_centre(), cotangents)
+        return gradient

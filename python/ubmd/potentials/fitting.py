@@ -209,7 +209,8 @@ def _frozen(file: Path) -> torch.jit.ScriptModule:
     buffer = io.BytesIO()  # a frozen module can be part of another one only when it has been loaded
     torch.jit.save(torch.jit.freeze(loaded, optimize_numerics=False), buffer)
     buffer.seek(0)
-    return torch.jit.load(buffer)
+    frozen: torch.jit.ScriptModule = torch.jit.load(buffer)
+    return frozen
 
 
 def _metadata(

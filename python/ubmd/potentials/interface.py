@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -57,6 +57,18 @@ def converged(signals: Sequence[Signal]) -> bool:
     return {s.name for s in signals} == {"determined", "below noise", "little to gain"} and all(
         s.holds for s in signals
     )
+
+
+class ModelEvaluator(Protocol):
+    """What evaluates the model files of one kind of potential; see `ubmd.calculator.Evaluator` for the methods."""
+
+    def predict(self, structures: Iterable[Atoms]) -> list[Prediction]: ...
+
+    def predict_with_gradient(self, atoms: Atoms) -> tuple[Prediction, np.ndarray, np.ndarray | None]: ...
+
+    def uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray | None]: ...
+
+    def atomic_uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]: ...
 
 
 Report = Callable[[dict[str, Any]], None]

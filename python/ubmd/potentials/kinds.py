@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ubmd.errors import SettingsError, describe
 from ubmd.imports import import_attribute, load, own_files
-from ubmd.potentials.interface import Backend
+from ubmd.potentials.interface import Backend, ModelEvaluator
 from ubmd.settings import ModelSettings, TrainSettings, UncertaintySettings
 from ubmd.settings.dynamic import DynamicRunSettings
+
+if TYPE_CHECKING:  # the command line looks up kinds before it needs numpy
+    from ubmd.potentials.learner import Learner
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,15 @@ class Kind:
     of_crystal: bool = False
     """whether it is one of a crystal: atoms have sites, and stresses are those beyond the ideal crystal's own"""
 
-    def make_evaluator(self, module: Any, record: dict[str, Any], precision: str) -> Any:
+    def make_evaluator(self, module: Any, record: dict[str, Any], precision: str) -> ModelEvaluator:
         """What evaluates a model file of this kind."""
-        return load(self.evaluator)(module, record, precision)
+        evaluator: ModelEvaluator = load(self.evaluator)(module, record, precision)
+        return evaluator
 
-    def learner_class(self) -> Any:
+    def learner_class(self) -> type[Learner]:
         """The class of the dynamic schedule's view of this kind."""
-        return load(self.learner)
+        learner: type[Learner] = load(self.learner)
+        return learner
 
 
 NETWORK = Kind("network", "ubmd.potentials.evaluator:NetworkEvaluator", "ubmd.potentials.network_learner:Network")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from ase import Atoms
@@ -17,6 +17,9 @@ from ubmd.potentials.kinds import backend_of, check_backend
 from ubmd.potentials.learner import Judgement, Learner, Progress, _relative, _rms
 from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
 from ubmd.settings.marks import key_values
+
+if TYPE_CHECKING:  # it needs torch
+    from ubmd.potentials.evaluator import NetworkEvaluator
 
 
 class Network(Learner):
@@ -46,7 +49,7 @@ class Network(Learner):
         self.backend = backend
         self.files = ("model.pt", backend.checkpoint)
         self.training = settings.training.model_copy(update={"threads": threads})
-        self._evaluator: Any = None
+        self._evaluator: NetworkEvaluator | None = None
         self._known: list[Atoms] = []
 
     def key(self) -> Any:
@@ -92,6 +95,7 @@ class Network(Learner):
         """Predictions, evaluated as `ubmd.calculator.Evaluator` does."""
         import torch
 
+        assert self._evaluator is not None
         with torch.jit.optimized_execution(False):
             return self._evaluator.predict(structures)
 

@@ -160,7 +160,7 @@ class _Object:
         self.state = state
 
 
-class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class _Reader(pickle._Unpickler):
     """Builds text, numbers and containers only.
 
     The unpickler in Python: the compiled one allocates memory for as many objects as a pickle claims to contain.

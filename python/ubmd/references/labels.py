@@ -79,7 +79,7 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
         SettingsError: the calculator cannot be made.
     """
     check_geometry(atoms, settings.min_distance)
-    copy = atoms.copy()
+    copy: Atoms = atoms.copy()
     copy.set_constraint()
     with unfit_structures():
         check_state(copy, settings.info)
@@ -256,7 +256,7 @@ def energy_jumps(new: Sequence[Atoms], known: Sequence[Atoms], limit: float) -> 
 
 
 def _composition(atoms: Atoms) -> str:
-    return atoms.symbols.formula.reduce()[0].format("hill")
+    return str(atoms.symbols.formula.reduce()[0].format("hill"))
 
 
 def _energy_per_atom(atoms: Atoms) -> float:

@@ -16,6 +16,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.lammps import Prism
 from ase.data import atomic_masses, atomic_numbers
 from ase.geometry.cell import complete_cell
+from numpy.typing import NDArray
 
 from ubmd.aliases import Aliases
 from ubmd.errors import LabelError, SettingsError, SimulationError
@@ -123,7 +124,8 @@ class LAMMPS(Calculator):
         """
         if self._repetition is None:
             raise SettingsError("Only a LAMMPS reference with a data file has a structure of its own.")
-        return self._repetition.unit.copy()
+        unit: Atoms = self._repetition.unit.copy()
+        return unit
 
     def calculate(
         self,
@@ -196,7 +198,7 @@ class _Box:
         if np.linalg.det(cell) < 0.0:
             cell = -cell  # the same lattice, right-handed: aligning it is then a rotation, never a reflection
         prism = Prism(cell, pbc=atoms.pbc, reduce_cell=True)
-        self.rotation = prism.rot_mat
+        self.rotation: NDArray[np.float64] = prism.rot_mat
         self.positions = self._inside(atoms.positions @ self.rotation, prism.cell)
         low, high = self.positions.min(axis=0) - _MARGIN, self.positions.max(axis=0) + _MARGIN
         lengths = np.diag(prism.cell)
@@ -219,17 +221,21 @@ class _Box:
 
     def turn_back(self, vectors: np.ndarray) -> np.ndarray:
         """Vectors [n, 3] of LAMMPS in the structure's orientation."""
-        return vectors @ self.rotation.T
+        turned: np.ndarray = vectors @ self.rotation.T
+        return turned
 
     def stress(self, pressure: np.ndarray) -> np.ndarray:
         """Stress [6] in ASE's order and sign from LAMMPS's pressures [xx, yy, zz, xy, xz, yz]."""
         xx, yy, zz, xy, xz, yz = -pressure
-        turned = self.rotation @ np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]]) @ self.rotation.T
+        turned: NDArray[np.float64] = (
+            self.rotation @ np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]]) @ self.rotation.T
+        )
         return turned[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
 
     def _inside(self, positions: np.ndarray, cell: np.ndarray) -> np.ndarray:
         turns = np.floor(np.linalg.solve(cell.T, positions.T).T)
-        return positions - (turns * self.pbc) @ cell
+        inside: np.ndarray = positions - (turns * self.pbc) @ cell
+        return inside
 
 
 def _started(start: Sequence[str], commands: Sequence[str], box: _Box, types: list[int] | None) -> Session:

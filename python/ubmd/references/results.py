@@ -73,7 +73,7 @@ def _is_reordered(before: Atoms, after: Atoms) -> bool:
 
 def _apart(atoms: Atoms, calculator: GetPropertiesMixin) -> Atoms:
     """A copy for one question to a calculator, which may change it: wrap it, shift it, give it a cell."""
-    copy = atoms.copy()
+    copy: Atoms = atoms.copy()
     copy.calc = calculator
     return copy
 

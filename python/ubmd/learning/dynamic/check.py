@@ -43,7 +43,8 @@ def ideal_box(settings: DynamicRunSettings, base: Path) -> Atoms:
     if settings.start.file is None:
         box = kind_of_settings(settings).learner_class().ideal(box, settings)
         take_state(box, atoms, info)
-    return box.repeat(settings.start.repeat)
+    repeated: Atoms = box.repeat(settings.start.repeat)
+    return repeated
 
 
 def input_files(settings: DynamicRunSettings, base: Path) -> dict[str, Path]:

@@ -122,7 +122,7 @@ class Engine(Walk[RoundEntry]):
     def learner(self) -> Learner:
         """Made when first needed: a cluster basis may take seconds."""
         kind = kind_of_settings(self.settings).learner_class()
-        learner: Learner = kind.make(self.settings, self.base, self.box, self.folder.path, self.threads)
+        learner = kind.make(self.settings, self.base, self.box, self.folder.path, self.threads)
         if known := learner.describe():
             self.events.write("basis", **known)
         return learner

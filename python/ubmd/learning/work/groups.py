@@ -142,7 +142,7 @@ class TaskGroup:
     def _forget(self, key: Hashable) -> None:
         """A task that is added again later has all its retries again."""
         for known in (self._arguments, self._crashes, self._losses):
-            known.pop(key, None)  # type: ignore[attr-defined]
+            known.pop(key, None)
 
     def _fill(self) -> None:
         now = time.monotonic()

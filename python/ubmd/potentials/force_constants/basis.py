@@ -95,7 +95,7 @@ class ClusterBasis:
         self.decay = decay
         self._plans: WeakKeyDictionary[Supercell, list[list[_OrbitPlan]]] = WeakKeyDictionary()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         # the tables of boxes are computed again where they are needed
         return ClusterBasis, (self.lattice, self.parts, self.decay)
 
@@ -325,7 +325,8 @@ def symmetric_embedding(degree: int) -> np.ndarray:
     result = np.zeros((3**degree, len(column)))
     for row, index in enumerate(product(range(3), repeat=degree)):
         result[row, column[tuple(sorted(index))]] = 1.0
-    return result / np.linalg.norm(result, axis=0)
+    embedding: np.ndarray = result / np.linalg.norm(result, axis=0)
+    return embedding
 
 
 @cache
@@ -392,7 +393,8 @@ def _allowed(lattice: Lattice, orbit: Orbit) -> np.ndarray:
         projector += turned.reshape(size, size)
     values, vectors = np.linalg.eigh(projector / len(orbit.stabiliser))
     tuples = factorial(sum(orbit.multiplicity)) / prod(factorial(m) for m in orbit.multiplicity)
-    return vectors[:, values > 0.5] / np.sqrt(len(orbit.operations) * tuples)
+    allowed: np.ndarray = vectors[:, values > 0.5] / np.sqrt(len(orbit.operations) * tuples)
+    return allowed
 
 
 def _translational_null_space(lattice: Lattice, table: OrbitTable, raw: list[np.ndarray]) -> np.ndarray:

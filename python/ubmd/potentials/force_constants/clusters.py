@@ -16,13 +16,14 @@ import numpy as np
 
 from ubmd.errors import SettingsError
 from ubmd.potentials.force_constants.lattice import Lattice
+from ubmd.potentials.force_constants.symmetry import Integers
 
 SITE_BITS, OFFSET_BITS = 16, 13
 DISTANCE_TOLERANCE = 1e-4  # Å: a shell of neighbours this close above the cutoff still belongs to it
 _WEIGHTS = np.array([2 * i + 1 for i in range(6)], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
 
-def encode(sites: np.ndarray) -> np.ndarray:
+def encode(sites: Integers) -> Integers:
     """Keys [...] of sites [..., 4]."""
     weights = np.array([1 << (2 * OFFSET_BITS), 1 << OFFSET_BITS, 1], dtype=np.int64) << SITE_BITS
     return sites[..., :3] @ weights + sites[..., 3]
@@ -38,12 +39,12 @@ def decode(keys: np.ndarray) -> np.ndarray:
     return np.stack([(rest - y) >> OFFSET_BITS, y, z, keys & ((1 << SITE_BITS) - 1)], axis=-1)
 
 
-def anchor(key: np.ndarray) -> np.ndarray:
+def anchor(key: Integers) -> Integers:
     """Translation part of keys: subtracting it moves the site to cell 0."""
     return (key >> SITE_BITS) << SITE_BITS
 
 
-def canonical(rows: np.ndarray) -> np.ndarray:
+def canonical(rows: Integers) -> Integers:
     """Sorted rows [..., n] of keys with the first site in cell 0."""
     rows = np.sort(rows, axis=-1)
     return rows - anchor(rows[..., :1])
@@ -81,7 +82,7 @@ class ClusterTable:
             SettingsError: a row isn't in the table, because the cutoff cuts through a shell of neighbours.
         """
         position = np.searchsorted(self._hash, _hash(rows)).clip(max=len(self._hash) - 1)
-        index = self._sorted[position]
+        index: Integers = self._sorted[position]
         if not (self.rows[index] == rows).all():
             raise SettingsError(
                 f"The cutoff {self.cutoff} Å of order {self.order} cuts through a shell of neighbours: "
@@ -160,7 +161,8 @@ def _hash(rows: np.ndarray) -> np.ndarray:
     mixed ^= mixed >> np.uint64(29)
     mixed = mixed * np.uint64(0xBF58476D1CE4E5B9)
     mixed ^= mixed >> np.uint64(32)
-    return (mixed * _WEIGHTS[: rows.shape[-1]]).sum(axis=-1, dtype=np.uint64)
+    hashes: np.ndarray = (mixed * _WEIGHTS[: rows.shape[-1]]).sum(axis=-1, dtype=np.uint64)
+    return hashes
 
 
 def _cliques(lattice: Lattice, order: int, cutoff: float) -> list[np.ndarray]:

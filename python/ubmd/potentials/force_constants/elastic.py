@@ -80,5 +80,5 @@ def _long_waves(crystal: HarmonicCrystal) -> NDArray[np.float64]:
     force = first.sum(axis=3).reshape(3, 3 * s, 3)
     relaxed = np.einsum("cka,kl,dlb->abcd", force, np.linalg.pinv(zeroth.reshape(3 * s, 3 * s), 1e-10), force)
     relaxed = 0.5 * (relaxed + relaxed.transpose(0, 1, 3, 2))
-    waves = (-0.5 * second - relaxed) / abs(np.linalg.det(crystal.lattice.cell))
+    waves: NDArray[np.float64] = (-0.5 * second - relaxed) / abs(np.linalg.det(crystal.lattice.cell))
     return 0.5 * (waves + waves.transpose(1, 0, 2, 3))

@@ -145,4 +145,5 @@ class CrystalEvaluator:
         strain = (self.module.strain_derivative(tape) + vectors.t() @ gradient).numpy()
         rotation, cell = box.placement.rotation, box.placement.cell
         turned = rotation @ strain @ rotation.T
-        return (0.5 * (turned + turned.T) / abs(np.linalg.det(cell)))[VOIGT]
+        stress: np.ndarray = (0.5 * (turned + turned.T) / abs(np.linalg.det(cell)))[VOIGT]
+        return stress

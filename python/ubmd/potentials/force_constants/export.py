@@ -73,7 +73,7 @@ def export_crystal(
         energy=energy,
     )
     model.use_operators(available() if operators is None else operators)
-    record = json.loads(model.metadata())
+    record: dict[str, Any] = json.loads(model.metadata())
     record |= _metadata(basis, posterior, energy_scale, force_scale) | (provenance or {})
     model.description = json.dumps(record)
     write_model(model, path, {BASIS: basis.to_bytes()})

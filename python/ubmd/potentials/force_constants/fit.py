@@ -123,12 +123,14 @@ class Errors:
     @property
     def atom_error(self) -> np.ndarray:
         """Root mean square error of each atom's force over x, y, z [A], eV/Å, as for every kind of model."""
-        return np.sqrt(np.mean(self.forces**2, axis=1))
+        error: np.ndarray = np.sqrt(np.mean(self.forces**2, axis=1))
+        return error
 
     @property
     def atom_deviation(self) -> np.ndarray:
         """Largest standard deviation of each atom's force components [A], eV/Å."""
-        return self.deviations.max(axis=1)
+        deviation: np.ndarray = self.deviations.max(axis=1)
+        return deviation
 
     def z_score(self, noise: float) -> float:
         """Root mean square of error over sqrt(deviation^2 + noise^2); 1 for correct deviations."""

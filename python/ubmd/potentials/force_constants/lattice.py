@@ -13,6 +13,8 @@ from ase.geometry import find_mic, minkowski_reduce
 from ubmd.errors import DataError
 from ubmd.potentials.force_constants.symmetry import (
     SYMMETRY_TOLERANCE,
+    Array,
+    Integers,
     SpaceGroup,
     operations,
     primitive_of,
@@ -36,11 +38,11 @@ class Lattice:
         translations: fractional translations [G, 3].
     """
 
-    cell: np.ndarray
-    scaled: np.ndarray
-    numbers: np.ndarray
-    rotations: np.ndarray
-    translations: np.ndarray
+    cell: Array
+    scaled: Array
+    numbers: Integers
+    rotations: Integers
+    translations: Array
 
     @classmethod
     def from_atoms(cls, atoms: Atoms, tolerance: float = SYMMETRY_TOLERANCE) -> Lattice:
@@ -81,7 +83,7 @@ class Lattice:
         distance[(other.numbers[:, None] != self.numbers).ravel()] = np.inf
         return bool(distance.reshape(len(self.numbers), -1).min(axis=1).max() < 1e-6)
 
-    def places(self, sites: np.ndarray) -> np.ndarray:
+    def places(self, sites: Integers) -> Array:
         """Cartesian positions [n, 3] of sites [n, 4] (cell, sublattice), Å."""
         return (sites[:, :3] + self.scaled[sites[:, 3]]) @ self.cell
 
@@ -137,7 +139,7 @@ class Supercell:
         """
         self.lattice = lattice
         self.matrix = _integer_matrix(lattice, np.array(atoms.cell), tolerance)
-        self.determinant = abs(round(np.linalg.det(self.matrix)))
+        self.determinant: int = abs(round(np.linalg.det(self.matrix)))
         self.cell = self.matrix @ lattice.cell
         if len(atoms) != self.determinant * len(lattice.numbers):
             raise DataError(
@@ -155,13 +157,13 @@ class Supercell:
     def __len__(self) -> int:
         return len(self.sublattice)
 
-    def _code(self, offset: np.ndarray) -> np.ndarray:
+    def _code(self, offset: Integers) -> Integers:
         """One integer per class of cell offsets [..., 3] that are periodic images of each other."""
         adjugate = np.rint(np.linalg.inv(self.matrix) * self.determinant).astype(np.int64)
-        wrapped = (offset @ adjugate) % self.determinant
+        wrapped: Integers = (offset @ adjugate) % self.determinant
         return (wrapped[..., 0] * self.determinant + wrapped[..., 1]) * self.determinant + wrapped[..., 2]
 
-    def index(self, sublattice: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    def index(self, sublattice: Integers, offset: Integers) -> Integers:
         """Atoms [...] on the sites `sublattice` [...] of the cells `offset` [..., 3], through periodic images."""
         codes = self._code(offset) * len(self.lattice.numbers) + sublattice
         return self._order[np.searchsorted(self._codes, codes)]
@@ -172,10 +174,11 @@ class Supercell:
             raise DataError("The structure's atoms differ from the box's: keep number, order and species of the atoms.")
         if not np.allclose(np.array(atoms.cell), self.cell, atol=1e-3):
             raise DataError("The structure's cell differs from the ideal one: force constants need the fixed cell.")
-        return find_mic(atoms.positions - self.ideal, self.cell)[0]
+        vectors: Array = find_mic(atoms.positions - self.ideal, self.cell)[0]
+        return vectors
 
 
-def _integer_matrix(lattice: Lattice, cell: np.ndarray, tolerance: float) -> np.ndarray:
+def _integer_matrix(lattice: Lattice, cell: Array, tolerance: float) -> Integers:
     exact = cell @ np.linalg.inv(lattice.cell)
     matrix = np.rint(exact).astype(np.int64)
     if np.abs(exact - matrix).max() > tolerance or round(np.linalg.det(matrix)) == 0:
@@ -186,7 +189,7 @@ def _integer_matrix(lattice: Lattice, cell: np.ndarray, tolerance: float) -> np.
     return matrix
 
 
-def _nearest_sites(lattice: Lattice, atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
+def _nearest_sites(lattice: Lattice, atoms: Atoms) -> tuple[Integers, Integers]:
     """Sublattice [n] and cell offset [n, 3] of the nearest site of each atom's species."""
     n, s = len(atoms), len(lattice.numbers)
     difference = (atoms.positions[:, None] - lattice.positions).reshape(-1, 3)
@@ -211,8 +214,8 @@ class Placement:
     """
 
     supercell: Supercell
-    rotation: np.ndarray
-    cell: np.ndarray
+    rotation: Array
+    cell: Array
 
     @classmethod
     def fit(cls, lattice: Lattice, atoms: Atoms, tolerance: float = 1e-3) -> Placement:
@@ -261,13 +264,14 @@ class Placement:
 
         Atoms in the order of the box that was placed.
         """
-        vectors = atoms.positions @ self.rotation - self.supercell.ideal
+        vectors: Array = atoms.positions @ self.rotation - self.supercell.ideal
         vectors -= vectors[0].copy()  # of one image, however far the whole crystal has drifted
         cell = self.supercell.cell
         vectors -= np.rint(vectors @ np.linalg.inv(cell)) @ cell
-        return vectors - vectors.mean(axis=0)
+        vectors -= vectors.mean(axis=0)
+        return vectors
 
-    def turn(self, vectors: np.ndarray) -> np.ndarray:
+    def turn(self, vectors: Array) -> Array:
         """Vectors [..., 3] of the crystal's frame in that of the box."""
         return vectors @ self.rotation.T
 
@@ -322,17 +326,19 @@ def _orientations(lattice: Lattice, cell: np.ndarray, tolerance: float) -> Itera
                     yield rotation, matrix
 
 
-def _lattice_vectors(cell: np.ndarray, norm: float, tolerance: float) -> np.ndarray:
+def _lattice_vectors(cell: Array, norm: float, tolerance: float) -> Integers:
     """Integer combinations [N, 3] of lattice vectors whose length is `norm`."""
     reach = np.floor((norm + tolerance) * np.linalg.norm(np.linalg.inv(cell), axis=0)).astype(int)
     grid = np.stack(np.meshgrid(*[np.arange(-r, r + 1) for r in reach], indexing="ij"), axis=-1).reshape(-1, 3)
-    return grid[np.abs(np.linalg.norm(grid @ cell, axis=1) - norm) < tolerance]
+    found: Integers = grid[np.abs(np.linalg.norm(grid @ cell, axis=1) - norm) < tolerance]
+    return found
 
 
-def _nearest_rotation(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+def _nearest_rotation(start: Array, end: Array) -> Array:
     """Orthogonal R that best takes the rows of `start` to those of `end`, end = start @ Rᵀ."""
     left, _, right = np.linalg.svd(end.T @ start)
-    return left @ right
+    rotation: Array = left @ right
+    return rotation
 
 
 def _origins(lattice: Lattice, atoms: Atoms) -> Iterator[np.ndarray]:

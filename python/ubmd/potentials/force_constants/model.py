@@ -201,7 +201,7 @@ class CrystalModel(nn.Module):
     def uncertainty(self, phi_mean: Tensor) -> Tensor:
         """Standard deviation u of the energy per atom (0-dim, eV/atom), calibrated, from phi_mean [p]."""
         if self.operators:
-            sigma = torch.ops.ubmd.crystal_deviation(
+            sigma: Tensor = torch.ops.ubmd.crystal_deviation(
                 phi_mean.to(torch.float64), self.factor, self.triangular, self.tiny
             )
             return self.energy_scale * sigma
@@ -214,9 +214,10 @@ class CrystalModel(nn.Module):
         with torch.no_grad():
             species, first, displacement = tape
             if self.operators:
-                return self.force_scale * torch.ops.ubmd.crystal_deviations(
+                sigma: Tensor = torch.ops.ubmd.crystal_deviations(
                     species, first, displacement, self.factor, self.triangular, self.tables()
                 )
+                return self.force_scale * sigma
             result = displacement.new_zeros([species.size(0)])
             for s in range(len(self.n_sites)):
                 centres = torch.nonzero(species == s).squeeze(1)
@@ -294,7 +295,8 @@ class CrystalModel(nn.Module):
     def slopes(self, monomials: list[Tensor], m: int) -> Tensor:
         """Derivatives [n, K, 3, D] of the monomials of degree m."""
         lower = monomials[m - 1].index_select(2, self.lower[m - 1])
-        return lower.unflatten(2, [3, self.dimension(m)]) * self.exponents[m - 1]
+        shaped: Tensor = lower.unflatten(2, [3, self.dimension(m)])
+        return shaped * self.exponents[m - 1]
 
     def bodies_of(self, monomials: list[Tensor], block: list[int], sites: Tensor) -> list[Tensor]:
         """Monomials [n, N, D] of each body of the clusters of a block; sites [N, 6]."""
@@ -327,7 +329,10 @@ class CrystalModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Energies [n] and the gradient of their sum [P, 3]."""
         if self.operators:
-            return torch.ops.ubmd.crystal_energies(species, first, displacement, coefficients, self.tables())
+            both: tuple[Tensor, Tensor] = torch.ops.ubmd.crystal_energies(
+                species, first, displacement, coefficients, self.tables()
+            )
+            return both
         energy = displacement.new_zeros([species.size(0)])
         gradient = torch.zeros_like(displacement)
         for s in range(len(self.n_sites)):
@@ -366,7 +371,8 @@ class CrystalModel(nn.Module):
     def moments(self, species: Tensor, first: Tensor, displacement: Tensor) -> Tensor:
         """Derivatives of sum(E) by all coefficients [C]."""
         if self.operators:
-            return torch.ops.ubmd.crystal_moments(species, first, displacement, self.tables())
+            summed: Tensor = torch.ops.ubmd.crystal_moments(species, first, displacement, self.tables())
+            return summed
         result = displacement.new_zeros([self.components.size(0)])
         for s in range(len(self.n_sites)):
             centres = torch.nonzero(species == s).squeeze(1)
@@ -417,7 +423,8 @@ class CrystalModel(nn.Module):
     def expand(self, w: Tensor) -> Tensor:
         """Coefficients [C] of all clusters from parameters w [p]."""
         if self.operators:
-            return torch.ops.ubmd.crystal_expand(w, self.tables())
+            expanded: Tensor = torch.ops.ubmd.crystal_expand(w, self.tables())
+            return expanded
         pieces: list[Tensor] = []
         start, place, at, orbit = 0, 0, 0, 0
         for order in self.orders:
@@ -452,7 +459,8 @@ class CrystalModel(nn.Module):
     def reduce(self, moments: Tensor) -> Tensor:
         """Derivatives by the parameters [p] from those by the coefficients [C]: the transpose of `expand`."""
         if self.operators:
-            return torch.ops.ubmd.crystal_reduce(moments, self.tables())
+            reduced: Tensor = torch.ops.ubmd.crystal_reduce(moments, self.tables())
+            return reduced
         tensors = moments.new_zeros([int(self.orbit_table[:, 0].sum())])
         for block in self.blocks:
             products = self.table(block, moments).flatten(1)

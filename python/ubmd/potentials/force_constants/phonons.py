@@ -93,7 +93,8 @@ class HarmonicCrystal:
     def frequencies(self, q: ArrayLike) -> Array:
         """Frequencies [K, 3S] in THz, ascending; negative ones stand for imaginary ones (an unstable lattice)."""
         squares = np.linalg.eigvalsh(self.dynamical_matrices(q))
-        return np.sign(squares) * np.sqrt(np.abs(squares)) * THZ
+        frequencies: Array = np.sign(squares) * np.sqrt(np.abs(squares)) * THZ
+        return frequencies
 
     def dispersion(self, points: int = 200, path: str | None = None) -> Dispersion:
         """Frequencies along ASE's standard path through the Brillouin zone, or along one such as 'GXWKGL'."""
@@ -186,7 +187,8 @@ class Conductivity:
     @property
     def mean(self) -> Array:
         """A third of the trace [T], W/(m K)."""
-        return np.trace(self.tensor, axis1=1, axis2=2) / 3.0
+        traces: Array = np.trace(self.tensor, axis1=1, axis2=2)
+        return traces / 3.0
 
 
 def supercell_repeats(lattice: Lattice, cutoff: float) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ Clusters of one sublattice and one tuple of degrees form a *block*; in it bodies
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import factorial, prod
@@ -187,7 +188,8 @@ def _turns(lattice: Lattice, degree: int) -> np.ndarray:
     counts = factorial(degree) / np.array([prod(factorial(e) for e in p) for p in powers(degree).tolist()])
     turns = _representations(lattice)[degree].copy()
     turns[np.abs(turns) < 1e-14] = 0.0  # rounding of rotations that only swap axes
-    return (np.sqrt(counts) / factorial(degree))[:, None] * turns
+    scaled: np.ndarray = (np.sqrt(counts) / factorial(degree))[:, None] * turns
+    return scaled
 
 
 def _sorted_clusters(basis: ClusterBasis, index: list[dict[int, int]]) -> list[_Cluster]:
@@ -251,7 +253,7 @@ def _members(
     return blocks, _padded([row[5] for row in rows]), orbits, operations
 
 
-def _runs(keys: list[tuple]) -> list[tuple[int, int]]:
+def _runs(keys: Sequence[tuple[object, ...]]) -> list[tuple[int, int]]:
     """Start and length of each run of equal keys."""
     starts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
     return [(start, stop - start) for start, stop in zip(starts, [*starts[1:], len(keys)], strict=True)]
@@ -261,7 +263,7 @@ def _dimension(degree: int) -> int:
     return (degree + 1) * (degree + 2) // 2
 
 
-def _padded(rows: list) -> np.ndarray:
+def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
     result = np.full((len(rows), MAX_BODIES), -1, dtype=np.int64)
     for i, row in enumerate(rows):
         result[i, : len(row)] = row

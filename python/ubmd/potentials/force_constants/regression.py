@@ -180,7 +180,8 @@ class Posterior:
     @property
     def noise(self) -> float:
         """Noise or truncation floor of the forces 1/sqrt(β), eV/Å: no part of the Bayesian error."""
-        return self.beta["forces"] ** -0.5
+        noise: float = self.beta["forces"] ** -0.5
+        return noise
 
     def covariance(self) -> Array:
         """S [P, P]."""
@@ -323,7 +324,8 @@ def posterior_at(equations: NormalEquations, alpha: Mapping[int, float], beta: M
 
 def deviations(projected: Array) -> Array:
     """Standard deviations [...] of projected rows Z = A W [..., P]."""
-    return np.sqrt(np.einsum("...i,...i->...", projected, projected))
+    variances: Array = np.einsum("...i,...i->...", projected, projected)
+    return np.sqrt(variances)
 
 
 def shrink(rows: Array, candidate: Array, beta: float) -> Array:
@@ -333,7 +335,8 @@ def shrink(rows: Array, candidate: Array, beta: float) -> Array:
     middle is 1 - U diag(1 - (1 + βs^2)^(-1/2)) Uᵀ: O(M P m), nothing is refitted.
     """
     _, values, right = np.linalg.svd(candidate, full_matrices=False)
-    return rows - ((rows @ right.T) * (1.0 - 1.0 / np.sqrt(1.0 + beta * values**2))) @ right
+    shrunk: Array = rows - ((rows @ right.T) * (1.0 - 1.0 / np.sqrt(1.0 + beta * values**2))) @ right
+    return shrunk
 
 
 def predicted_drops(posterior: Posterior, candidates: Sequence[ArrayLike], probes: Sequence[ArrayLike]) -> Array:

@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.geometry import find_mic, minkowski_reduce
+from numpy.typing import NDArray
 
 from ubmd.errors import DataError, SettingsError
+
+Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 SYMMETRY_TOLERANCE = 1e-5  # Å, spglib's symprec; crystals that obey their symmetry this well are taken as they are
 _LARGEST_SHARE = 0.1  # of the shortest distance between atoms; beyond it, any operation would be a symmetry
@@ -30,7 +34,7 @@ class SpaceGroup:
         return f"{self.symbol} ({self.number}), {self.operations} operation{'s' if self.operations > 1 else ''}"
 
 
-def operations(atoms: Atoms, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+def operations(atoms: Atoms, tolerance: float) -> tuple[Integers, Array]:
     """Rotations [G, 3, 3] and translations [G, 3] in fractional coordinates, within a tolerance (Å).
 
     Raises:
@@ -74,7 +78,8 @@ def primitive_of(atoms: Atoms, tolerance: float) -> Atoms:
     """Primitive cell at the crystal's own place and orientation (spglib's own reduction may shift the origin)."""
     pure = _pure_translations(atoms, tolerance)
     if len(pure) == 1:
-        return atoms.copy()
+        copy: Atoms = atoms.copy()
+        return copy
     vectors = _shortest_basis(pure @ np.array(atoms.cell), np.array(atoms.cell))
     keep = _distinct_modulo(atoms.positions, atoms.numbers, vectors, 10 * tolerance)
     if len(keep) * len(pure) != len(atoms):
@@ -82,12 +87,13 @@ def primitive_of(atoms: Atoms, tolerance: float) -> Atoms:
     return Atoms(atoms.numbers[keep], positions=atoms.positions[keep], cell=vectors, pbc=True)
 
 
-def symmetric_cell(cell: np.ndarray, rotations: np.ndarray) -> np.ndarray:
+def symmetric_cell(cell: Array, rotations: Integers) -> Array:
     """Cell with the metric averaged over the point group, so that Cartesian rotations are orthogonal to rounding."""
     metric = np.mean(rotations.transpose(0, 2, 1) @ (cell @ cell.T) @ rotations, axis=0)
     inverse = np.linalg.inv(cell)
     values, vectors = np.linalg.eigh(inverse @ metric @ inverse.T)
-    return cell @ (vectors * np.sqrt(values)) @ vectors.T
+    symmetric: Array = cell @ (vectors * np.sqrt(values)) @ vectors.T
+    return symmetric
 
 
 def symmetrised(atoms: Atoms, tolerance: float) -> Atoms:
@@ -140,10 +146,11 @@ def _check_tolerance(atoms: Atoms, tolerance: float) -> None:
         )
 
 
-def _pure_translations(atoms: Atoms, tolerance: float) -> np.ndarray:
+def _pure_translations(atoms: Atoms, tolerance: float) -> Array:
     """Translations [T, 3] of the crystal inside its cell, fractional."""
     rotations, translations = operations(atoms, tolerance)
-    return translations[(rotations == np.eye(3, dtype=np.int64)).all(axis=(1, 2))]
+    pure: Array = translations[(rotations == np.eye(3, dtype=np.int64)).all(axis=(1, 2))]
+    return pure
 
 
 def _folded(atoms: Atoms, tolerance: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -173,9 +180,7 @@ def _means(atoms: Atoms, cell: np.ndarray, sites: np.ndarray, offsets: np.ndarra
     return np.array([scaled[sites == s].mean(axis=0) for s in range(int(sites.max()) + 1)])
 
 
-def _averaged(
-    scaled: np.ndarray, numbers: np.ndarray, cell: np.ndarray, rotations: np.ndarray, translations: np.ndarray
-) -> np.ndarray:
+def _averaged(scaled: Array, numbers: np.ndarray, cell: Array, rotations: Integers, translations: Array) -> Array:
     """Fractional positions [S, 3] averaged over all operations, with the mean where it was."""
     total = np.zeros_like(scaled)
     for rotation, translation in zip(rotations, translations, strict=True):
@@ -187,7 +192,8 @@ def _averaged(
         target = distance.argmin(axis=1)
         total[target] += difference[np.arange(len(scaled)), target]
     shifts = total / len(rotations)
-    return scaled + shifts - shifts.mean(axis=0)
+    averaged: Array = scaled + shifts - shifts.mean(axis=0)
+    return averaged
 
 
 def _shortest_basis(pure: np.ndarray, cell: np.ndarray) -> np.ndarray:

@@ -162,7 +162,8 @@ class DeployedModel(Deployed):
     def sketched(self, x0: Tensor, x1: Tensor, x2: Tensor, s1: Tensor, s2: Tensor, delta3: Tensor) -> Tensor:
         """phi [n, p] from the layers' inputs, the activation slopes and delta^3 = c sigma_Z [n, 1]."""
         delta1, delta2 = self.potential.network.gradient_factors(s1, s2, delta3)
-        return self.sketch(x0, x1, x2, delta1, delta2, delta3)
+        phi: Tensor = self.sketch(x0, x1, x2, delta1, delta2, delta3)
+        return phi
 
     @torch.jit.export
     def forces(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
@@ -172,7 +173,8 @@ class DeployedModel(Deployed):
     @torch.jit.export
     def atomic_uncertainties(self, phi: Tensor) -> Tensor:
         """Calibrated atomic uncertainties [n_local], eV/Å, of atomic features [n_local, p]."""
-        return self.atom_uncertainty(phi)
+        u: Tensor = self.atom_uncertainty(phi)
+        return u
 
     @torch.jit.export
     def evaluate(
@@ -185,25 +187,31 @@ class DeployedModel(Deployed):
     @torch.jit.export
     def by_structure(self, n: int) -> bool:
         """Whether n atoms cost fewer multiply-adds by structure than atom by atom (`GradientSketch.by_structure`)."""
-        return self.sketch.by_structure(n)
+        cheaper: bool = self.sketch.by_structure(n)
+        return cheaper
 
     @torch.jit.export
     def features(self, tape: list[Tensor], by_structure: bool) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """(sums, phi, factors) of an evaluation that kept its tape (see `Deployed`)."""
         with torch.no_grad():
-            return self.sketch.features(self.potential.layers(tape), by_structure)
+            found: tuple[list[Tensor], Tensor, list[Tensor]] = self.sketch.features(
+                self.potential.layers(tape), by_structure
+            )
+            return found
 
     @torch.jit.export
     def feature_sum(self, sums: list[Tensor]) -> Tensor:
         """Sum of the raw features over all atoms [p] (float64) from the sums of all chunks."""
         with torch.no_grad():
-            return self.sketch.feature_sum(sums)
+            total: Tensor = self.sketch.feature_sum(sums)
+            return total
 
     @torch.jit.export
     def directions(self, w: Tensor, by_structure: bool) -> list[Tensor]:
         """What ``feature_gradient`` needs of w [p]."""
         with torch.no_grad():
-            return self.sketch.directions(w, by_structure)
+            found: list[Tensor] = self.sketch.directions(w, by_structure)
+            return found
 
     @torch.jit.export
     def feature_gradient(
@@ -221,7 +229,8 @@ class LastLayerModel(DeployedModel):
 
     def sketched(self, x0: Tensor, x1: Tensor, x2: Tensor, s1: Tensor, s2: Tensor, delta3: Tensor) -> Tensor:
         """phi [n, p] from the last hidden state and delta^3."""
-        return self.sketch(x2, delta3)
+        phi: Tensor = self.sketch(x2, delta3)
+        return phi
 
     @torch.jit.export
     def feature_gradient(
@@ -281,7 +290,8 @@ class DeployedEnsemble(Deployed):
     @torch.jit.export
     def force_uncertainties(self, forces: Tensor) -> Tensor:
         """Calibrated atomic uncertainties [n], eV/Å, of the members' forces [n, 3, M]."""
-        return self.atom_uncertainty(forces)
+        u: Tensor = self.atom_uncertainty(forces)
+        return u
 
     @torch.jit.export
     def evaluate(
@@ -325,7 +335,8 @@ class DeployedEnsemble(Deployed):
         self, tape: list[Tensor], factors: list[Tensor], directions: list[Tensor], w: Tensor
     ) -> Tensor:
         """sum_m w_m gradient_m [P, 3] (float64) for w [M]; different weights for different atoms have no use here."""
-        return torch.tensordot(w.to(torch.float64), tape[1], dims=([0], [0]))
+        gradient: Tensor = torch.tensordot(w.to(torch.float64), tape[1], dims=([0], [0]))
+        return gradient
 
     @torch.jit.export
     def member_gradients(self, tape: list[Tensor]) -> Tensor:

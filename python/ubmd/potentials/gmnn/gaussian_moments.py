@@ -99,9 +99,10 @@ class GaussianMoments(nn.Module):
         neighbours = species.index_select(0, edge_index[1])
         if self.operators and edge_vector.is_cpu and bool((centre[1:] >= centre[:-1]).all()):
             first = torch.searchsorted(centre, torch.arange(n_local + 1))
-            return torch.ops.ubmd.gaussian_moments(
+            invariants: Tensor = torch.ops.ubmd.gaussian_moments(
                 local, first, neighbours, edge_vector, self.radial, self.cutoff, self.r_min
             )
+            return invariants
         return self.invariants(self.moments(local, centre, neighbours, edge_vector))
 
     def evaluate(
@@ -131,9 +132,10 @@ class GaussianMoments(nn.Module):
         if self.operators and len(state) > 2:
             species, first, neighbours, vectors, moments = state
             cotangent = torch.ops.ubmd.invariants_vjp(moments, self.n_radial, cotangent)
-            return torch.ops.ubmd.moments_vjp(
+            product: Tensor = torch.ops.ubmd.moments_vjp(
                 species, first, neighbours, vectors, self.radial, self.cutoff, self.r_min, cotangent
             )
+            return product
         leaf, invariants = state
         if leaf.size(0) == 0:
             return torch.zeros_like(leaf, dtype=torch.float64)
@@ -160,7 +162,7 @@ class GaussianMoments(nn.Module):
         species, first, neighbours, vectors, moments = state
         moments_bar = torch.ops.ubmd.invariants_second(moments, self.n_radial, change, cotangent, change_cotangent)
         change_bar = torch.ops.ubmd.invariants_vjp(moments, self.n_radial, change_cotangent)
-        return torch.ops.ubmd.moments_second(
+        found: tuple[Tensor, Tensor] = torch.ops.ubmd.moments_second(
             species,
             first,
             neighbours,
@@ -173,7 +175,8 @@ class GaussianMoments(nn.Module):
             change_bar,
             True,
             False,
-        )[0]
+        )
+        return found[0]
 
     def moments(self, species: Tensor, centre: Tensor, neighbours: Tensor, vectors: Tensor) -> Tensor:
         """Packed moments T^L_{i,s} [n, N_r, 20] = sum_j R_s(r_ij; Z_i, Z_j) u^{(x) L}, L = 0..3.

@@ -181,7 +181,8 @@ class LastLayerSketch(Products):
 
 def contracted(left: Tensor, right: Tensor) -> Tensor:
     """Sums over the rows of a product, [p, d] -> [p]."""
-    return torch.linalg.vecdot(left, right)
+    sums: Tensor = torch.linalg.vecdot(left, right)
+    return sums
 
 
 def _inner_parameters(matrix: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
