@@ -221,7 +221,7 @@ def _high_throughput_executor() -> Callable[..., Any]:
                     raise
 
             # Without a time limit, its caller would wait for a dead process forever.
-            self.command_client.run = run  # type: ignore[method-assign]
+            self.command_client.run = run
             threading.Thread(target=self._watch, name="ubmd_interchange", daemon=True).start()
 
         def scale_in(self, blocks: int, max_idletime: float | None = None) -> list[str]:
