@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt  # rich needs it
 
-from ubmd.analysis.document import Document, Table, as_markdown, escaped
+from ubmd.analysis.document import Document, ReportTable, as_markdown, escaped
 
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 HOSTILE = [
@@ -58,7 +58,7 @@ def test_random_signs_are_shown_as_they_are() -> None:
     for text in texts(2):
         wanted = html.escape(" ".join(text.split()), quote=False)
         assert rendered(escaped(text)).replace("&quot;", '"').strip() == (f"<p>{wanted}</p>" if wanted else ""), text
-        lines = rendered("\n".join(as_markdown(Table(["k"], [[text], ["end"]])))).replace("&quot;", '"')
+        lines = rendered("\n".join(as_markdown(ReportTable(["k"], [[text], ["end"]])))).replace("&quot;", '"')
         assert re.findall(r"<td>(.*?)</td>", lines) == [wanted, "end"], text
 
 
@@ -73,7 +73,7 @@ def test_plain_texts_stay_readable() -> None:
         "50 %",
     ):
         assert escaped(text) == text or text == "-"
-        assert as_markdown(Table(["what"], [[text]]))[2].strip("| ") == text.strip("| ")
+        assert as_markdown(ReportTable(["what"], [[text]]))[2].strip("| ") == text.strip("| ")
 
 
 def test_html_escapes_too(tmp_path: Path) -> None:

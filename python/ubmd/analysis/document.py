@@ -48,7 +48,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """Rows of text cells; columns whose cells all look like numbers are set flush right."""
 
     head: Sequence[str]
@@ -63,7 +63,7 @@ class Picture:
     caption: str
 
 
-Block = Text | Table | Picture
+Block = Text | ReportTable | Picture
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Section:
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Add a table."""
-        self.blocks.append(Table(head, rows))
+        self.blocks.append(ReportTable(head, rows))
 
     def picture(self, path: Path, caption: str) -> None:
         """Add a picture."""
@@ -165,7 +165,7 @@ def _markdown(block: Block) -> list[str]:
     return as_markdown(block)
 
 
-def as_markdown(block: Table) -> list[str]:
+def as_markdown(block: ReportTable) -> list[str]:
     """Lines of a Markdown table, its columns padded to equal widths."""
     rows = [[_inline(cell).replace("|", "\\|") for cell in row] for row in [block.head, *block.rows]]
     widths = [max(len(row[k]) for row in rows) for k in range(len(block.head))]
@@ -178,7 +178,7 @@ def as_markdown(block: Table) -> list[str]:
 def _html(block: Block) -> str:
     if isinstance(block, Text):
         return f"<p>{html.escape(block.text)}</p>"
-    if isinstance(block, Table):
+    if isinstance(block, ReportTable):
         return _html_table(block)
     content = block.path.read_bytes()
     # A PNG file begins with its width: shown at 100 dots per inch, letters are as large as the text around.
@@ -189,7 +189,7 @@ def _html(block: Block) -> str:
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def _html_table(table: Table) -> str:
+def _html_table(table: ReportTable) -> str:
     numeric = [bool(table.rows) and all(_is_number(row[k]) for row in table.rows) for k in range(len(table.head))]
 
     def line(cells: Sequence[str], tag: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ubmd.analysis.document import Table, as_markdown, escaped
+from ubmd.analysis.document import ReportTable, as_markdown, escaped
 from ubmd.analysis.run_data import value_or_nan
 from ubmd.analysis.run_groups import Run, group_runs
 from ubmd.errors import DataError
@@ -250,7 +250,7 @@ def table_markdown(rows: Sequence[Repeats], published: Published | None = None) 
             lines.append([name, label, *(made[name].cell(key) for key in used)])
         if name in published.rows:
             lines.append(["" if name in made else name, published.label, *(published.cell(name, k) for k in used)])
-    text = as_markdown(Table(["row", "source", *(COLUMNS[key][0] for key in used)], lines))
+    text = as_markdown(ReportTable(["row", "source", *(COLUMNS[key][0] for key in used)], lines))
     notes = [f"{published.label.capitalize()}: {escaped(published.source)}"] if published.source else []
     notes += [escaped(f"{row.name}: {row.where}") for row in rows if row.where]
     return "\n".join([*text, "", *(f"- {note}" for note in notes), ""])

@@ -16,7 +16,7 @@ from ase import Atoms
 
 from ubmd.errors import LabelError, SettingsError
 from ubmd.references.electrons import spin_multiplicity, total_charge
-from ubmd.references.programs import Program, command_line, failed
+from ubmd.references.programs import ProgramCalculator, command_line, failed
 from ubmd.spelling import nearest
 
 DEFAULTS: dict[str, Any] = {
@@ -108,7 +108,7 @@ def cp2k(
     multiplicity: int | None = None,
     base: Path = Path(),
     **settings: Any,
-) -> Program:
+) -> ProgramCalculator:
     """Gaussian and plane waves DFT with CP2K (energy in eV, forces in eV/Å, stress in eV/Å^3).
 
     Every label starts a new cp2k_shell in its own folder, from the atomic guess: 0.7 s more than keeping it, but
@@ -150,7 +150,7 @@ def cp2k(
         source = _input(chosen, sorted(set(atoms.get_chemical_symbols()))) if text is None else text
         return _run(atoms, folder, words, source, total_charge(atoms, charge), spin_multiplicity(atoms, multiplicity))
 
-    return Program(run)
+    return ProgramCalculator(run)
 
 
 def _run(

@@ -14,7 +14,7 @@ from ase import Atoms
 from ubmd.errors import LabelError, SettingsError
 from ubmd.references.electrons import total_charge
 from ubmd.references.gth import PREFIX, find_potentials, read_gth
-from ubmd.references.programs import Program, command_line, failed, folder_of
+from ubmd.references.programs import ProgramCalculator, command_line, failed, folder_of
 
 CONV_THR = 1e-8
 """Default of conv_thr, Ry: pw.x's own 1e-6 leaves 1e-4 eV/Å in the forces."""
@@ -32,7 +32,7 @@ def espresso(
     threads: int = 1,
     gth_file: str | Path | None = None,
     base: Path = Path(),
-) -> Program:
+) -> ProgramCalculator:
     """Plane-wave DFT with pw.x (energy in eV, with the entropy of smeared electrons; forces eV/Å; stress eV/Å^3).
 
     A label whose SCF does not converge is rejected.
@@ -66,7 +66,7 @@ def espresso(
     def run(atoms: Atoms, scratch: Path) -> dict[str, Any]:
         return _run(atoms, scratch, words, potentials, data, options)
 
-    return Program(run)
+    return ProgramCalculator(run)
 
 
 def _potentials(

@@ -34,7 +34,7 @@ class Channel:
 
 
 @dataclass(frozen=True)
-class Potential:
+class Pseudopotential:
     """One entry of GTH_POTENTIALS; lengths in Bohr, energies in Hartree."""
 
     element: str
@@ -69,7 +69,7 @@ class Potential:
         return "\n".join(lines) + "\n"
 
 
-def read_gth(path: Path, element: str, name: str) -> Potential:
+def read_gth(path: Path, element: str, name: str) -> Pseudopotential:
     """The entry of an element; ``name`` is the functional, perhaps with the valence: 'PBE' or 'PADE-q4'.
 
     Raises:
@@ -128,7 +128,7 @@ def _entry(path: Path, element: str, wanted: str) -> list[str]:
     return words
 
 
-def _parse(element: str, functional: str, words: list[str]) -> Potential:
+def _parse(element: str, functional: str, words: list[str]) -> Pseudopotential:
     name, electrons = words[0], []
     # The electrons by angular momentum end where the first radius, with its decimal point, stands.
     rest = iter(words[1:])
@@ -143,7 +143,7 @@ def _parse(element: str, functional: str, words: list[str]) -> Potential:
     channels = [_channel(rest) for _ in range(int(next(rest)))]
     while channels and not channels[-1].rows:
         channels.pop()  # without projectors it does nothing
-    return Potential(element, name, functional, sum(electrons), radius, local, channels)
+    return Pseudopotential(element, name, functional, sum(electrons), radius, local, channels)
 
 
 def _channel(words: Iterator[str]) -> Channel:

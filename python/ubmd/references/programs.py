@@ -31,7 +31,7 @@ Runner = Callable[[Atoms, Path], dict[str, Any]]
 """How a program computes a structure in an empty folder: the results, or a LabelError with the reason."""
 
 
-class Program(Calculator):
+class ProgramCalculator(Calculator):
     """An ASE calculator that starts a program (or a library) from scratch for every structure.
 
     Nothing is carried over from the last structure: a label depends on its structure alone, whichever worker makes it.

@@ -9,7 +9,7 @@ from ase import Atoms
 
 from ubmd.errors import SettingsError
 from ubmd.references.electrons import spin_multiplicity, total_charge
-from ubmd.references.programs import Program
+from ubmd.references.programs import ProgramCalculator
 
 METHODS = ("GFN1-xTB", "GFN2-xTB", "IPEA1-xTB")
 
@@ -20,7 +20,7 @@ def tblite(
     charge: float | None = None,
     multiplicity: int | None = None,
     **settings: Any,
-) -> Program:
+) -> ProgramCalculator:
     """GFN-xTB for molecules and periodic cells (Γ only): energy in eV, forces in eV/Å, stress in eV/Å^3.
 
     tblite starts the SCF from the last structure's solution, which moves forces by up to 1e-4 eV/Å at its default
@@ -54,4 +54,4 @@ def tblite(
         calculator.calculate(atoms)
         return dict(calculator.results)
 
-    return Program(run)
+    return ProgramCalculator(run)

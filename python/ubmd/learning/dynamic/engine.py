@@ -69,11 +69,11 @@ def run(
     """
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
     check_box(settings, base)  # before the folder is made: what is wrong here stays wrong
-    drive(folder, settings.workers, executor, lambda workers: Engine(settings, base, folder, workers, listener))
+    drive(folder, settings.workers, executor, lambda workers: DynamicRun(settings, base, folder, workers, listener))
     return Path(settings.run_dir)
 
 
-class Engine(Walk[RoundEntry]):
+class DynamicRun(Walk[RoundEntry]):
     """One execution of a run, from its beginning."""
 
     unit = "round"

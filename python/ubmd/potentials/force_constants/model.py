@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ubmd.operators import available, use_operators
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.lattice import Lattice
-from ubmd.potentials.force_constants.program import Program, block_table, derivatives, recursion
+from ubmd.potentials.force_constants.program import BasisTables, block_table, derivatives, recursion
 from ubmd.potentials.force_constants.regression import Posterior
 from ubmd.uncertainty.posterior import deviation
 
@@ -77,7 +77,7 @@ class CrystalModel(nn.Module):
         self.energy_scale, self.force_scale = float(energy_scale), float(force_scale)
         self.site_energy = float(energy) / len(basis.lattice.numbers)
         self.n_features = basis.n_parameters
-        program = Program.compile(basis)
+        program = BasisTables.compile(basis)
         self._take(program)
         places, centroids = _places(basis.lattice, program)
         self.places = [_numbers(place) for place in places]
@@ -93,7 +93,7 @@ class CrystalModel(nn.Module):
         use_operators(self, wanted)
         self.description = json.dumps(json.loads(self.description) | {"operators": ["ubmd"] if wanted else []})
 
-    def _take(self, program: Program) -> None:
+    def _take(self, program: BasisTables) -> None:
         """Tables as attributes that TorchScript knows."""
         self.n_sites: list[int] = [len(sites) for sites in program.sites]
         self.blocks: list[list[int]] = [block.row() for block in program.blocks]
@@ -495,7 +495,7 @@ def _numbers(array: Any) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float64))
 
 
-def _places(lattice: Lattice, program: Program) -> tuple[list[np.ndarray], np.ndarray]:
+def _places(lattice: Lattice, program: BasisTables) -> tuple[list[np.ndarray], np.ndarray]:
     """Relative sites [K_s, 3] of each sublattice and centroids of all clusters [N, 3], positions from the centre, Å.
 
     A site that is m times in a cluster counts m times.
@@ -512,7 +512,7 @@ def _places(lattice: Lattice, program: Program) -> tuple[list[np.ndarray], np.nd
     return places, centroids
 
 
-def _metadata(basis: ClusterBasis, program: Program, max_displacement: float, energy: float) -> dict[str, Any]:
+def _metadata(basis: ClusterBasis, program: BasisTables, max_displacement: float, energy: float) -> dict[str, Any]:
     """The part of the file's record that follows from the model itself; an export adds where it comes from."""
     numbers = basis.lattice.numbers
     elements = [chemical_symbols[z] for z in dict.fromkeys(numbers.tolist())]

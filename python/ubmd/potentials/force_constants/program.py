@@ -57,7 +57,7 @@ def block_table(blocks: list[Block]) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class BasisTables:
     """Tables of a basis.
 
     Attributes:
@@ -106,7 +106,7 @@ class Program:
         return np.array(starts), np.concatenate(firsts), np.concatenate(columns), np.concatenate(values)
 
     @classmethod
-    def compile(cls, basis: ClusterBasis) -> Program:
+    def compile(cls, basis: ClusterBasis) -> BasisTables:
         """Tables of a basis; its lattice's Cartesian frame is that of the displacements."""
         lattice = basis.lattice
         sites = [_relative_sites(lattice, s, max(basis.cutoffs.values())) for s in range(len(lattice.numbers))]

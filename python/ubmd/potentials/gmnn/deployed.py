@@ -19,7 +19,7 @@ from ubmd.potentials.gmnn.sketch import GradientSketch, LastLayerSketch
 from ubmd.uncertainty import DistanceUncertainty, EnsembleUncertainty, ForceSpreadUncertainty, PosteriorUncertainty
 
 
-class Potential(nn.Module):
+class ScaledNetwork(nn.Module):
     """One trained network and its energy scales."""
 
     operators: Final[bool]
@@ -143,7 +143,7 @@ class DeployedModel(Deployed):
         kind: str = "posterior",
     ) -> None:
         super().__init__(sketch.projections, metadata)
-        self.potential = Potential(model)
+        self.potential = ScaledNetwork(model)
         self.sketch: Any = sketch
         self.structure_uncertainty, self.atom_uncertainty = (
             DistanceUncertainty(sketch.projections)
@@ -258,7 +258,7 @@ class DeployedEnsemble(Deployed):
 
     def __init__(self, models: Sequence[GaussianMomentNetwork], metadata: str = "{}") -> None:
         super().__init__(len(models), metadata)
-        potentials = [Potential(model) for model in models]
+        potentials = [ScaledNetwork(model) for model in models]
         self.members: Any = nn.ModuleList(potentials)
         self.structure_uncertainty = EnsembleUncertainty()
         self.atom_uncertainty = ForceSpreadUncertainty()
