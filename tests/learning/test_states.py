@@ -109,7 +109,7 @@ def test_a_run_of_an_earlier_version_that_ignored_the_state_is_refused(inputs: P
 
     bare = [read_structures(path)[0] for path in sorted((folder.path / "start").glob("candidate_*.extxyz"))]
     write_text(folder.path / "start" / "key", content_hash([dataset_hash(bare), reference_key(settings.reference)]))
-    with pytest.raises(SettingsError, match=r"earlier version .* \(charge = 1, initial charges, .*start anew"):
+    with pytest.raises(SettingsError, match=r"earlier version .* \(charge = 1, initial charges, .*start again"):
         run(settings, inputs)
 
 
