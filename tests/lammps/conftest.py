@@ -20,9 +20,6 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.lammps import Prism
 from ase.calculators.singlepoint import SinglePointCalculator
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests import what some of them share from this folder
-
 from crystals import Crystal, boron_arsenide, spring_crystal, tin_selenide, triclinic
 
 from ubmd.calculator import Evaluator

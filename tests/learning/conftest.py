@@ -1,6 +1,23 @@
-"""Worker processes import the tests' own tasks from this folder: it goes into the path that they inherit."""
+"""Models that several files of this folder run replicas with."""
 
-import sys
+from __future__ import annotations
+
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file of the copper and gold cluster."""
+    from replicas import train_cluster_model
+
+    return train_cluster_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def crystal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file of strained and shaken copper that knows stresses."""
+    from replicas import train_crystal_model
+
+    return train_crystal_model(tmp_path_factory.mktemp("crystal_model"))

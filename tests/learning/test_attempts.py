@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from orphan import KEY, finished_file, replica_job, run_and_die, train
+from processes import HELPERS, wait_for
+from replicas import labelled, make_task, shaken
 from system import cluster
-from test_replica import labelled, make_task, model, shaken  # noqa: F401 (a fixture)
-from test_workers import wait_for
 
 from ubmd.attempts import Attempt, TakenOver, attempts, steps_so_far
 from ubmd.data.extxyz import write_structures
@@ -35,7 +35,7 @@ ENDLESS = 10**7  # steps, for many minutes
 
 
 def start_orphan(kind: str, argument: Path) -> subprocess.Popen[str]:
-    script = Path(__file__).with_name("orphan.py")
+    script = HELPERS / "orphan.py"
     command = [sys.executable, str(script), kind, str(argument)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -44,7 +44,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def make_piece(folder: Path, model: Path) -> PieceTask:  # noqa: F811
+def make_piece(folder: Path, model: Path) -> PieceTask:
     state = TrajectoryState.begin(cluster(), 300.0, AbsoluteTrigger(1e9), np.random.default_rng(1))
     write_state(folder / "start.npz", state)
     fixed = {"replica": 0, "timestep": 2.0, "temperature": 300.0, "damping": 0.1, "precision": "double", "noise": 0.0}
@@ -53,7 +53,7 @@ def make_piece(folder: Path, model: Path) -> PieceTask:  # noqa: F811
     return PieceTask(**fixed, **bias, **files, steps=20, frames=2)
 
 
-def numbered(folder: Path, model: Path, **changes: object) -> ReplicaTask:  # noqa: F811
+def numbered(folder: Path, model: Path, **changes: object) -> ReplicaTask:
     folder.mkdir(exist_ok=True)
     return make_task(folder, model, frames=folder / "frames_003.extxyz", **changes)
 
@@ -62,7 +62,7 @@ def numbered(folder: Path, model: Path, **changes: object) -> ReplicaTask:  # no
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_orphan_ends_and_harms_nothing(model: Path, tmp_path: Path, ranks: int) -> None:  # noqa: F811
+def test_an_orphan_ends_and_harms_nothing(model: Path, tmp_path: Path, ranks: int) -> None:
     """It runs when the next driver starts the same replica, and would run for ever."""
     alone = numbered(tmp_path / "alone", model, trace_every=10, ranks=ranks)
     task = numbered(tmp_path / "both", model, trace_every=10, ranks=ranks)
@@ -87,7 +87,7 @@ def test_an_orphan_ends_and_harms_nothing(model: Path, tmp_path: Path, ranks: in
     assert (note["sha256"], note["result"]["frames"]) == (file_hash(task.frames), 5)
 
 
-def test_an_orphan_that_finishes_later_harms_nothing(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_orphan_that_finishes_later_harms_nothing(model: Path, tmp_path: Path) -> None:
     task = numbered(tmp_path / "run", model, trace_every=10)
     orphan = Attempt.begin(task.frames)
     (orphan.folder / "frames.extxyz").write_bytes(task.start.read_bytes())
@@ -107,7 +107,7 @@ def test_an_orphan_that_finishes_later_harms_nothing(model: Path, tmp_path: Path
     assert attempts(task.frames) == []
 
 
-def test_of_two_attempts_that_with_most_frames_is_salvaged(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_of_two_attempts_that_with_most_frames_is_salvaged(model: Path, tmp_path: Path) -> None:
     task = numbered(tmp_path / "run", model)
     run_replica(task)
     frames = read_structures(task.frames)
@@ -124,13 +124,13 @@ def test_of_two_attempts_that_with_most_frames_is_salvaged(model: Path, tmp_path
     assert task.frames.with_suffix(".log").read_text() == "log of 4"
 
 
-def test_a_replica_without_any_attempt_is_salvaged_empty(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_replica_without_any_attempt_is_salvaged_empty(model: Path, tmp_path: Path) -> None:
     task = numbered(tmp_path / "run", model)
     assert salvage(task, "It never began.").frames == 0
     assert {path.name for path in task.frames.parent.iterdir()} == {"start.extxyz", "frames_003.extxyz"}
 
 
-def test_what_cannot_start_keeps_its_log_and_nothing_else(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_start_keeps_its_log_and_nothing_else(model: Path, tmp_path: Path) -> None:
     unknown = cluster()
     unknown.symbols[0] = "Ni"
     with pytest.raises(replica.SimulationError):
@@ -138,7 +138,7 @@ def test_what_cannot_start_keeps_its_log_and_nothing_else(model: Path, tmp_path:
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"start.extxyz", "frames_003.log"}
 
 
-def test_files_of_earlier_versions_go(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_files_of_earlier_versions_go(model: Path, tmp_path: Path) -> None:
     task = numbered(tmp_path / "run", model)
     for name in ("frames_003.extxyz.tmp", "frames_003.progress", "frames_003.task", "frames_003.colvars/out"):
         (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
@@ -148,7 +148,7 @@ def test_files_of_earlier_versions_go(model: Path, tmp_path: Path) -> None:  # n
     assert names == {"start.extxyz", "frames_003.extxyz", "frames_003.log"}
 
 
-def test_an_answer_that_was_lost_is_read_again(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_answer_that_was_lost_is_read_again(model: Path, tmp_path: Path) -> None:
     task = numbered(tmp_path / "run", model)
     with Workers(1) as workers:
         group = TaskGroup(workers, run_and_die, 300.0)
@@ -157,7 +157,7 @@ def test_an_answer_that_was_lost_is_read_again(model: Path, tmp_path: Path) -> N
     assert len(read_structures(task.frames)) == 5
 
 
-def test_a_replica_that_has_ended_is_not_run_again(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_replica_that_has_ended_is_not_run_again(model: Path, tmp_path: Path) -> None:
     task = numbered(tmp_path / "run", model)
     first = run_md(replica_job(task))
     absent = task.model_copy(update={"model": tmp_path / "nowhere.pt"})
@@ -170,7 +170,7 @@ def test_a_replica_that_has_ended_is_not_run_again(model: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["replica", "piece"])
-def test_results_are_noted_and_lost_tasks_recovered(model: Path, tmp_path: Path, kind: str) -> None:  # noqa: F811
+def test_results_are_noted_and_lost_tasks_recovered(model: Path, tmp_path: Path, kind: str) -> None:
     task, engine, ended, other = (
         (make_task(tmp_path, model), replica.REPLICAS, "stopped", "threshold")
         if kind == "replica"
@@ -195,7 +195,7 @@ def test_results_are_noted_and_lost_tasks_recovered(model: Path, tmp_path: Path,
 # ------------------------------------------------------------------------------------------ everything else
 
 
-def test_a_piece_of_a_trajectory_that_was_taken_over(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_piece_of_a_trajectory_that_was_taken_over(model: Path, tmp_path: Path) -> None:
     """The second process begins, and ends, while the first is at its first check."""
     task = make_piece(tmp_path, model)
     run_piece(task)

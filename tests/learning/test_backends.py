@@ -1,13 +1,12 @@
 """What every back end passes: train, calibrate, export, LAMMPS with a bias, both schedules, in spawned workers.
 
-The stranger is `tests/helpers/linear_backend.py`, named by import path from a settings file beside it.
+The stranger is `tests/helpers/linear_backend.py`, named by import path; a copy lies beside the settings file.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
+from processes import HELPERS
+from said import by_lammps
 from system import cluster, make_settings
 from typer.testing import CliRunner
 
@@ -37,13 +38,9 @@ from ubmd.potentials.record import read_record
 from ubmd.settings import ModelSettings, UncertaintySettings, load_settings
 from ubmd.settings.dynamic import DynamicRunSettings
 
-TESTS = Path(__file__).parents[1]
-HELPER = TESTS / "helpers" / "linear_backend.py"
-STRANGER = {"kind": "linear_backend:Linear", "arguments": {"functions": 5}}
+HELPER = HELPERS / "linear_backend.py"
+STRANGER = {"kind": "stranger:Linear", "arguments": {"functions": 5}}
 BACKENDS = {"linear": STRANGER, "gmnn": {"hidden": [16, 16], "n_radial": 2, "cutoff": 4.0}}
-
-sys.path.insert(0, str(TESTS / "golden"))
-from said import by_lammps  # noqa: E402
 
 
 def labelled(seed: int) -> Atoms:
@@ -61,7 +58,7 @@ def labelled(seed: int) -> Atoms:
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a model file, trained by `ubmd train`."""
     folder = tmp_path_factory.mktemp(request.param)
-    shutil.copy(HELPER, folder)
+    shutil.copy(HELPER, folder / "stranger.py")
     write_structures(folder / "train.extxyz", [labelled(seed) for seed in range(10)])
     settings = {
         "training_file": "train.extxyz",
@@ -165,7 +162,7 @@ def remarks(folder: RunFolder) -> list[str]:
 
 
 def test_a_network_of_any_back_end_learns_along_trajectories(tmp_path: Path) -> None:
-    shutil.copy(HELPER, tmp_path)
+    shutil.copy(HELPER, tmp_path / "stranger.py")
     write_structures(tmp_path / "box.extxyz", [bulk("Cu", cubic=True)])
     values = {
         "run_dir": str(tmp_path / "run"),
@@ -198,9 +195,9 @@ def test_a_network_of_any_back_end_learns_along_trajectories(tmp_path: Path) -> 
             {"model": {"kind": "nowhere:Linear"}},
             r"kind = 'nowhere:Linear' cannot be imported: there is no nowhere",
         ),
-        ({"model": {"kind": "linear_backend:Linaer"}}, r"model.kind: the module linear_backend has no 'Linaer'"),
-        ({"model": {"kind": "linear_backend:Module"}}, r"model.kind = 'linear_backend:Module' could not be created"),
-        ({"model": {"kind": "linear_backend:CUTOFF"}}, r"is not a back end: it has no 'name'"),
+        ({"model": {"kind": "stranger:Linaer"}}, r"model.kind: the module stranger has no 'Linaer'"),
+        ({"model": {"kind": "stranger:Module"}}, r"model.kind = 'stranger:Module' could not be created"),
+        ({"model": {"kind": "stranger:CUTOFF"}}, r"is not a back end: it has no 'name'"),
         (
             {"model": STRANGER, "uncertainty": {"kind": "ensemble"}, "selection": {"method": "max_diag"}},
             r"does not support uncertainty.kind = 'ensemble', only post",
@@ -208,7 +205,7 @@ def test_a_network_of_any_back_end_learns_along_trajectories(tmp_path: Path) -> 
     ],
 )
 def test_what_is_no_back_end_is_said_before_anything_runs(tables: dict, words: str, tmp_path: Path) -> None:
-    shutil.copy(HELPER, tmp_path)
+    shutil.copy(HELPER, tmp_path / "stranger.py")
     write_structures(tmp_path / "start.extxyz", [cluster()])
     settings = make_settings(tmp_path / "run", **{k: v for k, v in tables.items() if k != "model"})
     settings = settings.model_copy(update={"model": ModelSettings.model_validate(tables["model"])})

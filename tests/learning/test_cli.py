@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import tomli_w
 from ase.build import bulk
+from command_line import ENVIRONMENT, UBMD, ubmd
+from processes import is_alive, wait_for
 from rich.console import Console
 from system import make_settings, write_inputs
-from test_workers import is_alive, wait_for
 from typer.testing import CliRunner
 
 from ubmd.attempts import steps_so_far
@@ -32,14 +33,6 @@ from ubmd.data.extxyz import write_structures
 from ubmd.learning.loop.timeline import Timeline
 from ubmd.runs.event_records import read_event
 from ubmd.settings import RunSettings, Table
-
-UBMD = [sys.executable, "-c", "from ubmd.cli.main import app; app()"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
-
-
-def ubmd(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [*UBMD, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_help_teaches_and_loads_nothing_heavy(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import tomli_w
 from ase.build import bulk
+from killed_driver import start_driver, tear
+from processes import is_alive, wait_for
 from silicon import make_settings, settings_table, write_inputs
-from test_loop import start_driver, tear
-from test_workers import is_alive, wait_for
 
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures

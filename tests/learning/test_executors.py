@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_workers import is_alive, linux, wait_for
+from processes import HELPERS, is_alive, linux, wait_for
 from unkind import crash, double, environment, process_id, raise_sentence, start_programs, wait_forever
 
 from ubmd.errors import LabelError, SettingsError
@@ -123,7 +123,7 @@ POOLS = {
 def test_a_with_block_around_runs_is_left(how: str, tmp_path: Path) -> None:
     if how == "loky":
         pytest.importorskip("joblib")
-    names = {"tests": str(Path(__file__).parent), "folder": str(tmp_path), "pool": POOLS[how]}
+    names = {"tests": str(HELPERS), "folder": str(tmp_path), "pool": POOLS[how]}
     (tmp_path / "script.py").write_text(SCRIPT.format(**names))
     command = [sys.executable, str(tmp_path / "script.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
@@ -182,7 +182,7 @@ def interchanges() -> set[int]:
 @linux
 def test_a_killed_driver_leaves_nothing_of_parsl(tmp_path: Path) -> None:
     pytest.importorskip("parsl")
-    names = {"tests": str(Path(__file__).parent), "folder": str(tmp_path / "run")}
+    names = {"tests": str(HELPERS), "folder": str(tmp_path / "run")}
     (tmp_path / "script.py").write_text(SCRIPT_OF_A_DRIVER.format(**names))
     driver = subprocess.Popen([sys.executable, str(tmp_path / "script.py")], cwd=tmp_path)
     try:

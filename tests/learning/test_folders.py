@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from processes import wait_for
 from system import cluster, settings_table
-from test_workers import wait_for
 from typer.testing import CliRunner
 
 from ubmd.cli.main import app

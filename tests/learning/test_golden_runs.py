@@ -18,15 +18,14 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
+from counted import place
+from said import by_calculator, by_lammps
 from typer.testing import CliRunner
 
 from ubmd.cli.main import app
 from ubmd.runs.event_records import EVENTS
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-sys.path.insert(0, str(GOLDEN))
-from counted import place  # noqa: E402
-from said import by_calculator, by_lammps  # noqa: E402
 
 UNITS = {"loop": "iteration", "force_constants": "round", "network": "round"}
 CHECKPOINT_EVERY = 3  # epochs, in the settings of the golden runs

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,8 +12,9 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
-from system import cluster, make_settings, write_inputs
-from test_workers import is_alive, wait_for
+from killed_driver import start_driver, tear
+from processes import is_alive, wait_for
+from system import cluster, make_settings, without_times, write_inputs
 
 from ubmd.analysis import predictions
 from ubmd.analysis.report import make_report
@@ -40,16 +38,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(inputs: Path) -> RunFolder:
     """An uninterrupted run."""
     return RunFolder(run(make_settings(inputs / "run"), inputs))
-
-
-def without_times(folder: RunFolder) -> list[dict]:
-    """The history without what differs between equal runs."""
-    history = folder.read_history()
-    for entry in history:
-        del entry["seconds"]
-        for replica in entry["replicas"]:
-            del replica["seconds"], replica["ms_per_step"]
-    return history
 
 
 # ------------------------------------------------------------------------------------------ a finished run
@@ -176,13 +164,6 @@ KILLS = [
 ]
 
 
-def start_driver(settings: Path, wanted: dict, passes: int) -> int:
-    """Run the driver that kills itself; returns its exit status."""
-    here = Path(__file__).parent
-    command = [sys.executable, here / "killed_driver.py", settings, settings.parent, json.dumps(wanted), str(passes)]
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=False).returncode
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_kill_9_in_every_stage_changes_nothing(finished: RunFolder, tmp_path: Path) -> None:
     settings = write_inputs(tmp_path, tmp_path / "run")
@@ -196,19 +177,6 @@ def test_kill_9_in_every_stage_changes_nothing(finished: RunFolder, tmp_path: Pa
     assert folder.dataset.read_bytes() == finished.dataset.read_bytes()
     assert folder.test.read_bytes() == finished.test.read_bytes()
     assert without_times(folder) == without_times(finished)
-
-
-def tear(folder: RunFolder) -> None:
-    """Leave the beginnings of a line and a frame behind, as a kill in the middle of a write does."""
-    with folder.events.open("a") as handle:
-        handle.write('{"time": "2026-')
-    if json.loads(last_line(folder)).get("event") == "label_appended":
-        with folder.dataset.open("a") as handle:
-            handle.write("13\nProperties=species:S:1:pos:R:3 ener")
-
-
-def last_line(folder: RunFolder) -> str:
-    return folder.events.read_text().splitlines()[-2]
 
 
 # ------------------------------------------------------------------------------------------ things that go wrong

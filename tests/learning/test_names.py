@@ -65,7 +65,7 @@ harmonic {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Content of a model file for copper and gold, untrained."""
     structures = []
     for seed in range(6):
@@ -99,14 +99,14 @@ def replica_in(folder: Path, model: bytes, **changes: object) -> tuple[np.ndarra
 
 
 @pytest.fixture(scope="module")
-def plain(model: bytes, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    return replica_in(tmp_path_factory.mktemp("plain") / "plain", model)[0]
+def plain(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    return replica_in(tmp_path_factory.mktemp("plain") / "plain", content)[0]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_a_replica_runs_in_a_folder_of_any_name(model: bytes, plain: np.ndarray, tmp_path: Path, name: str) -> None:
+def test_a_replica_runs_in_a_folder_of_any_name(content: bytes, plain: np.ndarray, tmp_path: Path, name: str) -> None:
     handles = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    positions, task = replica_in(tmp_path / name, model)
+    positions, task = replica_in(tmp_path / name, content)
     np.testing.assert_array_equal(positions, plain)
     left = {"model.pt", "start.extxyz", "frames_003.extxyz", "frames_003.log", "trace_003.npz"}
     assert {path.name for path in (tmp_path / name).iterdir()} == left
@@ -114,21 +114,21 @@ def test_a_replica_runs_in_a_folder_of_any_name(model: bytes, plain: np.ndarray,
     assert len(os.listdir("/proc/self/fd")) <= handles + 2  # noqa: PTH208 (torch and LAMMPS open some of their own)
 
 
-def test_two_ranks_in_a_folder_with_an_odd_name(model: bytes, tmp_path: Path) -> None:
-    odd, plain = (replica_in(tmp_path / name, model, ranks=2)[0] for name in ("zwei 'ä' $x", "plain"))
+def test_two_ranks_in_a_folder_with_an_odd_name(content: bytes, tmp_path: Path) -> None:
+    odd, plain = (replica_in(tmp_path / name, content, ranks=2)[0] for name in ("zwei 'ä' $x", "plain"))
     np.testing.assert_allclose(odd, plain, rtol=0, atol=1e-7)
 
 
-def test_colvars_in_a_folder_with_an_odd_name(model: bytes, plain: np.ndarray, tmp_path: Path) -> None:
-    positions, task = replica_in(tmp_path / "ä'$x", model, colvars=SPRING)
-    expected, _ = replica_in(tmp_path / "plain", model, colvars=SPRING)
+def test_colvars_in_a_folder_with_an_odd_name(content: bytes, plain: np.ndarray, tmp_path: Path) -> None:
+    positions, task = replica_in(tmp_path / "ä'$x", content, colvars=SPRING)
+    expected, _ = replica_in(tmp_path / "plain", content, colvars=SPRING)
     np.testing.assert_array_equal(positions, expected)
     assert np.abs(positions - plain).max() > 1e-3
     assert not list(task.frames.parent.glob("*colvars*"))
 
 
-def test_a_missing_model_is_named_as_it_is(model: bytes, tmp_path: Path) -> None:
-    _, task = replica_in(tmp_path / "lauf_ä", model)
+def test_a_missing_model_is_named_as_it_is(content: bytes, tmp_path: Path) -> None:
+    _, task = replica_in(tmp_path / "lauf_ä", content)
     task.model.unlink()
     with pytest.raises(SimulationError, match=r"lauf_ä/model\.pt") as caught:
         run_replica(task)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from processes import descendants, wait_for
+from processes import descendants, linux, wait_for
+from replicas import make_task
 from system import cluster, make_settings
-from test_replica import crystal_model, make_task, model  # noqa: F401 (fixtures)
-from test_workers import linux
 
 from ubmd.attempts import steps_so_far
 from ubmd.data.extxyz import write_structures
@@ -26,7 +25,7 @@ from ubmd.learning import RunFolder, run
 
 @pytest.mark.parametrize("ensemble", ["nvt", "npt"])
 def test_two_ranks_run_the_same_physics(
-    crystal_model: Path,  # noqa: F811
+    crystal_model: Path,
     tmp_path: Path,
     ensemble: str,
 ) -> None:
@@ -47,7 +46,7 @@ def test_two_ranks_run_the_same_physics(
         assert a.info["max_uncertainty"] == pytest.approx(b.info["max_uncertainty"], rel=0.02)
 
 
-def test_what_fails_on_the_ranks_is_one_sentence(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_fails_on_the_ranks_is_one_sentence(model: Path, tmp_path: Path) -> None:
     start = cluster()
     start.symbols[:] = "Fe"
     with pytest.raises(SimulationError, match=r"^The replica could not be run on 2 MPI ranks: .*Fe"):
@@ -55,7 +54,7 @@ def test_what_fails_on_the_ranks_is_one_sentence(model: Path, tmp_path: Path) ->
 
 
 @linux
-def test_a_rank_that_is_killed_is_no_fault_of_the_replica(model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_rank_that_is_killed_is_no_fault_of_the_replica(model: Path, tmp_path: Path) -> None:
     task = make_task(tmp_path, model, cluster(), ranks=2, steps=10**7)
 
     def ranks() -> list[int]:
@@ -75,7 +74,7 @@ def test_a_rank_that_is_killed_is_no_fault_of_the_replica(model: Path, tmp_path:
 
 
 def test_ranks_import_nothing_from_the_working_directory(
-    model: Path,  # noqa: F811
+    model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import silicon
+from command_line import ubmd
 from system import cluster, make_settings, write_inputs
-from test_cli import ubmd
 
 from ubmd.analysis.provenance import provenance_rows
 from ubmd.cli.loop_progress import describe_event

@@ -10,37 +10,19 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.build import bulk
-from ase.calculators.emt import EMT
 from ase.calculators.lammps import Prism
-from ase.calculators.singlepoint import SinglePointCalculator
+from replicas import crystal, make_task
 from system import cluster
 
 from ubmd.attempts import Attempt
 from ubmd.calculator import Evaluator
-from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.errors import SimulationError
 from ubmd.lammps import replica
 from ubmd.lammps.replica import ReplicaTask, run_replica, salvage
 from ubmd.lammps.session import system_commands
-from ubmd.learning.start import perturb
-from ubmd.potentials.gmnn.export import export_model
-from ubmd.potentials.gmnn.trainer import train
 from ubmd.references import label
-from ubmd.settings import ModelSettings, ReferenceSettings, StartSettings, TrainingSettings, UncertaintySettings
-
-
-def labelled(atoms: Atoms) -> Atoms:
-    copy = atoms.copy()
-    copy.calc = EMT()
-    copy.calc = SinglePointCalculator(copy, energy=copy.get_potential_energy(), forces=copy.get_forces())
-    return copy
-
-
-def shaken(atoms: Atoms, seed: int) -> Atoms:
-    copy = atoms.copy()
-    copy.positions += np.random.default_rng(seed).uniform(-0.15, 0.15, copy.positions.shape)
-    return copy
+from ubmd.settings import ReferenceSettings
 
 
 def skewed_cell() -> Atoms:
@@ -51,43 +33,6 @@ def skewed_cell() -> Atoms:
     atoms.symbols[3] = "Au"
     atoms.positions[0] += 2.0 * atoms.cell[1]
     return atoms
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    structures = [labelled(shaken(cluster(), k)) for k in range(8)]
-    settings = ModelSettings(hidden=(16, 16), n_radial=2)
-    trained = train(settings, TrainingSettings(epochs=30, threads=1), structures[:6], structures[6:], folder, 0)
-    export_model(
-        trained.model, structures[:6], structures[6:], UncertaintySettings(projections=16), folder / "model.pt"
-    )
-    return folder / "model.pt"
-
-
-def make_task(folder: Path, model: Path, start: Atoms | None = None, **changes: object) -> ReplicaTask:
-    write_structures(folder / "start.extxyz", [cluster() if start is None else start])
-    values = {
-        "replica": 3,
-        "model": model,
-        "start": folder / "start.extxyz",
-        "frames": folder / "frames.extxyz",
-        "steps": 40,
-        "timestep": 2.0,
-        "temperature": 300.0,
-        "damping": 0.5,
-        "frames_every": 10,
-        "precision": "double",
-        "force": 0.5,
-        "species": {"Au": 0.0},
-        "window": 4,
-        "every": 2,
-        "threshold": 1000.0,
-        "velocity_seed": 11,
-        "langevin_seed": 12,
-        "min_distance": 0.5,
-    }
-    return ReplicaTask.model_validate(values | changes)
 
 
 @pytest.mark.parametrize("start", [cluster(), skewed_cell()], ids=["molecule", "skewed cell"])
@@ -352,31 +297,6 @@ def test_what_cannot_start_is_one_sentence(model: Path, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ constant pressure
-
-
-def crystal() -> Atoms:
-    """32 atoms of copper, nearly cubic, turned against LAMMPS's axes."""
-    atoms = bulk("Cu", a=3.65, cubic=True) * (2, 2, 2)
-    atoms.set_cell(atoms.cell[:] @ np.array([[1.0, 0.02, 0.0], [0.0, 1.0, 0.03], [0.01, 0.0, 1.0]]), scale_atoms=True)
-    atoms.rotate(40.0, (1.0, 2.0, 3.0), rotate_cell=True)
-    return atoms
-
-
-@pytest.fixture(scope="module")
-def crystal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of strained and shaken copper that knows stresses."""
-    folder = tmp_path_factory.mktemp("crystal_model")
-    copies = perturb([crystal()], StartSettings(file="x", count=20, displacement=0.25, strain=0.06), generator(0))
-    structures = [label(atoms, ReferenceSettings(calculator="ase.calculators.emt:EMT"), Path()) for atoms in copies]
-    network, training = ModelSettings(hidden=(16, 16), n_radial=2), TrainingSettings(epochs=80, batch_size=4, threads=1)
-    trained = train(network, training, structures[:16], structures[16:], folder, 0)
-    uncertainty = UncertaintySettings(projections=16)
-    export_model(trained.model, structures[:16], structures[16:], uncertainty, folder / "model.pt")
-    return folder / "model.pt"
-
-
-def generator(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 NPT = {

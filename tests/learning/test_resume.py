@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from system import cluster, make_settings
-from test_loop import without_times
+from system import cluster, make_settings, without_times
 
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import tomli_w
+from processes import HELPERS, descendants, is_alive, linux, wait_for
 from system import cluster, settings_table
-from test_workers import descendants, is_alive, linux, wait_for
 
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
@@ -29,7 +29,6 @@ OWN_MEMORY = shutil.which("unshare") is not None and not subprocess.call(
     ["unshare", "-m", "mount", "--bind", "/tmp", "/dev/shm"], stderr=subprocess.DEVNULL
 )
 UBMD = [sys.executable, "-c", "from ubmd.cli.entry import main; main()"]
-HERE = str(Path(__file__).parent)
 
 
 class Run:
@@ -53,7 +52,7 @@ class Run:
     def start(self, largest_file: int | None = None) -> subprocess.Popen[str]:
         """The driver; ``largest_file``: it and its workers cannot write larger ones, bytes."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "SOAK": self.mark, "NO_COLOR": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([HERE, environment.get("PYTHONPATH", "")])
+        environment["PYTHONPATH"] = os.pathsep.join([str(HELPERS), environment.get("PYTHONPATH", "")])
         command = [*UBMD, "run", str(self.base / "settings.toml")]
         if largest_file is not None:
             command = ["prlimit", f"--fsize={largest_file}", *command]

@@ -10,9 +10,9 @@ import pytest
 import silicon
 from ase import Atoms
 from ase.build import bulk, fcc111
+from command_line import ubmd
 from rich.console import Console
 from system import cluster, make_settings, write_inputs
-from test_cli import ubmd
 
 from ubmd.cli.dynamic_status import status as dynamic_status
 from ubmd.cli.loop_status import status

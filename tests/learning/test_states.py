@@ -11,8 +11,8 @@ import silicon
 from ase import Atoms, units
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
+from replicas import make_task
 from system import cluster, make_settings
-from test_replica import make_task, model  # noqa: F401 (a fixture)
 
 from ubmd.data.extxyz import write_structures
 from ubmd.data.state import state_hash
@@ -158,7 +158,7 @@ def test_atoms_of_one_element_and_several_masses_are_several_types() -> None:
     assert kinds[1][1] == 500.0
 
 
-def test_lammps_moves_every_atom_with_its_own_mass(tmp_path: Path, model: Path) -> None:  # noqa: F811
+def test_lammps_moves_every_atom_with_its_own_mass(tmp_path: Path, model: Path) -> None:
     atoms = charged_cluster()
     task = make_task(tmp_path, model, start=atoms)
     with _session(task, tmp_path, atoms) as session:
@@ -170,7 +170,7 @@ def test_lammps_moves_every_atom_with_its_own_mass(tmp_path: Path, model: Path) 
         assert session.temperature() == pytest.approx(2.0 * kinetic / (3 * 13 - 3) / units.kB, rel=1e-5)
 
 
-def test_heavy_atoms_hardly_move(tmp_path: Path, model: Path) -> None:  # noqa: F811
+def test_heavy_atoms_hardly_move(tmp_path: Path, model: Path) -> None:
     atoms = cluster()
     atoms.set_masses([1e12] * 7 + atoms.get_masses()[7:].tolist())
     result = run_replica(make_task(tmp_path, model, start=atoms, force=0.0))
@@ -180,7 +180,7 @@ def test_heavy_atoms_hardly_move(tmp_path: Path, model: Path) -> None:  # noqa: 
     assert moved[7:].min() > 1e-3
 
 
-def test_usual_masses_leave_the_commands_as_they_were(tmp_path: Path, model: Path) -> None:  # noqa: F811
+def test_usual_masses_leave_the_commands_as_they_were(tmp_path: Path, model: Path) -> None:
     """So that trajectories of earlier versions repeat bit for bit: one type per element, in the order of Z."""
     atoms = cluster()
     with _session(make_task(tmp_path, model, start=atoms), tmp_path, atoms) as session:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pebble.pool.process
 import pytest
-from processes import descendants, is_alive, wait_for
+from processes import descendants, is_alive, linux, wait_for
 from unkind import (
     be_stopped,
     crash,
@@ -36,8 +36,6 @@ from unkind import (
 from ubmd.errors import LabelError
 from ubmd.learning.work.inside import guarded
 from ubmd.learning.work.workers import TaskCrashed, TaskFailed, Workers, WorkersLost, outcome
-
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, needs PR_SET_PDEATHSIG")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +117,7 @@ def test_time_in_which_all_is_stopped_does_not_count(tmp_path: Path) -> None:
         "        subprocess.run(['sh', '-c', words], check=True)\n"
         "        assert outcome(future) is None\n"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join(sys.path)
     subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": path}, check=True, timeout=120)
 
 
@@ -150,7 +148,7 @@ def test_nobody_reads_what_a_task_prints(tmp_path: Path) -> None:
         "    with Workers(1) as pool:\n"
         "        Path('said').write_text(outcome(pool.submit(say, 'hello')))\n"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join(sys.path)
     reader, writer = os.pipe()
     os.close(reader)
     words = [sys.executable, script]
@@ -164,7 +162,7 @@ def run_apart(tmp_path: Path, before: str, driver: str) -> subprocess.CompletedP
     if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
         pytest.skip("only root may mount")
     (tmp_path / "driver.py").write_text(driver)
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join(sys.path)
     command = f"{before}\nexec {sys.executable} {tmp_path / 'driver.py'}"
     words = ["unshare", "-m", "sh", "-ec", command]
     return subprocess.run(
@@ -212,7 +210,7 @@ def test_no_more_processes(tmp_path: Path, processes: int) -> None:
     limit = f"import resource\nresource.setrlimit(resource.RLIMIT_NPROC, ({processes}, {processes}))\n"
     (tmp_path / "driver.py").write_text(limit + DRIVER.format(task="double, 1"))
     words = [*user, sys.executable, "-B", tmp_path / "driver.py"]
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join(sys.path)
     found = subprocess.run(
         words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
     )
@@ -297,8 +295,7 @@ def test_workers_and_their_programs_die_with_a_killed_driver(tmp_path: Path) -> 
         f"    with Workers(1) as pool: pool.submit(start_programs, Path({str(tmp_path)!r})).result()\n"
     )
     (tmp_path / "driver.py").write_text(script)
-    here = str(Path(__file__).parent)
-    path = os.pathsep.join([here, *sys.path])
+    path = os.pathsep.join(sys.path)
     driver = subprocess.Popen([sys.executable, tmp_path / "driver.py"], env=os.environ | {"PYTHONPATH": path})
     try:
         assert wait_for(started.exists)

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "learning"))  # the small system
-sys.path.insert(0, str(Path(__file__).parent))
-
 import one_machine
+import pytest
 from slurm_runs import PROCESSES, Cluster, Run, make_values
 
 

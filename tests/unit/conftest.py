@@ -1,11 +1,6 @@
-"""Tests import what they share from this folder."""
-
-import sys
-from pathlib import Path
+"""What several files of this folder are run with."""
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "operators"])

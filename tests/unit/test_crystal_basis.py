@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, make_supercell
-from known_crystals import boron_arsenide, silicon, tin_selenide
+from known_crystals import boron_arsenide, displaced, silicon, tin_selenide
 
 from ubmd.errors import DataError, ModelError, SettingsError
 from ubmd.potentials.force_constants.basis import ClusterBasis
@@ -55,10 +55,6 @@ def case(request):
     basis = ClusterBasis.build(crystal(), cutoffs)
     atoms = make_supercell(crystal(), matrix)
     return basis, atoms, basis.supercell(atoms)
-
-
-def displaced(n: int, seed: int = 0, size: float = 0.2) -> np.ndarray:
-    return np.random.default_rng(seed).normal(scale=size, size=(n, 3))
 
 
 @pytest.mark.parametrize(("crystal", "cutoffs", "counts"), COUNTS)

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,7 +111,7 @@ for name in ("silicon", "triclinic"):
 test.check_uncertainty(True)
 test.check_uncertainty(False)
 """
-    environment = {**os.environ, "UBMD_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "UBMD_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if "is not an instruction set of this processor" in result.stderr:
         assert isa != "base"

@@ -7,8 +7,7 @@ it is the other program's.
 import numpy as np
 import pytest
 from ase import Atoms
-from known_crystals import boron_arsenide, silicon, tin_selenide
-from test_crystal_basis import displaced
+from known_crystals import boron_arsenide, displaced, silicon, tin_selenide
 
 from ubmd.potentials.force_constants.basis import ClusterBasis
 

@@ -1,11 +1,17 @@
-"""Looking at processes."""
+"""Looking at processes, and where the helpers are that other processes import."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+import pytest
+
+HELPERS = Path(__file__).parent  # for the path of processes that do not inherit ours
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, needs PR_SET_PDEATHSIG")
 
 
 def is_alive(process: int) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import one_machine
 import tomli_w
 from one_machine import LOGIN, NODES, descendants
+from processes import HELPERS
 from system import cluster as atoms
 from system import settings_table
 
@@ -22,8 +23,6 @@ from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.learning import RunFolder
 
-HERE = Path(__file__).parent
-LEARNING = HERE.parent / "learning"
 PATIENCE = 300.0  # s
 PYTHON = [sys.executable, "-c"]
 UBMD = [*PYTHON, "from ubmd.cli.entry import main; main()"]
@@ -83,7 +82,7 @@ class Cluster:
     def start(self) -> None:
         """Start it, and wait until it is ready."""
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "one_machine.py"), str(self.folder)],
+            [sys.executable, one_machine.__file__, str(self.folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -190,7 +189,7 @@ class Run:
 
     def start(self, *command: str) -> Driver:
         """Start the driver, or another command."""
-        paths = [str(HERE), str(LEARNING), os.environ.get("PYTHONPATH", "")]
+        paths = [str(HELPERS), os.environ.get("PYTHONPATH", "")]
         environment = {"PYTHONPATH": os.pathsep.join(paths), "CALLS": str(self.calls), "NO_COLOR": "1"}
         command = command or (*UBMD, "run", str(self.settings))
         return Driver(self.cluster, command, self.base, self.cluster.environment | environment)

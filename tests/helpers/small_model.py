@@ -1,4 +1,4 @@
-"""A small model, structures for it, and numerical derivatives: shared by the tests of this folder."""
+"""A small model, structures for it, and numerical derivatives."""
 
 from collections.abc import Callable
 

@@ -10,6 +10,7 @@ from ase import Atoms
 from ase.cluster import Octahedron
 
 from ubmd.data.extxyz import write_structures
+from ubmd.learning import RunFolder
 from ubmd.settings import RunSettings
 
 
@@ -54,3 +55,13 @@ def write_inputs(folder: Path, run_dir: Path) -> Path:
     write_structures(folder / "start.extxyz", [cluster()])
     (folder / "settings.toml").write_text(tomli_w.dumps(settings_table(run_dir)))
     return folder / "settings.toml"
+
+
+def without_times(folder: RunFolder) -> list[dict]:
+    """The history without what differs between equal runs."""
+    history = folder.read_history()
+    for entry in history:
+        del entry["seconds"]
+        for replica in entry["replicas"]:
+            del replica["seconds"], replica["ms_per_step"]
+    return history
