@@ -1,16 +1,37 @@
-"""One thread per process: tests run many small models side by side, and repeat bit for bit.
+"""One thread per process: tests run many small models side by side, and repeat bit for bit. Also the tiers of tests.
 
 What tests share is in `helpers`, and is imported from there by the name of its file, also by worker processes, which
 inherit the path. Two more folders are in the path: `golden`, whose modules lie beside the scripts that made the golden
-runs, and `slurm`, whose cluster is started by name.
+runs, and `slurm`, whose cluster is started by the path of its file.
 """
 
 import os
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / folder) for folder in ("helpers", "golden", "slurm")]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+TIERS = {"lammps": "lammps", "learning": "loop", "slurm": "loop"}  # folder: marker of its tests that are not quick
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that are named by a path run in every tier but `slow`, unless -m says otherwise."""
+    options = config.getini("addopts")
+    named = [Path(config.invocation_params.dir, argument.partition("::")[0]).resolve() for argument in config.args]
+    if config.option.markexpr == options[options.index("-m") + 1] and any(HERE in path.parents for path in named):
+        config.option.markexpr = "not slow"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests the marker of their folder, unless they are marked as quick."""
+    for item in items:
+        folder = item.path.relative_to(HERE).parts[0]
+        if folder in TIERS and not item.get_closest_marker("quick"):
+            item.add_marker(TIERS[folder])

@@ -15,7 +15,7 @@ from differences import FORCES, bias_gradients, columns, deviation
     [
         ("triclinic", (2, 2, 1), 1),
         ("zincblende", (1, 1, 1), 1),
-        ("zincblende", (1, 1, 1), 2),
+        pytest.param("zincblende", (1, 1, 1), 2, marks=pytest.mark.quick),
         ("orthorhombic", (1, 1, 2), 1),
     ],
 )
@@ -36,6 +36,7 @@ def test_forces_equal_numdiff(crystal_lab, crystals, kind, multiple, ranks):
     assert n["f_b[10]"][0] == pytest.approx(expected.displacement, rel=1e-10)
 
 
+@pytest.mark.quick
 def test_bias_force_is_the_derivative_of_u(crystal_lab, crystals):
     crystal = crystals["triclinic"]
     atoms, _ = crystal.shaken((2, 2, 1))

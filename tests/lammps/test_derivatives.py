@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from differences import FORCES, bias_gradients, columns, deviation
 
+QUICK = partial(pytest.param, marks=pytest.mark.quick)
 NUMDIFF_ORDER = (1, 2, 3, 6, 5, 4)  # fix numdiff/virial: xx yy zz yz xz xy
 
 
-@pytest.mark.parametrize(("kind", "replicas"), [("triclinic", "1 1 1"), ("small", "1 1 1"), ("small", "2 1 2")])
+@pytest.mark.parametrize(("kind", "replicas"), [QUICK("triclinic", "1 1 1"), ("small", "1 1 1"), ("small", "2 1 2")])
 def test_forces_and_virial_equal_numdiff(lab, structures, kind, replicas):
     """fix numdiff and numdiff/virial, also beside the bias.
 
@@ -46,7 +49,7 @@ def strained_uncertainty(lab, atoms, strain, mode):
 @pytest.mark.parametrize(
     ("kind", "replicas", "mode"),
     [
-        ("triclinic", (1, 1, 1), "energy"),
+        QUICK("triclinic", (1, 1, 1), "energy"),
         ("triclinic", (1, 1, 1), "atomic"),
         ("small", (1, 1, 1), "energy"),
         ("small", (2, 2, 1), "energy"),
@@ -72,7 +75,7 @@ def test_bias_virial_is_the_strain_derivative(lab, structures, kind, replicas, m
     assert deviation(0.4 * n["f_b[5]"][0] * numerical, virial) < 1e-5
 
 
-@pytest.mark.parametrize(("kind", "replicas"), [("small", "1 1 1"), ("small", "2 2 1"), ("molecule", "")])
+@pytest.mark.parametrize(("kind", "replicas"), [QUICK("small", "1 1 1"), ("small", "2 2 1"), ("molecule", "")])
 def test_bias_force_is_the_derivative(lab, structures, kind, replicas):
     """Central differences of f_b[1] for every atom and axis, at the scale that the fix reports."""
     script = lab.head(structures[kind]) + (f"replicate {replicas}\n" if replicas else "")

@@ -73,7 +73,7 @@ def check_virials(lab, n, atoms, expected):
     assert close(lab.tensor_to_ase(atoms, six / lab.bar) / atoms.get_volume(), stress)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.quick), 4])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_equals_python(lab, evaluator, structures, device, kind, ranks):

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import tomli_w
 from ase.build import bulk
 from killed_driver import start_driver, tear
-from processes import is_alive, wait_for
+from processes import is_alive, linux, wait_for
 from silicon import make_settings, settings_table, write_inputs
 
 from ubmd.data.extxyz import write_structures
@@ -201,15 +200,26 @@ KILLS = [
 ]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@linux
 def test_kill_9_in_every_stage_changes_nothing(finished: RunFolder, tmp_path: Path) -> None:
-    settings = write_inputs(tmp_path, tmp_path / "run")
+    check_kills(KILLS, finished, tmp_path)
+
+
+@linux
+@pytest.mark.quick
+def test_kill_9_between_labels_changes_nothing(finished: RunFolder, tmp_path: Path) -> None:
+    check_kills([({"event": "label_appended", "round": 1}, 0)], finished, tmp_path)
+
+
+def check_kills(kills: list[tuple[dict, int]], finished: RunFolder, base: Path) -> None:
+    """A run whose driver was killed at these events, and resumed, equals the one that was not."""
+    settings = write_inputs(base, base / "run")
     # two workers, where the uninterrupted run had one
-    settings.write_text(tomli_w.dumps(settings_table(tmp_path / "run") | {"workers": {"processes": 2}}))
-    folder = RunFolder(tmp_path / "run")
-    for wanted, passes in KILLS:
+    settings.write_text(tomli_w.dumps(settings_table(base / "run") | {"workers": {"processes": 2}}))
+    folder = RunFolder(base / "run")
+    for wanted, passes in kills:
         assert start_driver(settings, wanted, passes) == -signal.SIGKILL, wanted
-        workers = [int(number) for number in (tmp_path / "children").read_text().split()]
+        workers = [int(number) for number in (base / "children").read_text().split()]
         assert wait_for(lambda: not any(is_alive(worker) for worker in workers), 60.0), "orphans"  # noqa: B023
         tear(folder)
     assert start_driver(settings, {"event": "never"}, 0) == 0

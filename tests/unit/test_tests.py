@@ -1,6 +1,8 @@
 """Where tests keep what they share: in tests/helpers, in conftest.py if it is a fixture, never in another test."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
@@ -50,3 +52,12 @@ def test_fixtures_of_a_folder_are_defined_once() -> None:
 def test_the_path_is_set_once() -> None:
     found = [str(path) for path in FILES if "\nsys.path" in (TESTS / path).read_text(encoding="utf-8")]
     assert found == ["conftest.py"]
+
+
+def test_tests_named_by_a_path_run_in_every_tier_but_slow() -> None:
+    """One file of tests that are not quick, and one of slow ones."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    files = ["tests/lammps/test_units.py", "tests/unit/test_crystal_oracles.py"]
+    shown = subprocess.run([*command, *files], cwd=TESTS.parent, capture_output=True, text=True, check=True).stdout
+    found = {line.partition("::")[0] for line in shown.splitlines() if "::" in line}
+    assert found == {"tests/lammps/test_units.py"}, shown
