@@ -7,6 +7,11 @@ import pytest
 import torch
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
+CASES = [
+    pytest.param(kind, ranks, marks=[pytest.mark.quick] if ranks == 2 and kind in ("molecule", "triclinic") else [])
+    for kind in KINDS
+    for ranks in (1, 2, 4)
+]
 DEVICES = ["", pytest.param(" device cuda", marks=NO_GPU)]
 KINDS = ["molecule", "cubic", "small", "triclinic", "left-handed"]
 
@@ -73,8 +78,7 @@ def check_virials(lab, n, atoms, expected):
     assert close(lab.tensor_to_ase(atoms, six / lab.bar) / atoms.get_volume(), stress)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.quick), 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "ranks"), CASES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_equals_python(lab, evaluator, structures, device, kind, ranks):
     lab.device = device
