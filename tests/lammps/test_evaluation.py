@@ -14,6 +14,11 @@ CASES = [
 ]
 DEVICES = ["", pytest.param(" device cuda", marks=NO_GPU)]
 KINDS = ["molecule", "cubic", "small", "triclinic", "left-handed"]
+CASES = [
+    pytest.param(kind, ranks, marks=[pytest.mark.quick] if ranks == 2 and kind in ("molecule", "triclinic") else [])
+    for kind in KINDS
+    for ranks in (1, 2, 4)
+]
 
 MEASURE = """
 compute virial all pressure NULL virial
