@@ -118,7 +118,7 @@ def test_sites_out_of_reach(crystal_lab, crystals):
     record["lattice"]["sites"][1][-1] = [9, 0, 0, 0]
     module.description = json.dumps(record)
     module.save("model.pt")
-    assert "give a larger 'comm_modify cutoff'" in message_of(crystal_lab, script)
+    assert "use a larger 'comm_modify cutoff'" in message_of(crystal_lab, script)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -155,7 +155,7 @@ def test_no_atom_is_left(lab, structures):
     script += "neigh_modify exclude group all all\nrun 0\n" + lab.report("pe", "f_b", "f_b[1]", "f_b[3]", "f_b[6]")
     outcome = lab.run(script + "neigh_modify exclude none\nrun 0\n" + lab.report("f_b[1]"))
     n = outcome.numbers
-    assert outcome.text.count("no atom has an element of the model, u is 0: check the names of pair_coeff") == 1
+    assert outcome.text.count("no atom has an element of the model, u is 0: check the names in pair_coeff") == 1
     assert {name: values[0] for name, values in n.items()} == dict.fromkeys(n, 0.0)
     assert n["f_b[1]"][1] > 0.0
 

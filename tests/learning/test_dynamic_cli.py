@@ -159,7 +159,7 @@ def test_check_says_what_would_be_run(tmp_path: Path) -> None:
     code, out, err = ubmd("check", path, cwd=tmp_path)
     assert code == 0, err
     assert "Si8, 8 atoms, periodic" in out
-    assert "2 trajectories of 90 steps (0.18 ps) at 300, 900 K, unbiased; at most 7 structures" in out
+    assert "2 trajectories of 90 steps (0.18 ps) at 300, 900 K, unbiased; at most 7 reference calculations" in out
     assert "Space group Fd-3m (227), 48 operations, 2 atoms in the primitive cell." in out
     assert "Force constants of orders 2, 3:" in out
     assert not (tmp_path / "run").exists()
@@ -217,7 +217,7 @@ def test_older_runs_go_on_without_the_tolerance(printed: tuple[Path, str]) -> No
         ({"dynamic": {"trigger": {"rule": "absolute"}}}, "dynamic.trigger.threshold is missing"),
         (
             {"dynamic": {"trigger": {"threshold": 0.1}}},
-            "threshold has no effect with rule = 'average', which has factor",
+            "threshold has no effect with rule = 'average', which takes factor",
         ),
         ({"dynamic": {"temperatures": [300.0, -1.0]}}, "temperatures must be greater than 0"),
         ({"dynamic": {"check_every": 7}}, "must be a multiple of dynamic.check_every = 7"),

@@ -136,11 +136,11 @@ def test_a_missing_model_is_named_as_it_is(content: bytes, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["lauf_ä", "it's $x"])
-def test_a_piece_of_a_dynamic_run(model: bytes, tmp_path: Path, name: str) -> None:
+def test_a_piece_of_a_dynamic_run(content: bytes, tmp_path: Path, name: str) -> None:
     ends = []
     for folder in (tmp_path / "plain", tmp_path / name):
         folder.mkdir()
-        (folder / "mödel.pt").write_bytes(model)
+        (folder / "mödel.pt").write_bytes(content)
         rng = np.random.default_rng(1)
         state = TrajectoryState.begin(bulk("Cu", cubic=True) * (2, 2, 2), 300.0, AbsoluteTrigger(100.0), rng)
         write_state(folder / "start.npz", state)
@@ -169,9 +169,9 @@ def test_a_lammps_reference_with_files_in_any_folder(tmp_path: Path, name: str) 
     np.testing.assert_array_equal(atoms.get_forces(), expected)
 
 
-def test_scripts_of_users(model: bytes, tmp_path: Path) -> None:
+def test_scripts_of_users(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "lauf_ä").mkdir()
-    (tmp_path / "lauf_ä" / "model.pt").write_bytes(model)
+    (tmp_path / "lauf_ä" / "model.pt").write_bytes(content)
     lines = (
         "units metal\nregion r block 0 9 0 9 0 9\ncreate_box 1 r\nmass 1 63\npair_style ubmd\npair_coeff * * {} Cu\n"
     )

@@ -279,7 +279,7 @@ def test_errors_say_what_to_do(tmp_path: Path):
     with pytest.raises(DataError, match="shape"):
         basis.force_matrix(np.zeros((3, 3)), basis.supercell(silicon()))
     (tmp_path / "no.npz").write_bytes(b"nothing")
-    with pytest.raises(ModelError, match="no cluster basis"):
+    with pytest.raises(ModelError, match="not a cluster basis"):
         ClusterBasis.load(tmp_path / "no.npz")
 
 
