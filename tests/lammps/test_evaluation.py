@@ -7,11 +7,6 @@ import pytest
 import torch
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")
-CASES = [
-    pytest.param(kind, ranks, marks=[pytest.mark.quick] if ranks == 2 and kind in ("molecule", "triclinic") else [])
-    for kind in KINDS
-    for ranks in (1, 2, 4)
-]
 DEVICES = ["", pytest.param(" device cuda", marks=NO_GPU)]
 KINDS = ["molecule", "cubic", "small", "triclinic", "left-handed"]
 CASES = [

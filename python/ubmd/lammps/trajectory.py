@@ -42,7 +42,9 @@ from ubmd.lammps.triggers import Trigger, load_trigger
 
 Array = NDArray[np.float64]
 FIX = "monitor"
-_GUARD = re.compile(r"atom (\d+) is (\S+) A away from its site, more than the (\S+) A")  # the plugin's error
+_GUARD = re.compile(  # the plugin's error (crystal_sites.cpp)
+    r"atom (\d+) is (\S+) A away from its site, more than the displacement limit of the force-constant model, (\S+) A"
+)
 _LOOK = 50  # checks between tests of the temperature and notes of the progress
 _SPEED = 1000.0 * units.fs  # Å/ps in ASE's unit of speed
 
