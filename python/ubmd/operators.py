@@ -61,7 +61,7 @@ ACTIVATION_SCALE = 1.6765324703310907  # unit second moment of SiLU under N(0, 1
 class Products(nn.Module):
     """Matrix products and activations of closed forms: those of the operator library where it is used.
 
-    The library's operators have no autograd.
+    Where a derivative is wanted, or off the CPU, the library itself takes plain torch.
     """
 
     operators: Final[bool]
