@@ -34,7 +34,7 @@ def close(values, expected, tolerance):
 def test_energy_unit():
     assert _cpp.energy_unit("metal") == (1.0, "eV")
     assert _cpp.energy_unit("real") == (KCAL, "kcal/mol")
-    with pytest.raises(_cpp.Error, match="not in units electron: put 'units metal'"):
+    with pytest.raises(_cpp.Error, match="must be metal or real, not electron: put 'units metal'"):
         _cpp.energy_unit("electron")
 
 

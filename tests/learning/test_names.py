@@ -183,7 +183,7 @@ def test_scripts_of_users(content: bytes, tmp_path: Path) -> None:
         said[name] = (done.returncode == 0, (done.stdout + done.stderr).decode(errors="replace"))
     assert said["variable"][0], said
     assert not said["typed"][0]
-    assert "cannot read model file lauf_?/model.pt: LAMMPS changes letters" in said["typed"][1]
+    assert "cannot read model file lauf_?/model.pt: LAMMPS replaces non-ASCII characters" in said["typed"][1]
     assert "start it with '-var model FILE' and write ${model} in pair_coeff" in said["typed"][1]
 
 

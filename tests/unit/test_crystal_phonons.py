@@ -98,7 +98,7 @@ def test_dispersion_and_density_of_states():
     axis = (np.arange(8) + 0.5) / 8
     mesh = np.stack(np.meshgrid(axis, axis, axis), axis=-1).reshape(-1, 3)
     assert (density * frequency).sum() * step == pytest.approx(crystal.frequencies(mesh).sum(axis=1).mean(), rel=0.01)
-    with pytest.raises(SettingsError, match="no path"):
+    with pytest.raises(SettingsError, match="is not a path of this lattice"):
         crystal.dispersion(path="GQ")
 
 
