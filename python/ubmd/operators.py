@@ -44,6 +44,13 @@ def available() -> bool:
     return True
 
 
+def chosen(wanted: bool | None) -> bool:
+    """Whether a file calls the operators (None: if they can be loaded here); ModelError if wanted but not loadable."""
+    if wanted:
+        load()
+    return available() if wanted is None else wanted
+
+
 def use_operators(module: nn.Module, wanted: bool) -> None:
     """Let a module and its parts call the compiled operators, or plain torch for everything.
 

@@ -10,8 +10,7 @@ import torch
 
 from ubmd import __version__
 from ubmd.errors import ModelError
-from ubmd.operators import available
-from ubmd.operators import load as load_operators
+from ubmd.operators import chosen
 from ubmd.potentials.file import write_model
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.model import CrystalModel
@@ -61,8 +60,7 @@ def export_crystal(
             f"The parameters ({len(posterior.parameter_orders)}) are not those of the cluster basis "
             f"({basis.n_parameters}): fit them in the basis that is exported."
         )
-    if operators:
-        load_operators()
+    with_operators = chosen(operators)
     guard = GUARD * basis.lattice.shortest_distance if max_displacement is None else max_displacement
     model = CrystalModel(
         basis,
@@ -72,7 +70,7 @@ def export_crystal(
         max_displacement=guard,
         energy=energy,
     )
-    model.use_operators(available() if operators is None else operators)
+    model.use_operators(with_operators)
     record: dict[str, Any] = json.loads(model.metadata())
     record |= _metadata(basis, posterior, energy_scale, force_scale) | (provenance or {})
     model.description = json.dumps(record)

@@ -45,11 +45,11 @@ class GaussianMoments:
         """See `export.raw_module`."""
         import torch
 
+        from ubmd.operators import chosen
         from ubmd.potentials.gmnn.checkpoint import load_weights
-        from ubmd.potentials.gmnn.export import chosen_operators, raw_module
+        from ubmd.potentials.gmnn.export import raw_module
 
-        operators = chosen_operators(self.operators)
-
+        operators = chosen(self.operators)
         networks = [load_weights(path) for path in checkpoints]
         dtype = networks[0].radial.dtype
         for network in networks:

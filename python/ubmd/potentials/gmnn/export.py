@@ -10,8 +10,7 @@ import torch
 from ase import Atoms
 
 from ubmd.errors import ModelError
-from ubmd.operators import available, use_operators
-from ubmd.operators import load as load_operators
+from ubmd.operators import chosen, use_operators
 from ubmd.potentials.deployed import Deployed
 from ubmd.potentials.fitting import export_raw
 from ubmd.potentials.gmnn.deployed import DeployedEnsemble, DeployedModel, LastLayerModel
@@ -42,7 +41,7 @@ def export_model(
         ModelError: the number of networks doesn't fit the settings, their elements or cutoffs differ, or operators are
             wanted that can't be loaded.
     """
-    operators = chosen_operators(operators)
+    operators = chosen(operators)
     models = [model] if isinstance(model, GaussianMomentNetwork) else list(model)
     dtypes = [member.radial.dtype for member in models]
     try:
@@ -53,13 +52,6 @@ def export_model(
     finally:
         for member, original in zip(models, dtypes, strict=True):
             member.to_network_dtype(original)
-
-
-def chosen_operators(wanted: bool | None) -> bool:
-    """Whether a file calls the operators (None: if they can be loaded here); ModelError if wanted but not loadable."""
-    if wanted:
-        load_operators()
-    return available() if wanted is None else wanted
 
 
 def raw_module(
