@@ -178,10 +178,10 @@ void FixUBMD::init() {
   open_file();
   if (utils::strmatch(update->integrate_style, "^respa"))
     error->all(FLERR, "fix ubmd doesn't work with run_style respa: use run_style verlet");
-  if (settings_.stress > 0.0 && domain->nonperiodic)
+  if (settings_.stress > 0.0 && !(domain->xperiodic || domain->yperiodic || domain->zperiodic))
     error->all(FLERR,
-               "fix ubmd: a stress bias needs a box that is periodic in all directions: use 'boundary p p p' or remove "
-               "'stress'");
+               "fix ubmd: a stress bias needs a box that is periodic in at least one direction: use 'boundary p p p' "
+               "or remove 'stress'");
   warm_up();
 }
 
@@ -369,14 +369,14 @@ void FixUBMD::evaluate_uncertainty(std::vector<double> *weight) {
     for (double &component : *weight) component /= n;
 }
 
-// The atomic uncertainties, which the pair style computed with the forces.
+// The atomic uncertainties, which the pair style computed with the forces. The largest one is that of the group.
 void FixUBMD::collect_atoms() {
   const double *values = pair_->uncertainties();
   double sum = 0.0, largest = 0.0;
   for (int i = 0; i < atom->nlocal; ++i) {
     array_atom[i][0] = values[i];
     sum += values[i];
-    largest = std::max(largest, values[i]);
+    if (atom->mask[i] & groupbit) largest = std::max(largest, values[i]);
   }
   const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::communication);
   MPI_Allreduce(&largest, &u_max_, 1, MPI_DOUBLE, MPI_MAX, world);
@@ -384,7 +384,8 @@ void FixUBMD::collect_atoms() {
   u_mean_ /= std::max(1.0, static_cast<double>(n_atoms_));
 }
 
-// Phase 2: forces and uncertainty forces of this pair style on the owned atoms (work_), and their norms.
+// Phase 2: forces and uncertainty forces of this pair style on the owned atoms (work_), and their norms over the atoms
+// of the group: fixed atoms are not moved by either.
 FixUBMD::Norms FixUBMD::evaluate_bias(const std::vector<double> *weight) {
   double strain[18] = {};  // dE/dstrain and d(what is biased)/dstrain of this rank
   pair_->set_bias(weight);
@@ -393,7 +394,9 @@ FixUBMD::Norms FixUBMD::evaluate_bias(const std::vector<double> *weight) {
   const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::communication);
   comm->reverse_comm(this);
   double local[2] = {0.0, 0.0}, sums[2];
-  for (int i = 0; i < 6 * atom->nlocal; ++i) local[(i / 3) % 2] += work_[i] * work_[i];
+  for (int i = 0; i < atom->nlocal; ++i)
+    if (atom->mask[i] & groupbit)
+      for (int k = 0; k < 6; ++k) local[k / 3] += work_[6 * i + k] * work_[6 * i + k];
   MPI_Allreduce(local, sums, 2, MPI_DOUBLE, MPI_SUM, world);
   Norms norms;
   norms.forces = sums[0];
@@ -418,12 +421,17 @@ void FixUBMD::add_piece(std::size_t k, double *strain) {
   ubmd::add_strain_derivative(piece.block, gradient.data(), strain + 9);
 }
 
-// Stresses of the whole system are derivatives with respect to strain divided by the volume.
+// Stresses of the whole system are derivatives with respect to strain divided by the volume; in a box that is periodic
+// in some directions only, their components in these directions, divided by the area or length.
 void FixUBMD::sum_strain_derivatives(const double *local, Norms &norms) {
   double sums[18];
   MPI_Allreduce(local, sums, 18, MPI_DOUBLE, MPI_SUM, world);
-  const double volume = domain->xprd * domain->yprd * domain->zprd;
+  const int *periodic = domain->periodicity;
+  double volume = 1.0;
+  for (int k = 0; k < 3; ++k)
+    if (periodic[k]) volume *= domain->prd[k];
   for (int k = 0; k < 9; ++k) {
+    if (!(periodic[k / 3] && periodic[k % 3])) sums[k] = sums[9 + k] = 0.0;
     norms.stress += sums[k] * sums[k] / (volume * volume);
     norms.uncertainty_stress += sums[9 + k] * sums[9 + k] / (volume * volume);
     uncertainty_strain_[k] = sums[9 + k];

@@ -15,6 +15,7 @@ from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
 from ubmd.data.graph import VOIGT
+from ubmd.data.periodicity import stress_within
 from ubmd.errors import ArgumentError, ModelError
 from ubmd.operators import available
 from ubmd.potentials.file import load_with_record
@@ -107,6 +108,8 @@ class Evaluator:
 class Calculator(AseCalculator):
     """ASE calculator of a ubmd model file.
 
+    Stresses of slabs and wires have no components along their free directions.
+
     Besides energy (eV), forces (eV/Å) and stress (eV/Å^3) its results hold ``uncertainty`` (structure, eV/atom),
     ``atomic_uncertainties`` ([n], eV/Å) and, from :meth:`get_bias_forces`, the raw uncertainty forces. With
     ``bias_force`` = f > 0 energies and forces are those of E - f·u (a fixed scale: LAMMPS's fix ubmd adapts it).
@@ -161,7 +164,8 @@ class Calculator(AseCalculator):
             if strain is None:
                 stress = None
             elif stress is not None:
-                stress = stress - self.bias_force * strain[VOIGT] / self.atoms.get_volume()
+                bias = self.bias_force * strain[VOIGT] / self.atoms.get_volume()
+                stress = stress - stress_within(bias, self.atoms)
         if stress is None and "stress" in properties:
             fixed = self.bias_force and strain is None
             raise PropertyNotImplementedError(NO_STRESS if fixed else "Stress needs a three-dimensional cell.")

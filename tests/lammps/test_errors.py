@@ -48,7 +48,7 @@ PROBLEMS = {
     "species": ("#fix", "fix b all ubmd force 1 species Xe 0.0", "element Xe of 'species' is not in the model"),
     "species without strength": ("#fix", "fix b all ubmd species H", "element H of 'species' has no strength"),
     "save folder": ("#fix", "fix b all ubmd save 0 absent/frames.extxyz", "cannot write absent/frames.extxyz"),
-    "stress without cell": ("#fix", "fix b all ubmd stress 1", "periodic in all directions"),
+    "stress without cell": ("#fix", "fix b all ubmd stress 1", "periodic in at least one direction"),
     "two of them": ("#fix", "fix b all ubmd\nfix c all ubmd", "only one fix ubmd can be used at a time"),
     "no forces": ("#fix", "fix b all ubmd\npair_modify compute no", "remove 'pair_modify compute no'"),
     "uncertainty": ("#fix", "fix b all ubmd uncertainty total", "uncertainty must be energy or atomic, not 'total'"),

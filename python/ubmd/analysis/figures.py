@@ -41,7 +41,7 @@ from ubmd.measure.errors import ParityData, share_covered
 
 _HEXBIN_FROM = 600  # more points than this are drawn as counts
 
-ENDINGS = {"step limit": BLUE, "threshold": ORANGE, "failed": PINK}
+ENDINGS = {"step limit": BLUE, "threshold": ORANGE, "desorbed": GREEN, "failed": PINK}
 """How a replica can end, with its colour."""
 
 _STAGE_COLOURS = {

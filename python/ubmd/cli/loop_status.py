@@ -24,10 +24,10 @@ from ubmd.settings import RunSettings
 from ubmd.texts import duration, to_go
 
 _QUIET = 1800.0  # s without any output, after which the status mentions it
-_ENDINGS = {"threshold": "thr", "step limit": "lim", "failed": "fail"}
+_ENDINGS = {"threshold": "thr", "step limit": "lim", "desorbed": "des", "failed": "fail"}
 _LEGEND = (
-    "ended: replicas that passed the threshold (thr), reached the step limit (lim), or failed; "
-    "train, MD, label: wall time."
+    "ended: replicas that passed the threshold (thr), reached the step limit (lim), desorbed something (des), or "
+    "failed; train, MD, label: wall time."
 )
 
 

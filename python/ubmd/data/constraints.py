@@ -1,4 +1,9 @@
-"""Atoms that are kept fixed (FixAtoms), and structures in which something can move."""
+"""Atoms that are kept fixed, and structures in which something can move.
+
+A user fixes atoms by ASE's FixAtoms. Structures that come from such a start have them in the array ``fixed`` instead
+(True where an atom is fixed): a constraint would make ASE, and every program that reads the data set with it, report
+forces of zero for them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ from ase import Atoms
 from ase.constraints import FixAtoms
 
 from ubmd.errors import DataError
+
+FIXED = "fixed"
 
 
 def fixed_atoms(atoms: Atoms) -> np.ndarray:
@@ -26,8 +33,24 @@ def fixed_atoms(atoms: Atoms) -> np.ndarray:
 
 def check_free(atoms: Atoms) -> None:
     """DataError if no atom can move: constraints other than FixAtoms, or FixAtoms on every atom."""
-    if len(fixed_atoms(atoms)) == len(atoms):
+    fixed_atoms(atoms)
+    if is_fixed(atoms).all():
         raise DataError("all atoms are fixed (FixAtoms), so that nothing would move: leave some of them free.")
+
+
+def is_fixed(atoms: Atoms) -> np.ndarray:
+    """Whether each atom [n] is fixed, by FixAtoms or by the array ``fixed``."""
+    fixed = np.zeros(len(atoms), dtype=bool)
+    fixed[held_atoms(atoms)] = True
+    noted = np.asarray(atoms.arrays.get(FIXED, fixed))
+    return fixed | (noted.astype(bool) if noted.dtype.kind in "bui" else False)
+
+
+def take_fixed(atoms: Atoms, source: Atoms) -> None:
+    """Note in the array ``fixed`` which atoms are fixed in another structure of the same atoms; nothing if none is."""
+    fixed = is_fixed(source)
+    if fixed.any():
+        atoms.set_array(FIXED, fixed)
 
 
 def held_atoms(atoms: Atoms) -> np.ndarray:

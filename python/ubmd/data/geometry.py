@@ -10,6 +10,8 @@ from ase import Atoms
 from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list, primitive_neighbor_list
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from vesin import NeighborList
 
 from ubmd.errors import DataError, LabelError
@@ -105,6 +107,17 @@ def neighbours(atoms: Atoms, cutoff: float) -> Pairs:
             points=atoms.positions, box=cell, periodic=atoms.pbc, quantities="ijD"
         )
     return i.astype(np.int64), j.astype(np.int64), np.array(vectors, dtype=np.float64).reshape(-1, 3)
+
+
+def count_parts(atoms: Atoms, cutoff: float) -> int:
+    """Number of separate parts: atoms of different parts are nowhere within ``cutoff`` (Å) of each other.
+
+    Raises:
+        DataError: as in `neighbours`.
+    """
+    first, second, _ = neighbours(atoms, cutoff)
+    bonds = coo_array((np.ones(len(first)), (first, second)), shape=(len(atoms), len(atoms)))
+    return int(connected_components(bonds, directed=False)[0])
 
 
 def _is_slender(atoms: Atoms, cutoff: float) -> bool:

@@ -11,11 +11,14 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
+from ubmd.data.constraints import is_fixed
 from ubmd.data.geometry import check_pairs, neighbours
+from ubmd.data.periodicity import is_partly_periodic, projector
 from ubmd.errors import DataError
 
 # ASE's Voigt order xx yy zz yz xz xy as row and column of the 3 x 3 tensor
 VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
+_FULL = [[0, 5, 4], [5, 1, 3], [4, 3, 2]]  # and the way back
 PAIRS_PER_CHUNK = 20_000  # bounds the memory of one evaluation (the plain-torch descriptor keeps kilobytes per pair)
 
 
@@ -25,7 +28,9 @@ class Graph:
 
     species: int64 [n]; edge_index: int64 [2, P], row 0 the centres; edge_vector: float64 [P, 3] = x_j - x_i in Å;
     first: int64 [n + 1], the pairs of centre i are first[i] .. first[i + 1] - 1; neighbours: int64 [P], element index;
-    volume: Å^3 (0 without a cell); energy: eV; forces: float64 [n, 3], eV/Å; stress: float64 [6], eV/Å^3, ASE order.
+    volume: Å^3 (0 without a cell); projector: float64 [3, 3] of slabs and wires, onto their periodic directions
+    (None: stresses have all components); energy: eV; forces: float64 [n, 3], eV/Å; stress: float64 [6], eV/Å^3, ASE
+    order; fixed: bool [n], the atoms whose forces do not count because they are kept fixed (None: all count).
     """
 
     species: Tensor
@@ -34,9 +39,11 @@ class Graph:
     first: Tensor
     neighbours: Tensor
     volume: float
+    projector: Tensor | None
     energy: float
     forces: Tensor
     stress: Tensor
+    fixed: Tensor | None
 
     @property
     def n_atoms(self) -> int:
@@ -53,7 +60,8 @@ class Batch:
 
     species [N], edge_index [2, P], edge_vector [P, 3], first [N + 1], neighbours [P], structure [N] (the structure
     that owns each atom), counts [S], pair_counts (S numbers; the pairs of a structure follow one another),
-    volume [S], energy [S], forces [N, 3], stress [S, 6]; units as in Graph.
+    volume [S], projector [S, 3, 3] or None, energy [S], forces [N, 3], stress [S, 6], fixed [N] or None; units as in
+    Graph.
     """
 
     species: Tensor
@@ -65,9 +73,11 @@ class Batch:
     counts: Tensor
     pair_counts: list[int]
     volume: Tensor
+    projector: Tensor | None
     energy: Tensor
     forces: Tensor
     stress: Tensor
+    fixed: Tensor | None
 
     @property
     def n_structures(self) -> int:
@@ -95,6 +105,13 @@ class Batch:
         total = torch.stack([vectors.t() @ gradient for vectors, gradient in parts])
         return 0.5 * (total + total.transpose(1, 2))
 
+    def stress_within(self, six: Tensor) -> Tensor:
+        """Stresses [S, 6] without the components along the free directions of slabs and wires."""
+        if self.projector is None:
+            return six
+        full = six[:, torch.tensor(_FULL)]
+        return (self.projector @ full @ self.projector)[:, VOIGT[0], VOIGT[1]]
+
 
 def build_graph(atoms: Atoms, elements: Sequence[str], cutoff: float) -> Graph:
     """Graph of one structure; labels are taken from its calculator results, if there are any.
@@ -120,9 +137,11 @@ def build_graph(atoms: Atoms, elements: Sequence[str], cutoff: float) -> Graph:
         first=torch.from_numpy(np.concatenate([[0], np.cumsum(neighbour_counts)]).astype(np.int64)),
         neighbours=torch.from_numpy(species[edge_index[1]]),
         volume=abs(float(np.linalg.det(atoms.cell.array))),
+        projector=torch.from_numpy(projector(atoms)) if is_partly_periodic(atoms) else None,
         energy=energy,
         forces=torch.from_numpy(forces),
         stress=torch.from_numpy(stress),
+        fixed=torch.from_numpy(fixed) if (fixed := is_fixed(atoms)).any() else None,
     )
 
 
@@ -158,10 +177,25 @@ def collate(graphs: Sequence[Graph]) -> Batch:
         counts=counts,
         pair_counts=pair_counts.tolist(),
         volume=torch.tensor([graph.volume for graph in graphs], dtype=torch.float64),
+        projector=_projectors(graphs),
         energy=torch.tensor([graph.energy for graph in graphs], dtype=torch.float64),
         forces=torch.cat([graph.forces for graph in graphs]),
         stress=torch.stack([graph.stress for graph in graphs]),
+        fixed=_fixed(graphs),
     )
+
+
+def _projectors(graphs: Sequence[Graph]) -> Tensor | None:
+    if all(graph.projector is None for graph in graphs):
+        return None
+    unit = torch.eye(3, dtype=torch.float64)
+    return torch.stack([unit if graph.projector is None else graph.projector for graph in graphs])
+
+
+def _fixed(graphs: Sequence[Graph]) -> Tensor | None:
+    if all(graph.fixed is None for graph in graphs):
+        return None
+    return torch.cat([torch.zeros(g.n_atoms, dtype=torch.bool) if g.fixed is None else g.fixed for g in graphs])
 
 
 def chunks(graphs: Iterable[Graph], max_pairs: int | None = None, max_atoms: int | None = None) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ The rule for files (`read_structures`):
 - Energy, forces and stress are read from ``energy``, ``forces``, ``stress``, or from ``REF_energy``, ``REF_forces``,
   ``REF_stress``. Where a frame has both they must agree.
 - A virial (``virial``, ``virials``, ``REF_virial``, ``REF_virials``; eV; 9 numbers, or 6: xx yy zz yz xz xy, except
-  under ``virial``) of a structure that is periodic in all directions is the stress -virial/volume. Beside a stress it
+  under ``virial``) of a structure that is periodic in some direction is the stress -virial/volume. Beside a stress it
   must agree with it.
 - All labels of a frame come from the keys with REF_, or all from those without.
 - ``energy`` is used, not ``free_energy``, which is read only where there is no ``energy``.
@@ -25,6 +25,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.units import GPa
 
 from ubmd.data.geometry import check_apart, check_cell
+from ubmd.data.periodicity import has_stress
 from ubmd.errors import DataError
 from ubmd.settings import check_label_names
 from ubmd.spelling import nearest
@@ -120,8 +121,8 @@ def _unused(atoms: Atoms) -> dict[str, str]:
     for key in (family + name for family in _FAMILIES for name in _VIRIALS):
         if key in atoms.arrays:
             reasons[key] = "it is given per atom"
-        elif key in atoms.info and not atoms.pbc.all():
-            reasons[key] = "a stress needs a cell that is periodic in all three directions"
+        elif key in atoms.info and not has_stress(atoms):
+            reasons[key] = "a stress needs a cell with a volume that is periodic in some direction"
     return reasons
 
 
@@ -174,8 +175,8 @@ def _converted(name: str, value: Any, atoms: Atoms) -> Any:
     """A label in ubmd's shape; a virial as stress."""
     if name != "virial":
         return shaped(name, value, len(atoms))
-    if not atoms.pbc.all():
-        raise DataError("a virial needs a cell that is periodic in all three directions; remove it.")
+    if not has_stress(atoms):
+        raise DataError("a virial needs a cell with a volume that is periodic in some direction; remove it.")
     return -shaped("virial", value, len(atoms)) / atoms.get_volume()
 
 
@@ -377,8 +378,8 @@ def check_structure(atoms: Atoms) -> None:
     for label, value in labels.items():
         if not np.isfinite(value).all():
             raise DataError(f"NaN or infinity in the {label}; remove the frame or repeat its calculation.")
-    if "stress" in labels and not atoms.pbc.all():
-        raise DataError("a stress needs a cell that is periodic in all three directions; remove the stress.")
+    if "stress" in labels and not has_stress(atoms):
+        raise DataError("a stress needs a cell with a volume that is periodic in some direction; remove the stress.")
 
 
 def labels_of(atoms: Atoms) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_masses
 
+from ubmd.data.constraints import take_fixed
 from ubmd.data.extxyz import info_from_file
 from ubmd.data.labels import dataset_hash
 from ubmd.errors import DataError
@@ -48,14 +49,18 @@ def state_info(atoms: Atoms, names: Iterable[str]) -> dict[str, Any]:
 
 
 def bare(atoms: Atoms, info: Iterable[str] = ()) -> Atoms:
-    """A copy with elements, positions, cell, periodicity and state alone: no labels, constraints or other ``info``."""
+    """A copy with elements, positions, cell, periodicity, state and a note of fixed atoms alone.
+
+    It has no labels, no constraints and no other ``info``.
+    """
     copy = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     take_state(copy, atoms, info)
     return copy
 
 
 def take_state(atoms: Atoms, source: Atoms, info: Iterable[str]) -> None:
-    """Give a structure the state of another one with the same atoms in the same order."""
+    """Give a structure the state of another one with the same atoms in the same order, and its note of fixed atoms."""
+    take_fixed(atoms, source)
     for name, array in state_arrays(source).items():
         atoms.set_array(name, array.copy())
     atoms.info |= state_info(source, info)

@@ -100,6 +100,10 @@ class ReplicaTask(BaseModel):
     """configuration of a fix colvars that joins the dynamics; empty: none"""
 
 
+Ending = Literal["threshold", "step limit", "desorbed", "failed"]
+"""how a replica ends; desorbed: a part of a slab or a wire has left it, beyond the model's cutoff"""
+
+
 class ReplicaResult(BaseModel):
     """How a replica ended."""
 
@@ -108,9 +112,9 @@ class ReplicaResult(BaseModel):
     replica: int
     steps: int
     """MD steps run (valid ones)"""
-    stopped: Literal["threshold", "step limit", "failed"]
+    stopped: Ending
     reason: str
-    """one sentence if it failed, else empty"""
+    """one sentence if it failed or something was desorbed, else empty"""
     frames: int
     """frames in the file"""
     max_u: float

@@ -2,8 +2,9 @@
 
 The fix writes frames to a folder of this attempt alone (`ubmd.attempts`) while the run goes on; frames, log and trace
 have their own names once it has ended. Between segments of the run the replica is checked for invalid states (NaN,
-extreme temperature, overlapping atoms, a cell out of bounds). However it ends - threshold, step limit, LAMMPS error,
-crash of the whole process (`salvage`) - the frames up to the last valid one are kept.
+extreme temperature, overlapping atoms, a cell out of bounds), and whether a part has left a slab or wire. However it
+ends - threshold, step limit, desorption, LAMMPS error, crash of the whole process (`salvage`) - the frames up to the
+last valid one are kept.
 
 LAMMPS rotates cells (first vector along x, second in the xy plane), and frames of cells are rotated, too: positions,
 cell and whatever is computed from them later belong together, in the rotated orientation.
@@ -20,19 +21,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from ase import Atoms
 
 from ubmd.attempts import Attempt, end_attempts
 from ubmd.data.extxyz import as_extxyz
-from ubmd.data.geometry import check_geometry
+from ubmd.data.geometry import check_geometry, count_parts
+from ubmd.data.periodicity import is_partly_periodic
 from ubmd.data.state import take_state
 from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, MachineError, SimulationError, UbmdError
 from ubmd.faults import killed_by, killed_rank
-from ubmd.lammps.engine import MDEngine, ReplicaResult, ReplicaTask, trace_file
+from ubmd.lammps.box import Box, deformation
+from ubmd.lammps.engine import Ending, MDEngine, ReplicaResult, ReplicaTask, trace_file
 from ubmd.lammps.frames import count_frames, read_frames
 from ubmd.lammps.plugin import check_shared_memory
 from ubmd.lammps.session import (
@@ -40,10 +42,14 @@ from ubmd.lammps.session import (
     Neighbours,
     Session,
     highest_temperature,
+    leave_mpi,
+    mobile_group,
     species_words,
     symbols_of,
+    velocity_command,
     with_suitable_neighbours,
 )
+from ubmd.potentials.record import read_record
 
 FIX = "bias"
 _FRAMES = "frames.extxyz"  # in the folder of an attempt: as the fix writes them
@@ -84,8 +90,8 @@ def run_replica(task: ReplicaTask, note: Callable[[Attempt, ReplicaResult], None
     return result
 
 
-_Ended = tuple[Literal["threshold", "step limit", "failed"], str, int, float, float]
-"""(how, reason if it failed, steps, |F_bias| / |F|, wall time in s)"""
+_Ended = tuple[Ending, str, int, float, float]
+"""(how, reason, steps, |F_bias| / |F|, wall time in s)"""
 
 
 def _run_here(task: ReplicaTask, attempt: Attempt) -> tuple[int, _Ended]:
@@ -155,6 +161,7 @@ def main(folder: Path) -> None:
     rank, ended = _run_here(task, Attempt(task.frames, folder))
     if rank == 0:
         (folder / _ENDED).write_text(json.dumps(ended))
+    leave_mpi()
 
 
 def salvage(task: ReplicaTask, reason: str) -> ReplicaResult:
@@ -195,7 +202,7 @@ class _Trace:
     """Positions, cell and largest uncertainty at a short stride, for autocorrelations; empty without ``trace_every``.
 
     The file holds ``numbers`` [n], ``timestep`` (fs), and per record ``step`` [T], ``positions`` [T, n, 3] (Å, float32,
-    may jump by cell vectors), ``cell`` [T, 3, 3] (Å; zeros for molecules) and ``max_u`` [T] (eV/Å).
+    may jump by cell vectors), ``cell`` [T, 3, 3] (Å; zeros in free directions) and ``max_u`` [T] (eV/Å).
     """
 
     def __init__(self, task: ReplicaTask, atoms: Atoms) -> None:
@@ -207,7 +214,7 @@ class _Trace:
         """Record the current step, if it is due; all ranks call this."""
         every, step = self._task.trace_every, session.step()
         if every and step % every == 0:
-            cell = session.cell() if self._atoms.pbc.all() else np.zeros((3, 3))
+            cell = np.where(self._atoms.pbc[:, None], session.cell(), 0.0)
             max_u = session.fix_value(FIX, FixValue.MAX_UNCERTAINTY)
             self._records.append((step, session.positions().astype(np.float32), cell, max_u))
 
@@ -233,19 +240,18 @@ def _session(task: ReplicaTask, folder: Path, atoms: Atoms, neighbours: Neighbou
     """LAMMPS with one replica's system and fixes, which writes to a folder."""
     with Session(folder / _LOG, task.model) as session:
         with session.setting_up():
-            if task.ensemble == "npt" and not atoms.pbc.all():
+            if task.ensemble == "npt" and not atoms.pbc.any():
                 raise SimulationError("md.ensemble = 'npt' needs a periodic start structure; use 'nvt' for a molecule.")
             session.make_system(atoms, task.precision, neighbours)
             if task.colvars and session.rank == 0:
                 (folder / "colvars").write_text(task.colvars)
-            session.commands(_dynamics_commands(task, session.log.parent, symbols_of(atoms)))
+            session.commands(_dynamics_commands(task, session.log.parent, atoms))
         yield session
 
 
-def _advance(
-    session: Session, task: ReplicaTask, attempt: Attempt, start: Atoms, trace: _Trace
-) -> tuple[Literal["threshold", "step limit", "failed"], str]:
-    """Run segment by segment; (how it ended, reason if it failed)."""
+def _advance(session: Session, task: ReplicaTask, attempt: Attempt, start: Atoms, trace: _Trace) -> tuple[Ending, str]:
+    """Run segment by segment; (how it ended, reason if it failed or something was desorbed)."""
+    parts = _Parts(task, start)
     for begin, end in _pieces(task):
         whole = end % _PIECE == 0 or end == task.steps  # the others only end where the trace has a record
         try:
@@ -261,7 +267,26 @@ def _advance(
             attempt.report(session.step())
         if stopped:
             return "threshold", ""
+        if whole and parts.are_more(session.positions(), session.cell()):
+            return "desorbed", f"A part of the structure is more than {parts.cutoff:g} Å away from the rest."
     return "step limit", ""
+
+
+class _Parts:
+    """Whether a part of a slab or wire has left it: the model knows nothing of what is beyond its cutoff."""
+
+    def __init__(self, task: ReplicaTask, start: Atoms) -> None:
+        record = read_record(task.model) if is_partly_periodic(start) else None
+        self.cutoff = 0.0 if record is None else float(record["cutoff"])  # 0: not asked
+        self._start = start
+        self._most = count_parts(start, self.cutoff) if self.cutoff else 0
+
+    def are_more(self, positions: np.ndarray, cell: np.ndarray) -> bool:
+        """Whether there are more separate parts than at the start, at positions [n, 3] in a cell [3, 3]."""
+        if not self.cutoff:
+            return False
+        now = Atoms(self._start.numbers, positions, cell=cell, pbc=self._start.pbc)
+        return count_parts(now, self.cutoff) > self._most
 
 
 def _pieces(task: ReplicaTask) -> Iterator[tuple[int, int]]:
@@ -292,7 +317,7 @@ def _cell_out_of_bounds(cell: np.ndarray, start: Atoms, task: ReplicaTask) -> st
     """
     if task.ensemble == "nvt":
         return ""
-    stretches = np.linalg.svd(np.linalg.solve(start.cell[:], cell), compute_uv=False)
+    stretches = np.linalg.svd(deformation(cell, start), compute_uv=False)
     factors = {"volume": stretches.prod(), "longest stretch": stretches[0], "shortest stretch": stretches[-1]}
     for name, factor in factors.items():
         if not 1.0 / task.cell_limit <= factor <= task.cell_limit:
@@ -304,7 +329,7 @@ def _cell_out_of_bounds(cell: np.ndarray, start: Atoms, task: ReplicaTask) -> st
 def _finish(
     task: ReplicaTask,
     attempt: Attempt,
-    stopped: Literal["threshold", "step limit", "failed"],
+    stopped: Ending,
     reason: str,
     steps: int,
     bias_share: float,
@@ -313,10 +338,16 @@ def _finish(
     """Give the valid frames, log and trace their final names, and say how it went."""
     raw = count_frames(attempt.folder / _FRAMES)  # first: the process of a salvaged attempt may still be writing
     frames = list(_sane_frames(task, attempt.folder))
-    if len(frames) < raw:
-        last = int(frames[-1].info["step"]) if frames else 0
+    kept = _until_desorbed(task, frames)
+    last = int(kept[-1].info["step"]) if kept else 0
+    if len(kept) < len(frames):
+        reason = f"A part of the structure was further from the rest than the model's cutoff from step {last} on."
+        stopped, steps = "desorbed", last
+    elif len(frames) < raw:
         invalid = f"Atoms overlap or are lost, or the cell is out of bounds, after the frame of step {last}."
-        stopped, reason, steps = "failed", reason or invalid, min(steps, last + task.frames_every)
+        reason = reason if stopped == "failed" and reason else invalid
+        stopped, steps = "failed", min(steps, last + task.frames_every)
+    frames = kept
     _keep_log(task, attempt)
     attempt.remove(trace_file(task))
     # Where a failed replica becomes invalid is known for frames only.
@@ -344,10 +375,14 @@ def _finish(
 def _sane_frames(task: ReplicaTask, folder: Path) -> Iterator[Atoms]:
     """Frames of the unfinished file before the first invalid one.
 
-    That is: cut short, not finite, with overlapping atoms, or with a cell out of bounds. They are in the start's state.
+    That is: cut short, not finite, with overlapping atoms, or with a cell out of bounds. They are in the start's state,
+    and in free directions they have its cell vectors.
     """
     start = read_structures(task.start)[0]
+    box = Box(start) if is_partly_periodic(start) else None
     for frame in read_frames(folder / _FRAMES):
+        if box is not None:
+            frame.cell = box.cell(frame.cell[:])
         if not np.isfinite(frame.cell[:]).all() or _cell_out_of_bounds(frame.cell[:], start, task):
             return
         try:
@@ -361,39 +396,50 @@ def _sane_frames(task: ReplicaTask, folder: Path) -> Iterator[Atoms]:
         yield frame
 
 
-def _dynamics_commands(task: ReplicaTask, folder: Path, symbols: list[str]) -> list[str]:
-    """Velocities, integration at constant conditions, and the uncertainty fix."""
+def _until_desorbed(task: ReplicaTask, frames: list[Atoms]) -> list[Atoms]:
+    """Frames up to the first one in which a part has left a slab or wire, that one included."""
+    if not frames or not is_partly_periodic(frames[0]):
+        return frames
+    parts = _Parts(task, read_structures(task.start)[0])
+    for number, frame in enumerate(frames, start=1):
+        if parts.are_more(frame.positions, frame.cell[:]):
+            return frames[:number]
+    return frames
+
+
+def _dynamics_commands(task: ReplicaTask, folder: Path, atoms: Atoms) -> list[str]:
+    """Velocities, integration at constant conditions, and the uncertainty fix; fixed atoms have none of these."""
     every = min(task.frames_every, task.steps)
     stop = f" stop {task.threshold:.17g}" if np.isfinite(task.threshold) else ""
+    words = _bias_words(task, symbols_of(atoms))
     return [
-        f"velocity all create {task.temperature:.17g} {task.velocity_seed} mom yes rot yes dist gaussian",
+        velocity_command(atoms, task.temperature, task.velocity_seed),
         f"timestep {task.timestep / 1000.0:.17g}",
         f"thermo {_PIECE}",
         "thermo_modify lost error",
-        *(_npt(task) if task.ensemble == "npt" else _nvt(task)),
+        *(_npt(task, Box(atoms)) if task.ensemble == "npt" else _nvt(task, mobile_group(atoms))),
         *_colvars(task, folder),
-        f'fix {FIX} all ubmd {_bias_words(task, symbols)}save 0.0 "{folder / _FRAMES}" every {every}{stop}',
+        f'fix {FIX} {mobile_group(atoms)} ubmd {words}save 0.0 "{folder / _FRAMES}" every {every}{stop}',
     ]
 
 
-def _nvt(task: ReplicaTask) -> list[str]:
+def _nvt(task: ReplicaTask, group: str) -> list[str]:
     """Langevin dynamics in the given cell."""
     temperature = f"{task.temperature:.17g}"
     return [
-        "fix integrate all nve",
-        f"fix thermostat all langevin {temperature} {temperature} {task.damping:.17g} {task.langevin_seed}",
+        f"fix integrate {group} nve",
+        f"fix thermostat {group} langevin {temperature} {temperature} {task.damping:.17g} {task.langevin_seed}",
     ]
 
 
-def _npt(task: ReplicaTask) -> list[str]:
+def _npt(task: ReplicaTask, box: Box) -> list[str]:
     """Nosé-Hoover thermostat and barostat; the barostat feels the bias stress through the virial of fix ubmd.
 
     Cells are never flipped: a frame's vectors go continuously over into the next one's. A cell that shears without end
     is out of bounds instead (or stops LAMMPS, where a tilt passes 1.5 lengths).
     """
     temperature = f"{task.temperature:.17g}"
-    pressure = f"{task.pressure * _BAR_PER_MPA:.17g}"
-    barostat = f"{task.coupling} {pressure} {pressure} {task.pressure_damping:.17g}"
+    barostat = box.barostat(task.coupling, task.pressure * _BAR_PER_MPA, task.pressure_damping)
     return [f"fix integrate all npt temp {temperature} {temperature} {task.damping:.17g} {barostat} flip no"]
 
 

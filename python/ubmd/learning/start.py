@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 
-from ubmd.data.constraints import fixed_atoms
+from ubmd.data.constraints import fixed_atoms, is_fixed
 from ubmd.data.geometry import check_apart, check_geometry
+from ubmd.data.periodicity import has_stress, is_partly_periodic, projector
 from ubmd.data.state import bare, check_state, mixed_states
 from ubmd.errors import DataError, LabelError, SettingsError
 from ubmd.settings import RunSettings, StartSettings
@@ -21,15 +22,14 @@ def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
         SettingsError: they don't fit the ensemble, one that replicas start from cannot be moved, or one has two atoms
             at the same place.
     """
-    if settings.md.ensemble == "npt" and not all(atoms.pbc.all() for atoms in structures):
-        raise SettingsError(
-            f"md.ensemble = 'npt' needs start structures that are periodic in all directions, but "
-            f"{settings.start.file} has one that is not; use 'nvt' for molecules."
-        )
+    if settings.md.ensemble == "npt":
+        _check_barostat(structures, settings)
     for k, atoms in enumerate(structures):
         name = f"{settings.start.file}, structure {k}," if len(structures) > 1 else str(settings.start.file)
-        if k == 0 or settings.md.start_from == "labelled":
-            check_periodicity(atoms, name)
+        if settings.start.strain > 0.0 and is_fixed(atoms).any():
+            raise SettingsError(
+                f"start.strain: {name} has fixed atoms, which a strain would move; set start.strain = 0, or fix none."
+            )
         if k == 0:
             check_movable(atoms, name, settings.reference.min_distance)
         try:
@@ -38,18 +38,34 @@ def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
             raise SettingsError(f"{name} cannot be labelled: {error}") from None
 
 
-def check_periodicity(atoms: Atoms, name: str) -> None:
-    """SettingsError if a structure is periodic in one or two directions; ``name`` is what the sentence calls it."""
-    if atoms.pbc.any() and not atoms.pbc.all():
-        flags = " ".join("T" if periodic else "F" for periodic in atoms.pbc)
-        raise SettingsError(
-            f'{name} is periodic in some directions only (pbc = "{flags}"), but MD needs all three or none: make a '
-            "slab or a wire periodic in all three, with an empty gap between the copies that is wider than the cutoff."
-        )
+def _check_barostat(structures: Sequence[Atoms], settings: RunSettings) -> None:
+    """SettingsError if a barostat could not move the cell of a structure."""
+    file, md = settings.start.file, settings.md
+    pressed = any(p != 0.0 for p in (md.pressures or [md.pressure])) or (
+        md.ramp is not None and md.ramp.pressure is not None
+    )
+    for atoms in structures:
+        if not atoms.pbc.any():
+            raise SettingsError(
+                f"md.ensemble = 'npt' needs start structures that are periodic in some direction, but {file} has one "
+                "that is not; use 'nvt' for molecules."
+            )
+        if is_fixed(atoms).any():
+            raise SettingsError(
+                f"md.ensemble = 'npt' does not go with fixed atoms, but {file} has some (FixAtoms): a barostat moves "
+                "all atoms with the cell. Use 'nvt', or fix none."
+            )
+        if pressed and not has_stress(atoms):
+            raise SettingsError(
+                f"md.pressure refers to the volume of the cell, but a structure of {file} has none: give every cell "
+                "vector a length, or set md.pressure = 0."
+            )
 
 
 def check_movable(atoms: Atoms, name: str, min_distance: float) -> None:
     """SettingsError if MD cannot even begin with a structure; ``name`` is what the sentence calls it."""
+    if is_fixed(atoms).all():
+        raise SettingsError(f"{name}: all atoms are fixed, so that nothing would move: leave some of them free.")
     if len(atoms) == 1:
         raise SettingsError(f"{name} has a single atom, so that nothing can move relative to it; repeat its cell.")
     try:
@@ -83,18 +99,30 @@ def check_states(structures: Sequence[Atoms], settings: RunSettings) -> None:
 def perturb(
     structures: Sequence[Atoms], settings: StartSettings, rng: np.random.Generator, info: Sequence[str] = ()
 ) -> list[Atoms]:
-    """``settings.count`` copies, uniformly strained (fully periodic ones) and then uniformly displaced.
+    """``settings.count`` copies, uniformly strained (periodic ones) and then uniformly displaced.
 
     Copy k comes from structure k modulo their number, in the state of that structure (``info``: the keys of
-    ``atoms.info`` that belong to it); constraints are left behind. The strain is symmetric, with six independent
-    components; positions are rescaled with the cell.
+    ``atoms.info`` that belong to it); fixed atoms stay where they are. The strain is symmetric, with six independent
+    components, of slabs and wires those along their periodic directions; positions are rescaled with the cell.
     """
     copies = []
     for k in range(settings.count):
         copy = bare(structures[k % len(structures)], info)
-        if settings.strain > 0.0 and copy.pbc.all():
+        if settings.strain > 0.0 and copy.pbc.any():
             upper = np.triu(rng.uniform(-settings.strain, settings.strain, (3, 3)))
-            copy.set_cell(copy.cell[:] @ (np.eye(3) + (upper + upper.T) / 2.0), scale_atoms=True)
-        copy.positions += rng.uniform(-settings.displacement, settings.displacement, copy.positions.shape)
+            _strain(copy, (upper + upper.T) / 2.0)
+        displacement = rng.uniform(-settings.displacement, settings.displacement, copy.positions.shape)
+        copy.positions += np.where(is_fixed(copy)[:, None], 0.0, displacement)
         copies.append(copy)
     return copies
+
+
+def _strain(atoms: Atoms, strain: np.ndarray) -> None:
+    """Strain [3, 3] a structure: its atoms and its periodic vectors, along the periodic directions."""
+    if not is_partly_periodic(atoms):
+        atoms.set_cell(atoms.cell[:] @ (np.eye(3) + strain), scale_atoms=True)
+        return
+    within = projector(atoms)
+    stretch = np.eye(3) + within @ strain @ within
+    atoms.set_cell(np.where(atoms.pbc[:, None], atoms.cell[:] @ stretch, atoms.cell[:]))
+    atoms.positions = atoms.positions @ stretch

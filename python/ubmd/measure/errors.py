@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ubmd.calculator import Evaluator, Prediction
 from ubmd.data.labels import EV_PER_A3_IN_MPA, labels_of
+from ubmd.data.periodicity import stress_components
 from ubmd.errors import DataError
 
 Array = NDArray[np.float64]
@@ -112,13 +113,17 @@ def accuracy(predictions: Sequence[Prediction], structures: Sequence[Atoms]) -> 
     data = calibration_data(structures, predictions)
     pairs = [(p, labels_of(atoms)) for p, atoms in zip(predictions, structures, strict=True)]
     forces = np.concatenate([p.forces - found["forces"] for p, found in pairs])
-    stress = [p.stress - found["stress"] for p, found in pairs if p.stress is not None and "stress" in found]
+    stress = [
+        stress_components(p.stress - found["stress"], atoms)
+        for (p, found), atoms in zip(pairs, structures, strict=True)
+        if p.stress is not None and "stress" in found
+    ]
     return {
         "structures": len(structures),
         "atoms": len(data.atom_error),
         **_errors("energy", "meV_per_atom", 1000 * data.energy_error),
         **_errors("force", "eV_per_A", forces),
-        **_errors("stress", "MPa", EV_PER_A3_IN_MPA * np.array(stress)),
+        **_errors("stress", "MPa", EV_PER_A3_IN_MPA * np.concatenate([*stress, []])),
         "energy_share_below_u": share_covered(data.energy_error, data.energy_u),
         "force_share_below_u": share_covered(data.atom_error, data.atom_u),
         "max_force_share_below_u": share_covered(data.largest_error, data.largest_u),
@@ -161,7 +166,7 @@ class ParityData:
     force: Array
     """[3A] eV/Å"""
     stress_label: Array
-    """[6T] MPa, empty without stress labels"""
+    """[6T] MPa, empty without stress labels; of slabs and wires three or one component"""
     stress: Array
     """[6T] MPa"""
 
@@ -169,14 +174,18 @@ class ParityData:
 def parity_data(structures: Sequence[Atoms], predictions: Sequence[Prediction]) -> ParityData:
     """What `figures.parity_figure` draws, for predictions of the same structures."""
     pairs = [(p, labels_of(atoms), len(atoms)) for p, atoms in zip(predictions, structures, strict=True)]
-    stresses = [(p.stress, found["stress"]) for p, found, _ in pairs if p.stress is not None and "stress" in found]
+    stresses = [
+        (stress_components(p.stress, atoms), stress_components(found["stress"], atoms))
+        for (p, found, _), atoms in zip(pairs, structures, strict=True)
+        if p.stress is not None and "stress" in found
+    ]
     return ParityData(
         energy_label=np.array([float(found["energy"]) / n for _, found, n in pairs]),
         energy=np.array([p.energy / n for p, _, n in pairs]),
         force_label=np.concatenate([np.ravel(found["forces"]) for _, found, _ in pairs]),
         force=np.concatenate([p.forces.ravel() for p, _, _ in pairs]),
-        stress_label=EV_PER_A3_IN_MPA * np.ravel([label for _, label in stresses]),
-        stress=EV_PER_A3_IN_MPA * np.ravel([value for value, _ in stresses]),
+        stress_label=EV_PER_A3_IN_MPA * np.concatenate([[], *(label for _, label in stresses)]),
+        stress=EV_PER_A3_IN_MPA * np.concatenate([[], *(value for value, _ in stresses)]),
     )
 
 

@@ -73,14 +73,14 @@ class NetworkEvaluator:
             # how the members differ: their common energy says nothing about uncertainty
             means = means - means.mean(1, keepdim=True)
         sizes = batch.counts.tolist()
-        strain = batch.virials_from(result.gradient).numpy()
+        virial = batch.stress_within(batch.virials_from(result.gradient)[:, VOIGT[0], VOIGT[1]]).numpy()
         forces = batch.forces_from(result.gradient).split(sizes)
         energies, atomic_u = result.energy.split(sizes), result.atomic_uncertainties().split(sizes)
         return [
             Prediction(
                 energy=float(energies[k].sum()),
                 forces=forces[k].numpy(),
-                stress=strain[k][VOIGT] / volume if volume > 0.0 else None,
+                stress=virial[k] / volume if volume > 0.0 else None,
                 u=u[k],
                 atomic_u=atomic_u[k].numpy(),
                 feature=means[k].numpy() / self.feature_scale,

@@ -79,16 +79,20 @@ def calibrate(
     """Set the conformal factors from |energy error|/n of structures and RMSE over xyz of atomic forces.
 
     With ``settings.atoms_by == 'structure'`` a structure counts once, with max_i error / max_i u, because
-    atoms of one structure are not exchangeable and the threshold acts on the maximum.
+    atoms of one structure are not exchangeable and the threshold acts on the maximum. Fixed atoms do not count.
     """
     energy_errors, energy_u, force_errors, force_u = [], [], [], []
     for batch in chunks(graphs):
         energy, forces, u, atomic_u = evaluate(deployed, batch)
         error = (forces - batch.forces).square().mean(1).sqrt()
+        counted = torch.ones(len(error), dtype=torch.bool) if batch.fixed is None else ~batch.fixed
         sizes = batch.counts.tolist()
         energy_errors.append(((energy - batch.energy) / batch.counts).numpy())
         energy_u.append(u.numpy())
-        for atom_error, atom_u in zip(error.split(sizes), atomic_u.split(sizes), strict=True):
+        for atom_error, atom_u, free in zip(
+            error.split(sizes), atomic_u.split(sizes), counted.split(sizes), strict=True
+        ):
+            atom_error, atom_u = atom_error[free], atom_u[free]
             whole = settings.atoms_by == "structure"
             force_errors.append(atom_error.max().reshape(1).numpy() if whole else atom_error.numpy())
             force_u.append(atom_u.max().reshape(1).numpy() if whole else atom_u.numpy())

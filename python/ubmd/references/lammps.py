@@ -19,6 +19,7 @@ from ase.geometry.cell import complete_cell
 from numpy.typing import NDArray
 
 from ubmd.aliases import Aliases
+from ubmd.data.periodicity import has_stress, is_partly_periodic, stress_within
 from ubmd.errors import LabelError, SettingsError, SimulationError
 from ubmd.lammps.session import Session
 from ubmd.references.repetition import Repetition
@@ -147,8 +148,8 @@ class LAMMPS(Calculator):
         if repetition is not None:
             energy, forces = energy / repetition.count, repetition.unit_forces(forces)
         self.results: dict[str, Any] = {"energy": energy, "forces": forces}
-        if structure.pbc.all():
-            self.results["stress"] = stress
+        if has_stress(structure):
+            self.results["stress"] = stress_within(stress, structure)
 
     def close(self) -> None:
         """End the LAMMPS instance; the next structure starts a new one."""
@@ -165,7 +166,10 @@ class LAMMPS(Calculator):
         except Exception as error:  # the only type that the LAMMPS module raises
             self.close()  # its state after an error is unknown
             raise LabelError(f"LAMMPS failed: {_message(error)}.") from error
-        return energy * self._unit, box.turn_back(forces) * self._unit, box.stress(pressure) * self._unit
+        stress = box.stress(pressure) * self._unit
+        if is_partly_periodic(atoms) and has_stress(atoms):  # LAMMPS divides by the volume of its own box
+            stress *= np.prod(box.high - box.low) / abs(np.linalg.det(atoms.cell[:]))
+        return energy * self._unit, box.turn_back(forces) * self._unit, stress
 
     def _session_for(self, atoms: Atoms, box: _Box) -> Session:
         """The last instance, or a new one if there is none for these atoms and this periodicity."""

@@ -10,6 +10,7 @@ from ase.calculators.abc import GetPropertiesMixin
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from ubmd.data.periodicity import has_stress, stress_within
 from ubmd.errors import LabelError, one_line
 
 Results = dict[str, np.ndarray | float]
@@ -17,7 +18,9 @@ Results = dict[str, np.ndarray | float]
 
 
 def read_results(atoms: Atoms, calculator: GetPropertiesMixin) -> Results:
-    """Energy, forces and, for fully periodic structures if there is one, the stress of a structure.
+    """Energy, forces and, for periodic structures if there is one, the stress of a structure.
+
+    Of slabs and wires the stress has no components along the free directions.
 
     Args:
         atoms: the structure; not changed, the calculator gets copies.
@@ -29,10 +32,10 @@ def read_results(atoms: Atoms, calculator: GetPropertiesMixin) -> Results:
     """
     results: Results = {"forces": read_forces(atoms, calculator)}
     results["energy"] = _energy(atoms, calculator)
-    if atoms.pbc.all():
+    if has_stress(atoms):
         stress = _stress(atoms, calculator)
         if stress is not None and (stress.any() or not np.any(results["forces"])):
-            results["stress"] = stress
+            results["stress"] = stress_within(stress, atoms)
     return results
 
 

@@ -63,6 +63,9 @@ class TrainingSettings(Table):
     energy_weight: float = Field(1.0, ge=0, description="w_E, weight of squared energy errors, 1/eV^2")
     force_weight: float = Field(4.0, ge=0, description="w_F, weight of squared force errors, Å^2/eV^2")
     stress_weight: float = Field(0.01, ge=0, description="w_S, weight of squared errors of V·stress, 1/eV^2")
+    fixed_forces: Annotated[bool, LATE] = Field(
+        True, description="train on the forces of fixed atoms (FixAtoms), too; the labels have them in any case"
+    )
     learning_rate: float = Field(0.03, gt=0, description="Adam step of the layers, decays linearly to 0 (no unit)")
     learning_rate_radial: float = Field(0.02, gt=0, description="Adam step of the radial coefficients B (no unit)")
     learning_rate_shift: float = Field(0.05, gt=0, description="Adam step of the shifts mu (no unit)")

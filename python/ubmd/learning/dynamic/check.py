@@ -7,13 +7,14 @@ from pathlib import Path
 
 from ase import Atoms
 
-from ubmd.data.constraints import fixed_atoms
+from ubmd.data.constraints import fixed_atoms, is_fixed
+from ubmd.data.periodicity import describe_periodicity
 from ubmd.data.state import bare, check_state, describe_state, state_info, take_state
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.reference import check_here
-from ubmd.learning.start import check_movable, check_periodicity
+from ubmd.learning.start import check_movable
 from ubmd.potentials.kinds import kind_of_settings
 from ubmd.settings.dynamic import DynamicRunSettings, box_file
 
@@ -64,9 +65,7 @@ def check_box(settings: DynamicRunSettings, base: Path) -> Atoms:
         DataError: the file holds no structure.
     """
     box = ideal_box(settings, base)
-    name = box_file(settings, base).name
-    check_periodicity(box, name)
-    check_movable(box, name, settings.reference.min_distance)
+    check_movable(box, box_file(settings, base).name, settings.reference.min_distance)
     return box
 
 
@@ -98,14 +97,14 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
     state = describe_state(box, settings.reference.info)
     if state:
         yield f"In every structure the calculator sees: {state}."
-    if len(fixed_atoms(read_structures(box_file(settings, base))[0])):
-        yield "Fixed atoms (FixAtoms) are not kept fixed: the trajectories move all atoms."
+    if fixed := int(is_fixed(box).sum()):
+        yield (
+            f"{fixed} atoms are fixed (FixAtoms): they stay where they are in all MD, and temperatures, bias and "
+            "errors are those of the others."
+        )
     dynamic = settings.dynamic
     temperatures = ", ".join(f"{t:g}" for t in dynamic.temperatures)
-    yield (
-        f"Box: {box.symbols.formula.format('hill')}, {len(box)} atoms, "
-        f"{'periodic' if box.pbc.all() else 'not periodic'}."
-    )
+    yield (f"Box: {box.symbols.formula.format('hill')}, {len(box)} atoms, {describe_periodicity(box)}.")
     yield (
         f"{dynamic.trajectories} trajectories of {dynamic.steps:,} steps "
         f"({dynamic.steps * dynamic.timestep / 1000.0:g} ps) at {temperatures} K, "

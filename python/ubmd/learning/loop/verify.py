@@ -9,7 +9,7 @@ from pathlib import Path
 from ase import Atoms
 from ase.data import atomic_numbers
 
-from ubmd.data.constraints import check_free, fixed_atoms
+from ubmd.data.constraints import check_free, is_fixed
 from ubmd.data.state import describe_state, mixed_states
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError
@@ -112,8 +112,18 @@ def state_remarks(structures: list[Atoms], settings: RunSettings) -> Iterator[st
             f"The calculator does not see these keys of info: {', '.join(map(str, unseen[:_KEYS]))}{more} (list those "
             "that it reads in reference.info)."
         )
-    if any(len(fixed_atoms(atoms)) for atoms in structures):
-        yield "Fixed atoms (FixAtoms) are kept fixed in reference MD only: the replicas move all atoms."
+    fixed = [int(is_fixed(atoms).sum()) for atoms in structures]
+    if any(fixed):
+        yield (
+            f"{_counts(fixed)} atoms are fixed (FixAtoms): they stay where they are in all MD, and temperatures, bias "
+            "and thresholds are those of the others."
+        )
+
+
+def _counts(numbers: list[int]) -> str:
+    """One number, or the range of several."""
+    least, most = min(numbers), max(numbers)
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def check_run_dir(path: Path) -> None:

@@ -77,6 +77,8 @@ def _cotangents(batch: Batch, errors: Differences, settings: TrainingSettings) -
         virial = torch.zeros(len(six), 3, 3, dtype=six.dtype)
         virial[:, VOIGT[0], VOIGT[1]] += 0.5 * six  # half for either of the two equal off-diagonal elements
         virial[:, VOIGT[1], VOIGT[0]] += 0.5 * six
+        if batch.projector is not None:  # the errors are P D P of slabs, with P of `Batch.stress_within`
+            virial = batch.projector @ virial @ batch.projector
         parts = zip(batch.by_structure(pairs), batch.by_structure(batch.edge_vector), virial, strict=True)
         for q, vectors, own in parts:
             q.addmm_(vectors, own)

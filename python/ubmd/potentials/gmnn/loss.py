@@ -17,7 +17,8 @@ from ubmd.settings import TrainingSettings
 class Differences:
     """Prediction minus label of a batch: energy [S] eV, forces [N, 3] eV/Å, virial [S, 6] = V·stress, eV.
 
-    Structures without a stress label have zero rows in ``virial`` and False in ``has_stress`` [S].
+    Structures without a stress label have zero rows in ``virial`` and False in ``has_stress`` [S]. Slabs and wires have
+    zeros along their free directions, fixed atoms whose forces do not count have zeros in ``forces``.
     """
 
     energy: Tensor
@@ -30,11 +31,11 @@ def differences(batch: Batch, energies: Tensor, forces: Tensor, virial: Tensor) 
     """Differences to the labels of a batch; virial [S, 3, 3] = dE/d(strain)."""
     has_stress = torch.isfinite(batch.stress).all(dim=1)
     reference = torch.nan_to_num(batch.stress) * batch.volume.unsqueeze(1)
-    six = virial[:, VOIGT[0], VOIGT[1]]
+    six = virial[:, VOIGT[0], VOIGT[1]] - reference
     return Differences(
         energy=energies - batch.energy,
-        forces=forces - batch.forces,
-        virial=torch.where(has_stress.unsqueeze(1), six - reference, 0.0),
+        forces=forces - batch.forces if batch.fixed is None else _of_free(batch.fixed, forces - batch.forces),
+        virial=torch.where(has_stress.unsqueeze(1), batch.stress_within(six), 0.0),
         has_stress=has_stress,
     )
 
@@ -51,6 +52,18 @@ def loss(errors: Differences, settings: TrainingSettings) -> Tensor:
     return total
 
 
+def _of_free(fixed: Tensor, errors: Tensor) -> Tensor:
+    return torch.where(fixed.unsqueeze(1), 0.0, errors)
+
+
+def _free_components(batch: Batch, errors: Differences) -> int:
+    """Stress components of slabs and wires that are zero by definition, and no errors: three and five of six."""
+    if batch.projector is None:
+        return 0
+    directions = batch.projector.diagonal(dim1=1, dim2=2).sum(1).round()[errors.has_stress]
+    return int((6 - directions * (directions + 1) / 2).sum())
+
+
 @dataclass
 class ErrorSums:
     """Sums of squared and absolute errors over batches: energy per atom, force components, stress components."""
@@ -63,14 +76,15 @@ class ErrorSums:
     def add(self, batch: Batch, errors: Differences) -> None:
         """Add the errors of one batch."""
         stress = (errors.virial / batch.volume.clamp(min=1e-300).unsqueeze(1))[errors.has_stress]
-        for name, values in (
-            ("energy", errors.energy / batch.counts),
-            ("force", errors.forces),
-            ("stress", stress),
+        fixed = 0 if batch.fixed is None else 3 * int(batch.fixed.sum())
+        for name, values, zeros in (
+            ("energy", errors.energy / batch.counts, 0),
+            ("force", errors.forces, fixed),
+            ("stress", stress, _free_components(batch, errors)),
         ):
             self.squares[name] += float(values.square().sum())
             self.absolutes[name] += float(values.abs().sum())
-            self.counts[name] += values.numel()
+            self.counts[name] += values.numel() - zeros
 
     def rmse(self, name: str) -> float | None:
         """Root mean square error: energy eV/atom, force eV/Å, stress eV/Å^3; None without data."""

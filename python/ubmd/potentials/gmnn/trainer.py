@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ubmd.data.graph import Batch, build_graph, chunks
+from ubmd.data.graph import Batch, Graph, build_graph, chunks
 from ubmd.data.labels import check_labelled, dataset_hash
 from ubmd.errors import DataError, ModelError, TrainingError
 from ubmd.files import file_hash
@@ -155,10 +155,9 @@ class _Trainer:
         self.model = model.to_network_dtype(getattr(torch, settings.precision))
         self.settings = settings
         self.epochs = epochs
-        self.graphs = [build_graph(atoms, model.elements, model.cutoff) for atoms in training]
+        self.graphs = [self._graph(atoms) for atoms in training]
         self.limits = chunk_limits(model)
-        held_out = (build_graph(atoms, model.elements, model.cutoff) for atoms in validation)
-        self.validation = list(chunks(held_out, *self.limits))
+        self.validation = list(chunks((self._graph(atoms) for atoms in validation), *self.limits))
         if not warm:
             model.initialise_energies(self.graphs)
         self.base_rates = _learning_rates(settings, settings.warm_learning_rate_factor if warm else 1.0)
@@ -240,6 +239,10 @@ class _Trainer:
             "valid_force_mae_eV_per_A": sums.mae("force"),
             "best": int(is_best),
         }
+
+    def _graph(self, atoms: Atoms) -> Graph:
+        graph = build_graph(atoms, self.model.elements, self.model.cutoff)
+        return replace(graph, fixed=None) if self.settings.fixed_forces else graph
 
     def state(self) -> dict[str, Any]:
         """All that changes during training, between two epochs."""
