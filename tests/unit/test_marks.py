@@ -47,7 +47,11 @@ def test_keys_of_stages_have_what_they_had() -> None:
     every = set(ReferenceSettings.model_fields)
     assert set(key_values(reference)) == every - {"timeout", "cache", "environment", "info", "noise"}
     assert key_values(reference.model_copy(update={"noise": 0.1}))["noise"] == 0.1
-    assert set(key_values(TrainingSettings())) == set(TrainingSettings.model_fields) - {"threads", "checkpoint_every"}
+    assert set(key_values(TrainingSettings())) == set(TrainingSettings.model_fields) - {
+        "threads",
+        "checkpoint_every",
+        "fixed_forces",
+    }
     others = {"labels", "steps", "convergence", "timeout", "batch", "warm_epochs", "calibrate", "calibration_window"}
     dynamic = DynamicSettings(temperatures=[300.0], labels=9)
     assert set(key_values(dynamic)) == set(DynamicSettings.model_fields) - others

@@ -129,9 +129,9 @@ def test_any_ase_calculator_and_stress_of_periodic_structures():
     cell.calc = EMT()
     assert labelled.get_potential_energy() == pytest.approx(cell.get_potential_energy(), rel=1e-12)
     np.testing.assert_allclose(labelled.get_stress(), cell.get_stress(), rtol=1e-12)
-    slab = cell.copy()
-    slab.pbc = (True, True, False)
-    assert "stress" not in label(slab, EMT_SETTINGS, Path()).calc.results
+    molecule = cell.copy()
+    molecule.pbc = False
+    assert "stress" not in label(molecule, EMT_SETTINGS, Path()).calc.results
 
 
 def test_noise_of_labels_has_its_width_and_belongs_to_the_structure():

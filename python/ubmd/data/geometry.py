@@ -10,8 +10,8 @@ from ase import Atoms
 from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list, primitive_neighbor_list
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse import coo_array  # type: ignore[import-untyped]
+from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
 from vesin import NeighborList
 
 from ubmd.errors import DataError, LabelError
