@@ -30,8 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give tests the marker of their folder, unless they are marked as quick."""
+    """Give tests the marker of their folder, unless they are marked as quick; put the longest files first.
+
+    With pytest-xdist a long file that comes last would leave the other cores without work.
+    """
     for item in items:
         folder = item.path.relative_to(HERE).parts[0]
         if folder in TIERS and not item.get_closest_marker("quick"):
             item.add_marker(TIERS[folder])
+    longest = ("test_quickstart.py", "test_soak.py")
+    rank = {name: number for number, name in enumerate((*longest, "slow", "learning", "slurm", "lammps", "unit"))}
+    items.sort(key=lambda item: min(rank.get(part, len(rank)) for part in item.path.relative_to(HERE).parts))

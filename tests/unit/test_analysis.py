@@ -420,6 +420,7 @@ raise ImportError("evil")
 """
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_commands_about_a_stranger_s_folder_run_nothing_in_it(run, tmp_path):
     """Hostile model files, modules with the names of packages, a reference of one's own: looking at them is safe."""

@@ -98,6 +98,7 @@ def test_operators_agree_with_torch(name, n):
     check_everything(name, n)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ["v3", "base"])
 def test_every_instruction_set(isa):
     code = f"""

@@ -453,6 +453,7 @@ def in_subprocess(code: str, **environment: str) -> "subprocess.CompletedProcess
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ["v4", "v3", "base"])
 def test_every_instruction_set(isa: str) -> None:
     code = f"""

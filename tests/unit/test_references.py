@@ -500,6 +500,7 @@ def test_sampling_repeats_and_its_trajectories_are_independent():
         np.testing.assert_array_equal(labelled.get_forces(), frame.get_forces())
 
 
+@pytest.mark.long
 def test_sampling_reaches_its_temperature(calculator_module):
     """Harmonic wells hold the mean potential energy at (3N/2) kT above the minimum."""
     settings = ReferenceSettings(calculator=calculator_module(Wells))
