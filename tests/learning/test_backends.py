@@ -40,7 +40,9 @@ from ubmd.settings.dynamic import DynamicRunSettings
 
 HELPER = HELPERS / "linear_backend.py"
 STRANGER = {"kind": "stranger:Linear", "arguments": {"functions": 5}}
-BACKENDS = {"linear": STRANGER, "gmnn": {"hidden": [16, 16], "n_radial": 2, "cutoff": 4.0}}
+GMNN = {"hidden": [16, 16], "n_radial": 2, "cutoff": 4.0}
+BASELINE = {"baseline": "zbl", "atom_energies": {"Cu": 3.51, "Au": 3.8}}
+BACKENDS = {"linear": STRANGER, "gmnn": GMNN, "linear sum": STRANGER | BASELINE, "gmnn sum": GMNN | BASELINE}
 
 
 def labelled(seed: int) -> Atoms:
@@ -57,7 +59,8 @@ def labelled(seed: int) -> Atoms:
 @pytest.fixture(scope="module", params=BACKENDS)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a model file, trained by `ubmd train`."""
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
+    is_gmnn = request.param.startswith("gmnn")
     shutil.copy(HELPER, folder / "stranger.py")
     write_structures(folder / "train.extxyz", [labelled(seed) for seed in range(10)])
     settings = {
@@ -72,8 +75,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     for _ in range(2):  # the second time it is finished, and only looked up by those who can
         done = CliRunner().invoke(app, ["train", str(folder / "train.toml")])
         assert done.exit_code == 0, done.output
-        assert ("kept: epoch " in done.output) == (request.param == "gmnn")
-        assert ("log and picture: " in done.output) == (folder / "log.csv").exists() == (request.param == "gmnn")
+        assert ("kept: epoch " in done.output) == is_gmnn
+        assert ("log and picture: " in done.output) == (folder / "log.csv").exists() == is_gmnn
     return folder
 
 
@@ -84,6 +87,19 @@ def test_the_record_names_the_back_end_and_what_was_calibrated(trained: Path) ->
     assert record["elements"] == ["Cu", "Au"] if record["model"] == "gmnn" else ["Au", "Cu"]
     assert record["uncertainty"]["forces"]["scale"] > 0.0
     assert record["n_training"] == 7
+    model = record["settings"]["model"]
+    assert ("baseline" in record) == (model["baseline"] == "zbl")
+    if "baseline" in record:
+        assert record["baseline"]["covalent_radii"] == {"Cu": 1.32, "Au": 1.36}
+        assert record["baseline"]["atom_energies"] == model["atom_energies"]
+
+
+def test_its_errors_are_small(trained: Path) -> None:
+    """With a baseline, too, whose forces alone are as large as those of the labels."""
+    atoms = labelled(30)
+    forces = ubmd.Calculator(trained / "model.pt").get_forces(atoms)
+    difference = np.linalg.norm(forces - atoms.get_forces()) / np.linalg.norm(atoms.get_forces())
+    assert difference < 0.5
 
 
 def test_forces_stress_and_gradients_of_the_uncertainty_are_derivatives(trained: Path) -> None:
@@ -128,30 +144,36 @@ def test_lammps_says_the_same_with_a_bias(trained: Path, tmp_path: Path) -> None
     np.testing.assert_allclose(total - columns, atoms.get_forces(), atol=1e-8)
 
 
-def test_it_goes_through_the_loop_in_spawned_workers(tmp_path: Path) -> None:
-    module = tmp_path / "my_network.py"
+@pytest.mark.parametrize("baseline", [{}, BASELINE], ids=["alone", "sum"])
+def test_it_goes_through_the_loop_in_spawned_workers(baseline: dict, tmp_path: Path) -> None:
+    name = "my_sum" if baseline else "my_network"  # this process keeps what it has imported
+    module = tmp_path / f"{name}.py"
     shutil.copy(HELPER, module)
     write_structures(tmp_path / "start.extxyz", [cluster()])
     settings = make_settings(tmp_path / "run", test=None)
-    network = ModelSettings.model_validate(STRANGER | {"kind": "my_network:Linear"})
+    network = ModelSettings.model_validate(STRANGER | baseline | {"kind": f"{name}:Linear"})
     settings = settings.model_copy(update={"model": network})
     folder = RunFolder(run(settings, tmp_path))
     dataset, history = read_structures(folder.dataset), folder.read_history()
     assert len(dataset) == 8
     assert history[-1]["ended"]["rule"] == "labels"
     assert any(replica["bias_share"] > 0.0 for entry in history for replica in entry["replicas"])
-    assert read_record(folder.model)["model"] == "linear"  # type: ignore[index]
+    record = read_record(folder.model)
+    assert record is not None
+    assert record["model"] == "linear"
+    assert ("baseline" in record) == bool(baseline)
+    assert all(entry["train"]["force_rmse"] < 0.3 for entry in history)
     before = folder.dataset.read_bytes()
     shutil.rmtree(folder.iteration(1))  # what is missing is made again, the same
     run(settings, tmp_path)
     assert folder.dataset.read_bytes() == before
-    assert folder.read_manifest()["backend"] == {"files": {"my_network.py": file_hash(module)}}
+    assert folder.read_manifest()["backend"] == {"files": {module.name: file_hash(module)}}
     assert remarks(folder) == []
     module.write_text(module.read_text() + "# edited\n")
     run(settings, tmp_path)
     assert folder.dataset.read_bytes() == before
     assert remarks(folder) == [
-        "my_network.py (model.kind) has changed since the run was started; what the run has made with it stays."
+        f"{module.name} (model.kind) has changed since the run was started; what the run has made with it stays."
     ]
 
 
@@ -161,12 +183,13 @@ def remarks(folder: RunFolder) -> list[str]:
     return [event["text"] for event in events if event["event"] == "remark"]
 
 
-def test_a_network_of_any_back_end_learns_along_trajectories(tmp_path: Path) -> None:
+@pytest.mark.parametrize("baseline", [{}, BASELINE], ids=["alone", "sum"])
+def test_a_network_of_any_back_end_learns_along_trajectories(baseline: dict, tmp_path: Path) -> None:
     shutil.copy(HELPER, tmp_path / "stranger.py")
     write_structures(tmp_path / "box.extxyz", [bulk("Cu", cubic=True)])
     values = {
         "run_dir": str(tmp_path / "run"),
-        "model": STRANGER,
+        "model": STRANGER | baseline,
         "training": {"epochs": 5, "threads": 1},
         "start": {"file": "box.extxyz", "count": 3, "displacement": 0.05},
         "reference": {"calculator": "ase.calculators.emt:EMT"},
@@ -184,7 +207,11 @@ def test_a_network_of_any_back_end_learns_along_trajectories(tmp_path: Path) -> 
     (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
     folder = RunFolder(run_dynamic(load_settings(tmp_path / "run.toml", DynamicRunSettings), tmp_path))
     assert len(read_structures(folder.dataset)) == 5
-    assert read_record(folder.model)["model"] == "linear"  # type: ignore[index]
+    record = read_record(folder.model)
+    assert record is not None
+    assert record["model"] == "linear"
+    assert ("baseline" in record) == bool(baseline)
+    assert folder.read_history()[-1]["train"]["relative"] < 0.05
 
 
 @pytest.mark.parametrize(
@@ -254,7 +281,9 @@ def test_a_module_that_does_not_give_what_it_should(fault: str, words: str, tmp_
     structures = [labelled(seed) for seed in range(3)]
     refused = pytest.raises(ModelError, match=f"The module of the back end 'broken' gives .*{words}")
     with refused if fault else nullcontext():
-        export_raw(raw, "broken", structures[:2], structures[2:], UncertaintySettings(), tmp_path / "model.pt")
+        export_raw(
+            raw, "broken", ModelSettings(), structures[:2], structures[2:], UncertaintySettings(), tmp_path / "model.pt"
+        )
     assert (tmp_path / "model.pt").exists() != bool(fault)
 
 

@@ -24,6 +24,7 @@ from ubmd.data.labels import check_labelled, dataset_hash
 from ubmd.errors import DataError
 from ubmd.files import content_hash, replacing
 from ubmd.measure.errors import CalibrationData, calibration_data, pearson, share_covered, spearman
+from ubmd.potentials.baseline import SETTINGS, baseline_settings
 from ubmd.potentials.fitting import export_checkpoints
 from ubmd.potentials.interface import Labels, TrainingTable
 from ubmd.potentials.kinds import backend_of, check_backend
@@ -133,7 +134,8 @@ def calibration_study(
             f"{sizes.training} + {sizes.calibration} + {sizes.test} structures are needed for a split, but there are "
             f"only {len(structures)}."
         )
-    given = [dataset_hash(structures), vars(sizes), seed, model.model_dump(), training.model_dump()]
+    network = model.model_dump(exclude=SETTINGS) | baseline_settings(model)  # without a baseline as in earlier versions
+    given = [dataset_hash(structures), vars(sizes), seed, network, training.model_dump()]
     wanted = {kind: uncertainty.model_copy(update={"kind": kind, "atoms_by": "atom"}) for kind in kinds}
     base = Path(base).absolute()
     for settings in wanted.values():
@@ -155,7 +157,8 @@ def calibration_study(
             for kind, settings in missing.items():
                 report(f"split {split}: {kind}")
                 path = where / f"{kind}.pt"
-                export_checkpoints(backend, checkpoints[: settings.networks], parts[0], parts[1], settings, path)
+                used = checkpoints[: settings.networks]
+                export_checkpoints(backend, used, model, parts[0], parts[1], settings, path)
                 found[kind] = _evaluate(path, kind, split, parts[1], parts[2])
                 _write(where / f"{kind}.npz", found[kind], keys[kind])  # type: ignore[arg-type]
         outcomes += [outcome for outcome in found.values() if outcome is not None]

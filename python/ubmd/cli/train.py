@@ -101,7 +101,8 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
             backend, uncertainty.networks, table, labels, settings.output_dir, settings.seed, report=report
         )
     provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings.model_dump(mode="json")}
-    export_checkpoints(backend, checkpoints, training_set, validation_set, uncertainty, path, provenance)
+    model = settings.model
+    export_checkpoints(backend, checkpoints, model, training_set, validation_set, uncertainty, path, provenance)
     for checkpoint in checkpoints:
         _print_summary(backend, checkpoint.parent, console)
     console.print(f"model: {path}", soft_wrap=True, markup=False)
@@ -236,12 +237,14 @@ def export(
     from ubmd.data.structures import read_structures
     from ubmd.potentials.fitting import export_raw
     from ubmd.potentials.gmnn.backend import GaussianMoments
+    from ubmd.potentials.gmnn.checkpoint import load_weights
 
     with user_errors():
         check_outputs(output.parent, [output.name], "--output")
         uncertainty = make_settings(UncertaintySettings, {}, overrides or [], "--set")
         backend = GaussianMoments(operators)
         raw = backend.raw_module([weights, *(member or [])], uncertainty)
+        model = load_weights(weights).settings
         remarks: list[str] = []
         mapping = label_mapping(label)
         training_set = read_structures(training_file, mapping, labelled=True, remark=remarks.append)
@@ -251,7 +254,7 @@ def export(
             "training_set_hash": dataset_hash(training_set),
             "settings": {"uncertainty": uncertainty.model_dump(mode="json")},
         }
-        metadata = export_raw(raw, backend.name, training_set, calibration_set, uncertainty, output, provenance)
+        metadata = export_raw(raw, backend.name, model, training_set, calibration_set, uncertainty, output, provenance)
         attainable = metadata["uncertainty"]["energy"]["attainable"]
         print(f"wrote {output}: uncertainties of structures hold at {100 * attainable:.4g} % confidence")
 

@@ -16,12 +16,14 @@ from ase import Atoms
 from ubmd import __version__
 from ubmd.data.graph import Batch, Graph, build_graph, chunks, structure_means
 from ubmd.errors import DataError, ModelError
+from ubmd.potentials.baseline import Baseline, check_reach, has_baseline, remainder
 from ubmd.potentials.deployed import Deployed, ForeignModule
 from ubmd.potentials.evaluation import evaluation
 from ubmd.potentials.file import write_model
 from ubmd.potentials.interface import Backend, RawModule
 from ubmd.potentials.record import FORMAT
-from ubmd.settings import UncertaintySettings
+from ubmd.potentials.summed import lone_atoms, summed
+from ubmd.settings import ModelSettings, UncertaintySettings
 from ubmd.uncertainty import ConformalScale, DistanceUncertainty, PosteriorUncertainty, conformal_scale
 
 # Settings that a kind of uncertainty doesn't use: they would be misleading in its file.
@@ -117,6 +119,7 @@ def evaluate(module: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tor
 def export_checkpoints(
     backend: Backend,
     checkpoints: Sequence[Path],
+    model: ModelSettings,
     training: Sequence[Atoms],
     calibration: Sequence[Atoms],
     settings: UncertaintySettings,
@@ -125,23 +128,25 @@ def export_checkpoints(
 ) -> dict[str, Any]:
     """Write the model file of trained networks; see `export_raw`."""
     raw = backend.raw_module(checkpoints, settings)
-    return export_raw(raw, backend.name, training, calibration, settings, path, provenance)
+    return export_raw(raw, backend.name, model, training, calibration, settings, path, provenance)
 
 
 def export_raw(
     raw: RawModule,
     name: str,
+    model: ModelSettings,
     training: Sequence[Atoms],
     calibration: Sequence[Atoms],
     settings: UncertaintySettings,
     path: Path,
     provenance: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Give a module its uncertainty and write ``path``, the model file.
+    """Give a module its uncertainty, add its baseline, and write ``path``, the model file.
 
     Args:
         raw: of a back end.
         name: of the back end.
+        model: settings that the networks were trained with.
         training: labelled structures that the uncertainty is fitted on.
         calibration: labelled structures whose errors give the conformal factors.
         settings: of the uncertainty.
@@ -154,7 +159,11 @@ def export_raw(
     Raises:
         DataError: a calibration structure without energy or forces.
         ModelError: the module of another program does not give what it should.
+        SettingsError: the baseline does not fit the module's elements or cutoff.
     """
+    baseline = _baseline(raw, model)
+    # The errors of the network on what the baseline leaves are those of the sum on the labels.
+    training, calibration = remainder(training, model), remainder(calibration, model)
     deployed = _with_uncertainty(raw, settings)
     # As in `ubmd.calculator.Evaluator`: what torch records in the first calls, it assumes in later ones (for instance
     # that features have derivatives), and compiles.
@@ -167,9 +176,24 @@ def export_raw(
         energy, forces = calibrate(deployed, held_out, settings)
     metadata = _metadata(raw, name, deployed, settings, energy, forces, len(training))
     metadata |= {"operators": list(raw.operators), **(provenance or {})}
+    if baseline is not None:
+        deployed = summed(deployed, baseline)
+        metadata["baseline"] = baseline.record(raw.elements) | {
+            "lone_atoms": dict(zip(raw.elements, lone_atoms(deployed, len(raw.elements)), strict=True))
+        }
     deployed.description = json.dumps(metadata)
     write_model(deployed, path)
     return metadata
+
+
+def _baseline(raw: RawModule, model: ModelSettings) -> Baseline | None:
+    """What the module is added to; SettingsError if the module does not see all pairs that repel each other."""
+    if not has_baseline(model):
+        return None
+    baseline = Baseline(model, raw.elements)
+    if baseline.repulsive:
+        check_reach(raw.elements, raw.cutoff, "the cutoff of the network")
+    return baseline
 
 
 def _with_uncertainty(raw: RawModule, settings: UncertaintySettings) -> Deployed:

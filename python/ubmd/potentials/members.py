@@ -8,7 +8,26 @@ from typing import Any
 
 import numpy as np
 
+from ubmd.potentials.baseline import remainder
 from ubmd.potentials.interface import Backend, Labels, Report, TrainingTable
+
+
+def train_network(
+    backend: Backend,
+    labels: Labels,
+    table: TrainingTable,
+    folder: Path,
+    start: Path | None,
+    seed: int,
+    report: Report | None = None,
+) -> Path:
+    """`Backend.train` on what the baseline of the settings leaves of the labels: no network is trained otherwise.
+
+    Raises:
+        SettingsError: the baseline does not fit the labels' elements, or the cutoff.
+    """
+    rest = Labels(remainder(labels.training, table.model), remainder(labels.validation, table.model))
+    return backend.train(rest, table, folder, start, seed, report)
 
 
 def train_networks(
@@ -29,7 +48,7 @@ def train_networks(
     folders = member_folders(folder, count)
     given: Sequence[Path | None] = starts or [None] * count
     return [
-        backend.train(labels, table, where, start, member_seed(seed, m), counting_members(report, m, count))
+        train_network(backend, labels, table, where, start, member_seed(seed, m), counting_members(report, m, count))
         for m, (where, start) in enumerate(zip(folders, given, strict=True))
     ]
 

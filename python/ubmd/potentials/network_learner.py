@@ -36,7 +36,10 @@ class Network(Learner):
     @classmethod
     def plan(cls, settings: DynamicRunSettings, base: Path, box: Atoms) -> Iterator[str]:
         """See `Learner`."""
+        from ubmd.potentials.baseline import check_baseline
+
         assert settings.model is not None
+        check_baseline(settings.model, set(box.symbols))
         check_backend(settings.model, settings.uncertainty, base)
         yield from ()
 
@@ -63,13 +66,15 @@ class Network(Learner):
     ) -> dict[str, Any]:
         """Train (from the previous weights if they are there), fit and calibrate the uncertainty, export."""
         from ubmd.potentials.fitting import export_checkpoints
+        from ubmd.potentials.members import train_network
 
         training, validation = split(labels)
         name = self.backend.checkpoint
         warm = previous is not None and (previous / name).exists()
         start = previous / name if previous is not None and warm else None
         epochs = self.settings.dynamic.warm_epochs if warm else self.training.epochs
-        trained = self.backend.train(
+        trained = train_network(
+            self.backend,
             Labels(training, validation),
             TrainingTable(self.model, self.training, epochs),
             folder / "train",
@@ -80,7 +85,9 @@ class Network(Learner):
         copy_file(trained, folder / name)
         provenance = {"training_set_hash": dataset_hash(training)}
         uncertainty, path = self.settings.uncertainty, folder / "model.pt"
-        metadata = export_checkpoints(self.backend, [trained], training, validation, uncertainty, path, provenance)
+        metadata = export_checkpoints(
+            self.backend, [trained], self.model, training, validation, uncertainty, path, provenance
+        )
         self.load(folder, {}, labels)
         return {"noise": 0.0, "force_scale": metadata["uncertainty"]["forces"]["scale"], "epochs": epochs}
 

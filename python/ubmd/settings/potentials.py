@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from ubmd.errors import SettingsError
 from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING
@@ -15,7 +15,7 @@ from ubmd.settings.table import Table
 
 
 class ModelSettings(Table):
-    """The network: by default the Gaussian-moment neural network, to which all keys but the first two belong."""
+    """The network: by default the Gaussian-moment neural network, to which all keys but the first four belong."""
 
     kind: Annotated[str, LATE] = Field(
         "gmnn",
@@ -24,6 +24,16 @@ class ModelSettings(Table):
     )
     arguments: Annotated[dict[str, Any], LATE] = Field(
         default_factory=dict, description="arguments of a back end other than gmnn"
+    )
+    baseline: Annotated[Literal["zbl"] | None, LATE] = Field(
+        None,
+        description="what the network is added to: zbl, the screened repulsion of nuclei (eV), up to the sum of two "
+        "covalent radii; default: nothing",
+    )
+    atom_energies: Annotated[dict[str, FiniteFloat], LATE] = Field(
+        default_factory=dict,
+        description="energies of the isolated atoms, eV, of all elements, e.g. {H = -13.6, O = -430.1}; default: "
+        "fitted to the labels",
     )
     size: Literal["light", "paper"] = Field(
         "light", description="named size: light (5 radial functions, 360 invariants) or paper (7, 910)"
@@ -44,11 +54,19 @@ class ModelSettings(Table):
                 raise ValueError("model.arguments are for back ends other than model.kind = 'gmnn'; remove them")
             return self
         for name, field in type(self).model_fields.items():
-            if name not in ("kind", "arguments", "elements") and getattr(self, name) != field.default:
+            if name not in OF_ALL_KINDS and getattr(self, name) != field.default:
                 raise ValueError(
                     f"model.{name} belongs to model.kind = 'gmnn'; what {self.kind!r} takes goes into [model.arguments]"
                 )
         return self
+
+    @property
+    def known_cutoff(self) -> float | None:
+        """The cutoff radius, Å; None for back ends other than gmnn, which have their own."""
+        return self.cutoff if self.kind == "gmnn" else None
+
+
+OF_ALL_KINDS = ("kind", "arguments", "baseline", "atom_energies", "elements")  # keys of [model] that are not gmnn's
 
 
 class TrainingSettings(Table):

@@ -113,7 +113,10 @@ class Models:
             }
             calibration = turn.calibration or turn.validation
             uncertainty = turn.settings.uncertainty
-            export_checkpoints(self.backend, weights, turn.training, calibration, uncertainty, model, provenance)
+            network = turn.settings.model
+            export_checkpoints(
+                self.backend, weights, network, turn.training, calibration, uncertainty, model, provenance
+            )
 
         turn.once.run("export", turn.keys["export"], [model], export)
         return model

@@ -16,6 +16,7 @@ from ubmd.errors import DataError, SettingsError
 from ubmd.files import check_name
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.start import check_start, check_states
+from ubmd.potentials.baseline import check_baseline
 from ubmd.potentials.kinds import check_backend
 from ubmd.settings import RunSettings
 
@@ -54,6 +55,7 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
     for element in present:
         if settings.model.elements and element not in settings.model.elements:
             raise SettingsError(f"{settings.start.file} holds {element}; add it to model.elements.")
+    check_baseline(settings.model, {*present, *(settings.model.elements or ())})
     check_backend(settings.model, settings.uncertainty, base)
     check_start(structures, settings)
     check_states(structures, settings)

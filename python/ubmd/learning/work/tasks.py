@@ -166,6 +166,7 @@ def train_member(
     """
     from ubmd.potentials.interface import Labels, TrainingTable
     from ubmd.potentials.kinds import backend_of
+    from ubmd.potentials.members import train_network
 
     backend = backend_of(model, base)
     weights = folder / backend.checkpoint
@@ -180,7 +181,7 @@ def train_member(
 
     try:
         with lost_if_taken_over():
-            backend.train(Labels(*sets), TrainingTable(model, options, epochs), folder, initial, seed, watch)
+            train_network(backend, Labels(*sets), TrainingTable(model, options, epochs), folder, initial, seed, watch)
             attempt.check()
             seal(weights, key)
     finally:

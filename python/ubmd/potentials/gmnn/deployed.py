@@ -37,7 +37,7 @@ class ScaledNetwork(nn.Module):
         self.n_layers = len(Layers._fields)
         use_operators(self, False)
         self.register_buffer("energy_scale", (model.constant * model.scale).detach().clone())
-        self.register_buffer("energy_shift", (model.constant * model.shift).detach().clone())
+        self.register_buffer("energy_shift", model.energy_shifts().detach().clone())
 
     def scales(self, species: Tensor) -> Tensor:
         """c sigma_Z of atoms [n], eV."""

@@ -11,6 +11,7 @@ from ase import Atoms
 
 from ubmd.errors import ModelError
 from ubmd.operators import chosen, use_operators
+from ubmd.potentials.baseline import SETTINGS, baseline_settings
 from ubmd.potentials.deployed import Deployed
 from ubmd.potentials.fitting import export_raw
 from ubmd.potentials.gmnn.deployed import DeployedEnsemble, DeployedModel, LastLayerModel
@@ -32,14 +33,15 @@ def export_model(
     """Write ``path``: energies, forces, features and calibrated uncertainties of ``model`` (several: an ensemble).
 
     The uncertainty is fitted on the features of ``training``, the conformal scales on the errors of ``calibration``;
-    both in float64. ``provenance`` (e.g. training_set_hash, settings) joins the metadata, which is returned.
+    both in float64. The labels are whole ones: a baseline (`models[0].settings`) is taken off them here, and added to
+    the networks. ``provenance`` (e.g. training_set_hash, settings) joins the metadata, which is returned.
     ``operators``: whether the file calls the operator library (None: if it can be loaded here). Files without run
     anywhere, but much slower on the CPU.
 
     Raises:
         DataError: a calibration structure without energy or forces.
-        ModelError: the number of networks doesn't fit the settings, their elements or cutoffs differ, or operators are
-            wanted that can't be loaded.
+        ModelError: the number of networks doesn't fit the settings, their elements, cutoffs or baselines differ, or
+            operators are wanted that can't be loaded.
     """
     operators = chosen(operators)
     models = [model] if isinstance(model, GaussianMomentNetwork) else list(model)
@@ -48,7 +50,7 @@ def export_model(
         for member in models:
             member.to_network_dtype(torch.float64)
         raw = raw_module(models, settings, operators, dtypes[0])
-        return export_raw(raw, "gmnn", training, calibration, settings, path, provenance)
+        return export_raw(raw, "gmnn", models[0].settings, training, calibration, settings, path, provenance)
     finally:
         for member, original in zip(models, dtypes, strict=True):
             member.to_network_dtype(original)
@@ -60,12 +62,12 @@ def raw_module(
     """Networks in float64, trained in ``dtype``, as the module of the file, its uncertainty not yet fitted.
 
     Raises:
-        ModelError: the number of networks doesn't fit the settings, or their elements or cutoffs differ.
+        ModelError: the number of networks doesn't fit the settings, or their elements, cutoffs or baselines differ.
     """
     _check_models(models, settings)
     deployed, first = make_deployed(models, settings), models[0]
     use_operators(deployed, operators)
-    record = {"network": first.settings.model_dump(exclude=OF_OTHERS)}
+    record = {"network": first.settings.model_dump(exclude=OF_OTHERS | SETTINGS)}
     library = ["ubmd"] if operators else []
     precision = str(dtype).removeprefix("torch.")
     return RawModule(deployed, first.elements, first.cutoff, deployed.n_features, precision, record, library)
@@ -81,6 +83,10 @@ def _check_models(models: Sequence[GaussianMomentNetwork], settings: Uncertainty
     for member in models[1:]:
         if (member.elements, member.cutoff) != (models[0].elements, models[0].cutoff):
             raise ModelError("The networks of an ensemble need the same elements and cutoff; train them together.")
+        if baseline_settings(member.settings) != baseline_settings(models[0].settings):
+            raise ModelError(
+                "The networks of an ensemble need the same baseline and atom_energies; train them together."
+            )
 
 
 def make_deployed(models: Sequence[GaussianMomentNetwork], settings: UncertaintySettings) -> Deployed:

@@ -144,6 +144,8 @@ class _ClosedForms:
         self._add_to_layer(2, z2_bar, layers.x1, layers.delta2, x1_dot)
         self._add_to_layer(3, e_column * layers.delta3, layers.x2, layers.delta3, x2_dot)
         self._add_to_energies(e, torch.mv(x2_dot, network.weight3[0]))
+        if self.model.centred:
+            self._add_to_lone_output(e)
 
         x0_bar = network.product(z1_bar, network.weight1)
         moments_bar = operators.invariants_second(self.moments, self.n_radial, moments_dot, x0_bar, self.invariants_bar)
@@ -162,8 +164,16 @@ class _ClosedForms:
     def _add_to_energies(self, e: Tensor, y_dot: Tensor) -> None:
         """Gradients of the scales and shifts of the elements."""
         model, species = self.model, self.batch.species
-        _gradient(model.scale).index_add_(0, species, model.constant * (e * self.y + y_dot))
+        y = self.y - model.lone_output() if model.centred else self.y
+        _gradient(model.scale).index_add_(0, species, model.constant * (e * y + y_dot))
         _gradient(model.shift).index_add_(0, species, model.constant * e)
+
+    def _add_to_lone_output(self, e: Tensor) -> None:
+        """Gradients of -sum_i e_i c sigma_i NN(0): of one atom, so that autograd costs nothing."""
+        model = self.model
+        factor = -(e * (model.constant * model.scale).index_select(0, self.batch.species)).sum()
+        with torch.enable_grad():
+            (factor * model.lone_output()).backward(inputs=[*model.weights, *model.biases])
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

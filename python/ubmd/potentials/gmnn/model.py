@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ubmd.data.graph import Batch, Graph, scatter_forces, strain_gradient
 from ubmd.operators import available, use_operators
+from ubmd.potentials.baseline import SETTINGS, baseline_settings
 from ubmd.potentials.gmnn.gaussian_moments import GaussianMoments, count_invariants
 from ubmd.potentials.gmnn.network import NeuralTangentNetwork
 from ubmd.settings import ModelSettings
@@ -22,6 +23,9 @@ SMALLEST_CONSTANT = 1e-3  # eV: keeps c finite when the regression leaves no res
 
 class GaussianMomentNetwork(nn.Module):
     """E = sum_i c (sigma_{Z_i} NN(G_i) + mu_{Z_i}), energies in eV.
+
+    With given energies of isolated atoms, which the labels then lack, NN(G_i) - NN(0) takes the place of NN(G_i), and
+    mu = 0 is not trained: an atom without neighbours (G = 0) has no energy, as it should.
 
     The network runs in float32 or float64 (``to_network_dtype``); sigma, mu, c and energy sums are always float64.
     It uses the operator library if that can be loaded (`use_operators` changes this).
@@ -58,6 +62,17 @@ class GaussianMomentNetwork(nn.Module):
                 bias.zero_()
 
     @property
+    def centred(self) -> bool:
+        """Whether an atom without neighbours has no energy."""
+        return bool(self.settings.atom_energies)
+
+    def lone_output(self) -> Tensor:
+        """NN(0) of an atom without neighbours, float64 (0-dim); to be subtracted in `centred` models only."""
+        nothing = torch.zeros(1, self.network.weight1.size(1), dtype=self.radial.dtype, device=self.radial.device)
+        y: Tensor = self.network(nothing)[0]
+        return y.double().squeeze(0)
+
+    @property
     def cutoff(self) -> float:
         return self.descriptor.cutoff
 
@@ -81,17 +96,22 @@ class GaussianMomentNetwork(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What ``from_config`` needs to build the same architecture (weights travel as a state_dict)."""
-        return {"elements": self.elements, "settings": self.settings.model_dump(exclude=OF_OTHERS)}
+        architecture = self.settings.model_dump(exclude=OF_OTHERS | SETTINGS)
+        return {"elements": self.elements, "settings": architecture | baseline_settings(self.settings)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GaussianMomentNetwork:
         return cls(config["elements"], ModelSettings.model_validate(config["settings"]))
 
     def initialise_energies(self, graphs: Sequence[Graph]) -> None:
-        """Set mu and c by least squares of total energies on element counts (minimum norm if rank-deficient)."""
+        """Set mu and c by least squares of total energies on element counts (minimum norm if rank-deficient).
+
+        In a `centred` model mu is 0.
+        """
         counts = np.stack([np.bincount(graph.species.numpy(), minlength=len(self.elements)) for graph in graphs])
         energies = np.array([graph.energy for graph in graphs])
         shifts, *_ = np.linalg.lstsq(counts.astype(float), energies, rcond=None)
+        shifts = np.zeros_like(shifts) if self.centred else shifts
         residual = (energies - counts @ shifts) / counts.sum(axis=1)
         constant = max(float(np.sqrt(np.mean(residual**2))), SMALLEST_CONSTANT)
         with torch.no_grad():
@@ -105,8 +125,14 @@ class GaussianMomentNetwork(nn.Module):
         return self.atomic_energies(y, species[:n_local])
 
     def atomic_energies(self, y: Tensor, species: Tensor) -> Tensor:
-        """c (sigma y + mu), float64 [n]."""
-        return self.constant * (self.scale.index_select(0, species) * y.double() + self.shift.index_select(0, species))
+        """c (sigma y + mu), float64 [n]; y is the network's output, or what it exceeds NN(0) by."""
+        y = y.double() - self.lone_output() if self.centred else y.double()
+        return self.constant * (self.scale.index_select(0, species) * y + self.shift.index_select(0, species))
+
+    def energy_shifts(self) -> Tensor:
+        """What is added to c sigma_Z NN(G), for each element, float64, eV."""
+        shift = self.shift - self.scale * self.lone_output() if self.centred else self.shift
+        return self.constant * shift
 
     def energy_forces_virial(self, batch: Batch, create_graph: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Energies [S] eV, forces [N, 3] eV/Å and dE/d(strain) = V·stress [S, 3, 3] eV of a batch, all float64.

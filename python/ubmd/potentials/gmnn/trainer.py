@@ -61,7 +61,8 @@ def train(
     A training that was killed and resumed ends with the same bits as an uninterrupted one (with one thread).
 
     Args:
-        training, validation: labelled structures (energy and forces; stress where there is one).
+        training, validation: labelled structures (energy and forces; stress where there is one), without the baseline
+            of the settings (see `ubmd.potentials.members.train_network`).
         folder: made if missing.
         seed: of the initial weights and the order of the mini-batches.
         initial: weights file of an earlier model to start from; c, sigma and mu are taken from there, the weights as
@@ -161,6 +162,8 @@ class _Trainer:
         if not warm:
             model.initialise_energies(self.graphs)
         self.base_rates = _learning_rates(settings, settings.warm_learning_rate_factor if warm else 1.0)
+        if model.centred:
+            self.base_rates["shift"] = 0.0
         groups = _parameter_groups(model)
         self.optimiser = torch.optim.Adam(
             [{"params": groups[name], "lr": rate} for name, rate in self.base_rates.items()],
@@ -308,11 +311,11 @@ def _initial_model(
     if model is None:
         return new
     old_config, new_config = _flat(model.config()), _flat(new.config())
-    for key in sorted(new_config):
-        if key != "settings.elements" and old_config.get(key) != new_config[key]:
+    for key in sorted({*old_config, *new_config}):  # a baseline that is not set is in neither
+        if key != "settings.elements" and old_config.get(key) != new_config.get(key):
             raise ModelError(
                 f"{initial} has {key.removeprefix('settings.')} = {old_config.get(key)}, the settings have "
-                f"{new_config[key]}; train from scratch, or use the old settings."
+                f"{new_config.get(key)}; train from scratch, or use the old settings."
             )
     _shrink_and_perturb(model, GaussianMomentNetwork(model.elements, settings, seed), keep)
     return model
