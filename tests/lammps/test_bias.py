@@ -66,7 +66,7 @@ def test_window_scale_by_hand(lab, evaluator, structures):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_species_group_and_held_bias(lab, evaluator, structures, ranks):
-    """`every 4`: evaluated at 0, 4, 8...; held in between, also over runs that start off that grid; the group's scale."""
+    """`every 4`: evaluated at 0, 4, 8...; held in between, also over runs that start off that grid."""
     atoms = structures["molecule"]
     script = lab.head(atoms) + DYNAMICS + "group some id 1 2 4 5\n"
     script += "fix b some ubmd force 0.5 species H 0.0 C 0.5 window 3 every 4\n" + DUMP + "run 10\nrun 7\n"

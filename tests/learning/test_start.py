@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import silicon
 from ase import Atoms
 from ase.build import bulk, fcc111
+from ase.constraints import FixAtoms
 from command_line import ubmd
 from rich.console import Console
 from system import cluster, make_settings, write_inputs
@@ -19,6 +21,7 @@ from ubmd.cli.loop_status import status
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, SettingsError, SimulationError, UbmdError
+from ubmd.lammps.trajectory import read_piece
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dynamic.engine import run as run_dynamic
 from ubmd.learning.loop.verify import verify
@@ -27,13 +30,26 @@ from ubmd.settings import RunSettings
 from ubmd.settings.dynamic import DynamicRunSettings
 
 SMALL = {"training": {"epochs": 1, "threads": 1}, "md": {"replicas": 2, "steps": 20}, "test": None}
-PARTIAL = r'is periodic in some directions only \(pbc = "T T F"\), but MD needs all three or none: .* empty gap'
 
 
 def slab() -> Atoms:
     atoms = fcc111("Cu", (2, 2, 2), vacuum=6.0)
     atoms.symbols[-1] = "Au"
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=(True, True, False))
+
+
+def dynamic_table(folder: Path) -> dict[str, Any]:
+    """One segment of 20 steps without a request."""
+    return {
+        "run_dir": str(folder / "run"),
+        "start": {"file": "start.extxyz", "count": 2},
+        "reference": {"calculator": "ase.calculators.emt:EMT"},
+        "model": {"hidden": [8, 8], "n_radial": 2},
+        "training": {"epochs": 2, "threads": 1},
+        "uncertainty": {"projections": 8},
+        "dynamic": {"steps": 20, "segment": 20, "labels": 3, "trigger": {"maximum": 1e6}},
+        "workers": {"processes": 1},
+    }
 
 
 def shown(folder: Path) -> str:
@@ -43,34 +59,17 @@ def shown(folder: Path) -> str:
     return capture.get()
 
 
-@pytest.mark.parametrize("command", ["check", "run"])
-def test_slabs_are_refused_at_the_command_line(tmp_path: Path, command: str) -> None:
+def test_check_says_which_atoms_are_fixed(tmp_path: Path) -> None:
     write_inputs(tmp_path, tmp_path / "run")
-    write_structures(tmp_path / "start.extxyz", [slab()])
-    before = sorted(tmp_path.iterdir())
-    result = ubmd(command, "settings.toml", cwd=tmp_path)
+    atoms = slab()
+    atoms.set_constraint(FixAtoms(range(4)))
+    write_structures(tmp_path / "start.extxyz", [atoms])
+    result = ubmd("check", "settings.toml", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "4 atoms are fixed (FixAtoms): they stay where they are in all MD" in " ".join(result.stdout.split())
+    result = ubmd("check", "settings.toml", "--set", "md.ensemble=npt", cwd=tmp_path)
     assert result.returncode == 1
-    assert result.stderr.startswith('Error: start.extxyz is periodic in some directions only (pbc = "T T F"), but MD ')
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_slabs_are_refused_in_python(tmp_path: Path) -> None:
-    write_structures(tmp_path / "start.extxyz", [slab()])
-    settings = make_settings(tmp_path / "run")
-    for function in (run, verify):
-        with pytest.raises(SettingsError, match=PARTIAL):
-            function(settings, tmp_path)
-    assert not (tmp_path / "run").exists()
-
-
-def test_slabs_among_other_structures_count_where_replicas_start_from_them(tmp_path: Path) -> None:
-    write_structures(tmp_path / "start.extxyz", [cluster(), slab()])
-    verify(make_settings(tmp_path / "run"), tmp_path)  # there it is a label like others
-    with pytest.raises(SettingsError, match=r"start\.extxyz, structure 1, " + PARTIAL):
-        verify(make_settings(tmp_path / "run", md={"start_from": "labelled"}), tmp_path)
-    write_structures(tmp_path / "start.extxyz", [slab(), cluster()])
-    with pytest.raises(SettingsError, match=r"start\.extxyz, structure 0, " + PARTIAL):
-        verify(make_settings(tmp_path / "run"), tmp_path)
+    assert "md.ensemble = 'npt' does not go with fixed atoms" in result.stderr
 
 
 @pytest.mark.parametrize("atoms", [Atoms("Au"), bulk("Au")], ids=["atom", "cell"])
@@ -110,23 +109,30 @@ def test_python_refuses_what_the_command_line_refuses(tmp_path: Path, tables: di
     assert not (tmp_path / "run").exists()
 
 
-def test_dynamic_runs_refuse_slabs(tmp_path: Path) -> None:
-    write_structures(tmp_path / "start.extxyz", [slab()])
-    table = {
-        "run_dir": str(tmp_path / "run"),
-        "start": {"file": "start.extxyz", "count": 2},
-        "reference": {"calculator": "ase.calculators.emt:EMT"},
-        "dynamic": {},
-    }
-    with pytest.raises(SettingsError, match=PARTIAL):
-        run_dynamic(DynamicRunSettings.model_validate(table), tmp_path)
-    assert not (tmp_path / "run").exists()
+def test_slabs_move_in_dynamic_runs_and_their_fixed_atoms_do_not(tmp_path: Path) -> None:
+    atoms = slab()
+    atoms.set_constraint(FixAtoms(range(4)))
+    write_structures(tmp_path / "start.extxyz", [atoms])
+    folder = RunFolder(run_dynamic(DynamicRunSettings.model_validate(dynamic_table(tmp_path)), tmp_path))
+    results = [result for entry in folder.read_history() for result in entry["replicas"]]
+    assert {result["ended"] for result in results} == {"segment"}
+    state, piece = read_piece(next(folder.path.rglob("piece*.npz")))
+    assert state.pbc.tolist() == [True, True, False]
+    frames = [*piece.frames, state.positions]
+    moved = np.array([np.abs(positions - frames[0]).max(axis=1) for positions in frames[1:]]).max(axis=0)
+    assert moved[:4].max() < 1e-12
+    assert moved[4:].min() > 1e-4
+    np.testing.assert_allclose(state.positions[:4], atoms.positions[:4], atol=1e-12)
+    assert not state.velocities[:4].any()
+
+
+def test_crystals_of_dynamic_runs_must_be_periodic(tmp_path: Path) -> None:
     crystal = bulk("Si", a=5.431, cubic=True)
     crystal.pbc = (True, True, False)
     write_structures(tmp_path / "silicon.extxyz", [crystal])
-    with pytest.raises(SettingsError, match=PARTIAL):
+    with pytest.raises(UbmdError, match="periodic in three directions"):
         run_dynamic(silicon.make_settings(tmp_path / "run"), tmp_path)
-    assert not (tmp_path / "run").exists()
+    assert not RunFolder(tmp_path / "run").has_labels()
 
 
 def test_flat_molecules_run_to_their_labels(tmp_path: Path) -> None:
@@ -142,17 +148,7 @@ def test_flat_molecules_run_to_their_labels(tmp_path: Path) -> None:
 
 def test_flat_boxes_move_in_dynamic_runs(tmp_path: Path) -> None:
     write_structures(tmp_path / "start.extxyz", [Atoms("Cu3", [[0.0, 0.0, 2.4 * k] for k in range(3)])])
-    table = {
-        "run_dir": str(tmp_path / "run"),
-        "start": {"file": "start.extxyz", "count": 2},
-        "reference": {"calculator": "ase.calculators.emt:EMT"},
-        "model": {"hidden": [8, 8], "n_radial": 2},
-        "training": {"epochs": 2, "threads": 1},
-        "uncertainty": {"projections": 8},
-        "dynamic": {"steps": 20, "segment": 20, "labels": 3, "trigger": {"maximum": 1e6}},
-        "workers": {"processes": 1},
-    }
-    folder = RunFolder(run_dynamic(DynamicRunSettings.model_validate(table), tmp_path))
+    folder = RunFolder(run_dynamic(DynamicRunSettings.model_validate(dynamic_table(tmp_path)), tmp_path))
     ended = [result["ended"] for entry in folder.read_history() for result in entry["replicas"]]
     assert set(ended) == {"segment"}
     assert folder.read_history()[-1]["ended"]["rule"] == "steps"
