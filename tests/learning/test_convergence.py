@@ -12,6 +12,8 @@ from ubmd.runs.convergence import label_budget, plateau, quiet, size_limit, stop
 from ubmd.runs.records import Errors, IterationEntry
 from ubmd.settings import LoopSettings
 
+pytestmark = pytest.mark.quick
+
 
 def entry(iteration: int, labels: int, endings: str = "", **more: Any) -> IterationEntry:
     """An iteration whose replicas ended as the letters say: l(imit), t(hreshold), f(ailed)."""

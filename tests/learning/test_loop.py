@@ -295,3 +295,14 @@ def test_events_are_written_as_they_happen(finished: RunFolder) -> None:
     names = [event["event"] for event in finished.read_events()]
     assert names.count("label_appended") == 8
     assert names.count("iteration_done") == 3
+
+
+def test_quiet_iterations_end_the_run(tmp_path: Path) -> None:
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+    loop = {"labels": 100, "stop_when_quiet": True, "quiet_iterations": 2}
+    settings = make_settings(tmp_path / "run", loop=loop, training={"epochs": 1}, selection={"batch": 1}, test=None)
+    folder = RunFolder(run(settings, tmp_path))
+    history = folder.read_history()
+    assert [bool(entry["replicas"]) for entry in history] == [True, True, False]
+    assert len(read_structures(folder.dataset)) == history[-1]["labels"] < 100
+    assert folder.read_events()[-1]["reason"] == "Every replica reached the step limit in 2 successive iterations."

@@ -10,17 +10,17 @@ from ase.build import bulk
 from system import cluster, make_settings
 
 from ubmd.data.extxyz import write_structures
-from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
 from ubmd.learning.dataset import append_once, fresh_split, split_batch
-from ubmd.learning.loop.loop import run
 from ubmd.learning.loop.replicas import replica_tasks
 from ubmd.learning.loop.selecting import make_pool
 from ubmd.learning.start import perturb
-from ubmd.runs.folder import EventLog, RunFolder
+from ubmd.runs.folder import EventLog
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages
 from ubmd.settings import StartSettings
+
+pytestmark = pytest.mark.quick
 
 
 def test_random_numbers_of_stages_are_their_own() -> None:
@@ -139,14 +139,3 @@ def test_a_stage_runs_again_only_for_other_inputs_or_damaged_outputs(tmp_path: P
     output.unlink()
     stages.run("stage", "2", [output], work)
     assert len(calls) == 4
-
-
-def test_quiet_iterations_end_the_run(tmp_path: Path) -> None:
-    write_structures(tmp_path / "start.extxyz", [cluster()])
-    loop = {"labels": 100, "stop_when_quiet": True, "quiet_iterations": 2}
-    settings = make_settings(tmp_path / "run", loop=loop, training={"epochs": 1}, selection={"batch": 1}, test=None)
-    folder = RunFolder(run(settings, tmp_path))
-    history = folder.read_history()
-    assert [bool(entry["replicas"]) for entry in history] == [True, True, False]
-    assert len(read_structures(folder.dataset)) == history[-1]["labels"] < 100
-    assert folder.read_events()[-1]["reason"] == "Every replica reached the step limit in 2 successive iterations."
