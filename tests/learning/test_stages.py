@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
+from replicas import make_task
 from system import cluster, make_settings
 
 from ubmd.data.extxyz import write_structures
 from ubmd.errors import DataError
+from ubmd.lammps.box import Box
+from ubmd.lammps.replica import _npt
 from ubmd.learning.dataset import append_once, fresh_split, split_batch
+from ubmd.learning.loop import models
 from ubmd.learning.loop.replicas import replica_tasks
 from ubmd.learning.loop.selecting import make_pool
+from ubmd.learning.loop.turn import Turn
 from ubmd.learning.start import perturb
 from ubmd.runs.folder import EventLog
 from ubmd.runs.seeds import Stage, random_generator
@@ -139,3 +146,27 @@ def test_a_stage_runs_again_only_for_other_inputs_or_damaged_outputs(tmp_path: P
     output.unlink()
     stages.run("stage", "2", [output], work)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["validation", "labels of their own"])
+def test_no_label_both_trains_and_calibrates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    labels = []
+    for k in range(3):
+        atoms = cluster()
+        atoms.calc = SinglePointCalculator(atoms, energy=float(k), forces=np.zeros((len(atoms), 3)))
+        labels.append(atoms)
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(models, "export_checkpoints", lambda *given: (asked.append(given), given[6].touch()))
+    events = EventLog(tmp_path / "events.jsonl")
+    training, validation, calibration = labels[:1], labels[1:2], labels[2:] if own else []
+    settings, once = make_settings(tmp_path), Stages(tmp_path, events, {})
+    turn = Turn(0, settings, once, training, validation, calibration, {}, {}, {"export": "key"}, 1)
+    models.Models(cast(Any, None), tmp_path, cast(Any, None), 1, events).export(turn, [])
+    assert asked[0][3] is training
+    assert asked[0][4] is (calibration if own else validation)
+
+
+def test_pressures_of_replicas_are_in_bar_for_lammps(tmp_path: Path) -> None:
+    task = make_task(tmp_path, tmp_path / "model.pt", bulk("Cu", cubic=True), ensemble="npt", pressure=100.0)
+    (line,) = _npt(task, Box(bulk("Cu", cubic=True)))
+    assert "tri 1000 1000 1 " in line  # 100 MPa
