@@ -466,6 +466,15 @@ def test_missing_tblite_names_the_pip_command(monkeypatch):
         make_calculator(ReferenceSettings(calculator="tblite"), EXAMPLE)
 
 
+def test_tblite_refuses_slabs():
+    """It would repeat them along their free vectors as well: another structure."""
+    pytest.importorskip("tblite")
+    water = molecule("H2O")
+    water.cell, water.pbc = [6.0, 6.0, 9.0], (True, True, False)
+    with pytest.raises(LabelError, match="periodic in some directions as periodic in all"):
+        label(water, ReferenceSettings(calculator="tblite"), Path())
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(SettingsError, match=r"reference.arguments don't suit the calculator 'openmm': .*'cutof'"):
         make_calculator(ALANINE.model_copy(update={"arguments": {"cutof": 5.0}}), tmp_path)

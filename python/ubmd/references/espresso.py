@@ -11,6 +11,7 @@ from typing import Any
 
 from ase import Atoms
 
+from ubmd.data.periodicity import has_stress
 from ubmd.errors import LabelError, SettingsError
 from ubmd.references.electrons import total_charge
 from ubmd.references.gth import PREFIX, find_potentials, read_gth
@@ -114,8 +115,11 @@ def _run(
     from ase.calculators.espresso import Espresso, EspressoProfile
     from ase.io.espresso import Namelist
 
-    if not atoms.pbc.all():
-        raise LabelError("Quantum ESPRESSO computes periodic cells; put the molecule into a cell with pbc.")
+    if not has_stress(atoms):
+        raise LabelError(
+            "Quantum ESPRESSO computes periodic cells; put the molecule into a cell with pbc, or give all three cell "
+            "vectors of the slab a length."
+        )
     missing = sorted(set(atoms.get_chemical_symbols()) - set(potentials))
     if missing:
         raise LabelError(f"Quantum ESPRESSO has no pseudopotential for {missing[0]} (reference.arguments).")

@@ -7,7 +7,8 @@ from typing import Any
 
 from ase import Atoms
 
-from ubmd.errors import SettingsError
+from ubmd.data.periodicity import is_partly_periodic
+from ubmd.errors import LabelError, SettingsError
 from ubmd.references.electrons import spin_multiplicity, total_charge
 from ubmd.references.programs import ProgramCalculator
 
@@ -39,6 +40,8 @@ def tblite(
     Raises:
         ImportError: tblite is not installed.
         SettingsError: unknown method.
+
+    Slabs and wires are refused: tblite (0.4) repeats them along their free vectors as well.
     """
     from tblite.ase import TBLite
 
@@ -46,6 +49,11 @@ def tblite(
         raise SettingsError(f"reference.arguments.method = {method!r} is unknown; use {', '.join(METHODS)}.")
 
     def run(atoms: Atoms, _: Path) -> dict[str, Any]:
+        if is_partly_periodic(atoms):
+            raise LabelError(
+                "tblite takes a structure that is periodic in some directions as periodic in all: make its pbc all "
+                "true, with a wide gap between the copies, or use another reference."
+            )
         electrons: dict[str, Any] = {
             "charge": total_charge(atoms, charge),
             "multiplicity": spin_multiplicity(atoms, multiplicity),
