@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from ubmd.analysis.trajectory import Trajectory, aligned, correlation_times, read_trajectory, without_cell
 from ubmd.cli.main import app
+from ubmd.data.extxyz import write_structures
 from ubmd.errors import DataError
 from ubmd.measure.autocorrelation import (
     autocorrelation,
@@ -200,3 +201,26 @@ def test_mistakes_of_the_command_name_their_options(tmp_path):
     (tmp_path / "bad.xyz").write_text("2\n\nH 0 0\n")
     with pytest.raises(DataError, match=r"ASE cannot read .*bad.xyz: "):
         read_trajectory(tmp_path / "bad.xyz", 0.01)
+
+
+def test_trajectories_of_slabs(tmp_path):
+    """Jumps by periodic vectors are undone, motion along the free direction is kept, however far."""
+    rng, records = np.random.default_rng(0), 40
+    slab = Atoms("Cu4", positions=rng.uniform(0.0, 4.0, (4, 3)), cell=[4.0, 5.0, 0.0], pbc=(True, True, False))
+    moves = np.cumsum(rng.normal(scale=0.2, size=(records, 4, 3)), axis=0)
+    moves[:, 0, 2] += np.linspace(0.0, 30.0, records)  # desorbed
+    frames = []
+    for k in range(records):
+        frame = slab.copy()
+        frame.positions += moves[k]
+        frame.wrap()
+        frame.info["step"] = 10 * k
+        frames.append(frame)
+    write_structures(tmp_path / "slab.extxyz", frames)
+    trajectory = read_trajectory(tmp_path / "slab.extxyz", 0.1)
+    assert trajectory.volumes is None
+    assert [atoms.pbc.tolist() for atoms in trajectory.structures()[:2]] == [[True, True, False]] * 2
+    found = trajectory.internal_positions()
+    expected = slab.positions + moves
+    expected -= expected.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.diff(found, axis=0), np.diff(expected, axis=0), atol=1e-8)

@@ -13,6 +13,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from ubmd.calculator import Evaluator
+from ubmd.data.periodicity import perpendicular_cell
 from ubmd.errors import DataError
 from ubmd.measure.autocorrelation import EffectiveSamples
 from ubmd.runs.folder import RunFolder
@@ -20,6 +21,7 @@ from ubmd.runs.reading import read_iterations
 
 Array = NDArray[np.float64]
 
+_FAR = 1e5  # Å
 SHORTEST = 1.0
 """ps; shorter trajectories say nothing about correlation times"""
 
@@ -33,7 +35,7 @@ class Trajectory:
     positions: Array
     """[T, n, 3], Å; in cells they may jump by cell vectors"""
     cells: Array | None
-    """[T, 3, 3], Å; None for molecules"""
+    """[T, 3, 3], Å, zeros along free directions; None for molecules"""
     spacing: float
     """time between records, ps"""
     max_u: Array | None = None
@@ -49,18 +51,27 @@ class Trajectory:
 
     @property
     def volumes(self) -> Array | None:
-        """Volume of the cell [T], Å³; None for molecules."""
-        return None if self.cells is None else np.abs(np.linalg.det(self.cells))
+        """Volume of the cell [T], Å³; None for molecules, slabs and wires."""
+        return None if self.cells is None or not self._periodic().all() else np.abs(np.linalg.det(self.cells))
 
     def structures(self) -> list[Atoms]:
         """The records as ASE structures."""
         cells = [None] * len(self) if self.cells is None else self.cells
-        periodic = self.cells is not None
-        return [Atoms(self.numbers, p, cell=c, pbc=periodic) for p, c in zip(self.positions, cells, strict=True)]
+        pbc = self._periodic()
+        return [Atoms(self.numbers, p, cell=c, pbc=pbc) for p, c in zip(self.positions, cells, strict=True)]
+
+    def _periodic(self) -> NDArray[np.bool_]:
+        """In which directions [3] it is periodic."""
+        return np.zeros(3, dtype=bool) if self.cells is None else self.cells[0].any(axis=1)
 
     def internal_positions(self) -> Array:
         """Positions [T, n, 3] without rotation and shift of molecules, or without motion of the cell of crystals."""
-        return aligned(self.positions) if self.cells is None else without_cell(self.positions, self.cells)
+        if self.cells is None:
+            return aligned(self.positions)
+        # along free directions a cell of a length that no atom crosses
+        pbc = self._periodic()
+        upright = [np.where(pbc[:, None], c, _FAR * perpendicular_cell(c, pbc)) for c in self.cells]
+        return without_cell(self.positions, np.array(upright))
 
     def with_uncertainty(self, model: Path) -> Trajectory:
         """The same with max_i u_i from a model file."""
@@ -127,10 +138,17 @@ def read_trajectory(path: Path, spacing: float | None = None) -> Trajectory:
     return Trajectory(
         frames[0].numbers,
         np.array([atoms.positions for atoms in frames]),
-        np.array([atoms.cell[:] for atoms in frames]) if all(atoms.pbc.all() for atoms in frames) else None,
+        _cells(frames),
         spacing,
         np.array([atoms.info["max_uncertainty"] for atoms in frames], dtype=np.float64) if known else None,
     )
+
+
+def _cells(frames: Sequence[Atoms]) -> Array | None:
+    """Cells [T, 3, 3] with zeros along free directions; None for molecules."""
+    if not frames[0].pbc.any() or any((atoms.pbc != frames[0].pbc).any() for atoms in frames):
+        return None
+    return np.array([np.where(atoms.pbc[:, None], atoms.cell[:], 0.0) for atoms in frames])
 
 
 def _read_trace(path: Path) -> Trajectory:
