@@ -10,7 +10,8 @@ import pytest
 from ase import Atoms
 
 from ubmd.calculator import Evaluator
-from ubmd.data.periodicity import projector
+from ubmd.data.graph import VOIGT
+from ubmd.data.periodicity import projector, stress_within
 from ubmd.errors import SimulationError
 from ubmd.lammps.box import Box
 from ubmd.lammps.session import Session
@@ -36,19 +37,28 @@ def structure(structures: dict[str, Atoms], pbc: tuple[bool, ...]) -> Atoms:
 @pytest.mark.parametrize(
     "pbc", [pytest.param(pbc, marks=pytest.mark.quick) if sum(pbc) == 2 else pbc for pbc in PERIODICITIES], ids=ids
 )
-def test_energy_and_forces_are_those_of_python(
+def test_energy_forces_and_virial_are_those_of_python(
     model_file: Path, evaluator: Evaluator, structures: dict[str, Atoms], pbc: tuple[bool, ...]
 ) -> None:
     atoms = structure(structures, pbc)
     expected = evaluator.predict_one(atoms)
     with Session(model=model_file) as session:
         session.make_system(atoms, "double")
-        session.commands(["fix b all ubmd", "run 0"])
-        forces = session.gather("f") @ Box(atoms).rotation.T
+        session.commands(["fix b all ubmd", "compute p all pressure NULL virial"])
+        session.commands(["thermo_style custom step c_p", "run 0"])
+        rotation = Box(atoms).rotation
+        forces = session.gather("f") @ rotation.T
+        volume = float(session.lammps.get_thermo("vol"))
+        six = np.array(session.lammps.extract_compute("p", 0, 1)[:6]) * volume / BAR
         assert session.energy() == pytest.approx(expected.energy, rel=1e-10)
         np.testing.assert_allclose(forces, expected.forces, atol=1e-10 * np.abs(expected.forces).max())
         assert session.fix_value("b", 0) == pytest.approx(expected.u, rel=1e-10)
         assert session.fix_value("b", 1) == pytest.approx(expected.atomic_u.max(), rel=1e-10)
+    turned = np.zeros((3, 3))
+    turned[SIX] = turned[SIX[::-1]] = six
+    virial = stress_within((rotation @ turned @ rotation.T)[VOIGT], atoms)
+    scale = np.abs(virial).max()
+    np.testing.assert_allclose(virial, -expected.stress * atoms.get_volume(), atol=1e-10 * scale)
 
 
 def strained(atoms: Atoms, strain: np.ndarray) -> Atoms:
