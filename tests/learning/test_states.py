@@ -120,12 +120,12 @@ def test_two_states_of_one_composition_are_refused_by_the_loop(inputs: Path, tmp
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
-def test_the_plan_says_what_the_calculator_sees_and_that_fixed_atoms_move(inputs: Path) -> None:
+def test_the_plan_says_what_the_calculator_sees_and_which_atoms_are_fixed(inputs: Path) -> None:
     held = charged_cluster()
     held.set_constraint(FixAtoms([0]))
     said = "\n".join(plan(settings_of(inputs), inputs, [held]))
     assert "charge = 1, initial charges, initial magnetic moments, tags, masses" in said
-    assert "the replicas move all atoms" in said
+    assert "1 atoms are fixed (FixAtoms): they stay where they are in all MD" in said
     assert "does not see these keys of info: name (" in said
     said = "\n".join(plan(settings_of(inputs), inputs, [cluster()]))
     assert "calculator sees" not in said
@@ -221,7 +221,7 @@ def test_a_charge_is_not_repeated_with_the_box(tmp_path: Path) -> None:
 
 def test_masses_of_a_trajectory_survive_its_file() -> None:
     atoms = charged_cluster()
-    state = TrajectoryState(np.array(atoms.numbers), np.eye(3), False, atoms.positions, atoms.positions, 3, {})
+    state = TrajectoryState(np.array(atoms.numbers), np.eye(3), np.zeros(3, dtype=bool), atoms.positions, atoms.positions, 3, {})
     assert "masses" not in state.arrays()  # files of structures with the usual masses are what they were
     with_masses = TrajectoryState(**(vars(state) | {"masses": atoms.get_masses()}))
     back = TrajectoryState.from_arrays(with_masses.arrays())
