@@ -66,7 +66,7 @@ def test_check_says_which_atoms_are_fixed(tmp_path: Path) -> None:
     write_structures(tmp_path / "start.extxyz", [atoms])
     result = ubmd("check", "settings.toml", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "4 atoms are fixed (FixAtoms): they stay where they are in all MD" in " ".join(result.stdout.split())
+    assert "Fixed atoms (FixAtoms): 4 of 8. They stay where they are in all MD" in " ".join(result.stdout.split())
     result = ubmd("check", "settings.toml", "--set", "md.ensemble=npt", cwd=tmp_path)
     assert result.returncode == 1
     assert "md.ensemble = 'npt' does not go with fixed atoms" in result.stderr

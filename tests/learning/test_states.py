@@ -125,7 +125,7 @@ def test_the_plan_says_what_the_calculator_sees_and_which_atoms_are_fixed(inputs
     held.set_constraint(FixAtoms([0]))
     said = "\n".join(plan(settings_of(inputs), inputs, [held]))
     assert "charge = 1, initial charges, initial magnetic moments, tags, masses" in said
-    assert "1 atoms are fixed (FixAtoms): they stay where they are in all MD" in said
+    assert "Fixed atoms (FixAtoms): 1 of 13. They stay where they are in all MD" in said
     assert "does not see these keys of info: name (" in said
     said = "\n".join(plan(settings_of(inputs), inputs, [cluster()]))
     assert "calculator sees" not in said
@@ -221,7 +221,9 @@ def test_a_charge_is_not_repeated_with_the_box(tmp_path: Path) -> None:
 
 def test_masses_of_a_trajectory_survive_its_file() -> None:
     atoms = charged_cluster()
-    state = TrajectoryState(np.array(atoms.numbers), np.eye(3), np.zeros(3, dtype=bool), atoms.positions, atoms.positions, 3, {})
+    state = TrajectoryState(
+        np.array(atoms.numbers), np.eye(3), np.zeros(3, dtype=bool), atoms.positions, atoms.positions, 3, {}
+    )
     assert "masses" not in state.arrays()  # files of structures with the usual masses are what they were
     with_masses = TrajectoryState(**(vars(state) | {"masses": atoms.get_masses()}))
     back = TrajectoryState.from_arrays(with_masses.arrays())

@@ -99,7 +99,7 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
         yield f"In every structure the calculator sees: {state}."
     if fixed := int(is_fixed(box).sum()):
         yield (
-            f"{fixed} atoms are fixed (FixAtoms): they stay where they are in all MD, and temperatures, bias and "
+            f"Fixed atoms (FixAtoms): {fixed} of {len(box)}. They stay where they are in all MD; temperatures, bias and "
             "errors are those of the others."
         )
     dynamic = settings.dynamic
