@@ -99,8 +99,8 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
         yield f"In every structure the calculator sees: {state}."
     if fixed := int(is_fixed(box).sum()):
         yield (
-            f"Fixed atoms (FixAtoms): {fixed} of {len(box)}. They stay where they are in all MD; temperatures, bias and "
-            "errors are those of the others."
+            f"Fixed atoms (FixAtoms): {fixed} of {len(box)}. They stay where they are in all MD; temperatures, bias "
+            "and errors are those of the others."
         )
     dynamic = settings.dynamic
     temperatures = ", ".join(f"{t:g}" for t in dynamic.temperatures)

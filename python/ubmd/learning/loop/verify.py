@@ -117,8 +117,8 @@ def state_remarks(structures: list[Atoms], settings: RunSettings) -> Iterator[st
     fixed = [int(is_fixed(atoms).sum()) for atoms in structures]
     if any(fixed):
         yield (
-            f"Fixed atoms (FixAtoms): {_counts(fixed)} of {_counts([len(atoms) for atoms in structures])}. They stay where "
-            "they are in all MD; temperatures, bias and thresholds are those of the others."
+            f"Fixed atoms (FixAtoms): {_counts(fixed)} of {_counts([len(atoms) for atoms in structures])}. They stay "
+            "where they are in all MD; temperatures, bias and thresholds are those of the others."
         )
 
 
