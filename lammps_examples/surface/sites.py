@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from ubmd.learning import RunFolder
 from ubmd.settings import RunSettings, load_settings
@@ -92,7 +93,8 @@ def main() -> None:
         for axis, values in zip(axes, (seen, np.cumsum(walk.hop)), strict=True):
             axis.plot(walk.step[within] / 1000.0, values[within], style, color=colour, lw=1.5)
     for axis, label in zip(axes, ("Hollow sites visited (of 9)", "Hops"), strict=True):
-        axis.set(xlabel="MD steps of all replicas (thousands)", ylabel=label, ylim=(0.0, None))
+        axis.set(xlabel="MD steps of all replicas (thousands)", ylabel=label, ylim=(0.0, axis.get_ylim()[1] + 1.0))
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].plot([], [], "-", color="tab:orange", label="biased")
     axes[0].plot([], [], "--", color="tab:blue", label="not biased")
     axes[0].legend(frameon=False)

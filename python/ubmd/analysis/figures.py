@@ -351,8 +351,8 @@ def replicas_figure(
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False)
     left.yaxis.set_major_locator(MaxNLocator(integer=True))
     right.plot(iterations, np.asarray(picoseconds), "-o", color=BLUE, markersize=4)
-    right.set(xlabel="Iteration", ylabel="Mean time of a replica (ps)", ylim=(0.0, None))
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set(xlabel="Iteration", ylabel="Mean time of a replica (ps)", ylim=(0.0, None), xlim=left.get_xlim())
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     right.grid(alpha=0.25)
     return save(figure, path)
 
