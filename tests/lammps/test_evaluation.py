@@ -27,6 +27,8 @@ fix b all ubmd force 0.25 window 1
 thermo_style custom step pe c_energy c_virial[1] c_sum6[1] c_sum9[1]
 dump d all custom 1 dump.test id fx fy fz f_b[1] f_b[2] f_b[3] f_b[4]
 dump_modify d sort id format float %.17g
+dump v all custom 1 dump.virials id c_s6[*] c_s9[*]
+dump_modify v sort id format float %.17g
 run 0
 """
 SIX = ["c_virial[1]", "c_virial[2]", "c_virial[3]", "c_virial[4]", "c_virial[5]", "c_virial[6]"]
@@ -63,6 +65,9 @@ def check_against_python(lab, evaluator, atoms, ranks, settings="", margin=(5.0,
         [u, expected.atomic_u.max(), expected.atomic_u.mean(), scale, 0.0, 0.25, 0.0, 0.0],
     )
     check_virials(lab, n, atoms, expected)
+    virials = lab.dump("dump.virials")[0]  # of each atom: the split of an edge is the same in both
+    six, nine = (np.stack([virials[f"c_s{c}[{k}]"] for k in range(1, 7)], 1) for c in (6, 9))
+    assert close(six, nine)
 
 
 def check_virials(lab, n, atoms, expected):
