@@ -124,6 +124,20 @@ def test_a_barostat_moves_a_slab_in_its_plane_only(slab_model: Path, tmp_path: P
     np.testing.assert_allclose(last.cell[:2, 2], 0.0, atol=1e-12)
 
 
+def test_a_barostat_tilts_an_upright_slab(slab_model: Path, tmp_path: Path) -> None:
+    """LAMMPS tilts boxes only that were made as prisms."""
+    start = fcc111("Cu", (2, 2, 3), vacuum=6.0, orthogonal=True)
+    start.symbols[-1] = "Au"
+    start.pbc = (True, True, False)
+    task = make_task(
+        tmp_path, slab_model, start, ensemble="npt", pressure_damping=0.2, coupling="tri", temperature=100.0
+    )
+    result = run_replica(task)
+    assert result.stopped == "step limit", result.reason
+    last = read_structures(task.frames)[-1]
+    assert abs(last.cell[1, 0]) > 1e-6
+
+
 def test_fixed_atoms_do_not_move_by_a_bit(slab_model: Path, tmp_path: Path) -> None:
     task = make_task(tmp_path, slab_model, slab())
     assert run_replica(task).stopped == "step limit"

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.geometry.cell import complete_cell
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-
-_ROWS, _COLUMNS = (0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1)  # of ASE's order of stresses xx yy zz yz xz xy
 
 
 def is_partly_periodic(atoms: Atoms) -> bool:
@@ -51,7 +50,8 @@ def stress_within(stress: Array, atoms: Atoms) -> Array:
     if not is_partly_periodic(atoms):
         return stress
     projection = projector(atoms)
-    return voigt(projection @ tensor(stress) @ projection)
+    within: Array = full_3x3_to_voigt_6_stress(projection @ voigt_6_to_full_3x3_stress(stress) @ projection)
+    return within
 
 
 def stress_components(stress: Array, atoms: Atoms) -> Array:
@@ -63,20 +63,8 @@ def stress_components(stress: Array, atoms: Atoms) -> Array:
         return stress
     vectors, lower = np.linalg.qr(atoms.cell[:][atoms.pbc].T)
     basis = (vectors * np.sign(np.diag(lower))).T
-    inside = basis @ tensor(stress) @ basis.T
+    inside = basis @ voigt_6_to_full_3x3_stress(stress) @ basis.T
     return np.concatenate([np.diag(inside), inside[np.triu_indices(len(inside), 1)]])
-
-
-def tensor(stress: Array) -> Array:
-    """Symmetric [3, 3] from six components in ASE's order."""
-    full = np.zeros((3, 3))
-    full[_ROWS, _COLUMNS] = full[_COLUMNS, _ROWS] = stress
-    return full
-
-
-def voigt(full: Array) -> Array:
-    """Six components in ASE's order of a symmetric tensor [3, 3]."""
-    return full[_ROWS, _COLUMNS]
 
 
 def perpendicular_cell(cell: Any, pbc: Any) -> Array:

@@ -83,15 +83,12 @@ class Box:
         return ["p" if periodic else free for periodic in self.pbc]
 
     def _region(self) -> str:
-        if self.pbc.all():
-            xx, yy, zz, xy, xz, yz = (f"{value:.17g}" for value in _lower(self._edges))
-            return f"region cell prism 0 {xx} 0 {yy} 0 {zz} {xy} {xz} {yz} units box"
         low, high = np.where(self.pbc, 0.0, self._low), np.where(self.pbc, np.diag(self._edges), self._high)
         bounds = " ".join(f"{a:.17g} {b:.17g}" for a, b in zip(low, high, strict=True))
-        tilts = _lower(self._edges)[3:]
-        if not self.pbc.any() or not any(tilts):
+        if not self.pbc.any():
             return f"region cell block {bounds} units box"
-        return f"region cell prism {bounds} {' '.join(f'{tilt:.17g}' for tilt in tilts)} units box"
+        tilts = " ".join(f"{self._edges[row, column]:.17g}" for row, column in ((1, 0), (2, 0), (2, 1)))
+        return f"region cell prism {bounds} {tilts} units box"  # upright ones, too: a barostat may tilt them
 
     def _turned(self, atoms: Atoms) -> Array:
         if not self.pbc.any():
@@ -109,8 +106,3 @@ def deformation(cell: Array, start: Atoms) -> Array:
         return np.asarray(np.linalg.solve(start.cell[:], cell))
     before, after = (perpendicular_cell(vectors, start.pbc) for vectors in (start.cell[:], cell))
     return np.asarray(np.linalg.solve(before, after))
-
-
-def _lower(edges: Array) -> tuple[float, ...]:
-    """xx yy zz xy xz yz of a lower triangular cell."""
-    return tuple(float(edges[row, column]) for row, column in ((0, 0), (1, 1), (2, 2), (1, 0), (2, 0), (2, 1)))
