@@ -78,7 +78,8 @@ def short_template(name: str = "settings.toml") -> str:
             table = tables[0]
             lines += ["", *_comment(kind.__doc__ or ""), f"[{table}]"]
         field = kind.model_fields[key]
-        value = _EXAMPLES[path] if field.is_required() else field.get_default(call_default_factory=True)
+        needed = field.is_required() or field.examples
+        value = _EXAMPLES[path] if needed else field.get_default(call_default_factory=True)
         lines += [*_comment(field.description or ""), _assignment(key, value)]
     return _HEAD.format(name=name) + _SHORT_HEAD + "\n".join(lines) + "\n"
 
@@ -115,8 +116,8 @@ def _table_of(field: FieldInfo) -> type[Table] | None:
 
 def _key_lines(path: str, key: str, field: FieldInfo) -> list[str]:
     comment = _comment(field.description or "")
-    if field.is_required():
-        return [*comment, _assignment(key, _EXAMPLES[path])]
+    if field.is_required() or field.examples:
+        return [*comment, _assignment(key, field.examples[0] if field.examples else _EXAMPLES[path])]
     default = field.get_default(call_default_factory=True)
     if default is None:
         return [*comment, f"# {key} = ..."]

@@ -36,7 +36,7 @@ USUAL_INFO = ("charge", "spin", "multiplicity")
 
 _TAKEN = {
     *("Lattice", "Properties", "pbc"),
-    *("iteration", "replica", "step", "rule", "trajectory", "label", "split", "reason", "unconstrained"),
+    *("iteration", "replica", "step", "rule", "trajectory", "label", "split", "given", "reason", "unconstrained"),
     *("temperature", "predicted_error", "uncertainty", "max_uncertainty"),
     *("energy", "free_energy", "forces", "stress", "virial", "virials"),
 }

@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor as StandardExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -20,16 +21,18 @@ from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, structures_hash
 from ubmd.data.structures import read_structures
+from ubmd.errors import LabelError
 from ubmd.files import content_hash, copy_file, move_aside, read_json, write_json
 from ubmd.learning.dataset import fresh_sides, split_batch
-from ubmd.learning.labels import reference_key
+from ubmd.learning.given import agreement_remark, check_agreement, read_given, set_aside, to_check
+from ubmd.learning.labels import label_batch, read_batch, read_postponed, reference_key
 from ubmd.learning.loop.models import Models, keep_predictions, measure, training_seed
 from ubmd.learning.loop.replicas import Replicas, frames_are_damaged, settled
 from ubmd.learning.loop.selecting import make_pool, read_frames, select_batch
 from ubmd.learning.loop.turn import Turn
 from ubmd.learning.loop.verify import input_files, state_remarks, verify
 from ubmd.learning.reference import look_at_reference, remarks
-from ubmd.learning.start import perturb
+from ubmd.learning.start import perturb, read_start
 from ubmd.learning.walk import START, Walk, drive
 from ubmd.learning.work.workers import Executor
 from ubmd.measure.coverage import coverage
@@ -42,7 +45,7 @@ from ubmd.runs.manifest import open_run
 from ubmd.runs.records import IterationEntry
 from ubmd.runs.rewind import take_back
 from ubmd.runs.seeds import Stage, random_generator
-from ubmd.runs.stages import Stages
+from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import RunSettings
 from ubmd.settings.marks import key_values
 
@@ -100,7 +103,9 @@ class Loop(Walk[IterationEntry]):
         listener: Listener | None,
         from_iteration: int | None = None,
     ) -> None:
-        self.start_structures = read_structures(base / settings.start.file, settings.start.labels)
+        given = read_given(settings, base)
+        self.start_structures = read_start(settings, base, given)
+        self.given, self._refused = set_aside(given, settings.reference)
         record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
         inputs = input_hashes(input_files(settings, base), settings.reference.arguments, base)
         own = backend_files(settings.model, base)
@@ -152,12 +157,54 @@ class Loop(Walk[IterationEntry]):
     # -------------------------------------------------------------------------------------- before the loop
 
     def _start(self) -> None:
-        """Perturbed copies of the start structures are the first labels."""
+        """The first labels: those that the user has, then perturbed copies of the start structures."""
+        if self.given:
+            self._take_given()
+        if not self.settings.start.count:
+            return
         rng = random_generator(self.settings.seed, 0, Stage.START)
         candidates = perturb(self.start_structures, self.settings.start, rng, self.settings.reference.info)
         for k, atoms in enumerate(candidates):
             atoms.info |= {"iteration": START, "replica": k, "step": 0}
         self._label_start(candidates)
+
+    def _take_given(self) -> None:
+        """Begin the data set with the user's labels, once the reference agrees with some of them."""
+        if not self.settings.start.trust:
+            self._label_again([self.given[k] for k in to_check(self.given)])
+        for k, atoms in enumerate([*self.given, *self._refused]):
+            atoms.info |= {"iteration": START, "replica": k, "step": 0, "given": True}
+        self._append(START, self.given, self._refused)
+
+    def _label_again(self, given: list[Atoms]) -> None:
+        """Label some given structures with the reference of the run, and compare.
+
+        Raises:
+            DataError: they differ. LabelError: the reference cannot label them.
+        """
+        reference, folder = self.settings.reference, self.folder.path / "given"
+        key = content_hash([dataset_hash(given), structures_hash(given, reference.info), reference_key(reference)])
+        candidates, record = [bare(atoms, reference.info) for atoms in given], folder / "agreement.json"
+        for k, atoms in enumerate(candidates):
+            atoms.info |= {"iteration": START, "replica": k, "step": 0}
+
+        def report(index: int, reason: str) -> None:
+            self.events.show("label_done", iteration=START, index=index, why=reason)
+
+        def work() -> None:
+            prepare_folder(folder, key)
+            retries = self.settings.workers.retries
+            label_batch(candidates, folder, reference, self.base, self.workers, report, retries=retries)
+            again, rejected = read_batch(folder)
+            if rejected or read_postponed(folder):
+                reason = rejected[0].info["reason"] if rejected else "lost by a fault of the machine"
+                raise LabelError(f"A structure of {self.settings.start.labels} could not be labelled again: {reason}")
+            found = check_agreement(given, again, Path(self.settings.start.labels or "").name)
+            write_json(record, asdict(found))
+            self._remark([agreement_remark(found, len(given), self.settings)])
+
+        once = Stages(self.folder.path, self.events, {self.unit: START})
+        once.run("check_labels", key, [record], work)
 
     # -------------------------------------------------------------------------------------- keys
 
@@ -325,15 +372,19 @@ class Loop(Walk[IterationEntry]):
         """The stop rule that holds, if any; it sees the newest model's errors, too."""
         errors = read_json(turn.once.folder / "errors.json")
         newest = IterationEntry.read({"iteration": turn.iteration, "labels": len(self.dataset), **errors})
-        calls = len(self.dataset) + len(self.rejected)
+        calls = self._calls()
         return convergence.stop_rule([*self.history, newest], len(self.dataset), calls, self.settings.loop)
 
     def _affordable(self) -> int:
         """Structures that may still be labelled."""
         loop, left = self.settings.loop, self.settings.loop.labels - len(self.dataset)
-        return (
-            left if loop.label_budget is None else min(left, loop.label_budget - len(self.dataset) - len(self.rejected))
-        )
+        return left if loop.label_budget is None else min(left, loop.label_budget - self._calls())
+
+    def _calls(self) -> int:
+        """Reference calculations for labels so far, those of rejected structures included."""
+        given, trust = len(self.given) + len(self._refused), self.settings.start.trust
+        again = len(to_check(self.given)) if self.given and not trust else 0
+        return len(self.dataset) + len(self.rejected) - given + again
 
     def _report(self) -> None:
         """Pictures and tables of the run."""

@@ -24,6 +24,7 @@ from ubmd.settings import RunSettings
 
 STAGE_NAMES = {
     "test_set": "reference MD for the test set",
+    "check_labels": "given labels again",
     "label": "labels",
     "train": "training",
     "export": "calibration",
