@@ -31,6 +31,7 @@ FLOORS = (
     ("potentials.file", "potentials.evaluation", "potentials.deployed", "potentials.baseline"),
     ("potentials.summed",),
     ("potentials.evaluator", "potentials.learner", "potentials.fitting", "potentials.members"),
+    ("potentials.starting",),
     ("potentials.gmnn", "potentials.force_constants"),
     ("potentials.kinds",),
     ("potentials.network_learner",),

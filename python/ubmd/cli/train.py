@@ -63,29 +63,41 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh/--resume", help="Start from scratch, or resume from the last checkpoint (default).")
     ] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="PATH",
+            help="Start from this model instead of random weights: model.pt, weights.pt, checkpoint.pt, or the folder "
+            "of a run or training.",
+        ),
+    ] = None,
 ) -> None:
     """Train a model on labelled structures and export it as model.pt.
 
-    A network, or, if the settings have a table "crystal", a force-constant potential of a crystal.
+    A network, or, if the settings have a table "crystal", a force-constant potential of a crystal. A training that has
+    ended continues if training.epochs is raised.
     """
     with user_errors():
         settings = load_settings(settings_file, TrainSettings, overrides or [])
         if kind_of_settings(settings).of_crystal:
             from ubmd.cli.fit import train_crystal
 
+            if source is not None:
+                raise SettingsError("--from is for networks: a force-constant potential is fitted at once.")
             train_crystal(settings, settings_file.parent, fresh, make_console())
         else:
-            _train(settings, settings_file.parent, fresh, Console())
+            _train(settings, settings_file.parent, fresh, source, Console())
 
 
-def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
+def _train(settings: TrainSettings, base: Path, fresh: bool, source: Path | None, console: Console) -> None:
     """Train and export a network of any back end; ``base`` is the folder of the settings file."""
     from ubmd.cli.structure_table import describe
     from ubmd.data.labels import dataset_hash
     from ubmd.potentials.fitting import export_checkpoints
-    from ubmd.potentials.interface import Labels, TrainingTable
+    from ubmd.potentials.interface import Labels, Prolongs, TrainingTable
     from ubmd.potentials.kinds import check_backend
-    from ubmd.potentials.members import train_networks
+    from ubmd.potentials.members import member_folders, train_networks
 
     uncertainty, path = settings.uncertainty, settings.output_dir / "model.pt"
     backend = check_backend(settings.model, uncertainty, base)
@@ -95,10 +107,15 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     console.print(describe(training_set, "training set"))
     console.print(describe(validation_set, "validation set"))
     print_remarks(remarks)
-    table, labels = TrainingTable(settings.model, settings.training, fresh=fresh), Labels(training_set, validation_set)
+    table = TrainingTable(settings.model, settings.training, fresh=fresh, prolong=True)
+    labels, networks = Labels(training_set, validation_set), uncertainty.networks
+    starts = None if source is None else _starts(source, settings, backend, training_set, console)
+    if isinstance(backend, Prolongs) and not fresh:
+        first = member_folders(settings.output_dir, networks)[0]
+        _print_if_any(backend.prolongation(first, settings.training.epochs), console)
     with training_progress(console) as report:
         checkpoints = train_networks(
-            backend, uncertainty.networks, table, labels, settings.output_dir, settings.seed, report=report
+            backend, networks, table, labels, settings.output_dir, settings.seed, starts, report
         )
     provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings.model_dump(mode="json")}
     model = settings.model
@@ -106,6 +123,23 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     for checkpoint in checkpoints:
         _print_summary(backend, checkpoint.parent, console)
     console.print(f"model: {path}", soft_wrap=True, markup=False)
+
+
+def _starts(
+    source: Path, settings: TrainSettings, backend: Backend, training_set: list[Atoms], console: Console
+) -> list[Path]:
+    """Checkpoints that the networks start from, made of the model that ``--from`` names."""
+    from ubmd.potentials.starting import constants_told, file_to_start_from, start_from
+
+    file, folder = file_to_start_from(source, backend, "--from"), settings.output_dir / "initial"
+    paths, constants = start_from(file, backend, settings.uncertainty.networks, settings.model, training_set, folder)
+    _print_if_any(f"starts from {file}. {constants_told(constants)}".rstrip(), console)
+    return paths
+
+
+def _print_if_any(sentence: str, console: Console) -> None:
+    if sentence:
+        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
 
 
 def _check_outputs(settings: TrainSettings, backend: Backend) -> None:

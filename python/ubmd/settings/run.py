@@ -36,6 +36,11 @@ class StartSettings(Table):
         description="labelled structures that you already have; relative to the settings file; the run begins with "
         "them instead of labelling copies of its own",
     )
+    model: Path | None = Field(
+        None,
+        description="the first training starts from this model (model.pt, weights.pt, checkpoint.pt, or the folder of "
+        "a run or training) instead of random weights; relative to the settings file",
+    )
     trust: Annotated[bool, NOTHING] = Field(
         False,
         description="begin with start.labels without labelling some of them again, which finds labels of another "
@@ -228,6 +233,12 @@ class RunSettings(Table):
         for name, limit in (("labels", self.loop.labels), ("label_budget", self.loop.label_budget)):
             if limit is not None and limit < self.start.count:
                 raise ValueError(f"loop.{name} = {limit} is less than start.count = {self.start.count}")
+        return self
+
+    @model_validator(mode="after")
+    def _start_model_is_kept(self) -> RunSettings:
+        if self.start.model is not None and not self.loop.warm_start:
+            raise ValueError("start.model needs loop.warm_start = true: else every iteration begins anew")
         return self
 
     @model_validator(mode="after")

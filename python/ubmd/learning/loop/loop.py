@@ -22,7 +22,7 @@ from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, structures_hash
 from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError
-from ubmd.files import content_hash, copy_file, move_aside, read_json, write_json
+from ubmd.files import content_hash, copy_file, file_hash, move_aside, read_json, write_json
 from ubmd.learning.dataset import fresh_sides, split_batch
 from ubmd.learning.given import agreement_remark, check_agreement, read_given, set_aside, to_check
 from ubmd.learning.labels import label_batch, read_batch, read_postponed, reference_key
@@ -30,7 +30,7 @@ from ubmd.learning.loop.models import Models, keep_predictions, measure, trainin
 from ubmd.learning.loop.replicas import Replicas, frames_are_damaged, settled
 from ubmd.learning.loop.selecting import make_pool, read_frames, select_batch
 from ubmd.learning.loop.turn import Turn
-from ubmd.learning.loop.verify import input_files, state_remarks, verify
+from ubmd.learning.loop.verify import input_files, model_to_start_from, state_remarks, verify
 from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.start import perturb, read_start
 from ubmd.learning.walk import START, Walk, drive
@@ -116,6 +116,7 @@ class Loop(Walk[IterationEntry]):
         if record:  # of a run without labels: said once
             self._remark([*remarks(record, settings.reference), *state_remarks(self.start_structures, settings)])
         self._models = Models(backend, base, workers, self.threads, self.events)
+        self._model = model_to_start_from(settings, base)
         self.newest: list[Atoms] = []  # labels of the last batch
         self._weights: Callable[[], list[Path]] | None = None  # of the last model's networks, made again if lost
         self._keys: dict[int, dict[str, str]] = {}
@@ -216,12 +217,13 @@ class Loop(Walk[IterationEntry]):
         training, validation, calibration = self._split(iteration)
         sets = [dataset_hash(training), dataset_hash(validation)]
         options = key_values(settings.training)
-        warm = settings.loop.warm_start and self._weights is not None
-        epochs = settings.epochs(len(self.dataset), len(self.dataset) - self.history[-1].labels if warm else None)
+        warm = settings.loop.warm_start and (self._weights is not None or self._model is not None)
+        before = self.history[-1].labels if self.history else 0
+        epochs = settings.epochs(len(self.dataset), len(self.dataset) - before if warm else None)
         train = content_hash(
             [
                 sets,
-                self._keys[iteration - 1]["train"] if warm else None,
+                self._trained_before(iteration) if warm else None,
                 key_values(settings.model),
                 options | {"threads": self.threads},
                 epochs,
@@ -244,6 +246,19 @@ class Loop(Walk[IterationEntry]):
         self._keys[iteration] = keys
         return Turn(iteration, settings, once, training, validation, calibration, starts, tasks, keys, epochs)
 
+    def _trained_before(self, iteration: int) -> str | None:
+        """Key of what an iteration's training starts from."""
+        if iteration > 0:
+            return self._keys[iteration - 1]["train"]
+        return None if self._model is None else file_hash(self._model)
+
+    def _training(self, turn: Turn) -> Callable[[], list[Path]]:
+        """Makes an iteration's weights when they are needed, from the last ones or from ``start.model``."""
+        previous = self._weights
+        if previous is None and self._model is not None:
+            previous = partial(self._models.starting, turn, self._model)
+        return partial(self._models.train, turn, previous)
+
     def _starts(self, folder: Path) -> dict[Path, Atoms]:
         """Structures that replicas start from, by the file that will hold them."""
         labelled = self.settings.md.start_from == "labelled" and self.newest
@@ -253,7 +268,7 @@ class Loop(Walk[IterationEntry]):
 
     def _pass_over(self, turn: Turn) -> None:
         """Take the results of a settled iteration; its models and frames may be gone."""
-        self._weights = partial(self._models.train, turn, self._weights)
+        self._weights = self._training(turn)
         damaged = not turn.once.is_done("export", turn.keys["export"])
         if damaged and (turn.once.folder / "model.pt").exists():  # the report may look at it
             self._models.export(turn, self._weights())
@@ -268,7 +283,7 @@ class Loop(Walk[IterationEntry]):
 
     def _learn(self, turn: Turn) -> Path:
         """Train, export and measure; returns the model file."""
-        self._weights = partial(self._models.train, turn, self._weights)
+        self._weights = self._training(turn)
         weights = self._weights()
         model = self._models.export(turn, weights)
         if self._held_out is not None:

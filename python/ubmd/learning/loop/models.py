@@ -23,6 +23,7 @@ from ubmd.measure.errors import calibration_of, error_summary
 from ubmd.potentials.fitting import export_checkpoints
 from ubmd.potentials.interface import Backend, Labels, TrainingTable
 from ubmd.potentials.members import member_folders, member_seed, train_networks
+from ubmd.potentials.starting import constants_told, start_from
 from ubmd.runs.folder import EventLog
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import prepare_folder
@@ -60,6 +61,16 @@ class Models:
 
         turn.once.run("train", turn.keys["train"], weights, work)
         return weights
+
+    def starting(self, turn: Turn, source: Path) -> list[Path]:
+        """Weights out of an earlier model for the first training, with constants that fit its labels."""
+        settings = turn.settings
+        count, folder = settings.uncertainty.networks, turn.once.folder / "initial"
+        paths, constants = start_from(source, self.backend, count, settings.model, turn.training, folder)
+        told = constants_told(constants)
+        if told:
+            self.events.write("remark", text=told)
+        return paths
 
     def _train_networks(self, turn: Turn, folder: Path, initial: list[Path] | None, key: str) -> None:
         """Train what the folder lacks: here, or the members of an ensemble side by side in workers."""

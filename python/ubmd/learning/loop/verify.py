@@ -17,7 +17,8 @@ from ubmd.learning.given import elements_of, given_remarks, read_given, set_asid
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.start import check_start, check_states, read_start
 from ubmd.potentials.baseline import check_baseline
-from ubmd.potentials.kinds import check_backend
+from ubmd.potentials.kinds import backend_of, check_backend
+from ubmd.potentials.starting import file_to_start_from
 from ubmd.settings import RunSettings
 
 _KEYS = 8  # that a sentence lists
@@ -58,6 +59,7 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
             raise SettingsError(f"{settings.start.source} holds {element}; add it to model.elements.")
     check_baseline(settings.model, {*present, *(settings.model.elements or ())})
     check_backend(settings.model, settings.uncertainty, base)
+    model_to_start_from(settings, base)
     check_start(structures, settings)
     check_states(structures, settings)
     _check_sampled(structures[0], settings, base)
@@ -77,9 +79,22 @@ def input_files(settings: RunSettings, base: Path) -> dict[str, Path]:
     named = {
         "start.file": settings.start.file,
         "start.labels": settings.start.labels,
+        "start.model": model_to_start_from(settings, base),
         "md.colvars": settings.md.colvars,
     }
     return {key: base / path for key, path in named.items() if path is not None}
+
+
+def model_to_start_from(settings: RunSettings, base: Path) -> Path | None:
+    """The file of ``start.model``, if it is set.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if settings.start.model is None:
+        return None
+    backend = backend_of(settings.model, base)
+    return file_to_start_from(base / settings.start.model, backend, "start.model")
 
 
 def _check_given(given: list[Atoms], settings: RunSettings, remark: Callable[[str], None]) -> None:
