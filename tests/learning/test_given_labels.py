@@ -263,3 +263,31 @@ def test_the_command_line_tells_in_one_sentence(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "start.trust = true begins with them all the same." in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_starts_from_the_model_of_another_one(tmp_path: Path) -> None:
+    """From its folder, and labels of another zero of energy: the first training begins with the old model."""
+    first = make_settings(tmp_path / "old", test=None)
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+    run(first, tmp_path)
+    made = settings(tmp_path, shaken(6), {"model": "old"}, loop={"labels": 8})
+    run(made, tmp_path)
+    folder = RunFolder(tmp_path / "run")
+    assert (folder.iteration(0) / "initial" / "weights.pt").exists()
+    assert "Constants that were added to the energies of the model" in folder.events.read_text()
+    log = (folder.iteration(0) / "train" / "log.csv").read_text().splitlines()
+    assert len(log) - 1 == made.loop.warm_epochs  # not those of a training from random weights
+    before = without_times(folder)
+    run(made, tmp_path)
+    assert without_times(folder) == before
+    (tmp_path / "old" / "model.pt").unlink()  # the run has its own copy
+    (folder.iteration(0) / "train" / "weights.pt").unlink()
+    run(made, tmp_path)
+    assert without_times(folder) == before
+
+
+def test_a_start_model_needs_warm_starts(tmp_path: Path) -> None:
+    values = make_settings(tmp_path / "run", loop={"warm_start": False}).model_dump(mode="json")
+    values["start"] |= {"model": "old.pt"}
+    with pytest.raises(ValueError, match=r"needs loop.warm_start = true"):
+        RunSettings.model_validate(values)

@@ -354,3 +354,19 @@ def test_plain_progress_is_sparse_and_estimates_the_time_left(capsys):
     assert lines[1].endswith("0 s left")
     report({"epoch": 100, "epochs": 100, "valid_force_rmse_eV_per_A": 0.25})  # a back end may know less
     assert capsys.readouterr().out == "epoch 100 of 100: valid F 0.2500 eV/Å, 0 s left\n"
+
+
+def test_from_an_earlier_model_and_on_with_more_epochs(folder, tmp_path):
+    (tmp_path / "train.toml").write_text((folder / "train.toml").read_text())
+    data = f'training_file="{folder / "data" / "train.extxyz"}"'
+    base = ["train", tmp_path / "train.toml", "--set", data, "--set", f"output_dir={tmp_path / 'out'}"]
+    code, out, err = ubmd(*base, "--from", folder / "out")
+    assert code == 0, err
+    assert f"starts from {folder / 'out' / 'model.pt'}." in out
+    assert "epoch 1 of 4" in out
+    code, out, err = ubmd(*base, "--from", folder / "out", "--set", "training.epochs=6")
+    assert code == 0, err
+    assert "Continues after epoch 4 of 4, with the optimiser as it was, to epoch 6." in out
+    assert "epoch 1 of" not in out
+    code, out, err = ubmd(*base, "--from", tmp_path / "nowhere")
+    assert (code, err.splitlines()) == (1, [f"Error: --from: there is no file {tmp_path / 'nowhere'}."])

@@ -116,7 +116,7 @@ class Loop(Walk[IterationEntry]):
         if record:  # of a run without labels: said once
             self._remark([*remarks(record, settings.reference), *state_remarks(self.start_structures, settings)])
         self._models = Models(backend, base, workers, self.threads, self.events)
-        self._model = model_to_start_from(settings, base)
+        self._model = self._kept_model(settings, base)
         self.newest: list[Atoms] = []  # labels of the last batch
         self._weights: Callable[[], list[Path]] | None = None  # of the last model's networks, made again if lost
         self._keys: dict[int, dict[str, str]] = {}
@@ -251,6 +251,13 @@ class Loop(Walk[IterationEntry]):
         if iteration > 0:
             return self._keys[iteration - 1]["train"]
         return None if self._model is None else file_hash(self._model)
+
+    def _kept_model(self, settings: RunSettings, base: Path) -> Path | None:
+        """The run's own copy of ``start.model``: an earlier run may go on."""
+        given = model_to_start_from(settings, base)
+        if given is not None and given != self.folder.start_model:
+            copy_file(given, self.folder.start_model)
+        return None if given is None else self.folder.start_model
 
     def _training(self, turn: Turn) -> Callable[[], list[Path]]:
         """Makes an iteration's weights when they are needed, from the last ones or from ``start.model``."""

@@ -19,6 +19,7 @@ from ubmd.learning.start import check_start, check_states, read_start
 from ubmd.potentials.baseline import check_baseline
 from ubmd.potentials.kinds import backend_of, check_backend
 from ubmd.potentials.starting import file_to_start_from
+from ubmd.runs.folder import RunFolder
 from ubmd.settings import RunSettings
 
 _KEYS = 8  # that a sentence lists
@@ -79,20 +80,22 @@ def input_files(settings: RunSettings, base: Path) -> dict[str, Path]:
     named = {
         "start.file": settings.start.file,
         "start.labels": settings.start.labels,
-        "start.model": model_to_start_from(settings, base),
         "md.colvars": settings.md.colvars,
     }
     return {key: base / path for key, path in named.items() if path is not None}
 
 
 def model_to_start_from(settings: RunSettings, base: Path) -> Path | None:
-    """The file of ``start.model``, if it is set.
+    """The file of ``start.model``, if it is set: the run's own copy, once it has labels, since another may change.
 
     Raises:
         SettingsError: there is none.
     """
     if settings.start.model is None:
         return None
+    folder = RunFolder(Path(settings.run_dir))
+    if folder.start_model.exists() and folder.has_labels():
+        return folder.start_model
     backend = backend_of(settings.model, base)
     return file_to_start_from(base / settings.start.model, backend, "start.model")
 
