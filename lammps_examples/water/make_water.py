@@ -36,7 +36,9 @@ def data_file(seed: int) -> str:
     atoms, bonds, angles = [], [], []
     for number, (place, turn) in enumerate(zip(grid, turns, strict=True)):
         first = 3 * number + 1
-        for shift, (symbol, position) in enumerate(zip(water.symbols, turn.apply(water.positions) + place, strict=True)):
+        for shift, (symbol, position) in enumerate(
+            zip(water.symbols, turn.apply(water.positions) + place, strict=True)
+        ):
             words = (first + shift, number + 1, 1 if symbol == "O" else 2, CHARGES[symbol], *position)
             atoms.append(" ".join(str(word) for word in words))
         bonds += [f"{2 * number + 1} 1 {first} {first + 1}", f"{2 * number + 2} 1 {first} {first + 2}"]

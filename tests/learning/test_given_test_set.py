@@ -42,9 +42,9 @@ def disguised(structures: list[Atoms]) -> list[Atoms]:
     return copies
 
 
-def taken(base: Path, **test: object) -> tuple[RunFolder, list[Atoms]]:
+def taken(base: Path, labels: dict[str, str] | None = None, **test: object) -> tuple[RunFolder, list[Atoms]]:
     """Run folder, and its test set after `HeldOut.begin`."""
-    settings = make_settings(base / "run", test=test)
+    settings = make_settings(base / "run", test=test, labels=labels or {})
     folder = RunFolder(base / "run")
     folder.path.mkdir(exist_ok=True)
     HeldOut(settings, cluster(), folder, base, None, EventLog(folder.events)).begin()  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def test_keys_of_the_start_structures_labels(tmp_path):
     with pytest.raises(DataError, match=r"start.extxyz, frame 0: 'energy' is 0 eV, but 'REF_energy' is"):
         verify(make_settings(tmp_path / "run", test=None), tmp_path)
     keys = {"energy": "REF_energy", "forces": "REF_forces"}
-    settings = make_settings(tmp_path / "run", test=None, start={"labels": keys})
+    settings = make_settings(tmp_path / "run", test=None, labels=keys)
     assert labels_of(verify(settings, tmp_path)[0])["energy"] == labels_of(labelled(1)[0])["energy"]
 
 

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from ubmd.settings.marks import ELSEWHERE, FIRST_LABELS, LATE, NOTHING
 from ubmd.settings.table import Table
-
-LABEL_NAMES = ("energy", "forces", "stress", "virial")
-"""what a key of a file may be named for; a virial is read as a stress"""
-
-
-def check_label_names(value: dict[str, str]) -> dict[str, str]:
-    """ValueError if keys are given for a label that does not exist; names the nearest one that does."""
-    for name in value:
-        if name not in LABEL_NAMES:
-            near = difflib.get_close_matches(name, LABEL_NAMES, n=1, cutoff=0.0)
-            raise ValueError(f"there is no label '{name}', only {', '.join(LABEL_NAMES)}; the nearest is '{near[0]}'")
-    return value
-
-
-LabelKeys = Annotated[dict[str, str], AfterValidator(check_label_names)]
-LABEL_KEYS = (
-    "keys of its labels where they are not energy, forces, stress (or REF_energy ...), e.g. "
-    '{energy = "dft_energy", forces = "dft_forces"}; virial (eV) instead of stress (eV/Å^3) is possible'
-)
-
 
 USUAL_INFO = ("charge", "spin", "multiplicity")
 """Usual keys of atoms.info that a calculator reads."""
@@ -118,6 +97,9 @@ class TestSettings(Table):
 
     __test__: ClassVar[bool] = False  # pytest would collect it by its name
 
-    file: Path | None = Field(None, description="extxyz with labels; made by 'sampling' there if it does not exist")
-    labels: LabelKeys = Field(default_factory=dict, description=LABEL_KEYS)
+    file: Path | None = Field(
+        None,
+        description="structures with labels (extxyz, any file that ASE reads, or a folder of deepmd/npy); made by "
+        "'sampling' there if it does not exist",
+    )
     sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="how to make the file")

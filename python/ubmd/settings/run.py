@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_serializer, model_validator
 
+from ubmd.settings.labels import LABELS, LabelSources, gather_labels
 from ubmd.settings.marks import FIRST_LABELS, NOTHING
 from ubmd.settings.md import BiasSettings, MDSettings
 from ubmd.settings.potentials import ModelSettings, TrainingSettings, UncertaintySettings
-from ubmd.settings.reference import LABEL_KEYS, LabelKeys, ReferenceSettings, TestSettings
+from ubmd.settings.reference import ReferenceSettings, TestSettings
 from ubmd.settings.table import Table
 
 _FEWEST_WARM_EPOCHS = 10  # however few of the labels are new
@@ -28,7 +29,6 @@ class StartSettings(Table):
     file: Annotated[Path, NOTHING] = Field(
         description="one or more structures, extxyz or any file that ASE reads; relative to the settings file"
     )
-    labels: Annotated[LabelKeys, NOTHING] = Field(default_factory=dict, description=LABEL_KEYS)
     count: int = Field(8, ge=2, description="perturbed copies that are labelled first")
     displacement: float = Field(0.02, ge=0, description="uniform random shift of every coordinate, ± Å")
     strain: float = Field(0.0, ge=0, lt=0.5, description="uniform random strain of periodic cells, ± (no unit)")
@@ -168,6 +168,7 @@ class RunSettings(Table):
 
     run_dir: Annotated[Path, NOTHING] = Field(description="folder of the run; relative to the working directory")
     seed: int = Field(0, ge=0, description="seed of the run; the same seed repeats the run")
+    labels: Annotated[LabelSources, NOTHING] = Field(default_factory=dict, description=LABELS)
     start: Annotated[StartSettings, FIRST_LABELS]
     reference: ReferenceSettings
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -180,6 +181,11 @@ class RunSettings(Table):
     test: Annotated[TestSettings | None, NOTHING] = None
     variables: Annotated[VariablesSettings, NOTHING] = Field(default_factory=VariablesSettings)
     workers: Annotated[WorkerSettings, NOTHING] = Field(default_factory=WorkerSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_table_of_labels(cls, values: Any) -> Any:
+        return gather_labels(values)
 
     @model_validator(mode="after")
     def _labels_cover_start(self) -> RunSettings:

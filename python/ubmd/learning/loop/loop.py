@@ -27,7 +27,7 @@ from ubmd.learning.loop.models import Models, keep_predictions, measure, trainin
 from ubmd.learning.loop.replicas import Replicas, frames_are_damaged, settled
 from ubmd.learning.loop.selecting import make_pool, read_frames, select_batch
 from ubmd.learning.loop.turn import Turn
-from ubmd.learning.loop.verify import input_files, state_remarks, verify
+from ubmd.learning.loop.verify import input_files, read_start, state_remarks, verify
 from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.start import perturb
 from ubmd.learning.walk import START, Walk, drive
@@ -100,7 +100,7 @@ class Loop(Walk[IterationEntry]):
         listener: Listener | None,
         from_iteration: int | None = None,
     ) -> None:
-        self.start_structures = read_structures(base / settings.start.file, settings.start.labels)
+        self.start_structures = read_start(settings, base)
         record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
         inputs = input_hashes(input_files(settings, base), settings.reference.arguments, base)
         own = backend_files(settings.model, base)

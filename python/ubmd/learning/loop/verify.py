@@ -23,10 +23,15 @@ from ubmd.settings import RunSettings
 _KEYS = 8  # that a sentence lists
 
 
-def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = lambda _: None) -> list[Atoms]:
+def verify(
+    settings: RunSettings,
+    base: Path,
+    remark: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Atoms]:
     """Check the settings against the start structures, and a given test set; returns the start structures.
 
-    ``remark`` is called with sentences on labels that may be a mistake.
+    ``remark`` is called with sentences on labels that may be a mistake, ``tell`` with where they were taken from.
 
     Raises:
         DataError: the file with the start structures, or with the test set, cannot be used.
@@ -40,7 +45,7 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
         raise SettingsError(
             f"md.colvars: there is no file {base / settings.md.colvars} (the path is relative to the settings file)."
         )
-    structures = read_structures(path, settings.start.labels)
+    structures = read_start(settings, base)
     present = sorted({symbol for atoms in structures for symbol in atoms.symbols}, key=atomic_numbers.__getitem__)
     found = ", ".join(present)
     for key, elements in (("bias.species", settings.bias.species), ("model.elements", settings.model.elements or ())):
@@ -67,8 +72,13 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
                 f"variables.torsions.{name} = {list(indices)} needs four different atoms, counted from 0; "
                 f"{settings.start.file} has {smallest}."
             )
-    _check_test_states(structures, given_test_set(settings.test, base, remark) or [], settings, remark)
+    _check_test_states(structures, given_test_set(settings, base, remark, tell), settings, remark)
     return structures
+
+
+def read_start(settings: RunSettings, base: Path) -> list[Atoms]:
+    """The start structures. They need no labels, so that they may lack keys that other files have."""
+    return read_structures(base / settings.start.file, settings.labels, missing_ok=True)
 
 
 def input_files(settings: RunSettings, base: Path) -> dict[str, Path]:
