@@ -7,6 +7,7 @@ CP2K prints stresses that are positive under compression, too, so that dpdata's 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from ase.data import atomic_numbers
 
 from ubmd.errors import DataError, describe
 
-_CP2K = b"CP2K|"  # begins the lines of CP2K's own header
+_CP2K = re.compile(rb"^\s*CP2K\|", re.MULTILINE)  # begins the lines of CP2K's own header
 _HEADER = 100_000  # bytes
 
 
 def is_cp2k(path: Path) -> bool:
     """Whether a file is the output of CP2K."""
     with path.open("rb") as file:
-        return _CP2K in file.read(_HEADER)
+        return _CP2K.search(file.read(_HEADER)) is not None
 
 
 def read_cp2k(path: Path, remark: Callable[[str], None]) -> list[Atoms]:

@@ -175,11 +175,11 @@ def _read_frames(path: Path, tell: Callable[[str], None]) -> Iterable[Atoms]:
 
 def _read_other(path: Path, tell: Callable[[str], None]) -> list[Atoms]:
     """Frames of a file that is not extended XYZ."""
+    if is_cp2k(path):  # first: by its name, ASE may take it for the log file of another program
+        return read_cp2k(path, tell)
     try:
         structures = list(ase.io.iread(path, index=":"))
     except UnknownFileTypeError:
-        if is_cp2k(path):
-            return read_cp2k(path, tell)
         raise DataError(f"ASE cannot read {path}: its format is not known; give structures as extxyz.") from None
     except Exception as error:  # ASE's readers raise anything from KeyError to AssertionError
         raise DataError(f"ASE cannot read {path}: {_sentence(error)}") from error
