@@ -172,6 +172,20 @@ def test_a_stress_of_cp2k_that_is_not_read_is_remarked(tmp_path):
     assert [text for text in remarks if "the stress of this CP2K output is not read" in text]
 
 
+def test_an_output_of_cp2k_in_other_units_is_refused(tmp_path):
+    atoms = crystal()
+    text = cp2k_output(atoms, atoms.get_potential_energy(), atoms.get_forces(), None)
+    for old, new in (("energy (a.u.):", "energy [eV]:"), ("ATOMIC FORCES in [a.u.]", "ATOMIC FORCES in [eV/angstrom]")):
+        assert old in text
+        (tmp_path / "cp2k.log").write_text(text.replace(old, new))
+        with pytest.raises(DataError, match=r"cp2k.log: '.*': only energies and forces in atomic units can be read"):
+            read_structures(tmp_path / "cp2k.log")
+    (tmp_path / "cp2k.log").write_text(text.replace("energy (a.u.):", "energy [a.u.]:"))
+    assert labels_of(read_structures(tmp_path / "cp2k.log")[0])["energy"] == pytest.approx(
+        atoms.get_potential_energy(), abs=1e-6
+    )
+
+
 def test_a_calculation_that_did_not_converge_is_no_label(tmp_path: Path):
     atoms = crystal()
     text = cp2k_output(atoms, -1.0, atoms.get_forces(), None).replace("SCF run converged", "SCF run NOT converged")

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.stress import voigt_6_to_full_3x3_stress
+from pydantic import ValidationError
 
+from ubmd.data.extxyz import write_structures
+from ubmd.data.label_keys import FREE_ENERGY, NAMES
 from ubmd.data.labels import labels_of
 from ubmd.data.structures import Contents, read_contents
 from ubmd.errors import DataError
+from ubmd.settings import ReferenceSettings, TrainSettings, load_settings
 
 ENERGY, FORCES = -3.25, np.array([[0.5, -0.25, 0.125], [-0.5, 0.25, -0.125]])
 STRESS = np.array([0.01, 0.02, 0.03, -0.004, 0.005, -0.006])  # tension positive; xx yy zz yz xz xy
@@ -146,6 +150,14 @@ def test_some_frames_have_a_stress(tmp_path):
     assert read(tmp_path, "1\n\nH 0 0 0\n", labelled=False)[0].taken == "no labels"
 
 
+@pytest.mark.parametrize("prefix", ["", "REF_", "dft_", "DFT_"])
+def test_no_known_name_may_be_a_key_of_a_calculator(prefix):
+    """It would be taken away as a label."""
+    for name in (FREE_ENERGY, *(name for names in NAMES.values() for name in names)):
+        with pytest.raises(ValidationError, match="a key that ubmd uses for something else"):
+            ReferenceSettings(calculator="emt", info=(prefix + name,))
+
+
 # -------------------------------------------------------------------------------------------- isolated atoms
 
 
@@ -166,8 +178,6 @@ def test_isolated_atoms_are_set_aside(tmp_path):
 
 
 def test_the_line_to_paste_is_a_setting(tmp_path):
-    from ubmd.settings import TrainSettings, load_settings
-
     _, remarks = read(tmp_path, lone("H", "energy=-13.6"), frame("energy=1"))
     line = remarks[0].partition("write ")[2].partition(" below")[0]
     (tmp_path / "t.toml").write_text(f'training_file = "a"\noutput_dir = "b"\n[model]\n{line}\n')
@@ -206,8 +216,6 @@ def test_copies_in_run_folders_are_not_compared(tmp_path):
     """Their keys are ubmd's own: other spellings are what a calculator may have left there."""
     atoms = Atoms("H")
     atoms.info |= {"Energy": 1.0, "config_type": "IsolatedAtom"}
-    from ubmd.data.extxyz import write_structures
-
     write_structures(tmp_path / "a.extxyz", [atoms])
     contents = read_contents(tmp_path / "a.extxyz", compare=False)
     assert contents.structures[0].calc is None

@@ -13,6 +13,7 @@ from ubmd.data.labels import labels_of
 from ubmd.data.structures import read_contents, read_structures
 from ubmd.data.units import factor
 from ubmd.errors import DataError, SettingsError
+from ubmd.learning.loop.verify import verify
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import open_run, read_settings
 from ubmd.settings import RunSettings, TrainSettings, make_settings
@@ -287,8 +288,6 @@ def to_json(table: dict[str, str]) -> str:
 
 def test_one_table_holds_for_start_and_test(tmp_path: Path):
     """Start structures need no labels: keys that only the test set has must not stop the run."""
-    from ubmd.learning.loop.verify import verify
-
     atoms = Atoms("Cu2", [[0, 0, 0], [2.4, 0, 0]])
     write_structures(tmp_path / "s.extxyz", [atoms])
     test = atoms.copy()

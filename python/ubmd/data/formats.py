@@ -20,6 +20,10 @@ from ubmd.errors import DataError, describe
 
 _CP2K = re.compile(rb"^\s*CP2K\|", re.MULTILINE)  # begins the lines of CP2K's own header
 _HEADER = 100_000  # bytes
+_IN_UNIT = re.compile(
+    r"\s*(?:ENERGY\| Total FORCE_EVAL.* energy|FORCES\| Atomic forces|ATOMIC FORCES in) [\[(](\S+)[\])]"
+)
+_ATOMIC_UNITS = ("a.u.", "hartree", "hartree/bohr")
 
 
 def is_cp2k(path: Path) -> bool:
@@ -29,7 +33,11 @@ def is_cp2k(path: Path) -> bool:
 
 
 def read_cp2k(path: Path, remark: Callable[[str], None]) -> list[Atoms]:
-    """The structure in the output of a CP2K calculation; DataError if it cannot be read."""
+    """The structure in the output of a single-point calculation of CP2K; DataError if it cannot be read."""
+    for line in path.read_text(errors="replace").splitlines():
+        found = _IN_UNIT.match(line)
+        if found and found[1] not in _ATOMIC_UNITS:  # dpdata would take them for atomic units
+            raise DataError(f"{path}: '{line.strip()}': only energies and forces in atomic units can be read.")
     frames = list(_frames(_load(path, "cp2k/output", labelled=True)))
     if not frames:
         raise DataError(f"{path} is an output of CP2K without a converged calculation.")
@@ -39,18 +47,16 @@ def read_cp2k(path: Path, remark: Callable[[str], None]) -> list[Atoms]:
 
 
 def read_folder(path: Path) -> list[Atoms]:
-    """Structures of a folder: deepmd/npy, also nested and mixed, or an AIMD run of CP2K (*pos*.xyz and *.log).
+    """Structures of a folder of deepmd/npy, also nested and mixed.
 
     Systems of nested folders come in the order of their names, with the atoms in the order of their files.
 
     Raises:
-        DataError: it is neither, it is damaged, or dpdata is not installed.
+        DataError: it is none, it is damaged, or dpdata is not installed.
     """
     systems = sorted(file.parent for file in path.rglob("type.raw"))
     if systems:
         return [atoms for system in systems for atoms in _read_system(system)]
-    if any(path.glob("*pos*.xyz")) and any(path.glob("*.log")):
-        return list(_frames(_load(path, "cp2k/aimd_output", labelled=True)))
     raise DataError(
         f"{path} is a folder without type.raw; give a file, or a folder of deepmd/npy (type.raw, type_map.raw, "
         "set.000/coord.npy, ...)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -17,9 +18,10 @@ _TAKEN = {
     *("Lattice", "Properties", "pbc"),
     *("iteration", "replica", "step", "rule", "trajectory", "label", "split", "reason", "unconstrained"),
     *("temperature", "predicted_error", "uncertainty", "max_uncertainty"),
-    *("energy", "free_energy", "forces", "stress", "virial", "virials"),
 }
-"""Keys of atoms.info that the frames of a run have (and those of labels, with REF_ or without)."""
+"""Keys of atoms.info that the frames of a run have."""
+_LABELS = {"energy", "total_energy", "totenergy", "free_energy", "forces", "force", "stress", "virial", "virials"}
+"""Names of labels in small letters, without a prefix."""
 
 
 class ReferenceSettings(Table):
@@ -71,7 +73,7 @@ class ReferenceSettings(Table):
     @classmethod
     def _info_is_free(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name.removeprefix("REF_") in _TAKEN:
+            if name.removeprefix("REF_") in _TAKEN or re.sub("^(ref|dft)_", "", name.lower()) in _LABELS:
                 raise ValueError(
                     f"reference.info names {name!r}, a key that ubmd uses for something else; rename it in the "
                     "structures and in the code that reads it"

@@ -27,7 +27,8 @@ class StartSettings(Table):
     """What the loop starts from."""
 
     file: Annotated[Path, NOTHING] = Field(
-        description="one or more structures, extxyz or any file that ASE reads; relative to the settings file"
+        description="one or more structures: extxyz, any file that ASE reads, or a folder of deepmd/npy; relative to "
+        "the settings file"
     )
     count: int = Field(8, ge=2, description="perturbed copies that are labelled first")
     displacement: float = Field(0.02, ge=0, description="uniform random shift of every coordinate, ± Å")
