@@ -15,7 +15,7 @@ from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import Contents, read_contents, read_structures
-from ubmd.errors import LabelError, MachineError, SettingsError, UbmdError
+from ubmd.errors import DataError, LabelError, MachineError, SettingsError, UbmdError
 from ubmd.files import check_space, content_hash, copy_file, is_sealed, read_json, write_json
 from ubmd.learning.labels import reference_key
 from ubmd.learning.work.groups import TaskGroup, note_losses
@@ -99,8 +99,7 @@ class HeldOut:
     def _take(self, given: Path) -> None:
         """Put a given file into the run folder: as it is, unless its labels are under keys or in units of their own."""
         structures = read_test_set(given, self._labels).structures
-        is_plain = given.suffix.lower() in (".xyz", ".extxyz")
-        if is_plain and dataset_hash(read_structures(given, compare=False)) == dataset_hash(structures):
+        if _is_plain(given, structures):
             copy_file(given, self._folder.test)
         else:
             write_structures(self._folder.test, structures)
@@ -172,6 +171,16 @@ def read_test_set(given: Path, labels: Mapping[str, str], remark: Callable[[str]
     """Contents of a test set; the labels of one that `ubmd run` has made are ubmd's, and not checked again."""
     made = _note(given).exists()
     return read_contents(given, {} if made else labels, labelled=True, compare=not made, remark=remark)
+
+
+def _is_plain(given: Path, structures: list[Atoms]) -> bool:
+    """Whether a file can be read as one of a run folder: extxyz with exactly these structures under ubmd's own keys."""
+    if given.suffix.lower() not in (".xyz", ".extxyz"):
+        return False
+    try:
+        return dataset_hash(read_structures(given, compare=False)) == dataset_hash(structures)
+    except DataError:  # such as isolated atoms without forces, which are set aside otherwise
+        return False
 
 
 def _check_note(given: Path, key: str) -> None:
