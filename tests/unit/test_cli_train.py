@@ -318,6 +318,39 @@ def test_keys_of_labels_in_settings_and_options(folder, tmp_path):
     assert "--label names two keys for energy: E and F; give one." in err
 
 
+def test_every_command_says_where_labels_were_taken_from(folder, tmp_path):
+    """Energies in Ha: the same model and errors as from the file in eV, and one line per file."""
+    for name in ("data/train.extxyz", "test.extxyz"):
+        copies = renamed(read_structures(folder / name))
+        for copy in copies:
+            copy.info["E"] /= 27.211386245981
+        write_structures(tmp_path / name, copies)
+    (tmp_path / "train.toml").write_text(SETTINGS.format(output=tmp_path / "out").replace("epochs = 4", "epochs = 5"))
+    options = [word for pair in ("energy=E:Ha", "forces=F", "virial=W") for word in ("--label", pair)]
+    code, out, err = ubmd("train", tmp_path / "train.toml", *options)
+    assert code == 0, err
+    line = "energy from E (Ha), forces from F (eV/Å), stress from W (eV)."
+    assert out.count(f"Labels of data/train.extxyz: {line}\n") == 1
+    model, test = tmp_path / "out" / "model.pt", tmp_path / "test.extxyz"
+    code, out, err = ubmd("eval", model, test, *options)
+    assert f"Labels of {test}: {line}\n" in out
+    results = []
+    for path, data, keys in ((model, tmp_path, options), (folder / "out" / "model.pt", folder, [])):
+        code, out, err = ubmd("eval", path, data / "test.extxyz", "--json", *keys)
+        assert code == 0, err
+        results.append(json.loads(out))
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+    files = [tmp_path / "out" / "weights.pt", tmp_path / "data" / "train.extxyz", test]
+    code, out, err = ubmd("export", *files, "-o", tmp_path / "new.pt", "--set", "projections=32", *options)
+    assert code == 0, err
+    assert [text for text in out.splitlines() if text.startswith("Labels of")] == [
+        f"Labels of {path}: {line}" for path in files[1:]
+    ]
+    code, _, err = ubmd("eval", model, test, "--label", "energy=E:ha")
+    assert code == 1
+    assert "--label: labels.energy = 'E:ha': 'ha' is not a unit of an energy (did you mean 'Ha'?); known are" in err
+
+
 def test_remarks_are_on_stderr(folder, tmp_path):
     structures = read_structures(folder / "test.extxyz")
     for atoms in structures:

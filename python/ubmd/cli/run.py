@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ubmd.cli.labels import LabelOption, label_overrides
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs, write_text
 from ubmd.runs.folder import RunFolder
@@ -57,7 +58,7 @@ def init(
     print(f"Wrote {path}. Set run_dir, {schedule.to_fill_in} and the reference, then: ubmd check {path}")
 
 
-def check(settings: SettingsFile, override: Override = None) -> None:
+def check(settings: SettingsFile, override: Override = None, label: LabelOption = None) -> None:
     """Describe what would be run, then run every stage once, in miniature: finds mistakes in a minute.
 
     For dynamic training (settings with a \\[dynamic] table) it only describes the run.
@@ -67,7 +68,7 @@ def check(settings: SettingsFile, override: Override = None) -> None:
     run_dir, which is kept until the next check if a stage fails.
     """
     schedule = schedule_of_file(settings)
-    values = load_settings(settings, schedule.settings, override or [])
+    values = load_settings(settings, schedule.settings, [*(override or []), *label_overrides(label)])
     for line in schedule.check(values, settings.parent):
         print(line, flush=True)
     print(f"{schedule.check_shows} Start with: ubmd run {settings}".lstrip())
@@ -76,6 +77,7 @@ def check(settings: SettingsFile, override: Override = None) -> None:
 def run(
     settings: SettingsFile,
     override: Override = None,
+    label: LabelOption = None,
     from_iteration: Annotated[
         int | None,
         typer.Option(
@@ -103,11 +105,11 @@ def run(
                 f"--from works for active-learning loops; a {schedule.name} run can only be resumed or started again."
             )
         options["from_iteration"] = from_iteration
-    values = load_settings(settings, schedule.settings, override or [])
+    values = load_settings(settings, schedule.settings, [*(override or []), *label_overrides(label)])
     # After the settings: a mistake there is reported at once, these take seconds.
     from rich.console import Console
 
-    schedule.verify(values, settings.parent, _remark)
+    schedule.verify(values, settings.parent, _remark, _tell)
     timeline = schedule.timeline(values, read_events(RunFolder(values.run_dir)))
     with schedule.progress(Console(), timeline) as progress:
         folder = schedule.run(values, settings.parent, progress, **options)
@@ -117,6 +119,11 @@ def run(
 def _remark(sentence: str) -> None:
     """A remark on labels that may be a mistake."""
     print(f"Remark: {sentence}", file=sys.stderr)
+
+
+def _tell(sentence: str) -> None:
+    """Where the labels of a given file were taken from."""
+    print(f"Labels of {sentence}", flush=True)
 
 
 def status(run_dir: RunDir) -> None:

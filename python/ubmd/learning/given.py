@@ -19,7 +19,7 @@ from ubmd.data.duplicates import ALIKE, close_pairs
 from ubmd.data.geometry import check_geometry
 from ubmd.data.labels import labels_of
 from ubmd.data.state import bare
-from ubmd.data.structures import read_structures
+from ubmd.data.structures import read_contents
 from ubmd.errors import DataError, LabelError, SettingsError
 from ubmd.references import check_force
 from ubmd.settings import ReferenceSettings, RunSettings
@@ -30,6 +30,7 @@ FORCE_TOLERANCE = 0.005  # eV/Å
 ENERGY_TOLERANCE = 0.001  # eV/atom
 _STRESS_TOLERANCE = 0.1 * units.GPa
 _STRESS_SHARE = 0.2  # of the largest stress; programs differ in their Pulay stress
+_SAME = 1e-6  # Å; as closely as files of few digits repeat a structure
 _NAMED = 5  # frames that a sentence lists
 
 _FORCE_UNITS = {
@@ -55,13 +56,22 @@ class Agreement:
     """largest contribution of these to the energy of a structure, eV/atom"""
 
 
-def read_given(settings: RunSettings, base: Path, remark: Callable[[str], None] = lambda _: None) -> list[Atoms]:
+def read_given(
+    settings: RunSettings,
+    base: Path,
+    remark: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Atoms]:
     """The labelled structures of ``start.labels``, their energies shifted as the settings say; empty without that key.
 
     Args:
         settings: of the run.
         base: folder of the settings file.
         remark: called with sentences on what may be a mistake.
+        tell: called with the sentence that says where the labels were taken from.
+
+    Returns:
+        Structures with nothing but their state, their labels, and in ``info`` their number in the file as ``replica``.
 
     Raises:
         SettingsError: there is no such file, or start.energy_shifts names an element that it lacks.
@@ -73,17 +83,19 @@ def read_given(settings: RunSettings, base: Path, remark: Callable[[str], None] 
     path = base / start.labels
     if not path.exists():
         raise SettingsError(f"start.labels: there is no file {path} (the path is relative to the settings file).")
-    structures = read_structures(path, {}, labelled=True, remark=remark)
-    present = {symbol for atoms in structures for symbol in atoms.symbols}
+    contents = read_contents(path, settings.labels, labelled=True, remark=remark)
+    tell(f"{start.labels}: {contents.taken}.")
+    present = {symbol for atoms in contents.structures for symbol in atoms.symbols}
     for element in start.energy_shifts:
         if element not in present:
             raise SettingsError(f"start.energy_shifts names {element}, which {start.labels} does not have; remove it.")
-    return [_taken(atoms, settings) for atoms in structures]
+    return [_taken(atoms, n, settings) for atoms, n in zip(contents.structures, contents.numbers, strict=True)]
 
 
-def _taken(atoms: Atoms, settings: RunSettings) -> Atoms:
-    """A labelled structure with nothing but its state and its labels, the energy shifted."""
+def _taken(atoms: Atoms, number: int, settings: RunSettings) -> Atoms:
+    """A labelled structure as `read_given` returns it, the energy shifted."""
     copy, labels = bare(atoms, settings.reference.info), labels_of(atoms)
+    copy.info["replica"] = number
     labels["energy"] += sum(settings.start.energy_shifts.get(symbol, 0.0) for symbol in atoms.symbols)
     copy.calc = SinglePointCalculator(copy, **labels)
     return copy
@@ -116,16 +128,20 @@ def given_remarks(given: Sequence[Atoms], settings: RunSettings) -> Iterator[str
             f"{file}: {len(refused)} of {len(given)} labels are beyond the limits for new ones and are left out "
             f"(they go to rejected.extxyz); the first: {refused[0].info['reason']}"
         )
-    pairs = close_pairs(given)
-    same = [(i, j) for i, j, distance in pairs if distance < 1e-6]
-    for i, j in same:
-        first, second = labels_of(given[i]), labels_of(given[j])
-        if not np.allclose(first["forces"], second["forces"], atol=FORCE_TOLERANCE):
-            yield f"{file}: frames {i} and {j} are the same structure with different forces; one of them is wrong."
-            break
+    yield from _repeated(given, str(file))
+
+
+def _repeated(given: Sequence[Atoms], file: str) -> Iterator[str]:
+    """Sentences on structures that are there more than once, or nearly so."""
+    number = [atoms.info.get("replica", k) for k, atoms in enumerate(given)]
+    same, near = [], []
+    for i, j, distance in close_pairs(given):
+        (same if distance < _SAME else near).append((number[i], number[j]))
+        first, second = labels_of(given[i])["forces"], labels_of(given[j])["forces"]
+        if distance < _SAME and not np.allclose(first, second, atol=FORCE_TOLERANCE):
+            yield f"{file}: frames {number[i]} and {number[j]} are one structure with different forces: one is wrong."
     if same:
         yield f"{file}: {_told(len({j for _, j in same}), 'is', 'are')} there more than once ({_frames(same)})."
-    near = [(i, j) for i, j, distance in pairs if distance >= 1e-6]
     if near:
         yield (
             f"{file}: {_told(len({j for _, j in near}), 'differs', 'differ')} from an earlier one by less than "

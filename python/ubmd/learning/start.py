@@ -28,7 +28,7 @@ def read_start(settings: RunSettings, base: Path, given: Sequence[Atoms]) -> lis
     path = base / settings.start.file
     if not path.exists():
         raise SettingsError(f"start.file: there is no file {path} (the path is relative to the settings file).")
-    return read_structures(path)
+    return read_structures(path, settings.labels, missing_ok=True)  # they need no labels
 
 
 def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:

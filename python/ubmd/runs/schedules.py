@@ -37,8 +37,9 @@ class Schedule:
     to_fill_in: str
     """what a new settings file lacks, besides run_dir and the reference"""
 
-    verify: Callable[[Any, Path, Callable[[str], None]], Any]
-    """(settings, base, remark) before a run: calls ``remark`` with sentences on labels that may be a mistake"""
+    verify: Callable[[Any, Path, Callable[[str], None], Callable[[str], None]], Any]
+    """(settings, base, remark, tell) before a run: calls ``remark`` with sentences on labels that may be a mistake, and
+    ``tell`` with where labels were taken from"""
     check: Callable[[Any, Path], Iterator[str]]
     """(settings, base) -> sentences on what would be run"""
     run: Callable[..., Path]

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, field_serializer, model_validator
 
+from ubmd.settings.labels import LABELS, LabelSources, gather_labels
 from ubmd.settings.marks import FIRST_LABELS, NOTHING
 from ubmd.settings.md import BiasSettings, MDSettings
 from ubmd.settings.potentials import ModelSettings, TrainingSettings, UncertaintySettings
@@ -27,8 +28,8 @@ class StartSettings(Table):
 
     file: Annotated[Path | None, NOTHING] = Field(
         None,
-        description="one or more structures, extxyz or any file that ASE reads; relative to the settings file; "
-        "default: those of start.labels",
+        description="one or more structures: extxyz, any file that ASE reads, or a folder of deepmd/npy; relative to "
+        "the settings file; default: those of start.labels",
         examples=["start.extxyz"],
     )
     labels: Path | None = Field(
@@ -215,6 +216,7 @@ class RunSettings(Table):
 
     run_dir: Annotated[Path, NOTHING] = Field(description="folder of the run; relative to the working directory")
     seed: int = Field(0, ge=0, description="seed of the run; the same seed repeats the run")
+    labels: Annotated[LabelSources, NOTHING] = Field(default_factory=dict, description=LABELS)
     start: Annotated[StartSettings, FIRST_LABELS]
     reference: ReferenceSettings
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -227,6 +229,11 @@ class RunSettings(Table):
     test: Annotated[TestSettings | None, NOTHING] = None
     variables: Annotated[VariablesSettings, NOTHING] = Field(default_factory=VariablesSettings)
     workers: Annotated[WorkerSettings, NOTHING] = Field(default_factory=WorkerSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_table_of_labels(cls, values: Any) -> Any:
+        return gather_labels(values)
 
     @model_validator(mode="after")
     def _labels_cover_start(self) -> RunSettings:

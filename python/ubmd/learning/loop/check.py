@@ -69,9 +69,11 @@ def check(settings: RunSettings, base: Path, listener: Listener | None = None) -
         UbmdError: the first mistake.
     """
     remarks: list[str] = []
-    structures = verify(settings, base, remarks.append)
+    told: list[str] = []
+    structures = verify(settings, base, remarks.append, told.append)
     given, _ = set_aside(read_given(settings, base), settings.reference)
     yield from plan(settings, base, structures, given)
+    yield from (f"Labels of {sentence}" for sentence in told)
     yield from (f"Remark: {sentence}" for sentence in remarks)
     yield "Now every stage in miniature …"
     from ubmd.learning.loop.loop import run

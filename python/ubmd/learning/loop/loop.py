@@ -173,8 +173,8 @@ class Loop(Walk[IterationEntry]):
         """Begin the data set with the user's labels, once the reference agrees with some of them."""
         if not self.settings.start.trust:
             self._label_again([self.given[k] for k in to_check(self.given)])
-        for k, atoms in enumerate([*self.given, *self._refused]):
-            atoms.info |= {"iteration": START, "replica": k, "step": 0, "given": True}
+        for atoms in (*self.given, *self._refused):
+            atoms.info |= {"iteration": START, "step": 0, "given": True}
         self._append(START, self.given, self._refused)
 
     def _label_again(self, given: list[Atoms]) -> None:

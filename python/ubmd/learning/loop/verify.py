@@ -26,10 +26,15 @@ _KEYS = 8  # that a sentence lists
 _FEWEST = 2  # labels to begin with: one trains, one validates
 
 
-def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = lambda _: None) -> list[Atoms]:
+def verify(
+    settings: RunSettings,
+    base: Path,
+    remark: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Atoms]:
     """Check the settings against the start structures, and a given test set; returns the start structures.
 
-    ``remark`` is called with sentences on labels that may be a mistake.
+    ``remark`` is called with sentences on labels that may be a mistake, ``tell`` with where they were taken from.
 
     Raises:
         DataError: the file with the start structures, or with the test set, cannot be used.
@@ -40,7 +45,7 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
         raise SettingsError(
             f"md.colvars: there is no file {base / settings.md.colvars} (the path is relative to the settings file)."
         )
-    given = read_given(settings, base, remark)
+    given = read_given(settings, base, remark, tell)
     structures = read_start(settings, base, given)
     if given:
         _check_given(given, settings, remark)
@@ -71,7 +76,7 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
                 f"variables.torsions.{name} = {list(indices)} needs four different atoms, counted from 0; "
                 f"{settings.start.source} has {smallest}."
             )
-    _check_test_states(structures, given_test_set(settings.test, base, remark) or [], settings, remark)
+    _check_test_states(structures, given_test_set(settings, base, remark, tell), settings, remark)
     return structures
 
 
