@@ -82,6 +82,15 @@ def test_a_run_begins_with_given_labels(tmp_path: Path) -> None:
     assert folder.events.read_text().count('"check_labels"') == 2  # started, done
 
 
+def test_a_run_does_not_go_on_with_labels_that_are_read_in_another_way(tmp_path: Path) -> None:
+    trust = {"trust": True}
+    run(settings(tmp_path, shaken(4), trust, loop={"labels": 4}), tmp_path)
+    before = (tmp_path / "run" / "dataset.extxyz").read_bytes()
+    with pytest.raises(SettingsError, match=r"have.extxyz is read in another way than when the run in"):
+        run(settings(tmp_path, shaken(4), trust, loop={"labels": 4}, labels={"forces": ":meV/Å"}), tmp_path)
+    assert (tmp_path / "run" / "dataset.extxyz").read_bytes() == before
+
+
 def test_copies_can_be_labelled_beside_them(tmp_path: Path) -> None:
     run(settings(tmp_path, shaken(3), {"count": 2, "displacement": 0.1}, loop={"labels": 5}), tmp_path)
     dataset = read_structures(tmp_path / "run" / "dataset.extxyz", labelled=True)

@@ -14,10 +14,11 @@ from system import cluster, make_settings
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash, labels_of
 from ubmd.data.structures import read_structures
-from ubmd.errors import DataError
+from ubmd.errors import DataError, SettingsError
 from ubmd.learning.held_out import HeldOut, read_test_set
 from ubmd.learning.loop.verify import verify
 from ubmd.runs.folder import EventLog, RunFolder
+from ubmd.settings import RunSettings
 
 
 def labelled(count: int) -> list[Atoms]:
@@ -167,3 +168,18 @@ def test_a_test_set_of_an_older_version_is_taken_as_it_is(tmp_path):
     (tmp_path / "test.extxyz.json").write_text(f'{{"made_by": "ubmd run", "key": "{held_out._key}"}}')
     held_out.begin()
     assert dataset_hash(read_structures(folder.test, compare=False)) == dataset_hash(labelled(2))
+
+
+def test_a_file_that_another_run_has_made_is_taken_as_it_is(tmp_path):
+    """Only a run that says how its test set is made refuses one that was made in another way."""
+    write_structures(tmp_path / "test.extxyz", labelled(3))
+    (tmp_path / "test.extxyz.json").write_text('{"made_by": "ubmd run", "key": "of another one"}')
+    values = make_settings(tmp_path / "run").model_dump(mode="json") | {"test": {"file": "test.extxyz"}}
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    events = EventLog(folder.events)
+    HeldOut(RunSettings.model_validate(values), cluster(), folder, tmp_path, None, events).begin()  # type: ignore[arg-type]
+    assert dataset_hash(read_structures(folder.test, labelled=True)) == dataset_hash(labelled(3))
+    values["test"]["sampling"] = {"frames": 5}
+    with pytest.raises(SettingsError, match=r"was made with other reference, sampling or start settings"):
+        HeldOut(RunSettings.model_validate(values), cluster(), folder, tmp_path, None, events).begin()  # type: ignore[arg-type]

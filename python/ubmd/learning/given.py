@@ -134,7 +134,8 @@ def given_remarks(given: Sequence[Atoms], settings: RunSettings) -> Iterator[str
 def _repeated(given: Sequence[Atoms], file: str) -> Iterator[str]:
     """Sentences on structures that are there more than once, or nearly so."""
     number = [atoms.info.get("replica", k) for k, atoms in enumerate(given)]
-    same, near = [], []
+    same: list[tuple[int, int]] = []
+    near: list[tuple[int, int]] = []
     for i, j, distance in close_pairs(given):
         (same if distance < _SAME else near).append((number[i], number[j]))
         first, second = labels_of(given[i])["forces"], labels_of(given[j])["forces"]

@@ -53,6 +53,8 @@ class HeldOut:
         """``settings.test`` must not be None; ``base``: folder that its file is relative to."""
         assert settings.test is not None
         self._sampling = settings.test.sampling
+        # Without a word on how to make it, a file is what it is, whoever has made it.
+        self._is_to_be_made = "sampling" in settings.test.model_fields_set
         self._reference = settings.reference
         self._start = bare(start, settings.reference.info)
         held = np.flatnonzero(is_fixed(start))
@@ -84,7 +86,8 @@ class HeldOut:
             DataError: it cannot be used.
         """
         if self._given is not None and self._given.exists():
-            _check_note(self._given, self._key)
+            if self._is_to_be_made:
+                _check_note(self._given, self._key)
             self._take(self._given)
             self._finished = True
         elif not self._once.is_done("test_set", self._key):

@@ -21,7 +21,7 @@ from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, structures_hash
 from ubmd.data.structures import read_structures
-from ubmd.errors import LabelError
+from ubmd.errors import LabelError, SettingsError
 from ubmd.files import content_hash, copy_file, file_hash, move_aside, read_json, write_json
 from ubmd.learning.dataset import fresh_sides, split_batch
 from ubmd.learning.given import agreement_remark, check_agreement, read_given, set_aside, to_check
@@ -105,12 +105,12 @@ class Loop(Walk[IterationEntry]):
     ) -> None:
         given = read_given(settings, base)
         self.start_structures = read_start(settings, base, given)
-        self.given, self._refused = set_aside(given, settings.reference)
         record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
         inputs = input_hashes(input_files(settings, base), settings.reference.arguments, base)
         own = backend_files(settings.model, base)
         self.plan, changes = open_run(folder, settings, inputs, from_iteration, record, own)
         self.settings = self.plan.at(START)
+        self.given, self._refused = set_aside(given, self.settings.reference)
         backend = backend_of(self.settings.model, base)
         super().__init__(base, folder, workers, listener, self.plan.threads, changes, IterationEntry)
         if record:  # of a run without labels: said once
@@ -170,7 +170,17 @@ class Loop(Walk[IterationEntry]):
         self._label_start(candidates)
 
     def _take_given(self) -> None:
-        """Begin the data set with the user's labels, once the reference agrees with some of them."""
+        """Begin the data set with the user's labels, once the reference agrees with some of them.
+
+        Raises:
+            SettingsError: they are not those that the run was started with. DataError, LabelError: see `_label_again`.
+        """
+        known = [atoms for atoms in self.known if "given" in atoms.info]
+        if dataset_hash(known) != dataset_hash(self.given[: len(known)]):
+            raise SettingsError(
+                f"{self.settings.start.labels} is read in another way than when the run in {self.folder.path} was "
+                "started ([labels]): set it back, or set another run_dir."
+            )
         if not self.settings.start.trust:
             self._label_again([self.given[k] for k in to_check(self.given)])
         for atoms in (*self.given, *self._refused):
