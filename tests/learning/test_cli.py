@@ -253,6 +253,12 @@ def test_interrupt_status_resume(tmp_path: Path) -> None:
     assert "md.steps = 100000, now it is 40" in refused.stderr
 
 
+FEW = (
+    "With 1 calibration structure, uncertainties of structures hold at 50 % confidence, those of atoms at 92.9 %; 95 % "
+    "(uncertainty.alpha = 0.05) needs 19 calibration structures."
+)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(folder with a finished run, what `ubmd run` printed)."""
@@ -267,11 +273,18 @@ def test_lines_of_a_run_and_its_status(finished: tuple[Path, str]) -> None:
     folder, shown = finished
     assert "[  0] trained on 4 labels" in shown
     assert "Done after 2 iterations. The data set has 6 labels" in shown
+    assert re.search(
+        r"\[  0\] 4 labels; valid \S+ meV/atom, \S+ eV/Å \(1 structure\); test .* \(3 structures\); ", shown
+    )
+    assert shown.count(FEW) == 1  # not once per iteration
     assert shown.endswith("Report: run/report/report.html\n") or "report.html" in shown.splitlines()[-1]
     text = ubmd("status", "run", cwd=folder).stdout
     assert "run: finished. The data set has 6 labels (loop.labels = 6)." in text
     history = json.loads((folder / "run" / "history.json").read_text())
     row = next(line for line in text.splitlines() if re.match(r" +0 +4 ", line))
+    assert re.search(rf"{history[0]['test']['force_rmse']:.3f} +3 ", row)  # structures of the test set
+    assert FEW in text
+    assert FEW in (folder / "run" / "report" / "report.md").read_text()
     assert f"{history[0]['test']['force_rmse']:.3f}" in row
     assert "3 lim" in row
     assert "to go" not in text
@@ -306,6 +319,8 @@ def test_report_and_comparison_of_finished_runs(finished: tuple[Path, str], tmp_
 def test_info_of_a_run_and_of_its_model(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     shown = ubmd("info", "run", cwd=folder).stdout
+    for path in ("run", "run/model.pt"):
+        assert ubmd("info", path, cwd=folder).stderr == f"Remark: {FEW}\n"
     manifest = json.loads((folder / "run" / "manifest.json").read_text())
     assert manifest["inputs"]["start.file"] in shown
     assert "SeedSequence([seed, iteration, stage, replica])" in shown

@@ -54,6 +54,7 @@ def _table(refits: list[RoundEntry]) -> Table:
         "determined\n%": [_determined(entry.model) for entry in refits],
         "train F\n%": [_percent(entry.train) for entry in refits],
         "test F\n%": [_percent(entry.test) for entry in refits],
+        "test\nstruct.": [str(entry.test.structures) if entry.test else "" for entry in refits],
     }
     return make_table(columns)
 

@@ -16,10 +16,11 @@ from rich.text import Text
 from ubmd.attempts import steps_so_far, targets_in_work
 from ubmd.cli.run_status import SHOWN, cell, describe_idle, make_table, page, since
 from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
+from ubmd.runs.confidence import confidence
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
 from ubmd.runs.reading import read_events, read_iterations
-from ubmd.runs.records import IterationEntry
+from ubmd.runs.records import IterationEntry, SetName
 from ubmd.settings import RunSettings
 from ubmd.texts import duration, to_go
 
@@ -43,6 +44,7 @@ def status(run_dir: Path) -> RenderableType:
     running = folder.is_locked()
     lines = [_labels(timeline, folder), *(_now(folder, timeline, settings) if running else ())]
     below: list[RenderableType] = [_table(folder, history), Text(_LEGEND)] if history else []
+    below += [Text(sentence) for sentence in confidence(history, settings)]
     return page(folder, _state(folder, timeline, running), lines, timeline.lost, below)
 
 
@@ -138,9 +140,11 @@ def _table(folder: RunFolder, history: Sequence[IterationEntry]) -> Table:
         "rej.": [str(rejected[entry.iteration] or "") for entry in history],
         "MD\nsteps": [str(entry.md_steps) for entry in history],
         "valid F\neV/Å": [cell(entry.rmse_on("valid")[1], ".3f") for entry in history if not tested],
+        "valid\nstruct.": [_behind(entry, "valid") for entry in history if not tested],
         "test E\nmeV/atom": [cell(energy, ".2f") for energy, _, _ in errors],
         "test F\neV/Å": [cell(force, ".3f") for _, force, _ in errors],
         "test S\nMPa": [cell(stress, ".1f") for _, _, stress in errors],
+        "test\nstruct.": [_behind(entry, "test") for entry in history],
         "max u\neV/Å": [cell(entry.max_u, ".2f") for entry in history],
         "cov.": [cell(entry.coverage, ".3f") for entry in history],
         "volume\nÅ³/atom": [_volumes(folder.iteration(entry.iteration)) for entry in history],
@@ -150,6 +154,12 @@ def _table(folder: RunFolder, history: Sequence[IterationEntry]) -> Table:
         "label": [_seconds(entry, "label") for entry in history],
     }
     return make_table(columns)
+
+
+def _behind(entry: IterationEntry, name: SetName) -> str:
+    """Number of structures that errors were measured on."""
+    errors = entry.errors_on(name)
+    return str(errors.structures) if errors and errors.structures else ""
 
 
 def _rejected(folder: RunFolder) -> Counter[int]:

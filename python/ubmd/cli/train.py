@@ -6,7 +6,7 @@ The heavy imports (torch, ase) happen inside the commands, so that `ubmd --help`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,12 +18,13 @@ from rich.table import Table
 
 from ubmd.cli.console import make_console, print_remarks, shown, user_errors
 from ubmd.cli.info import info
-from ubmd.cli.tables import accuracy_table
+from ubmd.cli.tables import accuracy_table, confidence_remarks
 from ubmd.cli.training_progress import training_progress
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.potentials.kinds import kind_of_settings
 from ubmd.settings import USUAL_INFO, TrainSettings, UncertaintySettings, load_settings, make_settings
+from ubmd.texts import counted
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -96,15 +97,19 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -
     console.print(describe(validation_set, "validation set"))
     print_remarks(remarks)
     table, labels = TrainingTable(settings.model, settings.training, fresh=fresh), Labels(training_set, validation_set)
-    with training_progress(console) as report:
+    counts = {"train": len(training_set), "valid": len(validation_set)}
+    with training_progress(console, counts) as report:
         checkpoints = train_networks(
             backend, uncertainty.networks, table, labels, settings.output_dir, settings.seed, report=report
         )
     provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings.model_dump(mode="json")}
     model = settings.model
-    export_checkpoints(backend, checkpoints, model, training_set, validation_set, uncertainty, path, provenance)
+    metadata = export_checkpoints(
+        backend, checkpoints, model, training_set, validation_set, uncertainty, path, provenance
+    )
     for checkpoint in checkpoints:
-        _print_summary(backend, checkpoint.parent, console)
+        _print_summary(backend, checkpoint.parent, console, counts)
+    print_remarks(confidence_remarks(metadata))
     console.print(f"model: {path}", soft_wrap=True, markup=False)
 
 
@@ -136,19 +141,21 @@ def _load_sets(settings: TrainSettings, base: Path, remark: Callable[[str], None
     return structures, read_structures(base / settings.validation_file, settings.labels, labelled=True, remark=remark)
 
 
-def _print_summary(backend: Backend, folder: Path, console: Console) -> None:
+def _print_summary(backend: Backend, folder: Path, console: Console, counts: Mapping[str, int]) -> None:
     """The tables and files of the training in this folder, of a back end that keeps a log."""
     from ubmd.potentials.interface import KeepsLog
 
     if isinstance(backend, KeepsLog):
-        console.print(_training_summary(backend.summary(folder)))
+        console.print(_training_summary(backend.summary(folder), counts))
         console.print(f"log and picture: {folder / ', '.join(backend.logs)}", soft_wrap=True, markup=False)
 
 
-def _training_summary(found: Summary) -> Table:
+def _training_summary(found: Summary, counts: Mapping[str, int]) -> Table:
     """RMSEs of the kept weights."""
     table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}")
-    for column in ("RMSE", "training (during the epoch)", "validation", "unit"):
+    behind = {part: counted(count, "structure") for part, count in counts.items()}
+    training, validation = f"training (during the epoch; {behind['train']})", f"validation ({behind['valid']})"
+    for column in ("RMSE", training, validation, "unit"):
         table.add_column(column)
     for name, key, unit in (
         ("energy", "energy_rmse_meV_per_atom", "meV/atom"),
@@ -196,6 +203,7 @@ def evaluate(
         console.print(describe(structures, shown(str(data))))
         print_remarks(remarks)
         console.print(accuracy_table(result, evaluator.metadata))
+        print_remarks(confidence_remarks(evaluator.metadata))
 
 
 def label_mapping(pairs: Sequence[str] | None) -> dict[str, str]:
@@ -257,6 +265,7 @@ def export(
         metadata = export_raw(raw, backend.name, model, training_set, calibration_set, uncertainty, output, provenance)
         attainable = metadata["uncertainty"]["energy"]["attainable"]
         print(f"wrote {output}: uncertainties of structures hold at {100 * attainable:.4g} % confidence")
+        print_remarks(confidence_remarks(metadata))
 
 
 def schema(
