@@ -41,7 +41,7 @@ FLOORS = (
     ("runs",),
     ("analysis",),
     ("learning.work",),
-    ("learning.labels", "learning.dataset", "learning.start", "learning.reference"),
+    ("learning.labels", "learning.dataset", "learning.start", "learning.reference", "learning.proposal"),
     ("learning.held_out",),
     ("learning.walk",),
     ("learning.loop", "learning.dynamic"),

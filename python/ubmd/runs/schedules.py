@@ -52,10 +52,12 @@ class Schedule:
     """(console, timeline) -> the listener of the command line, a context"""
     status: Callable[[Path], Any]
     """run folder -> what `ubmd status` shows"""
-    template: Callable[[str], str]
-    """name of a new settings file -> its text"""
-    short_template: Callable[[str], str] | None = None
-    """the same with the keys that most people set, if there is one"""
+    template: Callable[..., str]
+    """(name of a new settings file, values to fill in) -> its text; the values may be left out"""
+    short_template: Callable[..., str]
+    """the same with the keys that most people set"""
+    propose: Callable[[Any, Path, str], Any]
+    """(structures, their file, its name without ending) -> values to fill in"""
 
 
 LOOP = Schedule(
@@ -75,6 +77,7 @@ LOOP = Schedule(
     status=Lazy("ubmd.cli.loop_status:status"),
     template=Lazy("ubmd.cli.template:run_template"),
     short_template=Lazy("ubmd.cli.template:short_template"),
+    propose=Lazy("ubmd.learning.proposal:propose_run"),
 )
 DYNAMIC = Schedule(
     name="dynamic",
@@ -92,6 +95,8 @@ DYNAMIC = Schedule(
     progress=Lazy("ubmd.cli.dynamic_progress:make_progress"),
     status=Lazy("ubmd.cli.dynamic_status:status"),
     template=Lazy("ubmd.cli.template:dynamic_template"),
+    short_template=Lazy("ubmd.cli.template:short_dynamic_template"),
+    propose=Lazy("ubmd.learning.proposal:propose_dynamic"),
 )
 SCHEDULES = (LOOP, DYNAMIC)
 
