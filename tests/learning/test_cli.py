@@ -290,6 +290,16 @@ def test_lines_of_a_run_and_its_status(finished: tuple[Path, str]) -> None:
     assert "to go" not in text
 
 
+def test_replicas_that_stop_at_once_are_remarked_on_once(tmp_path: Path) -> None:
+    settings = write_inputs(tmp_path, tmp_path / "run")
+    changes = ["--set", "loop.threshold=1e-3", "--set", "loop.labels=5", "--set", "start.displacement=0.02"]
+    shown = ubmd("run", settings.name, *changes, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    (advice,) = [line for line in shown.stdout.splitlines() if "replicas of the first model" in line]
+    assert advice.startswith("Remark: 3 of 3 replicas of the first model passed loop.threshold = 0.001 eV/Å")
+    assert re.search(r"Try start\.displacement = 0\.1\d instead of 0\.02 Å", advice)
+
+
 def test_status_says_which_error_ended_a_run(tmp_path: Path) -> None:
     settings = write_inputs(tmp_path, tmp_path / "run")
     failed = ubmd("run", settings.name, "--set", "reference.force_limit=1e-6", cwd=tmp_path)

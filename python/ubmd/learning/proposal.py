@@ -60,7 +60,6 @@ def propose_run(structures: Sequence[Atoms], file: Path, stem: str) -> Suggestio
     atoms = list(structures[:_CONSIDERED])
     first, most = atoms[0], max(len(each) for each in atoms)
     distance, pair = _shortest(atoms)
-    displacement = min(max(round(_SHARE * distance, 2), 0.02), 0.2)
     batch = 8 if most <= _BIG else 4
     light = distance < 1.3
     many = f"{len(structures)} structures, " if len(structures) > 1 else ""
@@ -69,7 +68,7 @@ def propose_run(structures: Sequence[Atoms], file: Path, stem: str) -> Suggestio
         "start.file": Suggestion(str(file), f"{many}{first.get_chemical_formula()}, {describe_periodicity(first)}"),
         "start.count": _count(most),
         "start.displacement": Suggestion(
-            displacement,
+            displacement(atoms),
             f"5 % of the shortest distance, {distance:.2f} Å ({pair}): about the thermal motion at 300 K. After "
             "smaller shifts the first replicas soon leave what the model knows; larger ones stretch bonds too far",
         ),
@@ -140,6 +139,11 @@ def propose_dynamic(structures: Sequence[Atoms], file: Path, stem: str) -> Sugge
         "dynamic.temperatures": Suggestion((300.0,), "room temperature; take those of your own simulations"),
         "dynamic.timestep": step,
     }
+
+
+def displacement(structures: Sequence[Atoms]) -> float:
+    """Shift of start copies, ± Å, after which first models know the thermal motion at 300 K."""
+    return min(max(round(_SHARE * _shortest(structures)[0], 2), 0.02), 0.2)
 
 
 # ------------------------------------------------------------------------------------------ reasons
