@@ -290,6 +290,25 @@ def test_lines_of_a_run_and_its_status(finished: tuple[Path, str]) -> None:
     assert "to go" not in text
 
 
+def test_status_of_several_runs_has_a_row_for_each(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = finished
+    shutil.copytree(folder / "run", tmp_path / "dead")
+    events = (tmp_path / "dead" / "events.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "dead" / "events.jsonl").write_text("".join(line for line in events if '"run_done"' not in line))
+    result = ubmd("status", "run", tmp_path / "dead", cwd=folder)
+    assert (result.returncode, result.stderr) == (0, "")
+    last = json.loads((folder / "run" / "history.json").read_text())[-1]
+    errors = [
+        f"{last[name]['energy_rmse_mev_per_atom']:.2f}, {last[name]['force_rmse']:.3f} ({last[name]['structures']})"
+        for name in ("valid", "test")
+    ]
+    rows = [re.split(r" {2,}", line.strip()) for line in result.stdout.splitlines() if "6 of 6" in line]
+    assert rows == [["run", "finished", "1", "6 of 6", *errors], [str(tmp_path / "dead"), "process gone", *rows[0][2:]]]
+    nothing = ubmd("status", "run", tmp_path, cwd=folder)
+    assert (nothing.returncode, nothing.stdout) == (1, "")
+    assert nothing.stderr == f"Error: There is no run in {tmp_path}: it has no manifest.json.\n"
+
+
 def test_replicas_that_stop_at_once_are_remarked_on_once(tmp_path: Path) -> None:
     settings = write_inputs(tmp_path, tmp_path / "run")
     changes = ["--set", "loop.threshold=1e-3", "--set", "loop.labels=5", "--set", "start.displacement=0.02"]

@@ -82,6 +82,12 @@ def test_status_has_a_row_per_refit(printed: tuple[Path, str]) -> None:
     assert [row[:2] for row in rows] == [["0", "1"], ["1", "3"]]
     assert rows[1][-2] == f"{100 * history[1]['test']['relative']:.2f}"
     assert rows[1][-1] == str(history[1]["test"]["structures"])
+    run = str(printed[0] / "run")
+    both = ubmd("status", run, run, cwd=printed[0])[1]
+    tail = f"finished  1  3 of 3  {history[1]['test']['force_rmse']:.3f} ({history[1]['test']['structures']})"
+    assert [re.sub(" +", " ", line).strip() for line in both.splitlines() if run in line] == [
+        re.sub(" +", " ", f"{run} {tail}")
+    ] * 2
 
 
 def test_info_of_a_dynamic_run_and_what_cannot_be_compared(

@@ -21,6 +21,7 @@ CALLS = {
     "report": 2,
     "progress": 2,
     "status": 1,
+    "status_row": 1,
     "template": 2,
     "short_template": 2,
     "propose": 3,

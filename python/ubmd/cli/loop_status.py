@@ -14,7 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from ubmd.attempts import steps_so_far, targets_in_work
-from ubmd.cli.run_status import SHOWN, cell, describe_idle, make_table, page, since
+from ubmd.cli.run_status import (
+    SHOWN,
+    Row,
+    brief_state,
+    cell,
+    describe_idle,
+    errors_in_row,
+    make_table,
+    page,
+    since,
+)
 from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
 from ubmd.runs.confidence import confidence
 from ubmd.runs.folder import RunFolder
@@ -46,6 +56,32 @@ def status(run_dir: Path) -> RenderableType:
     below: list[RenderableType] = [_table(folder, history), Text(_LEGEND)] if history else []
     below += [Text(sentence) for sentence in confidence(history, settings)]
     return page(folder, _state(folder, timeline, running), lines, timeline.lost, below)
+
+
+def row(run_dir: Path) -> Row:
+    """The same in one row of a table of several runs.
+
+    Raises:
+        DataError: the folder holds no run.
+    """
+    folder = RunFolder(run_dir)
+    settings, history = read_settings(folder), read_iterations(folder, newest=1)
+    timeline, running = Timeline(settings, read_events(folder)), folder.is_locked()
+    last = history[-1] if history else None
+    found: dict[SetName, str] = {}
+    for name in ("valid", "test"):
+        errors = last.errors_on(name) if last else None
+        found[name] = errors_in_row(*errors.rmse[:2], errors.structures) if errors else ""
+    seconds = timeline.run_left() if running else None
+    return Row(
+        run=str(run_dir),
+        state=brief_state(timeline, running),
+        turn=str(timeline.iteration) if timeline.iteration >= 0 else "",
+        labels=f"{timeline.labels} of {timeline.wanted}",
+        valid=found["valid"],
+        test=found["test"],
+        left="" if seconds is None else f"about {duration(seconds)}",
+    )
 
 
 def _state(folder: RunFolder, timeline: Timeline, running: bool) -> str:

@@ -99,11 +99,20 @@ def _remark(sentence: str) -> None:
     print(f"Remark: {sentence}", file=sys.stderr)
 
 
-def status(run_dir: RunDir) -> None:
-    """Show where a run stands."""
+def status(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_DIR...", help="Folders of runs (run_dir of their settings).", show_default=False),
+    ],
+) -> None:
+    """Show where a run stands, or several: then one row each."""
     from ubmd.cli.console import make_console
+    from ubmd.cli.run_status import overview
 
-    make_console().print(schedule_of_run(RunFolder(run_dir)).status(run_dir))
+    if len(run_dirs) == 1:
+        make_console().print(schedule_of_run(RunFolder(run_dirs[0])).status(run_dirs[0]))
+    else:
+        make_console().print(overview([schedule_of_run(RunFolder(path)).status_row(path) for path in run_dirs]))
 
 
 def report(run_dir: RunDir, run_models: RunModels = False) -> None:

@@ -52,6 +52,8 @@ class Schedule:
     """(console, timeline) -> the listener of the command line, a context"""
     status: Callable[[Path], Any]
     """run folder -> what `ubmd status` shows"""
+    status_row: Callable[[Path], Any]
+    """run folder -> its row where `ubmd status` shows several"""
     template: Callable[..., str]
     """(name of a new settings file, values to fill in) -> its text; the values may be left out"""
     short_template: Callable[..., str]
@@ -75,6 +77,7 @@ LOOP = Schedule(
     report=Lazy("ubmd.analysis.report:make_report"),
     progress=Lazy("ubmd.cli.loop_progress:make_progress"),
     status=Lazy("ubmd.cli.loop_status:status"),
+    status_row=Lazy("ubmd.cli.loop_status:row"),
     template=Lazy("ubmd.cli.template:run_template"),
     short_template=Lazy("ubmd.cli.template:short_template"),
     propose=Lazy("ubmd.learning.proposal:propose_run"),
@@ -94,6 +97,7 @@ DYNAMIC = Schedule(
     report=Lazy("ubmd.analysis.dynamic_report:make_dynamic_report"),
     progress=Lazy("ubmd.cli.dynamic_progress:make_progress"),
     status=Lazy("ubmd.cli.dynamic_status:status"),
+    status_row=Lazy("ubmd.cli.dynamic_status:row"),
     template=Lazy("ubmd.cli.template:dynamic_template"),
     short_template=Lazy("ubmd.cli.template:short_dynamic_template"),
     propose=Lazy("ubmd.learning.proposal:propose_dynamic"),
