@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ubmd.cli.completion import keys_of_runs
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.runs.folder import RunFolder
@@ -18,7 +19,8 @@ from ubmd.settings import load_settings
 SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML).", show_default=False)]
 RunDir = Annotated[Path, typer.Argument(help="Folder of the run (run_dir of its settings).", show_default=False)]
 Override = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a setting: --set loop.labels=64. May be repeated.")
+    list[str] | None,
+    typer.Option("--set", help="Change a setting: --set loop.labels=64. May be repeated.", autocompletion=keys_of_runs),
 ]
 
 RunModels = Annotated[

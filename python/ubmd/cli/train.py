@@ -16,6 +16,7 @@ from pydantic import BaseModel, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
+from ubmd.cli.completion import keys_of_export, keys_of_training
 from ubmd.cli.console import make_console, print_remarks, shown, user_errors
 from ubmd.cli.info import info
 from ubmd.cli.tables import accuracy_table, confidence_remarks
@@ -33,7 +34,13 @@ if TYPE_CHECKING:
 
 
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. training.epochs=200.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting, e.g. training.epochs=200.",
+        autocompletion=keys_of_training,
+    ),
 ]
 KeyOption = Annotated[
     list[str] | None,
@@ -227,7 +234,12 @@ def export(
     training_file: Annotated[Path, typer.Argument(help="The structures that the weights were trained on.")],
     calibration_file: Annotated[Path, typer.Argument(help="Labelled structures for the calibration.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path("model.pt"),
-    overrides: SetOption = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a setting, e.g. alpha=0.5.", autocompletion=keys_of_export
+        ),
+    ] = None,
     member: Annotated[
         list[Path] | None, typer.Option("--member", help="weights.pt of each other member, with --set kind=ensemble.")
     ] = None,
