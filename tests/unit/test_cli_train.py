@@ -78,7 +78,17 @@ def folder(tmp_path_factory) -> Path:
 
 def test_train_prints_data_progress_and_errors(folder):
     out = (folder / "stdout.txt").read_text()
-    for expected in ("training set", "9 of 9", "3 of 3", "epoch 5 of 5", "meV/atom", "MPa", "kept: epoch", "model.pt"):
+    for expected in (
+        "training set",
+        "9 of 9",
+        "3 of 3",
+        "epoch 5 of 5",
+        "MPa (3 structures)",
+        "meV/atom",
+        "MPa",
+        "kept: epoch",
+        "model.pt",
+    ):
         assert expected in out
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
         "checkpoint.pt",
@@ -99,8 +109,8 @@ def test_model_file_knows_its_training_and_calibration(folder):
     assert metadata["n_training"] == 9
     assert metadata["uncertainty"]["energy"]["n_calibration"] == len(validation) == 3
     assert metadata["settings"]["training"]["epochs"] == 5
-    code, out, _ = ubmd("info", folder / "out" / "model.pt")
-    assert code == 0
+    code, out, err = ubmd("info", folder / "out" / "model.pt")
+    assert (code, err) == (0, "")  # three structures are enough for the confidence of 70 %
     assert "elements" in out
     assert "Cu" in out
 
@@ -377,16 +387,16 @@ def test_labels_of_two_states_are_remarked_on(folder, tmp_path):
 def test_plain_progress_is_sparse_and_estimates_the_time_left(capsys):
     from rich.console import Console
 
-    report = _PlainProgress(Console(width=200))
+    report = _PlainProgress(Console(width=200), {"train": 4, "valid": 1})
     row = {"seconds": 2.0, "epochs": 100, "train_energy_rmse_meV_per_atom": 1.0, "train_force_rmse_eV_per_A": 0.5}
     for epoch in range(1, 101):
         report({**row, "epoch": epoch})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 1 of 100", "epoch 100 of 100"]
     assert "3 min 18 s left" in lines[0]
-    assert lines[1].endswith("0 s left")
+    assert lines[1].endswith("F 0.5000 eV/Å (4 structures), 0 s left")
     report({"epoch": 100, "epochs": 100, "valid_force_rmse_eV_per_A": 0.25})  # a back end may know less
-    assert capsys.readouterr().out == "epoch 100 of 100: valid F 0.2500 eV/Å, 0 s left\n"
+    assert capsys.readouterr().out == "epoch 100 of 100: valid F 0.2500 eV/Å (1 structure), 0 s left\n"
 
 
 def test_from_an_earlier_model_and_on_with_more_epochs(folder, tmp_path):

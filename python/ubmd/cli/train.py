@@ -6,7 +6,7 @@ The heavy imports (torch, ase) happen inside the commands, so that `ubmd --help`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,15 +16,17 @@ from pydantic import BaseModel, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
+from ubmd.cli.completion import keys_of_export, keys_of_training
 from ubmd.cli.console import make_console, print_remarks, print_taken, shown, user_errors
 from ubmd.cli.info import info
 from ubmd.cli.labels import LabelOption, label_mapping, label_overrides
-from ubmd.cli.tables import accuracy_table
+from ubmd.cli.tables import accuracy_table, confidence_remarks
 from ubmd.cli.training_progress import training_progress
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.potentials.kinds import kind_of_settings
 from ubmd.settings import USUAL_INFO, TrainSettings, UncertaintySettings, load_settings, make_settings
+from ubmd.texts import counted
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -33,7 +35,13 @@ if TYPE_CHECKING:
 
 
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. training.epochs=200.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting, e.g. training.epochs=200.",
+        autocompletion=keys_of_training,
+    ),
 ]
 
 
@@ -108,15 +116,19 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, source: Path | None
     if isinstance(backend, Prolongs) and not fresh:
         first = member_folders(settings.output_dir, networks)[0]
         _print_if_any(backend.prolongation(first, settings.training.epochs), console)
-    with training_progress(console) as report:
+    counts = {"train": len(training_set), "valid": len(validation_set)}
+    with training_progress(console, counts) as report:
         checkpoints = train_networks(
             backend, networks, table, labels, settings.output_dir, settings.seed, starts, report
         )
     provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings.model_dump(mode="json")}
     model = settings.model
-    export_checkpoints(backend, checkpoints, model, training_set, validation_set, uncertainty, path, provenance)
+    metadata = export_checkpoints(
+        backend, checkpoints, model, training_set, validation_set, uncertainty, path, provenance
+    )
     for checkpoint in checkpoints:
-        _print_summary(backend, checkpoint.parent, console)
+        _print_summary(backend, checkpoint.parent, console, counts)
+    print_remarks(confidence_remarks(metadata))
     console.print(f"model: {path}", soft_wrap=True, markup=False)
 
 
@@ -170,19 +182,21 @@ def _load_sets(
     return contents.structures, validation.structures
 
 
-def _print_summary(backend: Backend, folder: Path, console: Console) -> None:
+def _print_summary(backend: Backend, folder: Path, console: Console, counts: Mapping[str, int]) -> None:
     """The tables and files of the training in this folder, of a back end that keeps a log."""
     from ubmd.potentials.interface import KeepsLog
 
     if isinstance(backend, KeepsLog):
-        console.print(_training_summary(backend.summary(folder)))
+        console.print(_training_summary(backend.summary(folder), counts))
         console.print(f"log and picture: {folder / ', '.join(backend.logs)}", soft_wrap=True, markup=False)
 
 
-def _training_summary(found: Summary) -> Table:
+def _training_summary(found: Summary, counts: Mapping[str, int]) -> Table:
     """RMSEs of the kept weights."""
     table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}")
-    for column in ("RMSE", "training (during the epoch)", "validation", "unit"):
+    behind = {part: counted(count, "structure") for part, count in counts.items()}
+    training, validation = f"training (during the epoch; {behind['train']})", f"validation ({behind['valid']})"
+    for column in ("RMSE", training, validation, "unit"):
         table.add_column(column)
     for name, key, unit in (
         ("energy", "energy_rmse_meV_per_atom", "meV/atom"),
@@ -232,6 +246,7 @@ def evaluate(
         print_taken([f"{data}: {contents.taken}."], console)
         print_remarks(remarks)
         console.print(accuracy_table(result, evaluator.metadata))
+        print_remarks(confidence_remarks(evaluator.metadata))
 
 
 # -------------------------------------------------------------------------------- info, export, schema
@@ -242,7 +257,12 @@ def export(
     training_file: Annotated[Path, typer.Argument(help="The structures that the weights were trained on.")],
     calibration_file: Annotated[Path, typer.Argument(help="Labelled structures for the calibration.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path("model.pt"),
-    overrides: SetOption = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a setting, e.g. alpha=0.5.", autocompletion=keys_of_export
+        ),
+    ] = None,
     member: Annotated[
         list[Path] | None, typer.Option("--member", help="weights.pt of each other member, with --set kind=ensemble.")
     ] = None,
@@ -284,6 +304,7 @@ def export(
         metadata = export_raw(raw, backend.name, model, training_set, calibration_set, uncertainty, output, provenance)
         attainable = metadata["uncertainty"]["energy"]["attainable"]
         print(f"wrote {output}: uncertainties of structures hold at {100 * attainable:.4g} % confidence")
+        print_remarks(confidence_remarks(metadata))
 
 
 def schema(

@@ -21,8 +21,10 @@ from ubmd.errors import SettingsError, StorageError, UbmdError
 from ubmd.learning.given import read_given, set_aside, to_check
 from ubmd.learning.loop.verify import existing_folder, state_remarks, verify
 from ubmd.learning.work.clusters import tasks_at_once
+from ubmd.runs.confidence import confidence
 from ubmd.runs.event_records import Remark
 from ubmd.runs.folder import Listener, RunFolder
+from ubmd.runs.manifest import read_settings
 from ubmd.runs.reading import read_events, read_iterations
 from ubmd.settings import RunSettings
 from ubmd.settings.run import conditions
@@ -167,7 +169,9 @@ def _findings(folder: RunFolder) -> Iterator[str]:
     """What the miniature run found."""
     labels = read_structures(folder.dataset)
     first, made = read_iterations(folder)[0], sum("given" not in atoms.info for atoms in labels)
-    yield from (f"Remark: {event.text}" for event in read_events(folder) if isinstance(event, Remark))
+    own = set(confidence(read_iterations(folder)[:1], read_settings(folder)))  # of the miniature's few labels
+    remarks = (event.text for event in read_events(folder) if isinstance(event, Remark))
+    yield from (f"Remark: {text}" for text in remarks if text not in own)
     replica, seconds = first.replicas[0], first.seconds
     dynamics = f"MD: {replica.steps} steps, {replica.stopped}"
     if replica.reason:

@@ -19,6 +19,7 @@ from ubmd.learning.loop.turn import Turn
 from ubmd.learning.work.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.work.tasks import train_member
 from ubmd.learning.work.workers import Executor, TaskFailed, WorkersLost
+from ubmd.measure.confidence import shortfall
 from ubmd.measure.errors import calibration_of, error_summary
 from ubmd.potentials.fitting import export_checkpoints
 from ubmd.potentials.interface import Backend, Labels, TrainingTable
@@ -125,9 +126,13 @@ class Models:
             calibration = turn.calibration or turn.validation
             uncertainty = turn.settings.uncertainty
             network = turn.settings.model
-            export_checkpoints(
+            record = export_checkpoints(
                 self.backend, weights, network, turn.training, calibration, uncertainty, model, provenance
-            )
+            )["uncertainty"]
+            attained = [record[name]["attainable"] for name in ("energy", "forces")]
+            sentence = shortfall(attained[0], attained[1], uncertainty.alpha)
+            if sentence and turn.iteration == 0:  # said once; `ubmd status` says it of the newest model
+                self.events.write("remark", text=sentence)
 
         turn.once.run("export", turn.keys["export"], [model], export)
         return model
