@@ -218,7 +218,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """SHA-256 of a file's content, or of the names and contents of all files in a folder."""
+    if path.is_dir():
+        files = {str(file.relative_to(path)): file_hash(file) for file in path.rglob("*") if file.is_file()}
+        return content_hash(files)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -45,3 +45,8 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def counted(count: int, what: str) -> str:
+    """'1 structure', '12 structures': a number with its noun, in the plural where it needs it."""
+    return f"{count} {what}{'' if count == 1 else 's'}"

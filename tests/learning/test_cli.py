@@ -253,6 +253,12 @@ def test_interrupt_status_resume(tmp_path: Path) -> None:
     assert "md.steps = 100000, now it is 40" in refused.stderr
 
 
+FEW = (
+    "With 1 calibration structure, uncertainties of structures hold at 50 % confidence, those of atoms at 92.9 %; 95 % "
+    "(uncertainty.alpha = 0.05) needs 19 calibration structures."
+)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(folder with a finished run, what `ubmd run` printed)."""
@@ -267,14 +273,50 @@ def test_lines_of_a_run_and_its_status(finished: tuple[Path, str]) -> None:
     folder, shown = finished
     assert "[  0] trained on 4 labels" in shown
     assert "Done after 2 iterations. The data set has 6 labels" in shown
+    assert re.search(
+        r"\[  0\] 4 labels; valid \S+ meV/atom, \S+ eV/Å \(1 structure\); test .* \(3 structures\); ", shown
+    )
+    assert shown.count(FEW) == 1  # not once per iteration
     assert shown.endswith("Report: run/report/report.html\n") or "report.html" in shown.splitlines()[-1]
     text = ubmd("status", "run", cwd=folder).stdout
     assert "run: finished. The data set has 6 labels (loop.labels = 6)." in text
     history = json.loads((folder / "run" / "history.json").read_text())
     row = next(line for line in text.splitlines() if re.match(r" +0 +4 ", line))
+    assert re.search(rf"{history[0]['test']['force_rmse']:.3f} +3 ", row)  # structures of the test set
+    assert FEW in text
+    assert FEW in (folder / "run" / "report" / "report.md").read_text()
     assert f"{history[0]['test']['force_rmse']:.3f}" in row
     assert "3 lim" in row
     assert "to go" not in text
+
+
+def test_status_of_several_runs_has_a_row_for_each(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = finished
+    shutil.copytree(folder / "run", tmp_path / "dead")
+    events = (tmp_path / "dead" / "events.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "dead" / "events.jsonl").write_text("".join(line for line in events if '"run_done"' not in line))
+    result = ubmd("status", "run", tmp_path / "dead", cwd=folder)
+    assert (result.returncode, result.stderr) == (0, "")
+    last = json.loads((folder / "run" / "history.json").read_text())[-1]
+    errors = [
+        f"{last[name]['energy_rmse_mev_per_atom']:.2f}, {last[name]['force_rmse']:.3f} ({last[name]['structures']})"
+        for name in ("valid", "test")
+    ]
+    rows = [re.split(r" {2,}", line.strip()) for line in result.stdout.splitlines() if "6 of 6" in line]
+    assert rows == [["run", "finished", "1", "6 of 6", *errors], [str(tmp_path / "dead"), "process gone", *rows[0][2:]]]
+    nothing = ubmd("status", "run", tmp_path, cwd=folder)
+    assert (nothing.returncode, nothing.stdout) == (1, "")
+    assert nothing.stderr == f"Error: There is no run in {tmp_path}: it has no manifest.json.\n"
+
+
+def test_replicas_that_stop_at_once_are_remarked_on_once(tmp_path: Path) -> None:
+    settings = write_inputs(tmp_path, tmp_path / "run")
+    changes = ["--set", "loop.threshold=1e-3", "--set", "loop.labels=5", "--set", "start.displacement=0.02"]
+    shown = ubmd("run", settings.name, *changes, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    (advice,) = [line for line in shown.stdout.splitlines() if "replicas of the first model" in line]
+    assert advice.startswith("Remark: 3 of 3 replicas of the first model passed loop.threshold = 0.001 eV/Å")
+    assert re.search(r"Try start\.displacement = 0\.1\d instead of 0\.02 Å", advice)
 
 
 def test_status_says_which_error_ended_a_run(tmp_path: Path) -> None:
@@ -306,6 +348,8 @@ def test_report_and_comparison_of_finished_runs(finished: tuple[Path, str], tmp_
 def test_info_of_a_run_and_of_its_model(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     shown = ubmd("info", "run", cwd=folder).stdout
+    for path in ("run", "run/model.pt"):
+        assert ubmd("info", path, cwd=folder).stderr == f"Remark: {FEW}\n"
     manifest = json.loads((folder / "run" / "manifest.json").read_text())
     assert manifest["inputs"]["start.file"] in shown
     assert "SeedSequence([seed, iteration, stage, replica])" in shown

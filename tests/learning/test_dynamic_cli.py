@@ -80,7 +80,14 @@ def test_status_has_a_row_per_refit(printed: tuple[Path, str]) -> None:
     history = RunFolder(printed[0] / "run").read_history()
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("0 ", "1 "))]
     assert [row[:2] for row in rows] == [["0", "1"], ["1", "3"]]
-    assert rows[1][-1] == f"{100 * history[1]['test']['relative']:.2f}"
+    assert rows[1][-2] == f"{100 * history[1]['test']['relative']:.2f}"
+    assert rows[1][-1] == str(history[1]["test"]["structures"])
+    run = str(printed[0] / "run")
+    both = ubmd("status", run, run, cwd=printed[0])[1]
+    tail = f"finished  1  3 of 3  {history[1]['test']['force_rmse']:.3f} ({history[1]['test']['structures']})"
+    assert [re.sub(" +", " ", line).strip() for line in both.splitlines() if run in line] == [
+        re.sub(" +", " ", f"{run} {tail}")
+    ] * 2
 
 
 def test_info_of_a_dynamic_run_and_what_cannot_be_compared(
@@ -279,6 +286,7 @@ def test_template_and_resolved_settings_can_be_read(tmp_path: Path) -> None:
     code, out, err = ubmd("init", "--dynamic", tmp_path / "new.toml", cwd=tmp_path)
     assert code == 0, err
     assert tomllib.loads((tmp_path / "new.toml").read_text()) == tomllib.loads(dynamic_template("new.toml"))
-    assert "--dynamic" in ubmd("init", "--short", "--dynamic", "other.toml", cwd=tmp_path)[2]
+    assert ubmd("init", "--short", "--dynamic", "brief.toml", cwd=tmp_path)[0] == 0
+    assert load_settings(tmp_path / "brief.toml", DynamicRunSettings).crystal is not None
     code, out, _ = ubmd("schema", "dynamic", cwd=tmp_path)
     assert "eV/Å" in json.loads(out)["$defs"]["TriggerSettings"]["properties"]["maximum"]["description"]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import ase.io
+import dpdata
 import numpy as np
 import pytest
 from ase import Atoms
@@ -13,10 +14,11 @@ from system import cluster, make_settings
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash, labels_of
 from ubmd.data.structures import read_structures
-from ubmd.errors import DataError
-from ubmd.learning.held_out import HeldOut
+from ubmd.errors import DataError, SettingsError
+from ubmd.learning.held_out import HeldOut, read_test_set
 from ubmd.learning.loop.verify import verify
 from ubmd.runs.folder import EventLog, RunFolder
+from ubmd.settings import RunSettings
 
 
 def labelled(count: int) -> list[Atoms]:
@@ -42,9 +44,9 @@ def disguised(structures: list[Atoms]) -> list[Atoms]:
     return copies
 
 
-def taken(base: Path, **test: object) -> tuple[RunFolder, list[Atoms]]:
+def taken(base: Path, labels: dict[str, str] | None = None, **test: object) -> tuple[RunFolder, list[Atoms]]:
     """Run folder, and its test set after `HeldOut.begin`."""
-    settings = make_settings(base / "run", test=test)
+    settings = make_settings(base / "run", test=test, labels=labels or {})
     folder = RunFolder(base / "run")
     folder.path.mkdir(exist_ok=True)
     HeldOut(settings, cluster(), folder, base, None, EventLog(folder.events)).begin()  # type: ignore[arg-type]
@@ -66,6 +68,51 @@ def test_labels_may_be_under_other_keys_and_in_other_formats(tmp_path):
     for given in ({"file": "test.extxyz", "labels": keys}, {"file": "test.traj"}):
         _, found = taken(tmp_path, **given)
         assert dataset_hash(found) == dataset_hash(structures)
+
+
+def test_a_file_in_the_way_of_mace(tmp_path):
+    """Isolated atoms, without forces, come first; then labels with REF_."""
+    structures = labelled(3)
+    copies = [Atoms("Cu", info={"config_type": "IsolatedAtom", "REF_energy": -0.5})]
+    for atoms in structures:
+        copies.append(atoms.copy())
+        copies[-1].info["REF_energy"] = atoms.get_potential_energy()
+        copies[-1].set_array("REF_forces", atoms.get_forces())
+    write_structures(tmp_path / "test.extxyz", copies)
+    _, found = taken(tmp_path, file="test.extxyz")
+    assert dataset_hash(found) == dataset_hash(structures)
+
+
+def test_labels_in_other_units(tmp_path):
+    """In the run folder they are in eV; a file that `ubmd run` has made is in eV whatever the settings say."""
+    structures = labelled(2)
+    copies = []
+    for atoms in structures:
+        copy = atoms.copy()
+        forces, energy = atoms.get_forces(), atoms.get_potential_energy()
+        copy.calc = SinglePointCalculator(copy, energy=1000.0 * energy, forces=1000.0 * forces)
+        copies.append(copy)
+    write_structures(tmp_path / "test.extxyz", copies)
+    _, found = taken(tmp_path, {"energy": ":meV", "forces": ":meV/Å"}, file="test.extxyz")
+    for one, other in zip(found, structures, strict=True):
+        assert one.get_potential_energy() == pytest.approx(other.get_potential_energy(), rel=1e-12)
+        np.testing.assert_allclose(one.get_forces(), other.get_forces(), rtol=1e-12)
+    write_structures(tmp_path / "made.extxyz", structures)
+    (tmp_path / "made.extxyz.json").write_text('{"made_by": "ubmd run", "key": "any"}')
+    contents = read_test_set(tmp_path / "made.extxyz", {"energy": ":meV", "forces": "F"})
+    assert dataset_hash(contents.structures) == dataset_hash(structures)
+
+
+def test_a_folder_of_deepmd(tmp_path):
+    structures = labelled(2)
+    data = dpdata.LabeledSystem()
+    for atoms in structures:
+        data.append(dpdata.LabeledSystem(atoms, fmt="ase/structure"))
+    data.to("deepmd/npy", tmp_path / "test", prec=np.float64)
+    _, found = taken(tmp_path, file="test")
+    for one, other in zip(found, structures, strict=True):
+        assert sorted(one.numbers) == sorted(other.numbers)
+        assert one.get_potential_energy() == pytest.approx(other.get_potential_energy(), rel=1e-12)
 
 
 def test_a_virial_is_there_as_stress(tmp_path):
@@ -104,7 +151,7 @@ def test_keys_of_the_start_structures_labels(tmp_path):
     with pytest.raises(DataError, match=r"start.extxyz, frame 0: 'energy' is 0 eV, but 'REF_energy' is"):
         verify(make_settings(tmp_path / "run", test=None), tmp_path)
     keys = {"energy": "REF_energy", "forces": "REF_forces"}
-    settings = make_settings(tmp_path / "run", test=None, start={"labels": keys})
+    settings = make_settings(tmp_path / "run", test=None, labels=keys)
     assert labels_of(verify(settings, tmp_path)[0])["energy"] == labels_of(labelled(1)[0])["energy"]
 
 
@@ -121,3 +168,18 @@ def test_a_test_set_of_an_older_version_is_taken_as_it_is(tmp_path):
     (tmp_path / "test.extxyz.json").write_text(f'{{"made_by": "ubmd run", "key": "{held_out._key}"}}')
     held_out.begin()
     assert dataset_hash(read_structures(folder.test, compare=False)) == dataset_hash(labelled(2))
+
+
+def test_a_file_that_another_run_has_made_is_taken_as_it_is(tmp_path):
+    """Only a run that says how its test set is made refuses one that was made in another way."""
+    write_structures(tmp_path / "test.extxyz", labelled(3))
+    (tmp_path / "test.extxyz.json").write_text('{"made_by": "ubmd run", "key": "of another one"}')
+    values = make_settings(tmp_path / "run").model_dump(mode="json") | {"test": {"file": "test.extxyz"}}
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    events = EventLog(folder.events)
+    HeldOut(RunSettings.model_validate(values), cluster(), folder, tmp_path, None, events).begin()  # type: ignore[arg-type]
+    assert dataset_hash(read_structures(folder.test, labelled=True)) == dataset_hash(labelled(3))
+    values["test"]["sampling"] = {"frames": 5}
+    with pytest.raises(SettingsError, match=r"was made with other reference, sampling or start settings"):
+        HeldOut(RunSettings.model_validate(values), cluster(), folder, tmp_path, None, events).begin()  # type: ignore[arg-type]

@@ -377,7 +377,7 @@ def test_without_a_test_set_new_labels_stand_in(run, frames, tmp_path, kept):
     assert "The run has no test set. Instead, these are 3 labels" in text
     found = Evaluator(folder / "model.pt").predict(frames[3:6])
     expected = analysis.calibration_data(frames[3:6], found).force_rmse
-    assert f"force RMSE {expected:.4f} eV/Å." in text
+    assert f"force RMSE {expected:.4f} eV/Å (3 structures)." in text
 
 
 def test_kept_predictions_are_those_of_the_model(run, frames, tmp_path):

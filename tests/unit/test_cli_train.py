@@ -78,7 +78,17 @@ def folder(tmp_path_factory) -> Path:
 
 def test_train_prints_data_progress_and_errors(folder):
     out = (folder / "stdout.txt").read_text()
-    for expected in ("training set", "9 of 9", "3 of 3", "epoch 5 of 5", "meV/atom", "MPa", "kept: epoch", "model.pt"):
+    for expected in (
+        "training set",
+        "9 of 9",
+        "3 of 3",
+        "epoch 5 of 5",
+        "MPa (3 structures)",
+        "meV/atom",
+        "MPa",
+        "kept: epoch",
+        "model.pt",
+    ):
         assert expected in out
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
         "checkpoint.pt",
@@ -99,8 +109,8 @@ def test_model_file_knows_its_training_and_calibration(folder):
     assert metadata["n_training"] == 9
     assert metadata["uncertainty"]["energy"]["n_calibration"] == len(validation) == 3
     assert metadata["settings"]["training"]["epochs"] == 5
-    code, out, _ = ubmd("info", folder / "out" / "model.pt")
-    assert code == 0
+    code, out, err = ubmd("info", folder / "out" / "model.pt")
+    assert (code, err) == (0, "")  # three structures are enough for the confidence of 70 %
     assert "elements" in out
     assert "Cu" in out
 
@@ -318,6 +328,39 @@ def test_keys_of_labels_in_settings_and_options(folder, tmp_path):
     assert "--label names two keys for energy: E and F; give one." in err
 
 
+def test_every_command_says_where_labels_were_taken_from(folder, tmp_path):
+    """Energies in Ha: the same model and errors as from the file in eV, and one line per file."""
+    for name in ("data/train.extxyz", "test.extxyz"):
+        copies = renamed(read_structures(folder / name))
+        for copy in copies:
+            copy.info["E"] /= 27.211386245981
+        write_structures(tmp_path / name, copies)
+    (tmp_path / "train.toml").write_text(SETTINGS.format(output=tmp_path / "out").replace("epochs = 4", "epochs = 5"))
+    options = [word for pair in ("energy=E:Ha", "forces=F", "virial=W") for word in ("--label", pair)]
+    code, out, err = ubmd("train", tmp_path / "train.toml", *options)
+    assert code == 0, err
+    line = "energy from E (Ha), forces from F (eV/Å), stress from W (eV)."
+    assert out.count(f"Labels of data/train.extxyz: {line}\n") == 1
+    model, test = tmp_path / "out" / "model.pt", tmp_path / "test.extxyz"
+    code, out, err = ubmd("eval", model, test, *options)
+    assert f"Labels of {test}: {line}\n" in out
+    results = []
+    for path, data, keys in ((model, tmp_path, options), (folder / "out" / "model.pt", folder, [])):
+        code, out, err = ubmd("eval", path, data / "test.extxyz", "--json", *keys)
+        assert code == 0, err
+        results.append(json.loads(out))
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+    files = [tmp_path / "out" / "weights.pt", tmp_path / "data" / "train.extxyz", test]
+    code, out, err = ubmd("export", *files, "-o", tmp_path / "new.pt", "--set", "projections=32", *options)
+    assert code == 0, err
+    assert [text for text in out.splitlines() if text.startswith("Labels of")] == [
+        f"Labels of {path}: {line}" for path in files[1:]
+    ]
+    code, _, err = ubmd("eval", model, test, "--label", "energy=E:ha")
+    assert code == 1
+    assert "--label: labels.energy = 'E:ha': 'ha' is not a unit of an energy (did you mean 'Ha'?); known are" in err
+
+
 def test_remarks_are_on_stderr(folder, tmp_path):
     structures = read_structures(folder / "test.extxyz")
     for atoms in structures:
@@ -344,13 +387,29 @@ def test_labels_of_two_states_are_remarked_on(folder, tmp_path):
 def test_plain_progress_is_sparse_and_estimates_the_time_left(capsys):
     from rich.console import Console
 
-    report = _PlainProgress(Console(width=200))
+    report = _PlainProgress(Console(width=200), {"train": 4, "valid": 1})
     row = {"seconds": 2.0, "epochs": 100, "train_energy_rmse_meV_per_atom": 1.0, "train_force_rmse_eV_per_A": 0.5}
     for epoch in range(1, 101):
         report({**row, "epoch": epoch})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["epoch 1 of 100", "epoch 100 of 100"]
     assert "3 min 18 s left" in lines[0]
-    assert lines[1].endswith("0 s left")
+    assert lines[1].endswith("F 0.5000 eV/Å (4 structures), 0 s left")
     report({"epoch": 100, "epochs": 100, "valid_force_rmse_eV_per_A": 0.25})  # a back end may know less
-    assert capsys.readouterr().out == "epoch 100 of 100: valid F 0.2500 eV/Å, 0 s left\n"
+    assert capsys.readouterr().out == "epoch 100 of 100: valid F 0.2500 eV/Å (1 structure), 0 s left\n"
+
+
+def test_from_an_earlier_model_and_on_with_more_epochs(folder, tmp_path):
+    (tmp_path / "train.toml").write_text((folder / "train.toml").read_text())
+    data = f'training_file="{folder / "data" / "train.extxyz"}"'
+    base = ["train", tmp_path / "train.toml", "--set", data, "--set", f"output_dir={tmp_path / 'out'}"]
+    code, out, err = ubmd(*base, "--from", folder / "out")
+    assert code == 0, err
+    assert f"starts from {folder / 'out' / 'model.pt'}." in out
+    assert "epoch 1 of 4" in out
+    code, out, err = ubmd(*base, "--from", folder / "out", "--set", "training.epochs=6")
+    assert code == 0, err
+    assert "Continues after epoch 4 of 4, with the optimiser as it was, to epoch 6." in out
+    assert "epoch 1 of" not in out
+    code, out, err = ubmd(*base, "--from", tmp_path / "nowhere")
+    assert (code, err.splitlines()) == (1, [f"Error: --from: there is no file {tmp_path / 'nowhere'}."])

@@ -18,9 +18,9 @@ from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING, Mark, is_set, key_valu
 MAY_CHANGE = {
     RunSettings: """run_dir workers loop.labels loop.stop_when_quiet loop.quiet_iterations loop.label_budget
         loop.stop_at_plateau loop.plateau_iterations loop.plateau_tolerance training.checkpoint_every start.file
-        start.labels reference.timeout reference.cache reference.environment md.timeout md.trace_every test
+        start.trust labels reference.timeout reference.cache reference.environment md.timeout md.trace_every test
         variables""",
-    DynamicRunSettings: """run_dir workers dynamic.labels dynamic.steps dynamic.convergence dynamic.timeout
+    DynamicRunSettings: """run_dir workers labels dynamic.labels dynamic.steps dynamic.convergence dynamic.timeout
         training.checkpoint_every crystal.structure start.file reference.timeout reference.cache reference.environment
         test""",
 }
@@ -33,7 +33,8 @@ def test_what_may_change_when_a_run_goes_on(kind: type[Table]) -> None:
 
 def test_what_not_even_a_run_that_is_taken_back_may_change() -> None:
     fixed = {key for key, mark in marks(RunSettings) if mark.affects == "first labels"}
-    start = {f"start.{name}" for name in ("count", "displacement", "strain", "mixed_states")}
+    names = ("labels", "model", "energy_shifts", "count", "displacement", "strain", "mixed_states")
+    start = {f"start.{name}" for name in names}
     assert fixed == start | {"reference.calculator", "reference.arguments"}
     assert mark_at(RunSettings, "reference.arguments.method").affects == "first labels"
     assert mark_at(RunSettings, "variables.torsions.phi").affects == "nothing"

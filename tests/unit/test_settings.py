@@ -135,7 +135,7 @@ def test_typo_of_a_required_key_is_reported_as_a_typo(tmp_path):
         load_settings(tmp_path / "t.toml", TrainSettings)
     (tmp_path / "t.toml").write_text('output_dir = "out"\n')
     with pytest.raises(
-        SettingsError, match=r"t\.toml: the key 'training_file' is missing \(extxyz with labels; .*\)\."
+        SettingsError, match=r"t\.toml: the key 'training_file' is missing \(structures with labels: extxyz, .*\)\."
     ):
         load_settings(tmp_path / "t.toml", TrainSettings)
     (tmp_path / "t.toml").write_text('run_dir = "out"\n')

@@ -99,6 +99,11 @@ def _rows(comparison: Comparison) -> list[Row]:
     for k, (title, unit) in enumerate(ERRORS.items()):
         values = _numbers_of(last, lambda entry, k=k: entry.rmse_on(comparison.set_name)[k])  # type: ignore[misc]
         rows.append(Row(f"{title} at the end, {unit}", values))
+    measured = comparison.each(lambda run: run.history[-1].errors_on(comparison.set_name))
+    behind = {
+        name: [value_or_nan(each.structures if each else None) for each in group] for name, group in measured.items()
+    }
+    rows.append(Row(f"structures behind these errors ({comparison.set_name})", behind))
     rows += _isomer_rows(comparison)
     rows.append(Row("autocorrelation time of positions, ps", comparison.each(lambda run: run.times.positions)))
     rows.append(Row("autocorrelation time of max u, ps", comparison.each(lambda run: run.times.uncertainty)))

@@ -17,6 +17,7 @@ from ubmd.analysis.predictions import NotKept, predict_unseen
 from ubmd.analysis.run_data import Frames, RunData, count_endings, read_frames, stage_seconds, value_or_nan
 from ubmd.analysis.run_report import rejected_section, write_report
 from ubmd.analysis.trajectory import SHORTEST, correlation_times, read_traces
+from ubmd.measure.confidence import shortfall
 from ubmd.measure.coverage import coverage
 from ubmd.measure.errors import CalibrationData, calibration_data, parity_data, pearson, share_covered, spearman
 from ubmd.measure.isomers import amide_torsions, count_cis
@@ -28,7 +29,7 @@ from ubmd.runs.reading import read_iterations
 from ubmd.runs.records import IterationEntry, SetName
 from ubmd.settings import RunSettings
 from ubmd.settings.run import conditions
-from ubmd.texts import number, wall_time
+from ubmd.texts import counted, number, wall_time
 
 _SETS: dict[SetName, str] = {
     "test": "test set",
@@ -97,14 +98,14 @@ def _iterations(report: Document, data: _Run) -> None:
             str(entry.labels),
             str(rejected[entry.iteration] or ""),
             f"{entry.md_steps:,}",
-            *map(number, (*entry.rmse_on("valid"), *entry.rmse_on("test")), 2 * _FORMS),
+            *(text for name in _SHOWN for text in _errors(entry, name)),
             number(entry.max_u, ".2f"),
             number(entry.coverage, ".3f"),
         ]
         for entry in data.history
     ]
     head = ["iteration", "labels", "rejected", "MD steps"]
-    head += [f"{name} {what}" for name in ("valid", "test") for what in ("E (meV/atom)", "F (eV/Å)", "S (MPa)")]
+    head += [f"{name} {what}" for name in _SHOWN for what in ("E (meV/atom)", "F (eV/Å)", "S (MPa)", "structures")]
     head += ["max u (eV/Å)", "coverage"]
     keep = [k for k in range(len(head)) if any(row[k] not in ("", "-") for row in rows)]
     section = report.section("Iterations")
@@ -116,6 +117,13 @@ def _iterations(report: Document, data: _Run) -> None:
 
 
 _FORMS = (".2f", ".4f", ".1f")  # of energy, forces, stress
+_SHOWN: tuple[SetName, ...] = ("valid", "test")
+
+
+def _errors(entry: IterationEntry, name: SetName) -> list[str]:
+    """Energy, forces, stress, and the number of structures that they were measured on."""
+    errors = entry.errors_on(name)
+    return [*map(number, entry.rmse_on(name), _FORMS), str(errors.structures) if errors and errors.structures else "-"]
 
 
 def _learning(report: Document, data: _Run) -> None:
@@ -154,7 +162,10 @@ def _accuracy(report: Document, data: _Run) -> None:
     structures, predictions, promise, what = found.structures, found.predictions, found.promise, found.what
     errors = calibration_data(structures, predictions)
     section = report.section("Model against reference")
-    section.text(f"{what}: energy RMSE {errors.energy_rmse:.2f} meV/atom, force RMSE {errors.force_rmse:.4f} eV/Å.")
+    section.text(
+        f"{what}: energy RMSE {errors.energy_rmse:.2f} meV/atom, force RMSE {errors.force_rmse:.4f} eV/Å "
+        f"({counted(len(structures), 'structure')})."
+    )
     path = figures.parity_figure(parity_data(structures, predictions), data.picture("parity.png"))
     section.picture(path, "Model against reference; the line is perfect agreement")
     section = report.section("Uncertainty against error")
@@ -186,8 +197,9 @@ def _calibration_table(section: Section, data: CalibrationData, uncertainty: dic
     section.table(["what", "expected share", "observed share", "Pearson", "Spearman"], rows)
     section.text(
         "The share counts errors that do not exceed their uncertainty. Calibrated on "
-        f"{uncertainty['energy']['n_calibration']} structures like the training data: "
-        "a test set from another distribution may have another share."
+        f"{counted(uncertainty['energy']['n_calibration'], 'structure')} like the training data: "
+        "a test set from another distribution may have another share. "
+        + shortfall(uncertainty["energy"]["attainable"], uncertainty["forces"]["attainable"], uncertainty["alpha"])
     )
 
 

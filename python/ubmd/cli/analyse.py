@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from ubmd.cli.console import print_remarks
+from ubmd.cli.console import print_remarks, print_taken
+from ubmd.cli.labels import LabelOption, label_mapping
 from ubmd.cli.run import RunModels
-from ubmd.cli.train import KeyOption, SetOption, label_mapping
+from ubmd.cli.train import SetOption
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.settings import TrainSettings, UncertaintySettings, make_settings
@@ -116,7 +117,7 @@ def calibration(
     low: Annotated[
         float, typer.Option(help="Miscoverage alpha of the low confidence; that of the high one is uncertainty.alpha.")
     ] = 0.5,
-    label: KeyOption = None,
+    label: LabelOption = None,
     override: SetOption = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for trainings and results.")] = Path("calibration"),
 ) -> None:
@@ -127,7 +128,7 @@ def calibration(
     """
     from ubmd.analysis.calibration_study import HEAD, KINDS, Sizes, calibration_study, summary_rows, write_study
     from ubmd.cli.console import make_console
-    from ubmd.data.structures import read_structures
+    from ubmd.data.structures import read_contents
 
     values = {"training_file": str(data), "output_dir": str(out)}
     settings = make_settings(TrainSettings, values, override or [], "ubmd calibration")
@@ -135,7 +136,9 @@ def calibration(
     for name in kinds:  # a typo shows before the training
         make_settings(UncertaintySettings, {"kind": name}, (), "--kind")
     remarks: list[str] = []
-    structures = read_structures(data, label_mapping(label), labelled=True, remark=remarks.append)
+    contents = read_contents(data, label_mapping(label), labelled=True, remark=remarks.append)
+    structures = contents.structures
+    print_taken([f"{data}: {contents.taken}."], make_console())
     print_remarks(remarks)
     sizes = Sizes(training, calibrating, _test_size(data, len(structures), training, calibrating, test))
     outcomes = calibration_study(

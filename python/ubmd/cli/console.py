@@ -35,6 +35,12 @@ def user_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def print_taken(sentences: Sequence[str], console: Console) -> None:
+    """Where the labels of files were taken from, one line per file."""
+    for sentence in sentences:
+        console.print(f"Labels of {shown(sentence)}", soft_wrap=True, highlight=False)
+
+
 def print_remarks(remarks: Sequence[str]) -> None:
     """Remarks on labels, on stderr like errors, so that JSON stays JSON."""
     for sentence in remarks:

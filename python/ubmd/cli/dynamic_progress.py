@@ -18,7 +18,7 @@ from ubmd.runs.event_records import (
     RunStarted,
     StageStarted,
 )
-from ubmd.texts import to_go
+from ubmd.texts import counted, to_go
 
 
 class ProgressLines(Lines[DynamicTimeline]):
@@ -96,7 +96,8 @@ def describe_round(event: RoundDone) -> str:
         for name, errors in (("test", event.test), ("train", event.train)):
             if errors is not None:
                 tail = "" if errors.relative is None else f" ({100 * errors.relative:.1f} %)"
-                parts.append(f"{name} {errors.force_rmse:.3g} eV/Å{tail}")
+                behind = counted(errors.structures, "structure")
+                parts.append(f"{name} {errors.force_rmse:.3g} eV/Å{tail} ({behind})")
                 break
         if event.noise:
             parts.append(f"noise {event.noise:.3g} eV/Å")

@@ -10,13 +10,24 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ubmd.cli.run_status import SHOWN, cell, describe_idle, make_table, page, since
+from ubmd.cli.run_status import (
+    SHOWN,
+    Row,
+    brief_state,
+    cell,
+    describe_idle,
+    errors_in_row,
+    make_table,
+    page,
+    since,
+)
 from ubmd.learning.dynamic.timeline import STAGE_NAMES, DynamicTimeline
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings_of
 from ubmd.runs.reading import newest_rounds, read_events
 from ubmd.runs.records import Fit, ForceErrors, RoundEntry
 from ubmd.settings.dynamic import DynamicRunSettings
+from ubmd.texts import duration
 
 
 def status(run_dir: Path) -> RenderableType:
@@ -42,6 +53,29 @@ def status(run_dir: Path) -> RenderableType:
     return page(folder, "running" if running else describe_idle(timeline), lines, timeline.lost, below)
 
 
+def row(run_dir: Path) -> Row:
+    """The same in one row of a table of several runs.
+
+    Raises:
+        DataError: the folder holds no run.
+    """
+    folder = RunFolder(run_dir)
+    settings = read_settings_of(folder, DynamicRunSettings)
+    timeline, running = DynamicTimeline(settings, read_events(folder)), folder.is_locked()
+    last = next(newest_rounds(folder), None)
+    errors = last.test if last else None
+    seconds = timeline.left() if running else None
+    return Row(
+        run=str(run_dir),
+        state=brief_state(timeline, running),
+        turn=str(timeline.round) if timeline.round >= 0 else "",
+        labels=f"{timeline.labels} of {timeline.wanted}",
+        valid="",
+        test=errors_in_row(errors.energy_rmse_mev_per_atom, errors.force_rmse, errors.structures) if errors else "",
+        left="" if seconds is None else f"at most {duration(seconds)}",
+    )
+
+
 def _table(refits: list[RoundEntry]) -> Table:
     """One row per refit."""
     columns = {
@@ -54,6 +88,7 @@ def _table(refits: list[RoundEntry]) -> Table:
         "determined\n%": [_determined(entry.model) for entry in refits],
         "train F\n%": [_percent(entry.train) for entry in refits],
         "test F\n%": [_percent(entry.test) for entry in refits],
+        "test\nstruct.": [str(entry.test.structures) if entry.test else "" for entry in refits],
     }
     return make_table(columns)
 

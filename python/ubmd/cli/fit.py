@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
     """Fit, calibrate and export; ``base`` is the folder of the settings file."""
-    from ubmd.cli.console import print_remarks
+    from ubmd.cli.console import print_remarks, print_taken
     from ubmd.cli.structure_table import describe
     from ubmd.data.labels import dataset_hash
     from ubmd.potentials.force_constants.export import export_crystal
@@ -36,9 +36,11 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
     check_outputs(settings.output_dir, names, "output_dir")
     ideal, ideal_energy = _ideal(settings.crystal.structure_file(base), settings.labels)
     remarks: list[str] = []
-    training_set, validation_set = _sets(settings, base, remarks.append)
+    taken: list[str] = []
+    training_set, validation_set = _sets(settings, base, remarks.append, taken.append)
     console.print(describe(training_set, "training set"))
     console.print(describe(validation_set, "validation set"))
+    print_taken(taken, console)
     print_remarks(remarks)
     folder = settings.output_dir
     if fresh:
@@ -100,15 +102,20 @@ def _ideal(path: Path, labels: Mapping[str, str]) -> tuple[Atoms, float | None]:
     return structures[0], labels_of(structures[0]).get("energy")
 
 
-def _sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) -> tuple[list[Atoms], list[Atoms]]:
+def _sets(
+    settings: TrainSettings, base: Path, remark: Callable[[str], None], tell: Callable[[str], None]
+) -> tuple[list[Atoms], list[Atoms]]:
     """Training and validation structures."""
     from ubmd.data.split import split
-    from ubmd.data.structures import read_structures
+    from ubmd.data.structures import read_contents
 
-    structures = read_structures(base / settings.training_file, settings.labels, remark=remark)
+    contents = read_contents(base / settings.training_file, settings.labels, remark=remark)
+    tell(f"{settings.training_file}: {contents.taken}.")
     if settings.validation_file is None:
-        return split(structures, settings.validation_share, settings.seed)
-    return structures, read_structures(base / settings.validation_file, settings.labels, remark=remark)
+        return split(contents.structures, settings.validation_share, settings.seed)
+    validation = read_contents(base / settings.validation_file, settings.labels, remark=remark)
+    tell(f"{settings.validation_file}: {validation.taken}.")
+    return contents.structures, validation.structures
 
 
 def _remarks(fit: CrystalFit) -> Iterator[str]:

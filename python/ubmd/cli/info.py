@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ubmd.cli.console import make_console, shown, user_errors
-from ubmd.cli.tables import flat, info_table
+from ubmd.cli.console import make_console, print_remarks, shown, user_errors
+from ubmd.cli.tables import confidence_remarks, flat, info_table
 from ubmd.errors import ModelError
 from ubmd.valid_json import valid_json
 
@@ -24,20 +24,24 @@ def info(
     Nothing in the file or the folder is executed: it may come from someone you do not know.
     """
     with user_errors():
-        record, tables = _run_info(path) if path.is_dir() else _model_info(path)
+        record, tables, remarks = _run_info(path) if path.is_dir() else _model_info(path)
         if as_json:
             print(json.dumps(valid_json(record), indent=2))
             return
         for table in tables:
             make_console().print(table)
+        print_remarks(remarks)
 
 
-def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
-    """(manifest, tables) of a run."""
+def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table], list[str]]:
+    """(manifest, tables, remarks) of a run."""
     from ubmd.analysis.provenance import changed_settings, provenance_rows
+    from ubmd.runs.confidence import confidence
     from ubmd.runs.folder import RunFolder
     from ubmd.runs.manifest import read_settings_of
+    from ubmd.runs.reading import read_iterations
     from ubmd.runs.schedules import schedule_of_run
+    from ubmd.settings import RunSettings
 
     run = RunFolder(folder)
     settings = read_settings_of(run, schedule_of_run(run).settings)
@@ -48,11 +52,12 @@ def _run_info(folder: Path) -> tuple[dict[str, Any], list[Table]]:
     for table, rows in zip(tables, (provenance_rows(run), changed_settings(settings)), strict=True):
         for row in rows:
             table.add_row(*map(shown, row))
-    return run.read_manifest(), tables
+    remarks = confidence(read_iterations(run, newest=1), settings) if isinstance(settings, RunSettings) else ()
+    return run.read_manifest(), tables, list(remarks)
 
 
-def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
-    """(record, tables) of a model file, which is not run."""
+def _model_info(path: Path) -> tuple[dict[str, Any], list[Table], list[str]]:
+    """(record, tables, remarks) of a model file, which is not run."""
     from ubmd.potentials.kinds import kind_of_record
     from ubmd.potentials.record import complete_record, read_record
 
@@ -66,8 +71,9 @@ def _model_info(path: Path) -> tuple[dict[str, Any], list[Table]]:
         if kind_of_record(record).of_crystal:
             from ubmd.cli.tables import info_tables
 
-            return record, info_tables(record, shown(str(path)))
+            return record, info_tables(record, shown(str(path))), []
         table = info_table(shown(str(path)), ("key", "value"))
         for row in flat(record):
             table.add_row(*map(shown, row))
-    return record, [table]
+        remarks = confidence_remarks(record)
+    return record, [table], remarks

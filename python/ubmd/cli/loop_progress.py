@@ -116,7 +116,7 @@ def describe_iteration(event: IterationDone) -> str:
     for name, errors in (("valid", event.valid), ("test", event.test)):
         if errors is not None:
             energy, force, _ = errors.rmse
-            parts.append(f"{name} {cell(energy, '.2f')} meV/atom, {cell(force, '.3f')} eV/Å")
+            parts.append(f"{name} {cell(energy, '.2f')} meV/atom, {cell(force, '.3f')} eV/Å{errors.behind}")
     parts.append(f"{event.md_steps} MD steps")
     if event.coverage is not None:
         parts.append(f"coverage {event.coverage:.3f}")

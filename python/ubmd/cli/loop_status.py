@@ -14,12 +14,23 @@ from rich.table import Table
 from rich.text import Text
 
 from ubmd.attempts import steps_so_far, targets_in_work
-from ubmd.cli.run_status import SHOWN, cell, describe_idle, make_table, page, since
+from ubmd.cli.run_status import (
+    SHOWN,
+    Row,
+    brief_state,
+    cell,
+    describe_idle,
+    errors_in_row,
+    make_table,
+    page,
+    since,
+)
 from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
+from ubmd.runs.confidence import confidence
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
 from ubmd.runs.reading import read_events, read_iterations
-from ubmd.runs.records import IterationEntry
+from ubmd.runs.records import IterationEntry, SetName
 from ubmd.settings import RunSettings
 from ubmd.texts import duration, to_go
 
@@ -43,7 +54,34 @@ def status(run_dir: Path) -> RenderableType:
     running = folder.is_locked()
     lines = [_labels(timeline, folder), *(_now(folder, timeline, settings) if running else ())]
     below: list[RenderableType] = [_table(folder, history), Text(_LEGEND)] if history else []
+    below += [Text(sentence) for sentence in confidence(history, settings)]
     return page(folder, _state(folder, timeline, running), lines, timeline.lost, below)
+
+
+def row(run_dir: Path) -> Row:
+    """The same in one row of a table of several runs.
+
+    Raises:
+        DataError: the folder holds no run.
+    """
+    folder = RunFolder(run_dir)
+    settings, history = read_settings(folder), read_iterations(folder, newest=1)
+    timeline, running = Timeline(settings, read_events(folder)), folder.is_locked()
+    last = history[-1] if history else None
+    found: dict[SetName, str] = {}
+    for name in ("valid", "test"):
+        errors = last.errors_on(name) if last else None
+        found[name] = errors_in_row(*errors.rmse[:2], errors.structures) if errors else ""
+    seconds = timeline.run_left() if running else None
+    return Row(
+        run=str(run_dir),
+        state=brief_state(timeline, running),
+        turn=str(timeline.iteration) if timeline.iteration >= 0 else "",
+        labels=f"{timeline.labels} of {timeline.wanted}",
+        valid=found["valid"],
+        test=found["test"],
+        left="" if seconds is None else f"about {duration(seconds)}",
+    )
 
 
 def _state(folder: RunFolder, timeline: Timeline, running: bool) -> str:
@@ -138,9 +176,11 @@ def _table(folder: RunFolder, history: Sequence[IterationEntry]) -> Table:
         "rej.": [str(rejected[entry.iteration] or "") for entry in history],
         "MD\nsteps": [str(entry.md_steps) for entry in history],
         "valid F\neV/Å": [cell(entry.rmse_on("valid")[1], ".3f") for entry in history if not tested],
+        "valid\nstruct.": [_behind(entry, "valid") for entry in history if not tested],
         "test E\nmeV/atom": [cell(energy, ".2f") for energy, _, _ in errors],
         "test F\neV/Å": [cell(force, ".3f") for _, force, _ in errors],
         "test S\nMPa": [cell(stress, ".1f") for _, _, stress in errors],
+        "test\nstruct.": [_behind(entry, "test") for entry in history],
         "max u\neV/Å": [cell(entry.max_u, ".2f") for entry in history],
         "cov.": [cell(entry.coverage, ".3f") for entry in history],
         "volume\nÅ³/atom": [_volumes(folder.iteration(entry.iteration)) for entry in history],
@@ -150,6 +190,12 @@ def _table(folder: RunFolder, history: Sequence[IterationEntry]) -> Table:
         "label": [_seconds(entry, "label") for entry in history],
     }
     return make_table(columns)
+
+
+def _behind(entry: IterationEntry, name: SetName) -> str:
+    """Number of structures that errors were measured on."""
+    errors = entry.errors_on(name)
+    return str(errors.structures) if errors and errors.structures else ""
 
 
 def _rejected(folder: RunFolder) -> Counter[int]:

@@ -23,7 +23,7 @@ _HELP = """Uncertainty-biased molecular dynamics: learn interatomic potentials t
 
 A first run:
 
-  ubmd init                        write a commented settings.toml, then edit it
+  ubmd init my.xyz                 write a commented settings.toml for your structure, then set the reference
 
   ubmd check settings.toml         every stage once, in a minute: finds mistakes
 
@@ -64,7 +64,7 @@ class _Group(TyperGroup):
             raise typer.Exit(130) from None
 
 
-app = typer.Typer(cls=_Group, help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(cls=_Group, help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -82,8 +82,9 @@ def _main(
 
 
 def _register() -> None:
-    from ubmd.cli import analyse, crystal, run, train
+    from ubmd.cli import analyse, crystal, init, run, train
 
+    init.register(app)
     run.register(app)
     analyse.register(app)
     train.register(app)

@@ -1,4 +1,4 @@
-"""Commands of the loop: init, check, run, status, report, compare; and doctor."""
+"""Commands of the loop: check, run, status, report, compare; and doctor."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import Annotated
 
 import typer
 
+from ubmd.cli.completion import keys_of_runs
+from ubmd.cli.labels import LabelOption, label_overrides
 from ubmd.errors import SettingsError
-from ubmd.files import check_outputs, write_text
+from ubmd.files import check_outputs
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.reading import read_events
-from ubmd.runs.schedules import DYNAMIC, LOOP, schedule_of_file, schedule_of_run
+from ubmd.runs.schedules import schedule_of_file, schedule_of_run
 from ubmd.settings import load_settings
 
 SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML).", show_default=False)]
 RunDir = Annotated[Path, typer.Argument(help="Folder of the run (run_dir of its settings).", show_default=False)]
 Override = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a setting: --set loop.labels=64. May be repeated.")
+    list[str] | None,
+    typer.Option("--set", help="Change a setting: --set loop.labels=64. May be repeated.", autocompletion=keys_of_runs),
 ]
 
 RunModels = Annotated[
@@ -33,31 +36,11 @@ RunModels = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for function in (init, check, run, status, report, compare, doctor):
+    for function in (check, run, status, report, compare, doctor):
         app.command()(function)
 
 
-def init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("settings.toml"),
-    short: Annotated[bool, typer.Option("--short", help="Only the keys that most people set.")] = False,
-    dynamic: Annotated[bool, typer.Option("--dynamic", help="For dynamic training of a crystal's potential.")] = False,
-) -> None:
-    """Write a settings file in which every key is explained."""
-    schedule = DYNAMIC if dynamic else LOOP
-    template = schedule.short_template if short else schedule.template
-    if template is None:
-        raise SettingsError("--short is for active-learning loops; leave it out with --dynamic.")
-
-    if path.exists():
-        raise SettingsError(f"{path} already exists; name another file.")
-    if not path.parent.is_dir():
-        raise SettingsError(f"There is no folder {path.parent}; create it, or name another file.")
-    check_outputs(path.parent, [], "FILE")
-    write_text(path, template(path.name))
-    print(f"Wrote {path}. Set run_dir, {schedule.to_fill_in} and the reference, then: ubmd check {path}")
-
-
-def check(settings: SettingsFile, override: Override = None) -> None:
+def check(settings: SettingsFile, override: Override = None, label: LabelOption = None) -> None:
     """Describe what would be run, then run every stage once, in miniature: finds mistakes in a minute.
 
     For dynamic training (settings with a \\[dynamic] table) it only describes the run.
@@ -67,7 +50,7 @@ def check(settings: SettingsFile, override: Override = None) -> None:
     run_dir, which is kept until the next check if a stage fails.
     """
     schedule = schedule_of_file(settings)
-    values = load_settings(settings, schedule.settings, override or [])
+    values = load_settings(settings, schedule.settings, [*(override or []), *label_overrides(label)])
     for line in schedule.check(values, settings.parent):
         print(line, flush=True)
     print(f"{schedule.check_shows} Start with: ubmd run {settings}".lstrip())
@@ -76,6 +59,7 @@ def check(settings: SettingsFile, override: Override = None) -> None:
 def run(
     settings: SettingsFile,
     override: Override = None,
+    label: LabelOption = None,
     from_iteration: Annotated[
         int | None,
         typer.Option(
@@ -103,11 +87,11 @@ def run(
                 f"--from works for active-learning loops; a {schedule.name} run can only be resumed or started again."
             )
         options["from_iteration"] = from_iteration
-    values = load_settings(settings, schedule.settings, override or [])
+    values = load_settings(settings, schedule.settings, [*(override or []), *label_overrides(label)])
     # After the settings: a mistake there is reported at once, these take seconds.
     from rich.console import Console
 
-    schedule.verify(values, settings.parent, _remark)
+    schedule.verify(values, settings.parent, _remark, _tell)
     timeline = schedule.timeline(values, read_events(RunFolder(values.run_dir)))
     with schedule.progress(Console(), timeline) as progress:
         folder = schedule.run(values, settings.parent, progress, **options)
@@ -119,11 +103,25 @@ def _remark(sentence: str) -> None:
     print(f"Remark: {sentence}", file=sys.stderr)
 
 
-def status(run_dir: RunDir) -> None:
-    """Show where a run stands."""
-    from ubmd.cli.console import make_console
+def _tell(sentence: str) -> None:
+    """Where the labels of a given file were taken from."""
+    print(f"Labels of {sentence}", flush=True)
 
-    make_console().print(schedule_of_run(RunFolder(run_dir)).status(run_dir))
+
+def status(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_DIR...", help="Folders of runs (run_dir of their settings).", show_default=False),
+    ],
+) -> None:
+    """Show where a run stands, or several: then one row each."""
+    from ubmd.cli.console import make_console
+    from ubmd.cli.run_status import overview
+
+    if len(run_dirs) == 1:
+        make_console().print(schedule_of_run(RunFolder(run_dirs[0])).status(run_dirs[0]))
+    else:
+        make_console().print(overview([schedule_of_run(RunFolder(path)).status_row(path) for path in run_dirs]))
 
 
 def report(run_dir: RunDir, run_models: RunModels = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from rich import box
@@ -15,6 +16,31 @@ from ubmd.runs.event_records import TaskLost
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.timeline import RunTimeline
 from ubmd.texts import duration
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run among several."""
+
+    run: str
+    state: str
+    turn: str
+    """iteration or round"""
+    labels: str
+    valid: str
+    test: str
+    left: str
+
+
+_TITLES = {
+    "run": "run",
+    "state": "state",
+    "turn": "iter.",
+    "labels": "labels",
+    "valid": "valid E meV/atom,\nF eV/Å (structures)",
+    "test": "test E meV/atom,\nF eV/Å (structures)",
+    "left": "left",
+}
 
 SHOWN = 12
 """Newest rows in the table."""
@@ -51,6 +77,34 @@ def describe_idle(run: RunTimeline, doing: str = "") -> str:
         return f"not started; {resume}"
     ago = duration(max(0.0, (datetime.now(UTC) - run.last_event).total_seconds()))
     return f"stopped: its process {run.process} is gone{doing}, last seen {ago} ago; {resume}"
+
+
+def overview(rows: Sequence[Row]) -> Table:
+    """One row per run."""
+    columns = {title: [getattr(row, name) for row in rows] for name, title in _TITLES.items()}
+    table = make_table(columns)
+    for column in table.columns[:2]:
+        column.justify, column.overflow = "left", "fold"
+    return table
+
+
+def brief_state(run: RunTimeline, running: bool) -> str:
+    """The state of a run in a word or two."""
+    if running:
+        return "running"
+    if run.finished:
+        return "finished"
+    if run.stopped:
+        return f"stopped ({run.error or run.stopped})"
+    return "not started" if run.last_event is None else "process gone"
+
+
+def errors_in_row(energy: float | None, force: float | None, behind: int | None) -> str:
+    """'0.05, 0.018 (4)': errors of energy and forces, and the number of structures."""
+    if force is None:
+        return ""
+    values = [cell(energy, ".2f")] * (energy is not None) + [cell(force, ".3f")]
+    return ", ".join(values) + (f" ({behind})" if behind is not None else "")
 
 
 def since(begin: datetime) -> str:

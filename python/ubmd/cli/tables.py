@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ubmd.cli.console import shown
+from ubmd.measure.confidence import shortfall
 from ubmd.potentials.kinds import kind_of_record
 
 if TYPE_CHECKING:
@@ -40,6 +41,17 @@ def _promise(name: str, uncertainty: dict[str, Any]) -> str:
     if record["n_calibration"] == 0:
         return f"{name} not calibrated"
     return f"{name} {100 * min(record['attainable'], 1 - uncertainty['alpha']):.4g} %"
+
+
+def confidence_remarks(metadata: Mapping[str, Any]) -> list[str]:
+    """A sentence on a model file that was calibrated on too few structures; none for others, and for crystals."""
+    record = metadata.get("uncertainty", {})
+    if "alpha" not in record or kind_of_record(dict(metadata)).of_crystal:
+        return []
+    # files of other programs may lack parts of the record
+    attained = [record.get(name, {}).get("attainable", 1.0) for name in ("energy", "forces")]
+    sentence = shortfall(attained[0], attained[1], record["alpha"])
+    return [sentence] if sentence else []
 
 
 def _percent(share: float, of_what: str) -> str:

@@ -6,7 +6,7 @@ The heavy imports (torch, ase) happen inside the commands, so that `ubmd --help`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,14 +16,17 @@ from pydantic import BaseModel, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
-from ubmd.cli.console import make_console, print_remarks, shown, user_errors
+from ubmd.cli.completion import keys_of_export, keys_of_training
+from ubmd.cli.console import make_console, print_remarks, print_taken, shown, user_errors
 from ubmd.cli.info import info
-from ubmd.cli.tables import accuracy_table
+from ubmd.cli.labels import LabelOption, label_mapping, label_overrides
+from ubmd.cli.tables import accuracy_table, confidence_remarks
 from ubmd.cli.training_progress import training_progress
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.potentials.kinds import kind_of_settings
 from ubmd.settings import USUAL_INFO, TrainSettings, UncertaintySettings, load_settings, make_settings
+from ubmd.texts import counted
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -32,15 +35,12 @@ if TYPE_CHECKING:
 
 
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. training.epochs=200.")
-]
-KeyOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--label",
-        metavar="LABEL=KEY",
-        help="Key of a label (energy, forces, stress, virial), e.g. energy=dft_energy; may be repeated. Default: "
-        "energy, forces, stress or virial; else REF_energy ... In a frame with both they must agree.",
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting, e.g. training.epochs=200.",
+        autocompletion=keys_of_training,
     ),
 ]
 
@@ -60,52 +60,93 @@ def register(app: typer.Typer) -> None:
 def train(
     settings_file: Annotated[Path, typer.Argument(help="TOML file of the training (see `ubmd schema train`).")],
     overrides: SetOption = None,
+    label: LabelOption = None,
     fresh: Annotated[
         bool, typer.Option("--fresh/--resume", help="Start from scratch, or resume from the last checkpoint (default).")
     ] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="PATH",
+            help="Start from this model instead of random weights: model.pt, weights.pt, checkpoint.pt, or the folder "
+            "of a run or training.",
+        ),
+    ] = None,
 ) -> None:
     """Train a model on labelled structures and export it as model.pt.
 
-    A network, or, if the settings have a table "crystal", a force-constant potential of a crystal.
+    A network, or, if the settings have a table "crystal", a force-constant potential of a crystal. A training that has
+    ended continues if training.epochs is raised.
     """
     with user_errors():
-        settings = load_settings(settings_file, TrainSettings, overrides or [])
+        settings = load_settings(settings_file, TrainSettings, [*(overrides or []), *label_overrides(label)])
         if kind_of_settings(settings).of_crystal:
             from ubmd.cli.fit import train_crystal
 
+            if source is not None:
+                raise SettingsError("--from is for networks: a force-constant potential is fitted at once.")
             train_crystal(settings, settings_file.parent, fresh, make_console())
         else:
-            _train(settings, settings_file.parent, fresh, Console())
+            _train(settings, settings_file.parent, fresh, source, Console())
 
 
-def _train(settings: TrainSettings, base: Path, fresh: bool, console: Console) -> None:
+def _train(settings: TrainSettings, base: Path, fresh: bool, source: Path | None, console: Console) -> None:
     """Train and export a network of any back end; ``base`` is the folder of the settings file."""
     from ubmd.cli.structure_table import describe
     from ubmd.data.labels import dataset_hash
     from ubmd.potentials.fitting import export_checkpoints
-    from ubmd.potentials.interface import Labels, TrainingTable
+    from ubmd.potentials.interface import Labels, Prolongs, TrainingTable
     from ubmd.potentials.kinds import check_backend
-    from ubmd.potentials.members import train_networks
+    from ubmd.potentials.members import member_folders, train_networks
 
     uncertainty, path = settings.uncertainty, settings.output_dir / "model.pt"
     backend = check_backend(settings.model, uncertainty, base)
     _check_outputs(settings, backend)
     remarks: list[str] = []
-    training_set, validation_set = _load_sets(settings, base, remarks.append)
+    taken: list[str] = []
+    training_set, validation_set = _load_sets(settings, base, remarks.append, taken.append)
     console.print(describe(training_set, "training set"))
     console.print(describe(validation_set, "validation set"))
+    print_taken(taken, console)
     print_remarks(remarks)
-    table, labels = TrainingTable(settings.model, settings.training, fresh=fresh), Labels(training_set, validation_set)
-    with training_progress(console) as report:
+    table = TrainingTable(settings.model, settings.training, fresh=fresh, prolong=True)
+    labels, networks = Labels(training_set, validation_set), uncertainty.networks
+    starts = None if source is None else _starts(source, settings, backend, training_set, console)
+    if isinstance(backend, Prolongs) and not fresh:
+        first = member_folders(settings.output_dir, networks)[0]
+        _print_if_any(backend.prolongation(first, settings.training.epochs), console)
+    counts = {"train": len(training_set), "valid": len(validation_set)}
+    with training_progress(console, counts) as report:
         checkpoints = train_networks(
-            backend, uncertainty.networks, table, labels, settings.output_dir, settings.seed, report=report
+            backend, networks, table, labels, settings.output_dir, settings.seed, starts, report
         )
     provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings.model_dump(mode="json")}
     model = settings.model
-    export_checkpoints(backend, checkpoints, model, training_set, validation_set, uncertainty, path, provenance)
+    metadata = export_checkpoints(
+        backend, checkpoints, model, training_set, validation_set, uncertainty, path, provenance
+    )
     for checkpoint in checkpoints:
-        _print_summary(backend, checkpoint.parent, console)
+        _print_summary(backend, checkpoint.parent, console, counts)
+    print_remarks(confidence_remarks(metadata))
     console.print(f"model: {path}", soft_wrap=True, markup=False)
+
+
+def _starts(
+    source: Path, settings: TrainSettings, backend: Backend, training_set: list[Atoms], console: Console
+) -> list[Path]:
+    """Checkpoints that the networks start from, made of the model that ``--from`` names."""
+    from ubmd.potentials.starting import constants_told, file_to_start_from, start_from
+
+    file, folder = file_to_start_from(source, backend, "--from"), settings.output_dir / "initial"
+    paths, constants = start_from(file, backend, settings.uncertainty.networks, settings.model, training_set, folder)
+    _print_if_any(f"starts from {file}. {constants_told(constants)}".rstrip(), console)
+    return paths
+
+
+def _print_if_any(sentence: str, console: Console) -> None:
+    if sentence:
+        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
 
 
 def _check_outputs(settings: TrainSettings, backend: Backend) -> None:
@@ -119,36 +160,43 @@ def _check_outputs(settings: TrainSettings, backend: Backend) -> None:
         check_outputs(folder, [*logs, backend.checkpoint], "output_dir")
 
 
-def _load_sets(settings: TrainSettings, base: Path, remark: Callable[[str], None]) -> tuple[list[Atoms], list[Atoms]]:
+def _load_sets(
+    settings: TrainSettings, base: Path, remark: Callable[[str], None], tell: Callable[[str], None]
+) -> tuple[list[Atoms], list[Atoms]]:
     """Training and validation structures; files are relative to the settings file."""
     from ubmd.data.split import split
     from ubmd.data.state import mixed_states
-    from ubmd.data.structures import read_structures
+    from ubmd.data.structures import read_contents
 
-    structures = read_structures(base / settings.training_file, settings.labels, labelled=True, remark=remark)
-    for first, second, difference in islice(mixed_states(structures, USUAL_INFO), 1):
+    contents = read_contents(base / settings.training_file, settings.labels, labelled=True, remark=remark)
+    tell(f"{settings.training_file}: {contents.taken}.")
+    for first, second, difference in islice(mixed_states(contents.structures, USUAL_INFO), 1):
         remark(
-            f"{settings.training_file}: frames {first} and {second} have the same composition but {difference}, which "
-            "a model cannot tell apart."
+            f"{settings.training_file}: frames {contents.numbers[first]} and {contents.numbers[second]} have the same "
+            f"composition but {difference}, which a model cannot tell apart."
         )
     if settings.validation_file is None:
-        return split(structures, settings.validation_share, settings.seed)
-    return structures, read_structures(base / settings.validation_file, settings.labels, labelled=True, remark=remark)
+        return split(contents.structures, settings.validation_share, settings.seed)
+    validation = read_contents(base / settings.validation_file, settings.labels, labelled=True, remark=remark)
+    tell(f"{settings.validation_file}: {validation.taken}.")
+    return contents.structures, validation.structures
 
 
-def _print_summary(backend: Backend, folder: Path, console: Console) -> None:
+def _print_summary(backend: Backend, folder: Path, console: Console, counts: Mapping[str, int]) -> None:
     """The tables and files of the training in this folder, of a back end that keeps a log."""
     from ubmd.potentials.interface import KeepsLog
 
     if isinstance(backend, KeepsLog):
-        console.print(_training_summary(backend.summary(folder)))
+        console.print(_training_summary(backend.summary(folder), counts))
         console.print(f"log and picture: {folder / ', '.join(backend.logs)}", soft_wrap=True, markup=False)
 
 
-def _training_summary(found: Summary) -> Table:
+def _training_summary(found: Summary, counts: Mapping[str, int]) -> Table:
     """RMSEs of the kept weights."""
     table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}")
-    for column in ("RMSE", "training (during the epoch)", "validation", "unit"):
+    behind = {part: counted(count, "structure") for part, count in counts.items()}
+    training, validation = f"training (during the epoch; {behind['train']})", f"validation ({behind['valid']})"
+    for column in ("RMSE", training, validation, "unit"):
         table.add_column(column)
     for name, key, unit in (
         ("energy", "energy_rmse_meV_per_atom", "meV/atom"),
@@ -168,47 +216,37 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="Model file, e.g. model.pt.")],
     data: Annotated[Path, typer.Argument(help="Labelled structures (extxyz, or any format that ASE reads).")],
     precision: Annotated[str, typer.Option(help="mixed, single or double.")] = "mixed",
-    label: KeyOption = None,
+    label: LabelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare a model with labelled structures: errors, and how often they stay below the uncertainty.
 
-    Labels in eV, eV/Å and eV/Å^3, tension positive; a virial in eV is the stress -virial/volume. "energy" is used, not
-    "free_energy", unless --label energy=free_energy is given. Whatever looks like a mistake is printed as a remark.
+    Labels in eV, eV/Å and eV/Å^3, tension positive, or as --label says; a virial in eV is the stress -virial/volume.
+    "energy" is used, not "free_energy", unless --label energy=free_energy is given. It is printed which keys were read,
+    and, as a remark, whatever looks like a mistake.
     """
     from ubmd.calculator import Evaluator
     from ubmd.cli.structure_table import describe
-    from ubmd.data.structures import read_structures
+    from ubmd.data.structures import read_contents
     from ubmd.measure.errors import accuracy, check_finite
 
     with user_errors():
         evaluator = Evaluator(model, precision)
         remarks: list[str] = []
-        structures = read_structures(data, label_mapping(label), labelled=True, remark=remarks.append)
-        predictions = evaluator.predict(structures)
+        contents = read_contents(data, label_mapping(label), labelled=True, remark=remarks.append)
+        predictions = evaluator.predict(contents.structures)
         check_finite(predictions, str(data))
-        result = accuracy(predictions, structures)
+        result = accuracy(predictions, contents.structures)
         if as_json:
             print_remarks(remarks)
             print(json.dumps(result, indent=2, allow_nan=False))
             return
         console = make_console()
-        console.print(describe(structures, shown(str(data))))
+        console.print(describe(contents.structures, shown(str(data))))
+        print_taken([f"{data}: {contents.taken}."], console)
         print_remarks(remarks)
         console.print(accuracy_table(result, evaluator.metadata))
-
-
-def label_mapping(pairs: Sequence[str] | None) -> dict[str, str]:
-    """`label=key` options as a dictionary."""
-    mapping: dict[str, str] = {}
-    for pair in pairs or []:
-        label, separator, key = pair.partition("=")
-        if not separator or not key:
-            raise SettingsError(f"--label needs LABEL=KEY, e.g. energy=dft_energy; got {pair!r}.")
-        if mapping.get(label, key) != key:
-            raise SettingsError(f"--label names two keys for {label}: {mapping[label]} and {key}; give one.")
-        mapping[label] = key
-    return mapping
+        print_remarks(confidence_remarks(evaluator.metadata))
 
 
 # -------------------------------------------------------------------------------- info, export, schema
@@ -219,11 +257,16 @@ def export(
     training_file: Annotated[Path, typer.Argument(help="The structures that the weights were trained on.")],
     calibration_file: Annotated[Path, typer.Argument(help="Labelled structures for the calibration.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path("model.pt"),
-    overrides: SetOption = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a setting, e.g. alpha=0.5.", autocompletion=keys_of_export
+        ),
+    ] = None,
     member: Annotated[
         list[Path] | None, typer.Option("--member", help="weights.pt of each other member, with --set kind=ensemble.")
     ] = None,
-    label: KeyOption = None,
+    label: LabelOption = None,
     operators: Annotated[
         bool | None,
         typer.Option(
@@ -234,7 +277,7 @@ def export(
 ) -> None:
     """Make a model file from trained weights, e.g. with another confidence: --set alpha=0.5."""
     from ubmd.data.labels import dataset_hash
-    from ubmd.data.structures import read_structures
+    from ubmd.data.structures import read_contents
     from ubmd.potentials.fitting import export_raw
     from ubmd.potentials.gmnn.backend import GaussianMoments
     from ubmd.potentials.gmnn.checkpoint import load_weights
@@ -247,8 +290,12 @@ def export(
         model = load_weights(weights).settings
         remarks: list[str] = []
         mapping = label_mapping(label)
-        training_set = read_structures(training_file, mapping, labelled=True, remark=remarks.append)
-        calibration_set = read_structures(calibration_file, mapping, labelled=True, remark=remarks.append)
+        files = {
+            path: read_contents(path, mapping, labelled=True, remark=remarks.append)
+            for path in dict.fromkeys([training_file, calibration_file])
+        }
+        training_set, calibration_set = (files[path].structures for path in (training_file, calibration_file))
+        print_taken([f"{path}: {contents.taken}." for path, contents in files.items()], make_console())
         print_remarks(remarks)
         provenance = {
             "training_set_hash": dataset_hash(training_set),
@@ -257,6 +304,7 @@ def export(
         metadata = export_raw(raw, backend.name, model, training_set, calibration_set, uncertainty, output, provenance)
         attainable = metadata["uncertainty"]["energy"]["attainable"]
         print(f"wrote {output}: uncertainties of structures hold at {100 * attainable:.4g} % confidence")
+        print_remarks(confidence_remarks(metadata))
 
 
 def schema(

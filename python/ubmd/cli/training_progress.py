@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ubmd.texts import countdown
+from ubmd.texts import countdown, counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -20,16 +20,19 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
 
 
 @contextmanager
-def training_progress(console: Console) -> Iterator[Any]:
-    """A callback for every epoch: a live bar on a terminal, a line now and then elsewhere."""
+def training_progress(console: Console, counts: Mapping[str, int]) -> Iterator[Any]:
+    """A callback for every epoch: a live bar on a terminal, a line now and then elsewhere.
+
+    ``counts``: structures that errors are measured on, 'train' and 'valid'.
+    """
     if not console.is_terminal:
-        yield _PlainProgress(console)
+        yield _PlainProgress(console, counts)
         return
     with _bars(console, "epochs, {task.description}") as bar:
         task = bar.add_task("starting", total=None)
 
         def report(row: dict[str, Any]) -> None:
-            bar.update(task, completed=row["epoch"], total=row["epochs"], description=_errors_text(row))
+            bar.update(task, completed=row["epoch"], total=row["epochs"], description=_errors_text(row, counts))
 
         yield report
 
@@ -70,8 +73,9 @@ def _bars(console: Console, text: str) -> Bars:
 class _PlainProgress:
     """Lines with the errors and the time left: the first epoch, every ten seconds, the last epoch."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, counts: Mapping[str, int]) -> None:
         self._console = console
+        self._counts = counts
         self._start: float | None = None
         self._first_epoch = 0
         self._last_line = -float("inf")
@@ -84,17 +88,17 @@ class _PlainProgress:
             return
         self._last_line = now
         left = (now - self._start) / (row["epoch"] - self._first_epoch) * (row["epochs"] - row["epoch"])
-        errors = _errors_text(row)
+        errors = _errors_text(row, self._counts)
         line = f"epoch {row['epoch']} of {row['epochs']}: {errors + ', ' if errors else ''}{countdown(left)} left"
         self._console.print(line, soft_wrap=True, highlight=False)
 
 
-def _errors_text(row: dict[str, Any]) -> str:
+def _errors_text(row: dict[str, Any], counts: Mapping[str, int]) -> str:
     """Validation errors of an epoch in one line (training errors where there was no validation); empty without any."""
     part = "valid" if row.get("valid_force_rmse_eV_per_A") is not None else "train"
     values = [(text, row.get(f"{part}_{key}")) for text, key in _ERRORS]
     found = [text.format(value) for text, value in values if value is not None]
-    return f"{part} {', '.join(found)}" if found else ""
+    return f"{part} {', '.join(found)} ({counted(counts[part], 'structure')})" if found else ""
 
 
 _ERRORS = (

@@ -50,12 +50,12 @@ def check_cell(atoms: Atoms) -> None:
         raise DataError(
             f"periodic along vectors {first} and {second}, but these cell vectors are parallel; correct cell or pbc."
         )
-    for axis, height in zip(axes, _heights(vectors), strict=True):
+    for axis, height in zip(axes, heights(vectors), strict=True):
         if height < _THINNEST:
             raise DataError(f"the cell is flat: it is only {height:.2g} Å thick along vector {'abc'[axis]}.")
 
 
-def _heights(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+def heights(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """Distances between the lattice planes of independent vectors [k, 3], Å."""
     if not len(vectors):
         return np.zeros(0)
@@ -135,7 +135,7 @@ def _is_slender(atoms: Atoms, cutoff: float) -> bool:
         raise DataError(f"the atoms are up to {widest:.3g} Å apart; positions are in Å.")
     if periodic.any():
         spans = np.full(3, np.linalg.norm(spans))
-        spans[periodic] = _heights(np.asarray(atoms.cell)[periodic])
+        spans[periodic] = heights(np.asarray(atoms.cell)[periodic])
     cells = np.maximum(1.0, np.ceil(spans / cutoff))
     total = float(cells.prod())
     return total > _MOST_CELLS and bool(cells.min() * np.cbrt(_MOST_CELLS / total) < 2.0)

@@ -14,8 +14,8 @@ from ubmd.data.constraints import is_fixed
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, state_hash
-from ubmd.data.structures import read_structures
-from ubmd.errors import LabelError, MachineError, SettingsError, UbmdError
+from ubmd.data.structures import Contents, read_contents, read_structures
+from ubmd.errors import DataError, LabelError, MachineError, SettingsError, UbmdError
 from ubmd.files import check_space, content_hash, copy_file, is_sealed, read_json, write_json
 from ubmd.learning.labels import reference_key
 from ubmd.learning.work.groups import TaskGroup, note_losses
@@ -30,6 +30,8 @@ from ubmd.settings.marks import key_values
 class Tested(Protocol):
     """Settings of a run that may have a test set."""
 
+    @property
+    def labels(self) -> dict[str, str]: ...
     @property
     def test(self) -> TestSettings | None: ...
     @property
@@ -51,6 +53,8 @@ class HeldOut:
         """``settings.test`` must not be None; ``base``: folder that its file is relative to."""
         assert settings.test is not None
         self._sampling = settings.test.sampling
+        # Without a word on how to make it, a file is what it is, whoever has made it.
+        self._is_to_be_made = "sampling" in settings.test.model_fields_set
         self._reference = settings.reference
         self._start = bare(start, settings.reference.info)
         held = np.flatnonzero(is_fixed(start))
@@ -59,7 +63,7 @@ class HeldOut:
         self._base = base
         self._events = events
         self._given = base / settings.test.file if settings.test.file is not None else None
-        self._labels = settings.test.labels
+        self._labels = settings.labels
         given = [reference_key(settings.reference), key_values(self._sampling), dataset_hash([start])]
         state, fixed = state_hash(start, settings.reference.info), held.tolist()
         self._key = content_hash(given + ([[state, fixed]] if state or fixed else []))
@@ -82,7 +86,8 @@ class HeldOut:
             DataError: it cannot be used.
         """
         if self._given is not None and self._given.exists():
-            _check_note(self._given, self._key)
+            if self._is_to_be_made:
+                _check_note(self._given, self._key)
             self._take(self._given)
             self._finished = True
         elif not self._once.is_done("test_set", self._key):
@@ -95,10 +100,9 @@ class HeldOut:
             )
 
     def _take(self, given: Path) -> None:
-        """Put a given file into the run folder: as it is, unless its labels are under keys that only settings know."""
-        structures = read_test_set(given, self._labels)
-        is_plain = not self._labels and given.suffix.lower() in (".xyz", ".extxyz")
-        if is_plain and dataset_hash(read_structures(given, compare=False)) == dataset_hash(structures):
+        """Put a given file into the run folder: as it is, unless its labels are under keys or in units of their own."""
+        structures = read_test_set(given, self._labels).structures
+        if _is_plain(given, structures):
             copy_file(given, self._folder.test)
         else:
             write_structures(self._folder.test, structures)
@@ -142,24 +146,44 @@ class HeldOut:
 
 
 def given_test_set(
-    test: TestSettings | None, base: Path, remark: Callable[[str], None] = lambda _: None
-) -> list[Atoms] | None:
-    """Structures in the file that ``test.file`` names; None if there is no test set, or it is yet to be made.
+    settings: Tested,
+    base: Path,
+    remark: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Atoms]:
+    """Structures in the file that ``test.file`` names; none if there is no test set, or it is yet to be made.
+
+    Args:
+        settings: of the run.
+        base: folder that the file is relative to.
+        remark: see `read_contents`.
+        tell: called with the sentence that says where the labels were taken from.
 
     Raises:
-        DataError: a frame cannot be used. ``remark``: see `read_structures`.
+        DataError: a frame cannot be used.
     """
+    test = settings.test
     if test is None or test.file is None or not (base / test.file).exists():
-        return None
-    return read_test_set(base / test.file, test.labels, remark)
+        return []
+    contents = read_test_set(base / test.file, settings.labels, remark)
+    tell(f"{test.file}: {contents.taken}.")
+    return contents.structures
 
 
-def read_test_set(
-    given: Path, labels: Mapping[str, str], remark: Callable[[str], None] = lambda _: None
-) -> list[Atoms]:
-    """Structures of a test set; the labels of one that `ubmd run` has made are not checked again."""
+def read_test_set(given: Path, labels: Mapping[str, str], remark: Callable[[str], None] = lambda _: None) -> Contents:
+    """Contents of a test set; the labels of one that `ubmd run` has made are ubmd's, and not checked again."""
     made = _note(given).exists()
-    return read_structures(given, labels, labelled=True, compare=not made, remark=remark)
+    return read_contents(given, {} if made else labels, labelled=True, compare=not made, remark=remark)
+
+
+def _is_plain(given: Path, structures: list[Atoms]) -> bool:
+    """Whether a file can be read as one of a run folder: extxyz with exactly these structures under ubmd's own keys."""
+    if given.suffix.lower() not in (".xyz", ".extxyz"):
+        return False
+    try:
+        return dataset_hash(read_structures(given, compare=False)) == dataset_hash(structures)
+    except DataError:  # such as isolated atoms without forces, which are set aside otherwise
+        return False
 
 
 def _check_note(given: Path, key: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from ase import Atoms
@@ -11,8 +12,23 @@ from ubmd.data.constraints import fixed_atoms, is_fixed
 from ubmd.data.geometry import check_apart, check_geometry
 from ubmd.data.periodicity import has_stress, is_partly_periodic, projector
 from ubmd.data.state import bare, check_state, mixed_states
+from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, LabelError, SettingsError
 from ubmd.settings import RunSettings, StartSettings
+
+
+def read_start(settings: RunSettings, base: Path, given: Sequence[Atoms]) -> list[Atoms]:
+    """The structures that MD starts from: those of ``start.file``, without it those of the given labels.
+
+    Raises:
+        DataError, SettingsError: the file cannot be used, or is not there.
+    """
+    if settings.start.file is None:
+        return [bare(atoms, settings.reference.info) for atoms in given]
+    path = base / settings.start.file
+    if not path.exists():
+        raise SettingsError(f"start.file: there is no file {path} (the path is relative to the settings file).")
+    return read_structures(path, settings.labels, missing_ok=True)  # they need no labels
 
 
 def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
@@ -25,7 +41,7 @@ def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
     if settings.md.ensemble == "npt":
         _check_barostat(structures, settings)
     for k, atoms in enumerate(structures):
-        name = f"{settings.start.file}, structure {k}," if len(structures) > 1 else str(settings.start.file)
+        name = f"{settings.start.source}, structure {k}," if len(structures) > 1 else str(settings.start.source)
         if settings.start.strain > 0.0 and is_fixed(atoms).any():
             raise SettingsError(
                 f"start.strain: {name} has fixed atoms, which a strain would move; set start.strain = 0, or fix none."
@@ -40,7 +56,7 @@ def check_start(structures: Sequence[Atoms], settings: RunSettings) -> None:
 
 def _check_barostat(structures: Sequence[Atoms], settings: RunSettings) -> None:
     """SettingsError if a barostat could not move the cell of a structure."""
-    file, md = settings.start.file, settings.md
+    file, md = settings.start.source, settings.md
     pressed = any(p != 0.0 for p in (md.pressures or [md.pressure])) or (
         md.ramp is not None and md.ramp.pressure is not None
     )
@@ -86,12 +102,12 @@ def check_states(structures: Sequence[Atoms], settings: RunSettings) -> None:
             check_state(atoms, settings.reference.info)
             fixed_atoms(atoms)
         except DataError as error:
-            raise SettingsError(f"{settings.start.file}, frame {number}: {error}") from None
+            raise SettingsError(f"{settings.start.source}, frame {number}: {error}") from None
     mixed = next(mixed_states(structures, settings.reference.info), None)
     if mixed is not None and not settings.start.mixed_states:
         first, second, difference = mixed
         raise SettingsError(
-            f"{settings.start.file}: frames {first} and {second} have the same composition but {difference}, which a "
+            f"{settings.start.source}: frames {first} and {second} have the same composition but {difference}, which a "
             "model cannot tell apart: start from one state, or set start.mixed_states = true."
         )
 

@@ -95,6 +95,8 @@ class TrainingTable:
     """instead of ``training.epochs``"""
     fresh: bool = False
     """start again even if the folder has a checkpoint"""
+    prolong: bool = False
+    """keep what is needed to continue a finished training, and continue one that had fewer epochs"""
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,34 @@ class Backend(Protocol):
 
     def raw_module(self, checkpoints: Sequence[Path], features: UncertaintySettings) -> RawModule:
         """The module of a checkpoint (several: of an ensemble), with the features that this uncertainty needs."""
+
+
+@runtime_checkable
+class Adapts(Protocol):
+    """What a back end may have besides `Backend`: trainings that start from more than its own checkpoints."""
+
+    def adapt(self, source: Path, labels: Sequence[Atoms], targets: Sequence[Path]) -> dict[str, float]:
+        """Write checkpoints to start from, whose constants of the elements fit other labels.
+
+        Args:
+            source: a checkpoint or a model file.
+            labels: labelled structures without the baseline of the settings.
+            targets: a checkpoint for each network.
+
+        Returns:
+            element -> what was added to the energy of an atom, eV.
+
+        Raises:
+            ModelError: the file does not fit.
+        """
+
+
+@runtime_checkable
+class Prolongs(Protocol):
+    """What a back end may have besides `Backend`: finished trainings that continue with more epochs."""
+
+    def prolongation(self, folder: Path, epochs: int) -> str:
+        """How a training of so many epochs continues the one in this folder, as a sentence; empty if it does not."""
 
 
 @runtime_checkable

@@ -26,6 +26,7 @@ from ubmd.references.programs import scratch_folder
 from ubmd.references.results import Results, read_results
 from ubmd.settings import ReferenceSettings
 
+_FEWEST_FOR_MEDIAN = 3
 _MOVED = 0.01  # Å; a structure further than this from the requested one is another one
 
 # One calculator per process: building a force field or starting a code can cost more than a label.
@@ -84,7 +85,7 @@ def label(atoms: Atoms, settings: ReferenceSettings, base: Path) -> Atoms:
     with unfit_structures():
         check_state(copy, settings.info)
     results = through_cache(copy, settings, base, lambda: _compute(bare(copy, settings.info), settings, base))
-    _check_force(np.asarray(results["forces"]), settings.force_limit)
+    check_force(np.asarray(results["forces"]), settings.force_limit)
     if settings.noise > 0.0:
         results["forces"] = results["forces"] + settings.noise * _noise(copy)
     copy.calc = SinglePointCalculator(copy, **results)
@@ -215,7 +216,7 @@ def _tells_no_convergence(error: BaseException) -> bool:
     return isinstance(error, SCFError) or "not converge" in one_line(error).lower()
 
 
-def _check_force(forces: np.ndarray, force_limit: float) -> None:
+def check_force(forces: np.ndarray, force_limit: float) -> None:
     """LabelError for forces [n, 3] (eV/Å) that are absurdly large."""
     size = np.linalg.norm(forces, axis=1)
     largest = int(np.argmax(size))
@@ -241,18 +242,25 @@ def energy_jumps(new: Sequence[Atoms], known: Sequence[Atoms], limit: float) -> 
         index in ``new`` -> one sentence with the reason.
     """
     reasons = {}
+    before, now = _energies_by_composition(known), _energies_by_composition(new)
+    medians = {name: (len(same), float(np.median(same))) for name, same in (now | before).items()}
     for k, atoms in enumerate(new):
-        same = [other for other in known if _composition(other) == _composition(atoms)]
-        same = same or [other for other in new if _composition(other) == _composition(atoms)]
-        if len(same) < 3:
-            continue
-        distance = _energy_per_atom(atoms) - float(np.median([_energy_per_atom(other) for other in same]))
-        if abs(distance) > limit:
+        count, median = medians[_composition(atoms)]
+        distance = _energy_per_atom(atoms) - median
+        if count >= _FEWEST_FOR_MEDIAN and abs(distance) > limit:
             reasons[k] = (
-                f"The energy is {distance:+.2f} eV/atom away from the median of {len(same)} labels of the same "
+                f"The energy is {distance:+.2f} eV/atom away from the median of {count} labels of the same "
                 f"composition, beyond {limit:g} eV/atom (reference.energy_limit)."
             )
     return reasons
+
+
+def _energies_by_composition(structures: Sequence[Atoms]) -> dict[str, list[float]]:
+    """Energies per atom, eV, of the structures of each composition."""
+    energies: dict[str, list[float]] = {}
+    for atoms in structures:
+        energies.setdefault(_composition(atoms), []).append(_energy_per_atom(atoms))
+    return energies
 
 
 def _composition(atoms: Atoms) -> str:

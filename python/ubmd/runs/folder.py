@@ -9,8 +9,10 @@
     rejected.extxyz       structures without a label; info has the reason
     test.extxyz           test set, if there is one
     model.pt              the newest model
+    start_model.pt        a copy of the model that the first training started from (start.model)
     report/               pictures and tables
     start/, test/         first labels, and parts of the test set
+    given/                labels of the user (start.labels) that were made again, to compare them
     iterations/iter_NNN/  train/, model.pt, frames_RRR.extxyz, replicas.json, selected.json, labels/ of one iteration;
                           predictions.npz: what its model says about the test set, or about the labels it selected;
                           frames_RRR.<token>.attempt/: a replica that is running, with LAMMPS's log
@@ -70,6 +72,7 @@ class RunFolder:
         self.rejected = self.path / "rejected.extxyz"
         self.test = self.path / "test.extxyz"
         self.model = self.path / "model.pt"
+        self.start_model = self.path / "start_model.pt"
         self.report = self.path / "report"
 
     def iteration(self, index: int) -> Path:

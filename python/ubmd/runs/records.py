@@ -21,6 +21,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from ubmd.errors import DataError
 from ubmd.lammps.engine import PieceResult, ReplicaResult
+from ubmd.texts import counted
 
 T = TypeVar("T")
 
@@ -177,7 +178,12 @@ class Errors(Record):
     energy_rmse_mev_per_atom: MayLack[float] = Field(description="root mean square error, meV/atom")
     force_rmse: MayLack[float] = Field(description="of force components, eV/Å")
     stress_rmse_mpa: float | None = Field(None, description="of stress components, MPa; where there are stress labels")
-    structures: int = Field(description="number of structures")
+    structures: MayLack[int] = Field(description="number of structures")
+
+    @property
+    def behind(self) -> str:
+        """' (3 structures)': what follows a printed error; nothing where the number is not known."""
+        return "" if self.structures is None else f" ({counted(self.structures, 'structure')})"
 
     @property
     def rmse(self) -> Rmse:
@@ -190,8 +196,8 @@ class Calibration(Record):
 
     energy_factor: float
     force_factor: MayLack[float]
-    energy_attainable: float
-    force_attainable: float
+    energy_attainable: MayLack[float]
+    force_attainable: MayLack[float]
 
 
 class _Origin(Record):

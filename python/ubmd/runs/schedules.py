@@ -37,8 +37,9 @@ class Schedule:
     to_fill_in: str
     """what a new settings file lacks, besides run_dir and the reference"""
 
-    verify: Callable[[Any, Path, Callable[[str], None]], Any]
-    """(settings, base, remark) before a run: calls ``remark`` with sentences on labels that may be a mistake"""
+    verify: Callable[[Any, Path, Callable[[str], None], Callable[[str], None]], Any]
+    """(settings, base, remark, tell) before a run: calls ``remark`` with sentences on labels that may be a mistake, and
+    ``tell`` with where labels were taken from"""
     check: Callable[[Any, Path], Iterator[str]]
     """(settings, base) -> sentences on what would be run"""
     run: Callable[..., Path]
@@ -52,10 +53,14 @@ class Schedule:
     """(console, timeline) -> the listener of the command line, a context"""
     status: Callable[[Path], Any]
     """run folder -> what `ubmd status` shows"""
-    template: Callable[[str], str]
-    """name of a new settings file -> its text"""
-    short_template: Callable[[str], str] | None = None
-    """the same with the keys that most people set, if there is one"""
+    status_row: Callable[[Path], Any]
+    """run folder -> its row where `ubmd status` shows several"""
+    template: Callable[..., str]
+    """(name of a new settings file, values to fill in) -> its text; the values may be left out"""
+    short_template: Callable[..., str]
+    """the same with the keys that most people set"""
+    propose: Callable[[Any, Path, str], Any]
+    """(structures, their file, its name without ending) -> values to fill in"""
 
 
 LOOP = Schedule(
@@ -73,8 +78,10 @@ LOOP = Schedule(
     report=Lazy("ubmd.analysis.report:make_report"),
     progress=Lazy("ubmd.cli.loop_progress:make_progress"),
     status=Lazy("ubmd.cli.loop_status:status"),
+    status_row=Lazy("ubmd.cli.loop_status:row"),
     template=Lazy("ubmd.cli.template:run_template"),
     short_template=Lazy("ubmd.cli.template:short_template"),
+    propose=Lazy("ubmd.learning.proposal:propose_run"),
 )
 DYNAMIC = Schedule(
     name="dynamic",
@@ -91,7 +98,10 @@ DYNAMIC = Schedule(
     report=Lazy("ubmd.analysis.dynamic_report:make_dynamic_report"),
     progress=Lazy("ubmd.cli.dynamic_progress:make_progress"),
     status=Lazy("ubmd.cli.dynamic_status:status"),
+    status_row=Lazy("ubmd.cli.dynamic_status:row"),
     template=Lazy("ubmd.cli.template:dynamic_template"),
+    short_template=Lazy("ubmd.cli.template:short_dynamic_template"),
+    propose=Lazy("ubmd.learning.proposal:propose_dynamic"),
 )
 SCHEDULES = (LOOP, DYNAMIC)
 

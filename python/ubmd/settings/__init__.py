@@ -10,7 +10,7 @@ from ubmd.settings.potentials import (
     TrainSettings,
     UncertaintySettings,
 )
-from ubmd.settings.reference import USUAL_INFO, ReferenceSettings, SamplingSettings, TestSettings, check_label_names
+from ubmd.settings.reference import USUAL_INFO, ReferenceSettings, SamplingSettings, TestSettings
 from ubmd.settings.run import (
     FITTING_METHODS,
     LoopSettings,
@@ -46,7 +46,6 @@ __all__ = [
     "UncertaintySettings",
     "VariablesSettings",
     "WorkerSettings",
-    "check_label_names",
     "load_settings",
     "make_settings",
 ]

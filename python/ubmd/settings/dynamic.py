@@ -19,6 +19,7 @@ from ubmd.settings import (
     UncertaintySettings,
     WorkerSettings,
 )
+from ubmd.settings.labels import LABELS, LabelSources, gather_labels
 from ubmd.settings.marks import ELSEWHERE, NOTHING
 
 
@@ -189,6 +190,7 @@ class DynamicRunSettings(Table):
 
     run_dir: Annotated[Path, NOTHING] = Field(description="folder of the run; relative to the working directory")
     seed: int = Field(0, ge=0, description="seed of the run; the same seed repeats the run")
+    labels: Annotated[LabelSources, NOTHING] = Field(default_factory=dict, description=LABELS)
     crystal: CrystalSettings | None = Field(None, description="a force-constant potential; default: a network")
     model: ModelSettings | None = Field(None, description="the network, if there is no [crystal]")
     training: TrainingSettings | None = Field(None, description="training of the network")
@@ -199,6 +201,11 @@ class DynamicRunSettings(Table):
     bias: DynamicBiasSettings | None = None
     test: Annotated[TestSettings | None, NOTHING] = None
     workers: Annotated[WorkerSettings, NOTHING] = Field(default_factory=WorkerSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_table_of_labels(cls, values: Any) -> Any:
+        return gather_labels(values)
 
     @model_validator(mode="before")
     @classmethod

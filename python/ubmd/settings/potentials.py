@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from ubmd.errors import SettingsError
+from ubmd.settings.labels import LABELS, LabelSources
 from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING
-from ubmd.settings.reference import LABEL_KEYS, LabelKeys
 from ubmd.settings.table import Table
 
 
@@ -218,12 +218,15 @@ def _as_number(key: Any) -> float:
 class TrainSettings(Table):
     """Everything that `ubmd train` needs."""
 
-    training_file: Path = Field(description="extxyz with labels; relative to the settings file")
-    validation_file: Path | None = Field(None, description="extxyz with labels; default: split from training_file")
+    training_file: Path = Field(
+        description="structures with labels: extxyz, any file that ASE reads, or a folder of deepmd/npy "
+        "(ubmd[formats]); relative to the settings file"
+    )
+    validation_file: Path | None = Field(None, description="the same; default: split from training_file")
     validation_share: float = Field(
         0.1, gt=0, lt=1, description="share split off when there is no validation_file (no unit)"
     )
-    labels: LabelKeys = Field(default_factory=dict, description=LABEL_KEYS.replace("its", "their", 1))
+    labels: LabelSources = Field(default_factory=dict, description=LABELS)
     output_dir: Path = Field(description="folder for log, picture and model.pt; relative to the working directory")
     seed: int = Field(0, ge=0, description="seed of the initial weights, the split and the order of mini-batches")
     model: ModelSettings = Field(default_factory=ModelSettings)

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from ubmd.settings.marks import ELSEWHERE, FIRST_LABELS, LATE, NOTHING
 from ubmd.settings.table import Table
-
-LABEL_NAMES = ("energy", "forces", "stress", "virial")
-"""what a key of a file may be named for; a virial is read as a stress"""
-
-
-def check_label_names(value: dict[str, str]) -> dict[str, str]:
-    """ValueError if keys are given for a label that does not exist; names the nearest one that does."""
-    for name in value:
-        if name not in LABEL_NAMES:
-            near = difflib.get_close_matches(name, LABEL_NAMES, n=1, cutoff=0.0)
-            raise ValueError(f"there is no label '{name}', only {', '.join(LABEL_NAMES)}; the nearest is '{near[0]}'")
-    return value
-
-
-LabelKeys = Annotated[dict[str, str], AfterValidator(check_label_names)]
-LABEL_KEYS = (
-    "keys of its labels where they are not energy, forces, stress (or REF_energy ...), e.g. "
-    '{energy = "dft_energy", forces = "dft_forces"}; virial (eV) instead of stress (eV/Å^3) is possible'
-)
-
 
 USUAL_INFO = ("charge", "spin", "multiplicity")
 """Usual keys of atoms.info that a calculator reads."""
 
 _TAKEN = {
     *("Lattice", "Properties", "pbc"),
-    *("iteration", "replica", "step", "rule", "trajectory", "label", "split", "reason", "unconstrained"),
+    *("iteration", "replica", "step", "rule", "trajectory", "label", "split", "given", "reason", "unconstrained"),
     *("temperature", "predicted_error", "uncertainty", "max_uncertainty"),
-    *("energy", "free_energy", "forces", "stress", "virial", "virials"),
 }
-"""Keys of atoms.info that the frames of a run have (and those of labels, with REF_ or without)."""
+"""Keys of atoms.info that the frames of a run have."""
+_LABELS = {"energy", "total_energy", "totenergy", "free_energy", "forces", "force", "stress", "virial", "virials"}
+"""Names of labels in small letters, without a prefix."""
 
 
 class ReferenceSettings(Table):
@@ -92,7 +73,7 @@ class ReferenceSettings(Table):
     @classmethod
     def _info_is_free(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name.removeprefix("REF_") in _TAKEN:
+            if name.removeprefix("REF_") in _TAKEN or re.sub("^(ref|dft)_", "", name.lower()) in _LABELS:
                 raise ValueError(
                     f"reference.info names {name!r}, a key that ubmd uses for something else; rename it in the "
                     "structures and in the code that reads it"
@@ -118,6 +99,9 @@ class TestSettings(Table):
 
     __test__: ClassVar[bool] = False  # pytest would collect it by its name
 
-    file: Path | None = Field(None, description="extxyz with labels; made by 'sampling' there if it does not exist")
-    labels: LabelKeys = Field(default_factory=dict, description=LABEL_KEYS)
+    file: Path | None = Field(
+        None,
+        description="structures with labels (extxyz, any file that ASE reads, or a folder of deepmd/npy); made by "
+        "'sampling' there if it does not exist",
+    )
     sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="how to make the file")

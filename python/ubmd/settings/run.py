@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import Field, FiniteFloat, field_serializer, model_validator
 
+from ubmd.settings.labels import LABELS, LabelSources, gather_labels
 from ubmd.settings.marks import FIRST_LABELS, NOTHING
 from ubmd.settings.md import BiasSettings, MDSettings
 from ubmd.settings.potentials import ModelSettings, TrainingSettings, UncertaintySettings
-from ubmd.settings.reference import LABEL_KEYS, LabelKeys, ReferenceSettings, TestSettings
+from ubmd.settings.reference import ReferenceSettings, TestSettings
 from ubmd.settings.table import Table
 
 _FEWEST_WARM_EPOCHS = 10  # however few of the labels are new
@@ -25,11 +26,33 @@ _FEWEST_WARM_EPOCHS = 10  # however few of the labels are new
 class StartSettings(Table):
     """What the loop starts from."""
 
-    file: Annotated[Path, NOTHING] = Field(
-        description="one or more structures, extxyz or any file that ASE reads; relative to the settings file"
+    file: Annotated[Path | None, NOTHING] = Field(
+        None,
+        description="one or more structures: extxyz, any file that ASE reads, or a folder of deepmd/npy; relative to "
+        "the settings file; default: those of start.labels",
+        examples=["start.extxyz"],
     )
-    labels: Annotated[LabelKeys, NOTHING] = Field(default_factory=dict, description=LABEL_KEYS)
-    count: int = Field(8, ge=2, description="perturbed copies that are labelled first")
+    labels: Path | None = Field(
+        None,
+        description="labelled structures that you already have; relative to the settings file; the run begins with "
+        "them instead of labelling copies of its own",
+    )
+    model: Path | None = Field(
+        None,
+        description="the first training starts from this model (model.pt, weights.pt, checkpoint.pt, or the folder of "
+        "a run or training) instead of random weights; relative to the settings file",
+    )
+    trust: Annotated[bool, NOTHING] = Field(
+        False,
+        description="begin with start.labels without labelling some of them again, which finds labels of another "
+        "reference",
+    )
+    energy_shifts: dict[str, FiniteFloat] = Field(
+        default_factory=dict,
+        description="eV per atom of an element, added to the energies of start.labels whose zero is another than the "
+        "reference's, e.g. {H = 0.4, O = -1.3}",
+    )
+    count: int = Field(8, ge=0, description="perturbed copies that are labelled first; with start.labels 0 if not set")
     displacement: float = Field(0.02, ge=0, description="uniform random shift of every coordinate, ± Å")
     strain: float = Field(0.0, ge=0, lt=0.5, description="uniform random strain of periodic cells, ± (no unit)")
     mixed_states: bool = Field(
@@ -37,6 +60,31 @@ class StartSettings(Table):
         description="allow start structures of one composition that differ in charge, spin or initial magnetic "
         "moments, although a model cannot tell them apart",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_need_no_copies(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("labels") and "count" not in values:
+            return {**values, "count": 0}
+        return values
+
+    @model_validator(mode="after")
+    def _starts_from_something(self) -> StartSettings:
+        if self.file is None and self.labels is None:
+            raise ValueError("the key 'start.file' is missing: structures to start from (or start.labels: with labels)")
+        if self.labels is None and self.count < 2:
+            raise ValueError("start.count must be at least 2: one label trains, one validates")
+        for key in ("trust", "energy_shifts") if self.labels is None else ():
+            if getattr(self, key):
+                raise ValueError(f"start.{key} is about start.labels, which is not set")
+        return self
+
+    @property
+    def source(self) -> Path:
+        """The file with the structures that MD starts from."""
+        file = self.file or self.labels
+        assert file is not None  # validated
+        return file
 
 
 class SelectionSettings(Table):
@@ -168,6 +216,7 @@ class RunSettings(Table):
 
     run_dir: Annotated[Path, NOTHING] = Field(description="folder of the run; relative to the working directory")
     seed: int = Field(0, ge=0, description="seed of the run; the same seed repeats the run")
+    labels: Annotated[LabelSources, NOTHING] = Field(default_factory=dict, description=LABELS)
     start: Annotated[StartSettings, FIRST_LABELS]
     reference: ReferenceSettings
     model: ModelSettings = Field(default_factory=ModelSettings)
@@ -181,11 +230,22 @@ class RunSettings(Table):
     variables: Annotated[VariablesSettings, NOTHING] = Field(default_factory=VariablesSettings)
     workers: Annotated[WorkerSettings, NOTHING] = Field(default_factory=WorkerSettings)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_table_of_labels(cls, values: Any) -> Any:
+        return gather_labels(values)
+
     @model_validator(mode="after")
     def _labels_cover_start(self) -> RunSettings:
         for name, limit in (("labels", self.loop.labels), ("label_budget", self.loop.label_budget)):
             if limit is not None and limit < self.start.count:
                 raise ValueError(f"loop.{name} = {limit} is less than start.count = {self.start.count}")
+        return self
+
+    @model_validator(mode="after")
+    def _start_model_is_kept(self) -> RunSettings:
+        if self.start.model is not None and not self.loop.warm_start:
+            raise ValueError("start.model needs loop.warm_start = true: else every iteration begins anew")
         return self
 
     @model_validator(mode="after")

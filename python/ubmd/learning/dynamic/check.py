@@ -69,15 +69,22 @@ def check_box(settings: DynamicRunSettings, base: Path) -> Atoms:
     return box
 
 
-def verify(settings: DynamicRunSettings, base: Path, remark: Callable[[str], None]) -> None:
-    """Check a given test set. ``remark`` is called with sentences on labels that may be a mistake.
+def verify(
+    settings: DynamicRunSettings,
+    base: Path,
+    remark: Callable[[str], None],
+    tell: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Check a given test set.
+
+    ``remark`` is called with sentences on labels that may be a mistake, ``tell`` with where they were taken from.
 
     The box is checked where the run begins (`check_box`).
 
     Raises:
         DataError: the test set cannot be used.
     """
-    given_test_set(settings.test, base, remark)
+    given_test_set(settings, base, remark, tell)
 
 
 def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
@@ -88,8 +95,13 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
     """
     box = check_box(settings, base)
     said: list[str] = []
-    given_test_set(settings.test, base, said.append)
-    yield from (f"Remark: {sentence}" for sentence in said)
+    given_test_set(
+        settings,
+        base,
+        lambda sentence: said.append(f"Remark: {sentence}"),
+        lambda sentence: said.append(f"Labels of {sentence}"),
+    )
+    yield from said
     if settings.bias is not None:
         for element in settings.bias.species:
             if element not in set(box.symbols):

@@ -8,18 +8,23 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ase import Atoms
 
+from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError, StorageError, UbmdError
+from ubmd.learning.given import read_given, set_aside, to_check
 from ubmd.learning.loop.verify import existing_folder, state_remarks, verify
 from ubmd.learning.work.clusters import tasks_at_once
+from ubmd.runs.confidence import confidence
 from ubmd.runs.event_records import Remark
 from ubmd.runs.folder import Listener, RunFolder
+from ubmd.runs.manifest import read_settings
 from ubmd.runs.reading import read_events, read_iterations
 from ubmd.settings import RunSettings
 from ubmd.settings.run import conditions
@@ -31,12 +36,18 @@ _BYTES_PER_ATOM = 130  # of a stored frame
 _TYPICAL_BATCH_GAIN = 3.0  # a full mini-batch costs less per structure than the miniature's single ones
 
 
-def miniature(settings: RunSettings, run_dir: Path) -> RunSettings:
-    """The same settings, but two start labels, a few epochs, ten MD steps, one more label, no test set."""
+def miniature(settings: RunSettings, run_dir: Path, given: Path | None = None, count: int = 0) -> RunSettings:
+    """The same settings, but two start labels, a few epochs, ten MD steps, one more label, no test set.
+
+    ``given``: a file with ``count`` of the labels of ``start.labels``, instead of labels of copies.
+    """
+    copies = 0 if given is not None and count > 1 else 2
+    start: dict[str, Any] = {"count": copies} | ({} if given is None else {"labels": given})
+    labels = copies + 1 + (0 if given is None else count)
     return settings.model_copy(
         update={
             "run_dir": run_dir,
-            "start": settings.start.model_copy(update={"count": 2}),
+            "start": settings.start.model_copy(update=start),
             "training": settings.training.model_copy(update={"epochs": _EPOCHS}),
             "md": settings.md.model_copy(update={"replicas": 1, "steps": _STEPS, "frames_every": _STEPS // 2}),
             # A window that fills within the few steps, so that the bias is really applied.
@@ -44,7 +55,7 @@ def miniature(settings: RunSettings, run_dir: Path) -> RunSettings:
             "selection": settings.selection.model_copy(update={"batch": 1, "duplicate_tolerance": 0.0}),
             "loop": settings.loop.model_copy(
                 # A model of two structures is uncertain about everything: no threshold here.
-                update={"labels": 3, "warm_epochs": _EPOCHS, "stop_when_quiet": False, "threshold": 1e9}
+                update={"labels": labels, "warm_epochs": _EPOCHS, "stop_when_quiet": False, "threshold": 1e9}
             ),
             # Nor does its structure have to be a realistic one, as long as the reference accepts it.
             "reference": settings.reference.model_copy(update={"force_limit": 1e3, "energy_limit": 1e3}),
@@ -60,16 +71,30 @@ def check(settings: RunSettings, base: Path, listener: Listener | None = None) -
         UbmdError: the first mistake.
     """
     remarks: list[str] = []
-    structures = verify(settings, base, remarks.append)
-    yield from plan(settings, base, structures)
+    told: list[str] = []
+    structures = verify(settings, base, remarks.append, told.append)
+    given, _ = set_aside(read_given(settings, base), settings.reference)
+    yield from plan(settings, base, structures, given)
+    yield from (f"Labels of {sentence}" for sentence in told)
     yield from (f"Remark: {sentence}" for sentence in remarks)
     yield "Now every stage in miniature …"
     from ubmd.learning.loop.loop import run
 
     with _folder_beside(settings) as path:
-        folder = RunFolder(run(miniature(settings, path), base, listener))
+        folder = RunFolder(run(_miniature_with(given, settings, path), base, listener))
         yield from _findings(folder)
-        yield from _costs(settings, base, len(structures[0]), folder)
+        yield from _costs(settings, len(given), len(structures[0]), folder)
+
+
+def _miniature_with(given: Sequence[Atoms], settings: RunSettings, run_dir: Path) -> RunSettings:
+    """The miniature, with those of the given labels that a run labels again."""
+    if not given:
+        return miniature(settings, run_dir)
+    chosen, path = [given[k] for k in to_check(given)], run_dir / "have" / Path(settings.start.labels or "").name
+    path.parent.mkdir()
+    write_structures(path, chosen)
+    shifted = settings.start.model_copy(update={"energy_shifts": {}})  # they are in these labels
+    return miniature(settings.model_copy(update={"start": shifted}), run_dir, path, len(chosen))
 
 
 @contextmanager
@@ -102,20 +127,23 @@ def _folder_beside(settings: RunSettings) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def plan(settings: RunSettings, base: Path, structures: list[Atoms]) -> Iterator[str]:
+def plan(settings: RunSettings, base: Path, structures: list[Atoms], given: Sequence[Atoms] = ()) -> Iterator[str]:
     """What the run would do, in sentences."""
     md, loop, start = settings.md, settings.loop, settings.start
     formulas = sorted({atoms.get_chemical_formula() for atoms in structures})
-    yield (
-        f"Start: {len(structures)} structure{'s' if len(structures) > 1 else ''} in {start.file} "
-        f"({', '.join(formulas[:4])}{', …' if len(formulas) > 4 else ''}); {start.count} perturbed copies are labelled "
-        f"by {settings.reference.calculator}."
-    )
+    found = f"({', '.join(formulas[:4])}{', …' if len(formulas) > 4 else ''})"
+    parts = [f"Start: {len(structures)} structure{'s' if len(structures) > 1 else ''} in {start.source} {found}"]
+    if given:
+        again = "" if start.trust else f", of which {len(to_check(given))} are labelled again"
+        parts.append(f"{len(given)} labels in {start.labels}{again}")
+    if start.count:
+        parts.append(f"{start.count} perturbed copies are labelled")
+    yield f"{'; '.join(parts)}. Labels are made by {settings.reference.calculator}."
     yield from state_remarks(structures, settings)
     calls = _test_calls(settings, base)
     if calls:
         yield f"Test set: reference MD, {calls:,} reference calculations."
-    rounds = _iterations(settings)
+    rounds = _iterations(settings, len(given))
     yield (
         f"Then about {rounds} iterations: train, {md.replicas} replicas of at most {md.steps:,} steps "
         f"({md.steps * md.timestep / 1000:,.4g} ps; {conditions(settings)}), each until max u passes "
@@ -124,9 +152,9 @@ def plan(settings: RunSettings, base: Path, structures: list[Atoms]) -> Iterator
     yield f"It ends at {loop.labels} labels, after at most {rounds * md.replicas * md.steps:,} MD steps."
 
 
-def _iterations(settings: RunSettings) -> int:
-    """Iterations with MD, if every label succeeds."""
-    return math.ceil((settings.loop.labels - settings.start.count) / settings.selection.batch)
+def _iterations(settings: RunSettings, given: int) -> int:
+    """Iterations with MD, if every label succeeds; ``given``: labels that are there already."""
+    return max(0, math.ceil((settings.loop.labels - settings.start.count - given) / settings.selection.batch))
 
 
 def _test_calls(settings: RunSettings, base: Path) -> int:
@@ -139,30 +167,33 @@ def _test_calls(settings: RunSettings, base: Path) -> int:
 
 def _findings(folder: RunFolder) -> Iterator[str]:
     """What the miniature run found."""
-    first, start = read_iterations(folder)[0], len(read_structures(folder.dataset))
-    yield from (f"Remark: {event.text}" for event in read_events(folder) if isinstance(event, Remark))
+    labels = read_structures(folder.dataset)
+    first, made = read_iterations(folder)[0], sum("given" not in atoms.info for atoms in labels)
+    own = set(confidence(read_iterations(folder)[:1], read_settings(folder)))  # of the miniature's few labels
+    remarks = (event.text for event in read_events(folder) if isinstance(event, Remark))
+    yield from (f"Remark: {text}" for text in remarks if text not in own)
     replica, seconds = first.replicas[0], first.seconds
     dynamics = f"MD: {replica.steps} steps, {replica.stopped}"
     if replica.reason:
         dynamics += f" ({replica.reason})"
-    yield f"Reference: {start} structures labelled."
+    yield f"Reference: {made} structure{'s' if made > 1 else ''} labelled."
     yield f"Training: {_EPOCHS} epochs of one structure in {seconds['train']:.1f} s."
     yield f"Export: {seconds['export']:.1f} s."
     share = f"bias {replica.bias_share:.3g} of the forces"
     yield f"{dynamics}; largest uncertainty {replica.max_u:.3g} eV/Å; {share}."
 
 
-def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -> Iterator[str]:
+def _costs(settings: RunSettings, given: int, n_atoms: int, folder: RunFolder) -> Iterator[str]:
     """Time and disk of the whole run, from the miniature's speeds; rough, and MD as if no replica stopped early."""
     processes = tasks_at_once(settings.workers)
-    rounds, batch = _iterations(settings), settings.selection.batch
+    rounds, batch = _iterations(settings, given), settings.selection.batch
     history = read_iterations(folder)
     label = min(entry.seconds["label"] for entry in history if "label" in entry.seconds)
     reference = label * (math.ceil(settings.start.count / processes) + rounds * math.ceil(batch / processes))
     step = history[0].replicas[0].ms_per_step / 1000.0
     at_once = max(1, processes // settings.md.ranks)
     dynamics = step * settings.md.steps * rounds * math.ceil(settings.md.replicas / at_once)
-    training = _training_time(settings, folder)
+    training = _training_time(settings, given, folder)
     here = settings.workers.executor == "pebble"
     where = f"on this machine ({processes} processes)" if here else f"with {processes} tasks at once"
     total = reference + dynamics + training
@@ -180,15 +211,16 @@ def _costs(settings: RunSettings, base: Path, n_atoms: int, folder: RunFolder) -
     yield f"Rough disk space: at most {size(needed)}.{warning}"
 
 
-def _training_time(settings: RunSettings, folder: RunFolder) -> float:
+def _training_time(settings: RunSettings, given: int, folder: RunFolder) -> float:
     """All trainings of the run, s."""
     log = next(iter(sorted(folder.iteration(0).glob("train/**/log.csv"))))
     with log.open() as handle:
         per_epoch = [float(row["seconds"]) for row in csv.DictReader(handle)]
     per_structure = min(per_epoch) / _TYPICAL_BATCH_GAIN
     total = 0.0
-    for k in range(_iterations(settings) + 1):
-        labels = min(settings.loop.labels, settings.start.count + k * settings.selection.batch)
+    first = settings.start.count + given
+    for k in range(_iterations(settings, given) + 1):
+        labels = min(max(settings.loop.labels, first), first + k * settings.selection.batch)
         warm = k > 0 and settings.loop.warm_start
         total += labels * settings.epochs(labels, settings.selection.batch if warm else None) * per_structure
     return total * settings.uncertainty.networks

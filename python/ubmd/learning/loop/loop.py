@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor as StandardExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -20,16 +21,18 @@ from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, structures_hash
 from ubmd.data.structures import read_structures
-from ubmd.files import content_hash, copy_file, move_aside, read_json, write_json
+from ubmd.errors import LabelError, SettingsError
+from ubmd.files import content_hash, copy_file, file_hash, move_aside, read_json, write_json
 from ubmd.learning.dataset import fresh_sides, split_batch
-from ubmd.learning.labels import reference_key
+from ubmd.learning.given import agreement_remark, check_agreement, read_given, set_aside, to_check
+from ubmd.learning.labels import label_batch, read_batch, read_postponed, reference_key
 from ubmd.learning.loop.models import Models, keep_predictions, measure, training_seed
 from ubmd.learning.loop.replicas import Replicas, frames_are_damaged, settled
 from ubmd.learning.loop.selecting import make_pool, read_frames, select_batch
 from ubmd.learning.loop.turn import Turn
-from ubmd.learning.loop.verify import input_files, state_remarks, verify
+from ubmd.learning.loop.verify import input_files, model_to_start_from, state_remarks, verify
 from ubmd.learning.reference import look_at_reference, remarks
-from ubmd.learning.start import perturb
+from ubmd.learning.start import perturb, read_start
 from ubmd.learning.walk import START, Walk, drive
 from ubmd.learning.work.workers import Executor
 from ubmd.measure.coverage import coverage
@@ -42,7 +45,7 @@ from ubmd.runs.manifest import open_run
 from ubmd.runs.records import IterationEntry
 from ubmd.runs.rewind import take_back
 from ubmd.runs.seeds import Stage, random_generator
-from ubmd.runs.stages import Stages
+from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import RunSettings
 from ubmd.settings.marks import key_values
 
@@ -100,17 +103,20 @@ class Loop(Walk[IterationEntry]):
         listener: Listener | None,
         from_iteration: int | None = None,
     ) -> None:
-        self.start_structures = read_structures(base / settings.start.file, settings.start.labels)
+        given = read_given(settings, base)
+        self.start_structures = read_start(settings, base, given)
         record = look_at_reference(folder, settings.reference, base, workers, settings.workers.retries)
         inputs = input_hashes(input_files(settings, base), settings.reference.arguments, base)
         own = backend_files(settings.model, base)
         self.plan, changes = open_run(folder, settings, inputs, from_iteration, record, own)
         self.settings = self.plan.at(START)
+        self.given, self._refused = set_aside(given, self.settings.reference)
         backend = backend_of(self.settings.model, base)
         super().__init__(base, folder, workers, listener, self.plan.threads, changes, IterationEntry)
         if record:  # of a run without labels: said once
             self._remark([*remarks(record, settings.reference), *state_remarks(self.start_structures, settings)])
         self._models = Models(backend, base, workers, self.threads, self.events)
+        self._model = self._kept_model(settings, base)
         self.newest: list[Atoms] = []  # labels of the last batch
         self._weights: Callable[[], list[Path]] | None = None  # of the last model's networks, made again if lost
         self._keys: dict[int, dict[str, str]] = {}
@@ -152,12 +158,64 @@ class Loop(Walk[IterationEntry]):
     # -------------------------------------------------------------------------------------- before the loop
 
     def _start(self) -> None:
-        """Perturbed copies of the start structures are the first labels."""
+        """The first labels: those that the user has, then perturbed copies of the start structures."""
+        if self.given:
+            self._take_given()
+        if not self.settings.start.count:
+            return
         rng = random_generator(self.settings.seed, 0, Stage.START)
         candidates = perturb(self.start_structures, self.settings.start, rng, self.settings.reference.info)
         for k, atoms in enumerate(candidates):
             atoms.info |= {"iteration": START, "replica": k, "step": 0}
         self._label_start(candidates)
+
+    def _take_given(self) -> None:
+        """Begin the data set with the user's labels, once the reference agrees with some of them.
+
+        Raises:
+            SettingsError: they are not those that the run was started with. DataError, LabelError: see `_label_again`.
+        """
+        known = [atoms for atoms in self.known if "given" in atoms.info]
+        if dataset_hash(known) != dataset_hash(self.given[: len(known)]):
+            raise SettingsError(
+                f"{self.settings.start.labels} is read in another way than when the run in {self.folder.path} was "
+                "started ([labels]): set it back, or set another run_dir."
+            )
+        if not self.settings.start.trust:
+            self._label_again([self.given[k] for k in to_check(self.given)])
+        for atoms in (*self.given, *self._refused):
+            atoms.info |= {"iteration": START, "step": 0, "given": True}
+        self._append(START, self.given, self._refused)
+
+    def _label_again(self, given: list[Atoms]) -> None:
+        """Label some given structures with the reference of the run, and compare.
+
+        Raises:
+            DataError: they differ. LabelError: the reference cannot label them.
+        """
+        reference, folder = self.settings.reference, self.folder.path / "given"
+        key = content_hash([dataset_hash(given), structures_hash(given, reference.info), reference_key(reference)])
+        candidates, record = [bare(atoms, reference.info) for atoms in given], folder / "agreement.json"
+        for k, atoms in enumerate(candidates):
+            atoms.info |= {"iteration": START, "replica": k, "step": 0}
+
+        def report(index: int, reason: str) -> None:
+            self.events.show("label_done", iteration=START, index=index, why=reason)
+
+        def work() -> None:
+            prepare_folder(folder, key)
+            retries = self.settings.workers.retries
+            label_batch(candidates, folder, reference, self.base, self.workers, report, retries=retries)
+            again, rejected = read_batch(folder)
+            if rejected or read_postponed(folder):
+                reason = rejected[0].info["reason"] if rejected else "lost by a fault of the machine"
+                raise LabelError(f"A structure of {self.settings.start.labels} could not be labelled again: {reason}")
+            found = check_agreement(given, again, Path(self.settings.start.labels or "").name)
+            write_json(record, asdict(found))
+            self._remark([agreement_remark(found, len(given), self.settings)])
+
+        once = Stages(self.folder.path, self.events, {self.unit: START})
+        once.run("check_labels", key, [record], work)
 
     # -------------------------------------------------------------------------------------- keys
 
@@ -169,12 +227,13 @@ class Loop(Walk[IterationEntry]):
         training, validation, calibration = self._split(iteration)
         sets = [dataset_hash(training), dataset_hash(validation)]
         options = key_values(settings.training)
-        warm = settings.loop.warm_start and self._weights is not None
-        epochs = settings.epochs(len(self.dataset), len(self.dataset) - self.history[-1].labels if warm else None)
+        warm = settings.loop.warm_start and (self._weights is not None or self._model is not None)
+        before = self.history[-1].labels if self.history else 0
+        epochs = settings.epochs(len(self.dataset), len(self.dataset) - before if warm else None)
         train = content_hash(
             [
                 sets,
-                self._keys[iteration - 1]["train"] if warm else None,
+                self._trained_before(iteration) if warm else None,
                 key_values(settings.model),
                 options | {"threads": self.threads},
                 epochs,
@@ -197,6 +256,26 @@ class Loop(Walk[IterationEntry]):
         self._keys[iteration] = keys
         return Turn(iteration, settings, once, training, validation, calibration, starts, tasks, keys, epochs)
 
+    def _trained_before(self, iteration: int) -> str | None:
+        """Key of what an iteration's training starts from."""
+        if iteration > 0:
+            return self._keys[iteration - 1]["train"]
+        return None if self._model is None else file_hash(self._model)
+
+    def _kept_model(self, settings: RunSettings, base: Path) -> Path | None:
+        """The run's own copy of ``start.model``: an earlier run may go on."""
+        given = model_to_start_from(settings, base)
+        if given is not None and given != self.folder.start_model:
+            copy_file(given, self.folder.start_model)
+        return None if given is None else self.folder.start_model
+
+    def _training(self, turn: Turn) -> Callable[[], list[Path]]:
+        """Makes an iteration's weights when they are needed, from the last ones or from ``start.model``."""
+        previous = self._weights
+        if previous is None and self._model is not None:
+            previous = partial(self._models.starting, turn, self._model)
+        return partial(self._models.train, turn, previous)
+
     def _starts(self, folder: Path) -> dict[Path, Atoms]:
         """Structures that replicas start from, by the file that will hold them."""
         labelled = self.settings.md.start_from == "labelled" and self.newest
@@ -206,7 +285,7 @@ class Loop(Walk[IterationEntry]):
 
     def _pass_over(self, turn: Turn) -> None:
         """Take the results of a settled iteration; its models and frames may be gone."""
-        self._weights = partial(self._models.train, turn, self._weights)
+        self._weights = self._training(turn)
         damaged = not turn.once.is_done("export", turn.keys["export"])
         if damaged and (turn.once.folder / "model.pt").exists():  # the report may look at it
             self._models.export(turn, self._weights())
@@ -221,7 +300,7 @@ class Loop(Walk[IterationEntry]):
 
     def _learn(self, turn: Turn) -> Path:
         """Train, export and measure; returns the model file."""
-        self._weights = partial(self._models.train, turn, self._weights)
+        self._weights = self._training(turn)
         weights = self._weights()
         model = self._models.export(turn, weights)
         if self._held_out is not None:
@@ -325,15 +404,19 @@ class Loop(Walk[IterationEntry]):
         """The stop rule that holds, if any; it sees the newest model's errors, too."""
         errors = read_json(turn.once.folder / "errors.json")
         newest = IterationEntry.read({"iteration": turn.iteration, "labels": len(self.dataset), **errors})
-        calls = len(self.dataset) + len(self.rejected)
+        calls = self._calls()
         return convergence.stop_rule([*self.history, newest], len(self.dataset), calls, self.settings.loop)
 
     def _affordable(self) -> int:
         """Structures that may still be labelled."""
         loop, left = self.settings.loop, self.settings.loop.labels - len(self.dataset)
-        return (
-            left if loop.label_budget is None else min(left, loop.label_budget - len(self.dataset) - len(self.rejected))
-        )
+        return left if loop.label_budget is None else min(left, loop.label_budget - self._calls())
+
+    def _calls(self) -> int:
+        """Reference calculations for labels so far, those of rejected structures included."""
+        given, trust = len(self.given) + len(self._refused), self.settings.start.trust
+        again = len(to_check(self.given)) if self.given and not trust else 0
+        return len(self.dataset) + len(self.rejected) - given + again
 
     def _report(self) -> None:
         """Pictures and tables of the run."""

@@ -19,10 +19,12 @@ from ubmd.learning.loop.turn import Turn
 from ubmd.learning.work.groups import note_losses, nothing_ended, run_tasks
 from ubmd.learning.work.tasks import train_member
 from ubmd.learning.work.workers import Executor, TaskFailed, WorkersLost
+from ubmd.measure.confidence import shortfall
 from ubmd.measure.errors import calibration_of, error_summary
 from ubmd.potentials.fitting import export_checkpoints
 from ubmd.potentials.interface import Backend, Labels, TrainingTable
 from ubmd.potentials.members import member_folders, member_seed, train_networks
+from ubmd.potentials.starting import constants_told, start_from
 from ubmd.runs.folder import EventLog
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import prepare_folder
@@ -60,6 +62,16 @@ class Models:
 
         turn.once.run("train", turn.keys["train"], weights, work)
         return weights
+
+    def starting(self, turn: Turn, source: Path) -> list[Path]:
+        """Weights out of an earlier model for the first training, with constants that fit its labels."""
+        settings = turn.settings
+        count, folder = settings.uncertainty.networks, turn.once.folder / "initial"
+        paths, constants = start_from(source, self.backend, count, settings.model, turn.training, folder)
+        told = constants_told(constants)
+        if told:
+            self.events.write("remark", text=told)
+        return paths
 
     def _train_networks(self, turn: Turn, folder: Path, initial: list[Path] | None, key: str) -> None:
         """Train what the folder lacks: here, or the members of an ensemble side by side in workers."""
@@ -114,9 +126,13 @@ class Models:
             calibration = turn.calibration or turn.validation
             uncertainty = turn.settings.uncertainty
             network = turn.settings.model
-            export_checkpoints(
+            record = export_checkpoints(
                 self.backend, weights, network, turn.training, calibration, uncertainty, model, provenance
-            )
+            )["uncertainty"]
+            attained = [record[name]["attainable"] for name in ("energy", "forces")]
+            sentence = shortfall(attained[0], attained[1], uncertainty.alpha)
+            if sentence and turn.iteration == 0:  # said once; `ubmd status` says it of the newest model
+                self.events.write("remark", text=sentence)
 
         turn.once.run("export", turn.keys["export"], [model], export)
         return model

@@ -23,6 +23,7 @@ from ubmd.files import (
 )
 from ubmd.lammps.engine import ReplicaResult, ReplicaTask
 from ubmd.lammps.replica import REPLICAS
+from ubmd.learning.loop.advice import after_first_replicas
 from ubmd.learning.loop.turn import Origin, Turn
 from ubmd.learning.work.groups import TaskGroup, note_losses, nothing_ended
 from ubmd.learning.work.tasks import MDJob, run_md
@@ -243,6 +244,9 @@ class Replicas:
                 target,
                 [r if o[0] == turn.iteration else {"iteration": o[0], **r} for o, r in own.items()],
             )
+            advice = after_first_replicas(list(results.values()), turn.settings, list(turn.starts.values()))
+            if advice and turn.iteration == 0:
+                self._events.write("remark", text=advice)
 
         turn.once.run("md", turn.keys["md"], lambda: [target, left, *self.frame_files(turn)], work)
         self.read_left(turn)

@@ -24,6 +24,7 @@ from ubmd.settings import RunSettings
 
 STAGE_NAMES = {
     "test_set": "reference MD for the test set",
+    "check_labels": "given labels again",
     "label": "labels",
     "train": "training",
     "export": "calibration",
@@ -161,6 +162,8 @@ class Timeline(RunTimeline):
         labels = self._labels_of.get(iteration, self.labels)
         warm = self.settings.loop.warm_start and iteration > 0
         before = self._labels_of.get(iteration - 1) if warm else None
+        if iteration == 0 and self.settings.start.model is not None:
+            before = 0
         return self.settings.epochs(labels, None if before is None else labels - before)
 
     def _growth(self) -> float:

@@ -11,37 +11,45 @@ from ase.data import atomic_numbers
 
 from ubmd.data.constraints import check_free, is_fixed
 from ubmd.data.state import describe_state, mixed_states
-from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError
 from ubmd.files import check_name
+from ubmd.learning.given import elements_of, given_remarks, read_given, set_aside
 from ubmd.learning.held_out import given_test_set
-from ubmd.learning.start import check_start, check_states
+from ubmd.learning.start import check_start, check_states, read_start
 from ubmd.potentials.baseline import check_baseline
-from ubmd.potentials.kinds import check_backend
+from ubmd.potentials.kinds import backend_of, check_backend
+from ubmd.potentials.starting import file_to_start_from
+from ubmd.runs.folder import RunFolder
 from ubmd.settings import RunSettings
 
 _KEYS = 8  # that a sentence lists
+_FEWEST = 2  # labels to begin with: one trains, one validates
 
 
-def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = lambda _: None) -> list[Atoms]:
+def verify(
+    settings: RunSettings,
+    base: Path,
+    remark: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Atoms]:
     """Check the settings against the start structures, and a given test set; returns the start structures.
 
-    ``remark`` is called with sentences on labels that may be a mistake.
+    ``remark`` is called with sentences on labels that may be a mistake, ``tell`` with where they were taken from.
 
     Raises:
         DataError: the file with the start structures, or with the test set, cannot be used.
         SettingsError: it is missing, or the settings name elements or atoms that the structures don't have.
     """
     check_run_dir(Path(settings.run_dir))
-    path = base / settings.start.file
-    if not path.exists():
-        raise SettingsError(f"start.file: there is no file {path} (the path is relative to the settings file).")
     if settings.md.colvars is not None and not (base / settings.md.colvars).is_file():
         raise SettingsError(
             f"md.colvars: there is no file {base / settings.md.colvars} (the path is relative to the settings file)."
         )
-    structures = read_structures(path, settings.start.labels)
-    present = sorted({symbol for atoms in structures for symbol in atoms.symbols}, key=atomic_numbers.__getitem__)
+    given = read_given(settings, base, remark, tell)
+    structures = read_start(settings, base, given)
+    if given:
+        _check_given(given, settings, remark)
+    present = elements_of([*structures, *given])
     found = ", ".join(present)
     for key, elements in (("bias.species", settings.bias.species), ("model.elements", settings.model.elements or ())):
         for element in elements:
@@ -50,13 +58,14 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
     for element in settings.bias.species:
         if element not in present:
             raise SettingsError(
-                f"bias.species names {element}, but {settings.start.file} holds only {found}; remove it."
+                f"bias.species names {element}, but {settings.start.source} holds only {found}; remove it."
             )
     for element in present:
         if settings.model.elements and element not in settings.model.elements:
-            raise SettingsError(f"{settings.start.file} holds {element}; add it to model.elements.")
+            raise SettingsError(f"{settings.start.source} holds {element}; add it to model.elements.")
     check_baseline(settings.model, {*present, *(settings.model.elements or ())})
     check_backend(settings.model, settings.uncertainty, base)
+    model_to_start_from(settings, base)
     check_start(structures, settings)
     check_states(structures, settings)
     _check_sampled(structures[0], settings, base)
@@ -65,16 +74,52 @@ def verify(settings: RunSettings, base: Path, remark: Callable[[str], None] = la
         if max(indices) >= smallest or min(indices) < 0 or len(set(indices)) < 4:
             raise SettingsError(
                 f"variables.torsions.{name} = {list(indices)} needs four different atoms, counted from 0; "
-                f"{settings.start.file} has {smallest}."
+                f"{settings.start.source} has {smallest}."
             )
-    _check_test_states(structures, given_test_set(settings.test, base, remark) or [], settings, remark)
+    _check_test_states(structures, given_test_set(settings, base, remark, tell), settings, remark)
     return structures
 
 
 def input_files(settings: RunSettings, base: Path) -> dict[str, Path]:
     """Key -> file, of the settings whose files must not change during a run."""
-    colvars = settings.md.colvars
-    return {"start.file": base / settings.start.file} | ({} if colvars is None else {"md.colvars": base / colvars})
+    named = {
+        "start.file": settings.start.file,
+        "start.labels": settings.start.labels,
+        "md.colvars": settings.md.colvars,
+    }
+    return {key: base / path for key, path in named.items() if path is not None}
+
+
+def model_to_start_from(settings: RunSettings, base: Path) -> Path | None:
+    """The file of ``start.model``, if it is set: the run's own copy, once it has labels, since another may change.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if settings.start.model is None:
+        return None
+    folder = RunFolder(Path(settings.run_dir))
+    if folder.start_model.exists() and folder.has_labels():
+        return folder.start_model
+    backend = backend_of(settings.model, base)
+    return file_to_start_from(base / settings.start.model, backend, "start.model")
+
+
+def _check_given(given: list[Atoms], settings: RunSettings, remark: Callable[[str], None]) -> None:
+    """SettingsError if given labels cannot be used in these settings; remarks on what may be a mistake in them."""
+    usable, refused = set_aside(given, settings.reference)
+    if not usable:
+        raise SettingsError(
+            f"start.labels: no structure of {settings.start.labels} can be used (are its units eV and Å?); the first: "
+            f"{refused[0].info['reason']}"
+        )
+    if len(usable) + settings.start.count < _FEWEST:
+        raise SettingsError(
+            f"start.labels: {settings.start.labels} has only one structure, and one more is needed for the validation: "
+            "set start.count."
+        )
+    for sentence in given_remarks(given, settings):
+        remark(sentence)
 
 
 def _check_sampled(atoms: Atoms, settings: RunSettings, base: Path) -> None:
@@ -85,7 +130,7 @@ def _check_sampled(atoms: Atoms, settings: RunSettings, base: Path) -> None:
     try:
         check_free(atoms)
     except DataError as error:
-        raise SettingsError(f"{settings.start.file}, from which reference MD makes the test set: {error}") from None
+        raise SettingsError(f"{settings.start.source}, from which reference MD makes the test set: {error}") from None
 
 
 def _check_test_states(
@@ -96,7 +141,7 @@ def _check_test_states(
     for first, second, difference in mixed_states([*structures, *test], settings.reference.info):
         if first < n <= second:
             remark(
-                f"test.file: frame {second - n} has the composition of frame {first} of {settings.start.file} but "
+                f"test.file: frame {second - n} has the composition of frame {first} of {settings.start.source} but "
                 f"{difference}; labels of two states cannot be compared."
             )
             return

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ubmd.potentials.interface import Labels, RawModule, Report, Summary, TrainingTable
 from ubmd.settings import UncertaintySettings
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 
 class GaussianMoments:
@@ -38,8 +42,15 @@ class GaussianMoments:
             epochs=table.epochs,
             progress=report,
             fresh=table.fresh,
+            prolong=table.prolong,
         )
         return folder / self.checkpoint
+
+    def adapt(self, source: Path, labels: Sequence[Atoms], targets: Sequence[Path]) -> dict[str, float]:
+        """See `starting.adapt`."""
+        from ubmd.potentials.gmnn.starting import adapt
+
+        return adapt(source, labels, targets)
 
     def raw_module(self, checkpoints: Sequence[Path], features: UncertaintySettings) -> RawModule:
         """See `export.raw_module`."""
@@ -55,6 +66,12 @@ class GaussianMoments:
         for network in networks:
             network.to_network_dtype(torch.float64)
         return raw_module(networks, features, operators, dtype)
+
+    def prolongation(self, folder: Path, epochs: int) -> str:
+        """See `trainer.prolongation`."""
+        from ubmd.potentials.gmnn.trainer import prolongation
+
+        return prolongation(folder, epochs)
 
     def summary(self, folder: Path) -> Summary:
         """From the finished checkpoint, which keeps all rows."""

@@ -43,21 +43,22 @@ def load_weights(path: Path) -> GaussianMomentNetwork:
         raise ModelError(f"{path} does not fit this version of ubmd ({_first_line(error)}); train again.") from None
 
 
-def load(path: Path, kind: str) -> dict[str, Any]:
-    """Content of a weights or checkpoint file.
+def load(path: Path, *kinds: str) -> dict[str, Any]:
+    """Content of a file of one of these kinds: weights, checkpoint.
 
     Raises:
         ModelError: the file is missing, corrupt, or of another kind or format.
     """
+    kind = " or ".join(kinds)
     try:
         with warnings.catch_warnings():  # torch warns about TorchScript files before it refuses them
             warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise ModelError(f"There is no {kind} file {path}.") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError) as error:
         raise ModelError(f"{path} is not a {kind} file of ubmd, or it is corrupt ({_first_line(error)}).") from None
-    if not isinstance(content, dict) or content.get("kind") != kind:
+    if not isinstance(content, dict) or content.get("kind") not in kinds:
         raise ModelError(f"{path} is not a {kind} file of ubmd.")
     if content.get("format") != FORMAT:
         raise ModelError(f"{path} has format {content.get('format')}, this version of ubmd reads {FORMAT}.")

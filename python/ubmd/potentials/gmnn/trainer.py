@@ -31,6 +31,7 @@ from ubmd.process import torch_threads
 from ubmd.settings import ModelSettings, TrainingSettings
 from ubmd.settings.marks import key_values
 
+_EPOCHS = "training.epochs"  # in the identity of a training
 SECONDS_BETWEEN_PICTURES = 30.0  # one takes half a second, as long as many an epoch of a small data set
 
 
@@ -54,6 +55,7 @@ def train(
     epochs: int | None = None,
     progress: Callable[[Row], None] | None = None,
     fresh: bool = False,
+    prolong: bool = False,
 ) -> TrainedModel:
     """Train a model, or resume (or just return) the training that ``folder/checkpoint.pt`` belongs to.
 
@@ -70,6 +72,7 @@ def train(
         epochs: instead of ``training_settings.epochs``.
         progress: called after every epoch with the row of the log (see `history.COLUMNS`) and ``epochs``.
         fresh: start again even if there is a checkpoint.
+        prolong: continue a training that had fewer epochs (`prolongation`), and keep what is needed to do so again.
 
     Raises:
         DataError: unusable structures. ModelError: ``initial`` does not fit. TrainingError: the checkpoint belongs
@@ -87,8 +90,9 @@ def train(
         path.unlink(missing_ok=True)
     saved = checkpoint.load(path, "checkpoint") if path.exists() else None
     if saved is not None:
-        _check_identity(saved["identity"], identity, path)
-        if saved["finished"]:
+        longer = prolong and epochs > _epochs(saved)
+        _check_identity(saved["identity"], identity | ({_EPOCHS: saved["identity"][_EPOCHS]} if longer else {}), path)
+        if saved["finished"] and not longer:
             result = _result(saved["best"], saved["history"])
             if not (folder / "weights.pt").exists():
                 checkpoint.save_weights(result.model, folder / "weights.pt")
@@ -97,14 +101,42 @@ def train(
         trainer = _Trainer(model, training_settings, training, validation, epochs, seed, initial is not None)
         if saved is not None:
             trainer.load_state(saved)
-        return _run(trainer, identity, folder, progress)
+        return _run(trainer, identity, folder, progress, prolong)
+
+
+def prolongation(folder: Path, epochs: int) -> str:
+    """How `train` continues the training in this folder with so many epochs; empty if it has no fewer, or is not there.
+
+    Raises:
+        ModelError: its checkpoint is damaged.
+    """
+    path = folder / "checkpoint.pt"
+    saved = checkpoint.load(path, "checkpoint") if path.exists() else None
+    if saved is None or epochs <= _epochs(saved):
+        return ""
+    done = len(saved["history"])
+    if "optimiser" in saved:
+        return f"Continues after epoch {done} of {_epochs(saved)}, with the optimiser as it was, to epoch {epochs}."
+    return (
+        f"Continues after epoch {done} from the best weights, to epoch {epochs}; the optimiser starts anew: the "
+        "finished training has not kept its state."
+    )
+
+
+def _epochs(saved: dict[str, Any]) -> int:
+    """Epochs that the training of a checkpoint was to have."""
+    return int(saved["identity"][_EPOCHS])
 
 
 # ------------------------------------------------------------------------------------------- the loop
 
 
 def _run(
-    trainer: _Trainer, identity: dict[str, Any], folder: Path, progress: Callable[[Row], None] | None
+    trainer: _Trainer,
+    identity: dict[str, Any],
+    folder: Path,
+    progress: Callable[[Row], None] | None,
+    keep_state: bool,
 ) -> TrainedModel:
     """Epochs until the end, with log, picture and checkpoints."""
     log = Log(folder / "log.csv", trainer.history)
@@ -126,9 +158,9 @@ def _run(
     assert trainer.best is not None
     result = _result(trainer.best, trainer.history)
     checkpoint.save_weights(result.model, folder / "weights.pt")
-    # Last, and without optimiser state: from now on this training is only read.
-    finished = {**_header(identity, True), "best": trainer.best, "history": trainer.history}
-    checkpoint.save_atomically(finished, folder / "checkpoint.pt")
+    # Last. Without optimiser state, unless it may be prolonged: from now on this training is only read.
+    state = trainer.state() if keep_state else {"best": trainer.best, "history": trainer.history}
+    checkpoint.save_atomically({**_header(identity, True), **state}, folder / "checkpoint.pt")
     return result
 
 
@@ -259,13 +291,17 @@ class _Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
+        """Inverse of `state`; of a finished training that has not kept it, the best weights and the history."""
+        self.best = state["best"]
+        self.history = state["history"]
+        if "optimiser" not in state:
+            self.epoch = len(self.history)
+            self.model.load_state_dict(state["best"]["model"])
+            return
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
-        self.best = state["best"]
-        self.history = state["history"]
 
 
 def _shuffle_seed(seed: int) -> int:

@@ -1,0 +1,36 @@
+"""What a user could change after the first replicas, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from ase import Atoms
+
+from ubmd.lammps.engine import ReplicaResult
+from ubmd.learning.proposal import displacement
+from ubmd.settings import RunSettings
+
+_SOON = 50  # steps: the frames until then hardly differ from the start
+_MUCH_LESS = 0.75  # of the displacement that fits, below which it is to blame
+
+
+def after_first_replicas(results: Sequence[ReplicaResult], settings: RunSettings, starts: Sequence[Atoms]) -> str:
+    """A sentence if most replicas of the first model passed the threshold within few steps; empty otherwise.
+
+    ``starts``: structures that the replicas started from.
+    """
+    steps = [result.steps for result in results]
+    passed = sum(result.stopped == "threshold" for result in results)
+    if 2 * passed <= len(results) or median(steps) >= _SOON:
+        return ""
+    fitting, given, threshold = displacement(starts), settings.start.displacement, settings.loop.threshold
+    tries = [f"loop.threshold = {2.0 * threshold:g} (ubmd run --from 0)"]
+    if given < _MUCH_LESS * fitting:
+        tries.insert(0, f"start.displacement = {fitting:g} instead of {given:g} Å (in a new run_dir)")
+    else:
+        tries.append(f"start.count = {2 * settings.start.count} (in a new run_dir)")
+    return (
+        f"{passed} of {len(results)} replicas of the first model passed loop.threshold = {threshold:g} eV/Å, half of "
+        f"all within {median(steps):g} steps, and explored little. Try {' or '.join(tries)}."
+    )
