@@ -192,8 +192,9 @@ def elements_of(structures: Sequence[Atoms]) -> list[str]:
 def agreement_remark(found: Agreement, count: int, settings: RunSettings) -> str:
     """What the comparison has found, as a sentence."""
     name = Path(settings.start.labels or "").name
+    again = "one label" if count == 1 else f"{count} labels"
     return (
-        f"{name}: the reference agrees with {count} labels that it has made again: forces to "
+        f"{name}: the reference agrees with {again} that it has made again: forces to "
         f"{1000 * found.force:.2g} meV/Å, energies to {1000 * max(found.energy, found.constant):.2g} meV/atom."
     )
 
