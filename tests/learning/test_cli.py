@@ -205,8 +205,21 @@ def test_check_explains_the_run_and_does_every_stage(tmp_path: Path) -> None:
     assert re.search(
         r"Rough time on this machine \(2 processes\): labels \d+ s, MD at most \d+ s, training", result.stdout
     )
-    assert re.search(r"Rough disk space: at most \d+ [kM]B\.$", result.stdout, re.MULTILINE)
+    assert re.search(r"Rough disk space: \d+ [kM]B to \d+ [kM]B, depending on", result.stdout)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # nothing beside run_dir
+
+
+def test_check_foresees_the_disk_space(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Against the run that was then made, whose replicas all reached the step limit."""
+    settings = write_inputs(tmp_path, tmp_path / "run")
+    shown = ubmd("check", settings.name, "--set", "loop.labels=6", cwd=tmp_path).stdout
+    space = shown[shown.index("Rough disk space") :]
+    least, most = (float(n) * {"kB": 1e3, "MB": 1e6}[unit] for n, unit in re.findall(r"(\d+) ([kM]B)", space)[:2])
+    files = (finished[0] / "run").rglob("*")
+    found = sum(path.stat().st_size for path in files if path.is_file() and "aside" not in path.parts)
+    assert least - 5e5 < 1.2 * found  # what is printed is rounded to 1 MB
+    assert 0.8 * found < most + 5e5 < 2.0 * found
+    assert "Then about 1 iterations" in shown  # with MD; the last one only trains
 
 
 def test_check_works_beside_the_run_and_keeps_the_logs_of_a_failure(tmp_path: Path) -> None:

@@ -27,6 +27,14 @@ def test_small_displacements_are_to_blame_first() -> None:
     )
 
 
+def test_large_displacements_are_to_blame_too() -> None:
+    """They stretch stiff bonds."""
+    settings = make_settings(Path("run"), start={"displacement": 0.15}, loop={"threshold": 1.5})
+    assert "Try start.displacement = 0.05 instead of 0.15 Å" in after_first_replicas(
+        results(8, 12, 12), settings, [molecule("CH3OH")]
+    )
+
+
 def test_displacements_that_fit_are_kept() -> None:
     settings = make_settings(Path("run"), start={"displacement": 0.05, "count": 8}, loop={"threshold": 1.5})
     sentence = after_first_replicas(results(8, 12, 12), settings, [molecule("CH3OH")])

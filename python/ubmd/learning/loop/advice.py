@@ -12,7 +12,7 @@ from ubmd.learning.proposal import displacement
 from ubmd.settings import RunSettings
 
 _SOON = 50  # steps: the frames until then hardly differ from the start
-_MUCH_LESS = 0.75  # of the displacement that fits, below which it is to blame
+_FITS = (0.75, 2.5)  # ratio to the displacement that fits, outside of which it is to blame
 
 
 def after_first_replicas(results: Sequence[ReplicaResult], settings: RunSettings, starts: Sequence[Atoms]) -> str:
@@ -26,7 +26,7 @@ def after_first_replicas(results: Sequence[ReplicaResult], settings: RunSettings
         return ""
     fitting, given, threshold = displacement(starts), settings.start.displacement, settings.loop.threshold
     tries = [f"loop.threshold = {2.0 * threshold:g} (ubmd run --from 0)"]
-    if given < _MUCH_LESS * fitting:
+    if not _FITS[0] * fitting <= given <= _FITS[1] * fitting:
         tries.insert(0, f"start.displacement = {fitting:g} instead of {given:g} Å (in a new run_dir)")
     else:
         tries.append(f"start.count = {2 * settings.start.count} (in a new run_dir)")

@@ -8,13 +8,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
 
+from ubmd.data.constraints import is_fixed
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError, StorageError, UbmdError
@@ -32,7 +33,9 @@ from ubmd.texts import duration, size
 
 _EPOCHS = 4  # of the miniature; the first is slow and not counted
 _STEPS = 10  # few: MD with a model of two structures is stable for a few steps only
-_BYTES_PER_ATOM = 130  # of a stored frame
+_BYTES_PER_RECORDED_ATOM = 12  # of a trace; atoms that do not move are compressed to nothing
+_COPIES_OF_LABELS = 4
+_BYTES_OF_A_REPORT = 1.6e6  # pictures, twice: the page contains them
 _TYPICAL_BATCH_GAIN = 3.0  # a full mini-batch costs less per structure than the miniature's single ones
 
 
@@ -83,7 +86,7 @@ def check(settings: RunSettings, base: Path, listener: Listener | None = None) -
     with _folder_beside(settings) as path:
         folder = RunFolder(run(_miniature_with(given, settings, path), base, listener))
         yield from _findings(folder)
-        yield from _costs(settings, len(given), len(structures[0]), folder)
+        yield from _costs(settings, len(given), structures[0], folder)
 
 
 def _miniature_with(given: Sequence[Atoms], settings: RunSettings, run_dir: Path) -> RunSettings:
@@ -149,7 +152,10 @@ def plan(settings: RunSettings, base: Path, structures: list[Atoms], given: Sequ
         f"({md.steps * md.timestep / 1000:,.4g} ps; {conditions(settings)}), each until max u passes "
         f"{loop.threshold:g} eV/Å; {settings.selection.batch} new labels ({settings.selection.method})."
     )
-    yield f"It ends at {loop.labels} labels, after at most {rounds * md.replicas * md.steps:,} MD steps."
+    yield (
+        f"It ends at {loop.labels} labels, after at most {rounds * md.replicas * md.steps:,} MD steps if every "
+        "batch is full; rejected labels, and frames that are too much alike, add iterations."
+    )
 
 
 def _iterations(settings: RunSettings, given: int) -> int:
@@ -183,7 +189,7 @@ def _findings(folder: RunFolder) -> Iterator[str]:
     yield f"{dynamics}; largest uncertainty {replica.max_u:.3g} eV/Å; {share}."
 
 
-def _costs(settings: RunSettings, given: int, n_atoms: int, folder: RunFolder) -> Iterator[str]:
+def _costs(settings: RunSettings, given: int, atoms: Atoms, folder: RunFolder) -> Iterator[str]:
     """Time and disk of the whole run, from the miniature's speeds; rough, and MD as if no replica stopped early."""
     processes = tasks_at_once(settings.workers)
     rounds, batch = _iterations(settings, given), settings.selection.batch
@@ -201,14 +207,30 @@ def _costs(settings: RunSettings, given: int, n_atoms: int, folder: RunFolder) -
         f"Rough time {where}: labels {duration(reference)}, "
         f"MD at most {duration(dynamics)}, training {duration(training)}; together at most {duration(total)}."
     )
-    frames = rounds * settings.md.replicas * (settings.md.steps // settings.md.frames_every + 1)
-    records = settings.md.replicas * rounds * settings.md.steps // (settings.md.trace_every or 10**12)
-    needed = frames * n_atoms * _BYTES_PER_ATOM + (rounds + 1) * _fixed_size(folder) + records * (12 * n_atoms + 100)
+    least, most = _disk(settings, given, atoms, folder)
     free = shutil.disk_usage(existing_folder(Path(settings.run_dir))).free
     warning = (
-        "" if needed < free else f" But only {size(free)} are free: choose a larger md.frames_every, or another disk."
+        "" if most < free else f" But only {size(free)} are free: choose a larger md.frames_every, or another disk."
     )
-    yield f"Rough disk space: at most {size(needed)}.{warning}"
+    yield f"Rough disk space: {size(least)} to {size(most)}, depending on how long replicas run.{warning}"
+
+
+def _disk(settings: RunSettings, given: int, atoms: Atoms, folder: RunFolder) -> tuple[float, float]:
+    """(least, most) bytes of the whole run: all replicas stop at once, or run to their step limit."""
+    md, rounds, first = settings.md, _iterations(settings, given), folder.iteration(0)
+    frame = _bytes(first.glob("frames_*.extxyz")) / max(1, read_iterations(folder)[0].replicas[0].frames)
+    frames = md.steps // md.frames_every + 2  # with the first, and one that stops a replica
+    records = md.steps // md.trace_every if md.trace_every else 0
+    free = int((~is_fixed(atoms)).sum())
+    trajectory = frames * frame + records * _BYTES_PER_RECORDED_ATOM * free
+    models = _bytes(first.rglob("*.pt"))
+    other = _bytes(path for path in first.rglob("*") if path.suffix != ".pt" and not path.name.startswith("frames_"))
+    # A label is in a selection, twice in its batch, and in the data set; a test set in the run and in its parts.
+    labels = _COPIES_OF_LABELS * max(settings.loop.labels, given) * frame
+    test = 2 * settings.test.sampling.frames * frame if settings.test is not None else 0.0
+    at_end = _BYTES_OF_A_REPORT + _bytes([folder.model])
+    least = (rounds + 1) * (models + other) + labels + test + at_end
+    return least, least + rounds * md.replicas * trajectory
 
 
 def _training_time(settings: RunSettings, given: int, folder: RunFolder) -> float:
@@ -226,7 +248,6 @@ def _training_time(settings: RunSettings, given: int, folder: RunFolder) -> floa
     return total * settings.uncertainty.networks
 
 
-def _fixed_size(folder: RunFolder) -> int:
-    """Bytes that an iteration writes besides frames."""
-    files = [path for path in folder.iteration(0).rglob("*") if path.is_file() and not path.name.startswith("frames_")]
-    return sum(path.stat().st_size for path in files)
+def _bytes(paths: Iterable[Path]) -> int:
+    """Bytes of files together."""
+    return sum(path.stat().st_size for path in paths if path.is_file())
