@@ -56,6 +56,37 @@ def longer(finished: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Run
         return RunFolder(run(settings, base, executor=executor))
 
 
+def models_of(folder: RunFolder) -> list[int]:
+    """Iterations that have a model file and weights."""
+    found = [bool(list(path.glob("model.pt"))) for path in folder.iterations()]
+    assert found == [bool(list(path.glob("train/**/*.pt"))) for path in folder.iterations()]
+    return [number for number, there in enumerate(found) if there]
+
+
+def test_a_run_that_keeps_few_models_has_the_same_labels_and_goes_on(
+    finished: RunFolder, longer: RunFolder, tmp_path: Path
+) -> None:
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+    loop = LABELS["loop"] | {"keep_models": 1}
+    folder = RunFolder(run(make_settings(tmp_path / "run", **LABELS | {"loop": loop}), tmp_path))
+    assert models_of(folder) == [2]
+    assert folder.dataset.read_bytes() == finished.dataset.read_bytes()
+    assert folder.model.read_bytes() == (folder.iteration(2) / "model.pt").read_bytes()
+    assert (folder.iteration(0) / "train" / "log.csv").exists()
+    text = (folder.report / "report.md").read_text()
+    assert "Model files and weights of 2 iterations, 0 to 1, are not kept (loop.keep_models = 1)." in text
+    before = len(folder.read_events())
+    with_labels(folder, 10, loop=loop | {"labels": 10, "keep_models": 2})
+    assert {iteration for iteration, _ in stages_since(folder, before)} == {2, 3}
+    assert models_of(folder) == [2, 3]
+    assert folder.dataset.read_bytes() == longer.dataset.read_bytes()
+    assert without_times(folder) == without_times(longer)
+    # Taken back to where the weights before it are gone: they are trained again, and are what they were.
+    run(make_settings(folder.path, **LABELS | {"loop": loop | {"labels": 10}}), tmp_path, from_iteration=2)
+    assert folder.dataset.read_bytes() == longer.dataset.read_bytes()
+    assert models_of(folder) == [3]
+
+
 def test_a_moved_run_goes_on_as_if_it_had_not_been_moved(moved: RunFolder, longer: RunFolder) -> None:
     before = len(moved.read_events())
     with_labels(moved, 10)

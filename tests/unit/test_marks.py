@@ -18,7 +18,8 @@ from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING, Mark, is_set, key_valu
 MAY_CHANGE = {
     RunSettings: """run_dir workers loop.labels loop.stop_when_quiet loop.quiet_iterations loop.label_budget
         loop.stop_at_plateau loop.plateau_iterations loop.plateau_tolerance training.checkpoint_every start.file
-        start.trust labels reference.timeout reference.cache reference.environment md.timeout md.trace_every test
+        start.trust loop.keep_models labels reference.timeout reference.cache reference.environment md.timeout
+        md.trace_every test
         variables""",
     DynamicRunSettings: """run_dir workers labels dynamic.labels dynamic.steps dynamic.convergence dynamic.timeout
         training.checkpoint_every crystal.structure start.file reference.timeout reference.cache reference.environment

@@ -114,6 +114,14 @@ def _iterations(report: Document, data: _Run) -> None:
         "Root mean square errors of energies (E), components of forces (F) and stress (S). valid: labels that were "
         "held out from training, for early stopping and calibration; test: the test set, which nothing depends on."
     )
+    kept = data.settings.loop.keep_models
+    numbers = [entry.iteration for entry in data.history]
+    missing = [k for k in numbers if not (data.folder.iteration(k) / "model.pt").exists()]
+    if kept is not None and missing:
+        section.text(
+            f"Model files and weights of {counted(len(missing), 'iteration')}, {missing[0]} to {missing[-1]}, are not "
+            f"kept (loop.keep_models = {kept})."
+        )
 
 
 _FORMS = (".2f", ".4f", ".1f")  # of energy, forces, stress

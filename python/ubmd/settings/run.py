@@ -161,6 +161,12 @@ class LoopSettings(Table):
     asynchronous_share: float = Field(
         0.5, gt=0, le=1, description="share of the replicas that asynchronous waits for (no unit)"
     )
+    keep_models: Annotated[int | None, NOTHING] = Field(
+        None,
+        ge=1,
+        description="model files and weights of so many newest iterations are kept (model.pt of the run always is); "
+        "default: of all",
+    )
 
     @field_serializer("threshold", when_used="json")
     def _infinity_as_text(self, value: float) -> float | str:

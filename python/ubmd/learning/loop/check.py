@@ -229,7 +229,8 @@ def _disk(settings: RunSettings, given: int, atoms: Atoms, folder: RunFolder) ->
     labels = _COPIES_OF_LABELS * max(settings.loop.labels, given) * frame
     test = 2 * settings.test.sampling.frames * frame if settings.test is not None else 0.0
     at_end = _BYTES_OF_A_REPORT + _bytes([folder.model])
-    least = (rounds + 1) * (models + other) + labels + test + at_end
+    kept = min(rounds + 1, settings.loop.keep_models or rounds + 1)
+    least = kept * models + (rounds + 1) * other + labels + test + at_end
     return least, least + rounds * md.replicas * trajectory
 
 

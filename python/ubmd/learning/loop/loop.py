@@ -140,6 +140,8 @@ class Loop(Walk[IterationEntry]):
             if verdict is None:
                 self._explore(turn, model)
             self._record(turn, verdict)
+            in_use = {origin[0] for origin in self._replicas.left}
+            self._models.forget(self.folder, iteration, self.settings.loop.keep_models, in_use)
             if verdict is not None:
                 self._end(iteration, verdict)
                 return

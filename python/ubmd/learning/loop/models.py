@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ubmd.potentials.fitting import export_checkpoints
 from ubmd.potentials.interface import Backend, Labels, TrainingTable
 from ubmd.potentials.members import member_folders, member_seed, train_networks
 from ubmd.potentials.starting import constants_told, start_from
-from ubmd.runs.folder import EventLog
+from ubmd.runs.folder import EventLog, RunFolder
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import prepare_folder
 from ubmd.settings import RunSettings
@@ -136,6 +136,23 @@ class Models:
 
         turn.once.run("export", turn.keys["export"], [model], export)
         return model
+
+    def forget(self, folder: RunFolder, newest: int, keep: int | None, in_use: Container[int]) -> None:
+        """Delete model files and weights of all but the ``keep`` newest iterations; logs and errors stay.
+
+        A run that needs deleted weights again, as one that is taken back does, trains them again.
+
+        Args:
+            folder: of the run.
+            newest: iteration.
+            keep: None for all.
+            in_use: iterations whose replicas are still running.
+        """
+        for iteration in range(newest - keep + 1 if keep is not None else 0):
+            path = folder.iteration(iteration)
+            trained = {*path.glob(f"train/**/{self.backend.checkpoint}"), *path.glob("train/**/checkpoint.pt")}
+            for file in {path / "model.pt", *trained} if iteration not in in_use else ():
+                file.unlink(missing_ok=True)
 
 
 def training_seed(settings: RunSettings, iteration: int) -> int:
