@@ -1,5 +1,6 @@
 """A test set that the user gives: its labels under any keys, in any format, read before anything is labelled."""
 
+import json
 from pathlib import Path
 
 import ase.io
@@ -16,6 +17,7 @@ from ubmd.data.labels import dataset_hash, labels_of
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError
 from ubmd.learning.held_out import HeldOut, read_test_set
+from ubmd.learning.labels import reference_key
 from ubmd.learning.loop.verify import verify
 from ubmd.runs.folder import EventLog, RunFolder
 from ubmd.settings import RunSettings
@@ -170,16 +172,24 @@ def test_a_test_set_of_an_older_version_is_taken_as_it_is(tmp_path):
     assert dataset_hash(read_structures(folder.test, compare=False)) == dataset_hash(labelled(2))
 
 
-def test_a_file_that_another_run_has_made_is_taken_as_it_is(tmp_path):
+def test_the_test_set_of_another_run_is_taken_if_its_labels_are_of_the_same_reference(tmp_path):
     """Only a run that says how its test set is made refuses one that was made in another way."""
-    write_structures(tmp_path / "test.extxyz", labelled(3))
-    (tmp_path / "test.extxyz.json").write_text('{"made_by": "ubmd run", "key": "of another one"}')
     values = make_settings(tmp_path / "run").model_dump(mode="json") | {"test": {"file": "test.extxyz"}}
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     events = EventLog(folder.events)
-    HeldOut(RunSettings.model_validate(values), cluster(), folder, tmp_path, None, events).begin()  # type: ignore[arg-type]
+
+    def begin(name: str = "test", **changes: object) -> None:
+        settings = RunSettings.model_validate(values | {name: values[name] | changes})
+        HeldOut(settings, cluster(), folder, tmp_path, None, events).begin()  # type: ignore[arg-type]
+
+    write_structures(tmp_path / "test.extxyz", labelled(3))
+    reference = RunSettings.model_validate(values).reference
+    note = {"made_by": "ubmd run", "key": "of another one", "reference": reference_key(reference)}
+    (tmp_path / "test.extxyz.json").write_text(json.dumps(note))
+    begin()
     assert dataset_hash(read_structures(folder.test, labelled=True)) == dataset_hash(labelled(3))
-    values["test"]["sampling"] = {"frames": 5}
     with pytest.raises(SettingsError, match=r"was made with other reference, sampling or start settings"):
-        HeldOut(RunSettings.model_validate(values), cluster(), folder, tmp_path, None, events).begin()  # type: ignore[arg-type]
+        begin(sampling={"frames": 5})
+    with pytest.raises(SettingsError, match=r"was made with other reference, sampling or start settings"):
+        begin("reference", force_limit=3.0)

@@ -23,7 +23,7 @@ from ubmd.learning.work.tasks import sample_file
 from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.runs.folder import EventLog, RunFolder
 from ubmd.runs.stages import Stages, prepare_folder
-from ubmd.settings import ReferenceSettings, TestSettings, WorkerSettings
+from ubmd.settings import ReferenceSettings, SamplingSettings, TestSettings, WorkerSettings
 from ubmd.settings.marks import key_values
 
 
@@ -53,8 +53,6 @@ class HeldOut:
         """``settings.test`` must not be None; ``base``: folder that its file is relative to."""
         assert settings.test is not None
         self._sampling = settings.test.sampling
-        # Without a word on how to make it, a file is what it is, whoever has made it.
-        self._is_to_be_made = "sampling" in settings.test.model_fields_set
         self._reference = settings.reference
         self._start = bare(start, settings.reference.info)
         held = np.flatnonzero(is_fixed(start))
@@ -86,8 +84,7 @@ class HeldOut:
             DataError: it cannot be used.
         """
         if self._given is not None and self._given.exists():
-            if self._is_to_be_made:
-                _check_note(self._given, self._key)
+            self._check_note(self._given)
             self._take(self._given)
             self._finished = True
         elif not self._once.is_done("test_set", self._key):
@@ -119,9 +116,23 @@ class HeldOut:
         self._once.run("test_set", self._key, [self._folder.test], self._collect)
         if self._given is not None:
             self._given.parent.mkdir(parents=True, exist_ok=True)
-            write_json(_note(self._given), {"made_by": "ubmd run", "key": self._key})
+            note = {"made_by": "ubmd run", "key": self._key, "reference": reference_key(self._reference)}
+            write_json(_note(self._given), note)
             copy_file(self._folder.test, self._given)
         self._finished = True
+
+    def _check_note(self, given: Path) -> None:
+        """SettingsError if the file was made by a run with another reference, sampling or start structure.
+
+        A run that does not say how its test set is to be made takes that of any run with its reference.
+        """
+        note = read_json(_note(given)) if _note(given).exists() else {"key": self._key}
+        same = note.get("reference") == reference_key(self._reference) and self._sampling == SamplingSettings()
+        if note["key"] != self._key and not same:
+            raise SettingsError(
+                f"The test set {given} was made with other reference, sampling or start settings; "
+                "delete it, or name another test.file."
+            )
 
     def _collect(self) -> None:
         failed: list[UbmdError] = []
@@ -184,15 +195,6 @@ def _is_plain(given: Path, structures: list[Atoms]) -> bool:
         return dataset_hash(read_structures(given, compare=False)) == dataset_hash(structures)
     except DataError:  # such as isolated atoms without forces, which are set aside otherwise
         return False
-
-
-def _check_note(given: Path, key: str) -> None:
-    """SettingsError if the file was made by a run with another reference, sampling or start structure."""
-    if _note(given).exists() and read_json(_note(given))["key"] != key:
-        raise SettingsError(
-            f"The test set {given} was made with other reference, sampling or start settings; "
-            "delete it, or name another test.file."
-        )
 
 
 def _note(given: Path) -> Path:
