@@ -19,6 +19,7 @@ from ubmd.cli.main import app
 from ubmd.data.extxyz import write_structures
 from ubmd.learning.dynamic.check import check_box
 from ubmd.learning.loop.verify import verify
+from ubmd.learning.proposal import propose_run
 from ubmd.settings import RunSettings, TrainSettings, load_settings
 from ubmd.settings.dynamic import DynamicRunSettings
 
@@ -164,3 +165,26 @@ def test_training_without_usable_labels_says_why() -> None:
     assert err.startswith("Remark: cu.extxyz, frame 0: ")
     assert "The key 'labels' in the settings names other keys." in err
     assert "0 with energy and forces" in Path("settings.toml").read_text()
+
+
+def test_a_run_begins_with_the_labels_of_a_file(tmp_path: Path) -> None:
+    structures = []
+    for seed in range(3):
+        atoms = bulk("Cu", cubic=True)
+        atoms.rattle(0.1, seed=seed)
+        atoms.calc = EMT()
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+        structures.append(atoms)
+    write_structures(tmp_path / "have.extxyz", structures)
+    for form in ([], ["--short"]):
+        (tmp_path / "settings.toml").unlink(missing_ok=True)
+        code, _, err = init("have.extxyz", *form)
+        assert code == 0, err
+        settings = load_settings(tmp_path / "settings.toml", RunSettings)
+        assert settings.start.labels == Path("have.extxyz")
+        assert (settings.start.file, settings.start.count, settings.loop.labels) == (None, 0, 512)
+    found = propose_run(structures * 300, Path("have.extxyz"), "have")
+    assert found["loop.labels"].value == 900 + 20 * 8
+    del structures[1].calc.results["forces"]
+    assert "start.labels" not in propose_run(structures, Path("have.extxyz"), "have")

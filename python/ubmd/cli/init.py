@@ -105,6 +105,8 @@ def _is_structures(path: Path) -> bool:
     Raises:
         SettingsError: it is one by its ending, but is not there.
     """
+    if path.is_dir() and next(path.rglob("type.raw"), None) is not None:
+        return True  # deepmd/npy
     if path.suffix.lower() == ".toml" or (not path.suffix and not path.is_file()):
         return False
     if not path.is_file():
@@ -115,18 +117,24 @@ def _is_structures(path: Path) -> bool:
 def _proposed(kind: _Kind, source: Path, target: Path, train: bool) -> Any:
     """What is filled in; the file is named relative to the settings file, as it will be read."""
     file = Path(os.path.relpath(source.resolve(), target.parent.resolve()))
-    return kind.propose(_read(source, train), file, _folder_name(source))
+    dynamic = kind.propose is DYNAMIC.propose
+    return kind.propose(_read(source, train, not dynamic), file, _folder_name(source))
 
 
-def _read(source: Path, labelled: bool) -> list[Atoms]:
-    """The structures; where labels are wanted and cannot be used, a remark says why."""
+def _read(source: Path, wanted: bool, useful: bool) -> list[Atoms]:
+    """The structures, with labels where these are useful; if they are wanted but missing, a remark says why."""
     from ubmd.data.structures import read_structures
 
-    if labelled:
+    remarks: list[str] = []
+    if useful:
         try:
-            return read_structures(source, labelled=True, remark=lambda text: print_remarks([text]))
+            structures = read_structures(source, labelled=True, remark=remarks.append)
         except DataError as error:
-            print_remarks([f"{error} The key 'labels' in the settings names other keys."])
+            remarks = [f"{error} The key 'labels' in the settings names other keys."] if wanted else []
+        else:
+            print_remarks(remarks)
+            return structures
+    print_remarks(remarks)
     return read_structures(source, compare=False)
 
 

@@ -187,7 +187,8 @@ def _key_lines(path: str, key: str, field: FieldInfo, filled: Filled, mark: str 
     comment = _comment(field.description or "")
     if path in filled:
         return [*comment, *_comment(f"Here: {filled[path].reason}."), _assignment(key, filled[path].value)]
-    if field.is_required() or field.examples:
+    instead = path == "start.file" and "start.labels" in filled
+    if field.is_required() or (field.examples and not instead):
         return [*comment, _assignment(key, field.examples[0] if field.examples else _EXAMPLES[path])]
     default = field.get_default(call_default_factory=True)
     if default is None:

@@ -25,7 +25,7 @@ from ubmd.data.labels import labels_of
 from ubmd.data.periodicity import describe_periodicity
 from ubmd.errors import SettingsError
 from ubmd.measure.confidence import structures_needed
-from ubmd.settings import ModelSettings, UncertaintySettings
+from ubmd.settings import LoopSettings, ModelSettings, UncertaintySettings
 
 _SEARCHED = (3.0, 6.0, 12.0)  # Å, for the shortest distance: the first that finds a pair is enough
 _CONSIDERED = 50  # structures: files may hold thousands
@@ -34,6 +34,7 @@ _SMALL = 30  # atoms, up to which one structure says little about the scale of u
 _BIG = 100  # atoms, above which a structure has many environments of its own
 _MOST_ATOMS = 250  # in a repeated box
 _SAME_SHELL = 0.3  # Å
+_BATCHES = 20  # of new labels, for a run that begins with many
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,16 @@ def propose_run(structures: Sequence[Atoms], file: Path, stem: str) -> Suggestio
 
     Args:
         structures: of the file, at least one.
-        file: what start.file is to be.
+        file: what start.labels is to be, if they all have energy and forces, or start.file.
         stem: name of the file without its ending, for the folder of the run.
     """
     atoms = list(structures[:_CONSIDERED])
-    first, most = atoms[0], max(len(each) for each in atoms)
-    distance, pair = _shortest(atoms)
+    most, (distance, _) = max(len(each) for each in atoms), _shortest(atoms)
     batch = 8 if most <= _BIG else 4
     light = distance < 1.3
-    many = f"{len(structures)} structures, " if len(structures) > 1 else ""
     return {
         "run_dir": Suggestion(f"{stem}_run", "made in the folder in which you call ubmd run"),
-        "start.file": Suggestion(str(file), f"{many}{first.get_chemical_formula()}, {describe_periodicity(first)}"),
-        "start.count": _count(most),
-        "start.displacement": Suggestion(
-            displacement(atoms),
-            f"5 % of the shortest distance, {distance:.2f} Å ({pair}): about the thermal motion at 300 K. After "
-            "smaller shifts the first replicas soon leave what the model knows; larger ones stretch bonds too far",
-        ),
-        "start.strain": _strain(atoms),
+        **(_start_labels(structures, file, batch) if _are_labelled(structures) else _start_copies(structures, file)),
         "reference.calculator": Suggestion("ase.calculators.emt:EMT", _reference(atoms)),
         "model.cutoff": _cutoff(atoms),
         "md.ensemble": _ensemble(atoms),
@@ -87,6 +79,42 @@ def propose_run(structures: Sequence[Atoms], file: Path, stem: str) -> Suggestio
             f"above the thermal forces of {'stiff bonds' if light else 'bonds as soft as these'} at 300 K; if replicas "
             "of the first models stop within 50 steps, raise it",
         ),
+    }
+
+
+def _are_labelled(structures: Sequence[Atoms]) -> bool:
+    return len(structures) > 1 and all({"energy", "forces"} <= labels_of(atoms).keys() for atoms in structures)
+
+
+def _start_labels(structures: Sequence[Atoms], file: Path, batch: int) -> Suggestions:
+    """A start from labels: none are made, but a few again."""
+    count, first = len(structures), structures[0]
+    more = {"loop.labels": Suggestion(count + _BATCHES * batch, f"{_BATCHES * batch} more than there are")}
+    return {
+        "start.labels": Suggestion(
+            str(file),
+            f"{count} structures with energy and forces, the first {first.get_chemical_formula()}, "
+            f"{describe_periodicity(first)}. The run begins with these labels; a few are made again, so the reference "
+            "below has to be the one that made them. MD starts from the first of them, or from start.file",
+        ),
+        **(more if count + batch > LoopSettings().labels else {}),
+    }
+
+
+def _start_copies(structures: Sequence[Atoms], file: Path) -> Suggestions:
+    """A start from displaced copies of these structures."""
+    atoms, first = list(structures[:_CONSIDERED]), structures[0]
+    distance, pair = _shortest(atoms)
+    many = f"{len(structures)} structures, " if len(structures) > 1 else ""
+    return {
+        "start.file": Suggestion(str(file), f"{many}{first.get_chemical_formula()}, {describe_periodicity(first)}"),
+        "start.count": _count(max(len(each) for each in atoms)),
+        "start.displacement": Suggestion(
+            displacement(atoms),
+            f"5 % of the shortest distance, {distance:.2f} Å ({pair}): about the thermal motion at 300 K. After "
+            "smaller shifts the first replicas soon leave what the model knows; larger ones stretch bonds too far",
+        ),
+        "start.strain": _strain(atoms),
     }
 
 
