@@ -156,7 +156,13 @@ def test_no_label_both_trains_and_calibrates(tmp_path: Path, monkeypatch: pytest
         atoms.calc = SinglePointCalculator(atoms, energy=float(k), forces=np.zeros((len(atoms), 3)))
         labels.append(atoms)
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(models, "export_checkpoints", lambda *given: (asked.append(given), given[6].touch()))
+
+    def export(*given: Any) -> dict[str, Any]:
+        asked.append(given)
+        given[6].touch()
+        return {"uncertainty": {name: {"attainable": 0.95} for name in ("energy", "forces")}}
+
+    monkeypatch.setattr(models, "export_checkpoints", export)
     events = EventLog(tmp_path / "events.jsonl")
     training, validation, calibration = labels[:1], labels[1:2], labels[2:] if own else []
     settings, once = make_settings(tmp_path), Stages(tmp_path, events, {})
