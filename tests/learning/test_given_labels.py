@@ -230,6 +230,17 @@ def test_mistakes_are_told_before_anything_is_done(tmp_path: Path, start: dict[s
         verify(settings(tmp_path, shaken(3), start), tmp_path)
 
 
+@pytest.mark.parametrize("start", [{"file": "start.extxyz"}, {}], ids=["other start", "among labels"])
+def test_labels_of_two_states_are_refused(tmp_path: Path, start: dict[str, str]) -> None:
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+    given = shaken(3)
+    given[2].info["charge"] = 1
+    made = settings(tmp_path, given, start)
+    with pytest.raises(SettingsError, match=r"have.extxyz.* frames? .*charge .*which a model cannot tell apart"):
+        verify(made, tmp_path)
+    verify(settings(tmp_path, given, start | {"mixed_states": True}), tmp_path)
+
+
 def test_one_label_is_not_enough(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="has only one structure"):
         verify(settings(tmp_path, shaken(1)), tmp_path)

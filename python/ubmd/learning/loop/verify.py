@@ -68,6 +68,8 @@ def verify(
     model_to_start_from(settings, base)
     check_start(structures, settings)
     check_states(structures, settings)
+    if settings.start.file is not None and not settings.start.mixed_states:
+        _check_given_states(structures, given, settings)
     _check_sampled(structures[0], settings, base)
     smallest = min(len(atoms) for atoms in structures)
     for name, indices in settings.variables.torsions.items():
@@ -120,6 +122,21 @@ def _check_given(given: list[Atoms], settings: RunSettings, remark: Callable[[st
         )
     for sentence in given_remarks(given, settings):
         remark(sentence)
+
+
+def _check_given_states(structures: list[Atoms], given: list[Atoms], settings: RunSettings) -> None:
+    """SettingsError if given labels are of another state than the start structures: a model cannot tell them apart."""
+    n = len(structures)
+
+    def name(k: int) -> str:
+        return f"frame {k} of {settings.start.file}" if k < n else f"frame {given[k - n].info['replica']}"
+
+    for first, second, difference in mixed_states([*structures, *given], settings.reference.info):
+        if second >= n:
+            raise SettingsError(
+                f"{settings.start.labels}: {name(second)} has the same composition as {name(first)} but {difference}, "
+                "which a model cannot tell apart: start from one state, or set start.mixed_states = true."
+            )
 
 
 def _check_sampled(atoms: Atoms, settings: RunSettings, base: Path) -> None:
