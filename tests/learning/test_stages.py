@@ -98,6 +98,12 @@ def test_append_once_repairs_and_repeats(tmp_path: Path) -> None:
         path.write_bytes(content[:cut])
         assert append_once(path, end, structures[2:], appended.append) == whole_end
         assert path.read_bytes() == content
+    for cut in (0, end - 5, whole_end - 1):  # several at once: the same bytes, from wherever they were cut
+        path.write_bytes(content[:cut])
+        reported: list[int] = []
+        assert append_once(path, 0, structures, reported.append, at_once=3) == whole_end
+        assert path.read_bytes() == content
+        assert reported[-1] == 3
     path.write_bytes(content[: end - 5])
     with pytest.raises(DataError, match=r"is shorter than the labels that were written to it"):
         append_once(path, end, structures[2:], appended.append)

@@ -63,12 +63,21 @@ def fresh_sides(sides: Sequence[str], share: float, rng: np.random.Generator) ->
     return new
 
 
-def append_once(path: Path, offset: int, labels: Sequence[Atoms], report: Callable[[int], None]) -> int:
+def append_once(
+    path: Path, offset: int, labels: Sequence[Atoms], report: Callable[[int], None], at_once: int = 1
+) -> int:
     """Make bytes from ``offset`` on in an extxyz file begin with these structures; returns where they end.
 
     Appends one by one, each on disk before the next. What is already there stays; an unfinished frame of an earlier
     attempt is cut off first. Only the newest batch may be unfinished, so later batches are never touched. A file that
     continues differently is copied aside before it is cut: no label is ever lost.
+
+    Args:
+        path: the file.
+        offset: where these labels begin.
+        labels: one batch.
+        report: called with the number of the last label that is on disk.
+        at_once: labels that are written together; more than one only if they are in another file, too.
     """
     frames = [as_extxyz([atoms]).encode() for atoms in labels]
     content = b"".join(frames)
@@ -86,9 +95,10 @@ def append_once(path: Path, offset: int, labels: Sequence[Atoms], report: Callab
     if path.exists():
         with path.open("r+b") as handle:
             handle.truncate(offset + sum(map(len, frames[:complete])))
-    for k in range(complete, len(labels)):
-        append_structures(path, [labels[k]])
-        report(k)
+    for first in range(complete, len(labels), at_once):
+        some = labels[first : first + at_once]
+        append_structures(path, some)
+        report(first + len(some) - 1)
     return offset + len(content)
 
 

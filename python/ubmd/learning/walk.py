@@ -270,8 +270,8 @@ class Walk(Generic[E]):
             and len(self.folder.read_history()) > number
         )
 
-    def _append(self, number: int, labelled: list[Atoms], rejected: list[Atoms]) -> None:
-        """Give labels their numbers, and write them behind the data set, one by one."""
+    def _append(self, number: int, labelled: list[Atoms], rejected: list[Atoms], at_once: int = 1) -> None:
+        """Give labels their numbers, and write them behind the data set, one by one (or ``at_once``)."""
         jumps = energy_jumps(labelled, self.dataset, self.settings.reference.energy_limit)
         for k, reason in jumps.items():
             labelled[k].calc = None
@@ -286,6 +286,7 @@ class Walk(Generic[E]):
             self._dataset_bytes,
             labelled,
             lambda k: self.events.write("label_appended", **{self.unit: number}, label=len(self.dataset) + k),
+            at_once,
         )
         self.dataset += labelled
         if rejected:

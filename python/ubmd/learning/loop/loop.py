@@ -88,6 +88,9 @@ def run(
     return Path(settings.run_dir)
 
 
+_AT_ONCE = 100  # given labels that are written together; they are in the user's file, too
+
+
 class Loop(Walk[IterationEntry]):
     """One execution of a run, from its beginning."""
 
@@ -187,7 +190,7 @@ class Loop(Walk[IterationEntry]):
             self._label_again([self.given[k] for k in to_check(self.given)])
         for atoms in (*self.given, *self._refused):
             atoms.info |= {"iteration": START, "step": 0, "given": True}
-        self._append(START, self.given, self._refused)
+        self._append(START, self.given, self._refused, at_once=_AT_ONCE)
 
     def _label_again(self, given: list[Atoms]) -> None:
         """Label some given structures with the reference of the run, and compare.
