@@ -97,7 +97,7 @@ def main() -> None:
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].plot([], [], "-", color="tab:orange", label="biased")
     axes[0].plot([], [], "--", color="tab:blue", label="not biased")
-    axes[0].legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(arguments.out, dpi=150)
     print(f"Picture: {arguments.out}")
 
