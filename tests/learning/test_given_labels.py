@@ -20,7 +20,7 @@ from ubmd.data.labels import labels_of
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError, UbmdError
 from ubmd.learning import RunFolder, run
-from ubmd.learning.given import check_agreement, compare, given_remarks, to_check
+from ubmd.learning.given import check_agreement, compare, given_remarks, set_aside, to_check
 from ubmd.learning.loop.check import check
 from ubmd.learning.loop.verify import verify
 from ubmd.settings import RunSettings
@@ -181,7 +181,7 @@ def test_what_looks_wrong_is_told(tmp_path: Path) -> None:
     pressed.positions *= 0.75
     given.append(labelled(pressed))
     made = settings(tmp_path, given)
-    remarks = list(given_remarks(given, made))
+    remarks = list(given_remarks(given, set_aside(given, made.reference)[1], Path(FILE)))
     assert len(remarks) == 3
     assert remarks[0].startswith("have.extxyz: 1 of 8 labels are beyond the limits for new ones and are left out")
     assert remarks[1] == "have.extxyz: one frame is there more than once (1 and 5)."

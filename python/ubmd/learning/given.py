@@ -6,6 +6,7 @@ trained on them together with new ones, without a word.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,10 +120,8 @@ def set_aside(given: Sequence[Atoms], reference: ReferenceSettings) -> tuple[lis
     return usable, refused
 
 
-def given_remarks(given: Sequence[Atoms], settings: RunSettings) -> Iterator[str]:
-    """Sentences on labels that are there twice, nearly twice, or beyond the limits of the reference."""
-    file = settings.start.labels
-    _, refused = set_aside(given, settings.reference)
+def given_remarks(given: Sequence[Atoms], refused: Sequence[Atoms], file: Path) -> Iterator[str]:
+    """Sentences on labels that are there twice, nearly twice, or beyond the limits of the reference (``refused``)."""
     if refused:
         yield (
             f"{file}: {len(refused)} of {len(given)} labels are beyond the limits for new ones and are left out "
@@ -169,7 +168,7 @@ def to_check(given: Sequence[Atoms]) -> list[int]:
     """
     counts = element_counts(given)
     rows = [row.tobytes() for row in counts]
-    common = max(rows, key=lambda row: (rows.count(row), -rows.index(row)))
+    common = Counter(rows).most_common(1)[0][0]  # of equally frequent ones the first
     same = [k for k, row in enumerate(rows) if row == common]
     chosen = sorted({same[round(k)] for k in np.linspace(0, len(same) - 1, CHECKED)})
     for k in (rows.index(row) for row in dict.fromkeys(rows)):

@@ -14,8 +14,6 @@ from ubmd.potentials.interface import Adapts, Backend
 from ubmd.potentials.members import member_folders
 from ubmd.settings import ModelSettings
 
-_NAMES = ("model.pt",)  # of the file that is taken from a folder, if there is no checkpoint of the back end
-
 
 def file_to_start_from(source: Path, backend: Backend, key: str) -> Path:
     """The file that a path names: itself, or in a folder of a run or of a training its model.
@@ -24,7 +22,7 @@ def file_to_start_from(source: Path, backend: Backend, key: str) -> Path:
         SettingsError: there is none; ``key`` is what the sentence calls the path.
     """
     if source.is_dir():
-        found = next((source / name for name in (*_NAMES, backend.checkpoint) if (source / name).is_file()), None)
+        found = next((source / name for name in ("model.pt", backend.checkpoint) if (source / name).is_file()), None)
         if found is None:
             raise SettingsError(f"{key}: the folder {source} has no model.pt and no {backend.checkpoint}.")
         return found

@@ -114,6 +114,7 @@ class Loop(Walk[IterationEntry]):
         self.plan, changes = open_run(folder, settings, inputs, from_iteration, record, own)
         self.settings = self.plan.at(START)
         self.given, self._refused = set_aside(given, self.settings.reference)
+        self._again = to_check(self.given) if self.given and not self.settings.start.trust else []
         backend = backend_of(self.settings.model, base)
         super().__init__(base, folder, workers, listener, self.plan.threads, changes, IterationEntry)
         if record:  # of a run without labels: said once
@@ -186,8 +187,8 @@ class Loop(Walk[IterationEntry]):
                 f"{self.settings.start.labels} is read in another way than when the run in {self.folder.path} was "
                 "started ([labels]): set it back, or set another run_dir."
             )
-        if not self.settings.start.trust:
-            self._label_again([self.given[k] for k in to_check(self.given)])
+        if self._again:
+            self._label_again([self.given[k] for k in self._again])
         for atoms in (*self.given, *self._refused):
             atoms.info |= {"iteration": START, "step": 0, "given": True}
         self._append(START, self.given, self._refused, at_once=_AT_ONCE)
@@ -419,9 +420,8 @@ class Loop(Walk[IterationEntry]):
 
     def _calls(self) -> int:
         """Reference calculations for labels so far, those of rejected structures included."""
-        given, trust = len(self.given) + len(self._refused), self.settings.start.trust
-        again = len(to_check(self.given)) if self.given and not trust else 0
-        return len(self.dataset) + len(self.rejected) - given + again
+        given = len(self.given) + len(self._refused)
+        return len(self.dataset) + len(self.rejected) - given + len(self._again)
 
     def _report(self) -> None:
         """Pictures and tables of the run."""

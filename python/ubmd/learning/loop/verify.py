@@ -47,8 +47,8 @@ def verify(
         )
     given = read_given(settings, base, remark, tell)
     structures = read_start(settings, base, given)
-    if given:
-        _check_given(given, settings, remark)
+    if settings.start.labels is not None:
+        _check_given(given, settings, settings.start.labels, remark)
     present = elements_of([*structures, *given])
     found = ", ".join(present)
     for key, elements in (("bias.species", settings.bias.species), ("model.elements", settings.model.elements or ())):
@@ -107,20 +107,19 @@ def model_to_start_from(settings: RunSettings, base: Path) -> Path | None:
     return file_to_start_from(base / settings.start.model, backend, "start.model")
 
 
-def _check_given(given: list[Atoms], settings: RunSettings, remark: Callable[[str], None]) -> None:
+def _check_given(given: list[Atoms], settings: RunSettings, file: Path, remark: Callable[[str], None]) -> None:
     """SettingsError if given labels cannot be used in these settings; remarks on what may be a mistake in them."""
     usable, refused = set_aside(given, settings.reference)
     if not usable:
         raise SettingsError(
-            f"start.labels: no structure of {settings.start.labels} can be used (are its units eV and Å?); the first: "
+            f"start.labels: no structure of {file} can be used (are its units eV and Å?); the first: "
             f"{refused[0].info['reason']}"
         )
     if len(usable) + settings.start.count < _FEWEST:
         raise SettingsError(
-            f"start.labels: {settings.start.labels} has only one structure, and one more is needed for the validation: "
-            "set start.count."
+            f"start.labels: {file} has only one structure, and one more is needed for the validation: set start.count."
         )
-    for sentence in given_remarks(given, settings):
+    for sentence in given_remarks(given, refused, file):
         remark(sentence)
 
 
