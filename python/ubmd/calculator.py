@@ -31,12 +31,25 @@ _ASE_KEYWORDS = ("atoms", "label", "directory")  # of ASE's base class, those th
 
 
 class Evaluator:
-    """Energies, forces, stress and uncertainties of many structures from one model file, of whatever kind.
+    """A model file, loaded: energies, forces, stress and uncertainties of many structures, whatever kind it is of.
+
+    >>> import ubmd
+    >>> model = ubmd.Model("copper/model.pt")
+    >>> model.elements, model.cutoff
+    (['Cu'], 5.0)
 
     It can be pickled and copied. A pickle holds the model itself, so that it works where the file is not.
+
+    Args:
+        path: the file.
+        precision: 'mixed' (network in float32, sums in float64), 'double' or 'single', as for ``pair_style ubmd``.
+
+    Raises:
+        ModelError: the file is missing or corrupt.
     """
 
     def __init__(self, path: Path | str, precision: str = "mixed") -> None:
+        self.path = Path(path)
         module, record = load_with_record(Path(path), precision)
         with complete_record(Path(path)):
             self._take(module, record, precision)
@@ -55,7 +68,8 @@ class Evaluator:
         buffer = io.BytesIO()
         with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # as in `load_model`
             torch.jit.save(self.module, buffer)
-        return {"module": buffer.getvalue(), "metadata": self.metadata, "precision": self._precision}
+        kept = {"metadata": self.metadata, "precision": self._precision, "path": self.path}
+        return {"module": buffer.getvalue(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Inverse of `__getstate__`.
@@ -71,7 +85,11 @@ class Evaluator:
             if not operators and "ubmd::" in str(error):
                 raise ModelError("The model needs ubmd's compiled operators, which can't be loaded here.") from None
             raise
+        self.path = state["path"]
         self._take(module, state["metadata"], state["precision"])
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.path)!r}): {' '.join(self.elements)}, cutoff {self.cutoff:g} Å"
 
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
         """One prediction per structure."""
@@ -105,8 +123,17 @@ class Evaluator:
             return self._kind.atomic_uncertainty_gradient(atoms)
 
 
+
 class Calculator(AseCalculator):
     """ASE calculator of a ubmd model file.
+
+    >>> import ubmd
+    >>> from ase.build import bulk
+    >>> atoms = bulk("Cu", cubic=True)
+    >>> atoms.calc = ubmd.Calculator("copper/model.pt")
+    >>> energy, forces = atoms.get_potential_energy(), atoms.get_forces()  # eV, eV/Å
+    >>> atoms.calc.results["atomic_uncertainties"].shape  # eV/Å, calibrated
+    (4,)
 
     Stresses of slabs and wires have no components along their free directions.
 
@@ -133,10 +160,13 @@ class Calculator(AseCalculator):
         "atomic_uncertainties",
     ]
 
-    def __init__(self, path: Path | str, precision: str = "double", bias_force: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Path | str | Model, precision: str = "double", bias_force: float = 0.0, **kwargs: Any
+    ) -> None:
+        """``model``: file, or `Model`, which has its own precision."""
         _check_keywords(kwargs)
         super().__init__(**kwargs)
-        self.evaluator = Evaluator(path, precision)
+        self.evaluator = model if isinstance(model, Model) else Model(model, precision)
         self.bias_force = bias_force
 
     def set(self, **kwargs: Any) -> dict[str, Any]:

@@ -217,6 +217,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def named_file(base: Path, text: str) -> Path | None:
+    """The file under ``base`` that a text names; None if it names none, as a long text or one of several lines."""
+    try:
+        path = base / text
+        return path if text and path.is_file() else None
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        return None
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, or of the names and contents of all files in a folder."""
     if path.is_dir():

@@ -54,6 +54,7 @@ FLOORS = (
     ("learning.walk",),
     ("learning.loop", "learning.dynamic"),
     ("cli",),
+    ("api",),
 )
 """From the lowest to the highest; rooms of one floor do not know each other."""
 

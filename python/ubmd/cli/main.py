@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated, Any
 
@@ -13,11 +12,9 @@ import ubmd
 from ubmd.cli import INTERRUPTED
 from ubmd.errors import UbmdError
 from ubmd.files import why
-from ubmd.process import keep_freed_memory
+from ubmd.process import keep_freed_memory, spin_briefly
 
-# Idle OpenMP threads spin briefly, then sleep: read when torch is loaded, which commands do later. Long spinning slowed
-# training and prediction down up to 25 times where other programs used the cores too.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+spin_briefly()
 
 _HELP = """Uncertainty-biased molecular dynamics: learn interatomic potentials that are accurate everywhere.
 

@@ -81,14 +81,32 @@ def train(
     """
     with user_errors():
         settings = load_settings(settings_file, TrainSettings, [*(overrides or []), *label_overrides(label)])
-        if kind_of_settings(settings).of_crystal:
-            from ubmd.cli.fit import train_crystal
+        train_model(settings, settings_file.parent, fresh, source)
 
-            if source is not None:
-                raise SettingsError("--from is for networks: a force-constant potential is fitted at once.")
-            train_crystal(settings, settings_file.parent, fresh, make_console())
-        else:
-            _train(settings, settings_file.parent, fresh, source, Console())
+
+def train_model(
+    settings: TrainSettings, base: Path, fresh: bool = False, source: Path | None = None, quiet: bool = False
+) -> None:
+    """Train and export a model of either kind; prints how it goes, unless ``quiet``.
+
+    Args:
+        settings: of the training.
+        base: folder of the settings file.
+        fresh: start again, even if the folder has a checkpoint.
+        source: an earlier model to start from.
+        quiet: print remarks only.
+
+    Raises:
+        SettingsError, DataError, TrainingError: as their names say.
+    """
+    if not kind_of_settings(settings).of_crystal:
+        _train(settings, base, fresh, source, Console(quiet=quiet))
+        return
+    from ubmd.cli.fit import train_crystal
+
+    if source is not None:
+        raise SettingsError("--from is for networks: a force-constant potential is fitted at once.")
+    train_crystal(settings, base, fresh, Console(quiet=True) if quiet else make_console())
 
 
 def _train(settings: TrainSettings, base: Path, fresh: bool, source: Path | None, console: Console) -> None:

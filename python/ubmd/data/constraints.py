@@ -41,6 +41,8 @@ def check_free(atoms: Atoms) -> None:
 def is_fixed(atoms: Atoms) -> np.ndarray:
     """Whether each atom [n] is fixed, by FixAtoms or by the array ``fixed``."""
     fixed = np.zeros(len(atoms), dtype=bool)
+    if not atoms.constraints and FIXED not in atoms.arrays:
+        return fixed
     fixed[held_atoms(atoms)] = True
     noted = np.asarray(atoms.arrays.get(FIXED, fixed))
     return fixed | (noted.astype(bool) if noted.dtype.kind in "bui" else False)

@@ -34,6 +34,8 @@ def check_cell(atoms: Atoms) -> None:
     if not np.isfinite(cell).all():
         raise DataError("the cell contains NaN or infinity.")
     axes = np.flatnonzero(atoms.pbc)
+    if not len(axes):
+        return
     vectors = cell[axes]
     lengths = np.linalg.norm(vectors, axis=1)
     for axis, length in zip(axes, lengths, strict=True):

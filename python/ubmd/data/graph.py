@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from ase import Atoms
+from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 
 from ubmd.data.constraints import is_fixed
@@ -120,14 +121,10 @@ def build_graph(atoms: Atoms, elements: Sequence[str], cutoff: float) -> Graph:
         DataError: an element that is not in ``elements``, two atoms at the same place, or positions or a cell that no
             neighbour search can work with.
     """
-    index = {element: k for k, element in enumerate(elements)}
-    missing = sorted(set(atoms.symbols) - set(index))
-    if missing:
-        raise DataError(f"Element {missing[0]} is not one of the model's elements ({' '.join(elements)}).")
+    species = _species(atoms, elements)
     i, j, vectors = neighbours(atoms, cutoff)
     check_pairs(atoms, i, j, vectors)
     energy, forces, stress = _labels(atoms)
-    species = np.array([index[symbol] for symbol in atoms.symbols], dtype=np.int64)
     edge_index = np.stack([i, j])
     neighbour_counts = np.bincount(edge_index[0], minlength=len(atoms))
     return Graph(
@@ -136,13 +133,24 @@ def build_graph(atoms: Atoms, elements: Sequence[str], cutoff: float) -> Graph:
         edge_vector=torch.from_numpy(vectors),
         first=torch.from_numpy(np.concatenate([[0], np.cumsum(neighbour_counts)]).astype(np.int64)),
         neighbours=torch.from_numpy(species[edge_index[1]]),
-        volume=abs(float(np.linalg.det(atoms.cell.array))),
+        volume=abs(float(np.linalg.det(atoms.cell.array))) if atoms.cell.array.any() else 0.0,
         projector=torch.from_numpy(projector(atoms)) if is_partly_periodic(atoms) else None,
         energy=energy,
         forces=torch.from_numpy(forces),
         stress=torch.from_numpy(stress),
         fixed=torch.from_numpy(fixed) if (fixed := is_fixed(atoms)).any() else None,
     )
+
+
+def _species(atoms: Atoms, elements: Sequence[str]) -> np.ndarray:
+    """Index of each atom's element [n]; DataError for one that is not there."""
+    index = {atomic_numbers[element]: k for k, element in enumerate(elements)}
+    numbers = atoms.numbers.tolist()
+    try:
+        return np.array([index[number] for number in numbers], dtype=np.int64)
+    except KeyError:
+        missing = min(chemical_symbols[number] for number in numbers if number not in index)
+        raise DataError(f"Element {missing} is not one of the model's elements ({' '.join(elements)}).") from None
 
 
 def _labels(atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:

@@ -72,18 +72,20 @@ class NetworkEvaluator:
         if is_ensemble(self.module):
             # how the members differ: their common energy says nothing about uncertainty
             means = means - means.mean(1, keepdim=True)
-        sizes = batch.counts.tolist()
+        ends = np.cumsum(batch.counts.numpy())[:-1]
         virial = batch.stress_within(batch.virials_from(result.gradient)[:, VOIGT[0], VOIGT[1]]).numpy()
-        forces = batch.forces_from(result.gradient).split(sizes)
-        energies, atomic_u = result.energy.split(sizes), result.atomic_uncertainties().split(sizes)
+        energies = np.add.reduceat(result.energy.numpy(), [0, *ends])
+        forces = np.split(batch.forces_from(result.gradient).numpy(), ends)
+        atomic_u = np.split(result.atomic_uncertainties().numpy(), ends)
+        features = means.numpy() / self.feature_scale
         return [
             Prediction(
-                energy=float(energies[k].sum()),
-                forces=forces[k].numpy(),
+                energy=float(energies[k]),
+                forces=forces[k],
                 stress=virial[k] / volume if volume > 0.0 else None,
                 u=u[k],
-                atomic_u=atomic_u[k].numpy(),
-                feature=means[k].numpy() / self.feature_scale,
+                atomic_u=atomic_u[k],
+                feature=features[k],
             )
             for k, volume in enumerate(batch.volume.tolist())
         ]

@@ -14,6 +14,7 @@ from ase.calculators.abc import GetPropertiesMixin
 
 from ubmd.errors import SettingsError, UbmdError, describe
 from ubmd.faults import check_machine, in_worker
+from ubmd.files import named_file
 from ubmd.imports import import_attribute, not_installed
 from ubmd.references.arguments import check_arguments
 from ubmd.settings import ReferenceSettings
@@ -24,6 +25,7 @@ READY_MADE = {
     "tblite": "ubmd.references.tblite:tblite",
     "cp2k": "ubmd.references.cp2k:cp2k",
     "espresso": "ubmd.references.espresso:espresso",
+    "pickled": "ubmd.references.pickled:pickled",  # one that was given from Python
     "quickff_mil53": "ubmd.references.quickff:quickff_mil53",  # of lammps_examples/mil53, by the name it once had
 }
 """Short names of the references that ship with the package."""
@@ -130,6 +132,5 @@ def _resolve(value: Any, base: Path) -> Any:
         return {key: _resolve(item, base) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_resolve(item, base) for item in value]
-    if isinstance(value, str) and value and (base / value).is_file():
-        return str((base / value).resolve())
-    return value
+    path = named_file(base, value) if isinstance(value, str) else None
+    return value if path is None else str(path.resolve())

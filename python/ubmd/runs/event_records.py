@@ -17,6 +17,7 @@ from ubmd.runs.records import Errors, ForceErrors, MayLack, Record
 class Event(Record):
     """What all events have; one of a kind that this version does not know has nothing else."""
 
+    event: str = Field(description="its kind")
     time: MayLack[str] = Field(description="ISO 8601, UTC")
     iteration: int | None = Field(None, description="of a loop; -1: the first labels")
     round: int | None = Field(None, description="of a dynamic run; -1: the first labels")
@@ -188,6 +189,14 @@ class Epoch(Event):
     event: Literal["epoch"]
     epoch: int
     epochs: int = Field(description="of the whole training")
+    seconds: float | None = Field(None, description="that the epoch took")
+    loss: float | None = Field(None, description="weighted squared errors per structure (no unit)")
+    train_energy_rmse_meV_per_atom: float | None = Field(None, description="during the epoch, meV/atom")
+    train_force_rmse_eV_per_A: float | None = Field(None, description="of force components, eV/Å")
+    train_stress_rmse_MPa: float | None = Field(None, description="of stress components, MPa")
+    valid_energy_rmse_meV_per_atom: float | None = Field(None, description="on validation labels, meV/atom")
+    valid_force_rmse_eV_per_A: float | None = Field(None, description="of force components, eV/Å")
+    valid_stress_rmse_MPa: float | None = Field(None, description="of stress components, MPa")
 
 
 class MDSteps(Event):

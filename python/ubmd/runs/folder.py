@@ -11,6 +11,7 @@
     model.pt              the newest model
     start_model.pt        a copy of the model that the first training started from (start.model)
     report/               pictures and tables
+    inputs/               structures and calculator that `ubmd.run` was given as objects
     start/, test/         first labels, and parts of the test set
     given/                labels of the user (start.labels) that were made again, to compare them
     iterations/iter_NNN/  train/, model.pt, frames_RRR.extxyz, replicas.json, selected.json, labels/ of one iteration;

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ubmd.files import file_hash
+from ubmd.files import file_hash, named_file
 
 
 def input_hashes(files: Mapping[str, Path], arguments: Mapping[str, Any], base: Path) -> dict[str, str]:
@@ -30,6 +30,5 @@ def _argument_hashes(key: str, value: Any, base: Path) -> dict[str, str]:
         return {k: v for name, item in value.items() for k, v in _argument_hashes(f"{key}.{name}", item, base).items()}
     if isinstance(value, list | tuple):
         return {k: v for n, item in enumerate(value) for k, v in _argument_hashes(f"{key}.{n}", item, base).items()}
-    if isinstance(value, str) and value and (base / value).is_file():
-        return {key: file_hash(base / value)}
-    return {}
+    path = named_file(base, value) if isinstance(value, str) else None
+    return {} if path is None else {key: file_hash(path)}

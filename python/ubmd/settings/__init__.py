@@ -20,7 +20,7 @@ from ubmd.settings.run import (
     VariablesSettings,
     WorkerSettings,
 )
-from ubmd.settings.table import Table, load_settings, make_settings
+from ubmd.settings.table import Table, load_settings, make_settings, read_tables
 
 __all__ = [
     "CRYSTAL_UNCERTAINTY",
@@ -48,4 +48,5 @@ __all__ = [
     "WorkerSettings",
     "load_settings",
     "make_settings",
+    "read_tables",
 ]

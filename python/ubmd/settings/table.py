@@ -28,15 +28,20 @@ def load_settings(path: Path, kind: type[T], overrides: Sequence[str] = ()) -> T
     Raises:
         SettingsError: one sentence that names the exact key and, for a typo, the nearest valid name.
     """
+    values = read_tables(path)
+    return make_settings(kind, values, overrides, str(path))
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """What a TOML file holds, unchecked; SettingsError if it is not there or no TOML."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise SettingsError(f"There is no settings file {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read as a settings file: {error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path} is not valid TOML: {error}.") from None
-    return make_settings(kind, values, overrides, str(path))
 
 
 def make_settings(kind: type[T], values: dict[str, Any], overrides: Sequence[str] = (), source: str = "settings") -> T:

@@ -23,14 +23,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
@@ -144,15 +145,35 @@ class _NoLock:
 
 
 class _Process(SpawnProcess):
-    """A process that Ctrl-C in a terminal does not reach while it starts; see `inside.initialise`."""
+    """A process that Ctrl-C in a terminal does not reach while it starts; see `inside.initialise`.
+
+    It does not import the driver's script, as multiprocessing would do: tasks are functions of this package, and a
+    script that calls `ubmd.run` without "if __name__ == '__main__':" would be run again.
+    """
 
     def start(self) -> None:
         """Start it with SIGINT blocked: before it can handle the signal, it would end with a traceback."""
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            super().start()
+            with _no_main_script():
+                super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+_starting = threading.Lock()
+
+
+@contextmanager
+def _no_main_script() -> Iterator[None]:
+    """Let multiprocessing find no script of this process: it looks at ``__main__`` while it starts another one."""
+    with _starting:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
 
 
 class _Spawn(SpawnContext):
@@ -336,7 +357,7 @@ def _end_of(code: int | None, began: bool = True) -> tuple[str, str]:
     else:
         kind, reason = "TaskCrashed", f"The worker process ended by itself with exit code {code}."
     if not began:
-        return "WorkersLost", f"{reason[:-1]} before it began the task.{_unguarded()}"
+        return "WorkersLost", f"{reason[:-1]} before it began the task."
     return kind, reason
 
 
@@ -345,17 +366,7 @@ def _not_started(error: BaseException) -> str:
     fault = machine_fault(error)
     if fault:
         return f"{_UNSTARTED}: {fault}."
-    return f"The worker process was lost ({one_line(error)}).{_unguarded()}"
-
-
-def _unguarded() -> str:
-    """What to do where each new process runs the driver's script again, because multiprocessing imports it."""
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    try:
-        guarded = script is None or "__name__" in Path(script).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        guarded = True
-    return "" if guarded else f" Put what {script} does below a line if __name__ == '__main__': workers import it."
+    return f"The worker process was lost ({one_line(error)})."
 
 
 def outcome(future: Future[Any]) -> Any:
