@@ -11,12 +11,22 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Calculator": "ubmd.calculator",
+    "Evaluation": "ubmd.measure.evaluation",
     "GaussianMomentNetwork": "ubmd.potentials.gmnn.model",
     "RunSettings": "ubmd.settings",
+    "evaluate": "ubmd.measure.evaluation",
     "load_settings": "ubmd.settings",
 }
 
-__all__ = ["Calculator", "GaussianMomentNetwork", "RunSettings", "__version__", "load_settings"]
+__all__ = [
+    "Calculator",
+    "Evaluation",
+    "GaussianMomentNetwork",
+    "RunSettings",
+    "__version__",
+    "evaluate",
+    "load_settings",
+]
 
 
 def __getattr__(name: str) -> Any:

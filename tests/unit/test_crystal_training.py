@@ -19,7 +19,7 @@ from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
-from ubmd.measure.errors import accuracy
+from ubmd.measure.evaluation import evaluate
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.fit import (
     Errors,
@@ -128,8 +128,7 @@ def test_errors_on_a_test_set(trained, data):
     """Independent of the training code: labels of LAMMPS against the file."""
     output, _ = trained
     structures = read_structures(data / "test.extxyz", labelled=True)
-    predictions = Evaluator(output / "model.pt").predict(structures)
-    result = accuracy(predictions, structures)
+    result = evaluate(output / "model.pt", structures).errors()
     rms = np.sqrt(np.mean([atoms.get_forces() ** 2 for atoms in structures]))
     assert rms > 0.5
     assert result["force_rmse_eV_per_A"] < 0.05 * rms
@@ -293,7 +292,7 @@ def test_calibration_holds_on_the_validation_set(trained, data):
     output, _ = trained
     structures = read_structures(data / "validation.extxyz", labelled=True)
     evaluator = Evaluator(output / "model.pt")
-    result = accuracy(evaluator.predict(structures), structures)
+    result = evaluate(evaluator, structures).errors()
     n = len(structures) * len(structures[0])
     assert result["force_share_below_u"] == pytest.approx(np.ceil(0.9 * (n + 1)) / n, abs=1.5 / n)  # u_i at its error
     record = evaluator.metadata["uncertainty"]

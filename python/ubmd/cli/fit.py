@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ubmd.cli.tables import fit_tables
-from ubmd.cli.training_progress import fit_progress
+from ubmd.cli.training_progress import count_progress
 from ubmd.errors import DataError
 from ubmd.files import check_outputs, write_text
 from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
@@ -53,7 +53,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"cluster basis: {basis.n_parameters} parameters, {time.monotonic() - start:.1f} s", highlight=False)
     energy = None if ideal_energy is None else ideal_energy / (len(ideal) / len(basis.lattice.numbers))
-    with fit_progress(console) as report:
+    with count_progress(console) as report:
         fit = fit_crystal(
             basis, training_set, validation_set, settings.crystal, settings.uncertainty, energy, progress=report
         )

@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ubmd.cli.completion import keys_of_export, keys_of_training
-from ubmd.cli.console import make_console, print_remarks, print_taken, shown, user_errors
+from ubmd.cli.console import make_console, print_remarks, print_taken, user_errors
+from ubmd.cli.evaluate import evaluate
 from ubmd.cli.info import info
 from ubmd.cli.labels import LabelOption, label_mapping, label_overrides
-from ubmd.cli.tables import accuracy_table, confidence_remarks
+from ubmd.cli.tables import confidence_remarks
 from ubmd.cli.training_progress import training_progress
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
@@ -207,46 +208,6 @@ def _training_summary(found: Summary, counts: Mapping[str, int]) -> Table:
         if any(value is not None for value in values):
             table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values), unit)
     return table
-
-
-# ----------------------------------------------------------------------------------------------- eval
-
-
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Model file, e.g. model.pt.")],
-    data: Annotated[Path, typer.Argument(help="Labelled structures (extxyz, or any format that ASE reads).")],
-    precision: Annotated[str, typer.Option(help="mixed, single or double.")] = "mixed",
-    label: LabelOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Compare a model with labelled structures: errors, and how often they stay below the uncertainty.
-
-    Labels in eV, eV/Å and eV/Å^3, tension positive, or as --label says; a virial in eV is the stress -virial/volume.
-    "energy" is used, not "free_energy", unless --label energy=free_energy is given. It is printed which keys were read,
-    and, as a remark, whatever looks like a mistake.
-    """
-    from ubmd.calculator import Evaluator
-    from ubmd.cli.structure_table import describe
-    from ubmd.data.structures import read_contents
-    from ubmd.measure.errors import accuracy, check_finite
-
-    with user_errors():
-        evaluator = Evaluator(model, precision)
-        remarks: list[str] = []
-        contents = read_contents(data, label_mapping(label), labelled=True, remark=remarks.append)
-        predictions = evaluator.predict(contents.structures)
-        check_finite(predictions, str(data))
-        result = accuracy(predictions, contents.structures)
-        if as_json:
-            print_remarks(remarks)
-            print(json.dumps(result, indent=2, allow_nan=False))
-            return
-        console = make_console()
-        console.print(describe(contents.structures, shown(str(data))))
-        print_taken([f"{data}: {contents.taken}."], console)
-        print_remarks(remarks)
-        console.print(accuracy_table(result, evaluator.metadata))
-        print_remarks(confidence_remarks(evaluator.metadata))
 
 
 # -------------------------------------------------------------------------------- info, export, schema
