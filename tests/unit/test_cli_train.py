@@ -92,6 +92,8 @@ def test_train_prints_data_progress_and_errors(folder):
         "meV/atom",
         "MPa",
         "kept: epoch",
+        " s per epoch, ",
+        "in new structures like these, on average at least 70 % of energies have an error below u, and about 70 %",
         "model.pt",
     ):
         assert expected in out

@@ -27,7 +27,7 @@ from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.potentials.kinds import kind_of_settings
 from ubmd.settings import USUAL_INFO, TrainSettings, UncertaintySettings, load_settings, make_settings
-from ubmd.texts import counted
+from ubmd.texts import counted, wall_time
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -96,6 +96,7 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, source: Path | None
     """Train and export a network of any back end; ``base`` is the folder of the settings file."""
     from ubmd.cli.structure_table import describe
     from ubmd.data.labels import dataset_hash
+    from ubmd.measure.confidence import promise
     from ubmd.potentials.fitting import export_checkpoints
     from ubmd.potentials.interface import Labels, Prolongs, TrainingTable
     from ubmd.potentials.kinds import check_backend
@@ -129,6 +130,7 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, source: Path | None
     )
     for checkpoint in checkpoints:
         _print_summary(backend, checkpoint.parent, console, counts)
+    _print_if_any(promise(metadata["uncertainty"]), console)
     print_remarks(confidence_remarks(metadata))
     console.print(f"model: {path}", soft_wrap=True, markup=False)
 
@@ -194,7 +196,7 @@ def _print_summary(backend: Backend, folder: Path, console: Console, counts: Map
 
 def _training_summary(found: Summary, counts: Mapping[str, int]) -> Table:
     """RMSEs of the kept weights."""
-    table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}")
+    table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}", caption=_time(found))
     behind = {part: counted(count, "structure") for part, count in counts.items()}
     training, validation = f"training (during the epoch; {behind['train']})", f"validation ({behind['valid']})"
     for column in ("RMSE", training, validation, "unit"):
@@ -208,6 +210,13 @@ def _training_summary(found: Summary, counts: Mapping[str, int]) -> Table:
         if any(value is not None for value in values):
             table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values), unit)
     return table
+
+
+def _time(found: Summary) -> str | None:
+    """Seconds per epoch, and of all; None for a back end that does not measure them."""
+    if found.seconds is None:
+        return None
+    return f"{found.seconds / max(1, found.epochs):.2g} s per epoch, {wall_time(found.seconds)} in all"
 
 
 # -------------------------------------------------------------------------------- info, export, schema

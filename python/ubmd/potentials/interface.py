@@ -129,6 +129,8 @@ class Summary:
     """what `Report` was told about the epoch whose weights are in the checkpoint"""
     epochs: int
     """that were trained"""
+    seconds: float | None = None
+    """that they took together, those before an interruption included"""
 
 
 class Backend(Protocol):
