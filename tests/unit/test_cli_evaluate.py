@@ -122,7 +122,7 @@ def test_files_are_written_where_one_says_and_hold_predictions(folder, tmp_path,
         "mine.txt",
         "parity.png",
         "predictions.extxyz",
-        "uncertainty.png",
+        "uncertainties.png",
         "worst.extxyz",
     }
     assert out.count("wrote out/") == 6

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ubmd.measure.evaluation import Evaluation, WorstAtom
 
 USUAL_GROUPS = "config_type"
-FILES = ("errors.json", "predictions.extxyz", "worst.extxyz", "parity.png", "calibration.png", "uncertainty.png")
+FILES = ("errors.json", "predictions.extxyz", "worst.extxyz", "parity.png", "calibration.png", "uncertainties.png")
 
 
 def evaluate(
@@ -206,7 +206,7 @@ def _draw(folder: Path, found: Evaluation) -> None:
             [("$u_i$ (eV/Å)", "RMSE($F_i$) (eV/Å)"), ("max $u_i$ (eV/Å)", "max RMSE($F_i$) (eV/Å)")],
         )
     if len(found):
-        figures.max_u_figure(found.max_u, folder / "uncertainty.png")
+        figures.max_u_figure(found.max_u, folder / "uncertainties.png")
 
 
 def _print(files: dict[Path, Contents], result: Mapping[str, Any], record: dict[str, Any], remarks: list[str]) -> None:
