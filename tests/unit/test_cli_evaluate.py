@@ -66,7 +66,7 @@ def test_tables_say_what_the_object_says(folder):
         f"{errors['force_rmse_eV_per_A']:.4g}",
         f"{errors['force_mae_eV_per_A']:.4g}",
         "eV/Å",
-        f"{errors['force_rmse_percent']:.3g} % of rms force",
+        f"{errors['force_rmse_percent']:.3g} %",
     ]
     by_element = cells(out, "by element")
     assert [row[:2] for row in by_element] == [["Au", "6"], ["Cu", "18"]]
@@ -212,3 +212,17 @@ def test_long_evaluations_say_how_long_they_take(monkeypatch, capsys):
     assert capsys.readouterr().out == (
         "40 of 100 structures, 20 s, about 30 s to go\n80 of 100 structures, 40 s, about 10 s to go\n"
     )
+
+
+def test_tables_fit_into_eighty_columns(folder):
+    """Nothing of the headings may be cut off."""
+    app = typer.Typer()
+    register(app)
+    files = [str(folder / f"{name}.extxyz") for name in ("test", "mixed")]
+    result = CliRunner().invoke(app, ["eval", str(folder / "model.pt"), *files], env={"COLUMNS": "80"})
+    assert result.exit_code == 0
+    tables = [line for line in result.stdout.splitlines() if line[:1] in "│┃┏└"]
+    assert max(map(len, tables)) <= 80
+    assert "…" not in result.stdout
+    for word in ("relative", "structures", "config_type", "meV/atom"):
+        assert word in result.stdout

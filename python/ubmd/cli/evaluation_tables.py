@@ -12,29 +12,30 @@ from ubmd.potentials.kinds import kind_of_record
 from ubmd.texts import counted
 
 Errors = Mapping[str, Any]
+_MEANING = "relative: RMSE over spread of energies, over rms force\nmaxima: the largest of each structure"
 
 
 def accuracy_table(errors: Errors, record: dict[str, Any]) -> Table:
     """Errors of everything that has labels."""
     made_for = ", ".join(_promise(name, record["uncertainty"]) for name in ("energy", "forces"))
-    caption = f"confidence of u: {made_for}"
+    caption = f"confidence of u: {made_for}\n{_MEANING}"
     if kind_of_record(record).of_crystal and errors["stress_rmse_MPa"] is not None:
         caption += "\nstresses of the model do not include that of the ideal crystal"
     total, labelled = errors["structures"], errors["labelled"]
     which = counted(total, "structure") if labelled == total else f"{labelled} of {total} structures with labels"
     table = Table(title=f"errors: {which}", caption=caption)
-    for column in ("quantity", "RMSE", "MAE", "unit", "relative RMSE", "errors below u"):
+    for column in ("quantity", "RMSE", "MAE", "unit", "relative", "errors below u"):
         table.add_column(column)
-    for name, unit, text, base, share in (
-        ("energy", "meV_per_atom", "meV/atom", "spread", _share(errors["energy_share_below_u"], "structures")),
-        ("force", "eV_per_A", "eV/Å", "rms force", _share(errors["force_share_below_u"], "atoms")),
-        ("", "", "", "", _share(errors["max_force_share_below_u"], "structures' maxima")),
-        ("stress", "MPa", "MPa", "", ""),
+    for name, unit, text, share in (
+        ("energy", "meV_per_atom", "meV/atom", _share(errors["energy_share_below_u"], "structures")),
+        ("force", "eV_per_A", "eV/Å", _share(errors["force_share_below_u"], "atoms")),
+        ("", "", "", _share(errors["max_force_share_below_u"], "maxima")),
+        ("stress", "MPa", "MPa", ""),
     ):
         values = [errors.get(f"{name}_{kind}_{unit}") for kind in ("rmse", "mae")]
         relative = errors.get(f"{name}_rmse_percent")
         if values[0] is not None or (not name and share):
-            part = "" if relative is None else f"{relative:.3g} % of {base}"
+            part = "" if relative is None else f"{relative:.3g} %"
             table.add_row(name, *map(_number, values), text, part, share)
     return table
 
@@ -51,21 +52,22 @@ _Column = tuple[str, str, float]
 """key, format and factor"""
 
 _OF_ELEMENTS: dict[str, _Column] = {
-    "force RMSE, eV/Å": ("force_rmse_eV_per_A", ".4g", 1.0),
-    "relative, %": ("force_rmse_percent", ".3g", 1.0),
-    "largest RMSE(F_i), eV/Å": ("max_force_error_eV_per_A", ".4g", 1.0),
-    "mean u_i, eV/Å": ("mean_u_eV_per_A", ".4g", 1.0),
-    "largest u_i, eV/Å": ("max_u_largest_eV_per_A", ".4g", 1.0),
-    "below u_i, %": ("force_share_below_u", ".1f", 100.0),
+    "force\nRMSE\neV/Å": ("force_rmse_eV_per_A", ".4g", 1.0),
+    "relative\n%": ("force_rmse_percent", ".3g", 1.0),
+    "largest\nerror\neV/Å": ("max_force_error_eV_per_A", ".4g", 1.0),
+    "mean\nu_i\neV/Å": ("mean_u_eV_per_A", ".4g", 1.0),
+    "largest\nu_i\neV/Å": ("max_u_largest_eV_per_A", ".4g", 1.0),
+    "below\nu_i\n%": ("force_share_below_u", ".1f", 100.0),
 }
 _OF_GROUPS: dict[str, _Column] = {
-    "energy RMSE, meV/atom": ("energy_rmse_meV_per_atom", ".4g", 1.0),
-    "force RMSE, eV/Å": ("force_rmse_eV_per_A", ".4g", 1.0),
-    "relative, %": ("force_rmse_percent", ".3g", 1.0),
-    "stress RMSE, MPa": ("stress_rmse_MPa", ".4g", 1.0),
-    "median max u_i, eV/Å": ("max_u_median_eV_per_A", ".3g", 1.0),
-    "maxima below u, %": ("max_force_share_below_u", ".1f", 100.0),
+    "energy\nRMSE\nmeV/atom": ("energy_rmse_meV_per_atom", ".4g", 1.0),
+    "force\nRMSE\neV/Å": ("force_rmse_eV_per_A", ".4g", 1.0),
+    "relative\n%": ("force_rmse_percent", ".3g", 1.0),
+    "stress\nRMSE\nMPa": ("stress_rmse_MPa", ".4g", 1.0),
+    "median\nmax u_i\neV/Å": ("max_u_median_eV_per_A", ".3g", 1.0),
+    "maxima\nbelow u\n%": ("max_force_share_below_u", ".1f", 100.0),
 }
+"""headings in lines: the tables fit into 80 columns"""
 
 
 def element_table(by_element: Mapping[str, Errors]) -> Table:
@@ -84,7 +86,7 @@ def _rows(first: str, count: str, parts: Mapping[str, Errors], columns: Mapping[
     table = Table(title=f"by {first}")
     table.add_column(first, overflow="fold")
     for column in (count, *used):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, part in parts.items():
         values = [
             _number(None if part[key] is None else factor * part[key], form) for key, form, factor in used.values()
@@ -99,7 +101,7 @@ def worst_table(title: str, rows: Sequence[Mapping[str, Any]], files: bool) -> T
     table = Table(title=title)
     if files:
         table.add_column("file", overflow="fold")
-    for column in ("frame, from 0", "atom, from 0", "element", *(["RMSE(F_i), eV/Å"] if compared else []), "u_i, eV/Å"):
+    for column in ("frame\nfrom 0", "atom\nfrom 0", "element", *(["RMSE(F_i)\neV/Å"] if compared else []), "u_i\neV/Å"):
         table.add_column(column, justify="left" if column == "element" else "right")
     for row in rows:
         where = [*([shown(row["file"])] if files else []), str(row["frame"]), str(row["atom"]), row["element"]]
