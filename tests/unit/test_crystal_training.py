@@ -124,6 +124,12 @@ def trained(data, tmp_path_factory) -> tuple[Path, str]:
     return output, text
 
 
+def test_the_promise_of_the_calibration_is_printed(trained):
+    _, text = trained
+    assert "in new structures like these, on average at least" in text
+    assert "and about 90 % of atoms have a force error below u_i." in text
+
+
 def test_errors_on_a_test_set(trained, data):
     """Independent of the training code: labels of LAMMPS against the file."""
     output, _ = trained

@@ -27,6 +27,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
     from ubmd.cli.console import print_remarks, print_taken
     from ubmd.cli.structure_table import describe
     from ubmd.data.labels import dataset_hash
+    from ubmd.measure.confidence import promise
     from ubmd.potentials.force_constants.export import export_crystal
     from ubmd.potentials.force_constants.fit import cached_basis, fit_crystal
     from ubmd.potentials.force_constants.ideal import describe_symmetry
@@ -65,7 +66,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         "n_training": len(training_set),
         "settings": _effective(settings),
     }
-    export_crystal(
+    record = export_crystal(
         basis,
         fit.posterior,
         folder / "model.pt",
@@ -79,6 +80,8 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         console.print(table)
     for line in _remarks(fit):
         console.print(line, highlight=False, soft_wrap=True)
+    promised = promise({**record["uncertainty"], "atoms_by": settings.uncertainty.atoms_by})
+    console.print(promised, highlight=False, soft_wrap=True, markup=False)
     for name, path in (("picture", _picture(fit, folder / "uncertainty.png")), ("model", folder / "model.pt")):
         console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
 

@@ -216,7 +216,8 @@ def _time(found: Summary) -> str | None:
     """Seconds per epoch, and of all; None for a back end that does not measure them."""
     if found.seconds is None:
         return None
-    return f"{found.seconds / max(1, found.epochs):.2g} s per epoch, {wall_time(found.seconds)} in all"
+    each = found.seconds / max(1, found.epochs)
+    return f"{wall_time(each) if each >= 1.0 else f'{each:.2g} s'} per epoch, {wall_time(found.seconds)} in all"
 
 
 # -------------------------------------------------------------------------------- info, export, schema

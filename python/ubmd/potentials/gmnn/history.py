@@ -33,9 +33,9 @@ _PANELS = (
     ("force_rmse_eV_per_A", "Force RMSE (eV/Å)"),
     ("stress_rmse_MPa", "Stress RMSE (MPa)"),
 )
-# Light and thin against dark and thick: told apart in print without colours, and with every kind of colour vision.
+# Light and thin on top of dark and thick: told apart in print without colours, and with every kind of colour vision.
 _STYLES: dict[str, dict[str, Any]] = {
-    "train": {"label": "training", "color": "#56B4E9", "linewidth": 1.0},
+    "train": {"label": "training", "color": "#56B4E9", "linewidth": 1.0, "zorder": 2.5},
     "valid": {"label": "validation", "color": "#B34700", "linewidth": 1.8},
 }
 _MARKERS = {"train": "o", "valid": "s"}
