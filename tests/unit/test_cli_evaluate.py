@@ -15,7 +15,7 @@ from ase import Atoms
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ubmd import evaluate
+from ubmd import Calculator, evaluate
 from ubmd.cli import training_progress
 from ubmd.cli.train import register
 from ubmd.data.extxyz import write_structures
@@ -201,6 +201,19 @@ def test_a_key_that_may_hold_labels_is_suggested(folder, tmp_path):
     assert strict(out)["labelled"] == 4
     assert strict(out)["energy_rmse_meV_per_atom"] > 100
     assert strict(out)["force_rmse_eV_per_A"] is None
+
+
+def test_a_trajectory_of_the_model_itself_is_remarked_on(folder, tmp_path):
+    """Its energies and forces look like perfect labels."""
+    frames = read_structures(folder / "bare.extxyz")
+    for atoms in frames:
+        atoms.calc = Calculator(folder / "model.pt")
+        atoms.get_forces()
+    ase.io.write(tmp_path / "md.extxyz", frames)
+    code, _, err = run(folder, tmp_path / "md.extxyz", "--json")
+    assert code == 0
+    assert "they were probably computed with this model, so errors say nothing." in err
+    assert "probably" not in run(folder, "test.extxyz", "--json")[2]
 
 
 def test_long_evaluations_say_how_long_they_take(monkeypatch, capsys):

@@ -109,6 +109,9 @@ def test_elements_groups_and_slices(folder: Path, evaluator: Evaluator) -> None:
     assert found[1::2].predictions == parts["bulk"].predictions
     assert found[-1] is found.predictions[5]
     assert list(found.groups("nothing")) == ["(none)"]
+    for atoms, value in zip(found.frames, (10, 2, "liquid", 2.5, 10, 2), strict=True):
+        atoms.info["phase"] = value
+    assert list(found.groups("phase")) == ["2", "2.5", "10", "liquid"]
 
 
 def test_the_worst_atoms_are_named(evaluator: Evaluator) -> None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ubmd.measure.evaluation import Evaluation, WorstAtom
 
 USUAL_GROUPS = "config_type"
+OWN = 0.01
+"""% of the rms force: no model learns labels of others that well, while numbers in files may be rounded to that"""
 FILES = ("errors.json", "predictions.extxyz", "worst.extxyz", "parity.png", "calibration.png", "uncertainties.png")
 
 
@@ -79,6 +81,7 @@ def evaluate(
                 f"first is {found.skipped[0]}."
             )
         result = _result(model, found, _groups(found, by, data), worst)
+        remarks += _own_labels(result)
         written = [] if out is None else _write(out, found, result, worst)
         if as_json:
             print_remarks(remarks)
@@ -158,6 +161,17 @@ def _result(
     }
     checked: dict[str, Any] = valid_json(result)
     return checked
+
+
+def _own_labels(result: Mapping[str, Any]) -> list[str]:
+    """A remark where the labels are what this model has predicted, as in a trajectory that it was run with."""
+    relative = result["force_rmse_percent"]
+    if relative is None or relative > OWN:
+        return []
+    return [
+        f"forces of the files and of the model differ by {relative:.1g} % only: they were probably computed with this "
+        "model, so errors say nothing."
+    ]
 
 
 def _row(row: WorstAtom) -> dict[str, Any]:

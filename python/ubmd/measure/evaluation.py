@@ -125,7 +125,7 @@ class Evaluation(Sequence[Prediction]):
         )
 
     def groups(self, key: str) -> dict[str, Evaluation]:
-        """Parts with equal ``atoms.info[key]``, e.g. "config_type", sorted; frames without it are "(none)".
+        """Parts with equal ``atoms.info[key]``, e.g. "config_type", in order; frames without it are "(none)".
 
         >>> {name: part.errors()["force_rmse_eV_per_A"] for name, part in found.groups("config_type").items()}
         {'bulk': 0..., 'strained': 0...}
@@ -133,7 +133,7 @@ class Evaluation(Sequence[Prediction]):
         members: dict[str, list[int]] = defaultdict(list)
         for k, atoms in enumerate(self.frames):
             members[str(atoms.info.get(key, NO_GROUP))].append(k)
-        return {name: self.select(members[name]) for name in sorted(members)}
+        return {name: self.select(members[name]) for name in sorted(members, key=_by_size)}
 
     # ------------------------------------------------------------------------------------------ arrays
 
@@ -474,6 +474,14 @@ def _with_results(atoms: Atoms, labels: Mapping[str, Any], p: Prediction, place:
     if place.file:
         copy.info |= {"source_file": place.file, "source_frame": place.number}
     return copy
+
+
+def _by_size(name: str) -> tuple[float, str]:
+    """Numbers by their size, then texts."""
+    try:
+        return float(name), name
+    except ValueError:
+        return np.inf, name
 
 
 def _joined(arrays: Iterable[Array]) -> Array:
