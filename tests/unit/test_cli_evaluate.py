@@ -196,8 +196,10 @@ def test_a_key_that_may_hold_labels_is_suggested(folder, tmp_path):
     code, _, err = run(folder, tmp_path / "named.extxyz")
     assert code == 0
     assert "no energy found under the usual keys, perhaps 'my_energy'; name its key with --label energy=KEY." in err
-    code, out, err = run(folder, tmp_path / "named.extxyz", "--label", "energy=my_energy", "--json")
+    named = [tmp_path / "named.extxyz", "--label", "energy=my_energy"]
+    code, out, err = run(folder, *named, "--json", "--out", tmp_path / "out")
     assert (code, err) == (0, "")
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"parity.png", "uncertainties.png"}
     assert strict(out)["labelled"] == 4
     assert strict(out)["energy_rmse_meV_per_atom"] > 100
     assert strict(out)["force_rmse_eV_per_A"] is None

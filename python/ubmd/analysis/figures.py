@@ -91,7 +91,7 @@ def parity_figure(data: ParityData, path: Path) -> Path:
         ("Force components", "eV/Å", data.force_label, data.force, 1.0, "eV/Å"),
     ]
     if len(data.stress):
-        panels.append(("Stress components", "GPa", data.stress_label / 1000, data.stress / 1000, 1000.0, "MPa"))
+        panels.append(("Stress", "GPa", data.stress_label / 1000, data.stress / 1000, 1000.0, "MPa"))
     panels = [panel for panel in panels if len(panel[2])]
     figure = new_figure(8.0 if len(panels) > 1 else 4.2, 3.1 if len(panels) == 3 else 3.9, square=True)
     for axes, (title, unit, label, value, factor, error_unit) in zip(
@@ -107,7 +107,8 @@ def parity_figure(data: ParityData, path: Path) -> Path:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         rmse, mae = np.sqrt(np.mean((value - label) ** 2)), np.mean(np.abs(value - label))
-        text = f"RMSE {factor * rmse:.3g} {error_unit}\nMAE {factor * mae:.3g} {error_unit}"
+        numbers = [f"{x:.3g}" if x < 1000.0 else f"{x:.0f}" for x in (factor * rmse, factor * mae)]
+        text = f"RMSE {numbers[0]} {error_unit}\nMAE {numbers[1]} {error_unit}"
         axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top", fontsize=9)
         axes.grid(alpha=0.25)
     return save(figure, path)
