@@ -28,7 +28,7 @@ from ase import Atoms, units
 from ase.io import read
 from make_model import POTENTIAL, REFERENCE
 
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.split import split
@@ -103,7 +103,7 @@ def reference_path(folder: Path) -> tuple[np.ndarray, list[Atoms]]:
 def explore(name: str, plan: Plan, folder: Path) -> Path:
     """All rounds of one arm; returns the last model."""
     model, weights = DATASET.with_name("model.pt"), DATASET.with_name("weights.pt")
-    settings = TrainSettings.model_validate(Evaluator(model).metadata["settings"])  # those that make_model.py used
+    settings = TrainSettings.model_validate(Model(model).metadata["settings"])  # those that make_model.py used
     training, calibration = split(read_structures(DATASET), settings.validation_share, settings.seed)
     for number in range(plan.rounds):
         here = folder / name / f"round{number}"
@@ -127,7 +127,7 @@ def explore(name: str, plan: Plan, folder: Path) -> Path:
 def label_frames(folder: Path, model: Path, training: list[Atoms], plan: Plan) -> list[Atoms]:
     """Labels for the saved frames that together say most (those that the reference rejects are dropped)."""
     pool = [atoms for seed in plan.seeds for atoms in read(folder / f"seed{seed}.extxyz", ":")]
-    evaluator = Evaluator(model)
+    evaluator = Model(model)
     candidates, known = evaluator.predict(pool), evaluator.predict(training)
     features, u = np.array([p.feature for p in candidates]), np.array([p.u for p in candidates])
     rng = np.random.default_rng(0)
@@ -145,7 +145,7 @@ def label_frames(folder: Path, model: Path, training: list[Atoms], plan: Plan) -
 def mean_pressure(path: Path, model: Path) -> float:
     """Mean of the model's own pressure over the saved frames, GPa: without the bias stress, which the barostat adds."""
     frames = read(path, ":")
-    stress = np.array([p.stress for p in Evaluator(model).predict(frames)])
+    stress = np.array([p.stress for p in Model(model).predict(frames)])
     kinetic = np.array([len(atoms) * units.kB * TEMPERATURE / atoms.get_volume() for atoms in frames])
     return float((kinetic - stress[:, :3].mean(axis=1)).mean() / units.GPa)
 
@@ -153,7 +153,7 @@ def mean_pressure(path: Path, model: Path) -> float:
 def most_compressed(path: Path, model: Path) -> dict[str, float]:
     """The saved frame with the smallest volume: what the reference and the model say about it."""
     atoms = min(read(path, ":"), key=lambda frame: frame.get_volume())
-    predicted = Evaluator(model).predict_one(atoms)
+    predicted = Model(model).predict_one(atoms)
     result = {"volume": atoms.get_volume() / len(atoms), "max_u": float(predicted.atomic_u.max())}
     try:
         labelled = label(atoms, REFERENCE, Path())
@@ -217,7 +217,7 @@ def arm_round(folder: Path, name: str, number: int, plan: Plan, known: float, de
 
 def errors(model: Path, test: list[Atoms]) -> dict[str, list[float]]:
     """RMSE of energy (meV/atom), forces (eV/Å) and pressure (GPa) on the zinc-blende and the dense part of the path."""
-    predictions = Evaluator(model).predict(test)
+    predictions = Model(model).predict(test)
     dense = np.array([atoms.get_volume() / len(atoms) for atoms in test]) < 21.0
     energy = [1000 * (p.energy - a.get_potential_energy()) / len(a) for p, a in zip(predictions, test, strict=True)]
     force = [np.mean((p.forces - a.get_forces()) ** 2) ** 0.5 for p, a in zip(predictions, test, strict=True)]

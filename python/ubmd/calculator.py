@@ -25,12 +25,12 @@ from ubmd.potentials.kinds import kind_of_record
 from ubmd.potentials.record import complete_record
 from ubmd.spelling import nearest
 
-__all__ = ["Calculator", "Evaluator", "Prediction"]
+__all__ = ["Calculator", "Model", "Prediction"]
 
 _ASE_KEYWORDS = ("atoms", "label", "directory")  # of ASE's base class, those that have a meaning here
 
 
-class Evaluator:
+class Model:
     """A model file, loaded: energies, forces, stress and uncertainties of many structures, whatever kind it is of.
 
     >>> import ubmd
@@ -121,7 +121,6 @@ class Evaluator:
         """
         with torch.jit.optimized_execution(False):
             return self._kind.atomic_uncertainty_gradient(atoms)
-
 
 
 class Calculator(AseCalculator):

@@ -22,7 +22,7 @@ from ase.calculators.lammps import Prism
 from ase.calculators.singlepoint import SinglePointCalculator
 from crystals import Crystal, boron_arsenide, spring_crystal, tin_selenide, triclinic
 
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.graph import build_graph
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
@@ -139,9 +139,9 @@ def make_generic(path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def evaluator(model_file: Path) -> Evaluator:
+def evaluator(model_file: Path) -> Model:
     """The same model in Python, double precision."""
-    return Evaluator(model_file, "double")
+    return Model(model_file, "double")
 
 
 def data_file(atoms: Atoms, margin: tuple[float, float] = (5.0, 5.0)) -> str:

@@ -12,7 +12,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import voigt_6_to_full_3x3_stress
 from small_model import central
 
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.potentials.baseline import remainder
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
@@ -109,8 +109,8 @@ def test_the_sum_and_the_bias_of_the_network(lab, files, crowds, repulsions, kin
     names = ["pe", *VIRIAL, *(f"f_b[{k}]" for k in range(1, 5))]
     n = {k: v[0] for k, v in lab.run(lab.head(atoms) + MEASURE + lab.report(*names), ranks).numbers.items()}
     frame = lab.dump("dump.test")[0]
-    whole, alone = Evaluator(total, "double").predict_one(atoms), Evaluator(network, "double").predict_one(atoms)
-    u, gradient, _ = Evaluator(network, "double").uncertainty_gradient(atoms)
+    whole, alone = Model(total, "double").predict_one(atoms), Model(network, "double").predict_one(atoms)
+    u, gradient, _ = Model(network, "double").uncertainty_gradient(atoms)
     forces = lab.to_ase(atoms, np.stack([frame[f"f{k}"] for k in "xyz"], 1))
     bias = lab.to_ase(atoms, np.stack([frame[f"f_b[{k}]"] for k in (2, 3, 4)], 1))
     repulsion = slow_zbl.energy(atoms)

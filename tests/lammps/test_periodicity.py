@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.graph import VOIGT
 from ubmd.data.periodicity import projector, stress_within
 from ubmd.errors import SimulationError
@@ -38,7 +38,7 @@ def structure(structures: dict[str, Atoms], pbc: tuple[bool, ...]) -> Atoms:
     "pbc", [pytest.param(pbc, marks=pytest.mark.quick) if sum(pbc) == 2 else pbc for pbc in PERIODICITIES], ids=ids
 )
 def test_energy_forces_and_virial_are_those_of_python(
-    model_file: Path, evaluator: Evaluator, structures: dict[str, Atoms], pbc: tuple[bool, ...]
+    model_file: Path, evaluator: Model, structures: dict[str, Atoms], pbc: tuple[bool, ...]
 ) -> None:
     atoms = structure(structures, pbc)
     expected = evaluator.predict_one(atoms)
@@ -73,7 +73,7 @@ def strained(atoms: Atoms, strain: np.ndarray) -> Atoms:
     "pbc", [pytest.param(pbc, marks=pytest.mark.quick) if sum(pbc) == 2 else pbc for pbc in PERIODICITIES], ids=ids
 )
 def test_bias_stress_acts_along_the_periodic_directions(
-    model_file: Path, evaluator: Evaluator, structures: dict[str, Atoms], pbc: tuple[bool, ...]
+    model_file: Path, evaluator: Model, structures: dict[str, Atoms], pbc: tuple[bool, ...]
 ) -> None:
     """The fix's virial is tau_s s_s du/dstrain there and zero elsewhere; s_s is that of these directions, too.
 
@@ -111,7 +111,7 @@ def test_bias_stress_acts_along_the_periodic_directions(
     assert scale == pytest.approx(norms[0] / norms[1], rel=1e-5)
 
 
-def strain_derivative(evaluator: Evaluator, atoms: Atoms) -> np.ndarray:
+def strain_derivative(evaluator: Model, atoms: Atoms) -> np.ndarray:
     """dE/d(strain) [3, 3] of all directions, by central differences: positions alone, where the box is free."""
     found, h = np.zeros((3, 3)), 1e-4
     for a, b in zip(*SIX, strict=True):
@@ -133,7 +133,7 @@ def test_a_molecule_has_no_bias_stress(model_file: Path, structures: dict[str, A
 
 @pytest.mark.quick
 def test_scale_and_largest_uncertainty_are_those_of_the_group(
-    model_file: Path, evaluator: Evaluator, structures: dict[str, Atoms]
+    model_file: Path, evaluator: Model, structures: dict[str, Atoms]
 ) -> None:
     atoms = structures["cubic"]
     moves = np.arange(len(atoms)) % 3 != 0

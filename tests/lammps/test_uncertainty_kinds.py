@@ -9,7 +9,7 @@ import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.graph import build_graph
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
@@ -77,7 +77,7 @@ PATHS = pytest.mark.parametrize(("path", "ranks"), [("all at once", 1), ("blocks
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_python(lab, files, structures, kind, structure, path, ranks):
     atoms = structures[structure]
-    evaluator = Evaluator(files[kind], "double")
+    evaluator = Model(files[kind], "double")
     periodic = atoms.pbc.all()
     measure = MEASURE if periodic else MEASURE.replace("stress 0.4 ", "")
     names = ["pe", *VIRIAL, *(BIAS_VIRIAL if periodic else []), *(f"f_b[{k}]" for k in range(1, 6))]
@@ -111,7 +111,7 @@ def test_equals_python(lab, files, structures, kind, structure, path, ranks):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bias_of_summed_atomic_uncertainties_equals_python(lab, files, structures, kind, structure, path, ranks):
     atoms = structures[structure]
-    evaluator = Evaluator(files[kind], "double")
+    evaluator = Model(files[kind], "double")
     measure = MEASURE.replace("force 0.25", "uncertainty atomic force 0.25")
     if not atoms.pbc.all():
         measure = measure.replace("stress 0.4 ", "")
@@ -140,7 +140,7 @@ def test_bias_of_summed_atomic_uncertainties_equals_python(lab, files, structure
 def test_excluded_atoms_count_nowhere(lab, files, structures, kind, path, ranks):
     """Values, bias and its stress are those of the atoms that are not excluded from all others."""
     atoms = structures["triclinic"]
-    evaluator = Evaluator(files[kind], "double")
+    evaluator = Model(files[kind], "double")
     exclude = "group gone id 2 5 11\nneigh_modify exclude group gone all\n"
     names = ["pe", *VIRIAL, *BIAS_VIRIAL, *(f"f_b[{k}]" for k in range(1, 4))]
     script = script_of(lab, atoms, files[kind], path) + exclude + MEASURE + lab.report(*names)
@@ -188,7 +188,7 @@ def wide_file(structures, tmp_path_factory) -> Path:
 def test_without_atomic_uncertainties(lab, files, wide_file, structures, kind, path, ranks):
     """`atoms no`: the same u and bias on the path that the model then prefers, zeros for what is left out."""
     file = wide_file if kind == "wide" else files[kind]
-    module = Evaluator(file, "double").module
+    module = Model(file, "double").module
     assert module.by_structure(36) == (kind in ("last-layer", "wide"))
     results = []
     for keyword in ("yes", "no"):
@@ -216,7 +216,7 @@ def test_without_atomic_uncertainties(lab, files, wide_file, structures, kind, p
 def test_ensemble_with_a_rank_without_atoms(lab, files, structures, uncertainty):
     """The molecule lies at one end of a long box: a rank that owns nothing joins every communication."""
     atoms = structures["molecule"]
-    evaluator = Evaluator(files["ensemble"], "double")
+    evaluator = Model(files["ensemble"], "double")
     (lab.folder / "model.pt").write_bytes(files["ensemble"].read_bytes())
     script = lab.head(atoms, settings="processors 2 1 1", margin=(5.0, 60.0))
     script += f"fix b all ubmd force 0.25 uncertainty {uncertainty} window 1\nrun 0\n"
@@ -253,7 +253,7 @@ def test_ensemble_in_mixed_precision(lab, files, structures):
     (lab.folder / "model.pt").write_bytes(files["ensemble"].read_bytes())
     script = lab.head(atoms, "mixed") + "fix b all ubmd force 0.25 window 1\nrun 0\n"
     n = lab.run(script + lab.report("f_b[1]", "f_b[2]", "f_b[4]")).numbers
-    evaluator = Evaluator(files["ensemble"], "double")
+    evaluator = Model(files["ensemble"], "double")
     expected = evaluator.predict_one(atoms)
     gradient = evaluator.uncertainty_gradient(atoms)[1]
     scale = np.linalg.norm(expected.forces) / np.linalg.norm(gradient)

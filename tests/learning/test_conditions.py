@@ -13,7 +13,7 @@ from ase.build import bulk
 from system import cluster, make_settings
 
 from ubmd.analysis.trajectory import read_traces
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.errors import SettingsError
@@ -152,7 +152,7 @@ def test_calibration_labels_of_a_loop_neither_train_nor_validate(tmp_path: Path,
         assert entry["calib"]["structures"] == len(calibrating) == max(1, round(0.2 * len(seen)))
         assert entry["valid"]["structures"] == max(1, round(0.2 * len(seen)))
         assert entry["train"]["structures"] == len(seen) - entry["valid"]["structures"] - len(calibrating)
-        evaluator = Evaluator(folder.iteration(k) / "model.pt")
+        evaluator = Model(folder.iteration(k) / "model.pt")
         known = evaluator.metadata
         assert known["n_training"] == entry["train"]["structures"]
         assert known["uncertainty"]["energy"]["n_calibration"] == len(calibrating)

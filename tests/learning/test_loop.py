@@ -18,7 +18,7 @@ from system import cluster, make_settings, without_times, write_inputs
 
 from ubmd.analysis import predictions
 from ubmd.analysis.report import make_report
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, SettingsError
@@ -70,7 +70,7 @@ def test_history_and_model_agree(finished: RunFolder) -> None:
     history = finished.read_history()
     assert [entry["labels"] for entry in history] == [4, 6, 8]
     assert [entry["md_steps"] for entry in history] == [120, 240, 240]
-    evaluator = Evaluator(finished.model)
+    evaluator = Model(finished.model)
     test = read_structures(finished.test)
     assert len(test) == 3
     differences = [p.forces - a.get_forces() for p, a in zip(evaluator.predict(test), test, strict=True)]
@@ -82,7 +82,7 @@ def check_kept(folder: RunFolder, iteration: int, structures: list[Atoms]) -> No
     """The run has kept what the model of an iteration says about these structures."""
     where = folder.iteration(iteration)
     kept = predictions.kept_predictions(where / predictions.FILE, structures)
-    evaluator = Evaluator(where / "model.pt")
+    evaluator = Model(where / "model.pt")
     assert kept.promise["forces"]["n_calibration"] == evaluator.metadata["uncertainty"]["forces"]["n_calibration"]
     for a, b in zip(kept.each, evaluator.predict(structures), strict=True):
         assert (a.energy, a.u) == (b.energy, b.u)
@@ -138,7 +138,7 @@ def test_loop_with_other_uncertainties(inputs: Path, kind: str, method: str) -> 
     tables = {"uncertainty": {"kind": kind, "members": 2, "references": 20}, "selection": {"method": method}}
     folder = RunFolder(run(make_settings(inputs / kind, **tables, loop={"labels": 6}, test=None), inputs))
     assert len(read_structures(folder.dataset, labelled=True)) == 6
-    assert Evaluator(folder.model).metadata["uncertainty"]["kind"] == kind
+    assert Model(folder.model).metadata["uncertainty"]["kind"] == kind
     labels = read_structures(folder.dataset)
     check_kept(folder, 0, [atoms for atoms in labels if atoms.info["iteration"] == 0])  # in place of a test set
     assert "Instead, these are 2 labels of the newest iterations" in (folder.report / "report.md").read_text()

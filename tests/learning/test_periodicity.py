@@ -18,7 +18,7 @@ from killed_driver import start_driver
 from replicas import labelled, make_task
 from system import make_settings, settings_table, without_times
 
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.constraints import is_fixed
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
@@ -80,7 +80,7 @@ def test_frames_have_the_uncertainties_of_python_and_the_cell_of_the_start(
     result = run_replica(task)
     assert (result.stopped, result.steps, result.frames) == ("step limit", 40, 5), result.reason
     frames = read_structures(task.frames)
-    for frame, prediction in zip(frames, Evaluator(model, "double").predict(frames), strict=True):
+    for frame, prediction in zip(frames, Model(model, "double").predict(frames), strict=True):
         assert frame.pbc.tolist() == list(pbc)
         np.testing.assert_allclose(frame.cell.cellpar(), start.cell.cellpar(), rtol=1e-10)
         assert frame.info["uncertainty"] == pytest.approx(prediction.u, rel=1e-9)
@@ -105,7 +105,7 @@ def test_every_number_of_ranks_gives_the_same_frames(
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(other.get_all_distances(mic=True), one.get_all_distances(mic=True), atol=1e-5)
         assert other.info["uncertainty"] == pytest.approx(one.info["uncertainty"], rel=1e-5)
-    for frame, prediction in zip(found[1], Evaluator(model, "double").predict(found[1]), strict=True):
+    for frame, prediction in zip(found[1], Model(model, "double").predict(found[1]), strict=True):
         assert frame.info["uncertainty"] == pytest.approx(prediction.u, rel=1e-10)
         np.testing.assert_allclose(frame.arrays["atomic_uncertainty"], prediction.atomic_u, rtol=1e-9)
 

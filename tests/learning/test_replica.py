@@ -15,7 +15,7 @@ from replicas import crystal, make_task
 from system import cluster
 
 from ubmd.attempts import Attempt
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.structures import read_structures
 from ubmd.errors import SimulationError
 from ubmd.lammps import replica
@@ -45,7 +45,7 @@ def test_frames_have_the_uncertainties_of_python(model: Path, tmp_path: Path, st
     frames = read_structures(task.frames)
     assert [frame.info["step"] for frame in frames] == [0, 10, 20, 30, 40]
     assert {frame.info["replica"] for frame in frames} == {3}
-    evaluator = Evaluator(model, "double")
+    evaluator = Model(model, "double")
     for frame, prediction in zip(frames, evaluator.predict(frames), strict=True):
         assert frame.get_chemical_symbols() == start.get_chemical_symbols()
         assert frame.info["uncertainty"] == pytest.approx(prediction.u, rel=1e-9)
@@ -73,7 +73,7 @@ def test_flat_and_linear_molecules_run(
     assert (result.stopped, result.steps, result.frames, result.reason) == ("step limit", 40, 5, "")
     frames = read_structures(tmp_path / "frames.extxyz")
     np.testing.assert_array_equal(frames[0].positions, start.positions)
-    for frame, prediction in zip(frames, Evaluator(model, "double").predict(frames), strict=True):
+    for frame, prediction in zip(frames, Model(model, "double").predict(frames), strict=True):
         assert frame.info["uncertainty"] == pytest.approx(prediction.u, rel=1e-9)
         np.testing.assert_allclose(frame.arrays["atomic_uncertainty"], prediction.atomic_u, rtol=1e-9)
 
@@ -309,7 +309,7 @@ NPT = {
 
 def pressures(frames: list[Atoms], model: Path, temperature: float) -> np.ndarray:
     """Virial of the model plus the kinetic part of the thermostat's temperature, MPa."""
-    stress = np.array([p.stress for p in Evaluator(model, "double").predict(frames)])
+    stress = np.array([p.stress for p in Model(model, "double").predict(frames)])
     kinetic = np.array([(len(a) - 1) * units.kB * temperature / a.get_volume() for a in frames])
     return (kinetic - stress[:, :3].mean(axis=1)) / units.GPa * 1000.0
 
@@ -380,7 +380,7 @@ def test_labels_of_frames_are_those_of_the_unturned_structure(crystal_model: Pat
     np.testing.assert_allclose(first.get_stress(voigt=False), turn.T @ start.get_stress(voigt=False) @ turn, atol=1e-9)
     # and the model says of a frame what the fix said during the run, in a cell that has changed
     last = read_structures(task.frames)[-1]
-    prediction = Evaluator(crystal_model, "double").predict_one(last)
+    prediction = Model(crystal_model, "double").predict_one(last)
     assert last.info["uncertainty"] == pytest.approx(prediction.u, rel=1e-8)
     np.testing.assert_allclose(last.arrays["atomic_uncertainty"], prediction.atomic_u, rtol=1e-8)
 

@@ -28,7 +28,7 @@ from ubmd.analysis.figures import at_labels, group_learning_figure, mean_curve, 
 from ubmd.analysis.run_data import Frames, read_frames
 from ubmd.analysis.run_groups import Run
 from ubmd.analysis.table import run_values
-from ubmd.calculator import Evaluator, Prediction
+from ubmd.calculator import Model, Prediction
 from ubmd.data.extxyz import write_structures
 from ubmd.data.graph import build_graph
 from ubmd.data.structures import read_structures
@@ -179,13 +179,13 @@ def test_mean_curve_interpolates_at_equal_steps():
 # --- a run folder -----------------------------------------------------------------------------------------------
 
 
-def small_model(frames, path: Path) -> Evaluator:
+def small_model(frames, path: Path) -> Model:
     """A real model file, barely trained: energies shifted, 16 projections."""
     elements = ("H", "C", "N", "O")
     model = GaussianMomentNetwork(elements, ModelSettings(hidden=(16, 16)), seed=0)
     model.initialise_energies([build_graph(atoms, elements, 5.0) for atoms in frames])
     export_model(model, frames[:16], frames[16:], UncertaintySettings(projections=16, alpha=0.2), path, {})
-    return Evaluator(path)
+    return Model(path)
 
 
 def copper_model(structures, path: Path) -> None:
@@ -235,7 +235,7 @@ def run(frames, tmp_path_factory):
     return folder
 
 
-def keep(folder: Path, iteration: int, evaluator: Evaluator, structures) -> None:
+def keep(folder: Path, iteration: int, evaluator: Model, structures) -> None:
     """What a run keeps of the predictions of its models."""
     path = folder / "iterations" / f"iter_{iteration:03d}" / predictions.FILE
     promise = evaluator.metadata["uncertainty"]
@@ -270,7 +270,7 @@ def test_frames_come_in_the_order_of_md(run):
 
 
 def test_calibration_data_is_about_the_same_atoms(run, frames):
-    found = Evaluator(run / "model.pt").predict(frames)
+    found = Model(run / "model.pt").predict(frames)
     data = analysis.calibration_data(frames, found)
     worst = [
         max(np.sqrt(np.mean((p.forces[i] - a.get_forces()[i]) ** 2)) for i in range(22))
@@ -372,17 +372,17 @@ def test_without_a_test_set_new_labels_stand_in(run, frames, tmp_path, kept):
     write_structures(folder / "dataset.extxyz", labels)
     shutil.copy(folder / "model.pt", folder / "iterations" / "iter_000" / "model.pt")
     if kept:
-        keep(folder, 0, Evaluator(folder / "model.pt"), labels[3:6])
+        keep(folder, 0, Model(folder / "model.pt"), labels[3:6])
     text = analysis.make_report(folder, run_models=not kept)[-2].read_text()
     assert "The run has no test set. Instead, these are 3 labels" in text
-    found = Evaluator(folder / "model.pt").predict(frames[3:6])
+    found = Model(folder / "model.pt").predict(frames[3:6])
     expected = analysis.calibration_data(frames[3:6], found).force_rmse
     assert f"force RMSE {expected:.4f} eV/Å (3 structures)." in text
 
 
 def test_kept_predictions_are_those_of_the_model(run, frames, tmp_path):
     """Also without a stress; a file about other structures, or a damaged one, is none."""
-    evaluator, path = Evaluator(run / "model.pt"), tmp_path / "predictions.npz"
+    evaluator, path = Model(run / "model.pt"), tmp_path / "predictions.npz"
     cell = bulk("C", "sc", a=2.3).repeat((2, 1, 1))
     cell.calc = SinglePointCalculator(cell, energy=1.0, forces=np.ones((2, 3)))
     structures = [frames[0], cell, frames[1]]
@@ -673,7 +673,7 @@ def test_comparison_of_breathing_cells(run, tmp_path):
         copper_model(structures, folder / "model.pt")
     shutil.copy(runs[0] / "test.extxyz", runs[1] / "test.extxyz")
     for folder in runs:
-        keep(folder, 1, Evaluator(folder / "model.pt"), read_structures(folder / "test.extxyz"))
+        keep(folder, 1, Model(folder / "model.pt"), read_structures(folder / "test.extxyz"))
     rows, files = compare(runs, tmp_path / "out")
     found = {row.title: row.values for row in rows}
     volume = bulk("Cu", cubic=True).get_volume() / 4
@@ -709,9 +709,9 @@ def test_errors_of_cis_and_trans_test_structures(run, frames, tmp_path, kept):
     model = folder / "iterations" / "iter_001" / "model.pt"
     shutil.copy(folder / "model.pt", model)
     if kept:
-        keep(folder, 1, Evaluator(model), structures)
+        keep(folder, 1, Model(model), structures)
         model.unlink()
-    predicted = Evaluator(folder / "model.pt").predict(structures)
+    predicted = Model(folder / "model.pt").predict(structures)
     squares = [np.mean((p.forces - a.get_forces()) ** 2) for p, a in zip(predicted, structures, strict=True)]
     gaps = [(p.energy - a.get_potential_energy()) / 22 for p, a in zip(predicted, structures, strict=True)]
     expected = {"trans": np.sqrt(np.mean(squares[5:])), "cis": np.sqrt(np.mean(squares[:5]))}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ubmd.analysis import figures
 from ubmd.analysis.calibration_study import Outcome, Sizes, calibration_study, summary_rows
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.cli.main import app
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
@@ -69,7 +69,7 @@ def test_outcomes_are_those_of_models_exported_for_each_case(structures, study, 
             change = {"kind": outcome.kind, "alpha": alpha, "atoms_by": way}
             path = tmp_path / "model.pt"
             record = export_model(models, training, calibration, UNCERTAINTY.model_copy(update=change), path)
-            data = calibration_data(test, Evaluator(path, "double").predict(test))
+            data = calibration_data(test, Model(path, "double").predict(test))
             scale, attained = outcome.force_scale(alpha, way)
             np.testing.assert_allclose(scale * outcome.test.atom_u, data.atom_u, rtol=1e-6)
             assert attained == record["uncertainty"]["forces"]["attainable"]

@@ -16,7 +16,7 @@ from small_model import ELEMENTS, SETTINGS, central, labelled, triclinic
 from typer.testing import CliRunner
 
 import ubmd
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.cli.main import app
 from ubmd.data.extxyz import write_structures
 from ubmd.data.graph import VOIGT, build_graph, scatter_forces
@@ -245,7 +245,7 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_a_file_is_the_network_plus_the_repulsion(files: tuple[Path, Path], name: str) -> None:
     """Energy, forces and stress are sums; uncertainties and bias forces are the network's."""
     atoms = STRUCTURES[name]
-    total, alone = (Evaluator(path, "double") for path in files)
+    total, alone = (Model(path, "double") for path in files)
     (found,), (part,), (rest,) = total.predict([atoms]), alone.predict([atoms]), remainder([zeros(atoms)], ZBL)
     assert found.energy - part.energy == pytest.approx(slow_zbl.energy(atoms), rel=1e-10, abs=1e-10)
     np.testing.assert_allclose(found.forces - part.forces, -rest.calc.results["forces"], rtol=1e-9, atol=2e-9)
@@ -270,7 +270,7 @@ def test_the_calibration_counts_the_same_errors(files: tuple[Path, Path]) -> Non
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_the_generic_part_says_what_the_fast_part_says(files: tuple[Path, Path], name: str) -> None:
     """Energies, forces, and the gradient of any weights of the features."""
-    module, graph = Evaluator(files[0], "double").module, build_graph(STRUCTURES[name], ELEMENTS, 4.0)
+    module, graph = Model(files[0], "double").module, build_graph(STRUCTURES[name], ELEMENTS, 4.0)
     arguments = graph.species, graph.edge_index, graph.edge_vector, graph.n_atoms
     energy, gradient, tape = module.evaluate(graph.species, graph.first, graph.neighbours, graph.edge_vector, True)
     edge = graph.edge_vector.clone().requires_grad_(True)
@@ -286,14 +286,14 @@ def test_the_generic_part_says_what_the_fast_part_says(files: tuple[Path, Path],
 @pytest.mark.parametrize("precision", ["mixed", "single"])
 def test_other_precisions(files: tuple[Path, Path], precision: str) -> None:
     atoms = STRUCTURES["molecule"]
-    forces = [Evaluator(files[0], chosen).predict([atoms])[0].forces for chosen in ("double", precision)]
+    forces = [Model(files[0], chosen).predict([atoms])[0].forces for chosen in ("double", precision)]
     np.testing.assert_allclose(forces[1], forces[0], rtol=1e-4, atol=1e-4 * np.abs(forces[0]).max())
 
 
 @pytest.mark.parametrize("r", [0.3, 0.5, 0.8])
 def test_near_atoms_repel_whatever_the_network_says(files: tuple[Path, Path], r: float) -> None:
     atoms = pair(r)
-    total, alone = (Evaluator(path, "double").predict([atoms])[0].forces for path in files)
+    total, alone = (Model(path, "double").predict([atoms])[0].forces for path in files)
     direction = (atoms.positions[1] - atoms.positions[0]) / r
     assert total[1] @ direction > 5.0 * abs(alone[1] @ direction)
     np.testing.assert_allclose(total[0], -total[1], atol=1e-10)
@@ -330,7 +330,7 @@ def test_a_lone_atom_has_exactly_its_energy(settings: ModelSettings, tmp_path: P
     assert record["baseline"]["atom_energies"] == ATOM_ENERGIES
     assert record["baseline"]["lone_atoms"] == pytest.approx(ATOM_ENERGIES, abs=1e-8)
     far = Atoms("COH", positions=[[0, 0, 0], [9, 0, 0], [0, 9, 0]])
-    found = Evaluator(tmp_path / "model.pt", "double").predict([far, labels[9]])
+    found = Model(tmp_path / "model.pt", "double").predict([far, labels[9]])
     assert found[0].energy == pytest.approx(sum(ATOM_ENERGIES[s] for s in "COH"), abs=1e-8)
     assert found[1].energy == pytest.approx(labels[9].get_potential_energy(), abs=200.0)
 

@@ -17,7 +17,7 @@ from ase.units import fs
 from scipy.spatial.transform import Rotation
 
 import ubmd
-from ubmd.calculator import Calculator, Evaluator
+from ubmd.calculator import Calculator, Model
 from ubmd.errors import DataError, ModelError
 from ubmd.operators import available
 from ubmd.potentials.file import load_model
@@ -43,8 +43,8 @@ class Case:
     atoms: Atoms
     box: Supercell
 
-    def evaluator(self) -> Evaluator:
-        return Evaluator(self.path)
+    def evaluator(self) -> Model:
+        return Model(self.path)
 
     def displaced(self, seed: int, size: float = 0.1) -> Atoms:
         atoms = self.atoms.copy()
@@ -262,7 +262,7 @@ def test_metadata(case):
 
 def test_precisions_change_nothing(case):
     atoms = case.displaced(2)
-    double, single = (Evaluator(case.path, precision).predict_one(atoms) for precision in ("double", "single"))
+    double, single = (Model(case.path, precision).predict_one(atoms) for precision in ("double", "single"))
     assert double.energy == single.energy
     np.testing.assert_array_equal(double.forces, single.forces)
 
@@ -302,7 +302,7 @@ def test_a_file_without_calibration_promises_nothing(case, tmp_path):
     assert metadata["uncertainty"]["forces"] == record
     assert metadata["lattice"]["max_displacement"] == 0.3
     atoms = case.displaced(1, 0.05)
-    ratio = Evaluator(tmp_path / "bare.pt").predict_one(atoms).atomic_u / case.evaluator().predict_one(atoms).atomic_u
+    ratio = Model(tmp_path / "bare.pt").predict_one(atoms).atomic_u / case.evaluator().predict_one(atoms).atomic_u
     np.testing.assert_allclose(ratio, 2.0 / FORCE.scale, rtol=1e-11)
 
 

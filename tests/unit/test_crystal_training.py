@@ -13,13 +13,13 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.cli.train import register
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
-from ubmd.measure.errors import accuracy
+from ubmd.measure.evaluation import evaluate
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.fit import (
     Errors,
@@ -124,12 +124,17 @@ def trained(data, tmp_path_factory) -> tuple[Path, str]:
     return output, text
 
 
+def test_the_promise_of_the_calibration_is_printed(trained):
+    _, text = trained
+    assert "in new structures like these, on average at least" in text
+    assert "and about 90 % of atoms have a force error below u_i." in text
+
+
 def test_errors_on_a_test_set(trained, data):
     """Independent of the training code: labels of LAMMPS against the file."""
     output, _ = trained
     structures = read_structures(data / "test.extxyz", labelled=True)
-    predictions = Evaluator(output / "model.pt").predict(structures)
-    result = accuracy(predictions, structures)
+    result = evaluate(output / "model.pt", structures).errors()
     rms = np.sqrt(np.mean([atoms.get_forces() ** 2 for atoms in structures]))
     assert rms > 0.5
     assert result["force_rmse_eV_per_A"] < 0.05 * rms
@@ -142,7 +147,7 @@ def test_errors_on_a_test_set(trained, data):
 def test_stress_is_that_of_the_reference(trained, data, reference):
     """No stress was trained on: cubic terms give that of thermal displacements, harmonic ones that of optical modes."""
     output, _ = trained
-    evaluator = Evaluator(output / "model.pt")
+    evaluator = Model(output / "model.pt")
     optical = silicon()
     optical.positions[1] += [0.0, 0.05, 0.02]
     structures = [*read_structures(data / "test.extxyz"), optical]
@@ -165,7 +170,7 @@ def test_lammps_says_the_same(trained, matrix):
     plugin = LAMMPS(["pair_style ubmd precision double", f"pair_coeff * * {path} Si"], ["Si"])
     atoms = make_supercell(silicon(), matrix)
     atoms.positions += 0.06 * np.random.default_rng(0).standard_normal((len(atoms), 3)) + [1.0, 2.0, 3.0]
-    here = Evaluator(path).predict_one(atoms)
+    here = Model(path).predict_one(atoms)
     atoms.calc = plugin
     assert here.energy == pytest.approx(atoms.get_potential_energy(), rel=1e-12)
     np.testing.assert_allclose(here.forces, atoms.get_forces(), atol=1e-11)
@@ -271,7 +276,7 @@ def test_the_fit_is_that_of_the_basis_and_the_regression(trained, data):
     stored = Posterior.load(output / "posterior.npz")
     np.testing.assert_allclose(stored.mean, posterior.mean, rtol=1e-5, atol=1e-6 * np.abs(posterior.mean).max())
     assert stored.noise == pytest.approx(posterior.noise, rel=1e-5)
-    metadata = Evaluator(output / "model.pt").metadata
+    metadata = Model(output / "model.pt").metadata
     assert metadata["training_set_hash"] == dataset_hash(structures)
     assert metadata["n_training"] == 4
     assert metadata["settings"]["crystal"]["cutoffs"] == {"2": 4.0, "3": 4.0, "4": 2.5}
@@ -284,7 +289,7 @@ def test_energy_of_the_ideal_crystal(trained, reference):
     """It is not in the data: what the forces leave of the training energies gives it."""
     output, _ = trained
     ideal = labelled(silicon(), reference)
-    found = Evaluator(output / "model.pt").predict_one(silicon()).energy
+    found = Model(output / "model.pt").predict_one(silicon()).energy
     assert found == pytest.approx(ideal.get_potential_energy(), abs=0.01)
     assert found == json.loads((output / "fit.json").read_text())["ideal_energy_eV_per_cell"]
 
@@ -292,8 +297,8 @@ def test_energy_of_the_ideal_crystal(trained, reference):
 def test_calibration_holds_on_the_validation_set(trained, data):
     output, _ = trained
     structures = read_structures(data / "validation.extxyz", labelled=True)
-    evaluator = Evaluator(output / "model.pt")
-    result = accuracy(evaluator.predict(structures), structures)
+    evaluator = Model(output / "model.pt")
+    result = evaluate(evaluator, structures).errors()
     n = len(structures) * len(structures[0])
     assert result["force_share_below_u"] == pytest.approx(np.ceil(0.9 * (n + 1)) / n, abs=1.5 / n)  # u_i at its error
     record = evaluator.metadata["uncertainty"]
@@ -336,9 +341,7 @@ def test_energies_may_be_fitted_too(data, tmp_path, reference):
     equations = NormalEquations.load(tmp_path / "energies" / "equations.npz")
     assert equations.sums["energies"].structures == 4
     ideal = labelled(silicon(), reference).get_potential_energy()
-    assert Evaluator(tmp_path / "energies" / "model.pt").predict_one(silicon()).energy == pytest.approx(
-        ideal, abs=1e-12
-    )
+    assert Model(tmp_path / "energies" / "model.pt").predict_one(silicon()).energy == pytest.approx(ideal, abs=1e-12)
     # without the label, from the energies themselves
     assert ubmd("train", path, "--set", f"output_dir={tmp_path / 'unknown'}")[0] == 0
     found = json.loads((tmp_path / "unknown" / "fit.json").read_text())["ideal_energy_eV_per_cell"]
@@ -387,7 +390,7 @@ def test_a_rounded_crystal_trains_the_same_potential_within_a_tolerance(trained,
         assert code == 0
         assert "Space group Fd-3m (227), 48 operations, 2 atoms in the primitive cell." in text
         assert ("To make that exact, atoms were moved by at most" in text) == (name == "rounded")
-        few[name] = Evaluator(tmp_path / name / "model.pt")
+        few[name] = Model(tmp_path / name / "model.pt")
         assert few[name].metadata["space_group"] == "Fd-3m (227), 48 operations"
     assert few["exact"].metadata["parameters"] == few["rounded"].metadata["parameters"]
     for atoms in read_structures(data / "test.extxyz"):
@@ -450,6 +453,6 @@ def test_forces_alone_are_enough(data, tmp_path):
     code, text, error = ubmd("train", path, "--set", "training_file=only_forces.extxyz")
     assert (code, error) == (0, "")
     assert "energy of the ideal crystal" not in text
-    record = Evaluator(tmp_path / "out" / "model.pt").metadata["uncertainty"]
+    record = Model(tmp_path / "out" / "model.pt").metadata["uncertainty"]
     assert record["energy"]["n_calibration"] == 0
     assert record["energy"]["scale"] == record["forces"]["scale"]

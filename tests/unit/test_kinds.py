@@ -15,7 +15,7 @@ from ase import Atoms
 from ase.build import molecule
 from small_model import ELEMENTS, SETTINGS, central, labelled, results_of, triclinic
 
-from ubmd.calculator import Calculator, Evaluator, Prediction
+from ubmd.calculator import Calculator, Model, Prediction
 from ubmd.data.graph import build_graph, collate
 from ubmd.errors import ModelError
 from ubmd.potentials.gmnn.export import export_model
@@ -52,7 +52,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: folder / f"{kind}.pt" for kind in KINDS}
 
 
-def atomic_features(evaluator: Evaluator, atoms: Atoms) -> np.ndarray:
+def atomic_features(evaluator: Model, atoms: Atoms) -> np.ndarray:
     graph = build_graph(atoms, evaluator.elements, evaluator.cutoff)
     with torch.no_grad():
         return evaluator.module(graph.species, graph.edge_index, graph.edge_vector, len(atoms))[1].numpy()
@@ -90,7 +90,7 @@ ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"last-laye
 @pytest.mark.parametrize("kind", ORACLES)
 def test_structure_uncertainties_and_their_calibration(files: dict[str, Path], kind: str) -> None:
     """u of the file = conformal factor times the naive definition from the file's own features."""
-    evaluator = Evaluator(files[kind], "double")
+    evaluator = Model(files[kind], "double")
     means = np.array([atomic_features(evaluator, atoms).mean(0) for atoms in TRAINING])
     calibration = np.array([atomic_features(evaluator, atoms).mean(0) for atoms in CALIBRATION])
     predictions = evaluator.predict(CALIBRATION)
@@ -105,7 +105,7 @@ def test_structure_uncertainties_and_their_calibration(files: dict[str, Path], k
 
 
 def test_atomic_distances_use_far_features_of_the_training_set(files: dict[str, Path]) -> None:
-    evaluator = Evaluator(files["distance"], "double")
+    evaluator = Model(files["distance"], "double")
     training = np.concatenate([atomic_features(evaluator, atoms) for atoms in TRAINING])
     scale = np.sqrt(np.mean([f @ f for f in training]))
     kept = evaluator.module.atom_uncertainty.references.numpy()
@@ -127,7 +127,7 @@ def energy_and_forces(model: GaussianMomentNetwork, atoms: Atoms) -> tuple[float
 @pytest.mark.parametrize("atoms", [molecule("CH3CONH2"), triclinic()], ids=["molecule", "cell"])
 def test_ensemble_uncertainties_are_spreads_of_separate_models(files: dict[str, Path], atoms: Atoms) -> None:
     """u = std of E/n, u_i = sqrt(mean over xyz of Var F_i), population variances, times the calibration."""
-    evaluator = Evaluator(files["ensemble"], "double")
+    evaluator = Model(files["ensemble"], "double")
     factors = evaluator.metadata["uncertainty"]
     results = [energy_and_forces(network(3 + m), atoms) for m in range(3)]
     prediction = evaluator.predict_one(atoms)
@@ -138,7 +138,7 @@ def test_ensemble_uncertainties_are_spreads_of_separate_models(files: dict[str, 
 
 
 def test_ensemble_is_calibrated_on_its_own_errors(files: dict[str, Path]) -> None:
-    scales = json.loads(Evaluator(files["ensemble"]).module.metadata())["uncertainty"]
+    scales = json.loads(Model(files["ensemble"]).module.metadata())["uncertainty"]
     energy_errors, energy_u, force_errors, force_u = [], [], [], []
     for atoms in CALIBRATION:
         energies, forces = zip(*[energy_and_forces(network(3 + m), atoms) for m in range(3)], strict=True)
@@ -168,7 +168,7 @@ def test_networks_must_fit_the_kind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_file_carries_its_kind_and_energies(files: dict[str, Path], kind: str) -> None:
-    evaluator = Evaluator(files[kind], "double")
+    evaluator = Model(files[kind], "double")
     atoms = triclinic()
     results = [energy_and_forces(network(3 + m), atoms) for m in range(settings_of(kind).networks)]
     prediction = evaluator.predict_one(atoms)
@@ -183,7 +183,7 @@ def test_file_carries_its_kind_and_energies(files: dict[str, Path], kind: str) -
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("atoms", [molecule("CH3CONH2"), triclinic()], ids=["molecule", "cell"])
 def test_forces_and_bias_forces_are_derivatives(files: dict[str, Path], kind: str, atoms: Atoms) -> None:
-    evaluator = Evaluator(files[kind], "double")
+    evaluator = Model(files[kind], "double")
     atoms = labelled(atoms, 79)  # a structure whose nearest training feature no step below changes
 
     def moved(positions: np.ndarray) -> Atoms:
@@ -206,7 +206,7 @@ def test_forces_and_bias_forces_are_derivatives(files: dict[str, Path], kind: st
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_strain_gradients_are_derivatives(files: dict[str, Path], kind: str) -> None:
-    evaluator = Evaluator(files[kind], "double")
+    evaluator = Model(files[kind], "double")
     atoms = triclinic()
 
     def strained(epsilon: np.ndarray) -> Prediction:
@@ -228,7 +228,7 @@ def test_strain_gradients_are_derivatives(files: dict[str, Path], kind: str) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_supercells_and_lone_atoms(files: dict[str, Path], kind: str) -> None:
     """A repeated cell has the same u and u_i; an atom without neighbours has finite ones and no forces."""
-    evaluator = Evaluator(files[kind], "double")
+    evaluator = Model(files[kind], "double")
     one, four = evaluator.predict([triclinic(), triclinic().repeat((2, 1, 2))])
     assert four.u == pytest.approx(one.u, rel=1e-10)
     np.testing.assert_allclose(four.atomic_u.reshape(4, -1), np.tile(one.atomic_u, (4, 1)), rtol=1e-9)
@@ -241,7 +241,7 @@ def test_supercells_and_lone_atoms(files: dict[str, Path], kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mixed_precision_is_close_to_double(files: dict[str, Path], kind: str) -> None:
-    exact, rough = Evaluator(files[kind], "double"), Evaluator(files[kind], "mixed")
+    exact, rough = Model(files[kind], "double"), Model(files[kind], "mixed")
     atoms = labelled(molecule("CH3CONH2"), 99)
     a, b = exact.predict_one(atoms), rough.predict_one(atoms)
     assert b.u == pytest.approx(a.u, rel=1e-3)

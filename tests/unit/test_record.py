@@ -21,7 +21,7 @@ from hostile import RECORD, Talker, Victim, Waker, members, write_hostile
 from small_model import ELEMENTS, SETTINGS, labelled
 from typer.testing import CliRunner
 
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.cli.train import register
 from ubmd.errors import ModelError
 from ubmd.potentials.file import load_model
@@ -90,10 +90,10 @@ def test_record_of_new_and_old_files(made, kind, tmp_path):
     old = as_before(path, tmp_path / "old.pt")
     for file in (path, old):
         assert read_record(file) == said
-        assert Evaluator(file).metadata == said
+        assert Model(file).metadata == said
         assert json.loads(load_model(file).metadata()) == said
     atoms = molecule("CH3OH")
-    one, other = (Evaluator(file, "double").predict_one(atoms).forces for file in (path, old))
+    one, other = (Model(file, "double").predict_one(atoms).forces for file in (path, old))
     np.testing.assert_array_equal(one, other)
 
 
@@ -102,7 +102,7 @@ def test_the_record_that_lies_beside_the_code_is_the_one_that_is_read(made, tmp_
     other = rewritten(path, tmp_path / "other.pt", {"extra/ubmd.json": json.dumps(said | {"note": "new"}).encode()})
     assert read_record(other)["note"] == "new"
     with pytest.raises(ModelError, match="is refused: its code gives another description than its record"):
-        Evaluator(other)
+        Model(other)
 
 
 def test_reading_a_record_needs_no_torch(made, tmp_path):
@@ -232,7 +232,7 @@ def test_damaged_records_are_one_sentence(made, tmp_path, change, expected):
     path, said = made["posterior"]
     text = change if isinstance(change, bytes) else json.dumps(said | change).encode()
     wrong = rewritten(path, tmp_path / "wrong.pt", {"extra/ubmd.json": text})
-    for use in (read_record, load_model, Evaluator):
+    for use in (read_record, load_model, Model):
         with pytest.raises(ModelError, match=expected):
             use(wrong)
     status, _, err = info(wrong)
@@ -254,7 +254,7 @@ def test_a_record_without_uncertainty_is_named_when_it_is_used(made, tmp_path):
     module.description = json.dumps(RECORD | {"elements": ELEMENTS, "uncertainty": {}})
     module.save(str(tmp_path / "model.pt"))
     with pytest.raises(ModelError, match=r"The record of model file .* is damaged \('energy' is missing\)"):
-        Evaluator(tmp_path / "model.pt")
+        Model(tmp_path / "model.pt")
 
 
 def test_crystal_records_that_lack_something(made, tmp_path):
@@ -320,4 +320,4 @@ def test_another_program_s_network_has_no_record_but_runs(made, tmp_path):
     torch.jit.script(Foreign()).save(str(path))
     assert read_record(path) is None
     assert "has no record that can be read without running it" in info(path)[2]
-    assert Evaluator(path).metadata == read_record(made["posterior"][0])
+    assert Model(path).metadata == read_record(made["posterior"][0])

@@ -11,7 +11,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.graph import build_graph
 from ubmd.data.labels import labels_of
 from ubmd.errors import ModelError, SettingsError
@@ -106,7 +106,7 @@ def test_members_of_an_ensemble_are_found(tmp_path: Path) -> None:
 
 def test_constants_are_fitted_to_other_labels(folder: Path, tmp_path: Path) -> None:
     """Labels whose zero is another one: the old model's energies, shifted by a constant per element."""
-    evaluator, wanted = Evaluator(folder / "model.pt", "double"), {"H": 1.5, "N": -20.0, "O": 300.0}
+    evaluator, wanted = Model(folder / "model.pt", "double"), {"H": 1.5, "N": -20.0, "O": 300.0}
     others = []
     for atoms, found in zip(TRAIN, evaluator.predict(TRAIN), strict=True):
         copy = atoms.copy()

@@ -12,6 +12,9 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from small_model import with_emt_labels
 
 from ubmd.data.extxyz import write_structures
@@ -21,7 +24,7 @@ from ubmd.data.split import split
 from ubmd.errors import DataError, ModelError, TrainingError
 from ubmd.potentials.gmnn.backend import GaussianMoments
 from ubmd.potentials.gmnn.checkpoint import load_weights
-from ubmd.potentials.gmnn.history import COLUMNS
+from ubmd.potentials.gmnn.history import COLUMNS, _draw_panel, draw
 from ubmd.potentials.gmnn.loss import ErrorSums, differences, loss
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.potentials.gmnn.trainer import train
@@ -275,10 +278,42 @@ def test_a_finished_training_tells_its_summary_and_gives_lost_weights_again(tmp_
     kept = min(validated, key=lambda r: r["valid_energy_mae_meV_per_atom"] / 1000 + r["valid_force_mae_eV_per_A"])
     assert {**found.best, "epochs": 5} == kept
     assert found.epochs == 5
+    assert found.seconds == pytest.approx(sum(row["seconds"] for row in rows))
     path.unlink()
     assert backend.train(labels, table, tmp_path, None, 3, pytest.fail) == path
     assert path.read_bytes() == content
     assert backend.summary(tmp_path) == found
+
+
+def drawn(train_values: list[float], valid_values: list[float]) -> Axes:
+    """The panel of a training with these energy RMSEs, the last epoch kept."""
+    axes = Figure().subplots()
+    key = "energy_rmse_meV_per_atom"
+    rows = [{"epoch": k, f"train_{key}": a, "best": 1} for k, a in enumerate(train_values, 1)]
+    for row, value in zip(rows, valid_values, strict=True):
+        row[f"valid_{key}"] = value
+    _draw_panel(axes, rows, key)
+    return axes
+
+
+def test_learning_curves_have_an_epoch_axis_that_is_linear_and_plain_numbers():
+    narrow, wide = drawn([0.5, 0.3, 0.2], [0.6, 0.4, 0.3]), drawn([30.0, 2.0, 0.2], [40.0, 4.0, 0.4])
+    for axes, scale in ((narrow, "linear"), (wide, "log")):
+        assert axes.get_xscale() == "linear"
+        assert axes.get_yscale() == scale
+        assert [line.get_label() for line in axes.lines] == ["training", "validation", "kept: epoch 3"]
+        light, dark = (to_rgb(line.get_color()) for line in axes.lines[:2])
+        assert sum(light) > sum(dark) + 0.5, "grey print must tell them apart"
+        assert axes.lines[0].get_linewidth() < axes.lines[1].get_linewidth()
+    assert narrow.get_ylim()[0] == 0.0
+    low, high = wide.get_ylim()
+    ticks = [value for value in wide.yaxis.get_major_locator()() if low <= value <= high]
+    assert {"1", "10", "0.3"} <= {wide.yaxis.get_major_formatter()(value, 0) for value in ticks}
+
+
+def test_a_learning_curve_without_validation_is_not_drawn(tmp_path):
+    draw([{"epoch": 1, "train_energy_rmse_meV_per_atom": 1.0}], tmp_path / "curve.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_validation_structure_and_one_epoch(tmp_path, molecules):

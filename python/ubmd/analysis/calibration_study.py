@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ubmd.analysis.document import Document
 from ubmd.analysis.figures import group_calibration_figure
 from ubmd.analysis.style import COLOURS, GREY, new_figure, save
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.labels import check_labelled, dataset_hash
 from ubmd.errors import DataError
 from ubmd.files import content_hash, replacing
@@ -174,7 +174,7 @@ def _parts(structures: Sequence[Atoms], sizes: Sizes, seed: int, split: int) -> 
 
 def _evaluate(path: Path, kind: str, split: int, calibration: Sequence[Atoms], test: Sequence[Atoms]) -> Outcome:
     """Errors and uncertainties of a model file, its calibration divided out."""
-    evaluator = Evaluator(path, "double")
+    evaluator = Model(path, "double")
     record = evaluator.metadata["uncertainty"]
     factors = {"energy_u": record["energy"]["scale"], "atom_u": record["forces"]["scale"]}
     factors["largest_u"] = factors["atom_u"]

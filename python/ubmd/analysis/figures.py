@@ -85,16 +85,17 @@ def learning_curve_figure(curves: Mapping[str, Sequence[ArrayLike]], path: Path,
 
 
 def parity_figure(data: ParityData, path: Path) -> Path:
-    """Model against reference: energies, force components and, where there are labels, stress components."""
+    """Model against reference: energies, force components, stress components, whichever have labels (one at least)."""
     panels = [
         ("Energy", "eV/atom", data.energy_label, data.energy, 1000.0, "meV/atom"),
         ("Force components", "eV/Å", data.force_label, data.force, 1.0, "eV/Å"),
     ]
     if len(data.stress):
-        panels.append(("Stress components", "GPa", data.stress_label / 1000, data.stress / 1000, 1000.0, "MPa"))
-    figure = new_figure(8.0, 3.9 if len(panels) == 2 else 3.1, square=True)
+        panels.append(("Stress", "GPa", data.stress_label / 1000, data.stress / 1000, 1000.0, "MPa"))
+    panels = [panel for panel in panels if len(panel[2])]
+    figure = new_figure(8.0 if len(panels) > 1 else 4.2, 3.1 if len(panels) == 3 else 3.9, square=True)
     for axes, (title, unit, label, value, factor, error_unit) in zip(
-        figure.subplots(1, len(panels)), panels, strict=True
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
         low, high = _span(label, value)
         count_bar(figure, _cloud(axes, label, value, (low, high, low, high), log=False), axes)
@@ -106,7 +107,8 @@ def parity_figure(data: ParityData, path: Path) -> Path:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         rmse, mae = np.sqrt(np.mean((value - label) ** 2)), np.mean(np.abs(value - label))
-        text = f"RMSE {factor * rmse:.3g} {error_unit}\nMAE {factor * mae:.3g} {error_unit}"
+        numbers = [f"{x:.3g}" if x < 1000.0 else f"{x:.0f}" for x in (factor * rmse, factor * mae)]
+        text = f"RMSE {numbers[0]} {error_unit}\nMAE {numbers[1]} {error_unit}"
         axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top", fontsize=9)
         axes.grid(alpha=0.25)
     return save(figure, path)
@@ -153,6 +155,29 @@ def draw_calibration(
     # In the title: inside the axes it would hide points.
     axes.set_title(f"{title}\n{100.0 * share_covered(e, u):.0f} % under the diagonal", fontsize=10)
     return drawn
+
+
+def max_u_figure(max_u: ArrayLike, path: Path) -> Path:
+    """Largest atomic uncertainty of frames, in their order and as a distribution.
+
+    Args:
+        max_u: [S] max_i u_i, eV/Å.
+        path: of the picture.
+    """
+    u = np.asarray(max_u, dtype=float)
+    figure = new_figure(8.0, 3.6)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    size = 4.0 if len(u) <= _HEXBIN_FROM else 2.0
+    left.plot(np.arange(len(u)), u, "o", color=BLUE, markersize=size, alpha=0.7, markeredgewidth=0)
+    right.hist(u, bins=min(40, max(5, len(u) // 5)), orientation="horizontal", color=BLUE)
+    left.set(xlabel="Frame", ylabel="max $u_i$ (eV/Å)", ylim=(0.0, None))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+    right.set_xlabel("Frames")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    return save(figure, path)
 
 
 def ramachandran_figure(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ubmd.calculator import Evaluator, Prediction
+from ubmd.calculator import Model, Prediction
 from ubmd.data.labels import dataset_hash
 from ubmd.data.structures import read_structures
 from ubmd.errors import DataError
@@ -145,7 +145,7 @@ def predict(
     found = kept_predictions(where / FILE, structures)
     model = model or where / "model.pt"
     if found is None and run_models and model.exists():
-        evaluator = Evaluator(model)
+        evaluator = Model(model)
         return Predictions(evaluator.predict(structures), evaluator.metadata["uncertainty"])
     if found is None:
         cure = (

@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.periodicity import perpendicular_cell
 from ubmd.errors import DataError
 from ubmd.measure.autocorrelation import EffectiveSamples
@@ -75,7 +75,7 @@ class Trajectory:
 
     def with_uncertainty(self, model: Path) -> Trajectory:
         """The same with max_i u_i from a model file."""
-        predictions = Evaluator(model).predict(self.structures())
+        predictions = Model(model).predict(self.structures())
         return replace(self, max_u=np.array([p.atomic_u.max() for p in predictions]))
 
 

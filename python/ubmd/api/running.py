@@ -12,9 +12,9 @@ from typing import Any
 
 from ase import Atoms
 from ase.calculators.abc import GetPropertiesMixin
-from rich.console import Console
 
 from ubmd.api.tables import Given, Tables, as_list, base_of, fill, source_of, stem_of, tables_of
+from ubmd.cli.console import make_console
 from ubmd.data.extxyz import as_extxyz
 from ubmd.errors import SettingsError
 from ubmd.files import write_text
@@ -104,7 +104,7 @@ def _progress(schedule: Schedule, settings: Any, base: Path) -> Any:
     """What the command prints before a run, and the listener that prints what happens, as a context."""
     schedule.verify(settings, base, lambda text: print(f"Remark: {text}", file=sys.stderr), _tell)
     timeline = schedule.timeline(settings, read_events(RunFolder(settings.run_dir)))
-    return schedule.progress(Console(), timeline)
+    return schedule.progress(make_console(), timeline)
 
 
 def _tell(sentence: str) -> None:

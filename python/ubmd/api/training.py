@@ -8,7 +8,7 @@ from pathlib import Path
 from ase import Atoms
 
 from ubmd.api.tables import Given, as_list, base_of, fill, source_of, stem_of, tables_of
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.cli.train import train_model
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
@@ -27,7 +27,7 @@ def train(
     start: Path | str | None = None,
     fresh: bool = False,
     progress: bool = True,
-) -> Evaluator:
+) -> Model:
     """Train a model on labelled structures, as `ubmd train` does; a training that was interrupted is resumed.
 
     >>> import ubmd
@@ -71,7 +71,7 @@ def train(
         values["validation_file"] = _file(validation, held_out, folder / "validation.extxyz")
     made = make_settings(TrainSettings, values, source=source_of(settings))
     train_model(made, base_of(settings), fresh, None if start is None else Path(start), quiet=not progress)
-    return Evaluator(folder / "model.pt")
+    return Model(folder / "model.pt")
 
 
 def _structures(frames: Frames, name: str) -> list[Atoms]:

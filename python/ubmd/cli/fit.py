@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ubmd.cli.tables import fit_tables
-from ubmd.cli.training_progress import fit_progress
+from ubmd.cli.training_progress import count_progress
 from ubmd.errors import DataError
 from ubmd.files import check_outputs, write_text
 from ubmd.settings import CRYSTAL_UNCERTAINTY, TrainSettings
@@ -27,6 +27,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
     from ubmd.cli.console import print_remarks, print_taken
     from ubmd.cli.structure_table import describe
     from ubmd.data.labels import dataset_hash
+    from ubmd.measure.confidence import promise
     from ubmd.potentials.force_constants.export import export_crystal
     from ubmd.potentials.force_constants.fit import cached_basis, fit_crystal
     from ubmd.potentials.force_constants.ideal import describe_symmetry
@@ -53,7 +54,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"cluster basis: {basis.n_parameters} parameters, {time.monotonic() - start:.1f} s", highlight=False)
     energy = None if ideal_energy is None else ideal_energy / (len(ideal) / len(basis.lattice.numbers))
-    with fit_progress(console) as report:
+    with count_progress(console) as report:
         fit = fit_crystal(
             basis, training_set, validation_set, settings.crystal, settings.uncertainty, energy, progress=report
         )
@@ -65,7 +66,7 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         "n_training": len(training_set),
         "settings": _effective(settings),
     }
-    export_crystal(
+    record = export_crystal(
         basis,
         fit.posterior,
         folder / "model.pt",
@@ -79,6 +80,8 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
         console.print(table)
     for line in _remarks(fit):
         console.print(line, highlight=False, soft_wrap=True)
+    promised = promise({**record["uncertainty"], "atoms_by": settings.uncertainty.atoms_by})
+    console.print(promised, highlight=False, soft_wrap=True, markup=False)
     for name, path in (("picture", _picture(fit, folder / "uncertainty.png")), ("model", folder / "model.pt")):
         console.print(f"{name}: {path}", soft_wrap=True, highlight=False, markup=False)
 

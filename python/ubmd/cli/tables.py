@@ -15,34 +15,6 @@ if TYPE_CHECKING:
     from ubmd.potentials.force_constants.fit import CrystalFit
 
 
-def accuracy_table(result: dict[str, Any], metadata: dict[str, Any]) -> Table:
-    made_for = ", ".join(_promise(name, metadata["uncertainty"]) for name in ("energy", "forces"))
-    caption = f"confidence of u: {made_for}"
-    if kind_of_record(metadata).of_crystal and result["stress_rmse_MPa"] is not None:
-        caption += "\nstresses of the model do not include that of the ideal crystal"
-    table = Table(title=f"{result['structures']} structures, {result['atoms']} atoms", caption=caption)
-    for column in ("quantity", "RMSE", "MAE", "unit", "errors below u"):
-        table.add_column(column)
-    for name, unit, text, share in (
-        ("energy", "meV_per_atom", "meV/atom", _percent(result["energy_share_below_u"], "of structures")),
-        ("force", "eV_per_A", "eV/Å", _percent(result["force_share_below_u"], "of atoms")),
-        ("", "", "", _percent(result["max_force_share_below_u"], "of structures' maxima")),
-        ("stress", "MPa", "MPa", ""),
-    ):
-        values = [result.get(f"{name}_{kind}_{unit}") for kind in ("rmse", "mae")]
-        if name != "stress" or values[0] is not None:
-            table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values), text, share)
-    return table
-
-
-def _promise(name: str, uncertainty: dict[str, Any]) -> str:
-    """The confidence that the uncertainty of energy or forces was calibrated for."""
-    record = uncertainty[name]
-    if record["n_calibration"] == 0:
-        return f"{name} not calibrated"
-    return f"{name} {100 * min(record['attainable'], 1 - uncertainty['alpha']):.4g} %"
-
-
 def confidence_remarks(metadata: Mapping[str, Any]) -> list[str]:
     """A sentence on a model file that was calibrated on too few structures; none for others, and for crystals."""
     record = metadata.get("uncertainty", {})
@@ -52,10 +24,6 @@ def confidence_remarks(metadata: Mapping[str, Any]) -> list[str]:
     attained = [record.get(name, {}).get("attainable", 1.0) for name in ("energy", "forces")]
     sentence = shortfall(attained[0], attained[1], record["alpha"])
     return [sentence] if sentence else []
-
-
-def _percent(share: float, of_what: str) -> str:
-    return f"{100 * share:.1f} % {of_what}"
 
 
 def info_table(title: str, columns: Sequence[str]) -> Table:

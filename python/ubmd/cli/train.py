@@ -17,16 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ubmd.cli.completion import keys_of_export, keys_of_training
-from ubmd.cli.console import make_console, print_remarks, print_taken, shown, user_errors
+from ubmd.cli.console import make_console, print_remarks, print_taken, user_errors
+from ubmd.cli.evaluate import evaluate
 from ubmd.cli.info import info
 from ubmd.cli.labels import LabelOption, label_mapping, label_overrides
-from ubmd.cli.tables import accuracy_table, confidence_remarks
+from ubmd.cli.tables import confidence_remarks
 from ubmd.cli.training_progress import training_progress
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.potentials.kinds import kind_of_settings
 from ubmd.settings import USUAL_INFO, TrainSettings, UncertaintySettings, load_settings, make_settings
-from ubmd.texts import counted
+from ubmd.texts import counted, wall_time
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -113,6 +114,7 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, source: Path | None
     """Train and export a network of any back end; ``base`` is the folder of the settings file."""
     from ubmd.cli.structure_table import describe
     from ubmd.data.labels import dataset_hash
+    from ubmd.measure.confidence import promise
     from ubmd.potentials.fitting import export_checkpoints
     from ubmd.potentials.interface import Labels, Prolongs, TrainingTable
     from ubmd.potentials.kinds import check_backend
@@ -146,6 +148,7 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, source: Path | None
     )
     for checkpoint in checkpoints:
         _print_summary(backend, checkpoint.parent, console, counts)
+    _print_if_any(promise(metadata["uncertainty"]), console)
     print_remarks(confidence_remarks(metadata))
     console.print(f"model: {path}", soft_wrap=True, markup=False)
 
@@ -211,7 +214,7 @@ def _print_summary(backend: Backend, folder: Path, console: Console, counts: Map
 
 def _training_summary(found: Summary, counts: Mapping[str, int]) -> Table:
     """RMSEs of the kept weights."""
-    table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}")
+    table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}", caption=_time(found))
     behind = {part: counted(count, "structure") for part, count in counts.items()}
     training, validation = f"training (during the epoch; {behind['train']})", f"validation ({behind['valid']})"
     for column in ("RMSE", training, validation, "unit"):
@@ -227,44 +230,12 @@ def _training_summary(found: Summary, counts: Mapping[str, int]) -> Table:
     return table
 
 
-# ----------------------------------------------------------------------------------------------- eval
-
-
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Model file, e.g. model.pt.")],
-    data: Annotated[Path, typer.Argument(help="Labelled structures (extxyz, or any format that ASE reads).")],
-    precision: Annotated[str, typer.Option(help="mixed, single or double.")] = "mixed",
-    label: LabelOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Compare a model with labelled structures: errors, and how often they stay below the uncertainty.
-
-    Labels in eV, eV/Å and eV/Å^3, tension positive, or as --label says; a virial in eV is the stress -virial/volume.
-    "energy" is used, not "free_energy", unless --label energy=free_energy is given. It is printed which keys were read,
-    and, as a remark, whatever looks like a mistake.
-    """
-    from ubmd.calculator import Evaluator
-    from ubmd.cli.structure_table import describe
-    from ubmd.data.structures import read_contents
-    from ubmd.measure.errors import accuracy, check_finite
-
-    with user_errors():
-        evaluator = Evaluator(model, precision)
-        remarks: list[str] = []
-        contents = read_contents(data, label_mapping(label), labelled=True, remark=remarks.append)
-        predictions = evaluator.predict(contents.structures)
-        check_finite(predictions, str(data))
-        result = accuracy(predictions, contents.structures)
-        if as_json:
-            print_remarks(remarks)
-            print(json.dumps(result, indent=2, allow_nan=False))
-            return
-        console = make_console()
-        console.print(describe(contents.structures, shown(str(data))))
-        print_taken([f"{data}: {contents.taken}."], console)
-        print_remarks(remarks)
-        console.print(accuracy_table(result, evaluator.metadata))
-        print_remarks(confidence_remarks(evaluator.metadata))
+def _time(found: Summary) -> str | None:
+    """Seconds per epoch, and of all; None for a back end that does not measure them."""
+    if found.seconds is None:
+        return None
+    each = found.seconds / max(1, found.epochs)
+    return f"{wall_time(each) if each >= 1.0 else f'{each:.2g} s'} per epoch, {wall_time(found.seconds)} in all"
 
 
 # -------------------------------------------------------------------------------- info, export, schema

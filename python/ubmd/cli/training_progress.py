@@ -1,4 +1,4 @@
-"""Progress of a training or a fit: bars on a terminal, plain lines elsewhere."""
+"""Progress of a training, a fit or an evaluation: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ubmd.texts import countdown, counted
+from ubmd.texts import countdown, counted, to_go
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -38,8 +38,11 @@ def training_progress(console: Console, counts: Mapping[str, int]) -> Iterator[A
 
 
 @contextmanager
-def fit_progress(console: Console) -> Iterator[Progress]:
-    """A callback for every structure: live bars on a terminal, a line now and then elsewhere."""
+def count_progress(console: Console, transient: bool = False) -> Iterator[Progress]:
+    """A callback (what, done, of how many): live bars on a terminal, a line now and then elsewhere.
+
+    ``transient``: the bars vanish at the end.
+    """
     if not console.is_terminal:
         begin = last = time.monotonic()
 
@@ -48,11 +51,13 @@ def fit_progress(console: Console) -> Iterator[Progress]:
             now = time.monotonic()
             if now - last > SECONDS_BETWEEN_LINES:
                 last = now
-                console.print(f"{done} of {total} {what}, {now - begin:.0f} s", highlight=False)
+                left = (now - begin) / done * (total - done) if done else None
+                text = f"{done} of {total} {what}, {now - begin:.0f} s{to_go(left, ', ')}"
+                console.print(text, soft_wrap=True, highlight=False)
 
         yield line
         return
-    with _bars(console, "{task.description}") as bars:
+    with _bars(console, "{task.description}", transient) as bars:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -63,11 +68,12 @@ def fit_progress(console: Console) -> Iterator[Progress]:
         yield report
 
 
-def _bars(console: Console, text: str) -> Bars:
+def _bars(console: Console, text: str, transient: bool = False) -> Bars:
     """Bars with how much is done, a text, and the time left."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    return Progress(BarColumn(), MofNCompleteColumn(), TextColumn(text), TimeRemainingColumn(), console=console)
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn(text), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=transient)
 
 
 class _PlainProgress:

@@ -20,7 +20,8 @@ from ubmd.errors import DataError
 # ASE's Voigt order xx yy zz yz xz xy as row and column of the 3 x 3 tensor
 VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
 _FULL = [[0, 5, 4], [5, 1, 3], [4, 3, 2]]  # and the way back
-PAIRS_PER_CHUNK = 20_000  # bounds the memory of one evaluation (the plain-torch descriptor keeps kilobytes per pair)
+# Bounds the memory of one evaluation: the plain-torch descriptor keeps kilobytes per pair. Larger ones are no faster.
+PAIRS_PER_CHUNK = 5_000
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,8 @@ def take_labels(
     """
     results = dict(atoms.calc.results) if atoms.calc is not None else {}
     atoms = atoms.copy()
+    if not (mapping or results or atoms.info or atoms.arrays.keys() - {"numbers", "positions"}):
+        return Frame(atoms, {}, None, {}, number)
     places = (results, atoms.arrays, atoms.info)
     free = _excess(places, len(atoms), mapping.get("energy")) if compare else None
     unused = _unused(atoms) if compare else {}

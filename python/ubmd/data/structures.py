@@ -64,6 +64,7 @@ def read_contents(
     *,
     labelled: bool = False,
     missing_ok: bool = False,
+    partial: bool = False,
     compare: bool = True,
     remark: Callable[[str], None] = lambda _: None,
 ) -> Contents:
@@ -81,6 +82,8 @@ def read_contents(
         mapping: label (energy, forces, stress, virial) -> KEY, KEY:UNIT or :UNIT.
         labelled: every frame must carry energy and forces (training, evaluation).
         missing_ok: a key that the mapping names may be missing.
+        partial: frames may differ in the labels that they have, down to none; a key that the mapping names must be in
+            one of them.
         compare: with labels under other keys; not needed for files of a run folder, nor where nobody uses labels: there
             the first of energy and REF_energy (forces, stress) that is there counts.
         remark: called with sentences on what is not an error but may be a mistake.
@@ -99,7 +102,8 @@ def read_contents(
     for number, atoms in enumerate(_read_frames(path, tell)):
         aside = compare and _is_isolated(atoms)
         try:
-            frame = take_labels(atoms, sources, compare=compare, missing_ok=missing_ok or aside, number=number)
+            optional = missing_ok or aside or partial
+            frame = take_labels(atoms, sources, compare=compare, missing_ok=optional, number=number)
             check_structure(frame.atoms)
             if labelled and not aside:
                 check_apart(frame.atoms)
@@ -109,7 +113,10 @@ def read_contents(
     if not frames:
         what = "nothing but isolated atoms (config_type=IsolatedAtom)" if isolated else "no structures"
         raise DataError(f"{path} holds {what}.")
-    _check_same_labels(path, frames, labelled)
+    if partial:
+        _check_named_keys(path, frames, sources)
+        _suggest_keys(frames, tell)
+    _check_same_labels(path, frames, labelled, partial)
     names = _meanings(path)
     _tell(path, frames, isolated, sources, names, tell)
     return Contents([frame.atoms for frame in frames], [frame.number for frame in frames], taken(frames, names))
@@ -240,12 +247,31 @@ def _sentence(error: Exception) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-def _check_same_labels(path: Path, frames: Sequence[Frame], labelled: bool) -> None:
-    """Energy and forces belong to all frames or to none, and come from one key throughout."""
+def _check_named_keys(path: Path, frames: Sequence[Frame], sources: Mapping[str, Source]) -> None:
+    """DataError if no frame has a key that the mapping names."""
+    for name, source in sources.items():
+        label = "stress" if name == "virial" else name
+        if source.key is not None and not any(label in frame.sources for frame in frames):
+            try:
+                take_labels(frames[0].atoms, {name: source}, number=frames[0].number)
+            except DataError as error:
+                raise DataError(f"{path}, frame {frames[0].number}: {error}") from None
+
+
+def _suggest_keys(frames: Sequence[Frame], tell: Callable[[str], None]) -> None:
+    """A remark on keys that may hold a label that no frame has."""
+    for label in ("energy", "forces"):
+        perhaps = _perhaps(label, frames[0].atoms)
+        if perhaps and not any(label in frame.sources for frame in frames):
+            tell(f"no {label} found under the usual keys{perhaps}; name its key with --label {label}=KEY.")
+
+
+def _check_same_labels(path: Path, frames: Sequence[Frame], labelled: bool, partial: bool) -> None:
+    """Energy and forces belong to all frames or to none (unless ``partial``), and come from one key throughout."""
     for label in LABELS:
         have = [frame for frame in frames if label in frame.sources]
         lack = [frame for frame in frames if label not in frame.sources]
-        if label != "stress" and lack and (have or labelled):
+        if label != "stress" and lack and (have or labelled) and not partial:
             raise DataError(
                 f"{path}, frame {lack[0].number}: no {label} ({len(lack)} of {len(frames)} frames lack it); label "
                 f"these frames, remove them, or name the key that holds the {label}{_perhaps(label, lack[0].atoms)}: "

@@ -162,7 +162,7 @@ def run_one_step() -> None:
     """
     import numpy as np
 
-    from ubmd.calculator import Evaluator
+    from ubmd.calculator import Model
     from ubmd.errors import SimulationError
     from ubmd.lammps.session import FixValue, Session
 
@@ -170,7 +170,7 @@ def run_one_step() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.pt"
         _export_tiny_model(atoms, elements, model)
-        expected = Evaluator(model, "double").predict_one(atoms)
+        expected = Model(model, "double").predict_one(atoms)
         with Session(Path(folder) / "log.lammps", model) as session:
             session.make_system(atoms, "double", "nsq")  # water is flat: too thin for bins
             session.commands(["fix b all ubmd force 0.1 window 1", "run 0 post no"])

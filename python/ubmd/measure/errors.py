@@ -10,10 +10,9 @@ import numpy as np
 from ase import Atoms
 from numpy.typing import ArrayLike, NDArray
 
-from ubmd.calculator import Evaluator, Prediction
+from ubmd.calculator import Model, Prediction
 from ubmd.data.labels import EV_PER_A3_IN_MPA, labels_of
 from ubmd.data.periodicity import stress_components
-from ubmd.errors import DataError
 
 Array = NDArray[np.float64]
 
@@ -47,7 +46,7 @@ class CalibrationData:
 
 
 def calibration_data(structures: Sequence[Atoms], predictions: Sequence[Prediction]) -> CalibrationData:
-    """Compare labels with predictions of `ubmd.calculator.Evaluator.predict` for the same structures."""
+    """Compare labels with predictions of `ubmd.calculator.Model.predict` for the same structures."""
     atom_errors = [
         np.sqrt(np.mean((p.forces - atoms.get_forces()) ** 2, axis=1))
         for atoms, p in zip(structures, predictions, strict=True)
@@ -85,54 +84,9 @@ def error_summary(
     return errors | {"structures": len(structures)}
 
 
-def check_finite(predictions: Sequence[Prediction], source: str) -> None:
-    """DataError that names the first structure of ``source`` for which a model gives no finite numbers."""
-    for number, p in enumerate(predictions):
-        for name, value in (("energy", p.energy), ("forces", p.forces), ("uncertainty", [p.u, *p.atomic_u])):
-            if not np.isfinite(value).all():
-                raise DataError(
-                    f"{source}, frame {number}: the model gives no finite {name}; look for atoms that are too "
-                    "close, or remove the frame."
-                )
-
-
 def share_covered(error: ArrayLike, u: ArrayLike) -> float:
     """Share of errors that do not exceed their uncertainty: 1 - alpha for data like those of the calibration."""
     return float(np.mean(np.asarray(error) <= np.asarray(u)))
-
-
-def accuracy(predictions: Sequence[Prediction], structures: Sequence[Atoms]) -> dict[str, float | int | None]:
-    """Errors of predictions against the labels of the structures (energy and forces; stress where there is one).
-
-    Returns:
-        ``structures``, ``atoms``, then RMSE and MAE of energy (meV/atom), force components (eV/Å) and stress
-        components (MPa; None without stress labels), and the shares of errors that are at most the calibrated
-        uncertainty: ``energy_share_below_u`` (|ΔE|/n against u), ``force_share_below_u`` (every atom's RMSE over xyz
-        against u_i) and ``max_force_share_below_u`` (largest error against largest u_i of each structure).
-    """
-    data = calibration_data(structures, predictions)
-    pairs = [(p, labels_of(atoms)) for p, atoms in zip(predictions, structures, strict=True)]
-    forces = np.concatenate([p.forces - found["forces"] for p, found in pairs])
-    stress = [
-        stress_components(p.stress - found["stress"], atoms)
-        for (p, found), atoms in zip(pairs, structures, strict=True)
-        if p.stress is not None and "stress" in found
-    ]
-    return {
-        "structures": len(structures),
-        "atoms": len(data.atom_error),
-        **_errors("energy", "meV_per_atom", 1000 * data.energy_error),
-        **_errors("force", "eV_per_A", forces),
-        **_errors("stress", "MPa", EV_PER_A3_IN_MPA * np.concatenate([*stress, []])),
-        "energy_share_below_u": share_covered(data.energy_error, data.energy_u),
-        "force_share_below_u": share_covered(data.atom_error, data.atom_u),
-        "max_force_share_below_u": share_covered(data.largest_error, data.largest_u),
-    }
-
-
-def _errors(name: str, unit: str, errors: np.ndarray) -> dict[str, float | None]:
-    rmse, mae = (float(np.sqrt(np.mean(errors**2))), float(np.mean(np.abs(errors)))) if errors.size else (None, None)
-    return {f"{name}_rmse_{unit}": rmse, f"{name}_mae_{unit}": mae}
 
 
 def pearson(x: ArrayLike, y: ArrayLike) -> float:
@@ -172,7 +126,7 @@ class ParityData:
 
 
 def parity_data(structures: Sequence[Atoms], predictions: Sequence[Prediction]) -> ParityData:
-    """What `figures.parity_figure` draws, for predictions of the same structures."""
+    """What `figures.parity_figure` draws, for predictions of the same structures, which may lack labels."""
     pairs = [(p, labels_of(atoms), len(atoms)) for p, atoms in zip(predictions, structures, strict=True)]
     stresses = [
         (stress_components(p.stress, atoms), stress_components(found["stress"], atoms))
@@ -180,16 +134,16 @@ def parity_data(structures: Sequence[Atoms], predictions: Sequence[Prediction]) 
         if p.stress is not None and "stress" in found
     ]
     return ParityData(
-        energy_label=np.array([float(found["energy"]) / n for _, found, n in pairs]),
-        energy=np.array([p.energy / n for p, _, n in pairs]),
-        force_label=np.concatenate([np.ravel(found["forces"]) for _, found, _ in pairs]),
-        force=np.concatenate([p.forces.ravel() for p, _, _ in pairs]),
+        energy_label=np.array([float(found["energy"]) / n for _, found, n in pairs if "energy" in found]),
+        energy=np.array([p.energy / n for p, found, n in pairs if "energy" in found]),
+        force_label=np.concatenate([[], *(np.ravel(found["forces"]) for _, found, _ in pairs if "forces" in found)]),
+        force=np.concatenate([[], *(p.forces.ravel() for p, found, _ in pairs if "forces" in found)]),
         stress_label=EV_PER_A3_IN_MPA * np.concatenate([[], *(label for _, label in stresses)]),
         stress=EV_PER_A3_IN_MPA * np.concatenate([[], *(value for value, _ in stresses)]),
     )
 
 
-def calibration_of(evaluator: Evaluator) -> dict[str, Any]:
+def calibration_of(evaluator: Model) -> dict[str, Any]:
     """Conformal factors of energy and force uncertainties (no unit), and the confidence that they reach."""
     energy, forces = (evaluator.metadata["uncertainty"][name] for name in ("energy", "forces"))
     return {

@@ -24,6 +24,16 @@ def is_ensemble(module: Any) -> bool:
     return hasattr(module, "force_uncertainties")
 
 
+def structure_uncertainties(module: Any, means: Tensor) -> Tensor:
+    """u [S] (eV/atom) of mean features [S, p]: at once, if the module is one of ours."""
+    at_once = getattr(module, "structure_uncertainty", None)
+    with torch.no_grad():
+        if at_once is not None:
+            u: Tensor = at_once(means)
+            return u
+        return torch.stack([module.uncertainty(mean) for mean in means])
+
+
 class Evaluation:
     """One evaluation by the generic part of the interface, which any model file has.
 

@@ -22,7 +22,7 @@ from ubmd.data.graph import (
     structure_means,
 )
 from ubmd.errors import DataError
-from ubmd.potentials.evaluation import Evaluation, evaluation, is_ensemble
+from ubmd.potentials.evaluation import Evaluation, evaluation, is_ensemble, structure_uncertainties
 from ubmd.potentials.file import load_with_record
 from ubmd.potentials.interface import Prediction
 from ubmd.potentials.record import complete_record
@@ -50,7 +50,7 @@ class NetworkEvaluator:
         return build_graph(atoms, self.elements, self.cutoff)
 
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
-        """See `Evaluator`; structures share evaluations of bounded size."""
+        """See `Model`; structures share evaluations of bounded size."""
         batches = chunks(self._graphs(list(structures)))
         return [prediction for batch in batches for prediction in self._predictions(batch, self._evaluation(batch))]
 
@@ -67,8 +67,7 @@ class NetworkEvaluator:
 
     def _predictions(self, batch: Batch, result: Evaluation) -> list[Prediction]:
         means = structure_means(result.phi.double(), batch)
-        with torch.no_grad():
-            u = [float(self.module.uncertainty(mean)) for mean in means]
+        u = structure_uncertainties(self.module, means).tolist()
         if is_ensemble(self.module):
             # how the members differ: their common energy says nothing about uncertainty
             means = means - means.mean(1, keepdim=True)
@@ -91,7 +90,7 @@ class NetworkEvaluator:
         ]
 
     def predict_with_gradient(self, atoms: Atoms) -> tuple[Prediction, np.ndarray, np.ndarray]:
-        """See `Evaluator`; both from one evaluation."""
+        """See `Model`; both from one evaluation."""
         batch = collate([self.graph(atoms)])
         result = self._evaluation(batch)
         (prediction,) = self._predictions(batch, result)
@@ -99,7 +98,7 @@ class NetworkEvaluator:
         return prediction, *_gradients(batch, gradient)
 
     def uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
-        """See `Evaluator`."""
+        """See `Model`."""
         graph = self.graph(atoms)
         u, gradient = self._uncertainty_gradient(self._evaluation(graph))
         return u, *_gradients(graph, gradient)
@@ -115,7 +114,7 @@ class NetworkEvaluator:
         return float(u.detach()), result.feature_gradient(w / result.n_atoms)
 
     def atomic_uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
-        """See `Evaluator`."""
+        """See `Model`."""
         graph = self.graph(atoms)
         total, gradient = self._evaluation(graph).atomic_uncertainty_gradient()
         return float(total), *_gradients(graph, gradient)

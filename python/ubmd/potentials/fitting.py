@@ -165,7 +165,7 @@ def export_raw(
     # The errors of the network on what the baseline leaves are those of the sum on the labels.
     training, calibration = remainder(training, model), remainder(calibration, model)
     deployed = _with_uncertainty(raw, settings)
-    # As in `ubmd.calculator.Evaluator`: what torch records in the first calls, it assumes in later ones (for instance
+    # As in `ubmd.calculator.Model`: what torch records in the first calls, it assumes in later ones (for instance
     # that features have derivatives), and compiles.
     with torch.jit.optimized_execution(False):
         if isinstance(deployed, ForeignModule):

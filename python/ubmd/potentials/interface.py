@@ -60,7 +60,7 @@ def converged(signals: Sequence[Signal]) -> bool:
 
 
 class ModelEvaluator(Protocol):
-    """What evaluates the model files of one kind of potential; see `ubmd.calculator.Evaluator` for the methods."""
+    """What evaluates the model files of one kind of potential; see `ubmd.calculator.Model` for the methods."""
 
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]: ...
 
@@ -129,6 +129,8 @@ class Summary:
     """what `Report` was told about the epoch whose weights are in the checkpoint"""
     epochs: int
     """that were trained"""
+    seconds: float | None = None
+    """that they took together, those before an interruption included"""
 
 
 class Backend(Protocol):

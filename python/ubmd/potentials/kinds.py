@@ -23,7 +23,7 @@ class Kind:
 
     name: str
     evaluator: str
-    """class 'module:name' for `ubmd.calculator.Evaluator`: (module of the file, its record, precision)"""
+    """class 'module:name' for `ubmd.calculator.Model`: (module of the file, its record, precision)"""
     learner: str
     """class 'module:name' of `ubmd.potentials.learner.Learner`"""
     of_crystal: bool = False

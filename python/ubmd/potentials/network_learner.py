@@ -99,7 +99,7 @@ class Network(Learner):
         self._known = split(labels)[0]
 
     def _predict(self, structures: Sequence[Atoms]) -> list[Prediction]:
-        """Predictions, evaluated as `ubmd.calculator.Evaluator` does."""
+        """Predictions, evaluated as `ubmd.calculator.Model` does."""
         import torch
 
         assert self._evaluator is not None

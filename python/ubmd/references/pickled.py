@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cloudpickle
+import cloudpickle  # type: ignore[import-untyped]
 from ase.calculators.abc import GetPropertiesMixin
 from ase.calculators.calculator import Calculator
 

@@ -10,7 +10,7 @@ from typing import Any
 from ase import Atoms
 
 from ubmd.analysis import predictions
-from ubmd.calculator import Evaluator
+from ubmd.calculator import Model
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.errors import ModelError, TrainingError, UbmdError
@@ -167,7 +167,7 @@ def measure(turn: Turn, model: Path, test: list[Atoms]) -> None:
     precision = turn.settings.md.precision
 
     def work() -> None:
-        evaluator = Evaluator(model, precision)
+        evaluator = Model(model, precision)
         found = {name: evaluator.predict(atoms) for name, atoms in sets.items() if atoms}
         errors = {name: error_summary(sets[name], each) for name, each in found.items()}
         if test:
@@ -182,6 +182,6 @@ def keep_predictions(turn: Turn, dataset: Sequence[Atoms]) -> None:
     """Predictions of this iteration's model for the labels that it has selected: they replace a test in the report."""
     labels = predictions.labels_of_iteration(dataset, turn.iteration)
     if labels and turn.settings.test is None:
-        evaluator = Evaluator(turn.once.folder / "model.pt", turn.settings.md.precision)
+        evaluator = Model(turn.once.folder / "model.pt", turn.settings.md.precision)
         promise = evaluator.metadata["uncertainty"]
         predictions.keep_predictions(turn.once.folder / predictions.FILE, labels, evaluator.predict(labels), promise)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ubmd.calculator import Evaluator, Prediction
+from ubmd.calculator import Model, Prediction
 from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import (
     read_structures,
@@ -41,7 +41,7 @@ def select_batch(
     pool: Sequence[Atoms], training: Sequence[Atoms], model: Path, count: int, settings: RunSettings, iteration: int
 ) -> tuple[list[Atoms], dict[str, Any]]:
     """(chosen frames with where they come from in ``info``, what selected.json holds)."""
-    evaluator = Evaluator(model, settings.md.precision)
+    evaluator = Model(model, settings.md.precision)
     candidates, known = evaluator.predict(pool), evaluator.predict(training)
     chosen = select(
         settings.selection.method,

@@ -57,7 +57,7 @@ class CrystalEvaluator:
         self._box: Box | None = None
 
     def predict(self, structures: Iterable[Atoms]) -> list[Prediction]:
-        """See `Evaluator`.
+        """See `Model`.
 
         The stress is that beyond the ideal crystal's own, which structures in a fixed cell do not determine. It needs
         force constants at their true distances: labels of boxes smaller than their range fold them, and the stress
@@ -70,7 +70,7 @@ class CrystalEvaluator:
         return [self._prediction(*self._evaluated(atoms))[0] for atoms in structures]
 
     def predict_with_gradient(self, atoms: Atoms) -> tuple[Prediction, np.ndarray, None]:
-        """See `Evaluator`."""
+        """See `Model`."""
         box, evaluated = self._evaluated(atoms)
         prediction, mean = self._prediction(box, evaluated)
         mean.requires_grad_(True)
@@ -80,7 +80,7 @@ class CrystalEvaluator:
         return prediction, -self._forces(box, gradient), None
 
     def uncertainty_gradient(self, atoms: Atoms) -> tuple[float, np.ndarray, None]:
-        """See `Evaluator`."""
+        """See `Model`."""
         prediction, gradient, none = self.predict_with_gradient(atoms)
         return prediction.u, gradient, none
 

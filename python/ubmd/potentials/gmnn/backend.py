@@ -78,4 +78,5 @@ class GaussianMoments:
         from ubmd.potentials.gmnn.checkpoint import load
 
         saved = load(folder / "checkpoint.pt", "checkpoint")
-        return Summary(saved["history"][saved["best"]["epoch"] - 1], len(saved["history"]))
+        history = saved["history"]
+        return Summary(history[saved["best"]["epoch"] - 1], len(history), sum(r["seconds"] for r in history))
