@@ -97,18 +97,16 @@ def phonons(
 ) -> None:
     """Phonons and elastic constants of a crystal; of force constants, heat conductivity too.
 
-    Writes phonons.png (dispersion and density of states), phonons.npz (the numbers, THz) and elastic.txt (GPa). All are
-    those of small vibrations and strains at 0 K. Long-range forces of polar crystals are missing: no splitting of
-    longitudinal and transverse optical branches (LO-TO) at the zone centre.
+    Small vibrations and strains at 0 K. Long-range forces of polar crystals are missing: no splitting of longitudinal
+    and transverse optical branches (LO-TO) at the zone centre.
 
     A network needs the crystal, relaxed in this network (--relax cell). Forces come from displaced atoms in a supercell
     (phonopy: pip install 'ubmd\\[phonons]'), elastic constants from strained cells whose atoms relax. The largest
-    uncertainty of the network on these structures is printed: larger than at rest, and the network extrapolates. Also
-    written: phonopy.yaml, to continue with phonopy, and with --relax relaxed.extxyz.
+    uncertainty of the network on these structures is printed: if it is much larger than at rest, the network
+    extrapolates.
 
     Force constants contain their crystal. With --conductivity, which needs a third order: the relaxation time
-    approximation, in conductivity.txt, and phono3py.yaml, fc2.hdf5, fc3.hdf5, to continue with phono3py. Seconds for
-    silicon on an 11x11x11 mesh; double the mesh and it takes 64 times as long.
+    approximation. Seconds for silicon on an 11x11x11 mesh; double the mesh and it takes 64 times as long.
     """
     if _is_force_constants(model):
         from ubmd.potentials.force_constants.potential import load_potential
@@ -151,8 +149,8 @@ def eos(
     """Equation of state of a crystal: volume, energy and bulk modulus at 0 K (Birch-Murnaghan).
 
     The crystal is relaxed in the network, cell and positions; then at each volume the positions and the shape of the
-    cell. Writes eos.png, eos.txt (volumes, energies, uncertainties) and relaxed.extxyz. The largest uncertainty of the
-    network on these structures is printed: larger than at rest, and the network extrapolates.
+    cell. The largest uncertainty of the network on these structures is printed: if it is much larger than at rest, the
+    network extrapolates.
     """
     if _is_force_constants(model):
         raise SettingsError(
