@@ -23,8 +23,10 @@ from ubmd.errors import DataError, SettingsError
 from ubmd.measure.crystal import check_crystal, largest_uncertainty, relaxed, respond, strained
 from ubmd.measure.elastic import equation_of_state, strained_constants
 from ubmd.measure.phonons import enough_repeats, phonons
+from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.elastic import ElasticConstants
-from ubmd.potentials.force_constants.phonons import THZ
+from ubmd.potentials.force_constants.export import export_crystal
+from ubmd.potentials.force_constants.phonons import THZ, HarmonicCrystal
 from ubmd.potentials.force_constants.regression import Posterior
 
 ALLOY = Atoms(
@@ -89,6 +91,11 @@ def slow_squares(calculator: AseCalculator, crystal: Atoms, repeats: tuple[int, 
     return np.array(result)
 
 
+def _posterior(basis: ClusterBasis, parameters: np.ndarray) -> Posterior:
+    scales = dict.fromkeys((2, 3, 4), 1.0)
+    return Posterior(basis.parameter_orders, parameters, np.eye(len(parameters)), scales, {"forces": 1.0}, 0.0)
+
+
 @pytest.mark.parametrize("case", ["network", "low symmetry", "left-handed"])
 def test_phonons_are_those_of_the_whole_hessian(case, network):
     pytest.importorskip("phonopy")
@@ -109,6 +116,27 @@ def test_phonons_are_those_of_the_whole_hessian(case, network):
     np.testing.assert_allclose(frequencies[large], np.sqrt(expected[large]), atol=1e-5)
     assert expected.max() > 10.0
     assert found.supercell == len(crystal) * np.prod(repeats)
+
+
+def test_phonons_are_those_of_force_constants(tmp_path):
+    """A supercell longer than twice their cutoff holds all of them: equal at any wave vector, also between its own."""
+    pytest.importorskip("phonopy")
+    basis, parameters = silicon()
+    export_crystal(basis, _posterior(basis, parameters), tmp_path / "model.pt", operators=False)
+    found = phonons(Calculator(tmp_path / "model.pt"), bulk("Si", "diamond", CONSTANT), (4, 4, 4), 1e-3, 40, "GXKGL")
+    expected = HarmonicCrystal.from_basis(basis, parameters).dispersion(40, "GXKGL")
+    np.testing.assert_allclose(found.bands.frequencies, expected.frequencies, atol=2e-3)
+    np.testing.assert_allclose(found.bands.distance, expected.distance, atol=1e-9)
+
+
+def test_imaginary_frequencies_are_negative():
+    pytest.importorskip("phonopy")
+    found = phonons(EMT(), relaxed(EMT(), bulk("Cu", "bcc", a=2.87), cell="free"), (5, 5, 5))
+    assert found.bands.frequencies.min() < -0.5
+    several = bulk("Cu", cubic=True)
+    several.set_masses([63, 63, 65, 65])
+    with pytest.raises(DataError, match="Atoms of Cu have several masses"):
+        phonons(EMT(), several)
 
 
 def test_density_and_bands_belong_together():
@@ -312,9 +340,7 @@ def test_what_the_commands_refuse(network, crystal, tmp_path):
     folder = tmp_path / "force_constants"
     folder.mkdir()
     basis.save(folder / "basis.npz")
-    width = np.eye(len(parameters))
-    scales = dict.fromkeys((2, 3, 4), 1.0)
-    Posterior(basis.parameter_orders, parameters, width, scales, {"forces": 1.0}, 0.0).save(folder / "posterior.npz")
+    _posterior(basis, parameters).save(folder / "posterior.npz")
     assert "STRUCTURE is for networks" in _refused("phonons", folder, crystal)
     assert "--supercell is for networks" in _refused("phonons", folder, "--supercell", "2,2,2")
     assert "valid for a fixed cell only" in _refused("eos", folder, crystal)

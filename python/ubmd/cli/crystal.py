@@ -361,8 +361,11 @@ def _write_phonons(bands: Dispersion, density: tuple[Any, Any], out: Path) -> No
             dos_states=density[1],
         )
     print(f"Phonons: {bands.frequencies.min():.3f} to {bands.frequencies.max():.3f} THz, in {out / 'phonons.png'}")
-    if bands.frequencies.min() < _IMAGINARY:
-        print("Negative frequencies are imaginary: the ideal lattice is unstable in this potential.")
+    lowest = bands.frequencies.min(axis=1)
+    if lowest.min() < _IMAGINARY:
+        place = bands.distance[lowest.argmin()]
+        label = bands.labels[int(np.abs(bands.places - place).argmin())]
+        print(f"Negative frequencies are imaginary (lowest near {label}): the lattice is unstable in this potential.")
 
 
 def _write_constants(found: ElasticConstants, atoms: Atoms, out: Path, tolerance: float) -> None:

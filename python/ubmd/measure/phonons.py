@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator as AseCalculator
+from ase.data import chemical_symbols
 
-from ubmd.errors import SettingsError
+from ubmd.errors import DataError, SettingsError
 from ubmd.measure.crystal import Array, LargestUncertainty, check_crystal, heights, largest_uncertainty, respond
 from ubmd.potentials.force_constants.phonons import Dispersion, dispersion
 
@@ -71,7 +72,7 @@ def phonons(
         print(found.bands.frequencies.max())  # THz
         found.program.save("phonopy.yaml")  # to go on with phonopy itself
 
-    The crystal must be relaxed in the potential. Natural masses, unless the structure has its own.
+    The crystal must be relaxed in the potential. Natural masses, unless the structure has its own, one per element.
 
     Args:
         calculator: any of ASE's.
@@ -84,10 +85,11 @@ def phonons(
             states (phonopy's tetrahedron method).
 
     Raises:
-        DataError: the structure is no crystal.
+        DataError: the structure is no crystal, or atoms of one element have several masses.
         SettingsError: phonopy isn't installed, or the path is none of this lattice.
     """
     check_crystal(crystal)
+    _check_masses(crystal)
     chosen = enough_repeats(crystal) if repeats is None else (int(repeats[0]), int(repeats[1]), int(repeats[2]))
     program = _program(crystal, chosen)
     program.generate_displacements(distance=displacement)
@@ -108,6 +110,14 @@ def phonons(
     density = np.asarray(program.total_dos.frequency_points), np.asarray(program.total_dos.dos)
     uncertainty = largest_uncertainty(responses)
     return Phonons(bands, density, chosen, len(program.supercell), len(structures), uncertainty, program)
+
+
+def _check_masses(crystal: Atoms) -> None:
+    """DataError if an element has several masses: phonopy's symmetry would not see them."""
+    masses = crystal.get_masses()
+    for number in np.unique(crystal.numbers):
+        if np.ptp(masses[crystal.numbers == number]) > 0.0:
+            raise DataError(f"Atoms of {chemical_symbols[number]} have several masses: give one to all of them.")
 
 
 def _program(crystal: Atoms, repeats: tuple[int, int, int]) -> Any:
