@@ -325,12 +325,20 @@ def test_phonons_of_a_network(network, crystal, tmp_path):
     assert "The network extrapolates there" in loose
 
 
+def test_a_crystal_that_the_network_has_never_seen(network, tmp_path):
+    """Its uncertainty is large at rest already: strained cells are no worse."""
+    write_structures(tmp_path / "bcc.extxyz", [bulk("Si", "bcc", a=3.1)])
+    text = _invoke("eos", network, tmp_path / "bcc.extxyz", "--out", tmp_path / "eos", "--points", 5, "--span", 0.02)
+    assert "The network does not know this crystal" in text
+
+
 def test_equation_of_state_of_a_network(network, crystal, tmp_path):
     text = _invoke("eos", network, crystal, "--out", tmp_path / "eos", "--span", "0.03", "--points", 7)
     table = np.loadtxt(tmp_path / "eos" / "eos.txt")
     assert table.shape == (7, 3)
     volume = table[table[:, 1].argmin(), 0]
     assert f"V0 = {volume:.2f}"[:8] in text
+    assert "does not know" not in text
     assert table[:, 2].min() > 0.0
     assert (tmp_path / "eos" / "eos.png").read_bytes().startswith(b"\x89PNG")
 

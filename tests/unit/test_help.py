@@ -105,6 +105,8 @@ def test_the_first_page_fits_a_terminal() -> None:
     for line in ("ubmd init my.xyz", "ubmd check settings.toml", "ubmd run settings.toml", "ubmd status RUN_DIR"):
         (found,) = (row for row in text.splitlines() if line in row)
         assert len(found.split()) > 5  # with its explanation
+    first = shown("--help").partition("A first run:")[2].split("The result is")[0]
+    assert all(line.startswith("   ubmd ") for line in first.splitlines() if line.strip())  # none is broken
     assert "Exit status" in text
     places = [text.index(f"│ {name} ") for name in PAGES]
     assert places == sorted(places)

@@ -28,6 +28,7 @@ _IMAGINARY = -0.05  # THz; smaller ones are rounding
 _SYMMETRY = 1e-3  # Å, within which symmetry is looked for
 _FORCE, _STRESS = 0.01, 0.1  # eV/Å, GPa: a crystal with more is not relaxed
 _FAR = 2.0  # times the uncertainty of the crystal at rest: the model extrapolates
+_UNKNOWN = 0.5  # eV/Å; a model that is as uncertain of a force has not seen such structures
 
 
 class Relax(enum.StrEnum):
@@ -255,7 +256,12 @@ class _Crystal:
             f"Largest uncertainty on {counted(largest.structures, what)}: {1000 * largest.u:.3g} meV/atom, "
             f"{largest.atomic_u:.3g} eV/Å of a force (crystal at rest: {1000 * rest.u:.3g} and {rest.atomic_u:.3g})"
         )
-        if largest.u > _FAR * rest.u or largest.atomic_u > _FAR * rest.atomic_u:
+        if rest.atomic_u > _UNKNOWN:
+            print(
+                f"The network does not know this crystal (a force is uncertain by more than {_UNKNOWN:g} eV/Å): train "
+                "it with labels of this crystal before you use these numbers."
+            )
+        elif largest.u > _FAR * rest.u or largest.atomic_u > min(_FAR * rest.atomic_u, _UNKNOWN):
             print("The network extrapolates there: train it with such structures before you use these numbers.")
 
 

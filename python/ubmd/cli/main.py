@@ -26,7 +26,7 @@ A first run:
 
   ubmd init my.xyz            commented settings.toml; set the reference in it
   ubmd check settings.toml    every stage once, in a minute: finds mistakes
-  ubmd run settings.toml      label, train, explore, repeat; run again, it resumes
+  ubmd run settings.toml      label, train, explore, repeat; rerun to resume
   ubmd status RUN_DIR         where it stands, from any terminal
   ubmd report RUN_DIR         pictures and tables, one HTML page
 
