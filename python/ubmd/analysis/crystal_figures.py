@@ -83,6 +83,37 @@ def _special_points(bands: Dispersion) -> tuple[list[float], list[str]]:
     return places, labels
 
 
+def state_equation_figure(
+    energies: tuple[ArrayLike, ArrayLike], fit: tuple[ArrayLike, ArrayLike], atomic_u: ArrayLike | None, path: Path
+) -> Path:
+    """Energy against volume with a fitted equation of state; below, how uncertain the potential is.
+
+    Args:
+        energies: volume [K] Å^3/atom, energy above the minimum [K] eV/atom.
+        fit: the same of the fitted curve [M].
+        atomic_u: largest uncertainty of a force at each volume [K], eV/Å; None: without the lower panel.
+        path: of the picture.
+    """
+    figure = new_figure(5.6, 4.2 if atomic_u is None else 5.4)
+    if atomic_u is None:
+        grid = [figure.subplots()]
+    else:
+        grid = list(figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1)))
+        grid[1].plot(np.asarray(energies[0]), np.asarray(atomic_u), "-s", color=ORANGE, markersize=4)
+        grid[1].set_ylim(0.0, None)
+        grid[1].set_ylabel("Largest uncertainty\nof a force (eV/Å)")
+    upper = grid[0]
+    upper.plot(np.asarray(fit[0]), 1000.0 * np.asarray(fit[1]), color=BLUE, linewidth=1.3, label="Birch-Murnaghan")
+    volumes, above = (np.asarray(values) for values in energies)
+    upper.plot(volumes, 1000.0 * above, "o", color="black", markersize=5, label="model")
+    upper.set_ylabel("Energy above the minimum (meV/atom)")
+    grid[-1].set_xlabel("Volume (Å³/atom)")
+    for axes in grid:
+        axes.grid(alpha=0.25)
+    legend_above(figure, *upper.get_legend_handles_labels(), columns=2)
+    return save(figure, path)
+
+
 # ------------------------------------------------------------------------------------------ dynamic runs
 
 

@@ -115,7 +115,11 @@ def calibration(
         list[str] | None, typer.Option("--kind", help="Kind of uncertainty; default: posterior, distance, ensemble.")
     ] = None,
     low: Annotated[
-        float, typer.Option(help="Miscoverage alpha of the low confidence; that of the high one is uncertainty.alpha.")
+        float,
+        typer.Option(
+            help="Miscoverage alpha of the low confidence (a share, no unit; 0.5: 50 % confidence); that of the high "
+            "one is uncertainty.alpha."
+        ),
     ] = 0.5,
     label: LabelOption = None,
     override: SetOption = None,

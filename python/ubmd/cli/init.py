@@ -72,8 +72,6 @@ def init(
 
     With a file of structures, values that fit them are filled in, each with its reason: ensemble, time step, cutoff,
     displacements of the start copies, and so on. Only the reference is left for you.
-
-      ubmd init my.xyz --short
     """
     if dynamic and train:
         raise SettingsError("--dynamic and --train are two kinds of settings files; give one of them.")

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 import ubmd
 from ubmd.cli import INTERRUPTED
+from ubmd.cli.pages import add_pages, reflowed
 from ubmd.errors import UbmdError
 from ubmd.files import why
 from ubmd.process import keep_freed_memory, spin_briefly
@@ -20,22 +21,18 @@ _HELP = """Uncertainty-biased molecular dynamics: learn interatomic potentials t
 
 A first run:
 
-  ubmd init my.xyz                 write a commented settings.toml for your structure, then set the reference
+  ubmd init my.xyz            commented settings.toml; set the reference in it
+  ubmd check settings.toml    every stage once, in a minute: finds mistakes
+  ubmd run settings.toml      label, train, explore, repeat; rerun to resume
+  ubmd status RUN_DIR         where it stands, from any terminal
+  ubmd report RUN_DIR         pictures and tables, one HTML page
 
-  ubmd check settings.toml         every stage once, in a minute: finds mistakes
+The result is RUN_DIR/model.pt: run it in LAMMPS with 'pair_style ubmd', or in ASE with ubmd.Calculator.
 
-  ubmd run settings.toml           label, train, explore, repeat; after an interruption the same command resumes
+'ubmd COMMAND --help' has lines to copy, units, defaults, and the files that are written. If anything seems wrong with
+the installation, run 'ubmd doctor'.
 
-  ubmd status RUN_DIR              where it stands, from any terminal
-
-  ubmd report RUN_DIR              pictures and tables, one HTML page
-
-  ubmd compare RUN_A RUN_B ...     several runs side by side, seeds averaged
-
-  ubmd phonons RUN_DIR             of a crystal: phonons, elastic constants, heat conductivity
-
-The result is RUN_DIR/model.pt: run it in LAMMPS with 'pair_style ubmd'. If anything seems wrong with the installation,
-run 'ubmd doctor'.
+Exit status: 0; 1 after an error, which is one sentence on stderr; 2 if the command line is wrong; 130 after Ctrl-C.
 """
 
 
@@ -61,7 +58,13 @@ class _Group(TyperGroup):
             raise typer.Exit(130) from None
 
 
-app = typer.Typer(cls=_Group, help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=_Group,
+    help=reflowed(_HELP),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
 
 
 def _show_version(wanted: bool) -> None:
@@ -86,6 +89,22 @@ def _register() -> None:
     analyse.register(app)
     train.register(app)
     crystal.register(app)
+    add_pages(app)
+    app.command("help", hidden=True)(_help)
+
+
+def _help(
+    context: typer.Context, command: Annotated[str | None, typer.Argument(help="Command to describe.")] = None
+) -> None:
+    """The same as --help of a command, or of ubmd itself."""
+    parent = context.parent
+    assert parent is not None
+    group: Any = parent.command
+    if command is None:
+        print(group.get_help(parent))
+        return
+    name, found, _ = group.resolve_command(parent, [command])
+    found.make_context(name, ["--help"], parent=parent)
 
 
 _register()

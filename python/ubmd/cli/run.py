@@ -21,7 +21,12 @@ SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML).", show
 RunDir = Annotated[Path, typer.Argument(help="Folder of the run (run_dir of its settings).", show_default=False)]
 Override = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a setting: --set loop.labels=64. May be repeated.", autocompletion=keys_of_runs),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting, e.g. loop.labels=64. May be repeated.",
+        autocompletion=keys_of_runs,
+    ),
 ]
 
 RunModels = Annotated[

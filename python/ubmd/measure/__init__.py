@@ -1,1 +1,1 @@
-"""What is measured: errors against labels, coverage, torsions, isomers, volumes, correlation times."""
+"""What is measured: errors, coverage, torsions, isomers, volumes, correlation times; crystals: phonons, elasticity."""

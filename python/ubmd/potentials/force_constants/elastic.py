@@ -40,6 +40,26 @@ class ElasticConstants:
         same = np.abs(c - form).max() <= tolerance * np.abs(c).max()
         return (float(c11), float(c12), float(c44)) if same else None
 
+    def turned(self, rotation: ArrayLike) -> ElasticConstants:
+        """The constants along other axes: a rotation [3, 3] takes those axes to the Cartesian ones."""
+        pairs = np.array(_VOIGT)
+        place = np.zeros((3, 3), dtype=int)
+        place[pairs[:, 0], pairs[:, 1]] = place[pairs[:, 1], pairs[:, 0]] = np.arange(6)
+        r = np.asarray(rotation, dtype=float)
+        tensor = np.einsum("ai,bj,ck,dl,ijkl->abcd", r, r, r, r, self.matrix[place[:, :, None, None], place])
+        a, b = pairs.T
+        return ElasticConstants(tensor[a[:, None], b[:, None], a, b], self.misfit)
+
+    @property
+    def bulk_modulus(self) -> float:
+        """Pressure from all sides over the relative change of volume that it makes (Reuss's mean), GPa."""
+        return float(1.0 / np.linalg.inv(self.matrix)[:3, :3].sum())
+
+    @property
+    def stable(self) -> bool:
+        """Whether every small strain costs energy (Born's criterion)."""
+        return bool(np.linalg.eigvalsh(self.matrix)[0] > 0.0)
+
 
 def elastic_constants(basis: ClusterBasis, parameters: ArrayLike) -> ElasticConstants:
     """Elastic constants of a potential with these parameters [P].

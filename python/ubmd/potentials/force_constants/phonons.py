@@ -11,7 +11,7 @@ Phys. Rev. B 91, 094306 (2015).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,15 +98,7 @@ class HarmonicCrystal:
 
     def dispersion(self, points: int = 200, path: str | None = None) -> Dispersion:
         """Frequencies along ASE's standard path through the Brillouin zone, or along one such as 'GXWKGL'."""
-        try:
-            band = Cell(self.lattice.cell).bandpath(path, npoints=points)
-        except (KeyError, ValueError, AssertionError) as error:
-            raise SettingsError(
-                f"{path!r} is not a path of this lattice ({error}): name its points with --path, as in 'GXWKGL'."
-            ) from error
-        distance, places, labels = band.get_linear_kpoint_axis()
-        # ASE knows the lattice up to its tolerance: the points are the same in units of either reciprocal cell.
-        return Dispersion(distance, self.frequencies(band.kpts), places, list(labels))
+        return dispersion(self.lattice.cell, self.frequencies, points, path)
 
     def density_of_states(self, mesh: int = 20, bins: int = 200) -> tuple[Array, Array]:
         """(frequency [bins] THz, states per THz and primitive cell [bins]) from an even mesh³, Gaussian smearing.
@@ -140,6 +132,31 @@ class Dispersion:
     frequencies: Array
     places: Array
     labels: list[str]
+
+
+def dispersion(
+    cell: ArrayLike, frequencies: Callable[[Array], Array], points: int = 200, path: str | None = None
+) -> Dispersion:
+    """Frequencies along ASE's standard path through the Brillouin zone, or along one such as 'GXWKGL'.
+
+    Args:
+        cell: primitive cell [3, 3], Å.
+        frequencies: THz [K, 3S] at wave vectors [K, 3] in units of the reciprocal cell (without 2π).
+        points: K.
+        path: names of special points.
+
+    Raises:
+        SettingsError: the path is none of this lattice.
+    """
+    try:
+        band = Cell(np.asarray(cell)).bandpath(path, npoints=points)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise SettingsError(
+            f"{path!r} is not a path of this lattice ({error}): name its points with --path, as in 'GXWKGL'."
+        ) from error
+    distance, places, labels = band.get_linear_kpoint_axis()
+    # ASE knows the lattice up to its tolerance: the points are the same in units of either reciprocal cell.
+    return Dispersion(distance, frequencies(band.kpts), places, list(labels))
 
 
 def _checked(basis: ClusterBasis, parameters: ArrayLike) -> Array:

@@ -18,6 +18,7 @@ Integers = NDArray[np.int64]
 
 SYMMETRY_TOLERANCE = 1e-5  # Å, spglib's symprec; crystals that obey their symmetry this well are taken as they are
 _LARGEST_SHARE = 0.1  # of the shortest distance between atoms; beyond it, any operation would be a symmetry
+_FIRST_CUBIC = 195  # number of a space group
 _OVERLAP = 0.1  # Å
 _NO_GROUP = "spglib finds no space group: check the ideal structure for overlapping atoms or a flat cell."
 
@@ -42,16 +43,9 @@ def operations(atoms: Atoms, tolerance: float) -> tuple[Integers, Array]:
         SettingsError: spglib isn't installed.
     """
     try:
-        import spglib
+        dataset = _dataset(atoms, tolerance)
     except ImportError:
         raise SettingsError("Force-constant potentials need spglib: pip install 'ubmd[crystal]'.") from None
-    cell: Any = (np.array(atoms.cell), atoms.get_scaled_positions(), atoms.numbers)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # on how spglib reports that it has found nothing
-        try:
-            dataset = spglib.get_symmetry_dataset(cell, tolerance)
-        except getattr(spglib, "SpglibError", ()):
-            dataset = None
     if dataset is None:
         raise DataError(_NO_GROUP)
     return np.array(dataset.rotations, dtype=np.int64), np.array(dataset.translations)
@@ -72,6 +66,42 @@ def space_group(cell: np.ndarray, rotations: np.ndarray, translations: np.ndarra
         except getattr(spglib, "SpglibError", ()):
             found = None
     return None if found is None else SpaceGroup(found.international_short, int(found.number), len(rotations))
+
+
+def _dataset(atoms: Atoms, tolerance: float) -> Any:
+    """What spglib finds in a structure; None if nothing. ImportError without spglib."""
+    import spglib
+
+    cell: Any = (np.array(atoms.cell), atoms.get_scaled_positions(), atoms.numbers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # on how spglib reports that it has found nothing
+        try:
+            return spglib.get_symmetry_dataset(cell, tolerance)
+        except getattr(spglib, "SpglibError", ()):
+            return None
+
+
+def group_name(atoms: Atoms, tolerance: float) -> str | None:
+    """'Fd-3m (227)' within a tolerance (Å); None if spglib isn't installed or finds none."""
+    try:
+        dataset = _dataset(atoms, tolerance)
+    except ImportError:
+        return None
+    return None if dataset is None else f"{dataset.international} ({dataset.number})"
+
+
+def cubic_axes(atoms: Atoms, tolerance: float) -> Array | None:
+    """Rotation [3, 3] that takes a cubic crystal's axes to the Cartesian ones, within a tolerance (Å).
+
+    None of other crystals, and if spglib isn't installed.
+    """
+    try:
+        dataset = _dataset(atoms, tolerance)
+    except ImportError:
+        return None
+    if dataset is None or dataset.number < _FIRST_CUBIC:
+        return None
+    return np.array(dataset.std_rotation_matrix)
 
 
 def primitive_of(atoms: Atoms, tolerance: float) -> Atoms:
