@@ -106,7 +106,7 @@ def make_files(folder: Path, target: Path) -> None:
         members = [word for path in weights[1:] for word in ("--member", path)]
         changes = [f"kind='{kind}'", "projections=16", "members=2", "references=20"]
         options = [*(word for change in changes for word in ("--set", change)), "--no-operators"]
-        files = ("alloy.extxyz", "valid.extxyz", "--output", f"{kind}_plain.pt")
+        files = ("alloy.extxyz", "valid.extxyz", "--out", f"{kind}_plain.pt")
         call(folder, "export", weights[0], *files, *members, *options)
         shutil.copy(folder / f"{kind}_plain.pt", target)
     call(folder, "train", "crystal.toml")

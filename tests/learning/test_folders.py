@@ -162,7 +162,7 @@ def test_results_that_could_not_be_written(finished: Path, tmp_path: Path) -> No
     (tmp_path / "out" / "model.pt").rmdir()
     assert "log.csv is to be written, but there is a folder" in train(tmp_path / "out")[1]
     weights = next((finished / "run").rglob("weights.pt"))
-    assert said_by("export", weights, data, data, "-o", taken / "model.pt") == (1, f"Error: --output: {taken} {why}")
+    assert said_by("export", weights, data, data, "-o", taken / "model.pt") == (1, f"Error: --out: {taken} {why}")
     assert said_by("compare", finished / "run", "--out", taken) == (1, f"Error: --out: {taken} {why}")
     assert said_by("init", "/proc/settings.toml")[1].startswith("Error: FILE: /proc cannot be made or written (")
 

@@ -40,7 +40,9 @@ FILES = ("errors.json", "predictions.extxyz", "worst.extxyz", "parity.png", "cal
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Model file, e.g. model.pt.")],
     data: Annotated[list[Path], typer.Argument(help="Structures: extxyz, or any format that ASE reads.")],
-    precision: Annotated[str, typer.Option(help="mixed, single or double.")] = "mixed",
+    precision: Annotated[
+        str, typer.Option(help="mixed (as LAMMPS by default), double (slower, more digits) or single.")
+    ] = "mixed",
     label: LabelOption = None,
     by: Annotated[
         str | None,

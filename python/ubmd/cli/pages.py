@@ -88,14 +88,19 @@ PAGES = {
     ),
     "eval": Page(
         _MODELS,
-        ("ubmd eval model.pt test.xyz", "ubmd eval model.pt test.xyz --json > errors.json"),
-        _NOTHING,
-        "prints the same.",
+        (
+            "ubmd eval model.pt test.xyz",
+            "ubmd eval model.pt test.xyz --by config_type --out evaluation",
+            "ubmd eval model.pt a.xyz b.xyz --json > errors.json",
+        ),
+        "in the folder --out, if it is given: errors.json, predictions.extxyz, worst.extxyz, pictures (parity.png, "
+        "calibration.png, uncertainties.png).",
+        _REPLACES,
     ),
     "export": Page(
         _MODELS,
-        ("ubmd export weights.pt train.xyz valid.xyz --set alpha=0.5 --output new.pt",),
-        "the model file --output.",
+        ("ubmd export weights.pt train.xyz valid.xyz --set alpha=0.5 --out new.pt",),
+        "the model file --out.",
         "replaces it.",
     ),
     "phonons": Page(

@@ -245,7 +245,7 @@ def export(
     weights: Annotated[Path, typer.Argument(help="weights.pt of a training.")],
     training_file: Annotated[Path, typer.Argument(help="The structures that the weights were trained on.")],
     calibration_file: Annotated[Path, typer.Argument(help="Labelled structures for the calibration.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path("model.pt"),
+    output: Annotated[Path, typer.Option("--out", "--output", "-o", help="Model file to write.")] = Path("model.pt"),
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -272,7 +272,7 @@ def export(
     from ubmd.potentials.gmnn.checkpoint import load_weights
 
     with user_errors():
-        check_outputs(output.parent, [output.name], "--output")
+        check_outputs(output.parent, [output.name], "--out")
         uncertainty = make_settings(UncertaintySettings, {}, overrides or [], "--set")
         backend = GaussianMoments(operators)
         raw = backend.raw_module([weights, *(member or [])], uncertainty)
