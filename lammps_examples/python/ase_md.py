@@ -20,7 +20,7 @@ BFGS(FrechetCellFilter(atoms), logfile=None).run(fmax=0.01, steps=100)
 print(f"a = {atoms.cell.lengths()[0] / 2:.3f} Å, pressure {-atoms.get_stress()[:3].mean() / GPa:.3f} GPa")
 
 MaxwellBoltzmannDistribution(atoms, temperature_K=600)
-dynamics = Langevin(atoms, 2 * fs, temperature_K=600, friction=0.01 / fs)
+dynamics = Langevin(atoms, 2 * fs, temperature_K=600, friction=0.01 / fs, fixcm=False)
 for _ in dynamics.irun(200):
     u = atoms.calc.results["atomic_uncertainties"].max()
     if u > LIMIT:

@@ -14,8 +14,8 @@ settings = {"run_dir": "ethanol_run", "loop": {"labels": 48}}
 run = ubmd.run(settings, TBLite(method="GFN2-xTB", verbosity=0), ethanol)
 
 figure, axes = plt.subplots(layout="constrained")
-for tau in (0.0, 0.5):
-    trajectory = ubmd.biased_md(run.model, ethanol, md={"steps": 4000}, bias={"force": tau})
+for tau in (0.0, 0.25):
+    trajectory = ubmd.biased_md(run.model, ethanol, md={"steps": 4000}, bias={"force": tau}, threshold=1.5)
     axes.plot(trajectory.time, trajectory.max_u, label=f"bias strength {tau}")
 axes.set(xlabel="time (ps)", ylabel="largest atomic uncertainty (eV/Å)")
 axes.legend()

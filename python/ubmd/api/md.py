@@ -52,7 +52,7 @@ def biased_md(
 
     >>> import ubmd
     >>> from ase.build import bulk
-    >>> trajectory = ubmd.biased_md("copper/model.pt", bulk("Cu", cubic=True), md={"steps": 400, "frames_every": 20})
+    >>> trajectory = ubmd.biased_md("copper/model.pt", bulk("Cu", cubic=True), md={"steps": 400})
     >>> trajectory.result.stopped, trajectory.result.steps
     ('step limit', 400)
     >>> trajectory.max_u.shape
@@ -99,7 +99,7 @@ def _task(folder: Path, model: Path, md: dict[str, Any], bias: dict[str, Any], t
         "run_dir": str(folder),
         "start": {"file": "start.extxyz"},
         "reference": {"calculator": ""},
-        "md": {"frames_every": 10, **md, "replicas": 1},
+        "md": {"frames_every": 20, **md, "replicas": 1},
         "bias": bias,
         "loop": {"threshold": threshold},
         "seed": seed,

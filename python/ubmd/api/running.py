@@ -45,8 +45,8 @@ def run(
     >>> import ubmd
     >>> from ase.build import bulk
     >>> from ase.calculators.emt import EMT
-    >>> settings = {"run_dir": "copper", "loop": {"labels": 20}, "md": {"steps": 100, "replicas": 2}}
-    >>> run = ubmd.run(settings, EMT(), bulk("Cu", cubic=True), progress=False)
+    >>> settings = {"run_dir": "silver", "loop": {"labels": 20}, "md": {"replicas": 2}, "training": {"epochs": 20}}
+    >>> run = ubmd.run(settings, EMT(), bulk("Ag", cubic=True), progress=False)
     >>> len(run.dataset)
     20
 
@@ -130,16 +130,16 @@ def _name_inputs(
         _fill_in(values, schedule, structures, folder / _STRUCTURES)
     if calculator is not None:
         _refuse_both(values, "calculator", {"reference": ("calculator", "arguments")})
-        fill_with = calculator.settings(str(folder / _CALCULATOR))
-        values["reference"] = {**values.get("reference", {}), **fill_with}
-    elif structures is not None and "calculator" not in values.get("reference", {}):
+        values["reference"] = {**values.get("reference", {}), **calculator.settings(str(folder / _CALCULATOR))}
+    elif structures is not None and "reference" not in values:
         raise SettingsError("There is nothing that labels: give a calculator, or set reference.calculator.")
 
 
 def _refuse_both(values: Tables, argument: str, keys: dict[str, tuple[str, ...]]) -> None:
     for table, names in keys.items():
-        for name in names:
-            if name in values.get(table, {}):
+        given = values.get(table)
+        for name in names if isinstance(given, dict) else ():
+            if name in given:
                 raise SettingsError(f"Give {argument} or the setting {table}.{name}, not both.")
 
 

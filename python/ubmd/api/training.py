@@ -31,10 +31,10 @@ def train(
     """Train a model on labelled structures, as `ubmd train` does; a training that was interrupted is resumed.
 
     >>> import ubmd
-    >>> settings = {"output_dir": "copper_model", "training": {"epochs": 20}}
+    >>> settings = {"output_dir": "my_model", "training": {"epochs": 20}}
     >>> model = ubmd.train("copper/dataset.extxyz", settings, progress=False)
     >>> model.path
-    PosixPath('copper_model/model.pt')
+    PosixPath('my_model/model.pt')
     >>> model.elements
     ['Cu']
 

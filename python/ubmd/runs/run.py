@@ -22,15 +22,15 @@ from ubmd.settings.dynamic import DynamicRunSettings
 class Run:
     """The folder of a run, finished or not; nothing in it is changed.
 
-    >>> run = ubmd.Run("copper_run")
+    >>> run = ubmd.Run("copper")
     >>> run
-    Run('copper_run'): 16 labels, 2 iterations, finished
+    Run('copper'): 24 labels, ... iterations, finished
     >>> run.history[-1].labels
-    16
+    24
     >>> len(run.dataset)
-    16
+    24
     >>> run.model
-    PosixPath('copper_run/model.pt')
+    PosixPath('copper/model.pt')
 
     Raises:
         DataError: there is no run in the folder, or it is damaged.
@@ -100,8 +100,8 @@ class Run:
     def events(self) -> Iterator[Event]:
         """What has happened, one after the other; `ubmd schema events` explains the fields.
 
-        >>> [event.seconds for event in run.events() if event.event == "stage_done" and event.stage == "train"]
-        [1.2, 0.4]
+        >>> sum(event.seconds for event in run.events() if event.event == "stage_done") > 1.0
+        True
         """
         return read_events(self._folder)
 
