@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 
 from ubmd.analysis import crystal_figures, figures
-from ubmd.analysis.document import Document, Section
+from ubmd.analysis.document import Document
 from ubmd.analysis.run_data import RunData, value_or_nan
 from ubmd.analysis.run_report import rejected_section, write_report
 from ubmd.data.structures import read_structures
@@ -24,8 +24,9 @@ from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings_of
 from ubmd.runs.reading import read_rounds
 from ubmd.runs.records import ForceErrors, RoundEntry, SignalEntry
+from ubmd.runs.stage_names import stage_name
 from ubmd.settings.dynamic import DynamicRunSettings
-from ubmd.texts import number
+from ubmd.texts import number, wall_time
 
 _MOST_PANELS = 6  # trajectories in the picture of errors
 _MOST_FRAMES = 24  # structures that the shares of the orders are measured on
@@ -365,9 +366,8 @@ def _times(report: Document, data: _Run) -> None:
             total[stage] = total.get(stage, 0.0) + seconds
     whole = sum(total.values())
     if whole > 0.0:
-        rows = [[stage, f"{seconds:.1f}", f"{100 * seconds / whole:.1f}"] for stage, seconds in total.items()]
-        _time_table(report.section("Time"), rows)
-
-
-def _time_table(section: Section, rows: Sequence[Sequence[str]]) -> None:
-    section.table(["stage", "wall time (s)", "share (%)"], rows)
+        rows = [
+            [stage_name(stage), wall_time(seconds), f"{100 * seconds / whole:.1f} %"]
+            for stage, seconds in total.items()
+        ]
+        report.section("Time").table(["stage", "wall time", "share"], rows)

@@ -38,6 +38,7 @@ from ubmd.analysis.style import (
     symbol,
 )
 from ubmd.measure.errors import ParityData, share_covered
+from ubmd.runs.stage_names import stage_name
 
 _HEXBIN_FROM = 600  # more points than this are drawn as counts
 
@@ -52,6 +53,7 @@ _STAGE_COLOURS = {
     "md": ORANGE,
     "select": PINK,
     "label": GREEN,
+    "check_labels": "#000000",
 }
 
 
@@ -388,7 +390,8 @@ def time_figure(names: Sequence[str], seconds: Mapping[str, ArrayLike], path: Pa
     )
     figure = new_figure(8.0, 3.5)
     axes = figure.subplots()
-    _stack(axes, names, {key: np.asarray(v) / factor for key, v in seconds.items()}, _STAGE_COLOURS)
+    parts = {stage_name(stage): np.asarray(values) / factor for stage, values in seconds.items()}
+    _stack(axes, names, parts, {stage_name(stage): colour for stage, colour in _STAGE_COLOURS.items()})
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
     axes.set_ylabel(f"Wall time ({unit})")
     return save(figure, path)

@@ -27,6 +27,7 @@ from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
 from ubmd.runs.reading import read_iterations
 from ubmd.runs.records import IterationEntry, SetName
+from ubmd.runs.stage_names import stage_name
 from ubmd.settings import RunSettings
 from ubmd.settings.run import conditions
 from ubmd.texts import counted, number, wall_time
@@ -382,7 +383,12 @@ def _times(report: Document, data: _Run) -> None:
         return
     section = report.section("Time and cost")
     rows = [
-        [stage, wall_time(float(values.sum())), f"{100 * values.sum() / total:.1f} %", _cost(data, stage, values)]
+        [
+            stage_name(stage),
+            wall_time(float(values.sum())),
+            f"{100 * values.sum() / total:.1f} %",
+            _cost(data, stage, values),
+        ]
         for stage, values in seconds.items()
     ]
     section.table(["stage", "wall time", "share", "that is"], [*rows, ["all stages", wall_time(total), "100.0 %", ""]])
