@@ -106,14 +106,15 @@ def _iterations(report: Document, data: _Run) -> None:
         for entry in data.history
     ]
     head = ["iteration", "labels", "rejected", "MD steps"]
-    head += [f"{name} {what}" for name in _SHOWN for what in ("E (meV/atom)", "F (eV/Å)", "S (MPa)", "structures")]
+    head += [f"{name}: {what}" for name in _SHOWN.values() for what in (*_ERRORS, _COUNT)]
     head += ["max u (eV/Å)", "coverage"]
-    keep = [k for k in range(len(head)) if any(row[k] not in ("", "-") for row in rows)]
+    keep = [k for k in range(len(head)) if _says_something(head[k], [row[k] for row in rows])]
     section = report.section("Iterations")
     section.table([head[k] for k in keep], [[row[k] for k in keep] for row in rows])
     section.text(
-        "Root mean square errors of energies (E), components of forces (F) and stress (S). valid: labels that were "
-        "held out from training, for early stopping and calibration; test: the test set, which nothing depends on."
+        "Root mean square errors of energies (E), components of forces (F) and stress (S). Validation: labels that "
+        "were held out from training, for early stopping and calibration; test: the test set, which nothing depends on"
+        f"{_test_structures(data)}."
     )
     kept = data.settings.loop.keep_models
     numbers = [entry.iteration for entry in data.history]
@@ -126,7 +127,21 @@ def _iterations(report: Document, data: _Run) -> None:
 
 
 _FORMS = (".2f", ".4f", ".1f")  # of energy, forces, stress
-_SHOWN: tuple[SetName, ...] = ("valid", "test")
+_ERRORS = ("E (meV/atom)", "F (eV/Å)", "S (MPa)")
+_COUNT = "structures"
+_SHOWN: dict[SetName, str] = {"valid": "validation", "test": "test"}
+
+
+def _says_something(head: str, column: list[str]) -> bool:
+    """Whether a column has values; numbers of structures also have to change, as those of a test set do not."""
+    found = set(column) - {"", "-"}
+    return len(found) > (1 if head.endswith(_COUNT) else 0)
+
+
+def _test_structures(data: _Run) -> str:
+    """' (200 structures)': how many structures the errors of the test set are of."""
+    errors = data.last.errors_on("test")
+    return errors.behind if errors else ""
 
 
 def _errors(entry: IterationEntry, name: SetName) -> list[str]:
