@@ -103,6 +103,8 @@ class Document:
     title: str
     introduction: list[str] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
+    beside: list[Path] = field(default_factory=list)
+    """Pages that it links to."""
 
     def section(self, title: str, folded: bool = False) -> Section:
         """Begin a section."""

@@ -14,6 +14,9 @@ from ubmd.analysis import crystal_figures, figures
 from ubmd.analysis.document import Document
 from ubmd.analysis.run_data import RunData, value_or_nan
 from ubmd.analysis.run_report import rejected_section, write_report
+from ubmd.analysis.shown_structures import structures_of_dynamic_run
+from ubmd.analysis.structures_section import write_structures
+from ubmd.analysis.viewer import link_to_viewer
 from ubmd.data.structures import read_structures
 from ubmd.errors import UbmdError
 from ubmd.lammps.trajectory import read_piece
@@ -47,7 +50,7 @@ def make_dynamic_report(run: Path, run_models: bool = False) -> list[Path]:
         DataError: the folder holds no dynamic run.
     """
     data = _Run(RunFolder(Path(run)))
-    sections = (_numbers, _learning, _calibration, _trajectories, _signals, _parameters, _phonons, _labels)
+    sections = (_numbers, _learning, _calibration, _structures, _trajectories, _signals, _parameters, _phonons, _labels)
     return write_report(data, "dynamic run", "No round has finished yet.", _summary, sections, (_rejected, _times))
 
 
@@ -167,7 +170,8 @@ def _calibration(report: Document, data: _Run) -> None:
     names = [("Predicted largest error (eV/Å)", "True largest error (eV/Å)")] * len(panels)
     path = figures.calibration_figure(panels, data.picture("calibration.png"), names)
     section = report.section("Predicted against true error")
-    section.picture(path, "Every point is a label, predicted by the model that requested it, before training on it")
+    caption = "Every point is a label, predicted by the model that requested it, before training on it"
+    section.picture(path, caption, link_to_viewer("The structures behind the points"))
     ratio = np.median(e / u)
     section.text(
         f"{len(u)} labels: the largest error of a force component is {ratio:.2f} times the predicted one (median), and "
@@ -189,6 +193,13 @@ def _calibration(report: Document, data: _Run) -> None:
             "true ones. Reference calculations are requested where the predicted error is large, so the labels are "
             "more difficult than the trajectory."
         )
+
+
+def _structures(report: Document, data: _Run) -> None:
+    """Labels and rejected structures."""
+    labels = read_structures(data.folder.dataset, compare=False) if data.folder.dataset.exists() else []
+    shown = structures_of_dynamic_run(labels, data.rejected, data.history)
+    write_structures(report, shown, data.folder.report, "predicted error", "true error")
 
 
 def _trajectories(report: Document, data: _Run) -> None:

@@ -58,7 +58,7 @@ th, td { padding: 0.25rem 0.5rem; border-bottom: 1px solid var(--line); text-ali
 th { vertical-align: bottom; border-bottom: 2px solid var(--rule); }
 td.number, th.number { text-align: right; }
 td.number { white-space: nowrap; }
-td.long { min-width: 11rem; overflow-wrap: anywhere; }
+td.long { min-width: 14rem; overflow-wrap: anywhere; }
 
 /* Pictures beside each other where the window has room for two that can be read. */
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 38rem), 1fr)); gap: 1rem 1.5rem;

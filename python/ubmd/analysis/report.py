@@ -13,10 +13,14 @@ import numpy as np
 
 from ubmd.analysis import figures
 from ubmd.analysis.document import Document, Section
-from ubmd.analysis.predictions import NotKept, predict_unseen
+from ubmd.analysis.predictions import NotKept, Unseen, predict_unseen
 from ubmd.analysis.run_data import Frames, RunData, count_endings, read_frames, stage_seconds, value_or_nan
 from ubmd.analysis.run_report import rejected_section, write_report
+from ubmd.analysis.shown_structures import structures_of_loop
+from ubmd.analysis.structures_section import write_structures
 from ubmd.analysis.trajectory import SHORTEST, correlation_times, read_traces
+from ubmd.analysis.viewer import link_to_viewer
+from ubmd.data.structures import read_structures
 from ubmd.measure.confidence import shortfall
 from ubmd.measure.coverage import coverage
 from ubmd.measure.errors import CalibrationData, calibration_data, parity_data, pearson, share_covered, spearman
@@ -51,7 +55,7 @@ def make_report(run: Path, run_models: bool = False) -> list[Path]:
         DataError: the folder holds no run.
     """
     data = _Run(RunFolder(Path(run)), run_models)
-    sections = (_iterations, _learning, _accuracy, _exploration, _uncertainty, _replicas, _convergence)
+    sections = (_iterations, _learning, _accuracy, _structures, _exploration, _uncertainty, _replicas, _convergence)
     return write_report(data, "run", "No iteration has finished yet.", _summary, sections, (_failures, _times))
 
 
@@ -66,6 +70,14 @@ class _Run(RunData[RunSettings, IterationEntry]):
     @cached_property
     def frames(self) -> Frames:
         return read_frames(self.folder.path)
+
+    @cached_property
+    def unseen(self) -> Unseen | NotKept | None:
+        """Predictions for structures that the models were not trained on, or why there are none."""
+        try:
+            return predict_unseen(self.folder, self.history, self.run_models)
+        except NotKept as error:
+            return error
 
 
 def _summary(data: _Run) -> str:
@@ -176,12 +188,10 @@ def _learning(report: Document, data: _Run) -> None:
 
 def _accuracy(report: Document, data: _Run) -> None:
     """Parity and calibration of the newest model on the test set, or of earlier models on the labels they chose."""
-    try:
-        found = predict_unseen(data.folder, data.history, data.run_models)
-    except NotKept as error:
-        report.section("Model against reference").text(str(error))
-        return
-    if found is None:
+    found = data.unseen
+    if isinstance(found, NotKept):
+        report.section("Model against reference").text(str(found))
+    if not isinstance(found, Unseen):
         return
     structures, predictions, promise, what = found.structures, found.predictions, found.promise, found.what
     errors = calibration_data(structures, predictions)
@@ -202,7 +212,16 @@ def _accuracy(report: Document, data: _Run) -> None:
         data.picture("calibration.png"),
         [("$u_i$ (eV/Å)", "RMSE($F_i$) (eV/Å)"), ("max $u_i$ (eV/Å)", "max RMSE($F_i$) (eV/Å)")],
     )
-    section.picture(path, "Calibrated uncertainty against error; in the green half the error is below the uncertainty")
+    caption = "Calibrated uncertainty against error; in the green half the error is below the uncertainty"
+    section.picture(path, caption, link_to_viewer("The structures behind the points"))
+
+
+def _structures(report: Document, data: _Run) -> None:
+    """Labels, test structures, rejected and uncertain structures."""
+    labels = read_structures(data.folder.dataset, compare=False) if data.folder.dataset.exists() else []
+    unseen = data.unseen if isinstance(data.unseen, Unseen) else None
+    shown = structures_of_loop(labels, data.rejected, data.frames, unseen)
+    write_structures(report, shown, data.folder.report, "max u", "max RMSE(F)")
 
 
 def _calibration_table(section: Section, data: CalibrationData, uncertainty: dict[str, Any]) -> None:
