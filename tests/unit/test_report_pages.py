@@ -141,7 +141,11 @@ def test_the_viewer_shows_the_structure_of_a_link(loop, browser):
         points = "(plot) => plot.data.flatMap((trace) => trace.x ?? []).filter(Number.isFinite).length"
         assert page.locator("#place-map .js-plotly-plot").first.evaluate(points) > 10
         assert len(set(imread(io.BytesIO(page.locator("#place-structure").screenshot())).reshape(-1).tolist())) > 50
-        assert "onerror" in page.locator(".index").inner_text()  # the reason is shown, as a text
+        rejected = page.locator(".index tr", has_text="rejected structure").locator("a")
+        rejected.click()
+        page.wait_for_function(f"document.body.dataset.shown === '{rejected.inner_text()}'")
+        texts = [page.locator(place).text_content() for place in (".index", "#place-info .chsp-properties-table")]
+        assert all(HOSTILE in text for text in texts)  # the reason is shown, as a text
 
 
 def test_the_viewer_has_the_values_of_the_run(loop):

@@ -19,7 +19,7 @@ from ubmd.files import replacing
 _LONG = 24
 """Letters from which a cell is a text that may be broken."""
 
-_UNIT = re.compile(r"(\([^()\s]{1,16}\))$")
+_UNIT = re.compile(r"(\([^()\s]{1,16}\)|(?<=, )[^\s,]{1,10})$")
 _READABLE = 540
 """Least width of a picture, pixels: in a narrower window it scrolls."""
 

@@ -94,23 +94,25 @@ def parity_figure(data: ParityData, path: Path) -> Path:
     ]
     if len(data.stress):
         panels.append(("Stress components", "GPa", data.stress_label / 1000, data.stress / 1000, 1000.0, "MPa"))
-    figure = new_figure(8.0, 3.9 if len(panels) == 2 else 3.1, square=True)
-    for axes, (title, unit, label, value, factor, error_unit) in zip(
-        figure.subplots(1, len(panels)), panels, strict=True
-    ):
+    figure = new_figure(8.0, 4.2 if len(panels) == 2 else 3.0, square=True)
+    row = list(figure.subplots(1, len(panels)))
+    clouds = []
+    for axes, (title, unit, label, value, factor, error_unit) in zip(row, panels, strict=True):
         low, high = _span(label, value)
-        count_bar(figure, _cloud(axes, label, value, (low, high, low, high), log=False), axes)
+        clouds += _cloud(axes, label, value, (low, high, low, high), log=False)
         axes.plot([low, high], [low, high], color="black", linewidth=1)
         axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-        axes.set_title(f"{title} ({unit})", fontsize=10.5)
-        axes.set_xlabel("Reference")
-        axes.set_ylabel("Model")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         rmse, mae = np.sqrt(np.mean((value - label) ** 2)), np.mean(np.abs(value - label))
-        text = f"RMSE {factor * rmse:.3g} {error_unit}\nMAE {factor * mae:.3g} {error_unit}"
-        axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top", fontsize=9)
+        # In the title: inside the axes it would hide points.
+        axes.set_title(
+            f"{title}\nRMSE {factor * rmse:.3g} {error_unit}\nMAE {factor * mae:.3g} {error_unit}", fontsize=9.5
+        )
+        axes.set_xlabel(f"Reference ({unit})")
+        axes.set_ylabel(f"Model ({unit})", labelpad=2.0)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=5 if len(panels) == 2 else 3))
         axes.grid(alpha=0.25)
+    count_bar(figure, clouds, *row)
     return save(figure, path)
 
 

@@ -95,7 +95,7 @@ def write_viewer(structures: Sequence[Shown], path: Path, title: str, u_name: st
     code = script.read_text(encoding="utf-8").replace("</script", "<\\/script")
     parts = [
         page_head(title, _RULES, STYLE + _LOOK),
-        f"<header><h1>{html.escape(title)}</h1>{_introduction()}</header>",
+        f"<header><h1>{html.escape(title)}</h1>{_introduction(structures)}</header>",
         '<div class="viewer" id="viewer"><div><div id="place-meta"></div><div id="place-map"></div></div>',
         '<div><div id="place-structure"></div><div id="place-info"></div></div></div>',
         "<h2>All structures of this page</h2>",
@@ -109,10 +109,12 @@ def write_viewer(structures: Sequence[Shown], path: Path, title: str, u_name: st
     return path
 
 
-def _introduction() -> str:
+def _introduction(structures: Sequence[Shown]) -> str:
+    known = any(one.atomic_u is not None for one in structures)
+    colours = "uncertainty (grey where it is not known)" if known else "force"
     return (
-        "<p>Each point of the map is a structure: a click shows it, with its atoms coloured by their uncertainty (grey "
-        "where it is not known). The menus with three bars choose what the map and the viewer draw, such as the forces "
+        "<p>Each point of the map is a structure: a click shows it, with its atoms coloured by their "
+        f"{colours}. The menus with three bars choose what the map and the viewer draw, such as the forces "
         f"of the reference as arrows (shapes). {html.escape(RULE)}</p>"
     )
 
