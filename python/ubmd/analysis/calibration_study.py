@@ -264,7 +264,8 @@ def write_study(
     splits = len(next(iter(groups.values())))
     document.introduction.append(
         f"{counted(splits, 'random split')} into {sizes.training} training, {sizes.calibration} calibration and "
-        f"{sizes.test} test structures. The calibration structures also served for early stopping. Mean ± standard deviation over splits."
+        f"{sizes.test} test structures. The calibration structures also served for early stopping. "
+        "Mean ± standard deviation over splits."
     )
     errors = [[kind, *_errors(group)] for kind, group in groups.items()]
     document.section("Errors on the test structures").table(["kind", "E (meV/atom)", "F (eV/Å)"], errors)
