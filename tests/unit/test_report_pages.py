@@ -159,6 +159,12 @@ def test_the_viewer_has_the_values_of_the_run(loop):
     energies = sorted(atoms.get_potential_energy() / len(atoms) for atoms in dataset)
     shown = [x for x, kind in zip(data["properties"]["energy"]["values"], kinds, strict=True) if kind == LABEL]
     np.testing.assert_allclose(sorted(shown), energies, rtol=1e-12)
+    newest = np.load(sorted((loop / "iterations").glob("*/predictions.npz"))[-1])
+    labels = np.concatenate([atoms.get_forces() for atoms in test])
+    wanted = (newest["atomic_u"], np.sqrt(np.mean((newest["forces"] - labels) ** 2, axis=1)))
+    for name, values in zip(("u of each atom (eV/Å)", "RMSE(F) of each atom (eV/Å)"), wanted, strict=True):
+        shown = data["properties"][name]["values"][: len(labels)]  # test structures come first
+        np.testing.assert_allclose(sorted(shown), sorted(values), atol=6e-6)
     assert HOSTILE in str(data["properties"]["origin"]["values"])
     assert "<img" not in text.replace(str(re.search(r"<script>.*", text, re.S)[0]), "")  # outside of chemiscope's code
 
@@ -187,6 +193,7 @@ def test_thinned_structures_keep_the_worst():
     assert len(large) == 20
     assert large[0].u == 99.0
     assert len(thinned([Shown(Atoms("H30000"), LABEL)])) == 1
+    assert thinned([Shown(Atoms("H", [[0, np.nan, 0]]), LABEL), Shown(Atoms(), LABEL)]) == []
 
 
 def test_without_the_extra_a_report_says_how_to_get_it(loop, monkeypatch):

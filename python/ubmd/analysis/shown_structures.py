@@ -49,6 +49,8 @@ class Shown:
     """of the reference [N, 3], eV/Å"""
     note: str = ""
     """such as why it was rejected"""
+    atomic_error: Array | None = None
+    """RMSE(F_i) of each atom [N], eV/Å"""
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -94,8 +96,9 @@ def structures_of_dynamic_run(
 
 
 def thinned(structures: Sequence[Shown]) -> list[Shown]:
-    """What `RULE` says, kind by kind, the largest error or uncertainty first."""
-    groups = {kind: sorted((s for s in structures if s.kind == kind), key=lambda s: s.rank) for kind in _LIMITS}
+    """What `RULE` says, kind by kind, the largest error or uncertainty first; without atoms that flew to infinity."""
+    drawable = [one for one in structures if len(one.atoms) and np.isfinite(one.atoms.positions).all()]
+    groups = {kind: sorted((s for s in drawable if s.kind == kind), key=lambda s: s.rank) for kind in _LIMITS}
     chosen = _thin(groups, 1.0)
     atoms = sum(len(one.atoms) for one in chosen)
     return _thin(groups, _MOST_ATOMS / atoms) if atoms > _MOST_ATOMS else chosen
@@ -115,6 +118,7 @@ def _thin(groups: Mapping[str, Sequence[Shown]], factor: float) -> list[Shown]:
 def _unseen(unseen: Unseen) -> list[Shown]:
     """Structures with predictions: test structures, or labels that stand in for them."""
     data = calibration_data(unseen.structures, unseen.predictions)
+    errors = np.split(data.atom_error, np.cumsum([len(atoms) for atoms in unseen.structures])[:-1])
     shown = []
     for k, (atoms, prediction) in enumerate(zip(unseen.structures, unseen.predictions, strict=True)):
         is_label = "label" in atoms.info
@@ -129,6 +133,7 @@ def _unseen(unseen: Unseen) -> list[Shown]:
                 float(atoms.get_potential_energy()) / len(atoms),
                 np.asarray(prediction.atomic_u, dtype=np.float64),
                 np.asarray(atoms.get_forces()),
+                atomic_error=errors[k],
             )
         )
     return shown
@@ -153,7 +158,7 @@ def _labelled(
         _number(atoms, "iteration"),
         u if np.isfinite(u) else _largest(atomic_u),
         error,
-        float(results.get("energy", np.nan)) / len(atoms),
+        float(results.get("energy", np.nan)) / max(len(atoms), 1),
         atomic_u,
         np.asarray(results["forces"]) if "forces" in results else None,
         str(atoms.info.get("reason", "")),
@@ -167,8 +172,11 @@ def _frame(key: _Key, atoms: Atoms) -> Shown:
 
 
 def _uncertainty(frame: Atoms, atoms: int) -> Array | None:
+    """As a frame has them [N], if they are numbers: frames may come from anyone."""
     values = frame.arrays.get("atomic_uncertainty")
-    return np.asarray(values, dtype=np.float64) if values is not None and len(values) == atoms else None
+    if values is None or values.shape != (atoms,) or values.dtype.kind not in "if" or not np.isfinite(values).all():
+        return None
+    return np.asarray(values, dtype=np.float64)
 
 
 def _largest(atomic_u: Array | None) -> float:

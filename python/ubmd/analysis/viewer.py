@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from numpy.typing import NDArray
 
 from ubmd.analysis.document import Link, page_head
 from ubmd.analysis.page_style import STYLE
@@ -33,7 +34,7 @@ _RULES = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline' 'unsafe-eval'; worker-src blob:; font-src data:"
 )
-_COLOUR, _FORCE = "u of each atom (eV/Å)", "force on each atom (eV/Å)"
+_COLOUR, _ERROR, _FORCE = "u of each atom (eV/Å)", "RMSE(F) of each atom (eV/Å)", "force on each atom (eV/Å)"
 _NAN = "***NaN***"  # JSON has none
 
 _LOOK = """
@@ -140,8 +141,9 @@ def _input(structures: Sequence[Shown], title: str, u_name: str, error_name: str
     import chemiscope
 
     frames = [_bare(one.atoms) for one in structures]
-    atomic = [np.full(len(one.atoms), np.nan) if one.atomic_u is None else one.atomic_u for one in structures]
-    forces = [np.zeros((len(one.atoms), 3)) if one.forces is None else one.forces for one in structures]
+    u = _of_atoms([one.atomic_u for one in structures], frames)
+    errors = _of_atoms([one.atomic_error for one in structures], frames)
+    forces = _of_atoms([one.forces for one in structures], frames, (3,))
     properties = {
         u_name: _property([one.u for one in structures], "eV/Å"),
         error_name: _property([one.error for one in structures], "eV/Å"),
@@ -149,16 +151,17 @@ def _input(structures: Sequence[Shown], title: str, u_name: str, error_name: str
         "iteration": _property([one.iteration for one in structures]),
         "kind": {"target": "structure", "values": [one.kind for one in structures]},
         "origin": {"target": "structure", "values": ["; ".join(filter(None, (s.place, s.note))) for s in structures]},
-        _COLOUR: {"target": "atom", "values": np.concatenate(atomic).round(5)},
-        _FORCE: {"target": "atom", "values": np.linalg.norm(np.concatenate(forces), axis=1).round(4)},
+        _COLOUR: {"target": "atom", "values": u.round(5)},
+        **({_ERROR: {"target": "atom", "values": errors.round(5)}} if np.isfinite(errors).any() else {}),
+        _FORCE: {"target": "atom", "values": np.linalg.norm(forces, axis=1).round(4)},
     }
     return {
         "structures": frames,
         "metadata": {"name": title},
         "properties": properties,
         "environments": chemiscope.all_atomic_environments(frames),
-        "shapes": {"reference forces": _arrows(np.concatenate(forces))},
-        "settings": _settings(structures, u_name, error_name, np.concatenate(atomic)),
+        "shapes": {"reference forces": _arrows(np.nan_to_num(forces))},
+        "settings": _settings(structures, u_name, error_name, u),
     }
 
 
@@ -178,6 +181,18 @@ def _settings(structures: Sequence[Shown], u_name: str, error_name: str, atomic_
         periodic=bool(structures[0].atoms.pbc.any()),
         map_settings={"x": {"property": x, "scale": scale}, "y": {"property": y, "scale": scale}},
         structure_settings={"color": colour | {"palette": "viridis"}},
+    )
+
+
+def _of_atoms(
+    values: Sequence[NDArray[np.float64] | None], frames: Sequence[Atoms], shape: tuple[int, ...] = ()
+) -> NDArray[np.float64]:
+    """Values of all atoms of all structures; NaN where they are not known."""
+    return np.concatenate(
+        [
+            np.full((len(atoms), *shape), np.nan) if one is None else one
+            for one, atoms in zip(values, frames, strict=True)
+        ]
     )
 
 
