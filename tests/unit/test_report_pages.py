@@ -123,6 +123,7 @@ def test_wide_tables_scroll_and_paper_is_light(browser, tmp_path):
         assert not page.locator("nav").is_visible()
 
 
+@pytest.mark.long  # software draws WebGL: up to half a minute
 def test_the_viewer_shows_the_structure_of_a_link(loop, browser):
     report, page_file = loop / "report" / "report.html", loop / "report" / viewer.PAGE
     links = re.findall(r'href="(structures\.html#(\d+))"', report.read_text())

@@ -104,9 +104,10 @@ def parity_figure(data: ParityData, path: Path) -> Path:
         axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
         rmse, mae = np.sqrt(np.mean((value - label) ** 2)), np.mean(np.abs(value - label))
         # In the title: inside the axes it would hide points.
-        axes.set_title(
-            f"{title}\nRMSE {factor * rmse:.3g} {error_unit}\nMAE {factor * mae:.3g} {error_unit}", fontsize=9.5
-        )
+        errors = [
+            f"{name} {_three_digits(float(factor * x))} {error_unit}" for name, x in (("RMSE", rmse), ("MAE", mae))
+        ]
+        axes.set_title("\n".join([title, *errors]), fontsize=9.5)
         axes.set_xlabel(f"Reference ({unit})")
         axes.set_ylabel(f"Model ({unit})", labelpad=2.0)
         for axis in (axes.xaxis, axes.yaxis):
@@ -114,6 +115,11 @@ def parity_figure(data: ParityData, path: Path) -> Path:
         axes.grid(alpha=0.25)
     count_bar(figure, clouds, *row)
     return save(figure, path)
+
+
+def _three_digits(value: float) -> str:
+    """0.0267, 93.9, 1,120: without powers of ten for large values."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def calibration_figure(

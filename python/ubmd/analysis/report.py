@@ -125,8 +125,7 @@ def _iterations(report: Document, data: _Run) -> None:
     section.table([head[k] for k in keep], [[row[k] for k in keep] for row in rows])
     section.text(
         "Root mean square errors of energies (E), components of forces (F) and stress (S). Validation: labels that "
-        "were held out from training, for early stopping and calibration; test: the test set, which nothing depends on"
-        f"{_test_structures(data)}."
+        f"were held out from training, for early stopping and calibration{_on_the_test_set(data)}."
     )
     kept = data.settings.loop.keep_models
     numbers = [entry.iteration for entry in data.history]
@@ -150,10 +149,10 @@ def _says_something(head: str, column: list[str]) -> bool:
     return len(found) > (1 if head.endswith(_COUNT) else 0)
 
 
-def _test_structures(data: _Run) -> str:
-    """' (200 structures)': how many structures the errors of the test set are of."""
+def _on_the_test_set(data: _Run) -> str:
+    """What the test set is, and how many structures it has; nothing where there is none."""
     errors = data.last.errors_on("test")
-    return errors.behind if errors else ""
+    return f"; test: the test set, which nothing depends on{errors.behind}" if errors else ""
 
 
 def _errors(entry: IterationEntry, name: SetName) -> list[str]:
