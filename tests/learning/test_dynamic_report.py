@@ -22,11 +22,12 @@ from ubmd.potentials.force_constants.potential import anharmonicity, load_potent
 from ubmd.potentials.force_constants.regression import Posterior
 from ubmd.runs.reading import read_rounds
 
-PICTURES = {"learning_curve", "calibration", "trajectories", "signals", "orders", "phonons"}
+PICTURES = {"learning_curve", "calibration", "trajectories", "signals", "orders", "phonons", "structures"}
 SECTIONS = [
     "Result",
     "Errors against reference calculations",
     "Predicted against true error",
+    "Structures",
     "Errors along the trajectories",
     "Convergence without further labels",
     "Orders",
@@ -108,7 +109,8 @@ def test_half_a_run_and_no_run(finished: RunFolder, tmp_path: Path) -> None:
     entry = finished.read_history()[0] | {"signals": [], "asked": [], "test": None}
     half.history.write_text(json.dumps([entry]))
     files = make_dynamic_report(tmp_path)
-    assert {path.stem for path in files if path.suffix == ".png"} == {"learning_curve", "orders", "phonons"}
+    pictures = {path.stem for path in files if path.suffix == ".png"}
+    assert pictures == {"learning_curve", "orders", "phonons", "structures"}
     assert "on the labels" in (half.report / "report.md").read_text()
     half.history.unlink()
     assert "No round has finished" in make_dynamic_report(tmp_path)[0].read_text()

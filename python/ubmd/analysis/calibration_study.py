@@ -30,6 +30,7 @@ from ubmd.potentials.interface import Labels, TrainingTable
 from ubmd.potentials.kinds import backend_of, check_backend
 from ubmd.potentials.members import train_networks
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
+from ubmd.texts import counted
 from ubmd.uncertainty.conformal import conformal_scale
 
 Array = NDArray[np.float64]
@@ -262,11 +263,12 @@ def write_study(
     groups = _by_kind(outcomes)
     splits = len(next(iter(groups.values())))
     document.introduction.append(
-        f"{splits} random splits into {sizes.training} training, {sizes.calibration} calibration and {sizes.test} test "
-        "structures. The calibration structures also served for early stopping. Mean ± standard deviation over splits."
+        f"{counted(splits, 'random split')} into {sizes.training} training, {sizes.calibration} calibration and "
+        f"{sizes.test} test structures. The calibration structures also served for early stopping. "
+        "Mean ± standard deviation over splits."
     )
     errors = [[kind, *_errors(group)] for kind, group in groups.items()]
-    document.section("Errors on the test structures").table(["kind", "E, meV/atom", "F, eV/Å"], errors)
+    document.section("Errors on the test structures").table(["kind", "E (meV/atom)", "F (eV/Å)"], errors)
     section = document.section("Calibration")
     section.table(HEAD, summary_rows(outcomes, alphas))
     section.text(

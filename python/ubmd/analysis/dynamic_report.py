@@ -11,9 +11,12 @@ import numpy as np
 from ase import Atoms
 
 from ubmd.analysis import crystal_figures, figures
-from ubmd.analysis.document import Document, Section
+from ubmd.analysis.document import Document
 from ubmd.analysis.run_data import RunData, value_or_nan
 from ubmd.analysis.run_report import rejected_section, write_report
+from ubmd.analysis.shown_structures import structures_of_dynamic_run
+from ubmd.analysis.structures_section import write_structures
+from ubmd.analysis.viewer import link_to_viewer
 from ubmd.data.structures import read_structures
 from ubmd.errors import UbmdError
 from ubmd.lammps.trajectory import read_piece
@@ -24,8 +27,9 @@ from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings_of
 from ubmd.runs.reading import read_rounds
 from ubmd.runs.records import ForceErrors, RoundEntry, SignalEntry
+from ubmd.runs.stage_names import stage_name
 from ubmd.settings.dynamic import DynamicRunSettings
-from ubmd.texts import number
+from ubmd.texts import number, wall_time
 
 _MOST_PANELS = 6  # trajectories in the picture of errors
 _MOST_FRAMES = 24  # structures that the shares of the orders are measured on
@@ -46,7 +50,7 @@ def make_dynamic_report(run: Path, run_models: bool = False) -> list[Path]:
         DataError: the folder holds no dynamic run.
     """
     data = _Run(RunFolder(Path(run)))
-    sections = (_numbers, _learning, _calibration, _trajectories, _signals, _parameters, _phonons, _labels)
+    sections = (_numbers, _learning, _calibration, _structures, _trajectories, _signals, _parameters, _phonons, _labels)
     return write_report(data, "dynamic run", "No round has finished yet.", _summary, sections, (_rejected, _times))
 
 
@@ -166,7 +170,8 @@ def _calibration(report: Document, data: _Run) -> None:
     names = [("Predicted largest error (eV/Å)", "True largest error (eV/Å)")] * len(panels)
     path = figures.calibration_figure(panels, data.picture("calibration.png"), names)
     section = report.section("Predicted against true error")
-    section.picture(path, "Every point is a label, predicted by the model that requested it, before training on it")
+    caption = "Every point is a label, predicted by the model that requested it, before training on it"
+    section.picture(path, caption, link_to_viewer("The structures behind the points"))
     ratio = np.median(e / u)
     section.text(
         f"{len(u)} labels: the largest error of a force component is {ratio:.2f} times the predicted one (median), and "
@@ -188,6 +193,13 @@ def _calibration(report: Document, data: _Run) -> None:
             "true ones. Reference calculations are requested where the predicted error is large, so the labels are "
             "more difficult than the trajectory."
         )
+
+
+def _structures(report: Document, data: _Run) -> None:
+    """Labels and rejected structures."""
+    labels = read_structures(data.folder.dataset, compare=False) if data.folder.dataset.exists() else []
+    shown = structures_of_dynamic_run(labels, data.rejected, data.history)
+    write_structures(report, shown, data.folder.report, "predicted error", "true error")
 
 
 def _trajectories(report: Document, data: _Run) -> None:
@@ -365,9 +377,8 @@ def _times(report: Document, data: _Run) -> None:
             total[stage] = total.get(stage, 0.0) + seconds
     whole = sum(total.values())
     if whole > 0.0:
-        rows = [[stage, f"{seconds:.1f}", f"{100 * seconds / whole:.1f}"] for stage, seconds in total.items()]
-        _time_table(report.section("Time"), rows)
-
-
-def _time_table(section: Section, rows: Sequence[Sequence[str]]) -> None:
-    section.table(["stage", "wall time (s)", "share (%)"], rows)
+        rows = [
+            [stage_name(stage), wall_time(seconds), f"{100 * seconds / whole:.1f} %"]
+            for stage, seconds in total.items()
+        ]
+        report.section("Time").table(["stage", "wall time", "share"], rows)

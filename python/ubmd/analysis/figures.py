@@ -38,6 +38,7 @@ from ubmd.analysis.style import (
     symbol,
 )
 from ubmd.measure.errors import ParityData, share_covered
+from ubmd.runs.stage_names import stage_name
 
 _HEXBIN_FROM = 600  # more points than this are drawn as counts
 
@@ -52,6 +53,7 @@ _STAGE_COLOURS = {
     "md": ORANGE,
     "select": PINK,
     "label": GREEN,
+    "check_labels": "#000000",
 }
 
 
@@ -91,27 +93,34 @@ def parity_figure(data: ParityData, path: Path) -> Path:
         ("Force components", "eV/Å", data.force_label, data.force, 1.0, "eV/Å"),
     ]
     if len(data.stress):
-        panels.append(("Stress", "GPa", data.stress_label / 1000, data.stress / 1000, 1000.0, "MPa"))
+        panels.append(("Stress components", "GPa", data.stress_label / 1000, data.stress / 1000, 1000.0, "MPa"))
     panels = [panel for panel in panels if len(panel[2])]
-    figure = new_figure(8.0 if len(panels) > 1 else 4.2, 3.1 if len(panels) == 3 else 3.9, square=True)
-    for axes, (title, unit, label, value, factor, error_unit) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    figure = new_figure(8.0 if len(panels) > 1 else 4.6, 3.0 if len(panels) == 3 else 4.2, square=True)
+    row = list(figure.subplots(1, len(panels), squeeze=False)[0])
+    clouds = []
+    for axes, (title, unit, label, value, factor, error_unit) in zip(row, panels, strict=True):
         low, high = _span(label, value)
-        count_bar(figure, _cloud(axes, label, value, (low, high, low, high), log=False), axes)
+        clouds += _cloud(axes, label, value, (low, high, low, high), log=False)
         axes.plot([low, high], [low, high], color="black", linewidth=1)
         axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-        axes.set_title(f"{title} ({unit})", fontsize=10.5)
-        axes.set_xlabel("Reference")
-        axes.set_ylabel("Model")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         rmse, mae = np.sqrt(np.mean((value - label) ** 2)), np.mean(np.abs(value - label))
-        numbers = [f"{x:.3g}" if x < 1000.0 else f"{x:.0f}" for x in (factor * rmse, factor * mae)]
-        text = f"RMSE {numbers[0]} {error_unit}\nMAE {numbers[1]} {error_unit}"
-        axes.text(0.04, 0.96, text, transform=axes.transAxes, va="top", fontsize=9)
+        # In the title: inside the axes it would hide points.
+        errors = [
+            f"{name} {_three_digits(float(factor * x))} {error_unit}" for name, x in (("RMSE", rmse), ("MAE", mae))
+        ]
+        axes.set_title("\n".join([title, *errors]), fontsize=9.5)
+        axes.set_xlabel(f"Reference ({unit})")
+        axes.set_ylabel(f"Model ({unit})", labelpad=2.0)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=3 if len(panels) == 3 else 5))
         axes.grid(alpha=0.25)
+    count_bar(figure, clouds, *row)
     return save(figure, path)
+
+
+def _three_digits(value: float) -> str:
+    """0.0267, 93.9, 1,120: without powers of ten for large values."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def calibration_figure(
@@ -413,7 +422,8 @@ def time_figure(names: Sequence[str], seconds: Mapping[str, ArrayLike], path: Pa
     )
     figure = new_figure(8.0, 3.5)
     axes = figure.subplots()
-    _stack(axes, names, {key: np.asarray(v) / factor for key, v in seconds.items()}, _STAGE_COLOURS)
+    parts = {stage_name(stage): np.asarray(values) / factor for stage, values in seconds.items()}
+    _stack(axes, names, parts, {stage_name(stage): colour for stage, colour in _STAGE_COLOURS.items()})
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
     axes.set_ylabel(f"Wall time ({unit})")
     return save(figure, path)

@@ -13,10 +13,14 @@ import numpy as np
 
 from ubmd.analysis import figures
 from ubmd.analysis.document import Document, Section
-from ubmd.analysis.predictions import NotKept, predict_unseen
+from ubmd.analysis.predictions import NotKept, Unseen, predict_unseen
 from ubmd.analysis.run_data import Frames, RunData, count_endings, read_frames, stage_seconds, value_or_nan
 from ubmd.analysis.run_report import rejected_section, write_report
+from ubmd.analysis.shown_structures import structures_of_loop
+from ubmd.analysis.structures_section import write_structures
 from ubmd.analysis.trajectory import SHORTEST, correlation_times, read_traces
+from ubmd.analysis.viewer import link_to_viewer
+from ubmd.data.structures import read_structures
 from ubmd.measure.confidence import shortfall
 from ubmd.measure.coverage import coverage
 from ubmd.measure.errors import CalibrationData, calibration_data, parity_data, pearson, share_covered, spearman
@@ -27,6 +31,7 @@ from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
 from ubmd.runs.reading import read_iterations
 from ubmd.runs.records import IterationEntry, SetName
+from ubmd.runs.stage_names import stage_name
 from ubmd.settings import RunSettings
 from ubmd.settings.run import conditions
 from ubmd.texts import counted, number, wall_time
@@ -50,7 +55,7 @@ def make_report(run: Path, run_models: bool = False) -> list[Path]:
         DataError: the folder holds no run.
     """
     data = _Run(RunFolder(Path(run)), run_models)
-    sections = (_iterations, _learning, _accuracy, _exploration, _uncertainty, _replicas, _convergence)
+    sections = (_iterations, _learning, _accuracy, _structures, _exploration, _uncertainty, _replicas, _convergence)
     return write_report(data, "run", "No iteration has finished yet.", _summary, sections, (_failures, _times))
 
 
@@ -65,6 +70,14 @@ class _Run(RunData[RunSettings, IterationEntry]):
     @cached_property
     def frames(self) -> Frames:
         return read_frames(self.folder.path)
+
+    @cached_property
+    def unseen(self) -> Unseen | NotKept | None:
+        """Predictions for structures that the models were not trained on, or why there are none."""
+        try:
+            return predict_unseen(self.folder, self.history, self.run_models)
+        except NotKept as error:
+            return error
 
 
 def _summary(data: _Run) -> str:
@@ -105,14 +118,14 @@ def _iterations(report: Document, data: _Run) -> None:
         for entry in data.history
     ]
     head = ["iteration", "labels", "rejected", "MD steps"]
-    head += [f"{name} {what}" for name in _SHOWN for what in ("E (meV/atom)", "F (eV/Å)", "S (MPa)", "structures")]
+    head += [f"{name}: {what}" for name in _SHOWN.values() for what in (*_ERRORS, _COUNT)]
     head += ["max u (eV/Å)", "coverage"]
-    keep = [k for k in range(len(head)) if any(row[k] not in ("", "-") for row in rows)]
+    keep = [k for k in range(len(head)) if _says_something(head[k], [row[k] for row in rows])]
     section = report.section("Iterations")
     section.table([head[k] for k in keep], [[row[k] for k in keep] for row in rows])
     section.text(
-        "Root mean square errors of energies (E), components of forces (F) and stress (S). valid: labels that were "
-        "held out from training, for early stopping and calibration; test: the test set, which nothing depends on."
+        "Root mean square errors of energies (E), components of forces (F) and stress (S). Validation: labels that "
+        f"were held out from training, for early stopping and calibration{_on_the_test_set(data)}."
     )
     kept = data.settings.loop.keep_models
     numbers = [entry.iteration for entry in data.history]
@@ -125,7 +138,21 @@ def _iterations(report: Document, data: _Run) -> None:
 
 
 _FORMS = (".2f", ".4f", ".1f")  # of energy, forces, stress
-_SHOWN: tuple[SetName, ...] = ("valid", "test")
+_ERRORS = ("E (meV/atom)", "F (eV/Å)", "S (MPa)")
+_COUNT = "structures"
+_SHOWN: dict[SetName, str] = {"valid": "validation", "test": "test"}
+
+
+def _says_something(head: str, column: list[str]) -> bool:
+    """Whether a column has values; numbers of structures also have to change, as those of a test set do not."""
+    found = set(column) - {"", "-"}
+    return len(found) > (1 if head.endswith(_COUNT) else 0)
+
+
+def _on_the_test_set(data: _Run) -> str:
+    """What the test set is, and how many structures it has; nothing where there is none."""
+    errors = data.last.errors_on("test")
+    return f"; test: the test set, which nothing depends on{errors.behind}" if errors else ""
 
 
 def _errors(entry: IterationEntry, name: SetName) -> list[str]:
@@ -160,12 +187,10 @@ def _learning(report: Document, data: _Run) -> None:
 
 def _accuracy(report: Document, data: _Run) -> None:
     """Parity and calibration of the newest model on the test set, or of earlier models on the labels they chose."""
-    try:
-        found = predict_unseen(data.folder, data.history, data.run_models)
-    except NotKept as error:
-        report.section("Model against reference").text(str(error))
-        return
-    if found is None:
+    found = data.unseen
+    if isinstance(found, NotKept):
+        report.section("Model against reference").text(str(found))
+    if not isinstance(found, Unseen):
         return
     structures, predictions, promise, what = found.structures, found.predictions, found.promise, found.what
     errors = calibration_data(structures, predictions)
@@ -186,7 +211,16 @@ def _accuracy(report: Document, data: _Run) -> None:
         data.picture("calibration.png"),
         [("$u_i$ (eV/Å)", "RMSE($F_i$) (eV/Å)"), ("max $u_i$ (eV/Å)", "max RMSE($F_i$) (eV/Å)")],
     )
-    section.picture(path, "Calibrated uncertainty against error; in the green half the error is below the uncertainty")
+    caption = "Calibrated uncertainty against error; in the green half the error is below the uncertainty"
+    section.picture(path, caption, link_to_viewer("The structures behind the points"))
+
+
+def _structures(report: Document, data: _Run) -> None:
+    """Labels, test structures, rejected and uncertain structures."""
+    labels = read_structures(data.folder.dataset, compare=False) if data.folder.dataset.exists() else []
+    unseen = data.unseen if isinstance(data.unseen, Unseen) else None
+    shown = structures_of_loop(labels, data.rejected, data.frames, unseen)
+    write_structures(report, shown, data.folder.report, "max u", "max RMSE(F)")
 
 
 def _calibration_table(section: Section, data: CalibrationData, uncertainty: dict[str, Any]) -> None:
@@ -382,7 +416,12 @@ def _times(report: Document, data: _Run) -> None:
         return
     section = report.section("Time and cost")
     rows = [
-        [stage, wall_time(float(values.sum())), f"{100 * values.sum() / total:.1f} %", _cost(data, stage, values)]
+        [
+            stage_name(stage),
+            wall_time(float(values.sum())),
+            f"{100 * values.sum() / total:.1f} %",
+            _cost(data, stage, values),
+        ]
         for stage, values in seconds.items()
     ]
     section.table(["stage", "wall time", "share", "that is"], [*rows, ["all stages", wall_time(total), "100.0 %", ""]])

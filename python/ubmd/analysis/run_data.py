@@ -20,11 +20,8 @@ from ubmd.measure.torsions import torsions
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.reading import read_iterations
 from ubmd.runs.records import IterationEntry, Record
+from ubmd.runs.stage_names import STAGE_NAMES
 from ubmd.settings import Table
-
-STAGES = ("test_set", "train", "export", "measure", "md", "select", "label")
-"""Stages in the order in which the loop does them; others that a run folder names come after these."""
-
 
 S = TypeVar("S", bound=Table)
 E = TypeVar("E", bound=Record)
@@ -100,7 +97,7 @@ def stage_seconds(run: Path, history: Sequence[IterationEntry]) -> tuple[list[st
     start = {stage: float(record["seconds"]) for stage, record in records.items() if "seconds" in record}
     columns = [start, *(entry.seconds for entry in history)]
     found = {stage for column in columns for stage in column}
-    order = [stage for stage in STAGES if stage in found] + sorted(found - set(STAGES))
+    order = [stage for stage in STAGE_NAMES if stage in found] + sorted(found - set(STAGE_NAMES))
     names = ["start", *(str(entry.iteration) for entry in history)]
     return names, {stage: np.array([float(column.get(stage, 0.0)) for column in columns]) for stage in order}
 

@@ -21,7 +21,7 @@ def write_report(
     sections: Sequence[Callable[[Document, D], None]],
     always: Sequence[Callable[[Document, D], None]],
 ) -> list[Path]:
-    """Write report/*.png, report.md and report.html into a run folder.
+    """Write report/*.png, structures.html, report.md and report.html into a run folder.
 
     Args:
         data: of the run.
@@ -32,7 +32,7 @@ def write_report(
         always: add what does not.
 
     Returns:
-        The files: pictures in order, report.md, report.html.
+        The files: pictures in order, structures.html if it can be made, report.md, report.html.
     """
     report = Document(f"Report of the {kind} {data.folder.path.resolve().name}")
     if data.history:
@@ -44,7 +44,7 @@ def write_report(
     for add in always:
         add(report, data)
     add_provenance(report, data.folder, data.settings)
-    return [*report.pictures(), *report.write(data.folder.report, "report")]
+    return [*report.pictures(), *report.beside, *report.write(data.folder.report, "report")]
 
 
 def rejected_section(report: Document, data: RunData[Any, Any]) -> Section | None:

@@ -89,7 +89,8 @@ def autocorrelation_figure(
         for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
             c = np.asarray(curve, dtype=float)
             time = (times or {}).get(quantity, {}).get(name)
-            label = name if time is None else f"{name} ({time:.3g} ps)".strip()
+            known = [] if time is None else [f"time {time:.3g} ps"]
+            label = ", ".join([name, *known] if name else known)
             axes.plot(spacing * np.arange(len(c)), c, color=colour, linewidth=1.5, label=label)
         axes.axhline(0.0, color="black", linewidth=0.8)
         axes.set_title(quantity, fontsize=10.5)

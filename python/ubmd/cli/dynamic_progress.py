@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from ubmd.cli.live import Bars, Lines, describe_any_run, joined, place
-from ubmd.learning.dynamic.timeline import STAGE_NAMES, DynamicTimeline
+from ubmd.learning.dynamic.timeline import DynamicTimeline
 from ubmd.runs.event_records import (
     Basis,
     Epoch,
@@ -18,6 +18,7 @@ from ubmd.runs.event_records import (
     RunStarted,
     StageStarted,
 )
+from ubmd.runs.stage_names import stage_name
 from ubmd.texts import counted, to_go
 
 
@@ -49,7 +50,7 @@ class ProgressBars(Bars[DynamicTimeline]):
         if not self._tasks:
             self._tasks = [self._bars.add_task(name, left="") for name in ("labels", "MD steps")]
         labels, steps = self._tasks
-        doing = ", ".join(STAGE_NAMES[stage] for stage in line.running if stage in STAGE_NAMES)
+        doing = ", ".join(stage_name(stage) for stage in line.running)
         self._bars.update(labels, completed=line.labels, total=line.wanted, left=doing)
         self._bars.update(steps, completed=line.steps, total=line.steps_wanted, left=to_go(line.left(), "at most "))
 
@@ -67,7 +68,7 @@ def describe_event(event: Event) -> str:
         case Basis():
             return " ".join([*event.symmetry, f"{event.parameters} parameters."])
         case StageStarted() if event.stage == "test_set" or event.round == -1:
-            return f"{place(event)}{STAGE_NAMES.get(event.stage, event.stage)} …"
+            return f"{place(event)}{stage_name(event.stage)} …"
         case PieceDone():
             return describe_piece(event)
         case RoundDone():

@@ -21,11 +21,12 @@ from ubmd.cli.run_status import (
     page,
     since,
 )
-from ubmd.learning.dynamic.timeline import STAGE_NAMES, DynamicTimeline
+from ubmd.learning.dynamic.timeline import DynamicTimeline
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings_of
 from ubmd.runs.reading import newest_rounds, read_events
 from ubmd.runs.records import Fit, ForceErrors, RoundEntry
+from ubmd.runs.stage_names import stage_name
 from ubmd.settings.dynamic import DynamicRunSettings
 from ubmd.texts import duration
 
@@ -44,7 +45,7 @@ def status(run_dir: Path) -> RenderableType:
         f"{timeline.steps:,} of at most {timeline.steps_wanted:,} MD steps."
     ]
     if running and timeline.running:
-        doing = [f"{STAGE_NAMES.get(stage, stage)} {since(begin)}" for stage, begin in timeline.running.items()]
+        doing = [f"{stage_name(stage)} {since(begin)}" for stage, begin in timeline.running.items()]
         lines.append(f"Round {timeline.round}: {', '.join(doing)}.")
     rounds, below = newest_rounds(folder), list[RenderableType]()
     for last in islice(rounds, 1):

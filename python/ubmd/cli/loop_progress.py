@@ -7,7 +7,7 @@ from rich.progress import TaskID
 
 from ubmd.cli.live import Bars, Lines, describe_any_run, joined, place
 from ubmd.cli.run_status import cell
-from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
+from ubmd.learning.loop.timeline import Timeline, describe_work
 from ubmd.runs.event_records import (
     Epoch,
     Event,
@@ -20,6 +20,7 @@ from ubmd.runs.event_records import (
     StageDone,
     StageStarted,
 )
+from ubmd.runs.stage_names import stage_name
 from ubmd.texts import duration, to_go
 
 
@@ -40,7 +41,7 @@ class ProgressLines(Lines[Timeline]):
             case _:
                 return ""
         timeline = self._timeline
-        line = f"{place(event)}{STAGE_NAMES[stage]}: {describe_work(stage, timeline.work.get(stage))}"
+        line = f"{place(event)}{stage_name(stage)}: {describe_work(stage, timeline.work.get(stage))}"
         return line + joined(to_go(timeline.stage_left(stage)), to_go(timeline.run_left(), "run: "))
 
 
@@ -67,7 +68,7 @@ class ProgressBars(Bars[Timeline]):
         line = self._timeline
         if stage not in self._stages:
             where = f"iteration {line.iteration}: " if line.iteration >= 0 else ""
-            self._stages[stage] = self._bars.add_task(where + _stage_name(stage), total=None, left="")
+            self._stages[stage] = self._bars.add_task(where + stage_name(stage), total=None, left="")
         done, total = line.work.get(stage, (0, 0))
         left = to_go(line.stage_left(stage))
         self._bars.update(self._stages[stage], completed=done, total=total or None, left=left)
@@ -78,19 +79,15 @@ def make_progress(console: Console, timeline: Timeline) -> ProgressBars | Progre
     return ProgressBars(console, timeline) if console.is_terminal else ProgressLines(console, timeline)
 
 
-def _stage_name(stage: str) -> str:
-    return STAGE_NAMES.get(stage, stage)
-
-
 def describe_event(event: Event) -> str:
     """One line about an event, or an empty text if it is not worth a line."""
     match event:
         case RunStarted():
             return f"Run to {event.labels_wanted} labels."
         case StageStarted() if event.stage in ("test_set", "train", "md"):
-            return f"{place(event)}{_stage_name(event.stage)} …"
+            return f"{place(event)}{stage_name(event.stage)} …"
         case StageStarted() if event.stage == "label" and event.turn < 0:
-            return f"{place(event)}{_stage_name('label')} …"
+            return f"{place(event)}{stage_name('label')} …"
         case StageDone() if event.stage == "train":
             return f"{place(event)}trained on {event.labels} labels in {duration(event.seconds)}."
         case ReplicaDone():

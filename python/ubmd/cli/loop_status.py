@@ -25,12 +25,13 @@ from ubmd.cli.run_status import (
     page,
     since,
 )
-from ubmd.learning.loop.timeline import STAGE_NAMES, Timeline, describe_work
+from ubmd.learning.loop.timeline import Timeline, describe_work
 from ubmd.runs.confidence import confidence
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
 from ubmd.runs.reading import read_events, read_iterations
 from ubmd.runs.records import IterationEntry, SetName
+from ubmd.runs.stage_names import stage_name
 from ubmd.settings import RunSettings
 from ubmd.texts import duration, to_go
 
@@ -123,7 +124,7 @@ def _now(folder: RunFolder, timeline: Timeline, settings: RunSettings) -> list[s
         if work is not None:
             timeline.work[stage] = work
         where = f"Iteration {timeline.iteration}" if timeline.iteration >= 0 else "Start"
-        parts = [f"{where}, {STAGE_NAMES.get(stage, stage)} {since(begin)}", describe_work(stage, work)]
+        parts = [f"{where}, {stage_name(stage)} {since(begin)}", describe_work(stage, work)]
         parts.append(to_go(timeline.stage_left(stage)))
         lines.append("; ".join(part for part in parts if part) + ".")
         if stage == "md":

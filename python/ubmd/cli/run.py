@@ -132,8 +132,9 @@ def status(
 def report(run_dir: RunDir, run_models: RunModels = False) -> None:
     """Make the report of a run, even of an unfinished one: one HTML page with all tables and pictures.
 
-    Learning curves, model against reference, uncertainty against error, what was explored, how replicas ended, rejected
-    labels, time per stage, settings and versions. Also as report.md, with the pictures as PNG files, for papers.
+    Learning curves, model against reference, uncertainty against error, the worst structures, what was explored, how
+    replicas ended, rejected labels, time per stage, settings and versions. Also as report.md, with the pictures as PNG
+    files, for papers. With chemiscope (the extra "viewer"), structures.html shows the structures themselves.
     """
     folder = RunFolder(run_dir)
     if folder.manifest.exists():  # else there is no run to report

@@ -9,8 +9,6 @@ from ubmd.runs.event_records import Event, LabelAppended, LabelDone, MDSteps, Ro
 from ubmd.runs.timeline import RunTimeline
 from ubmd.settings.dynamic import DynamicRunSettings
 
-STAGE_NAMES = {"learn": "training", "measure": "errors", "move": "MD", "label": "labels", "test_set": "test set"}
-
 
 class DynamicTimeline(RunTimeline):
     """What the events of every run say, and those of a dynamic run: labels, MD steps, and how long they take.

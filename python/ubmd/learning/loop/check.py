@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _STEPS = 10  # few: MD with a model of two structures is stable for a few steps 
 _BYTES_PER_RECORDED_ATOM = 12  # of a trace; atoms that do not move are compressed to nothing
 _COPIES_OF_LABELS = 4
 _BYTES_OF_A_REPORT = 1.6e6  # pictures, twice: the page contains them
+_BYTES_OF_A_VIEWER = 4e6  # chemiscope and up to 300 structures, in the report where it is installed
 _TYPICAL_BATCH_GAIN = 3.0  # a full mini-batch costs less per structure than the miniature's single ones
 
 
@@ -228,7 +230,8 @@ def _disk(settings: RunSettings, given: int, atoms: Atoms, folder: RunFolder) ->
     # A label is in a selection, twice in its batch, and in the data set; a test set in the run and in its parts.
     labels = _COPIES_OF_LABELS * max(settings.loop.labels, given) * frame
     test = 2 * settings.test.sampling.frames * frame if settings.test is not None else 0.0
-    at_end = _BYTES_OF_A_REPORT + _bytes([folder.model])
+    viewer = _BYTES_OF_A_VIEWER if find_spec("chemiscope") else 0.0
+    at_end = _BYTES_OF_A_REPORT + viewer + _bytes([folder.model])
     kept = min(rounds + 1, settings.loop.keep_models or rounds + 1)
     least = kept * models + (rounds + 1) * other + labels + test + at_end
     return least, least + rounds * md.replicas * trajectory

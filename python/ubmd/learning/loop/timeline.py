@@ -22,16 +22,6 @@ from ubmd.runs.event_records import (
 from ubmd.runs.timeline import RunTimeline
 from ubmd.settings import RunSettings
 
-STAGE_NAMES = {
-    "test_set": "reference MD for the test set",
-    "check_labels": "given labels again",
-    "label": "labels",
-    "train": "training",
-    "export": "calibration",
-    "measure": "errors",
-    "md": "MD",
-    "select": "selection",
-}
 _RECENT = 3  # iterations that an estimate looks back at
 
 
