@@ -112,7 +112,7 @@ class FixUBMD : public Fix {
   void sum_strain_derivatives(const double *, Norms &);
   void update_bias(const Norms &);
   void clear_bias();
-  void apply();
+  void apply(bool evaluated);
   void check_stop();
   void check_save();
   Start compare_with_last_run();

@@ -138,8 +138,8 @@ def _name_inputs(
 def _refuse_both(values: Tables, argument: str, keys: dict[str, tuple[str, ...]]) -> None:
     for table, names in keys.items():
         given = values.get(table)
-        for name in names if isinstance(given, dict) else ():
-            if name in given:
+        for name in names:
+            if isinstance(given, dict) and name in given:
                 raise SettingsError(f"Give {argument} or the setting {table}.{name}, not both.")
 
 
