@@ -175,6 +175,7 @@ void FixUBMD::init() {
   check_pair();
   check_crystal();
   prepare_species();
+  check_stride();
   open_file();
   if (utils::strmatch(update->integrate_style, "^respa"))
     error->all(FLERR, "fix ubmd doesn't work with run_style respa: use run_style verlet");
@@ -234,6 +235,26 @@ void FixUBMD::prepare_species() {
     const auto factor = settings_.species.find(pair_->element(type));
     strength_[type - 1] = settings_.force * (factor == settings_.species.end() ? 1.0 : factor->second);
   }
+}
+
+// Impulses that come too rarely for the fastest vibrations heat them: r-RESPA needs several in a period. Periods of
+// bonds to the lightest biased element: 9 fs with hydrogen (O-H, 3700 /cm), 15 fs between second-row atoms (C-O).
+void FixUBMD::check_stride() {
+  if (settings_.every == 1 || settings_.force == 0.0 || update->dt <= 0.0) return;
+  double lightest = 0.0;
+  for (int type = 1; type <= atom->ntypes; ++type) {
+    const double mass = atom->rmass || !atom->mass ? 0.0 : atom->mass[type];
+    if (strength_[type - 1] != 0.0 && mass > 0.0 && (lightest == 0.0 || mass < lightest)) lightest = mass;
+  }
+  if (lightest == 0.0) return;
+  const double fs = 1.0 / force->femtosecond;
+  const double longest = (lightest < 4.0 ? 2.9 : 1.4) * std::sqrt(lightest);  // fs, a third of a period
+  const double stride = settings_.every * update->dt * fs;
+  if (stride > longest && comm->me == 0)
+    error->warning(FLERR,
+                   "fix ubmd: bias forces every {} steps ({:.3g} fs) are too rare for the vibrations of atoms of mass "
+                   "{:.3g}, which they may heat: use every {}",
+                   settings_.every, stride, lightest, std::max(1, static_cast<int>(longest / (update->dt * fs))));
 }
 
 // A run that continues from a restart file appends; otherwise an old file is replaced.
@@ -478,8 +499,8 @@ void FixUBMD::clear_bias() {
 // The bias of this step. Its forces come as impulses, `every`-fold where they are evaluated and none in between: the
 // integrator of r-RESPA (Tuckerman, Berne and Martyna 1992), reversible in time. Held until the next evaluation they
 // would lag behind the atoms by some (every - 1)/2 steps; since they push along the displacement, that is a friction on
-// the fastest vibrations (ethanol at 300 K, every 4 steps of 0.5 fs: 160 K). The virial moves a slow barostat: it is held
-// (each rank's virial is a share: rank 0 gives all of it).
+// the fastest vibrations (ethanol at 300 K, every 4 steps of 0.5 fs: 160 K). The virial moves a slow barostat: it is
+// held (each rank's virial is a share: rank 0 gives all of it).
 void FixUBMD::apply(bool evaluated) {
   if (evaluated) {
     double **f = atom->f;

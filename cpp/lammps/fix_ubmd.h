@@ -95,6 +95,7 @@ class FixUBMD : public Fix {
   void check_pair();
   void check_crystal();
   void prepare_species();
+  void check_stride();
   void open_file();
   void warm_up();
 

@@ -1,4 +1,4 @@
-"""The bias over a run: window, held bias, groups, species, restart; each against an independent computation."""
+"""The bias over a run: window, impulses, groups, species, restart; each against an independent computation."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_window_scale_by_hand(lab, evaluator, structures):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_species_group_and_held_bias(lab, evaluator, structures, ranks):
-    """`every 4`: evaluated at 0, 4, 8...; held in between, also over runs that start off that grid."""
+def test_species_group_and_impulses(lab, evaluator, structures, ranks):
+    """`every 4`: evaluated and applied fourfold at 0, 4, 8 ..., also over runs that start off that grid."""
     atoms = structures["molecule"]
     script = lab.head(atoms) + DYNAMICS + "group some id 1 2 4 5\n"
     script += "fix b some ubmd force 0.5 species H 0.0 C 0.5 window 3 every 4\n" + DUMP + "run 10\nrun 7\n"
@@ -87,8 +87,24 @@ def test_species_group_and_held_bias(lab, evaluator, structures, ranks):
         )
         assert np.allclose(bias(frame), scale * strength[:, None] * gradients[last], rtol=1e-9, atol=1e-12)
         applied = columns(frame, ["fx", "fy", "fz"]) - forces[step]
-        assert np.allclose(applied, bias(frame), rtol=1e-8, atol=1e-9)
+        assert np.allclose(applied, 4.0 * bias(frame) if step % 4 == 0 else 0.0, rtol=1e-8, atol=1e-9)
     assert np.abs(bias(frames[17])).max() > 1e-3
+
+
+def test_rare_evaluations_are_no_friction(lab, structures):
+    """Errors of `every 4` are of second order in its time step; those of a held, lagging force of first order."""
+    atoms = structures["molecule"]
+
+    def end(timestep: float, every: int) -> np.ndarray:
+        script = lab.head(atoms) + DYNAMICS.replace("0.0002", f"{timestep}")
+        script += f"fix b all ubmd force 0.5 window 1 every {every}\n" + DUMP + f"run {round(0.02 / timestep)}\n"
+        lab.run(script)
+        return positions(lab.dump("dump.test")[-1])
+
+    exact = end(0.00005, 1)
+    coarse, fine = (np.abs(end(timestep, 4) - exact).max() for timestep in (0.0002, 0.0001))
+    assert fine > 1e-7  # there is something to compare
+    assert coarse / fine > 3.0
 
 
 def test_bias_force_is_the_derivative_of_u(lab, structures):
@@ -268,3 +284,19 @@ def test_partitions_are_independent(lab, structures):
     shares = [float((lab.folder / f"screen.{k}").read_text().split("RESULT share ")[-1].split()[0]) for k in (0, 1)]
     assert shares == pytest.approx([0.1, 0.3], rel=1e-9)
     assert [read(f"frames.{tau}.extxyz").info["replica"] for tau in ("0.1", "0.3")] == [0, 1]
+
+
+def test_rare_impulses_are_told(lab, structures):
+    """Beyond a third of the fastest period of the atoms that are biased; not where these are heavy, or nothing is."""
+    atoms = structures["molecule"]
+    for keywords, timestep, told in (
+        ("force 0.3 every 4", 0.0009, True),
+        ("force 0.3 every 4", 0.0007, False),
+        ("force 0.3 every 1", 0.004, False),
+        ("force 0.3 species H 0.0 every 4", 0.0009, False),
+        ("every 10", 0.001, False),
+    ):
+        script = lab.head(atoms) + DYNAMICS.replace("0.0002", f"{timestep}") + f"fix b all ubmd {keywords}\nrun 0\n"
+        sentence = "bias forces every 4 steps (3.6 fs) are too rare for the vibrations of atoms of mass 1.01"
+        found = lab.run(script).text
+        assert (sentence in found and "use every 3" in found) is told, keywords
