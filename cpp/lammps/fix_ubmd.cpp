@@ -248,7 +248,7 @@ void FixUBMD::check_stride() {
   }
   if (lightest == 0.0) return;
   const double fs = 1.0 / force->femtosecond;
-  const double longest = (lightest < 4.0 ? 2.9 : 1.4) * std::sqrt(lightest);  // fs, a third of a period
+  const double longest = (lightest < 4.0 ? 2.9 : 1.5) * std::sqrt(lightest);  // fs, a third of a period
   const double stride = settings_.every * update->dt * fs;
   if (stride > longest && comm->me == 0)
     error->warning(FLERR,

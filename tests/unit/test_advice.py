@@ -9,7 +9,7 @@ from ase.build import bulk, molecule
 from system import make_settings
 
 from ubmd.lammps.engine import ReplicaResult
-from ubmd.learning.loop.advice import after_first_replicas
+from ubmd.learning.loop.advice import after_first_replicas, rare_impulses
 
 
 def results(*steps: int, stopped: str = "threshold") -> list[ReplicaResult]:
@@ -54,3 +54,25 @@ def test_displacements_that_fit_are_kept() -> None:
 )
 def test_nothing_is_said_otherwise(found: list[ReplicaResult]) -> None:
     assert after_first_replicas(found, make_settings(Path("run"), start={"displacement": 0.02}), [bulk("Cu")]) == ""
+
+
+@pytest.mark.parametrize(
+    ("structure", "bias", "timestep", "every"),
+    [
+        (molecule("H2O"), {"every": 4}, 0.5, None),
+        (molecule("H2O"), {"every": 4}, 1.0, 2),
+        (molecule("H2O"), {"every": 10}, 0.5, 5),
+        (molecule("H2O"), {"every": 4, "species": {"H": 0.0}}, 1.0, None),
+        (molecule("H2O"), {"every": 4, "force": 0.0}, 2.0, None),
+        (bulk("Cu"), {"every": 4}, 2.0, None),
+        (bulk("Cu"), {"every": 10}, 2.0, 5),
+        (molecule("CO"), {"every": 10}, 0.5, None),
+        (molecule("CO"), {"every": 10}, 0.6, 8),
+    ],
+)
+def test_impulses_that_come_too_rarely_are_told(structure, bias, timestep, every) -> None:
+    settings = make_settings(Path("run"), bias=bias, md={"timestep": timestep})
+    found = rare_impulses([structure], settings)
+    assert bool(found) is (every is not None)
+    if found:
+        assert found[0].endswith(f"which they may heat: set bias.every = {every}.")

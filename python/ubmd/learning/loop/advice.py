@@ -34,3 +34,25 @@ def after_first_replicas(results: Sequence[ReplicaResult], settings: RunSettings
         f"{passed} of {len(results)} replicas of the first model passed loop.threshold = {threshold:g} eV/Å, half of "
         f"all within {median(steps):g} steps, and explored little. Try {' or '.join(tries)}."
     )
+
+
+def rare_impulses(structures: Sequence[Atoms], settings: RunSettings) -> list[str]:
+    """A remark if bias forces act too rarely for the vibrations of the biased atoms; the warning of fix ubmd."""
+    bias, step = settings.bias, settings.md.timestep
+    masses = [
+        float(mass)
+        for atoms in structures
+        for mass, symbol in zip(atoms.get_masses(), atoms.symbols, strict=True)
+        if bias.species.get(str(symbol), 1.0) != 0.0
+    ]
+    if bias.every == 1 or not bias.is_biased or not masses:
+        return []
+    lightest = min(masses)
+    longest = (2.9 if lightest < 4.0 else 1.5) * lightest**0.5  # fs, a third of the fastest period
+    if bias.every * step <= longest:
+        return []
+    return [
+        f"bias.every = {bias.every} with md.timestep = {step:g} fs: bias forces act every {bias.every * step:g} fs, "
+        f"too rarely for the vibrations of atoms of mass {lightest:.3g}, which they may heat: set bias.every = "
+        f"{max(1, int(longest / step))}."
+    ]

@@ -26,6 +26,7 @@ from ubmd.files import content_hash, copy_file, file_hash, move_aside, read_json
 from ubmd.learning.dataset import fresh_sides, split_batch
 from ubmd.learning.given import agreement_remark, check_agreement, read_given, set_aside, to_check
 from ubmd.learning.labels import label_batch, read_batch, read_postponed, reference_key
+from ubmd.learning.loop.advice import rare_impulses
 from ubmd.learning.loop.models import Models, keep_predictions, measure, training_seed
 from ubmd.learning.loop.replicas import Replicas, frames_are_damaged, settled
 from ubmd.learning.loop.selecting import make_pool, read_frames, select_batch
@@ -118,7 +119,9 @@ class Loop(Walk[IterationEntry]):
         backend = backend_of(self.settings.model, base)
         super().__init__(base, folder, workers, listener, self.plan.threads, changes, IterationEntry)
         if record:  # of a run without labels: said once
-            self._remark([*remarks(record, settings.reference), *state_remarks(self.start_structures, settings)])
+            starts = self.start_structures
+            self._remark([*remarks(record, settings.reference), *state_remarks(starts, settings)])
+            self._remark(rare_impulses(starts, settings))
         self._models = Models(backend, base, workers, self.threads, self.events)
         self._model = self._kept_model(settings, base)
         self.newest: list[Atoms] = []  # labels of the last batch
