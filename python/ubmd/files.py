@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from ubmd.errors import SettingsError, StorageError
 from ubmd.faults import FULL
+from ubmd.valid_json import parse_json
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
@@ -188,7 +189,7 @@ def json_text(value: Any) -> str:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def copy_file(source: Path, target: Path) -> None:

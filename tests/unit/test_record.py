@@ -321,3 +321,17 @@ def test_another_program_s_network_has_no_record_but_runs(made, tmp_path):
     assert read_record(path) is None
     assert "has no record that can be read without running it" in info(path)[2]
     assert Model(path).metadata == read_record(made["posterior"][0])
+
+
+def test_deep_nesting_is_an_error_whatever_limit_a_library_has_set(made, tmp_path) -> None:
+    """symfc raises Python's limit when it is imported; the parser's stack would overflow before."""
+    path, _ = made["posterior"]
+    wrong = rewritten(path, tmp_path / "wrong.pt", {"extra/ubmd.json": b"[" * 200_000})
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(100_000)
+    try:
+        with pytest.raises(ModelError):
+            read_record(wrong)
+        assert sys.getrecursionlimit() == 100_000
+    finally:
+        sys.setrecursionlimit(before)

@@ -24,6 +24,7 @@ from ubmd.files import replacing
 from ubmd.measure.isomers import amide_torsions, count_cis
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.records import IterationEntry
+from ubmd.valid_json import parse_json
 
 FILE = "predictions.npz"
 _NEWEST = 8  # iterations whose new labels stand in for a test set
@@ -83,7 +84,7 @@ def kept_predictions(path: Path, structures: Sequence[Atoms]) -> Predictions | N
             if str(data["structures"]) != dataset_hash(structures):
                 return None
             found = {name: data[name].astype(np.float64) for name in ("energy", "u", "stress", "forces", "atomic_u")}
-            promise = _checked(json.loads(str(data["promise"])))
+            promise = _checked(parse_json(str(data["promise"])))
     except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, RecursionError, zipfile.BadZipFile):
         return None
     shapes = _shapes(structures)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from ubmd.analysis.document import ReportTable, as_markdown, escaped
 from ubmd.analysis.run_data import value_or_nan
 from ubmd.analysis.run_groups import Run, group_runs
 from ubmd.errors import DataError
+from ubmd.valid_json import parse_json
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "labels": ("labels", ".0f"),
@@ -212,7 +212,7 @@ def collect_rows(
 
 def _read_row(path: Path) -> tuple[str, Values]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         return str(content["name"]), {key: float(content[key]) for key in COLUMNS if content.get(key) is not None}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a row file (JSON with name and values): {error}.") from None

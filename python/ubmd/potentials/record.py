@@ -20,6 +20,7 @@ from typing import Any, TypeGuard
 
 from ubmd import __version__
 from ubmd.errors import ModelError
+from ubmd.valid_json import parse_json
 
 FORMAT = 1  # of the model file; raised when an older plugin could not read it
 RECORD = "ubmd.json"  # name of the extra file
@@ -59,7 +60,7 @@ def parse_record(text: str | bytes, path: Path) -> dict[str, Any]:
         ModelError: it is no such record, or of a newer format.
     """
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except (TypeError, ValueError, RecursionError):
         raise no_model_file(path) from None
     if not isinstance(record, dict):

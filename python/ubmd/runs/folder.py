@@ -47,6 +47,7 @@ from ubmd.files import (
     read_json_if_whole,
     why,
 )
+from ubmd.valid_json import parse_json
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -205,7 +206,7 @@ class RunFolder:
             return
         for line in self.events.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                event = json.loads(line)
+                event = parse_json(line)
                 dated = "time" not in event or datetime.fromisoformat(event["time"]).tzinfo is not None
                 whole = isinstance(event["event"], str) and dated
             except (ValueError, TypeError, KeyError, RecursionError):
