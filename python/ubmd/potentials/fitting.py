@@ -21,7 +21,7 @@ from ubmd.potentials.deployed import Deployed, ForeignModule
 from ubmd.potentials.evaluation import evaluation
 from ubmd.potentials.file import write_model
 from ubmd.potentials.interface import Backend, RawModule
-from ubmd.potentials.record import FORMAT
+from ubmd.potentials.record import format_of
 from ubmd.potentials.summed import lone_atoms, summed
 from ubmd.settings import ModelSettings, UncertaintySettings
 from ubmd.uncertainty import ConformalScale, DistanceUncertainty, PosteriorUncertainty, conformal_scale
@@ -241,6 +241,13 @@ def _frozen(file: Path) -> torch.jit.ScriptModule:
     return frozen
 
 
+def _graph(raw: RawModule) -> dict[str, Any]:
+    """What only some modules have in their record: a local one that any precision suits adds nothing."""
+    values = {"layers": raw.layers, "fixed_precision": raw.fixed_precision, "backend": raw.backend}
+    absent: dict[str, Any] = {"layers": 1, "fixed_precision": False, "backend": {}}
+    return {name: value for name, value in values.items() if value != absent[name]}
+
+
 def _metadata(
     raw: RawModule,
     name: str,
@@ -261,12 +268,13 @@ def _metadata(
         }
 
     return {
-        "format": FORMAT,
+        "format": format_of(raw.layers, raw.fixed_precision),
         "model": name,
         "elements": list(raw.elements),
         "cutoff": raw.cutoff,
         "units": {"energy": "eV", "length": "Å", "force": "eV/Å", "stress": "eV/Å^3"},
         "precision": raw.precision,
+        **_graph(raw),
         # projections: the length of the features, which is the number of members in an ensemble
         "uncertainty": {
             **settings.model_dump(exclude=WITHOUT_EFFECT[settings.kind]),
