@@ -170,6 +170,7 @@ def export_raw(
     with torch.jit.optimized_execution(False):
         if isinstance(deployed, ForeignModule):
             _check_module(deployed, build_graph(training[0], raw.elements, raw.cutoff), name)
+            _check_layers(deployed, raw, name)
         graphs = (build_graph(atoms, raw.elements, raw.cutoff) for atoms in training)
         fit_uncertainty(deployed, graphs, settings)
         held_out = [build_graph(atoms, raw.elements, raw.cutoff) for atoms in calibration]
@@ -225,6 +226,27 @@ def _check_module(deployed: ForeignModule, graph: Graph, name: str) -> None:
     for what, holds in wrong.items():
         if holds:
             raise ModelError(f"The module of the back end {name!r} gives {what}.")
+
+
+def _check_layers(deployed: ForeignModule, raw: RawModule, name: str) -> None:
+    """ModelError if results for an atom depend on pairs further away than ``raw.layers`` says.
+
+    LAMMPS would give such a module too few atoms, and no error. The first atom of a chain shows it.
+    """
+    steps = np.arange(raw.layers + 2)
+    positions = np.stack([0.55 * steps, 0.25 * (steps % 2), 0.1 * (steps % 3)], 1) * raw.cutoff
+    symbols = [raw.elements[k % len(raw.elements)] for k in steps]
+    graph = build_graph(Atoms(symbols, positions), raw.elements, raw.cutoff)
+    edge = graph.edge_vector.clone().requires_grad_(True)
+    energy, phi = deployed(graph.species, graph.edge_index, edge, graph.n_atoms)
+    (slopes,) = torch.autograd.grad(energy[0] + phi[0].sum(), edge, allow_unused=True)
+    if slopes is None:
+        return
+    sizes = slopes.abs().sum(1)
+    if (sizes[graph.edge_index[0] >= raw.layers] > 1e-9 * sizes.max()).any():
+        raise ModelError(
+            f"The module of the back end {name!r} passes messages in more steps than layers = {raw.layers} says."
+        )
 
 
 def _frozen(file: Path) -> torch.jit.ScriptModule:
