@@ -83,9 +83,9 @@ def export(
     stated: int | None = None,
     model: ModelSettings | None = None,
 ) -> dict:
-    """A model file with random weights, its uncertainty fitted on the last structures but two; the record."""
+    """A model file with random weights, its uncertainty fitted on all structures but the last two; the record."""
     raw = raw_module(path.with_suffix(".raw"), elements, module or Module(len(elements), LAYERS), stated)
-    uncertainty = UncertaintySettings(kind="last-layer")
+    uncertainty = UncertaintySettings()
     return export_raw(raw, "messages", model or ModelSettings(), labelled[:-2], labelled[-2:], uncertainty, path)
 
 
@@ -94,7 +94,7 @@ class MessagePassing:
 
     name = "messages"
     checkpoint = "messages.pt"
-    uncertainties = ("last-layer", "distance")
+    uncertainties = ("posterior", "distance")
 
     def train(
         self, labels: Labels, table: TrainingTable, folder: Path, start: Path | None, seed: int, report: Report | None
