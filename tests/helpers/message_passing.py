@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from ase import Atoms
 from linear_backend import CUTOFF, equations
+from small_model import labelled
 from torch import Tensor, nn
 
 from ubmd.potentials.fitting import export_raw
@@ -78,7 +79,7 @@ def raw_module(file: Path, elements: Sequence[str], module: Module, stated: int 
 def export(
     path: Path,
     elements: Sequence[str],
-    labelled: Sequence[Atoms],
+    structures: Sequence[Atoms],
     module: Module | None = None,
     stated: int | None = None,
     model: ModelSettings | None = None,
@@ -86,7 +87,12 @@ def export(
     """A model file with random weights, its uncertainty fitted on all structures but the last two; the record."""
     raw = raw_module(path.with_suffix(".raw"), elements, module or Module(len(elements), LAYERS), stated)
     uncertainty = UncertaintySettings()
-    return export_raw(raw, "messages", model or ModelSettings(), labelled[:-2], labelled[-2:], uncertainty, path)
+    return export_raw(raw, "messages", model or ModelSettings(), structures[:-2], structures[-2:], uncertainty, path)
+
+
+def shaken(structures: Iterable[Atoms]) -> list[Atoms]:
+    """Two of each, with random labels."""
+    return [labelled(atoms, seed) for seed, atoms in enumerate([*structures] * 2)]
 
 
 class MessagePassing:
