@@ -16,6 +16,7 @@ from message_passing import shaken
 from torch import Tensor
 
 from ubmd.calculator import Model
+from ubmd.errors import ModelError
 from ubmd.lammps.box import Box
 from ubmd.lammps.session import Session
 from ubmd.settings import ModelSettings
@@ -298,6 +299,31 @@ def test_the_range_of_ghosts_is_set_and_given_back(messages, structures):
     script += "pair_style zero 4.0\npair_coeff * *\nrun 0\n"
     for ranks, expected in ((1, ["7.5", "7.5"]), (2, ["13", "7.5"])):
         assert re.findall(r"ghost atom cutoff = (\S+)", messages.run(script, ranks).text) == expected
+
+
+def test_ghosts_that_are_taken_away_are_missed(messages, structures):
+    """`pre no` skips the initialisation, in which the style sets their range."""
+    script = messages.head(structures["cubic"]) + "fix move all nve\nrun 1\ncomm_modify cutoff 6.0\nrun 1 pre no\n"
+    outcome = messages.run(script, 2, check=False)
+    assert outcome.status != 0
+    assert "ghosts reach 6 A but the model's messages 13 A: remove 'comm_modify cutoff'" in outcome.text
+    assert messages.run(script.replace("pre no", ""), 2).status == 0
+
+
+def test_a_fixed_single_precision(messages, structures, tmp_path):
+    """A module in float32 runs as `mixed`, which then is the default of all, and in no other precision."""
+    module = message_passing.Module(len(ELEMENTS), 3).single()
+    message_passing.export(tmp_path / "model.pt", ELEMENTS, shaken(structures.values()), module)
+    atoms = structures["triclinic"]
+    expected = Model(tmp_path / "model.pt").predict_one(atoms)
+    with pytest.raises(ModelError, match="runs in mixed precision only, not in double"):
+        Model(tmp_path / "model.pt", "double")
+    script = messages.head(atoms) + "fix b all ubmd\nrun 0\n" + messages.report("pe", "f_b[1]", "f_b[2]")
+    outcome = messages.run(script, 2, check=False)
+    assert "model.pt runs in mixed precision only: remove 'precision double'" in outcome.text
+    n = messages.run(script.replace("precision double", ""), 2).numbers
+    assert close(n["pe"][0], expected.energy, 1e-6)
+    assert close([n["f_b[1]"][0], n["f_b[2]"][0]], [expected.u, expected.atomic_u.max()], 1e-3)
 
 
 # ------------------------------------------------------------------------------------------ refusals
