@@ -22,7 +22,7 @@ from ubmd.potentials.file import load_with_record
 from ubmd.potentials.force_constants.evaluator import NO_STRESS
 from ubmd.potentials.interface import Prediction
 from ubmd.potentials.kinds import kind_of_record
-from ubmd.potentials.record import complete_record
+from ubmd.potentials.record import complete_record, precision_for
 from ubmd.spelling import nearest
 
 __all__ = ["Calculator", "Model", "Prediction"]
@@ -42,14 +42,16 @@ class Model:
 
     Args:
         path: the file.
-        precision: 'mixed' (network in float32, sums in float64), 'double' or 'single', as for ``pair_style ubmd``.
+        precision: 'mixed' (network in float32, sums in float64; the default), 'double' or 'single', as for
+            ``pair_style ubmd``. Some modules run in one precision only, which then is the default.
 
     Raises:
-        ModelError: the file is missing or corrupt.
+        ModelError: the file is missing or corrupt, or cannot run in this precision.
     """
 
-    def __init__(self, path: Path | str, precision: str = "mixed") -> None:
+    def __init__(self, path: Path | str, precision: str | None = None) -> None:
         self.path = Path(path)
+        precision = precision or precision_for(Path(path), "mixed")
         module, record = load_with_record(Path(path), precision)
         with complete_record(Path(path)):
             self._take(module, record, precision)
@@ -160,12 +162,15 @@ class Calculator(AseCalculator):
     ]
 
     def __init__(
-        self, model: Path | str | Model, precision: str = "double", bias_force: float = 0.0, **kwargs: Any
+        self, model: Path | str | Model, precision: str | None = None, bias_force: float = 0.0, **kwargs: Any
     ) -> None:
-        """``model``: file, or `Model`, which has its own precision."""
+        """``model``: file, or `Model`, which has its own precision. ``precision``: by default that of a file which runs
+        in one only, else 'double'."""
         _check_keywords(kwargs)
         super().__init__(**kwargs)
-        self.evaluator = model if isinstance(model, Model) else Model(model, precision)
+        if not isinstance(model, Model):
+            model = Model(model, precision or precision_for(Path(model), "double"))
+        self.evaluator = model
         self.bias_force = bias_force
 
     def set(self, **kwargs: Any) -> dict[str, Any]:

@@ -214,7 +214,7 @@ DAMAGED = {
     "no UTF-8": (b"\xff\xfe\xfa", "is not a ubmd model file"),
     "no table": (b"[1]", "is not a ubmd model file"),
     "deep": (b"[" * 200_000, "is not a ubmd model file"),
-    "newer": ({"format": 99}, r"has format 99, but ubmd .* reads up to 1; upgrade"),
+    "newer": ({"format": 99}, r"has format 99, but ubmd .* reads up to 2; upgrade"),
     "format": ({"format": "1"}, r"damaged \(format is not a number\)"),
     "cutoff as text": ({"cutoff": "4.0"}, r"damaged \(cutoff is not a positive length\)"),
     "no number": ({"cutoff": float("nan")}, r"damaged \(cutoff is not a positive length\)"),
@@ -224,6 +224,14 @@ DAMAGED = {
     "elements as text": ({"elements": "H"}, r"damaged \(elements is not a list of names\)"),
     "no elements": ({"elements": []}, r"damaged \(elements is not a list of names\)"),
     "numbers": ({"elements": [1]}, r"damaged \(elements is not a list of names\)"),
+    "layers": ({"format": 2, "layers": 0}, r"damaged \(layers is not a positive integer\)"),
+    "layers as text": ({"format": 2, "layers": "2"}, r"damaged \(layers is not a positive integer\)"),
+    "fixed": ({"format": 2, "fixed_precision": 1}, r"damaged \(fixed_precision is not true or false\)"),
+    "fixed to nothing": (
+        {"format": 2, "fixed_precision": True, "precision": "half"},
+        r"damaged \(precision is neither float32 nor float64\)",
+    ),
+    "layers in format 1": ({"layers": 2}, r"damaged \(layers and fixed_precision need format 2\)"),
 }
 
 

@@ -41,8 +41,11 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="Model file, e.g. model.pt.")],
     data: Annotated[list[Path], typer.Argument(help="Structures: extxyz, or any format that ASE reads.")],
     precision: Annotated[
-        str, typer.Option(help="mixed (as LAMMPS by default), double (slower, more digits) or single.")
-    ] = "mixed",
+        str | None,
+        typer.Option(
+            help="mixed (the default, as in LAMMPS), double (slower, more digits) or single.", show_default=False
+        ),
+    ] = None,
     label: LabelOption = None,
     by: Annotated[
         str | None,

@@ -20,6 +20,7 @@ from ubmd.data.constraints import is_fixed
 from ubmd.errors import SimulationError, UbmdError, one_line
 from ubmd.lammps.box import Box
 from ubmd.lammps.plugin import starting_lammps
+from ubmd.potentials.record import precision_for
 
 Array = NDArray[np.float64]
 Ended = TypeVar("Ended")
@@ -257,7 +258,10 @@ def types_of(atoms: Atoms) -> list[tuple[str, float]]:
 
 
 def system_commands(atoms: Atoms, box: Box, model: Path, precision: str, neighbours: Neighbours = "bin") -> list[str]:
-    """Commands for the box of a structure, types and masses, and a model's pair style."""
+    """Commands for the box of a structure, types and masses, and a model's pair style.
+
+    ``precision`` is that of models which have a choice.
+    """
     types = types_of(atoms)
     masses = [f"mass {k} {mass:.17g}" for k, (_, mass) in enumerate(types, start=1)]
     return [
@@ -266,7 +270,7 @@ def system_commands(atoms: Atoms, box: Box, model: Path, precision: str, neighbo
         "atom_modify map array sort 0 0",
         *box.commands(len(types)),
         *masses,
-        f"pair_style ubmd precision {precision}",
+        f"pair_style ubmd precision {precision_for(model, precision)}",
         f'pair_coeff * * "{model}" {" ".join(symbol for symbol, _ in types)}',
         f"neighbor 1.0 {neighbours}",
         "neigh_modify every 1 delay 0 check yes",

@@ -317,7 +317,7 @@ def evaluate(
     frames: Path | str | Atoms | Iterable[Atoms],
     *,
     labels: Mapping[str, str] | None = None,
-    precision: str = "mixed",
+    precision: str | None = None,
     batch: int = ATOMS_AT_ONCE,
     skip_unknown: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -343,7 +343,7 @@ def evaluate(
         frames: a file that ASE reads, one structure, or many. Labels are those of a ``SinglePointCalculator``, or under
             the keys that usual packages write, such as ``REF_energy``; of files see `ubmd.data.structures`.
         labels: other keys or units of labels, as in settings: ``{"energy": "qm_energy:Ha"}``.
-        precision: "mixed", "single" or "double", if ``model`` is a file.
+        precision: "mixed" (the default), "single" or "double", if ``model`` is a file.
         batch: about so many atoms are evaluated between two calls of ``report``.
         skip_unknown: leave out structures with elements that the model does not know.
         report: called with (structures done, all structures).

@@ -12,7 +12,7 @@ import torch
 from ubmd.errors import ModelError
 from ubmd.files import replacing
 from ubmd.operators import available
-from ubmd.potentials.record import RECORD, check_said, no_model_file, read_record
+from ubmd.potentials.record import RECORD, check_said, fixed_precision, no_model_file, read_record
 
 
 class Described(Protocol):
@@ -40,6 +40,9 @@ def write_model(deployed: Described, path: Path, extra: Mapping[str, bytes] | No
         torch.jit.save(scripted, file, _extra_files={RECORD: deployed.description.encode(), **(extra or {})})
 
 
+PRECISIONS = ("mixed", "single", "double")
+
+
 def load_model(path: Path, precision: str = "double") -> Any:
     """The module of a model file; see `load_with_record`."""
     return load_with_record(path, precision)[0]
@@ -52,11 +55,11 @@ def load_with_record(path: Path, precision: str = "double") -> tuple[Any, dict[s
         (module, record). The record is that which the file has beside its code, if it has one.
 
     Raises:
-        ModelError: missing or corrupt file, newer format, unknown precision, operators that can't be loaded, or a
-            module whose description differs from the record.
+        ModelError: missing or corrupt file, newer format, unknown precision or one that the module cannot run in,
+            operators that can't be loaded, or a module whose description differs from the record.
     """
     path = Path(path)
-    if precision not in ("mixed", "single", "double"):
+    if precision not in PRECISIONS:
         raise ModelError(f"Precision must be mixed, single or double, not {precision!r} (--precision, md.precision).")
     record = read_record(path)
     operators = available()
@@ -73,9 +76,17 @@ def load_with_record(path: Path, precision: str = "double") -> tuple[Any, dict[s
             ) from None
         raise no_model_file(path) from None
     record = check_said(record, said, path)
+    fixed = fixed_precision(record)
+    if fixed is not None and precision != fixed:
+        raise ModelError(f"{path} runs in {fixed} precision only, not in {precision}: leave the precision out.")
+    _prepare(module, None if fixed else precision)
+    return module, record
+
+
+def _prepare(module: Any, precision: str | None) -> None:
+    """Nothing is to be trained, and parameters have this precision (None: that which they have)."""
     dtype = torch.float64 if precision == "double" else torch.float32
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-        if parameter.is_floating_point():
+        if precision is not None and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    return module, record

@@ -21,7 +21,7 @@ from ubmd.potentials.deployed import Deployed, ForeignModule
 from ubmd.potentials.evaluation import evaluation
 from ubmd.potentials.file import write_model
 from ubmd.potentials.interface import Backend, RawModule
-from ubmd.potentials.record import FORMAT
+from ubmd.potentials.record import format_of
 from ubmd.potentials.summed import lone_atoms, summed
 from ubmd.settings import ModelSettings, UncertaintySettings
 from ubmd.uncertainty import ConformalScale, DistanceUncertainty, PosteriorUncertainty, conformal_scale
@@ -170,6 +170,7 @@ def export_raw(
     with torch.jit.optimized_execution(False):
         if isinstance(deployed, ForeignModule):
             _check_module(deployed, build_graph(training[0], raw.elements, raw.cutoff), name)
+            _check_layers(deployed, raw, name)
         graphs = (build_graph(atoms, raw.elements, raw.cutoff) for atoms in training)
         fit_uncertainty(deployed, graphs, settings)
         held_out = [build_graph(atoms, raw.elements, raw.cutoff) for atoms in calibration]
@@ -227,6 +228,27 @@ def _check_module(deployed: ForeignModule, graph: Graph, name: str) -> None:
             raise ModelError(f"The module of the back end {name!r} gives {what}.")
 
 
+def _check_layers(deployed: ForeignModule, raw: RawModule, name: str) -> None:
+    """ModelError if results for an atom depend on pairs further away than ``raw.layers`` says.
+
+    LAMMPS would give such a module too few atoms, and no error. The first atom of a chain shows it.
+    """
+    steps = np.arange(raw.layers + 2)
+    positions = np.stack([0.55 * steps, 0.25 * (steps % 2), 0.1 * (steps % 3)], 1) * raw.cutoff
+    symbols = [raw.elements[k % len(raw.elements)] for k in steps]
+    graph = build_graph(Atoms(symbols, positions), raw.elements, raw.cutoff)
+    edge = graph.edge_vector.clone().requires_grad_(True)
+    energy, phi = deployed(graph.species, graph.edge_index, edge, graph.n_atoms)
+    (slopes,) = torch.autograd.grad(energy[0] + phi[0].sum(), edge, allow_unused=True)
+    if slopes is None:
+        return
+    sizes = slopes.abs().sum(1)
+    if (sizes[graph.edge_index[0] >= raw.layers] > 1e-9 * sizes.max()).any():
+        raise ModelError(
+            f"The module of the back end {name!r} passes messages in more steps than layers = {raw.layers} says."
+        )
+
+
 def _frozen(file: Path) -> torch.jit.ScriptModule:
     """The module of a TorchScript file with its numbers as constants.
 
@@ -239,6 +261,13 @@ def _frozen(file: Path) -> torch.jit.ScriptModule:
     buffer.seek(0)
     frozen: torch.jit.ScriptModule = torch.jit.load(buffer)
     return frozen
+
+
+def _graph(raw: RawModule) -> dict[str, Any]:
+    """What only some modules have in their record: a local one that any precision suits adds nothing."""
+    values = {"layers": raw.layers, "fixed_precision": raw.fixed_precision, "backend": raw.backend}
+    absent: dict[str, Any] = {"layers": 1, "fixed_precision": False, "backend": {}}
+    return {name: value for name, value in values.items() if value != absent[name]}
 
 
 def _metadata(
@@ -261,12 +290,13 @@ def _metadata(
         }
 
     return {
-        "format": FORMAT,
+        "format": format_of(raw.layers, raw.fixed_precision),
         "model": name,
         "elements": list(raw.elements),
         "cutoff": raw.cutoff,
         "units": {"energy": "eV", "length": "Å", "force": "eV/Å", "stress": "eV/Å^3"},
         "precision": raw.precision,
+        **_graph(raw),
         # projections: the length of the features, which is the number of members in an ensemble
         "uncertainty": {
             **settings.model_dump(exclude=WITHOUT_EFFECT[settings.kind]),

@@ -106,19 +106,27 @@ class RawModule:
     module: Any
     """`ubmd.potentials.deployed.Deployed`, or a TorchScript file: forward(species [n_local + n_ghost], edge_index
     [2, P], edge_vector [P, 3] in Å, n_local) -> (energies [n_local] in eV, float64; features [n_local, p]), both
-    differentiable by edge_vector. Its results for an atom depend on the edges of that atom alone: message passing
-    would be wrong in LAMMPS, where atoms beyond the box have no edges"""
+    differentiable by edge_vector. Centres, edge_index[0], are the atoms below n_local; with ``layers`` > 1 others are,
+    too, whose energies and features only carry messages"""
     elements: list[str]
     """the species 0, 1, ... of the module"""
     cutoff: float
     """Å"""
     n_features: int
     precision: str = "float64"
-    """that the network was trained in"""
+    """that the network was trained in: float32 or float64"""
     record: dict[str, Any] = field(default_factory=dict)
     """further JSON values for the record of the model file"""
     operators: Sequence[str] = ()
     """libraries of compiled operators that the module needs"""
+    fixed_precision: bool = False
+    """whether the module runs in ``precision`` only, as where buffers hold physics: users of the file cannot choose
+    another, and none of its numbers is converted"""
+    layers: int = 1
+    """steps of message passing: results for an atom depend on edges that are up to layers - 1 edges away from it, so
+    its interaction range is layers times the cutoff. 1: on the edges of that atom alone"""
+    backend: dict[str, str] = field(default_factory=dict)
+    """where the module is from, for the record: name, version, checkpoint (its hash), licence; what is known of them"""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ubmd.files import copy_file
 from ubmd.potentials.interface import Backend, Labels, Prediction, Signal, TrainingTable
 from ubmd.potentials.kinds import backend_of, check_backend
 from ubmd.potentials.learner import Judgement, Learner, Progress, _relative, _rms
+from ubmd.potentials.record import precision_for
 from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
 from ubmd.settings.marks import key_values
 
@@ -95,7 +96,8 @@ class Network(Learner):
         """The model file."""
         from ubmd.potentials.evaluator import load_network
 
-        self._evaluator = load_network(folder / "model.pt", self.settings.dynamic.precision)
+        model = folder / "model.pt"
+        self._evaluator = load_network(model, precision_for(model, self.settings.dynamic.precision))
         self._known = split(labels)[0]
 
     def _predict(self, structures: Sequence[Atoms]) -> list[Prediction]:

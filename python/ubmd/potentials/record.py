@@ -22,7 +22,7 @@ from ubmd import __version__
 from ubmd.errors import ModelError
 from ubmd.valid_json import parse_json
 
-FORMAT = 1  # of the model file; raised when an older plugin could not read it
+FORMAT = 2  # newest format of the model file; raised when an older plugin could not read a file
 RECORD = "ubmd.json"  # name of the extra file
 
 _LARGEST = 64 << 20  # bytes of a record, or of a pickled module without its tensors
@@ -53,6 +53,11 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return None if description is None else parse_record(description, path)
 
 
+def format_of(layers: int, fixed_precision: bool) -> int:
+    """The lowest format that says all: earlier versions read files of format 1, and refuse those of format 2."""
+    return 2 if layers > 1 or fixed_precision else 1
+
+
 def parse_record(text: str | bytes, path: Path) -> dict[str, Any]:
     """The record from its text, with what every model file must say.
 
@@ -78,7 +83,38 @@ def parse_record(text: str | bytes, path: Path) -> dict[str, Any]:
         raise damaged(path, "cutoff is not a positive length")
     if not _is_number(version):
         raise damaged(path, "format is not a number")
+    _check_graph(record, path)
     return record
+
+
+def _check_graph(record: dict[str, Any], path: Path) -> None:
+    """ModelError if the record does not say in a valid way how the module is to be run; absent keys have defaults."""
+    layers, fixed = record.get("layers", 1), record.get("fixed_precision", False)
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+        raise damaged(path, "layers is not a positive integer")
+    if not isinstance(fixed, bool):
+        raise damaged(path, "fixed_precision is not true or false")
+    if fixed and record.get("precision") not in ("float32", "float64"):
+        raise damaged(path, "precision is neither float32 nor float64")
+    if record["format"] < format_of(layers, fixed):
+        raise damaged(path, "layers and fixed_precision need format 2")
+
+
+def fixed_precision(record: dict[str, Any]) -> str | None:
+    """The only precision of pair_style ubmd that the module runs in, 'mixed' or 'double'; None if any."""
+    if not record.get("fixed_precision", False):
+        return None
+    return "double" if record["precision"] == "float64" else "mixed"
+
+
+def precision_for(path: Path, preferred: str) -> str:
+    """The precision to run a model file in: ``preferred``, unless it runs in another only.
+
+    Raises:
+        ModelError: see `read_record`.
+    """
+    record = read_record(path)
+    return (fixed_precision(record) if record is not None else None) or preferred
 
 
 def check_said(record: dict[str, Any] | None, said: str, path: Path) -> dict[str, Any]:

@@ -144,7 +144,9 @@ class DynamicSettings(Table):
     frames: int = Field(8, ge=1, description="frames per segment that the signals of convergence use")
     warm_epochs: Annotated[int, ELSEWHERE] = Field(200, ge=1, description="networks: epochs of a refit")
     precision: Literal["mixed", "single", "double"] = Field(
-        "mixed", description="precision of pair_style ubmd (force constants are always in double)"
+        "mixed",
+        description="precision of pair_style ubmd (force constants are always in double, and models that run in one "
+        "precision only keep it)",
     )
     timeout: Annotated[float, NOTHING] = Field(7200.0, gt=0, description="time limit of a segment, s")
     trigger: TriggerSettings = Field(default_factory=TriggerSettings)

@@ -79,7 +79,9 @@ class MDSettings(Table):
         description="file with a Colvars configuration (LAMMPS: fix colvars), another bias that acts on the dynamics "
         "of every replica from its first step on, e.g. metadynamics; relative to the settings file; default: none",
     )
-    precision: Literal["mixed", "single", "double"] = Field("mixed", description="precision of pair_style ubmd")
+    precision: Literal["mixed", "single", "double"] = Field(
+        "mixed", description="precision of pair_style ubmd (models that run in one precision only keep it)"
+    )
     ranks: int = Field(
         1, ge=1, description="MPI processes that share one replica's atoms; more than 1 pays off for thousands of atoms"
     )

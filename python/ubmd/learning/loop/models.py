@@ -24,6 +24,7 @@ from ubmd.measure.errors import calibration_of, error_summary
 from ubmd.potentials.fitting import export_checkpoints
 from ubmd.potentials.interface import Backend, Labels, TrainingTable
 from ubmd.potentials.members import member_folders, member_seed, train_networks
+from ubmd.potentials.record import precision_for
 from ubmd.potentials.starting import constants_told, start_from
 from ubmd.runs.folder import EventLog, RunFolder
 from ubmd.runs.seeds import Stage, random_generator
@@ -167,7 +168,7 @@ def measure(turn: Turn, model: Path, test: list[Atoms]) -> None:
     precision = turn.settings.md.precision
 
     def work() -> None:
-        evaluator = Model(model, precision)
+        evaluator = Model(model, precision_for(model, precision))
         found = {name: evaluator.predict(atoms) for name, atoms in sets.items() if atoms}
         errors = {name: error_summary(sets[name], each) for name, each in found.items()}
         if test:
@@ -182,6 +183,7 @@ def keep_predictions(turn: Turn, dataset: Sequence[Atoms]) -> None:
     """Predictions of this iteration's model for the labels that it has selected: they replace a test in the report."""
     labels = predictions.labels_of_iteration(dataset, turn.iteration)
     if labels and turn.settings.test is None:
-        evaluator = Model(turn.once.folder / "model.pt", turn.settings.md.precision)
+        model = turn.once.folder / "model.pt"
+        evaluator = Model(model, precision_for(model, turn.settings.md.precision))
         promise = evaluator.metadata["uncertainty"]
         predictions.keep_predictions(turn.once.folder / predictions.FILE, labels, evaluator.predict(labels), promise)

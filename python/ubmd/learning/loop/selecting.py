@@ -14,6 +14,7 @@ from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import (
     read_structures,
 )
+from ubmd.potentials.record import precision_for
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.selection import select
 from ubmd.settings import RunSettings
@@ -41,7 +42,7 @@ def select_batch(
     pool: Sequence[Atoms], training: Sequence[Atoms], model: Path, count: int, settings: RunSettings, iteration: int
 ) -> tuple[list[Atoms], dict[str, Any]]:
     """(chosen frames with where they come from in ``info``, what selected.json holds)."""
-    evaluator = Model(model, settings.md.precision)
+    evaluator = Model(model, precision_for(model, settings.md.precision))
     candidates, known = evaluator.predict(pool), evaluator.predict(training)
     chosen = select(
         settings.selection.method,

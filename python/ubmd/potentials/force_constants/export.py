@@ -15,7 +15,7 @@ from ubmd.potentials.file import write_model
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.model import CrystalModel
 from ubmd.potentials.force_constants.regression import Posterior
-from ubmd.potentials.record import FORMAT
+from ubmd.potentials.record import format_of
 from ubmd.uncertainty.conformal import ConformalScale
 
 BASIS = "basis.npz"  # extra file in the model file: phonon programs need the force constants themselves
@@ -88,7 +88,7 @@ def _metadata(
     """What the record has beside the model's own part; numbers by order have the order as key."""
     alpha = next((scale.alpha for scale in (forces, energy) if isinstance(scale, ConformalScale)), None)
     return {
-        "format": FORMAT,
+        "format": format_of(layers=1, fixed_precision=False),
         "model": "force constants",
         "units": {"energy": "eV", "length": "Å", "force": "eV/Å"},
         "precision": "float64",
