@@ -1,6 +1,8 @@
 // Evaluation of any module with the interface of a model file: one graph of all atoms, differentiated by autograd.
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
+#include <array>
 #include <limits>
 
 #include "torch_model.h"
@@ -47,6 +49,7 @@ class GenericModel : public TorchModel {
     std::vector<torch::Tensor> members;  // of an ensemble: [M] gradients [P, 3]
   };
 
+  void check_reach();
   std::vector<torch::jit::IValue> arguments(const Block &block, bool requires_grad);
   Forces differentiate(const Block &block);
   std::vector<torch::Tensor> differentiate_members(const Tape &tape, bool second_order);
@@ -58,17 +61,52 @@ class GenericModel : public TorchModel {
   std::vector<std::int64_t> slots_, species_, edges_;  // buffers of arguments()
 };
 
+// Atoms on a line, each the neighbour of the next one and the one before.
+Block chain(const Metadata &metadata, int n) {
+  Block block;
+  block.first = {0};
+  const auto position = [&](int k) {  // not straight: angles matter, too
+    return std::array{0.55 * k * metadata.cutoff, 0.25 * (k % 2) * metadata.cutoff, 0.1 * (k % 3) * metadata.cutoff};
+  };
+  const auto element = [&](int k) { return static_cast<std::int64_t>(k % metadata.elements.size()); };
+  for (int k = 0; k < n; ++k) {
+    block.centres.push_back(k);
+    block.species.push_back(element(k));
+    for (int end : {k - 1, k + 1}) {
+      if (end < 0 || end >= n) continue;
+      block.ends.push_back(end);
+      block.neighbours.push_back(element(end));
+      for (int a = 0; a < 3; ++a) block.vectors.push_back(position(end)[a] - position(k)[a]);
+    }
+    block.first.push_back(static_cast<std::int64_t>(block.ends.size()));
+  }
+  return block;
+}
+
 // A file that is broken is found here instead of in the first step.
 void GenericModel::warm_up(const Request &) {
-  Block pair;
-  pair.centres = {0, 1};
-  pair.species = {0, 0};
-  pair.first = {0, 1, 2};
-  pair.neighbours = {0, 0};
-  pair.ends = {1, 0};
-  pair.vectors = {0.5 * metadata_.cutoff, 0.0, 0.0, -0.5 * metadata_.cutoff, 0.0, 0.0};
   start({});
-  evaluate(pair);
+  evaluate(chain(metadata_, 2));
+  guarded("the evaluation", loaded_.file, false, [&] { check_reach(); });
+}
+
+// Whether the first atom of a chain depends on pairs that are further away than the record says: such a module would
+// get too few atoms, and no error.
+void GenericModel::check_reach() {
+  const int layers = metadata_.layers;
+  const auto block = chain(metadata_, layers + 2);
+  const auto inputs = arguments(block, true);
+  const auto result = call(forward_, inputs);
+  const auto &outputs = result.toTupleRef().elements();
+  const auto of_first = outputs[0].toTensor()[0] + outputs[1].toTensor()[0].sum();
+  const auto slopes = vector_jacobian({of_first}, inputs[2].toTensor(), {torch::ones_like(of_first)}, false, false);
+  const auto sizes = to_vector(slopes.abs().sum(1));
+  const double largest = *std::max_element(sizes.begin(), sizes.end());
+  for (auto e = block.first[layers]; e < block.n_pairs(); ++e)
+    if (sizes[e] > 1e-9 * largest)
+      throw Error("model file " + loaded_.file + " passes messages in more steps than its record says (layers " +
+                  std::to_string(layers) + "), so its atoms would get too few neighbours: export it with the right " +
+                  "number of layers");
 }
 
 void GenericModel::start(const Request &request) {
@@ -82,16 +120,17 @@ void GenericModel::start(const Request &request) {
 // Inputs of forward(): the centres are the first atoms, the other ends of pairs follow in the order of appearance.
 std::vector<torch::jit::IValue> GenericModel::arguments(const Block &block, bool requires_grad) {
   const std::int64_t n = block.n_centres(), n_pairs = block.n_pairs();
+  const auto &nodes = block.nodes.empty() ? block.ends : block.nodes;
   int n_atoms = 0;
   for (int i : block.centres) n_atoms = std::max(n_atoms, i + 1);
-  for (std::int64_t e = 0; e < n_pairs; ++e) n_atoms = std::max(n_atoms, block.ends[e] + 1);
+  for (std::int64_t e = 0; e < n_pairs; ++e) n_atoms = std::max(n_atoms, nodes[e] + 1);
   slots_.assign(n_atoms, -1);
   species_ = block.species;
   edges_.resize(2 * n_pairs);
   for (std::int64_t k = 0; k < n; ++k) slots_[block.centres[k]] = k;
   for (std::int64_t k = 0; k < n; ++k)
     for (std::int64_t e = block.first[k]; e < block.first[k + 1]; ++e) {
-      auto &slot = slots_[block.ends[e]];
+      auto &slot = slots_[nodes[e]];
       if (slot < 0) {
         slot = static_cast<std::int64_t>(species_.size());
         species_.push_back(block.neighbours[e]);
@@ -104,7 +143,7 @@ std::vector<torch::jit::IValue> GenericModel::arguments(const Block &block, bool
   };
   const auto vectors = copy(wrap(block.vectors, {n_pairs, 3}), loaded_.dtype).requires_grad_(requires_grad);
   return {copy(wrap(species_, {static_cast<std::int64_t>(species_.size())}), torch::kInt64),
-          copy(wrap(edges_, {2, n_pairs}), torch::kInt64), vectors, n};
+          copy(wrap(edges_, {2, n_pairs}), torch::kInt64), vectors, block.n_energies()};
 }
 
 Forces GenericModel::evaluate(const Block &block) {

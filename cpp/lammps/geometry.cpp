@@ -1,7 +1,9 @@
 #include "geometry.h"
 
 #include "atom.h"
+#include "comm.h"
 #include "crystal_sites.h"
+#include "error.h"
 #include "exclusions.h"
 #include "neigh_list.h"
 #include "neighbor.h"
@@ -44,7 +46,7 @@ class NeighbourPairs : public Geometry, protected LAMMPS_NS::Pointers {
     return static_cast<double>((who_.centres.capacity() + who_.elements.capacity()) * sizeof(int));
   }
 
- private:
+ protected:
   Neighbours neighbours() const {
     const auto *list = pair_.list;
     return {list->inum, list->ilist, list->numneigh, list->firstneigh, NEIGHMASK};
@@ -56,11 +58,51 @@ class NeighbourPairs : public Geometry, protected LAMMPS_NS::Pointers {
   Participants who_;
 };
 
+// The graph of a network with message passing. On one rank every ghost is an image of an owned atom. On several ranks
+// the pairs of ghosts are needed, and ghosts out to the last layer.
+class MessagePairs : public NeighbourPairs {
+ public:
+  MessagePairs(LAMMPS_NS::LAMMPS *lmp, LAMMPS_NS::Pair &pair, const Metadata &metadata, const std::vector<int> &species)
+      : NeighbourPairs(lmp, pair, metadata.cutoff, species), layers_(metadata.layers) {}
+  ~MessagePairs() noexcept override { restore_ghosts(); }
+
+  void init() override {
+    if (comm->nprocs == 1) return NeighbourPairs::init();
+    neighbor->add_request(&pair_, LAMMPS_NS::NeighConst::REQ_FULL | LAMMPS_NS::NeighConst::REQ_GHOST);
+    widen_ghosts();
+  }
+
+  void build(Block &block, std::size_t, std::size_t) const override {
+    block.build_messages(atoms_of(*atom), neighbours(), who_, atom->tag, cutoff_, layers_);
+  }
+
+ private:
+  // As `comm_modify cutoff` does, so that the user need not know the range.
+  void widen_ghosts() {
+    if (comm->mode != LAMMPS_NS::Comm::SINGLE)
+      error->all(FLERR,
+                 "pair_style ubmd: a model with message passing needs ghosts out to the same distance for all types: "
+                 "remove 'comm_modify mode multi'");
+    const double range = layers_ * cutoff_ + neighbor->skin;
+    if (comm->cutghostuser >= range) return;
+    if (comm->cutghostuser != widened_) before_ = comm->cutghostuser;
+    comm->cutghostuser = widened_ = range;
+  }
+
+  void restore_ghosts() noexcept {
+    if (widened_ > 0.0 && comm->cutghostuser == widened_) comm->cutghostuser = before_;
+  }
+
+  int layers_;
+  double before_ = 0.0, widened_ = 0.0;  // range of the ghosts that was set by the user, and here, Å
+};
+
 }  // namespace
 
 std::unique_ptr<Geometry> make_geometry(LAMMPS_NS::LAMMPS *lmp, LAMMPS_NS::Pair &pair, Model &model,
                                         const std::vector<int> &species, Timer &timer) {
   if (model.is_crystal()) return std::make_unique<CrystalSites>(lmp, model, species, timer);
+  if (model.metadata().layers > 1) return std::make_unique<MessagePairs>(lmp, pair, model.metadata(), species);
   return std::make_unique<NeighbourPairs>(lmp, pair, model.metadata().cutoff, species);
 }
 

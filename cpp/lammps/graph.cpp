@@ -1,6 +1,7 @@
 #include "graph.h"
 
 #include <cmath>
+#include <unordered_map>
 
 namespace ubmd {
 namespace {
@@ -25,45 +26,75 @@ void Participants::read(const Atoms &atoms, const Neighbours &list, const std::v
     if (elements[list.centres[k]] >= 0) centres.push_back(list.centres[k]);
 }
 
+void Block::reserve_pairs(std::int64_t n) {
+  reserve(neighbours, n);
+  reserve(ends, n);
+  reserve(vectors, 3 * n);
+}
+
+// Write the pairs of an atom from number n on, where there is room for its whole row; returns the number after them.
+std::int64_t Block::add_pairs(const Atoms &atoms, const Neighbours &list, const Participants &who, int centre,
+                              double cutoff, std::int64_t n) {
+  const double *x = atoms.positions;
+  const double limit = cutoff * cutoff;
+  const int *row = list.neighbours[centre];
+  const double origin[3] = {x[3 * centre], x[3 * centre + 1], x[3 * centre + 2]};
+  for (int m = 0; m < list.numbers[centre]; ++m) {
+    // every candidate is written, the next one over it if it is too far: cheaper than an unpredictable branch
+    const int j = row[m] & list.mask;
+    const double dx = x[3 * j] - origin[0], dy = x[3 * j + 1] - origin[1], dz = x[3 * j + 2] - origin[2];
+    const int element = who.elements[j];
+    ends[n] = j;
+    neighbours[n] = element;
+    vectors[3 * n] = dx;
+    vectors[3 * n + 1] = dy;
+    vectors[3 * n + 2] = dz;
+    const bool far = dx * dx + dy * dy + dz * dz >= limit;  // false for NaN, which must reach the energy
+    n += static_cast<int>(!far) & static_cast<int>(element >= 0);
+  }
+  return n;
+}
+
 void Block::build(const Atoms &atoms, const Neighbours &list, const Participants &who, std::size_t begin,
                   std::size_t end, double cutoff) {
   centres.assign(who.centres.begin() + begin, who.centres.begin() + end);
   species.resize(centres.size());
   first.resize(centres.size() + 1);
-  std::size_t candidates = 0;
+  std::int64_t candidates = 0;
   for (int i : centres) candidates += list.numbers[i];
-  reserve(neighbours, candidates);
-  reserve(ends, candidates);
-  reserve(vectors, 3 * candidates);
-
-  const double *x = atoms.positions;
-  const double limit = cutoff * cutoff;
-  std::int64_t n = 0;
+  reserve_pairs(candidates);
   first[0] = 0;
   for (std::size_t k = 0; k < centres.size(); ++k) {
-    const int i = centres[k];
-    const int *row = list.neighbours[i];
-    const double centre[3] = {x[3 * i], x[3 * i + 1], x[3 * i + 2]};
-    species[k] = who.elements[i];
-    for (int m = 0; m < list.numbers[i]; ++m) {
-      // every candidate is written, the next one over it if it is too far: cheaper than an unpredictable branch
-      const int j = row[m] & list.mask;
-      const double dx = x[3 * j] - centre[0], dy = x[3 * j + 1] - centre[1], dz = x[3 * j + 2] - centre[2];
-      const int element = who.elements[j];
-      ends[n] = j;
-      neighbours[n] = element;
-      vectors[3 * n] = dx;
-      vectors[3 * n + 1] = dy;
-      vectors[3 * n + 2] = dz;
-      const bool far = dx * dx + dy * dy + dz * dz >= limit;  // false for NaN, which must reach the energy
-      n += static_cast<int>(!far) & static_cast<int>(element >= 0);
-    }
-    first[k + 1] = n;
+    species[k] = who.elements[centres[k]];
+    first[k + 1] = add_pairs(atoms, list, who, centres[k], cutoff, first[k]);
   }
 }
 
+void Block::build_messages(const Atoms &atoms, const Neighbours &list, const Participants &who, const int *tags,
+                           double cutoff, int layers) {
+  centres = who.centres;
+  first.assign(1, 0);
+  std::unordered_map<int, int> node;  // by atom ID
+  for (int i : centres) node.emplace(tags[i], i);
+  std::size_t k = 0;
+  for (int layer = 0; layer < layers; ++layer)
+    for (const std::size_t end = centres.size(); k < end; ++k) {  // the atoms that are `layer` pairs away
+      reserve_pairs(first[k] + list.numbers[centres[k]]);
+      first.push_back(add_pairs(atoms, list, who, centres[k], cutoff, first[k]));
+      reserve(nodes, first[k + 1]);
+      for (auto e = first[k]; e < first[k + 1]; ++e) {
+        const auto [known, is_new] = node.emplace(tags[ends[e]], ends[e]);
+        nodes[e] = known->second;
+        if (is_new && layer + 1 < layers) centres.push_back(ends[e]);
+      }
+    }
+  n_messengers = centres.size() - who.centres.size();
+  species.clear();
+  for (int i : centres) species.push_back(who.elements[i]);
+}
+
 double Block::bytes() const {
-  return static_cast<double>((centres.capacity() + ends.capacity()) * sizeof(int) +
+  return static_cast<double>((centres.capacity() + ends.capacity() + nodes.capacity()) * sizeof(int) +
                              (species.capacity() + first.capacity() + neighbours.capacity()) * sizeof(std::int64_t) +
                              (vectors.capacity() + displacements.capacity()) * sizeof(double));
 }

@@ -52,19 +52,34 @@ struct Block {
   std::vector<std::int64_t> first;       // [n + 1] pairs of centre i: first[i] to first[i + 1] - 1
   std::vector<std::int64_t> neighbours;  // [P] element index of a pair's neighbour
   std::vector<int> ends;                 // [P] atom index of a pair's neighbour
+  std::vector<int> nodes;                // [P] with message passing: atom that stands for the neighbour; else empty
   std::vector<double> vectors;           // [P, 3] x_neighbour - x_centre, Å
   // Of a crystal a centre's pairs are its sites (itself among them), and the energy depends on the displacements of the
   // atoms there from the ideal crystal, in the model's own frame; vectors and neighbours aren't filled.
   bool of_sites = false;
+  std::size_t n_messengers = 0;       // centres at the end whose own energies don't count: they only carry messages
   std::vector<double> displacements;  // [P, 3] Å
 
   std::int64_t n_centres() const { return static_cast<std::int64_t>(centres.size()); }
+  std::int64_t n_energies() const { return n_centres() - static_cast<std::int64_t>(n_messengers); }
   std::int64_t n_pairs() const { return first.empty() ? 0 : first.back(); }
 
   // Take centres begin to end - 1 and their pairs shorter than `cutoff`.
   void build(const Atoms &atoms, const Neighbours &list, const Participants &who, std::size_t begin, std::size_t end,
              double cutoff);
+
+  // Of a network that passes messages in `layers` steps: take all centres, and behind them the atoms that are up to
+  // layers - 1 pairs away from one, with their pairs. Images of an atom have the same features: one of them stands for
+  // all (the owned atom, if there is one), so the graph has no more atoms than the system. The list has rows of the
+  // ghosts that stand for an atom, and `tags` [n_all] are atom IDs.
+  void build_messages(const Atoms &atoms, const Neighbours &list, const Participants &who, const int *tags,
+                      double cutoff, int layers);
   double bytes() const;
+
+ private:
+  void reserve_pairs(std::int64_t n);
+  std::int64_t add_pairs(const Atoms &atoms, const Neighbours &list, const Participants &who, int centre, double cutoff,
+                         std::int64_t n);
 };
 
 // Add to f [n_all, stride], its first three columns, sign * dE/dx for the energy with this gradient [P, 3] with respect

@@ -12,11 +12,11 @@ namespace ubmd {
 
 // How a model is to be run.
 struct RunOptions {
-  Precision precision = Precision::mixed;
-  std::string device;          // cpu, cuda or cuda:n
-  int threads = 1;             // of this rank
-  double energy_unit = 1.0;    // one eV in the units of the run
-  std::size_t block_size = 0;  // largest block of the fast path
+  std::optional<Precision> precision;  // none: that of the model, or mixed
+  std::string device;                  // cpu, cuda or cuda:n
+  int threads = 1;                     // of this rank
+  double energy_unit = 1.0;            // one eV in the units of the run
+  std::size_t block_size = 0;          // largest block of the fast path
 };
 
 // One format of model files. All functions throw Error (one sentence).

@@ -32,6 +32,17 @@ Lattice read_lattice(const Json &record, std::size_t n_elements, const std::stri
   return lattice;
 }
 
+// How the module is to be run: what only files of format 2 say.
+void read_graph(const Json &record, Metadata &metadata, const std::string &file) {
+  metadata.layers = record.value("layers", 1);
+  const bool fixed = record.value("fixed_precision", false);
+  if (fixed && record.at("precision") == "float32") metadata.precision = Precision::mixed;
+  if (fixed && record.at("precision") == "float64") metadata.precision = Precision::double_;
+  const bool valid = metadata.layers >= 1 && fixed == metadata.precision.has_value();
+  if (!valid || (metadata.format < 2 && (fixed || metadata.layers > 1)))
+    throw Error("layers or precision in the metadata of model file " + file + " is damaged: export the model again");
+}
+
 Metadata read(const Json &record, const std::string &file) {
   Metadata metadata;
   metadata.format = record.at("format").get<int>();
@@ -39,6 +50,7 @@ Metadata read(const Json &record, const std::string &file) {
     throw Error("model file " + file + " has format " + std::to_string(metadata.format) +
                 " but this ubmd reads formats up to " + std::to_string(newest_format) +
                 ": update ubmd with 'pip install --upgrade ubmd'");
+  read_graph(record, metadata, file);
   metadata.elements = record.at("elements").get<std::vector<std::string>>();
   metadata.cutoff = record.at("cutoff").get<double>();
   if (record.contains("uncertainty") && record["uncertainty"].is_object())

@@ -9,7 +9,9 @@
 namespace ubmd {
 
 // The newest format of model files that this plugin reads.
-inline constexpr int newest_format = 1;
+inline constexpr int newest_format = 2;
+
+enum class Precision { mixed, single_, double_ };
 
 using Matrix = std::array<std::array<double, 3>, 3>;  // vectors in rows
 
@@ -27,6 +29,8 @@ struct Metadata {
   std::vector<std::string> elements;   // species index -> element name
   double cutoff = 0.0;                 // Å
   int projections = 0;                 // length p of the features; 0: the file has no uncertainty
+  int layers = 1;                      // steps of message passing: energies depend on pairs layers - 1 pairs away
+  std::optional<Precision> precision;  // the only one that the model runs in
   std::vector<std::string> operators;  // operator libraries the model needs
   std::optional<Lattice> lattice;      // of a force-constant model
 };

@@ -14,8 +14,6 @@
 
 namespace ubmd {
 
-enum class Precision { mixed, single_, double_ };
-
 enum class Bias { none, structure, atomic };
 
 // What an evaluation computes besides energies and gradient.

@@ -123,6 +123,10 @@ void PairUBMD::coeff(int narg, char **arg) {
     geometry_ = ubmd::make_geometry(lmp, *this, *model, species_, timer_);
     atomic_ = ubmd::make_atomic_uncertainties(lmp, *this, *model, timer_);
     model_ = std::move(model);
+    if (model_->metadata().layers > 1 && chunk_ > 0)
+      error->all(FLERR,
+                 "pair_style ubmd: model file {} has message passing, which needs all atoms at once: remove 'chunk {}'",
+                 arg[2], chunk_);
     ubmd::Request plain;
     plain.n_atoms = atom->nlocal;
     model_->warm_up(plain);
@@ -167,6 +171,10 @@ double PairUBMD::init_one(int, int) {
 
 void PairUBMD::compute(int eflag, int vflag) {
   ev_init(eflag, vflag);
+  if ((vflag_atom || cvflag_atom) && model_->metadata().layers > 1)
+    error->all(FLERR,
+               "pair_style ubmd has no virials per atom for a model with message passing, whose energies depend on "
+               "atoms beyond the cutoff: remove compute stress/atom, centroid/stress/atom and heat/flux");
   read_atoms();
   ubmd::Request request = state_ == Kept::requested ? request_ : ubmd::Request();
   request.n_atoms = n_atoms();

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -92,7 +93,7 @@ class PairUBMD : public Pair {
 
   enum class Kept { nothing, requested, done };
 
-  ubmd::Precision precision_ = ubmd::Precision::mixed;
+  std::optional<ubmd::Precision> precision_;  // that was asked for
   std::string device_ = "cpu";
   bool timing_ = false;
   ubmd::EnergyUnit unit_{1.0, "eV"};

@@ -58,10 +58,29 @@ torch::jit::Module load(const std::string &file, const torch::Device &device) {
 // Only parameters follow the requested precision: buffers (posterior factor, energy shifts) stay as stored.
 void set_precision(torch::jit::Module &module, Precision precision) {
   const auto type = precision == Precision::double_ ? torch::kFloat64 : torch::kFloat32;
-  for (auto parameter : module.parameters()) {
-    parameter.set_data(parameter.detach().to(type));
-    parameter.requires_grad_(false);
-  }
+  for (auto parameter : module.parameters()) parameter.set_data(parameter.detach().to(type));
+}
+
+// Energies of message passing are differentiated by autograd, from whole graphs, and with one force for all members.
+void check_layers(const torch::jit::Module &module, const Metadata &metadata, const std::string &file) {
+  if (metadata.layers == 1) return;
+  if (module.find_method(ensemble_method))
+    throw Error("model file " + file + " is an ensemble of networks with message passing, which is not supported: " +
+                "export it with another uncertainty");
+  if (module.find_method("evaluate"))
+    throw Error("model file " + file + " has message passing and the method evaluate, which is of local models: " +
+                "export it without this method");
+}
+
+const char *name_of(Precision precision) {
+  return precision == Precision::double_ ? "double" : precision == Precision::single_ ? "single" : "mixed";
+}
+
+Precision choose_precision(const Metadata &metadata, std::optional<Precision> wanted, const std::string &file) {
+  if (metadata.precision && wanted.value_or(*metadata.precision) != *metadata.precision)
+    throw Error("model file " + file + " runs in " + name_of(*metadata.precision) + " precision only: remove " +
+                "'precision " + name_of(*wanted) + "'");
+  return metadata.precision.value_or(wanted.value_or(Precision::mixed));
 }
 
 void check_methods(const torch::jit::Module &module, const std::vector<const char *> &methods,
@@ -90,6 +109,7 @@ Metadata read_metadata(const torch::jit::Module &module, const std::optional<std
     const char *atoms = module.find_method(ensemble_method) ? ensemble_method : atomic_method;
     check_methods(module, {"forces", "forward", "uncertainty", atoms}, file);
   }
+  check_layers(module, metadata, file);
   return metadata;
 }
 
@@ -161,12 +181,13 @@ std::unique_ptr<Model> load_torchscript(const std::string &file, const std::opti
     loaded.unit = options.energy_unit;
     const auto device = device_of_rank(options.device, local_rank(), static_cast<int>(torch::cuda::device_count()));
     loaded.device = torch::Device(device);
-    loaded.dtype = options.precision == Precision::single_ ? torch::kFloat32 : torch::kFloat64;
     loaded.module = load(file, loaded.device);
     loaded.module.eval();
-    set_precision(loaded.module, options.precision);
     loaded.metadata = read_metadata(loaded.module, record, file);
-    if (loaded.metadata.lattice) loaded.dtype = torch::kFloat64;
+    for (auto parameter : loaded.module.parameters()) parameter.requires_grad_(false);
+    const auto precision = choose_precision(loaded.metadata, options.precision, file);
+    if (!loaded.metadata.precision) set_precision(loaded.module, precision);
+    if (precision == Precision::single_ && !loaded.metadata.lattice) loaded.dtype = torch::kFloat32;
     if (loaded.metadata.lattice && !loaded.device.is_cpu())
       throw Error("model file " + file + " is a force-constant model, which runs on the CPU only: remove 'device " +
                   options.device + "'");

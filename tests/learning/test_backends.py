@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import ase.io
+import message_passing
 import numpy as np
 import pytest
 import tomli_w
@@ -42,7 +43,9 @@ HELPER = HELPERS / "linear_backend.py"
 STRANGER = {"kind": "stranger:Linear", "arguments": {"functions": 5}}
 GMNN = {"hidden": [16, 16], "n_radial": 2, "cutoff": 4.0}
 BASELINE = {"baseline": "zbl", "atom_energies": {"Cu": 3.51, "Au": 3.8}}
+MESSAGES = {"kind": "message_passing:MessagePassing"}
 BACKENDS = {"linear": STRANGER, "gmnn": GMNN, "linear sum": STRANGER | BASELINE, "gmnn sum": GMNN | BASELINE}
+BACKENDS |= {"messages": MESSAGES, "messages sum": MESSAGES | BASELINE}
 
 
 def labelled(seed: int) -> Atoms:
@@ -83,7 +86,10 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_the_record_names_the_back_end_and_what_was_calibrated(trained: Path) -> None:
     record = read_record(trained / "model.pt")
     assert record is not None
-    assert record["model"] == ("linear" if (trained / "linear.pt").exists() else "gmnn")
+    name = next((name for name in ("linear", "messages") if (trained / f"{name}.pt").exists()), "gmnn")
+    assert record["model"] == name
+    assert record["format"] == (2 if name == "messages" else 1)
+    assert record.get("layers", 1) == (3 if name == "messages" else 1)
     assert record["elements"] == ["Cu", "Au"] if record["model"] == "gmnn" else ["Au", "Cu"]
     assert record["uncertainty"]["forces"]["scale"] > 0.0
     assert record["n_training"] == 7
@@ -120,6 +126,11 @@ def test_forces_stress_and_gradients_of_the_uncertainty_are_derivatives(trained:
 
 @pytest.mark.parametrize("precision", ["mixed", "single"])
 def test_other_precisions_run_and_say_nearly_the_same(precision: str, trained: Path) -> None:
+    """Unless the module runs in one only, which is said."""
+    if (trained / "messages.pt").exists():
+        with pytest.raises(ModelError, match=rf"runs in double precision only, not in {precision}: leave"):
+            ubmd.Calculator(trained / "model.pt", precision=precision)
+        return
     found = []
     for chosen in ("double", precision):
         atoms = labelled(22)
@@ -183,6 +194,17 @@ def remarks(folder: RunFolder) -> list[str]:
     """What a run has said that is no mistake."""
     events = map(json.loads, folder.events.read_text().splitlines())
     return [event["text"] for event in events if event["event"] == "remark"]
+
+
+def test_message_passing_goes_through_the_loop_on_two_ranks(tmp_path: Path) -> None:
+    """With md.precision as it is by default, which this module has not."""
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+    settings = make_settings(tmp_path / "run", test=None, md={"ranks": 2})
+    settings = settings.model_copy(update={"model": ModelSettings.model_validate(MESSAGES)})
+    assert settings.md.precision == "mixed"
+    folder = RunFolder(run(settings, tmp_path))
+    assert len(read_structures(folder.dataset)) == 8
+    assert any(replica["bias_share"] > 0.0 for entry in folder.read_history() for replica in entry["replicas"])
 
 
 @pytest.mark.parametrize("baseline", [{}, BASELINE], ids=["alone", "sum"])
@@ -290,6 +312,16 @@ def test_a_module_that_does_not_give_what_it_should(fault: str, words: str, tmp_
             raw, "broken", ModelSettings(), structures[:2], structures[2:], UncertaintySettings(), tmp_path / "model.pt"
         )
     assert (tmp_path / "model.pt").exists() != bool(fault)
+
+
+@pytest.mark.parametrize("stated", [1, 2, 3])
+def test_a_module_that_passes_messages_further_than_it_says(stated: int, tmp_path: Path) -> None:
+    """It would be wrong in LAMMPS without a message."""
+    refused = pytest.raises(ModelError, match=rf"passes messages in more steps than layers = {stated} says")
+    with refused if stated < message_passing.LAYERS else nullcontext():
+        structures = [labelled(seed) for seed in range(4)]
+        message_passing.export(tmp_path / "model.pt", ["Cu", "Au"], structures, stated=stated)
+    assert (tmp_path / "model.pt").exists() == (stated == message_passing.LAYERS)
 
 
 def test_keys_of_one_back_end_are_not_those_of_another() -> None:

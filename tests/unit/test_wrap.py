@@ -15,7 +15,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.neighborlist import neighbor_list
-from message_passing import Layered
+from layered import Layered
 from typer.testing import CliRunner
 
 import ubmd
@@ -154,7 +154,7 @@ def test_a_module_that_claims_too_few_layers_is_refused(steps: int, said: int, t
     wrong = layered(tmp_path / "wrong.pt", steps, said)
     done = CliRunner().invoke(app, ["wrap", *map(str, (wrong, *arguments))])
     assert done.exit_code == 1
-    assert f"further away than its layers = {said} let messages go" in done.output
+    assert f"passes messages in more steps than layers = {said} says" in done.output
 
 
 def test_the_example_of_the_manual_runs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,8 @@ class Baseline(nn.Module):
         The arguments are those of `ubmd.potentials.deployed.Deployed`; all results of this class are float64.
         """
         near = self.near(edge_vector)
+        # of a network with message passing, others have pairs, too
+        near = near[edge_index[0].index_select(0, near) < n_local]
         centre, neighbour = edge_index[0].index_select(0, near), edge_index[1].index_select(0, near)
         kinds = species.index_select(0, centre), species.index_select(0, neighbour)
         energy, _ = self.pairs(kinds[0], kinds[1], edge_vector.index_select(0, near).to(torch.float64))

@@ -169,8 +169,8 @@ def export_raw(
     # that features have derivatives), and compiles.
     with torch.jit.optimized_execution(False):
         if isinstance(deployed, ForeignModule):
-            largest = max(training, key=len)
-            _check_module(deployed, build_graph(largest, raw.elements, raw.cutoff), name, raw.layers)
+            _check_module(deployed, build_graph(training[0], raw.elements, raw.cutoff), name)
+            _check_layers(deployed, raw, name)
         graphs = (build_graph(atoms, raw.elements, raw.cutoff) for atoms in training)
         fit_uncertainty(deployed, graphs, settings)
         held_out = [build_graph(atoms, raw.elements, raw.cutoff) for atoms in calibration]
@@ -212,7 +212,7 @@ def _with_uncertainty(raw: RawModule, settings: UncertaintySettings) -> Deployed
     return deployed
 
 
-def _check_module(deployed: ForeignModule, graph: Graph, name: str, layers: int) -> None:
+def _check_module(deployed: ForeignModule, graph: Graph, name: str) -> None:
     """ModelError if energies and features of a structure are not what the interface promises."""
     edge, n = graph.edge_vector.clone().requires_grad_(True), graph.n_atoms
     energy, phi = deployed(graph.species, graph.edge_index, edge, n)
@@ -226,21 +226,27 @@ def _check_module(deployed: ForeignModule, graph: Graph, name: str, layers: int)
     for what, holds in wrong.items():
         if holds:
             raise ModelError(f"The module of the back end {name!r} gives {what}.")
-    (gradient,) = torch.autograd.grad(energy[0] + phi[0].sum(), edge)
-    if not torch.isin(graph.edge_index[0][(gradient != 0.0).any(1)], _within(graph, layers - 1)).all():
+
+
+def _check_layers(deployed: ForeignModule, raw: RawModule, name: str) -> None:
+    """ModelError if results for an atom depend on pairs further away than ``raw.layers`` says.
+
+    LAMMPS would give such a module too few atoms, and no error. The first atom of a chain shows it.
+    """
+    steps = np.arange(raw.layers + 2)
+    positions = np.stack([0.55 * steps, 0.25 * (steps % 2), 0.1 * (steps % 3)], 1) * raw.cutoff
+    symbols = [raw.elements[k % len(raw.elements)] for k in steps]
+    graph = build_graph(Atoms(symbols, positions), raw.elements, raw.cutoff)
+    edge = graph.edge_vector.clone().requires_grad_(True)
+    energy, phi = deployed(graph.species, graph.edge_index, edge, graph.n_atoms)
+    (slopes,) = torch.autograd.grad(energy[0] + phi[0].sum(), edge, allow_unused=True)
+    if slopes is None:
+        return
+    sizes = slopes.abs().sum(1)
+    if (sizes[graph.edge_index[0] >= raw.layers] > 1e-9 * sizes.max()).any():
         raise ModelError(
-            f"The module of the back end {name!r} gives energies or features that depend on edges further away than "
-            f"its layers = {layers} let messages go: LAMMPS would run it with atoms missing. Raise layers."
+            f"The module of the back end {name!r} passes messages in more steps than layers = {raw.layers} says."
         )
-
-
-def _within(graph: Graph, steps: int) -> torch.Tensor:
-    """Atoms that are at most so many edges away from atom 0."""
-    reached = torch.tensor([0])
-    for _ in range(steps):
-        neighbours = graph.edge_index[1][torch.isin(graph.edge_index[0], reached)]
-        reached = torch.unique(torch.cat([reached, neighbours]))
-    return reached
 
 
 def _frozen(file: Path) -> torch.jit.ScriptModule:
