@@ -157,6 +157,7 @@ def main(command: str, request: str, answer: str) -> None:
     """Do it; an error that the user can act on is part of the answer."""
     die_with_parent()
     sys.path.pop(0)  # this folder
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # e3nn 0.4.4 and MACE load pickles of objects
     warnings.filterwarnings("ignore")
     try:
         found = COMMANDS[command](json.loads(Path(request).read_text(encoding="utf-8")))
