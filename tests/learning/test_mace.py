@@ -26,6 +26,7 @@ from ase import Atoms
 from ase.build import bulk
 from command_line import UBMD
 from processes import HELPERS, is_alive, wait_for
+from said import by_lammps
 from typer.testing import CliRunner
 
 import ubmd
@@ -34,11 +35,12 @@ from ubmd.data.extxyz import write_structures
 from ubmd.data.graph import build_graph
 from ubmd.errors import ModelError
 from ubmd.files import file_hash
+from ubmd.learning import RunFolder, run
 from ubmd.potentials.interface import Labels, RawModule, TrainingTable
 from ubmd.potentials.mace.backend import Mace
 from ubmd.potentials.record import read_record
 from ubmd.potentials.wrapping import wrap
-from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
+from ubmd.settings import ModelSettings, RunSettings, TrainingSettings, UncertaintySettings, load_settings
 
 PYTHON = os.environ.get("UBMD_TEST_MACE", "")
 pytestmark = pytest.mark.skipif(
@@ -182,6 +184,54 @@ def test_gradients_of_the_uncertainty_are_derivatives(calculator: ubmd.Calculato
                 values.append(calculator.results["uncertainty"])
             found[atom, axis] = (values[0] - values[1]) / 2e-4
         np.testing.assert_allclose(bias, found, atol=1e-6 * np.abs(bias).max())
+
+
+def test_lammps_says_the_same_with_a_bias(calculator: ubmd.Calculator, tmp_path: Path) -> None:
+    """A periodic box of one cutoff: messages pass its faces."""
+    atoms = alloy(7, 2)
+    atoms.calc = calculator
+    ase.io.write(tmp_path / "box.data", atoms, format="lammps-data", specorder=["Cu", "Au"], masses=True)
+    said = by_lammps(calculator.evaluator.path, tmp_path / "box.data", "Cu Au", "force 0.5", tmp_path)
+    assert said["pe"] == pytest.approx(atoms.get_potential_energy(), rel=1e-11)
+    columns = np.array([said[f"atoms f_b[{k}]"] for k in (2, 3, 4)]).T
+    gradient = calculator.get_bias_forces(atoms)
+    factor = (columns * gradient).sum() / (gradient * gradient).sum()
+    np.testing.assert_allclose(columns, factor * gradient, atol=1e-8 * np.abs(columns).max())
+    total = np.array([said[f"atoms f{axis}"] for axis in "xyz"]).T
+    np.testing.assert_allclose(total - columns, atoms.get_forces(), atol=1e-9)
+
+
+def test_the_loop_trains_it_again_and_again(tmp_path: Path) -> None:
+    """Two iterations: the second network starts from the first one."""
+    box = alloy(0, 2)
+    box.calc = None
+    write_structures(tmp_path / "start.extxyz", [box])
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "start": {"file": "start.extxyz", "count": 4, "displacement": 0.1},
+        "reference": {"calculator": "ase.calculators.emt:EMT"},
+        "model": {"kind": "mace", "python": PYTHON, "arguments": ARGUMENTS},
+        "training": {"epochs": 3, "batch_size": 2},
+        "md": {"replicas": 1, "steps": 20, "timestep": 2.0, "frames_every": 5},
+        "bias": {"force": 0.5, "window": 4},
+        "selection": {"batch": 2},
+        "loop": {"labels": 6, "warm_epochs": 2, "threshold": 1000.0},
+        "workers": {"processes": 1},
+    }
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(values))
+    folder = RunFolder(run(load_settings(tmp_path / "run.toml", RunSettings), tmp_path))
+    record = read_record(folder.model)
+    assert record is not None
+    assert (record["model"], record["precision"], record["n_training"]) == ("mace", "float32", 5)
+    first, second = (folder.iteration(k) / "train" for k in (0, 1))
+    asked = json.loads((second / "mace" / "train.request.json").read_text())["arguments"]
+    assert f"--foundation_model={first / 'mace.model'}" in asked
+    assert "--max_num_epochs=2" in asked
+    assert not list(second.glob("mace/**/*.pt"))  # states and networks of the training are gone
+    before = folder.dataset.read_bytes()
+    shutil.rmtree(folder.iteration(1))  # what is missing is made again, the same
+    run(load_settings(tmp_path / "run.toml", RunSettings), tmp_path)
+    assert folder.dataset.read_bytes() == before
 
 
 def test_the_record_says_what_it_is(folder: Path, checkpoint: Path) -> None:

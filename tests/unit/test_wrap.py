@@ -264,6 +264,8 @@ def test_kind_file_trains_constants_only(data: Path, tmp_path: Path) -> None:
             {"mode": "fine-tune"},
             "is not for model.kind = 'file', whose weights stay",
         ),
+        ({"kind": "file", "checkpoint": "a.pt"}, {"epochs": 5}, "training.epochs has no effect on model.kind = 'file'"),
+        ({"kind": "mace"}, {"learning_rate": 0.1}, "remove it; what mace_run_train takes goes into [model.arguments]"),
         ({"kind": "mace"}, {"mode": "refit"}, "training.mode = 'refit' needs model.checkpoint"),
         ({"kind": "mace", "chekpoint": "a"}, {}, "unknown key 'model.chekpoint'; did you mean 'checkpoint'?"),
     ],

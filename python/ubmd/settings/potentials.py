@@ -90,6 +90,8 @@ class ModelSettings(Table):
 
 KEYS_OF_GMNN = ("size", "cutoff", "n_radial", "n_basis", "r_min", "hidden")  # keys of [model] that no other kind has
 KEYS_OF = {"file": ("checkpoint",), "mace": ("checkpoint", "python", "features")}  # and those that these kinds share
+# keys of [training] that they use; threads and checkpoint_every are the business of a run
+TRAINING_OF = {"file": ("mode",), "mace": ("mode", "epochs", "batch_size", "precision")}
 
 
 class TrainingSettings(Table):
@@ -136,7 +138,12 @@ class TrainingSettings(Table):
 
 
 def check_mode(model: ModelSettings, training: TrainingSettings) -> None:
-    """ValueError for a ``training.mode`` that this kind of network does not have."""
+    """ValueError for keys of [training] without effect on this kind of network, or a mode that it does not have."""
+    used = TRAINING_OF.get(model.kind, tuple(TrainingSettings.model_fields))
+    for name, field in TrainingSettings.model_fields.items():
+        if name not in (*used, "threads", "checkpoint_every") and getattr(training, name) != field.default:
+            hint = "; what mace_run_train takes goes into [model.arguments]" if model.kind == "mace" else ""
+            raise ValueError(f"training.{name} has no effect on model.kind = {model.kind!r}; remove it{hint}")
     if training.mode is None:
         return
     if model.kind not in KEYS_OF:

@@ -100,10 +100,14 @@ class Mace:
         else:
             copy_file(self._fitted(trained, labels.training, work), target)
         seal(target, key)
+        if not table.prolong:
+            _forget(work)
         return target
 
     def adapt(self, source: Path, labels: Sequence[Atoms], targets: Sequence[Path]) -> dict[str, float]:
-        """See `ubmd.potentials.interface.Adapts`."""
+        """See `ubmd.potentials.interface.Adapts`; of a model file, the checkpoint beside it is what is meant."""
+        beside = source.with_name(self.checkpoint)
+        source = beside if source.name == "model.pt" and beside.is_file() else source
         constants = self._constants(source, labels, targets[0].parent)
         for target in targets:
             self.environment.ask("shift", checkpoint=str(source), constants=constants, target=str(target.absolute()))
@@ -239,6 +243,12 @@ def _work_folder(folder: Path, key: str, fresh: bool) -> Path:
     work.mkdir(exist_ok=True)
     write_json(work / "key.json", key)
     return work
+
+
+def _forget(work: Path) -> None:
+    """Remove what only a training that continues needs: networks, states, copies of the labels. Logs stay."""
+    for path in [*work.glob("checkpoints/*"), *work.glob("*.model"), *work.glob("*.xyz"), work / "energies.pt"]:
+        path.unlink(missing_ok=True)
 
 
 def _check_checkpoint(path: Path) -> None:
