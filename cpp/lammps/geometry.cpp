@@ -72,21 +72,32 @@ class MessagePairs : public NeighbourPairs {
     widen_ghosts();
   }
 
+  void read(bool requested) override {
+    if (comm->nprocs > 1 && comm->cutghostuser < ghost_range())
+      error->all(
+          FLERR,
+          "pair_style ubmd: ghosts reach {:.6g} A but the model's messages {:.6g} A: remove 'comm_modify cutoff', "
+          "or 'pre no' of the run after it",
+          comm->cutghostuser, ghost_range());
+    NeighbourPairs::read(requested);
+  }
+
   void build(Block &block, std::size_t, std::size_t) const override {
     block.build_messages(atoms_of(*atom), neighbours(), who_, atom->tag, cutoff_, layers_);
   }
 
  private:
+  double ghost_range() const { return layers_ * cutoff_ + neighbor->skin; }
+
   // As `comm_modify cutoff` does, so that the user need not know the range.
   void widen_ghosts() {
     if (comm->mode != LAMMPS_NS::Comm::SINGLE)
       error->all(FLERR,
                  "pair_style ubmd: a model with message passing needs ghosts out to the same distance for all types: "
                  "remove 'comm_modify mode multi'");
-    const double range = layers_ * cutoff_ + neighbor->skin;
-    if (comm->cutghostuser >= range) return;
+    if (comm->cutghostuser >= ghost_range()) return;
     if (comm->cutghostuser != widened_) before_ = comm->cutghostuser;
-    comm->cutghostuser = widened_ = range;
+    comm->cutghostuser = widened_ = ghost_range();
   }
 
   void restore_ghosts() noexcept {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from ase import Atoms
 from linear_backend import CUTOFF, equations
+from small_model import labelled
 from torch import Tensor, nn
 
 from ubmd.potentials.fitting import export_raw
@@ -21,7 +22,7 @@ WIDTH = 6
 class Module(nn.Module):
     """Atoms add up what their neighbours send, with lengths and directions of the pairs; energies are linear in phi.
 
-    phi_i holds 1 for each element and what atom i knows after the last step. All numbers are float64 buffers, so the
+    phi_i holds 1 for each element and what atom i knows after the last step. All numbers are buffers, so their
     precision is fixed.
     """
 
@@ -33,6 +34,7 @@ class Module(nn.Module):
         def random(*shape: int) -> Tensor:
             return 0.5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+        self.dtype = torch.float64
         self.n_elements, self.layers, self.silent_below = n_elements, layers, silent_below
         self.register_buffer("start", random(n_elements, WIDTH))
         self.register_buffer("send", random(layers, WIDTH, WIDTH))
@@ -40,10 +42,15 @@ class Module(nn.Module):
         self.register_buffer("keep", random(layers, WIDTH, WIDTH))
         self.register_buffer("weights", random(n_elements + WIDTH))
 
+    def single(self) -> Module:
+        """In float32; energies are summed in float64."""
+        self.dtype = torch.float32
+        return self.float()
+
     def forward(self, species: Tensor, edge_index: Tensor, edge_vector: Tensor, n_local: int) -> tuple[Tensor, Tensor]:
         """Energies [n_local] and features [n_local, p]."""
         centre, neighbour = edge_index[0], edge_index[1]
-        vector = edge_vector.to(torch.float64)
+        vector = edge_vector.to(self.dtype)
         r = vector.square().sum(1).add(1e-30).sqrt()
         envelope = (0.5 * torch.cos(r.clamp(max=4.0) * (3.141592653589793 / 4.0)) + 0.5).unsqueeze(1)
         direction = vector / r.unsqueeze(1)
@@ -54,11 +61,11 @@ class Module(nn.Module):
             sent = (state @ self.send[layer])[neighbour] * envelope
             total = torch.zeros_like(state).index_add(0, centre, sent * torch.cos(2.0 * r).unsqueeze(1))
             turned = ((state @ self.turn[layer])[neighbour] * envelope).unsqueeze(2) * direction.unsqueeze(1)
-            sums = torch.zeros(state.size(0), state.size(1), 3, dtype=torch.float64).index_add(0, centre, turned)
+            sums = torch.zeros(state.size(0), state.size(1), 3, dtype=self.dtype).index_add(0, centre, turned)
             state = torch.tanh(state @ self.keep[layer] + total + sums.square().sum(2))
-        kind = torch.nn.functional.one_hot(species[:n_local], self.n_elements).to(torch.float64)
+        kind = torch.nn.functional.one_hot(species[:n_local], self.n_elements).to(self.dtype)
         phi = torch.cat([kind, state[:n_local]], 1)
-        return phi @ self.weights, phi
+        return (phi @ self.weights).to(torch.float64), phi
 
 
 def raw_module(file: Path, elements: Sequence[str], module: Module, stated: int | None = None) -> RawModule:
@@ -69,6 +76,7 @@ def raw_module(file: Path, elements: Sequence[str], module: Module, stated: int 
         list(elements),
         CUTOFF,
         len(module.weights),
+        str(module.dtype).removeprefix("torch."),
         fixed_precision=True,
         layers=stated or module.layers,
         backend={"name": "message_passing", "version": "1", "licence": "MIT"},
@@ -78,7 +86,7 @@ def raw_module(file: Path, elements: Sequence[str], module: Module, stated: int 
 def export(
     path: Path,
     elements: Sequence[str],
-    labelled: Sequence[Atoms],
+    structures: Sequence[Atoms],
     module: Module | None = None,
     stated: int | None = None,
     model: ModelSettings | None = None,
@@ -86,7 +94,12 @@ def export(
     """A model file with random weights, its uncertainty fitted on all structures but the last two; the record."""
     raw = raw_module(path.with_suffix(".raw"), elements, module or Module(len(elements), LAYERS), stated)
     uncertainty = UncertaintySettings()
-    return export_raw(raw, "messages", model or ModelSettings(), labelled[:-2], labelled[-2:], uncertainty, path)
+    return export_raw(raw, "messages", model or ModelSettings(), structures[:-2], structures[-2:], uncertainty, path)
+
+
+def shaken(structures: Iterable[Atoms]) -> list[Atoms]:
+    """Two of each, with random labels."""
+    return [labelled(atoms, seed) for seed, atoms in enumerate([*structures] * 2)]
 
 
 class MessagePassing:

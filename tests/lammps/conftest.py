@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import message_passing
 import numpy as np
 import pytest
 import torch
@@ -290,6 +291,27 @@ def lab(tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> La
     """A folder (the current one) with the model file, and LAMMPS."""
     monkeypatch.chdir(tmp_path)
     return Lab(tmp_path, model_file)
+
+
+@pytest.fixture(scope="session")
+def message_file(structures: dict[str, Atoms], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of message passing with a range of 4 Å each."""
+    path = tmp_path_factory.mktemp("messages") / "model.pt"
+    message_passing.export(path, ELEMENTS, message_passing.shaken(structures.values()))
+    return path
+
+
+@pytest.fixture
+def messages(tmp_path: Path, message_file: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """A folder (the current one) with that file, and LAMMPS."""
+    monkeypatch.chdir(tmp_path)
+    return Lab(tmp_path, message_file)
+
+
+@pytest.fixture(scope="session")
+def network(message_file: Path) -> Model:
+    """The same in Python."""
+    return Model(message_file)
 
 
 @pytest.fixture(scope="session")

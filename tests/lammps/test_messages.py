@@ -11,12 +11,12 @@ import message_passing
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
 from differences import FORCES, bias_gradients, columns, deviation
+from message_passing import shaken
 from torch import Tensor
 
 from ubmd.calculator import Model
+from ubmd.errors import ModelError
 from ubmd.lammps.box import Box
 from ubmd.lammps.session import Session
 from ubmd.settings import ModelSettings
@@ -36,7 +36,7 @@ compute peratom all pe/atom
 compute energy all reduce sum c_peratom
 fix b all ubmd force 0.25 {} window 1
 thermo_style custom step pe c_energy c_virial[1]
-dump d all custom 1 dump.test id fx fy fz f_b[1] f_b[2] f_b[3] f_b[4] c_peratom
+dump d all custom 1 dump.test id fx fy fz f_b[1] f_b[2] f_b[3] f_b[4]
 dump_modify d sort id format float %.17g
 run 0
 """
@@ -92,45 +92,25 @@ class StatedFast(Stated):
         return species
 
 
-def labelled(structures: dict[str, Atoms]) -> list[Atoms]:
-    """All structures, shaken twice, with random labels."""
-    rng = np.random.default_rng(5)
-    found = []
-    for atoms in [*structures.values()] * 2:
-        copy = atoms.copy()
-        copy.positions += rng.uniform(-0.05, 0.05, copy.positions.shape)
-        copy.calc = SinglePointCalculator(copy, energy=rng.normal(), forces=rng.normal(size=copy.positions.shape))
-        found.append(copy)
-    return found
-
-
-@pytest.fixture(scope="session")
-def model_file(structures, tmp_path_factory) -> Path:
-    """Three steps of message passing with a range of 4 Å each; `lab` and `evaluator` take this file."""
-    path = tmp_path_factory.mktemp("messages") / "model.pt"
-    message_passing.export(path, ELEMENTS, labelled(structures))
-    return path
-
-
-def measured(lab, atoms, ranks, settings="", margin=(5.0, 5.0), mode="energy", division=""):
+def measured(messages, atoms, ranks, settings="", margin=(5.0, 5.0), mode="energy", division=""):
     """(numbers, columns by atom) of one evaluation in LAMMPS."""
-    script = lab.head(atoms, settings=settings, margin=margin) + division
-    script += MEASURE.format(f"uncertainty {mode}") + lab.report(*OUTPUTS)
-    numbers = {name: values[0] for name, values in lab.run(script, ranks).numbers.items()}
-    return numbers, lab.dump("dump.test")[0]
+    script = messages.head(atoms, settings=settings, margin=margin) + division
+    script += MEASURE.format(f"uncertainty {mode}") + messages.report(*OUTPUTS)
+    numbers = {name: values[0] for name, values in messages.run(script, ranks).numbers.items()}
+    return numbers, messages.dump("dump.test")[0]
 
 
-def check_against_python(lab, evaluator, atoms, ranks, settings="", margin=(5.0, 5.0), mode="energy", division=""):
+def check_against_python(messages, network, atoms, ranks, settings="", margin=(5.0, 5.0), mode="energy", division=""):
     """Everything that LAMMPS reports for one structure equals the evaluation in Python (1e-10, double)."""
-    n, frame = measured(lab, atoms, ranks, settings, margin, mode, division)
-    expected = evaluator.predict_one(atoms)
-    u, gradient, _ = evaluator.uncertainty_gradient(atoms)
+    n, frame = measured(messages, atoms, ranks, settings, margin, mode, division)
+    expected = network.predict_one(atoms)
+    u, gradient, _ = network.uncertainty_gradient(atoms)
     if mode == "atomic":
-        biased, gradient, _ = evaluator.atomic_uncertainty_gradient(atoms)
+        biased, gradient, _ = network.atomic_uncertainty_gradient(atoms)
     else:
         biased = u
-    total = lab.to_ase(atoms, columns(frame, ["fx", "fy", "fz"]))
-    bias = lab.to_ase(atoms, columns(frame, ["f_b[2]", "f_b[3]", "f_b[4]"]))
+    total = messages.to_ase(atoms, columns(frame, ["fx", "fy", "fz"]))
+    bias = messages.to_ase(atoms, columns(frame, ["f_b[2]", "f_b[3]", "f_b[4]"]))
     scale = np.linalg.norm(expected.forces) / np.linalg.norm(gradient)
     assert close([n["pe"], n["c_energy"]], expected.energy)
     assert np.linalg.norm(bias) > 0.1 * np.linalg.norm(expected.forces)
@@ -141,28 +121,28 @@ def check_against_python(lab, evaluator, atoms, ranks, settings="", margin=(5.0,
     numbers = [u, expected.atomic_u.max(), expected.atomic_u.mean(), scale, 0.0, 0.25, 0.0, 0.0]
     assert close([n[f"f_b[{k}]"] for k in range(1, 9)], numbers)
     if atoms.pbc.all():
-        stress = lab.tensor_to_ase(atoms, [-n[name] / lab.bar for name in SIX])
+        stress = messages.tensor_to_ase(atoms, [-n[name] / messages.bar for name in SIX])
         assert close(stress[VOIGT], expected.stress)
 
 
 @pytest.mark.parametrize(("kind", "ranks"), CASES)
-def test_equals_python(lab, evaluator, structures, kind, ranks):
-    check_against_python(lab, evaluator, structures[kind], ranks)
+def test_equals_python(messages, network, structures, kind, ranks):
+    check_against_python(messages, network, structures[kind], ranks)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", ["molecule", "triclinic"])
-def test_bias_along_atomic_uncertainties_equals_python(lab, evaluator, structures, kind, ranks):
-    check_against_python(lab, evaluator, structures[kind], ranks, mode="atomic")
+def test_bias_along_atomic_uncertainties_equals_python(messages, network, structures, kind, ranks):
+    check_against_python(messages, network, structures[kind], ranks, mode="atomic")
 
 
-def test_a_slab_equals_python(model_file, evaluator, structures):
+def test_a_slab_equals_python(message_file, network, structures):
     """A turned, skewed cell that is periodic in two directions."""
     atoms = structures["triclinic"].copy()
     atoms.rotate(40.0, (1.0, 2.0, 3.0), rotate_cell=True)
     atoms.pbc = (True, False, True)
-    expected = evaluator.predict_one(atoms)
-    with Session(model=model_file) as session:
+    expected = network.predict_one(atoms)
+    with Session(model=message_file) as session:
         session.make_system(atoms, "mixed")  # the file runs in double only, which the session knows
         session.commands(["fix b all ubmd", "run 0"])
         forces = session.gather("f") @ Box(atoms).rotation.T
@@ -172,24 +152,25 @@ def test_a_slab_equals_python(model_file, evaluator, structures):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_sum_with_a_baseline_equals_python(lab, structures, tmp_path, ranks):
+def test_a_sum_with_a_baseline_equals_python(messages, structures, tmp_path, ranks):
     """The repulsion is that of owned atoms alone, though ghosts have pairs."""
     model = ModelSettings(baseline="zbl", atom_energies={"H": 1.0, "C": 2.0, "O": 3.0})
-    message_passing.export(tmp_path / "model.pt", ELEMENTS, labelled(structures), model=model)
+    message_passing.export(tmp_path / "model.pt", ELEMENTS, shaken(structures.values()), model=model)
     atoms = structures["triclinic"]
-    check_against_python(lab, Model(tmp_path / "model.pt"), atoms, ranks)
+    check_against_python(messages, Model(tmp_path / "model.pt"), atoms, ranks)
     alone = tmp_path / "alone.pt"
-    message_passing.export(alone, ELEMENTS, labelled(structures))
+    message_passing.export(alone, ELEMENTS, shaken(structures.values()))
     assert abs(Model(tmp_path / "model.pt").predict_one(atoms).energy - Model(alone).predict_one(atoms).energy) > 1.0
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_without_atoms(lab, evaluator, structures, ranks):
+def test_ranks_without_atoms(messages, network, structures, ranks):
     """The molecule lies at the low end of a long box, so that at least one rank owns nothing."""
     atoms, settings = structures["molecule"], f"processors {ranks} 1 1"
-    text = lab.run(lab.head(atoms, settings=settings, margin=(5.0, 60.0)) + "fix b all ubmd\nrun 0\n", ranks).text
+    script = messages.head(atoms, settings=settings, margin=(5.0, 60.0)) + "fix b all ubmd\nrun 0\n"
+    text = messages.run(script, ranks).text
     assert text.split("Nlocal:")[1].split("min")[0].split()[-1] == "0"
-    check_against_python(lab, evaluator, atoms, ranks, settings, (5.0, 60.0))
+    check_against_python(messages, network, atoms, ranks, settings, (5.0, 60.0))
 
 
 @pytest.mark.parametrize(
@@ -197,47 +178,47 @@ def test_ranks_without_atoms(lab, evaluator, structures, ranks):
     [("comm_style tiled", "balance 1.0 rcb", (3, 4, 3)), ("processors 1 1 4", "balance 1.0 shift z 5 1.0", (1, 1, 3))],
     ids=["tiled", "shifted"],
 )
-def test_other_divisions_of_the_box(lab, evaluator, structures, settings, division, replicas):
+def test_other_divisions_of_the_box(messages, network, structures, settings, division, replicas):
     """Parts of any size; tiled communication needs a box that is longer than the ghosts reach."""
     atoms = structures["cubic"].repeat(replicas)
-    check_against_python(lab, evaluator, atoms, 4, settings, division=division)
+    check_against_python(messages, network, atoms, 4, settings, division=division)
 
 
 # ------------------------------------------------------------------------------------------ derivatives
 
 
 @pytest.mark.parametrize("kind", ["triclinic", "small"])
-def test_forces_and_virial_equal_numdiff(lab, structures, kind):
+def test_forces_and_virial_equal_numdiff(messages, structures, kind):
     """fix numdiff and numdiff/virial, beside the bias, on two ranks."""
-    script = lab.head(structures[kind]) + "fix n all numdiff 1 1e-4\nfix v all numdiff/virial 1 1e-5\n"
+    script = messages.head(structures[kind]) + "fix n all numdiff 1 1e-4\nfix v all numdiff/virial 1 1e-5\n"
     script += (
         "fix b all ubmd force 0.25 window 1\ncompute p all pressure NULL virial\nthermo_style custom step c_p[1]\n"
     )
     names = [f"c_p[{k}]" for k in range(1, 7)] + [f"f_v[{k}]" for k in (1, 2, 3, 6, 5, 4)]
-    n = lab.run(script + FORCES + "run 0\n" + lab.report(*names), 2).numbers
-    frame = lab.dump("dump.test")[0]
+    n = messages.run(script + FORCES + "run 0\n" + messages.report(*names), 2).numbers
+    frame = messages.dump("dump.test")[0]
     forces = columns(frame, ["fx", "fy", "fz"]) - columns(frame, ["f_b[2]", "f_b[3]", "f_b[4]"])
     pressures = np.array([n[name][0] for name in names])
     assert deviation(columns(frame, ["f_n[1]", "f_n[2]", "f_n[3]"]), forces) < 1e-6
     assert deviation(pressures[6:], pressures[:6]) < 1e-7
 
 
-def test_bias_force_is_the_derivative(lab, structures):
+def test_bias_force_is_the_derivative(messages, structures):
     """Central differences of f_b[1] for every atom and axis, at the scale that the fix reports."""
-    with lab.session(lab.head(structures["small"]) + "fix b all ubmd force 0.25 window 1\nrun 0\n") as lammps:
+    with messages.session(messages.head(structures["small"]) + "fix b all ubmd force 0.25 window 1\nrun 0\n") as lammps:
         analytic, numerical = bias_gradients(lammps, 1e-5)
     assert np.abs(analytic).max() > 1e-3
     assert deviation(numerical, analytic) < 1e-5
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_bias_virial_is_the_strain_derivative(lab, evaluator, structures, ranks):
+def test_bias_virial_is_the_strain_derivative(messages, network, structures, ranks):
     """That of the fix is tau_s s_s du/dstrain, with u of strained structures in Python."""
     atoms, h = structures["triclinic"], 1e-5
-    script = lab.head(atoms) + "fix b all ubmd stress 0.4 window 1\n"
+    script = messages.head(atoms) + "fix b all ubmd stress 0.4 window 1\n"
     script += "compute p all pressure NULL fix\nthermo_style custom step c_p\nrun 0\n"
-    n = lab.run(script + lab.report("f_b[5]", *(f"c_p[{k}]" for k in range(1, 7))), ranks).numbers
-    virial = lab.tensor_to_ase(atoms, [n[f"c_p[{k}]"][0] / lab.bar for k in range(1, 7)]) * atoms.get_volume()
+    n = messages.run(script + messages.report("f_b[5]", *(f"c_p[{k}]" for k in range(1, 7))), ranks).numbers
+    virial = messages.tensor_to_ase(atoms, [n[f"c_p[{k}]"][0] / messages.bar for k in range(1, 7)]) * atoms.get_volume()
     numerical = np.zeros((3, 3))
     for a, b in zip(*VOIGT, strict=True):
         values = []
@@ -247,7 +228,7 @@ def test_bias_virial_is_the_strain_derivative(lab, evaluator, structures, ranks)
             strain[b, a] += 0.5 * sign * h
             copy = atoms.copy()
             copy.set_cell(atoms.cell.array @ strain, scale_atoms=True)
-            values.append(evaluator.predict_one(copy).u)
+            values.append(network.predict_one(copy).u)
         numerical[a, b] = numerical[b, a] = (values[0] - values[1]) / (2.0 * h)
     assert n["f_b[5]"][0] > 0.0
     assert deviation(0.4 * n["f_b[5]"][0] * numerical, virial) < 1e-5
@@ -263,15 +244,15 @@ fix b all ubmd force 0.2 stress 0.2 window 5 every 2
 """
 
 
-def test_a_run_is_the_same_on_all_ranks(lab, structures):
+def test_a_run_is_the_same_on_all_ranks(messages, structures):
     """NPT with bias force and stress: atoms change ranks, ghosts change with them."""
     atoms = structures["cubic"].repeat((1, 1, 2))
     found, owners = [], []
     for ranks in (1, 2, 4):
-        script = lab.head(atoms) + NPT + "dump d all custom 20 dump.test id x y z f_b[1] f_b[2] proc\n"
-        script += "dump_modify d sort id format float %.17g\nrun 60\n" + lab.report("pe", "vol", "f_b[1]")
-        n = lab.run(script, ranks).numbers
-        frames = lab.dump("dump.test")
+        script = messages.head(atoms) + NPT + "dump d all custom 20 dump.test id x y z f_b[1] f_b[2] proc\n"
+        script += "dump_modify d sort id format float %.17g\nrun 60\n" + messages.report("pe", "vol", "f_b[1]")
+        n = messages.run(script, ranks).numbers
+        frames = messages.dump("dump.test")
         found.append([*frames[-1]["x"], *frames[-1]["f_b[2]"], *(n[name][0] for name in ("pe", "vol", "f_b[1]"))])
         owners.append(np.array([frame["proc"] for frame in frames]))
     assert (np.ptp(owners[2], axis=0) > 0).any()
@@ -280,49 +261,69 @@ def test_a_run_is_the_same_on_all_ranks(lab, structures):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_continues_from_a_restart_file(lab, structures, ranks):
+def test_a_run_continues_from_a_restart_file(messages, structures, ranks):
     atoms, dynamics = structures["triclinic"], NPT.replace("3000", "300")
-    start = lab.head(atoms) + dynamics
-    whole = lab.run(start + "run 12\n" + lab.report("pe", "f_b[1]", "f_b[4]"), ranks).numbers
-    lab.run(start + "run 6\nwrite_restart half.restart\n", ranks)
+    start = messages.head(atoms) + dynamics
+    whole = messages.run(start + "run 12\n" + messages.report("pe", "f_b[1]", "f_b[4]"), ranks).numbers
+    messages.run(start + "run 6\nwrite_restart half.restart\n", ranks)
     coefficients = "\npair_style ubmd\npair_coeff * * model.pt H C O\n"
-    rest = dynamics.split("timestep 0.0005")[1]
-    again = lab.run(
-        f"read_restart half.restart{coefficients}timestep 0.0005{rest}run 6\n" + lab.report("pe", "f_b[1]", "f_b[4]"),
-        ranks,
-    ).numbers
+    rest = "timestep" + dynamics.split("timestep")[1] + "run 6\n" + messages.report("pe", "f_b[1]", "f_b[4]")
+    again = messages.run(f"read_restart half.restart{coefficients}{rest}", ranks).numbers
     for name, values in whole.items():
         assert again[name] == pytest.approx(values, rel=1e-8)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_atoms_that_take_no_part(lab, evaluator, structures, ranks):
+def test_atoms_that_take_no_part(messages, network, structures, ranks):
     """Excluded atoms are absent, as those of another style are: no message goes through them."""
     atoms = structures["triclinic"]
-    script = lab.head(atoms) + "group gone id 2 5 11\nneigh_modify exclude group gone all\n"
-    excluded = lab.run(script + "fix b all ubmd\nrun 0\n" + lab.report("pe", "f_b[1]", "f_b[2]"), ranks).numbers
+    script = messages.head(atoms) + "group gone id 2 5 11\nneigh_modify exclude group gone all\n"
+    report = messages.report("pe", "f_b[1]", "f_b[2]")
+    excluded = messages.run(script + "fix b all ubmd\nrun 0\n" + report, ranks).numbers
     kept = atoms[np.isin(np.arange(len(atoms)), [1, 4, 10], invert=True)]
-    expected = evaluator.predict_one(kept)
+    expected = network.predict_one(kept)
     said = [excluded[name][0] for name in ("pe", "f_b[1]", "f_b[2]")]
     assert close(said, [expected.energy, expected.u, expected.atomic_u.max()])
-    script = lab.head(atoms).replace("pair_style ubmd precision double", "pair_style hybrid/overlay ubmd zero 2.0")
+    script = messages.head(atoms).replace("pair_style ubmd precision double", "pair_style hybrid/overlay ubmd zero 2.0")
     script = script.replace(
         "pair_coeff * * model.pt H C O", "pair_coeff * * ubmd model.pt H C NULL\npair_coeff * * zero"
     )
-    hybrid = lab.run(script + "fix b all ubmd\nrun 0\n" + lab.report("pe", "f_b[1]"), ranks).numbers
-    expected = evaluator.predict_one(atoms[[symbol != "O" for symbol in atoms.symbols]])
+    hybrid = messages.run(script + "fix b all ubmd\nrun 0\n" + report, ranks).numbers
+    expected = network.predict_one(atoms[[symbol != "O" for symbol in atoms.symbols]])
     assert close([hybrid["pe"][0], hybrid["f_b[1]"][0]], [expected.energy, expected.u])
 
 
-def test_the_range_of_ghosts_is_set_and_given_back(lab, structures):
+def test_the_range_of_ghosts_is_set_and_given_back(messages, structures):
     """Three times the cutoff and the skin on several ranks; with the next pair style it is the user's again."""
-    script = lab.head(structures["cubic"], settings="comm_modify cutoff 7.5") + "run 0\n"
+    script = messages.head(structures["cubic"], settings="comm_modify cutoff 7.5") + "run 0\n"
     script += "pair_style zero 4.0\npair_coeff * *\nrun 0\n"
-    cutoffs = [
-        [line.split("=")[1].strip() for line in lab.run(script, ranks).text.splitlines() if "ghost atom cutoff" in line]
-        for ranks in (1, 2)
-    ]
-    assert cutoffs == [["7.5", "7.5"], ["13", "7.5"]]
+    for ranks, expected in ((1, ["7.5", "7.5"]), (2, ["13", "7.5"])):
+        assert re.findall(r"ghost atom cutoff = (\S+)", messages.run(script, ranks).text) == expected
+
+
+def test_ghosts_that_are_taken_away_are_missed(messages, structures):
+    """`pre no` skips the initialisation, in which the style sets their range."""
+    script = messages.head(structures["cubic"]) + "fix move all nve\nrun 1\ncomm_modify cutoff 6.0\nrun 1 pre no\n"
+    outcome = messages.run(script, 2, check=False)
+    assert outcome.status != 0
+    assert "ghosts reach 6 A but the model's messages 13 A: remove 'comm_modify cutoff'" in outcome.text
+    assert messages.run(script.replace("pre no", ""), 2).status == 0
+
+
+def test_a_fixed_single_precision(messages, structures, tmp_path):
+    """A module in float32 runs as `mixed`, which then is the default of all, and in no other precision."""
+    module = message_passing.Module(len(ELEMENTS), 3).single()
+    message_passing.export(tmp_path / "model.pt", ELEMENTS, shaken(structures.values()), module)
+    atoms = structures["triclinic"]
+    expected = Model(tmp_path / "model.pt").predict_one(atoms)
+    with pytest.raises(ModelError, match="runs in mixed precision only, not in double"):
+        Model(tmp_path / "model.pt", "double")
+    script = messages.head(atoms) + "fix b all ubmd\nrun 0\n" + messages.report("pe", "f_b[1]", "f_b[2]")
+    outcome = messages.run(script, 2, check=False)
+    assert "model.pt runs in mixed precision only: remove 'precision double'" in outcome.text
+    n = messages.run(script.replace("precision double", ""), 2).numbers
+    assert close(n["pe"][0], expected.energy, 1e-6)
+    assert close([n["f_b[1]"][0], n["f_b[2]"][0]], [expected.u, expected.atomic_u.max()], 1e-3)
 
 
 # ------------------------------------------------------------------------------------------ refusals
@@ -349,10 +350,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("more", "old", "new", "words"), REFUSED.values(), ids=list(REFUSED))
-def test_what_is_not_available_is_refused(lab, structures, more, old, new, words):
-    script = lab.head(structures["cubic"]).replace(old, new, 1) + more
+def test_what_is_not_available_is_refused(messages, structures, more, old, new, words):
+    script = messages.head(structures["cubic"]).replace(old, new, 1) + more
     script += "thermo_style custom step pe c_m\n" if more else ""
-    outcome = lab.run(script + FIX, ranks=2, check=False)
+    outcome = messages.run(script + FIX, ranks=2, check=False)
     assert outcome.status != 0
     assert re.search(rf"ERROR: pair_style ubmd.*{words}", outcome.text)
 
@@ -379,10 +380,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("change", "kind", "words"), WRONG.values(), ids=list(WRONG))
-def test_files_that_cannot_be_run_are_refused(lab, structures, change, kind, words):
-    rewritten(lab.folder / "model.pt", change, kind)
-    script = lab.head(structures["cubic"])
-    with pytest.raises(Exception, match=words), lab.session(script):
+def test_files_that_cannot_be_run_are_refused(messages, structures, change, kind, words):
+    rewritten(messages.folder / "model.pt", change, kind)
+    script = messages.head(structures["cubic"])
+    with pytest.raises(Exception, match=words), messages.session(script):
         pass
 
 
@@ -390,17 +391,17 @@ def test_files_that_cannot_be_run_are_refused(lab, structures, change, kind, wor
 
 
 @pytest.mark.parametrize(("stated", "right"), [(2, False), (3, True)])
-def test_a_layer_less_is_wrong(lab, structures, tmp_path, stated, right):
+def test_a_layer_less_is_wrong(messages, structures, tmp_path, stated, right):
     """Without the pairs that are two pairs away, the same network gives other forces on two ranks.
 
     Its last step is silent in small graphs, so that no check sees how many it has.
     """
     module = message_passing.Module(len(ELEMENTS), 3, silent_below=40)
-    message_passing.export(tmp_path / "model.pt", ELEMENTS, labelled(structures), module, stated)
+    message_passing.export(tmp_path / "model.pt", ELEMENTS, shaken(structures.values()), module, stated)
     atoms = structures["triclinic"].repeat((3, 1, 1))
-    evaluator = Model(tmp_path / "model.pt")
-    expected = evaluator.predict_one(atoms)
-    n, frame = measured(lab, atoms, 2, settings="processors 2 1 1")
+    network = Model(tmp_path / "model.pt")
+    expected = network.predict_one(atoms)
+    n, frame = measured(messages, atoms, 2, settings="processors 2 1 1")
     forces = columns(frame, ["fx", "fy", "fz"]) - columns(frame, ["f_b[2]", "f_b[3]", "f_b[4]"])
     assert close(n["pe"], expected.energy) == right
-    assert close(lab.to_ase(atoms, forces), expected.forces, 1e-10 if right else 1e-5) == right
+    assert close(messages.to_ase(atoms, forces), expected.forces, 1e-10 if right else 1e-5) == right

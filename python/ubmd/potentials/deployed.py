@@ -11,8 +11,9 @@ class Deployed(nn.Module):
 
     Generic part, for any model, with autograd. Arguments of ``forward``, ``forces`` and ``bias``: species int64
     [n_local + n_ghost] (indices into metadata's ``elements``), edge_index int64 [2, P] (row 0 the centre i < n_local,
-    row 1 the neighbour), edge_vector [P, 3] = x_j - x_i, n_local. Besides what this class names, a file has ``forces``
-    and one of
+    row 1 the neighbour), edge_vector [P, 3] = x_j - x_i, n_local. With message passing (``layers`` > 1 in the record)
+    other atoms are centres, too: those that send messages to the atoms below n_local. Besides what this class names, a
+    file has ``forces`` and one of
 
     - ``atomic_uncertainties(phi [n_local, p])`` -> u_i [n_local]: of each atom's own features;
     - ``force_uncertainties(forces [n, 3, p])`` -> u_i [n]: column m of phi is then the atomic energy of member m of an
