@@ -18,8 +18,9 @@ from mace.calculators import MACECalculator
 def main(checkpoint: str, structures: str, out: str) -> None:
     calculator = MACECalculator(model_paths=[checkpoint], device="cpu", default_dtype="float64")
     network = calculator.models[0]
-    first, last = network.readouts
-    weights = [first.linear.weight, last.linear_1.weight, last.linear_2.weight]
+    first, last = network.readouts[0], network.readouts[-1]
+    derivatives = hasattr(first, "linear") and hasattr(last, "linear_1")
+    weights = [first.linear.weight, last.linear_1.weight, last.linear_2.weight] if derivatives else []
     found: dict[str, np.ndarray] = {}
     for k, atoms in enumerate(ase.io.iread(structures)):
         atoms.calc = calculator
@@ -27,6 +28,8 @@ def main(checkpoint: str, structures: str, out: str) -> None:
         found[f"forces_{k}"] = atoms.get_forces()
         if atoms.pbc.all():
             found[f"virial_{k}"] = -atoms.get_stress(voigt=True) * atoms.get_volume()
+        if not derivatives:
+            continue
         for weight in weights:
             weight.requires_grad_(True)
         energies = network(calculator._atoms_to_batch(atoms).to_dict(), compute_force=False)["node_energy"]

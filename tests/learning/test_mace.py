@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 import ubmd
 from ubmd.cli.main import app
 from ubmd.data.extxyz import write_structures
-from ubmd.data.graph import build_graph
+from ubmd.data.graph import build_graph, scatter_forces
 from ubmd.errors import ModelError
 from ubmd.files import file_hash
 from ubmd.learning import RunFolder, run
@@ -114,16 +114,22 @@ def probes() -> list[Atoms]:
     return [molecule, small, triclinic, Atoms("Au", positions=[[0.0, 0.0, 0.0]])]
 
 
+def in_its_python(script: str, *words: Path) -> None:
+    """Run a helper in the Python of MACE."""
+    outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_LIBRARY_PATH")}
+    subprocess.run([PYTHON, HELPERS / script, *words], check=True, env=outside, capture_output=True)
+
+
+def said_by_mace(checkpoint: Path, structures: list[Atoms], folder: Path) -> dict[str, np.ndarray]:
+    write_structures(folder / "probes.xyz", structures)
+    in_its_python("mace_oracle.py", checkpoint, folder / "probes.xyz", folder / "out.npz")
+    return dict(np.load(folder / "out.npz"))
+
+
 @pytest.fixture(scope="module")
 def oracle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     """What MACE itself says of the probes."""
-    folder = tmp_path_factory.mktemp("oracle")
-    ase.io.write(folder / "probes.xyz", probes(), columns=["symbols", "positions"], format="extxyz")
-    write_structures(folder / "probes.xyz", probes())
-    outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_LIBRARY_PATH")}
-    command = [PYTHON, HELPERS / "mace_oracle.py", checkpoint, folder / "probes.xyz", folder / "out.npz"]
-    subprocess.run(command, check=True, env=outside, capture_output=True)
-    return dict(np.load(folder / "out.npz"))
+    return said_by_mace(checkpoint, probes(), tmp_path_factory.mktemp("oracle"))
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +362,58 @@ def test_what_cannot_be_used_is_said_in_one_sentence(folder: Path, checkpoint: P
     done = CliRunner().invoke(app, ["train", str(settings(folder, {"arguments": ARGUMENTS | {"lr": "fast"}}))])
     assert done.exit_code == 1
     assert "argument --lr: invalid float value: 'fast' (all of it is in " in done.output
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with networks of other shapes."""
+    folder = tmp_path_factory.mktemp("variants")
+    in_its_python("mace_variants.py", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["one", "three", "plain repulsion", "repulsion", "last readout", "density"])
+def test_other_networks_are_converted_exactly(name: str, variants: Path, tmp_path: Path) -> None:
+    """Close atoms, so that a repulsion counts; total energies of heavy atoms."""
+    made = backend(variants / f"{name}.model", features="nodes")
+    raw = made.convert(variants / f"{name}.model", UncertaintySettings(), tmp_path / "module.pt")
+    assert raw.layers == {"one": 1, "three": 3}.get(name, 2)
+    atoms = Atoms("AuOHHO", positions=[[0, 0, 0], [1.5, 0, 0], [0, 1.1, 0], [0.8, 0.9, 1.0], [2.5, 2.0, 0.4]])
+    expected = said_by_mace(variants / f"{name}.model", [atoms], tmp_path)
+    graph = build_graph(atoms, raw.elements, raw.cutoff)
+    edge = graph.edge_vector.clone().requires_grad_(True)
+    energy = torch.jit.load(str(raw.module))(graph.species, graph.edge_index, edge, len(atoms))[0].sum()
+    assert energy.item() == pytest.approx(float(expected["energy_0"]), abs=1e-9, rel=0.0)
+    forces = scatter_forces(graph.edge_index, torch.autograd.grad(energy, edge)[0], len(atoms)).numpy()
+    np.testing.assert_allclose(forces, expected["forces_0"], atol=1e-10 * (1.0 + np.abs(forces).max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "words"),
+    [
+        ("heads", "nodes", "it has the heads pt_head, mine; choose one with mace_select_head"),
+        ("tanh", "readout", "features = 'readout' needs a readout with SiLU"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(
+    name: str, features: str, words: str, variants: Path, tmp_path: Path
+) -> None:
+    made = backend(variants / f"{name}.model", features=features)
+    with pytest.raises(ModelError, match=words):
+        made.convert(variants / f"{name}.model", UncertaintySettings(), tmp_path / "module.pt")
+
+
+def test_constants_of_a_float32_network_keep_their_digits(variants: Path, tmp_path: Path) -> None:
+    """Gold has -40000.75 eV here: float32 would round a constant of 1 meV to none, or to 4 meV."""
+    source, target = variants / "float32.model", tmp_path / "shifted.model"
+    made = backend(source)
+    made.environment.ask("shift", checkpoint=str(source), constants={"Au": 1e-3}, target=str(target))
+    energies = []
+    for path in (source, target):
+        raw = made.convert(path, UncertaintySettings(), tmp_path / "module.pt")
+        lone = torch.tensor([2]), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.float64), 1
+        energies.append(float(torch.jit.load(str(raw.module))(*lone)[0].detach()))
+    assert energies[1] - energies[0] == pytest.approx(1e-3, abs=1e-9)
 
 
 def test_the_time_of_a_step_is_printed(calculator: ubmd.Calculator, capsys: pytest.CaptureFixture[str]) -> None:

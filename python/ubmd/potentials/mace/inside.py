@@ -91,7 +91,7 @@ def compare(network: Any, wrapped: Any) -> None:
     dtype = next(network.parameters()).dtype
     generator = torch.Generator().manual_seed(0)
     corners = torch.cartesian_prod(*[torch.arange(2.0, dtype=torch.float64)] * 3)
-    step = 0.5 * float(network.r_max)
+    step = min(1.5, 0.4 * float(network.r_max))  # Å: near enough for a repulsion of nuclei to count
     places = step * (corners + 0.2 * torch.rand(8, 3, generator=generator, dtype=torch.float64))
     species = torch.arange(8) % len(network.atomic_numbers)
     difference = places.unsqueeze(0) - places.unsqueeze(1)  # from row to column
@@ -132,10 +132,11 @@ def shift(request: dict[str, Any]) -> dict[str, Any]:
 
     network = load(request["checkpoint"])
     numbers = [int(number) for number in network.atomic_numbers]
-    energies = network.atomic_energies_fn.atomic_energies
-    with torch.no_grad():
-        for element, value in request["constants"].items():
-            energies[..., numbers.index(atomic_numbers[element])] += value
+    # Total energies of heavy atoms have more digits than float32; MACE converts what it needs.
+    energies = network.atomic_energies_fn.atomic_energies.detach().double()
+    for element, value in request["constants"].items():
+        energies[..., numbers.index(atomic_numbers[element])] += value
+    network.atomic_energies_fn.atomic_energies = energies
     torch.save(network, request["target"])
     return {}
 
