@@ -222,6 +222,10 @@ def test_other_files_are_told_apart(data: Path, tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "name a Python that has the package mace: --python" in done.output
     ubmd_wrap(layered(tmp_path / "module.pt"), data, "--out", tmp_path / "model.pt")
+    done = CliRunner().invoke(app, ["wrap", str(tmp_path / "module.pt"), str(data), "--features", "node"])
+    assert "--features: there is no 'node'; did you mean 'nodes'?" in done.output
+    done = CliRunner().invoke(app, ["wrap", str(tmp_path / "module.pt"), str(data), "--set", "kind=ensemble"])
+    assert "networks of other programs have kind=posterior or kind=distance" in done.output
     with pytest.raises(ModelError, match="is a model file of ubmd already"):
         read_raw(tmp_path / "model.pt")
 

@@ -16,11 +16,15 @@ from ubmd.cli.tables import confidence_remarks
 from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.settings import ModelSettings, UncertaintySettings, make_settings
+from ubmd.spelling import nearest
 
 if TYPE_CHECKING:
     from ase import Atoms
 
     from ubmd.potentials.interface import RawModule
+
+
+_FEATURES = ("nodes", "readout", "last-layer")
 
 
 def register(app: typer.Typer) -> None:
@@ -65,10 +69,10 @@ def wrap(
     with user_errors():
         check_outputs(output.parent, [output.name], "--out")
         uncertainty = make_settings(UncertaintySettings, {}, overrides or [], "--set")
-        _check_kind(uncertainty)
-        training_set, calibration_set = _labels(data, held_out, share, seed, label)
+        _check_choices(uncertainty, features)
         with _raw(module, python, features, uncertainty) as raw:
             print(_what(raw))
+            training_set, calibration_set = _labels(data, held_out, share, seed, label)
             record = write(raw, training_set, calibration_set, uncertainty, output, refit)
         if refit:
             print(_constants(record["constants"], len(training_set)))
@@ -79,7 +83,12 @@ def wrap(
         print(f"model: {output}")
 
 
-def _check_kind(uncertainty: UncertaintySettings) -> None:
+def _check_choices(uncertainty: UncertaintySettings, features: str) -> None:
+    """SettingsError for values of options that are none of those that there are."""
+    if features not in _FEATURES:
+        meant = nearest(features, _FEATURES)
+        hint = f"did you mean {meant!r}?" if meant else f"choose {', '.join(_FEATURES[:-1])} or {_FEATURES[-1]}."
+        raise SettingsError(f"--features: there is no {features!r}; {hint}")
     if uncertainty.kind not in ("posterior", "distance"):
         raise SettingsError(
             f"--set kind={uncertainty.kind}: networks of other programs have kind=posterior or kind=distance."
@@ -148,5 +157,5 @@ def _what(raw: RawModule) -> str:
 
 
 def _constants(constants: dict[str, float], count: int) -> str:
-    table = ", ".join(f"{element} {value:+.4g}" for element, value in constants.items())
+    table = ", ".join(f"{element} {value:+.4f}" for element, value in constants.items())
     return f"Constants added to the energies, fitted to the {count} training labels, eV per atom: {table or 'none'}."

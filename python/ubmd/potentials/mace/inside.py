@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import warnings
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,7 @@ def main(command: str, request: str, answer: str) -> None:
     sys.path.pop(0)  # this folder
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # e3nn 0.4.4 and MACE load pickles of objects
     warnings.filterwarnings("ignore")
+    import_module("mace")  # what is missing is this, not what it needs
     try:
         found = COMMANDS[command](json.loads(Path(request).read_text(encoding="utf-8")))
     except Exception as error:
