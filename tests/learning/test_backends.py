@@ -241,7 +241,10 @@ def test_a_network_of_any_back_end_learns_along_trajectories(baseline: dict, tmp
 @pytest.mark.parametrize(
     ("tables", "words"),
     [
-        ({"model": {"kind": "mace"}}, r"model.kind = 'mace' is neither the name of an installed back end \(gmnn\)"),
+        (
+            {"model": {"kind": "mece"}},
+            r"kind = 'mece' is neither the name of an installed back end \(file, gmnn, mace\).*; did you mean 'mace'\?",
+        ),
         (
             {"model": {"kind": "nowhere:Linear"}},
             r"kind = 'nowhere:Linear' cannot be imported: there is no nowhere",

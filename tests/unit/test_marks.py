@@ -20,10 +20,10 @@ MAY_CHANGE = {
         loop.stop_at_plateau loop.plateau_iterations loop.plateau_tolerance training.checkpoint_every start.file
         start.trust loop.keep_models labels reference.timeout reference.cache reference.environment md.timeout
         md.trace_every test
-        variables""",
+        variables model.python""",
     DynamicRunSettings: """run_dir workers labels dynamic.labels dynamic.steps dynamic.convergence dynamic.timeout
         training.checkpoint_every crystal.structure start.file reference.timeout reference.cache reference.environment
-        test""",
+        test model.python""",
 }
 
 
@@ -53,6 +53,7 @@ def test_keys_of_stages_have_what_they_had() -> None:
         "threads",
         "checkpoint_every",
         "fixed_forces",
+        "mode",
     }
     others = {"labels", "steps", "convergence", "timeout", "batch", "warm_epochs", "calibrate", "calibration_window"}
     dynamic = DynamicSettings(temperatures=[300.0], labels=9)

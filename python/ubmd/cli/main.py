@@ -82,12 +82,13 @@ def _main(
 
 
 def _register() -> None:
-    from ubmd.cli import analyse, crystal, init, run, train
+    from ubmd.cli import analyse, crystal, init, run, train, wrap
 
     init.register(app)
     run.register(app)
     analyse.register(app)
     train.register(app)
+    wrap.register(app)
     crystal.register(app)
     add_pages(app)
     app.command("help", hidden=True)(_help)

@@ -103,6 +103,16 @@ PAGES = {
         "the model file --out.",
         "replaces it.",
     ),
+    "wrap": Page(
+        _MODELS,
+        (
+            "ubmd wrap module.pt labelled.xyz --set alpha=0.1     # TorchScript",
+            "ubmd wrap module.pt train.xyz --held-out valid.xyz --out new.pt",
+            "ubmd wrap my.model labelled.xyz --python mace-env/bin/python    # MACE",
+        ),
+        "the model file --out. What the module must do is in 'Your own model' of python/USAGE.md.",
+        "replaces it.",
+    ),
     "phonons": Page(
         _MODELS,
         (

@@ -184,6 +184,28 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class Configured(Protocol):
+    """What a back end may have besides `Backend`: settings that it needs before and after trainings, too."""
+
+    def configure(self, model: ModelSettings, base: Path) -> None:
+        """Take the settings; called once, after the instance is made, before anything else.
+
+        Args:
+            model: settings of the network.
+            base: folder of the settings file; paths are relative to it.
+
+        Raises:
+            SettingsError: something is missing, as far as that is known without running anything.
+        """
+
+    def check(self) -> None:
+        """Look whether everything runs; called once, before a training or a run begins. Errors as for `configure`."""
+
+    def files(self) -> Sequence[Path]:
+        """Files that the settings name, whose change is said when a run is resumed."""
+
+
+@runtime_checkable
 class Adapts(Protocol):
     """What a back end may have besides `Backend`: trainings that start from more than its own checkpoints."""
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ubmd.errors import SettingsError, describe
+from ubmd.files import file_hash
 from ubmd.imports import import_attribute, load, own_files
-from ubmd.potentials.interface import Backend, ModelEvaluator
+from ubmd.potentials.interface import Backend, Configured, ModelEvaluator
 from ubmd.settings import ModelSettings, TrainSettings, UncertaintySettings
 from ubmd.settings.dynamic import DynamicRunSettings
 
@@ -59,7 +60,11 @@ def kind_of_settings(settings: TrainSettings | DynamicRunSettings) -> Kind:
     return NETWORK if settings.crystal is None else FORCE_CONSTANTS
 
 
-BACKENDS = {"gmnn": "ubmd.potentials.gmnn.backend:GaussianMoments"}
+BACKENDS = {
+    "gmnn": "ubmd.potentials.gmnn.backend:GaussianMoments",
+    "file": "ubmd.potentials.given:GivenModule",
+    "mace": "ubmd.potentials.mace.backend:Mace",
+}
 _GROUP = "ubmd.backends"  # of entry points
 
 
@@ -92,6 +97,8 @@ def backend_of(model: ModelSettings, base: Path) -> Backend:
             f"model.kind = {model.kind!r} is not a back end: it has no {missing[0]!r} (see Backend in "
             "ubmd/potentials/interface.py)."
         )
+    if isinstance(backend, Configured):
+        backend.configure(model, base)
     return backend
 
 
@@ -99,21 +106,27 @@ _PARTS = ("name", "checkpoint", "uncertainties", "train", "raw_module")
 
 
 def check_backend(model: ModelSettings, uncertainty: UncertaintySettings, base: Path) -> Backend:
-    """`backend_of`; SettingsError also if it has no features for the kind of uncertainty that is wanted."""
+    """`backend_of`; SettingsError also if it has no features for this uncertainty, or a program of it does not run."""
     backend = backend_of(model, base)
     if uncertainty.kind not in backend.uncertainties:
         raise SettingsError(
             f"model.kind = {model.kind!r} does not support uncertainty.kind = '{uncertainty.kind}', only "
             f"{', '.join(backend.uncertainties)}."
         )
+    if isinstance(backend, Configured):
+        backend.check()
     return backend
 
 
 def backend_files(model: ModelSettings | None, base: Path) -> dict[str, str]:
-    """Path -> SHA-256 of the back end's modules beside the settings file; paths are relative to their folder.
+    """Path -> SHA-256 of files that make the network, relative to the folder of the settings file if they are in it.
 
-    Empty without a network, and for back ends that are installed. Errors as for `backend_of`.
+    These are the back end's modules beside the settings file, and what the settings name (`Configured.files`). Empty
+    without a network. Errors as for `backend_of`.
     """
     if model is None:
         return {}
-    return dict(own_files((part.__module__ for part in type(backend_of(model, base)).__mro__), base))
+    backend, folder = backend_of(model, base), Path(base).resolve()
+    named = [path.resolve() for path in backend.files()] if isinstance(backend, Configured) else []
+    own = dict(own_files((part.__module__ for part in type(backend).__mro__), base))
+    return own | {str(p.relative_to(folder) if p.is_relative_to(folder) else p): file_hash(p) for p in named}

@@ -21,6 +21,7 @@ from ubmd.settings import (
 )
 from ubmd.settings.labels import LABELS, LabelSources, gather_labels
 from ubmd.settings.marks import ELSEWHERE, NOTHING
+from ubmd.settings.potentials import check_mode
 
 
 class DynamicStartSettings(Table):
@@ -235,6 +236,12 @@ class DynamicRunSettings(Table):
         for name in sorted(set(UncertaintySettings.model_fields) - CRYSTAL_UNCERTAINTY):
             if getattr(self.uncertainty, name) != getattr(default, name):
                 raise ValueError(f"uncertainty.{name} has no effect on a force-constant potential; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _mode_is_of_the_kind(self) -> DynamicRunSettings:
+        if self.model is not None and self.training is not None:
+            check_mode(self.model, self.training)
         return self
 
     @model_validator(mode="after")

@@ -15,15 +15,33 @@ from ubmd.settings.table import Table
 
 
 class ModelSettings(Table):
-    """The network: by default the Gaussian-moment neural network, to which all keys but the first four belong."""
+    """The network: by default the Gaussian-moment neural network, to which all keys from ``size`` on belong."""
 
     kind: Annotated[str, LATE] = Field(
         "gmnn",
-        description="gmnn, the name of an installed back end (entry point ubmd.backends), or an import path "
-        "'module:Class' of one, also beside the settings file",
+        description="gmnn, mace (in a Python of its own), file (a TorchScript module of yours), the name of an "
+        "installed back end (entry point ubmd.backends), or an import path 'module:Class' of one, also beside the "
+        "settings file",
     )
     arguments: Annotated[dict[str, Any], LATE] = Field(
-        default_factory=dict, description="arguments of a back end other than gmnn"
+        default_factory=dict,
+        description="arguments of a back end other than gmnn; of mace those of its own command mace_run_train, e.g. "
+        "{r_max = 5.0, num_channels = 64}",
+    )
+    checkpoint: Annotated[Path | None, LATE] = Field(
+        None,
+        description="file of the trained network that kind = mace starts from (default: from scratch) or kind = file "
+        "uses; relative to the settings file",
+    )
+    python: Annotated[Path | None, NOTHING] = Field(
+        None,
+        description="interpreter that has the package of kind = mace, e.g. mace-env/bin/python; relative to the "
+        "settings file",
+    )
+    features: Annotated[Literal["nodes", "readout", "last-layer"], LATE] = Field(
+        "nodes",
+        description="what the uncertainty of kind = mace sees: nodes (invariant node features of all layers), readout "
+        "(sketched gradient features of the readouts) or last-layer (those of the last weights only)",
     )
     baseline: Annotated[Literal["zbl"] | None, LATE] = Field(
         None,
@@ -49,12 +67,16 @@ class ModelSettings(Table):
 
     @model_validator(mode="after")
     def _keys_are_of_the_kind(self) -> ModelSettings:
+        for name in ("checkpoint", "python", "features"):
+            if name not in KEYS_OF.get(self.kind, ()) and getattr(self, name) != type(self).model_fields[name].default:
+                kinds = " or ".join(repr(kind) for kind, names in KEYS_OF.items() if name in names)
+                raise ValueError(f"model.{name} belongs to model.kind = {kinds}, not to {self.kind!r}")
         if self.kind == "gmnn":
             if self.arguments:
                 raise ValueError("model.arguments are for back ends other than model.kind = 'gmnn'; remove them")
             return self
         for name, field in type(self).model_fields.items():
-            if name not in OF_ALL_KINDS and getattr(self, name) != field.default:
+            if name in KEYS_OF_GMNN and getattr(self, name) != field.default:
                 raise ValueError(
                     f"model.{name} belongs to model.kind = 'gmnn'; what {self.kind!r} takes goes into [model.arguments]"
                 )
@@ -66,12 +88,20 @@ class ModelSettings(Table):
         return self.cutoff if self.kind == "gmnn" else None
 
 
-OF_ALL_KINDS = ("kind", "arguments", "baseline", "atom_energies", "elements")  # keys of [model] that are not gmnn's
+KEYS_OF_GMNN = ("size", "cutoff", "n_radial", "n_basis", "r_min", "hidden")  # keys of [model] that no other kind has
+KEYS_OF = {"file": ("checkpoint",), "mace": ("checkpoint", "python", "features")}  # and those that these kinds share
+# keys of [training] that they use; threads and checkpoint_every are the business of a run
+TRAINING_OF = {"file": ("mode",), "mace": ("mode", "epochs", "batch_size", "precision")}
 
 
 class TrainingSettings(Table):
-    """Optimisation of the network."""
+    """Optimisation of the network; of kind = mace only mode, epochs, batch_size, precision and threads."""
 
+    mode: Annotated[Literal["fine-tune", "refit", "none"] | None, LATE] = Field(
+        None,
+        description="what is trained of a network that exists: fine-tune (all weights), refit (constants of the "
+        "elements only) or none (only the calibration); default: fine-tune for kind = mace, refit for kind = file",
+    )
     epochs: int = Field(1000, ge=1, description="epochs from scratch")
     batch_size: int = Field(
         5,
@@ -105,6 +135,25 @@ class TrainingSettings(Table):
         description="share k of earlier weights W in a warm start, k W + sqrt(1 - k^2) random (no unit)",
     )
     threads: Annotated[int | None, ELSEWHERE] = Field(None, ge=1, description="torch threads; default: all cores")
+
+
+def check_mode(model: ModelSettings, training: TrainingSettings) -> None:
+    """ValueError for keys of [training] without effect on this kind of network, or a mode that it does not have."""
+    used = TRAINING_OF.get(model.kind, tuple(TrainingSettings.model_fields))
+    for name, field in TrainingSettings.model_fields.items():
+        if name not in (*used, "threads", "checkpoint_every") and getattr(training, name) != field.default:
+            hint = "; what mace_run_train takes goes into [model.arguments]" if model.kind == "mace" else ""
+            raise ValueError(f"training.{name} has no effect on model.kind = {model.kind!r}; remove it{hint}")
+    if training.mode is None:
+        return
+    if model.kind not in KEYS_OF:
+        raise ValueError(f"training.mode is for model.kind = 'mace' or 'file', not for {model.kind!r}; remove it")
+    if model.kind == "file" and training.mode == "fine-tune":
+        raise ValueError("training.mode = 'fine-tune' is not for model.kind = 'file', whose weights stay; use 'refit'")
+    if model.checkpoint is None and training.mode != "fine-tune":
+        raise ValueError(
+            f"training.mode = {training.mode!r} needs model.checkpoint, the network that it leaves as it is"
+        )
 
 
 class UncertaintySettings(Table):
@@ -235,6 +284,11 @@ class TrainSettings(Table):
     crystal: CrystalSettings | None = Field(
         None, description="a force-constant potential of a crystal instead of a network; default: a network"
     )
+
+    @model_validator(mode="after")
+    def _mode_is_of_the_kind(self) -> TrainSettings:
+        check_mode(self.model, self.training)
+        return self
 
     @model_validator(mode="after")
     def _crystals_have_no_network(self) -> TrainSettings:

@@ -16,7 +16,7 @@ from pydantic import Field, FiniteFloat, field_serializer, model_validator
 from ubmd.settings.labels import LABELS, LabelSources, gather_labels
 from ubmd.settings.marks import FIRST_LABELS, NOTHING
 from ubmd.settings.md import BiasSettings, MDSettings
-from ubmd.settings.potentials import ModelSettings, TrainingSettings, UncertaintySettings
+from ubmd.settings.potentials import ModelSettings, TrainingSettings, UncertaintySettings, check_mode
 from ubmd.settings.reference import ReferenceSettings, TestSettings
 from ubmd.settings.table import Table
 
@@ -240,6 +240,11 @@ class RunSettings(Table):
     @classmethod
     def _one_table_of_labels(cls, values: Any) -> Any:
         return gather_labels(values)
+
+    @model_validator(mode="after")
+    def _mode_is_of_the_kind(self) -> RunSettings:
+        check_mode(self.model, self.training)
+        return self
 
     @model_validator(mode="after")
     def _labels_cover_start(self) -> RunSettings:

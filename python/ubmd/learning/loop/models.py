@@ -152,6 +152,7 @@ class Models:
         for iteration in range(newest - keep + 1 if keep is not None else 0):
             path = folder.iteration(iteration)
             trained = {*path.glob(f"train/**/{self.backend.checkpoint}"), *path.glob("train/**/checkpoint.pt")}
+            trained |= {*path.glob("train/**/module.pt")}  # of a network of another program
             for file in {path / "model.pt", *trained} if iteration not in in_use else ():
                 file.unlink(missing_ok=True)
 
