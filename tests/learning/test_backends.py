@@ -190,6 +190,16 @@ def test_it_goes_through_the_loop_in_spawned_workers(baseline: dict, tmp_path: P
     ]
 
 
+def test_a_run_of_any_back_end_can_be_checked(tmp_path: Path) -> None:
+    shutil.copy(HELPER, tmp_path / "checked.py")
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+    settings = make_settings(tmp_path / "run", test=None)
+    network = ModelSettings.model_validate(STRANGER | {"kind": "checked:Linear"})
+    said = list(check(settings.model_copy(update={"model": network}), tmp_path))
+    assert any("training not known (this kind of network keeps no times of epochs)" in line for line in said)
+    assert any(line.startswith("Rough disk space") for line in said)
+
+
 def remarks(folder: RunFolder) -> list[str]:
     """What a run has said that is no mistake."""
     events = map(json.loads, folder.events.read_text().splitlines())

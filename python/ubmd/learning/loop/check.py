@@ -204,11 +204,11 @@ def _costs(settings: RunSettings, given: int, atoms: Atoms, folder: RunFolder) -
     training = _training_time(settings, given, folder)
     here = settings.workers.executor == "pebble"
     where = f"on this machine ({processes} processes)" if here else f"with {processes} tasks at once"
-    total = reference + dynamics + training
-    yield (
-        f"Rough time {where}: labels {duration(reference)}, "
-        f"MD at most {duration(dynamics)}, training {duration(training)}; together at most {duration(total)}."
-    )
+    if training is None:
+        known = "training not known (this kind of network keeps no times of epochs)"
+    else:
+        known = f"training {duration(training)}; together at most {duration(reference + dynamics + training)}"
+    yield f"Rough time {where}: labels {duration(reference)}, MD at most {duration(dynamics)}, {known}."
     least, most = _disk(settings, given, atoms, folder)
     free = shutil.disk_usage(existing_folder(Path(settings.run_dir))).free
     warning = (
@@ -237,9 +237,11 @@ def _disk(settings: RunSettings, given: int, atoms: Atoms, folder: RunFolder) ->
     return least, least + rounds * md.replicas * trajectory
 
 
-def _training_time(settings: RunSettings, given: int, folder: RunFolder) -> float:
-    """All trainings of the run, s."""
-    log = next(iter(sorted(folder.iteration(0).glob("train/**/log.csv"))))
+def _training_time(settings: RunSettings, given: int, folder: RunFolder) -> float | None:
+    """All trainings of the run, s; None for a back end that keeps no times."""
+    log = next(iter(sorted(folder.iteration(0).glob("train/**/log.csv"))), None)
+    if log is None:
+        return None
     with log.open() as handle:
         per_epoch = [float(row["seconds"]) for row in csv.DictReader(handle)]
     per_structure = min(per_epoch) / _TYPICAL_BATCH_GAIN
