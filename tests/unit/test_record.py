@@ -343,3 +343,9 @@ def test_deep_nesting_is_an_error_whatever_limit_a_library_has_set(made, tmp_pat
         assert sys.getrecursionlimit() == 100_000
     finally:
         sys.setrecursionlimit(before)
+
+
+def test_settings_of_other_networks_are_not_in_the_record(made) -> None:
+    """A key that is added to [model] for another kind must not change files and checkpoints of this one."""
+    network = made["posterior"][1]["network"]
+    assert set(network) == {"size", "cutoff", "n_radial", "n_basis", "r_min", "hidden", "elements"}

@@ -11,11 +11,11 @@ from ase import Atoms
 
 from ubmd.errors import ModelError
 from ubmd.operators import chosen, use_operators
-from ubmd.potentials.baseline import SETTINGS, baseline_settings
+from ubmd.potentials.baseline import baseline_settings
 from ubmd.potentials.deployed import Deployed
 from ubmd.potentials.fitting import export_raw
 from ubmd.potentials.gmnn.deployed import DeployedEnsemble, DeployedModel, LastLayerModel
-from ubmd.potentials.gmnn.model import OF_OTHERS, GaussianMomentNetwork
+from ubmd.potentials.gmnn.model import ARCHITECTURE, GaussianMomentNetwork
 from ubmd.potentials.gmnn.sketch import LastLayerSketch, make_sketch
 from ubmd.potentials.interface import RawModule
 from ubmd.settings import UncertaintySettings
@@ -67,7 +67,7 @@ def raw_module(
     _check_models(models, settings)
     deployed, first = make_deployed(models, settings), models[0]
     use_operators(deployed, operators)
-    record = {"network": first.settings.model_dump(exclude=OF_OTHERS | SETTINGS)}
+    record = {"network": first.settings.model_dump(include=ARCHITECTURE)}
     library = ["ubmd"] if operators else []
     precision = str(dtype).removeprefix("torch.")
     return RawModule(deployed, first.elements, first.cutoff, deployed.n_features, precision, record, library)

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from ubmd.data.graph import Batch, Graph, scatter_forces, strain_gradient
 from ubmd.operators import available, use_operators
-from ubmd.potentials.baseline import SETTINGS, baseline_settings
+from ubmd.potentials.baseline import baseline_settings
 from ubmd.potentials.gmnn.gaussian_moments import GaussianMoments, count_invariants
 from ubmd.potentials.gmnn.network import NeuralTangentNetwork
 from ubmd.settings import ModelSettings
+from ubmd.settings.potentials import KEYS_OF_GMNN
 
 SIZES = {"light": (5, 7), "paper": (7, 9)}  # named size -> (N_r, N_b)
-OF_OTHERS = {"kind", "arguments"}  # settings of other back ends
+ARCHITECTURE = {*KEYS_OF_GMNN, "elements"}
+"""keys of [model] that the network itself depends on"""
 SMALLEST_CONSTANT = 1e-3  # eV: keeps c finite when the regression leaves no residual (a single structure)
 
 
@@ -96,7 +98,7 @@ class GaussianMomentNetwork(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What ``from_config`` needs to build the same architecture (weights travel as a state_dict)."""
-        architecture = self.settings.model_dump(exclude=OF_OTHERS | SETTINGS)
+        architecture = self.settings.model_dump(include=ARCHITECTURE)
         return {"elements": self.elements, "settings": architecture | baseline_settings(self.settings)}
 
     @classmethod
