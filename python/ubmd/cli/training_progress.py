@@ -93,9 +93,12 @@ class _PlainProgress:
         if now - self._last_line < SECONDS_BETWEEN_LINES and row["epoch"] < row["epochs"]:
             return
         self._last_line = now
-        left = (now - self._start) / (row["epoch"] - self._first_epoch) * (row["epochs"] - row["epoch"])
         errors = _errors_text(row, self._counts)
-        line = f"epoch {row['epoch']} of {row['epochs']}: {errors + ', ' if errors else ''}{countdown(left)} left"
+        parts = [errors] if errors else []
+        if now > self._start:  # a back end that does not say how long its first epoch took tells nothing yet
+            left = (now - self._start) / (row["epoch"] - self._first_epoch) * (row["epochs"] - row["epoch"])
+            parts.append(f"{countdown(left)} left")
+        line = f"epoch {row['epoch']} of {row['epochs']}" + (f": {', '.join(parts)}" if parts else "")
         self._console.print(line, soft_wrap=True, highlight=False)
 
 
