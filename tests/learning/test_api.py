@@ -24,7 +24,6 @@ import ubmd
 from ubmd.data.labels import labels_of
 from ubmd.references.pickled import pack
 
-pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "lammps_examples" / "python"
 SMALL = {
@@ -124,6 +123,7 @@ def scripts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.quick
 def test_every_script_is_on_their_page() -> None:
     page = (SCRIPTS / "README.md").read_text()
     assert sorted(set(re.findall(r"\((\w+)\.py\)", page))) == sorted(path.stem for path in SCRIPTS.glob("*.py"))
@@ -147,6 +147,7 @@ def test_ethanol_from_ones_own_calculator_to_biased_md(here: Path) -> None:
 # ------------------------------------------------------------------------------------------ ubmd.run
 
 
+@pytest.mark.quick
 def test_labels_are_those_of_the_calculator(here: Path, copper: Atoms) -> None:
     """An object with a parameter of its own, and results that it had before: none of these may become a label."""
     calculator = Shifted(shift=7.0)
@@ -283,6 +284,7 @@ def test_settings_may_be_a_file(here: Path, copper: Atoms) -> None:
     assert again.model == Path("run/model.pt")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -313,6 +315,7 @@ def test_a_calculator_that_fails_when_it_is_made_is_told(here: Path, copper: Ato
     assert len(ubmd.run(SMALL, EMT(), copper, progress=False).dataset) == 10  # it can be mended in the same folder
 
 
+@pytest.mark.quick
 def test_packed_parameters_are_a_stable_text() -> None:
     first, second = (pack(LennardJones(sigma=2.0, ro=object())) for _ in range(2))
     assert first.parameters == second.parameters
@@ -385,6 +388,7 @@ def test_biased_md_is_that_of_a_replica(here: Path, model: Path) -> None:
         ubmd.biased_md(model, bulk("Al", cubic=True))
 
 
+@pytest.mark.quick
 def test_names_are_listed() -> None:
     assert set(dir(ubmd)) == set(ubmd.__all__)
     assert all(hasattr(ubmd, name) for name in dir(ubmd))
