@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from contextlib import ExitStack
@@ -15,13 +14,13 @@ from ase.calculators.abc import GetPropertiesMixin
 
 from ubmd.api.tables import Given, Tables, as_list, base_of, fill, source_of, stem_of, tables_of
 from ubmd.cli.console import make_console
+from ubmd.cli.run import progress_of
 from ubmd.data.extxyz import as_extxyz
 from ubmd.errors import SettingsError
 from ubmd.files import write_text
 from ubmd.references.pickled import Packed, pack
 from ubmd.runs.event_records import Event, read_event
 from ubmd.runs.folder import RunFolder
-from ubmd.runs.reading import read_events
 from ubmd.runs.run import Run
 from ubmd.runs.schedules import DYNAMIC, Schedule, schedule_of_tables
 from ubmd.settings import make_settings
@@ -89,7 +88,7 @@ def run(
             raise SettingsError(f"from_iteration is for active-learning loops, not for a {schedule.name} run.")
         options["from_iteration"] = from_iteration
     with ExitStack() as stack:
-        shown = stack.enter_context(_progress(schedule, made, base)) if progress else None
+        shown = stack.enter_context(progress_of(schedule, made, base, make_console())) if progress else None
 
         def hear(event: dict[str, Any]) -> None:
             if shown is not None:
@@ -98,17 +97,6 @@ def run(
                 listener(read_event(event))
 
         return Run(schedule.run(made, base, hear, **options))
-
-
-def _progress(schedule: Schedule, settings: Any, base: Path) -> Any:
-    """What the command prints before a run, and the listener that prints what happens, as a context."""
-    schedule.verify(settings, base, lambda text: print(f"Remark: {text}", file=sys.stderr), _tell)
-    timeline = schedule.timeline(settings, read_events(RunFolder(settings.run_dir)))
-    return schedule.progress(make_console(), timeline)
-
-
-def _tell(sentence: str) -> None:
-    print(f"Labels of {sentence}")
 
 
 # ------------------------------------------------------------------------------------------ objects as files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +14,11 @@ from ubmd.errors import SettingsError
 from ubmd.files import check_outputs
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.reading import read_events
-from ubmd.runs.schedules import schedule_of_file, schedule_of_run
+from ubmd.runs.schedules import Schedule, schedule_of_file, schedule_of_run
 from ubmd.settings import load_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SettingsFile = Annotated[Path, typer.Argument(help="Settings file (TOML).", show_default=False)]
 RunDir = Annotated[Path, typer.Argument(help="Folder of the run (run_dir of its settings).", show_default=False)]
@@ -93,14 +96,22 @@ def run(
             )
         options["from_iteration"] = from_iteration
     values = load_settings(settings, schedule.settings, [*(override or []), *label_overrides(label)])
-    # After the settings: a mistake there is reported at once, these take seconds.
+    # After the settings: a mistake there is reported at once, this takes seconds.
     from rich.console import Console
 
-    schedule.verify(values, settings.parent, _remark, _tell)
-    timeline = schedule.timeline(values, read_events(RunFolder(values.run_dir)))
-    with schedule.progress(Console(), timeline) as progress:
+    with progress_of(schedule, values, settings.parent, Console()) as progress:
         folder = schedule.run(values, settings.parent, progress, **options)
     print(f"Model: {folder / 'model.pt'}\nReport: {folder / 'report' / 'report.html'}")
+
+
+def progress_of(schedule: Schedule, values: Any, base: Path, console: Console) -> Any:
+    """Verify a run and print what there is to say before it; the listener that prints what happens, as a context.
+
+    Raises:
+        SettingsError, DataError: the run cannot begin.
+    """
+    schedule.verify(values, base, _remark, _tell)
+    return schedule.progress(console, schedule.timeline(values, read_events(RunFolder(values.run_dir))))
 
 
 def _remark(sentence: str) -> None:

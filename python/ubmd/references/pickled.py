@@ -84,18 +84,14 @@ def _dumps(calculator: Any, named: Any) -> bytes:
     Where that is not possible (a module with an open file, for instance), they have to.
     """
     module = sys.modules.get(getattr(named, "__module__", ""))
-    if module is None or module.__name__ == "__main__" or _is_installed(module):
-        content: bytes = cloudpickle.dumps(calculator)
-        return content
-    cloudpickle.register_pickle_by_value(module)
-    try:
-        with suppress(Exception):
-            content = cloudpickle.dumps(calculator)
-            return content
-    finally:
-        cloudpickle.unregister_pickle_by_value(module)
-    content = cloudpickle.dumps(calculator)
-    return content
+    if module is not None and module.__name__ != "__main__" and not _is_installed(module):
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            with suppress(Exception):
+                return bytes(cloudpickle.dumps(calculator))
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
+    return bytes(cloudpickle.dumps(calculator))
 
 
 def _is_installed(module: ModuleType) -> bool:
