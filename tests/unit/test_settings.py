@@ -329,4 +329,4 @@ SETTINGS = sorted(path for path in EXAMPLES.glob("*/*.toml") if path.stem not in
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_settings_of_the_examples_are_read(path: Path) -> None:
     kinds = {"final": TrainSettings, "train": TrainSettings, "dynamic": DynamicRunSettings}
-    load_settings(path, kinds.get(path.stem, RunSettings))
+    load_settings(path, kinds.get(path.stem.partition("_")[0], RunSettings))
