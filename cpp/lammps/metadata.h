@@ -9,7 +9,7 @@
 namespace ubmd {
 
 // The newest format of model files that this plugin reads.
-inline constexpr int newest_format = 2;
+inline constexpr int newest_format = 3;
 
 enum class Precision { mixed, single_, double_ };
 

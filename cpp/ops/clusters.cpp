@@ -469,11 +469,16 @@ Tensor crystal_reduce(const Tensor &moments, const std::vector<Tensor> &tensors)
 }
 
 Tensor crystal_deviations(const Tensor &species, const Tensor &first, const Tensor &displacement, const Tensor &factor,
-                          bool triangular, const std::vector<Tensor> &tensors) {
+                          bool triangular, const std::vector<Tensor> &tensors, const std::optional<Tensor> &others) {
   const ClusterTables tables(tensors);
   const Sites sites(species, first, displacement, tables);
   const ClusterKernels &kernels = cluster_kernels();
-  const auto [n_raw, n_parameters] = sizes_of_orders(tables);
+  const auto [n_raw, n_clusters] = sizes_of_orders(tables);
+  if (others)
+    TORCH_CHECK(others->dim() == 3 && others->size(0) == species.size(0) && others->size(1) == 3,
+                "ubmd operators: derivatives by other parameters must be [", species.size(0), ", 3, P], not ",
+                others->sizes());
+  const std::int64_t n_parameters = n_clusters + (others ? others->size(2) : 0);
   TORCH_CHECK(factor.dim() == 2 && factor.size(0) == n_parameters, "ubmd operators: the factor of ", n_parameters,
               " parameters must have as many rows, not ", factor.sizes());
   Tensor result = at::empty({species.size(0)}, displacement.options());
@@ -497,7 +502,12 @@ Tensor crystal_deviations(const Tensor &species, const Tensor &first, const Tens
                            all.displacement};
         kernels.site_moments(program.get(), tables.turns(), some, by_raw.mutable_data_ptr<double>(), scratch.get());
       });
-      const Tensor norms = projected_norms(by_parameters(by_raw, tables), factor, triangular).view({all.n, 3}).amax(1);
+      Tensor rows = by_parameters(by_raw, tables);
+      if (others) {
+        const Tensor chosen = at::from_blob(const_cast<std::int64_t *>(all.indices), {all.n}, at::kLong);
+        rows = at::cat({rows, others->index_select(0, chosen).view({3 * all.n, -1})}, 1);
+      }
+      const Tensor norms = projected_norms(rows, factor, triangular).view({all.n, 3}).amax(1);
       const double *from = norms.const_data_ptr<double>();
       double *to = result.mutable_data_ptr<double>();
       for (std::int64_t i = 0; i < all.n; ++i) to[all.indices[i]] = from[i];

@@ -40,7 +40,8 @@ at::Tensor product(const at::Tensor &left, const at::Tensor &right, const std::o
 // Crystals: species [n] are sublattices, displacement [P, 3] those of each centre's relative sites; clusters.cpp lists
 // the tables. Energies [n] and the gradient of their sum [P, 3] for coefficients [C]; the derivatives of the energies'
 // sum by all coefficients [C]; coefficients of parameters [p], and the transposed map; the largest standard deviation
-// [n] of each centre's force components for parameters with the covariance W W^T.
+// [n] of each centre's force components for parameters with the covariance W W^T. The last rows of W may belong to
+// parameters of another part of the energy: `others` [n, 3, P] are its derivatives by each centre's displacement.
 std::tuple<at::Tensor, at::Tensor> crystal_energies(const at::Tensor &species, const at::Tensor &first,
                                                     const at::Tensor &displacement, const at::Tensor &coefficients,
                                                     const std::vector<at::Tensor> &tables);
@@ -49,7 +50,8 @@ at::Tensor crystal_moments(const at::Tensor &species, const at::Tensor &first, c
 at::Tensor crystal_expand(const at::Tensor &parameters, const std::vector<at::Tensor> &tables);
 at::Tensor crystal_reduce(const at::Tensor &moments, const std::vector<at::Tensor> &tables);
 at::Tensor crystal_deviations(const at::Tensor &species, const at::Tensor &first, const at::Tensor &displacement,
-                              const at::Tensor &factor, bool triangular, const std::vector<at::Tensor> &tables);
+                              const at::Tensor &factor, bool triangular, const std::vector<at::Tensor> &tables,
+                              const std::optional<at::Tensor> &others);
 // sqrt(|z|^2 + tiny^2) and z = W^T phi; and its gradient by phi.
 std::tuple<at::Tensor, at::Tensor> crystal_deviation(const at::Tensor &phi, const at::Tensor &factor, bool triangular,
                                                      double tiny);

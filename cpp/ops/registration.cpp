@@ -218,8 +218,9 @@ std::tuple<Tensor, Tensor> call_crystal_energies(UBMD_SITES, const Tensor &coeff
 Tensor call_crystal_moments(UBMD_SITES, at::TensorList tables) {
   return crystal_moments(species, first, displacement, tables.vec());
 }
-Tensor call_crystal_deviations(UBMD_SITES, const Tensor &factor, bool triangular, at::TensorList tables) {
-  return crystal_deviations(species, first, displacement, factor, triangular, tables.vec());
+Tensor call_crystal_deviations(UBMD_SITES, const Tensor &factor, bool triangular, at::TensorList tables,
+                               const std::optional<Tensor> &others) {
+  return crystal_deviations(species, first, displacement, factor, triangular, tables.vec(), others);
 }
 Tensor call_crystal_expand(const Tensor &parameters, at::TensorList tables) {
   return crystal_expand(parameters, tables.vec());
@@ -251,7 +252,9 @@ TORCH_LIBRARY(ubmd, library) {
   const std::string sites = "(Tensor species, Tensor first, Tensor displacement, ";
   library.def(("crystal_energies" + sites + "Tensor coefficients, Tensor[] tables) -> (Tensor, Tensor)").c_str());
   library.def(("crystal_moments" + sites + "Tensor[] tables) -> Tensor").c_str());
-  library.def(("crystal_deviations" + sites + "Tensor factor, bool triangular, Tensor[] tables) -> Tensor").c_str());
+  library.def(
+      ("crystal_deviations" + sites + "Tensor factor, bool triangular, Tensor[] tables, Tensor? others=None) -> Tensor")
+          .c_str());
   library.def("crystal_expand(Tensor parameters, Tensor[] tables) -> Tensor");
   library.def("crystal_reduce(Tensor moments, Tensor[] tables) -> Tensor");
   library.def("crystal_deviation(Tensor phi, Tensor factor, bool triangular, float tiny) -> Tensor");

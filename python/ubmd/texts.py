@@ -10,6 +10,11 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
+def order_name(order: int) -> str:
+    """An order of force constants; pair functions of the true distance have the number 0."""
+    return str(order) if order else "pairs"
+
+
 def duration(seconds: float) -> str:
     """A time as people say it: 40 s, 12 min, 3.5 h, 2.1 days."""
     if seconds < 90:

@@ -18,6 +18,8 @@ from ubmd.operators import available
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.lattice import Supercell
 from ubmd.potentials.force_constants.model import TINY, CrystalModel
+from ubmd.potentials.force_constants.pair_model import PairedCrystalModel
+from ubmd.potentials.force_constants.pairs import PAIRS
 from ubmd.potentials.force_constants.regression import Posterior
 
 ENERGY_SCALE, FORCE_SCALE, ENERGY = 1.3, 0.7, -3.0  # the last: eV per primitive cell
@@ -68,16 +70,19 @@ class Crystal:
         mean: np.ndarray | None = None,
         max_displacement: float = 0.8,
         operators: bool = False,
+        pairs: float | None = None,
+        core: np.ndarray | None = None,
     ) -> Crystal:
         """With random parameters (falling sizes of the terms) if none are given."""
         rng = np.random.default_rng(3)
-        basis = ClusterBasis.build(primitive, cutoffs)
+        basis = ClusterBasis.build(primitive, cutoffs, pairs=pairs)
         n, orders = basis.n_parameters, basis.parameter_orders
-        scale = 4.0 ** (orders - 2.0)
+        scale = np.where(orders == PAIRS, 0.3, 4.0 ** (orders - 2.0))
         mean = rng.normal(size=n) * scale if mean is None else mean
         factor = 0.05 * rng.normal(size=(n, n)) / np.sqrt(n) * scale[:, None]
-        posterior = Posterior(orders, mean, factor, dict.fromkeys(basis.orders, 1.0), {"forces": 1.0}, 0.0)
-        model = CrystalModel(
+        alpha = dict.fromkeys(basis.all_orders, 1.0)
+        posterior = Posterior(orders, mean, factor, alpha, {"forces": 1.0}, 0.0, core=core)
+        model = (CrystalModel if pairs is None else PairedCrystalModel)(
             basis,
             posterior,
             energy_scale=ENERGY_SCALE,
@@ -111,9 +116,10 @@ class Crystal:
         sigma = ENERGY_SCALE * np.hypot(np.linalg.norm(phi @ factor), TINY * len(atoms))
         gradient = ENERGY_SCALE**2 * -(matrix @ (factor @ (factor.T @ phi))) / sigma
         deviations = np.sqrt(np.square(matrix @ factor).sum(1)).reshape(-1, 3)
+        core, repulsion = self.basis.core(self.posterior.core, u, box)
         return Expected(
-            energy=phi @ mean + ENERGY * box.determinant,
-            forces=(matrix @ mean).reshape(-1, 3),
+            energy=phi @ mean + core + ENERGY * box.determinant,
+            forces=(matrix @ mean).reshape(-1, 3) + repulsion,
             sigma=sigma,
             sigma_gradient=gradient.reshape(-1, 3),
             atomic=FORCE_SCALE * deviations.max(1),

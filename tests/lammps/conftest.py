@@ -322,7 +322,11 @@ def crystals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Crystal]:
         "orthorhombic": (tin_selenide(), {2: 3.6, 3: 2.9, 4: 2.8}),
         "triclinic": (triclinic(), {2: 3.9, 3: 3.0, 4: 2.7}),
     }
-    return {kind: Crystal.make(tmp_path_factory.mktemp(kind), *values) for kind, values in kinds.items()}
+    found = {kind: Crystal.make(tmp_path_factory.mktemp(kind), *values) for kind, values in kinds.items()}
+    core = np.array([3.35, 2.7, 3.1])  # Å: Se-Se, Se-Sn, Sn-Sn
+    options = {"operators": True, "pairs": 5.2, "core": core}
+    cutoffs = {2: 3.6, 3: 2.9}
+    return found | {"pairs": Crystal.make(tmp_path_factory.mktemp("pairs"), tin_selenide(), cutoffs, **options)}
 
 
 @pytest.fixture(scope="session")

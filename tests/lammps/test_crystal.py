@@ -7,6 +7,8 @@ import pytest
 from ase.calculators.lammps import Prism
 from crystals import ENERGY, Crystal, bonds_of, boron_arsenide, head, pair_polynomial
 
+from ubmd.potentials.force_constants.pairs import CORE, PAIRS
+
 MEASURE = """
 fix b all ubmd force 0.25 window 1
 compute virial all pressure NULL virial
@@ -67,6 +69,54 @@ def check(lab, crystal, atoms, box, ranks=1, shift=None, settings=""):
 def test_equals_numpy(crystal_lab, crystals, kind, ranks):
     name, repeat = BOXES[kind]
     check(crystal_lab, crystals[name], *crystals[name].shaken(repeat), ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("repeat", [(1, 2, 2), (2, 4, 4)], ids=["training cell", "twice the training cell"])
+def test_pair_functions_equal_numpy(crystal_lab, crystals, repeat, ranks):
+    """Atoms that are far from their sites: pairs come within the cutoff, the core acts."""
+    crystal = crystals["pairs"]
+    atoms, box = crystal.shaken(repeat, 0.35)
+    assert crystal.basis.core(crystal.posterior.core, atoms, box)[0] > 0.05
+    check(crystal_lab, crystal, atoms, box, ranks)
+
+
+def test_pair_functions_are_a_table_in_hybrid_overlay(crystal_lab, crystals, tmp_path):
+    """Force constants alone with a LAMMPS table of each pair of elements, to the table's accuracy."""
+    crystal = crystals["pairs"]
+    atoms, box = crystal.shaken((1, 2, 2), 0.3)
+    expected = crystal.expected(atoms, box)
+    pairs, orders = crystal.basis.pairs, crystal.basis.parameter_orders
+    (tmp_path / "alone").mkdir()
+    mean = crystal.posterior.mean[orders != PAIRS]
+    alone = Crystal.make(tmp_path / "alone", crystal.primitive, crystal.basis.cutoffs, mean=mean)
+    weights = pairs.parameters @ crystal.posterior.mean[orders == PAIRS]
+    r = np.linspace(1.5, 5.2, 20001)
+    for kind, radius in enumerate(crystal.posterior.core):
+        value, slope, _ = (part @ weights for part in pairs.radial(r, np.full(len(r), kind)))
+        excess = np.maximum(radius / r - 1.0, 0.0)
+        value, force = value + CORE * excess**3, 3.0 * CORE * excess**2 * radius / r**2 - slope
+        rows = "".join(
+            f"{k} {a:.16g} {b:.16g} {c:.16g}\n" for k, (a, b, c) in enumerate(zip(r, value, force, strict=True), 1)
+        )
+        (tmp_path / f"{kind}.table").write_text(f"# energies\n\nV\nN {len(r)}\n\n{rows}")
+    script = head(alone, atoms).replace("pair_style ubmd", "pair_style hybrid/overlay ubmd table spline 20000")
+    script = script.replace("* * model.pt", "* * ubmd model.pt")
+    for kind, types in enumerate(("2 2", "1 2", "1 1")):
+        script += f"pair_coeff {types} table {kind}.table V\n"
+    script += "dump d all custom 1 dump.test id fx fy fz\ndump_modify d sort id format float %.17g\nrun 0\n"
+    n = crystal_lab.run(script + crystal_lab.report("pe")).numbers
+    frame = crystal_lab.dump("dump.test")[0]
+    ideal = weights @ pairs.radial(*ideal_pairs(crystal, box))[0].sum(0) / 2.0
+    assert n["pe"][0] == pytest.approx(expected.energy + ideal, abs=1e-6)
+    forces = Prism(atoms.cell.array).vector_to_ase(np.stack([frame[f"f{k}"] for k in "xyz"], 1))
+    assert np.abs(forces - expected.forces).max() < 1e-5 * np.abs(expected.forces).max()
+
+
+def ideal_pairs(crystal, box):
+    """Distances and kinds of the pairs of an ideal box: their energy is in the table, not in the model's."""
+    found = crystal.basis.pairs.neighbours(np.zeros((len(box), 3)), box)
+    return found.distance, found.kind
 
 
 TURNS = {

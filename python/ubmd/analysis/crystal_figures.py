@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from ubmd.analysis.style import BLUE, COLOURS, GREEN, GREY, MARKERS, ORANGE, legend_above, log_ticks, new_figure, save
 from ubmd.potentials.force_constants.phonons import Dispersion
+from ubmd.texts import order_name
 
 
 def phonon_figure(
@@ -260,7 +261,7 @@ def order_shares_figure(shares: Mapping[str, Mapping[int, float]], path: Path) -
             if np.isfinite(height) and len(shares) == 1:
                 axes.text(place, 1.08 * height, f"{height:.3g}", ha="center", fontsize=9)
     axes.set(yscale="log", ylim=(bottom, 3.0), xlabel="Order", ylabel="Rms force of the order / rms force")
-    axes.set_xticks(np.arange(len(orders)), [str(order) for order in orders])
+    axes.set_xticks(np.arange(len(orders)), [order_name(order) for order in orders])
     log_ticks(axes, x=False)
     axes.grid(alpha=0.25, axis="y")
     axes.set_axisbelow(True)

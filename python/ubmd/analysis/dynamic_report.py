@@ -29,7 +29,7 @@ from ubmd.runs.reading import read_rounds
 from ubmd.runs.records import ForceErrors, RoundEntry, SignalEntry
 from ubmd.runs.stage_names import stage_name
 from ubmd.settings.dynamic import DynamicRunSettings
-from ubmd.texts import number, wall_time
+from ubmd.texts import number, order_name, wall_time
 
 _MOST_PANELS = 6  # trajectories in the picture of errors
 _MOST_FRAMES = 24  # structures that the shares of the orders are measured on
@@ -262,8 +262,8 @@ def _parameters(report: Document, data: _Run) -> None:
     measured = next(iter(shares.values()), {})
     rows = [
         [
-            str(order),
-            f"{data.potential.basis.cutoffs[order]:g}",
+            order_name(order),
+            f"{data.potential.basis.all_cutoffs[order]:g}",
             str(counts[order]),
             f"{gamma[order]:.1f}",
             f"{100 * gamma[order] / counts[order]:.1f}",

@@ -49,7 +49,9 @@ def train_crystal(settings: TrainSettings, base: Path, fresh: bool, console: Con
     start = time.monotonic()
     with console.status("building the cluster basis"):
         crystal = settings.crystal
-        basis = cached_basis(ideal, crystal.cutoffs, folder / "basis.npz", crystal.decay, crystal.tolerance)
+        basis = cached_basis(
+            ideal, crystal.cutoffs, folder / "basis.npz", crystal.decay, crystal.tolerance, crystal.pairs
+        )
     for line in describe_symmetry(ideal, basis.lattice, crystal.tolerance):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"cluster basis: {basis.n_parameters} parameters, {time.monotonic() - start:.1f} s", highlight=False)

@@ -10,6 +10,7 @@ from rich.table import Table
 from ubmd.cli.console import shown
 from ubmd.measure.confidence import shortfall
 from ubmd.potentials.kinds import kind_of_record
+from ubmd.texts import order_name
 
 if TYPE_CHECKING:
     from ubmd.potentials.force_constants.fit import CrystalFit
@@ -47,7 +48,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 def fit_tables(fit: CrystalFit) -> list[Table]:
     """Parameters by order, and errors."""
     posterior, validation = fit.posterior, fit.validation
-    orders = _orders_table(fit.basis.cutoffs, posterior.counts, posterior.gamma, posterior.alpha, fit.order_shares)
+    orders = _orders_table(fit.basis.all_cutoffs, posterior.counts, posterior.gamma, posterior.alpha, fit.order_shares)
     errors = Table(title="errors")
     for column in ("set", "structures", "force RMSE, eV/Å", "of the rms force", "energy RMSE, meV/atom", "z-score"):
         errors.add_column(column, justify="left" if column == "set" else "right")
@@ -80,7 +81,7 @@ def _orders_table(
         table.add_column(column, justify="right")
     for order, count in counts.items():
         known = f"{gamma[order]:.1f} = {100 * gamma[order] / count:.3g} %"
-        row = [str(order), f"{cutoffs[order]:g}", str(count), known, f"{alpha[order] ** -0.5:.3g}"]
+        row = [order_name(order), f"{cutoffs[order]:g}", str(count), known, f"{alpha[order] ** -0.5:.3g}"]
         table.add_row(*row, *([f"{100 * shares[order]:.3g} %"] if shares else []))
     total, all_known = sum(counts.values()), sum(gamma.values())
     table.add_section()

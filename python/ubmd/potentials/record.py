@@ -22,7 +22,7 @@ from ubmd import __version__
 from ubmd.errors import ModelError
 from ubmd.valid_json import parse_json
 
-FORMAT = 2  # newest format of the model file; raised when an older plugin could not read a file
+FORMAT = 3  # newest format of the model file; raised when an older plugin could not read a file
 RECORD = "ubmd.json"  # name of the extra file
 
 _LARGEST = 64 << 20  # bytes of a record, or of a pickled module without its tensors
@@ -53,8 +53,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return None if description is None else parse_record(description, path)
 
 
-def format_of(layers: int, fixed_precision: bool) -> int:
-    """The lowest format that says all: earlier versions read files of format 1, and refuse those of format 2."""
+def format_of(layers: int, fixed_precision: bool, pairs: bool = False) -> int:
+    """The lowest format that says all: earlier versions read files of format 1, and refuse those of a newer one.
+
+    Format 2 has message passing or a fixed precision; format 3 force constants with pair functions.
+    """
+    if pairs:
+        return 3
     return 2 if layers > 1 or fixed_precision else 1
 
 

@@ -202,7 +202,13 @@ class CrystalSettings(Table):
         None,
         gt=0,
         description="LAMMPS stops when an atom is further than this from its site, Å; default: 0.4 of the shortest "
-        "distance between sites",
+        "distance between sites, 0.55 with pairs",
+    )
+    pairs: Annotated[float | None, LATE] = Field(
+        None,
+        gt=0,
+        description="cutoff of pair functions of the true distance, Å, e.g. 5.2: for soft crystals, whose atoms leave "
+        "a polynomial without bound; default: force constants alone",
     )
     decay: float | None = Field(
         None,

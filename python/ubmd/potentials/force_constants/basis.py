@@ -15,7 +15,7 @@ Zhou et al., Phys. Rev. Lett. 113, 185501 (2014); Eriksson, Fransson and Erhart,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
@@ -40,9 +40,10 @@ from ubmd.potentials.force_constants.clusters import (
     neighbours,
 )
 from ubmd.potentials.force_constants.lattice import Lattice, Supercell
+from ubmd.potentials.force_constants.pairs import PAIRS, PairFunctions, site_pairs
 from ubmd.potentials.force_constants.symmetry import SYMMETRY_TOLERANCE
 
-FORMAT = 1
+FORMAT, FORMAT_PAIRS = 1, 2  # earlier versions refuse a basis with pair functions
 NULL_TOLERANCE = 1e-8  # eigenvalues of the sum rules' Gram matrix: rounding is below 1e-12, the rules above 1e-3
 
 
@@ -87,17 +88,27 @@ class OrderBasis:
 
 
 class ClusterBasis:
-    """Basis of a force-constant potential on a crystal; parameters have units of eV/Å^order."""
+    """Basis of a force-constant potential on a crystal; parameters have units of eV/Å^order.
 
-    def __init__(self, lattice: Lattice, parts: list[OrderBasis], decay: float | None = None) -> None:
+    Pair functions of the true distance may be part of it: their parameters (eV) come last and have the order PAIRS.
+    """
+
+    def __init__(
+        self,
+        lattice: Lattice,
+        parts: list[OrderBasis],
+        decay: float | None = None,
+        pairs: PairFunctions | None = None,
+    ) -> None:
         self.lattice = lattice
         self.parts = parts
         self.decay = decay
+        self.pairs = pairs
         self._plans: WeakKeyDictionary[Supercell, list[list[_OrbitPlan]]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[object, ...]:
         # the tables of boxes are computed again where they are needed
-        return ClusterBasis, (self.lattice, self.parts, self.decay)
+        return ClusterBasis, (self.lattice, self.parts, self.decay, self.pairs)
 
     @classmethod
     def build(
@@ -106,6 +117,7 @@ class ClusterBasis:
         cutoffs: Mapping[int, float],
         decay: float | None = None,
         tolerance: float = SYMMETRY_TOLERANCE,
+        pairs: float | None = None,
     ) -> ClusterBasis:
         """Basis for an ideal crystal (any cell of it) and one cutoff (Å) per order, such as {2: 5.4, 3: 4.0, 4: 4.0}.
 
@@ -116,6 +128,7 @@ class ClusterBasis:
                 It decides what labels cannot: in a box shorter than twice a cutoff, the force constants of a pair and
                 of its periodic images occur only as a sum, which is then assigned to the nearest ones. None: all alike.
             tolerance: of the symmetry, Å; with more than the default, the crystal is symmetrised first.
+            pairs: cutoff of pair functions of the true distance, Å; None: no such functions.
 
         Raises:
             SettingsError: an order is outside 2-6, or a cutoff isn't positive or cuts through a shell of neighbours.
@@ -129,11 +142,21 @@ class ClusterBasis:
             raise SettingsError("crystal.cutoffs: a cutoff isn't a positive length; give every cutoff in Å.")
         lattice = Lattice.from_atoms(crystal, tolerance)
         parts = [OrderBasis.build(lattice, order, cutoffs[order], decay) for order in sorted(cutoffs)]
-        return cls(lattice, parts, decay)
+        return cls(lattice, parts, decay, None if pairs is None else PairFunctions.build(lattice, pairs))
+
+    def without_pairs(self) -> ClusterBasis:
+        """The force constants alone."""
+        return self if self.pairs is None else ClusterBasis(self.lattice, self.parts, self.decay)
 
     @property
     def orders(self) -> list[int]:
+        """Orders of the force constants."""
         return [part.order for part in self.parts]
+
+    @property
+    def all_orders(self) -> list[int]:
+        """The same, and PAIRS if there are pair functions."""
+        return self.orders if self.pairs is None else [*self.orders, PAIRS]
 
     @property
     def cutoffs(self) -> dict[int, float]:
@@ -141,13 +164,21 @@ class ClusterBasis:
         return {part.order: part.cutoff for part in self.parts}
 
     @property
+    def all_cutoffs(self) -> dict[int, float]:
+        """The same, and that of PAIRS if there are pair functions."""
+        return self.cutoffs if self.pairs is None else self.cutoffs | {PAIRS: self.pairs.cutoff}
+
+    @property
     def n_parameters(self) -> int:
-        return sum(part.parameters.shape[1] for part in self.parts)
+        return len(self.parameter_orders)
 
     @property
     def parameter_orders(self) -> np.ndarray:
         """Order of each parameter, int [P]."""
-        return np.concatenate([np.full(part.parameters.shape[1], part.order) for part in self.parts])
+        counts = [(part.parameters.shape[1], part.order) for part in self.parts]
+        if self.pairs is not None:
+            counts.append((self.pairs.n_parameters, PAIRS))
+        return np.concatenate([np.full(count, order) for count, order in counts])
 
     def supercell(self, atoms: Atoms) -> Supercell:
         """Sites of a box, ideal or moderately displaced.
@@ -169,6 +200,8 @@ class ClusterBasis:
         for part, plans in zip(self.parts, self._plan(box), strict=True):
             raw = [_energy(plan, monomials) @ basis for plan, basis in zip(plans, part.raw, strict=True)]
             result.append(np.concatenate(raw) @ part.parameters)
+        if self.pairs is not None:
+            result.append(self.pairs.energy_features(displacements, box))
         return np.concatenate(result)
 
     def force_matrix(self, structure: Atoms | np.ndarray, supercell: Supercell | None = None) -> np.ndarray:
@@ -190,6 +223,8 @@ class ClusterBasis:
             stop = start + part.parameters.shape[1]
             np.matmul(raw.reshape(3 * n, -1), -part.parameters, out=result[:, start:stop])
             start = stop
+        if self.pairs is not None:
+            result[:, start:] = self.pairs.force_matrix(displacements, box)
         return result
 
     def forces(
@@ -212,24 +247,48 @@ class ClusterBasis:
             for plan, tensor in zip(plans, part.tensors(many[start:stop]), strict=True):
                 result -= _gradient(plan, monomials, tensor, len(displacements))
             start = stop
+        if self.pairs is not None:
+            result += (self.pairs.force_matrix(displacements, box) @ many[start:]).reshape(result.shape)
         return result[..., 0] if np.ndim(parameters) == 1 else np.moveaxis(result, -1, 0)
 
     def force_constants(self, parameters: np.ndarray, order: int, supercell: Supercell) -> np.ndarray:
         """All force constants of one order between the atoms of a box, [n, ..., n, 3, ..., 3], eV/Å^order.
 
-        Periodic images of a cluster are summed. For phonon programs; memory grows as (3n)^order.
+        Periodic images of a cluster are summed. For phonon programs; memory grows as (3n)^order. The second order has
+        the pair functions' second derivatives at the ideal crystal in it.
 
         Raises:
-            SettingsError: the basis lacks that order.
+            SettingsError: the basis lacks that order, or it is above 2 and there are pair functions.
         """
         if order not in self.orders:
             raise SettingsError(f"The basis has no order {order}: choose one of {self.orders}.")
+        if self.pairs is not None and order > 2:
+            raise SettingsError(
+                "Force constants above order 2, as for heat conductivity, aren't available with crystal.pairs: fit a "
+                "potential without it."
+            )
         part, plans = next(x for x in zip(self.parts, self._plan(supercell), strict=True) if x[0].order == order)
         chosen = np.asarray(parameters, dtype=np.float64)[self.parameter_orders == order, None]
         result = np.zeros([len(supercell)] * order + [3] * order)
         for plan, tensor in zip(plans, part.tensors(chosen), strict=True):
             _add_force_constants(result, plan, full_tensor(plan.multiplicity, tensor), self.lattice)
+        if self.pairs is not None:
+            values = np.asarray(parameters, dtype=np.float64)[self.parameter_orders == PAIRS]
+            for first, second, constants in _pair_constants(self.pairs, supercell):
+                np.add.at(result, (first, second), constants @ values)
         return result
+
+    def core(
+        self, radii: np.ndarray | None, structure: Atoms | np.ndarray, supercell: Supercell | None = None
+    ) -> tuple[float, np.ndarray]:
+        """Energy (eV) and forces [n, 3] (eV/Å) of the pair functions' core of one structure; zero without them.
+
+        They have no parameters: features and force matrix lack them.
+        """
+        displacements, box = self._displacements(structure, supercell)
+        if self.pairs is None or radii is None:
+            return 0.0, np.zeros_like(displacements)
+        return self.pairs.core(radii, displacements, box)
 
     def save(self, path: Path) -> None:
         """Write the basis to an npz file."""
@@ -245,7 +304,11 @@ class ClusterBasis:
                 arrays |= {f"orbit_{part.order}_{i}_{name}": np.asarray(getattr(orbit, name)) for name in _ORBIT_FIELDS}
                 arrays[f"orbit_{part.order}_{i}_raw"] = raw
         orbits = [[part.order, part.cutoff, len(part.orbits)] for part in self.parts]
-        header = json.dumps({"format": FORMAT, "kind": "cluster basis", "orders": orbits, "decay": self.decay})
+        number = FORMAT
+        if self.pairs is not None:
+            arrays |= self.pairs.arrays()
+            number = FORMAT_PAIRS
+        header = json.dumps({"format": number, "kind": "cluster basis", "orders": orbits, "decay": self.decay})
         file = BytesIO()
         np.savez(file, header=np.array(header), **arrays)
         return file.getvalue()
@@ -261,13 +324,14 @@ class ClusterBasis:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             header = json.loads(str(arrays["header"]))
-            if header["kind"] != "cluster basis" or header["format"] != FORMAT:
+            if header["kind"] != "cluster basis" or header["format"] not in (FORMAT, FORMAT_PAIRS):
                 raise ModelError(f"{path} has format {header['format']}, not {FORMAT}: build the cluster basis again.")
             lattice = Lattice(*(arrays[name] for name in _LATTICE_FIELDS))
             parts = [_load_order(arrays, order, cutoff, count) for order, cutoff, count in header["orders"]]
+            pairs = PairFunctions.from_arrays(lattice, arrays) if header["format"] == FORMAT_PAIRS else None
         except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise ModelError(f"{path} is not a cluster basis ({error}): build and save it again.") from error
-        return cls(lattice, parts, header.get("decay"))
+        return cls(lattice, parts, header.get("decay"), pairs)
 
     def _displacements(
         self, structure: Atoms | np.ndarray, supercell: Supercell | None
@@ -625,3 +689,15 @@ def _add_force_constants(result: np.ndarray, plan: _OrbitPlan, tensor: np.ndarra
                     seen.add(bodies)
                     # one body visits each atom of its sublattice once: no index tuple repeats within this statement
                     result[tuple(atoms[body] for body in bodies)] += turned.transpose(places)
+
+
+def _pair_constants(pairs: PairFunctions, supercell: Supercell) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Atoms [N], atoms [N] and second-order force constants [N, 3, 3, P] by the parameters of the pair functions."""
+    for sublattice in range(len(supercell.lattice.numbers)):
+        sites, vector, kind = site_pairs(pairs, sublattice, pairs.cutoff)
+        hessian = pairs.hessian(vector, kind)
+        atoms = np.nonzero(supercell.sublattice == sublattice)[0]
+        for site, constants in zip(sites, hessian, strict=True):
+            others = supercell.index(np.full(len(atoms), site[3]), supercell.offset[atoms] + site[:3])
+            yield atoms, others, np.broadcast_to(-constants, (len(atoms), *constants.shape))
+        yield atoms, atoms, np.broadcast_to(hessian.sum(axis=0), (len(atoms), *hessian.shape[1:]))

@@ -14,12 +14,14 @@ from ubmd.operators import chosen
 from ubmd.potentials.file import write_model
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.model import CrystalModel
+from ubmd.potentials.force_constants.pair_model import PairedCrystalModel
 from ubmd.potentials.force_constants.regression import Posterior
 from ubmd.potentials.record import format_of
 from ubmd.uncertainty.conformal import ConformalScale
 
 BASIS = "basis.npz"  # extra file in the model file: phonon programs need the force constants themselves
 GUARD = 0.4  # default of max_displacement over the shortest distance between sites
+GUARD_PAIRS = 0.55  # the same with pair functions
 
 
 def export_crystal(
@@ -43,7 +45,7 @@ def export_crystal(
         energy_scale: factor on u; plain numbers stand for no calibration.
         force_scale: factor on atomic uncertainties.
         max_displacement: largest displacement that simulations accept, Å; default: 0.4 of the shortest distance
-            between sites.
+            between sites, 0.55 with pair functions.
         energy: of the ideal crystal per primitive cell, eV; 0 if unknown.
         provenance: joins the metadata, e.g. training_set_hash, n_training, settings.
         operators: whether the file calls the compiled operators (None: if they can be loaded here); without it runs
@@ -61,8 +63,9 @@ def export_crystal(
             f"({basis.n_parameters}): fit them in the basis that is exported."
         )
     with_operators = chosen(operators)
-    guard = GUARD * basis.lattice.shortest_distance if max_displacement is None else max_displacement
-    model = CrystalModel(
+    kind, share = (CrystalModel, GUARD) if basis.pairs is None else (PairedCrystalModel, GUARD_PAIRS)
+    guard = share * basis.lattice.shortest_distance if max_displacement is None else max_displacement
+    model: CrystalModel | PairedCrystalModel = kind(
         basis,
         posterior,
         energy_scale=_scale(energy_scale),
@@ -88,12 +91,12 @@ def _metadata(
     """What the record has beside the model's own part; numbers by order have the order as key."""
     alpha = next((scale.alpha for scale in (forces, energy) if isinstance(scale, ConformalScale)), None)
     return {
-        "format": format_of(layers=1, fixed_precision=False),
+        "format": format_of(layers=1, fixed_precision=False, pairs=basis.pairs is not None),
         "model": "force constants",
         "units": {"energy": "eV", "length": "Å", "force": "eV/Å"},
         "precision": "float64",
         "space_group": None if basis.lattice.space_group is None else str(basis.lattice.space_group),
-        "cutoffs": _by_order(basis.cutoffs),
+        "cutoffs": _by_order(basis.all_cutoffs),
         "parameters": _by_order(posterior.counts),
         "uncertainty": {
             "kind": "posterior",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,9 @@ def cached_basis(
     path: Path,
     decay: float | None = None,
     tolerance: float = SYMMETRY_TOLERANCE,
+    pairs: float | None = None,
 ) -> ClusterBasis:
-    """The basis in a file, or a new one that is kept there if the file has none of this crystal, cutoffs and decay.
+    """The basis in a file, or a new one that is kept there if the file has none of this crystal and these options.
 
     The arguments are those of `ClusterBasis.build`.
     """
@@ -82,9 +83,11 @@ def cached_basis(
         except ModelError:
             pass  # damaged: it is built again
         else:
-            if basis.lattice.is_same(lattice) and basis.cutoffs == cutoffs and basis.decay == decay:
+            found = None if basis.pairs is None else basis.pairs.cutoff
+            same = basis.cutoffs == cutoffs and basis.decay == decay and found == pairs
+            if same and basis.lattice.is_same(lattice):
                 return basis
-    basis = ClusterBasis.build(crystal, cutoffs, decay, tolerance)
+    basis = ClusterBasis.build(crystal, cutoffs, decay, tolerance, pairs)
     path.parent.mkdir(parents=True, exist_ok=True)
     basis.save(path)
     return basis
@@ -150,13 +153,14 @@ def errors_of(basis: ClusterBasis, posterior: Posterior, data: Iterable[Frame], 
     energies: list[tuple[float, float, int]] = []
     for frame in data:
         matrix = basis.force_matrix(frame.displacements, frame.supercell)
-        forces.append(posterior.forces(matrix).reshape(-1, 3) - frame.forces)
+        core, repulsion = basis.core(posterior.core, frame.displacements, frame.supercell)
+        forces.append(posterior.forces(matrix).reshape(-1, 3) + repulsion - frame.forces)
         deviations.append(posterior.force_deviations(matrix).reshape(-1, 3))
         squares += float(np.sum(frame.forces**2))
         sizes.append(len(frame.forces))
         if frame.energy is not None:
             phi = basis.energy_features(frame.displacements, frame.supercell)
-            error = float(posterior.energy(phi)) + energy * frame.cells - frame.energy
+            error = float(posterior.energy(phi)) + core + energy * frame.cells - frame.energy
             energies.append((error, float(posterior.energy_deviation(phi)), len(frame.forces)))
     columns = np.array(energies).reshape(-1, 3).T
     return Errors(
@@ -195,7 +199,7 @@ class CrystalFit:
         """Root mean square force of each order alone over that of all labels, on the training frames."""
         sums, orders = self.equations.sums["forces"], self.equations.parameter_orders
         shares = {}
-        for order in self.basis.orders:
+        for order in self.basis.all_orders:
             theta = np.where(orders == order, self.posterior.mean, 0.0)
             shares[order] = float(np.sqrt(max(float(theta @ sums.gram @ theta), 0.0) / sums.square))
         return shares
@@ -254,7 +258,10 @@ def fit_crystal(
     """
     equations = NormalEquations(basis.parameter_orders)
     energies: list[tuple[np.ndarray, float, int]] = []
+    shortest = [] if basis.pairs is None else [basis.pairs.ideal_core()]
     for number, frame in enumerate(frames(basis.lattice, training, "training structure")):
+        if basis.pairs is not None:
+            shortest.append(basis.pairs.shortest(frame.displacements, frame.supercell))
         equations.add(basis.force_matrix(frame.displacements, frame.supercell), frame.forces)
         if frame.energy is not None:
             phi = basis.energy_features(frame.displacements, frame.supercell)
@@ -270,6 +277,7 @@ def fit_crystal(
         for phi, label, cells in energies:
             equations.add_energy(phi, label - cells * energy)
         posterior = fit(equations, caution=crystal.caution)
+    posterior = replace(posterior, core=np.min(shortest, axis=0) if shortest else None)
     sums = equations.sums["forces"]
     held_out = errors_of(basis, posterior, _reported(basis.lattice, validation, progress), energy)
     forces = calibrated_forces(held_out, uncertainty)

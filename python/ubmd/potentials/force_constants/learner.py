@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,14 +51,18 @@ class ForceConstants(Learner):
         """Symmetry, and parameters by order."""
         from ubmd.potentials.force_constants.basis import ClusterBasis
         from ubmd.potentials.force_constants.ideal import describe_symmetry
+        from ubmd.potentials.force_constants.pairs import PAIRS
 
         crystal, wanted = _ideal_crystal(settings, base), _settings_of(settings)
-        basis = ClusterBasis.build(crystal, wanted.cutoffs, wanted.decay, wanted.tolerance)
+        basis = ClusterBasis.build(crystal, wanted.cutoffs, wanted.decay, wanted.tolerance, wanted.pairs)
         yield from describe_symmetry(crystal, basis.lattice, wanted.tolerance)
         basis.supercell(box)
         orders = basis.parameter_orders
         counts = " + ".join(f"{int((orders == order).sum())}" for order in basis.orders)
-        yield f"Force constants of orders {', '.join(map(str, basis.orders))}: {counts} = {len(orders)}."
+        known = int((orders != PAIRS).sum())
+        yield f"Force constants of orders {', '.join(map(str, basis.orders))}: {counts} = {known}."
+        if basis.pairs is not None:
+            yield f"Pair functions up to {basis.pairs.cutoff:g} Å: {basis.pairs.n_parameters}."
 
     def describe(self) -> dict[str, Any]:
         """Parameters and symmetry of the basis."""
@@ -80,7 +85,7 @@ class ForceConstants(Learner):
 
         self.settings = wanted = _settings_of(settings)
         self._crystal = crystal
-        self.basis = cached_basis(crystal, wanted.cutoffs, basis_file, wanted.decay, wanted.tolerance)
+        self.basis = cached_basis(crystal, wanted.cutoffs, basis_file, wanted.decay, wanted.tolerance, wanted.pairs)
         self.box = self.basis.supercell(box)
         self._equations = NormalEquations(self.basis.parameter_orders)
         self._learnt: list[str] = []  # hashes of the labels in the sums
@@ -104,7 +109,7 @@ class ForceConstants(Learner):
         start = (
             Posterior.load(previous / "posterior.npz") if previous and (previous / "posterior.npz").exists() else None
         )
-        posterior = fit(self._equations, start, caution=self.settings.caution)
+        posterior = replace(fit(self._equations, start, caution=self.settings.caution), core=self._core(labels))
         energy = self._ideal_energy(labels, posterior)
         provenance = {"training_set_hash": dataset_hash(labels), "n_training": len(labels)}
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +158,7 @@ class ForceConstants(Learner):
         for atoms in labels:
             matrix = self._matrix(atoms)
             difference = np.asarray(atoms.get_forces()).ravel() - self._posterior.forces(matrix)
+            difference -= self._repulsion(atoms).ravel()
             error = self._scale * self._posterior.bayesian_error(matrix)
             found.append(Judgement(error, float(np.abs(difference).max()), _rms(difference)))
         return found
@@ -161,7 +167,9 @@ class ForceConstants(Learner):
         """Forces only."""
         forces = [np.asarray(atoms.get_forces()) for atoms in labels]
         mean = self._posterior.mean
-        differences = [f - self.basis.forces(mean, a, self.box) for f, a in zip(forces, labels, strict=True)]
+        differences = [
+            f - self.basis.forces(mean, a, self.box) - self._repulsion(a) for f, a in zip(forces, labels, strict=True)
+        ]
         return _relative(np.concatenate(differences), np.concatenate(forces), len(labels))
 
     def signals(self, frames: Sequence[Atoms], limits: ConvergenceSettings) -> list[Signal]:
@@ -194,6 +202,19 @@ class ForceConstants(Learner):
 
     def _matrix(self, atoms: Atoms) -> Array:
         return self.basis.force_matrix(atoms, self.box)
+
+    def _core(self, labels: Sequence[Atoms]) -> Array | None:
+        """Radii of the core of the pair functions: the shortest distances of the labels and the ideal crystal, Å."""
+        pairs = self.basis.pairs
+        if pairs is None:
+            return None
+        shortest = [pairs.shortest(self.box.displacements(atoms), self.box) for atoms in labels]
+        found: Array = np.min([pairs.ideal_core(), *shortest], axis=0)
+        return found
+
+    def _repulsion(self, atoms: Atoms) -> Array:
+        """Forces [n, 3] of the core, eV/Å."""
+        return self.basis.core(self._posterior.core, atoms, self.box)[1]
 
     def _add(self, labels: Sequence[Atoms]) -> None:
         """Bring the sums to these labels."""

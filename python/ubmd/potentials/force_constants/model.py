@@ -36,6 +36,7 @@ class CrystalModel(nn.Module):
         energy_scale, force_scale: calibration of the two uncertainties.
         max_displacement: the displacement limit of the polynomials, Å.
         energy: of the ideal lattice per primitive cell, eV.
+        reach: relative sites are those within the largest cutoff, or within this distance if it is more, Å.
     """
 
     operators: Final[bool]
@@ -70,6 +71,7 @@ class CrystalModel(nn.Module):
         force_scale: float = 1.0,
         max_displacement: float,
         energy: float = 0.0,
+        reach: float = 0.0,
     ) -> None:
         super().__init__()
         self.operators = available()
@@ -77,7 +79,7 @@ class CrystalModel(nn.Module):
         self.energy_scale, self.force_scale = float(energy_scale), float(force_scale)
         self.site_energy = float(energy) / len(basis.lattice.numbers)
         self.n_features = basis.n_parameters
-        program = BasisTables.compile(basis)
+        program = BasisTables.compile(basis, reach)
         self._take(program)
         places, centroids = _places(basis.lattice, program)
         self.places = [_numbers(place) for place in places]
@@ -86,7 +88,8 @@ class CrystalModel(nn.Module):
         self.triangular = not np.tril(posterior.factor, -1).any()
         self.register_buffer("factor", _numbers(posterior.factor))
         self.register_buffer("coefficients", self.expand(_numbers(posterior.mean)))
-        self.description = json.dumps(_metadata(basis, program, max_displacement, energy))
+        cutoff = max(reach, *basis.cutoffs.values())
+        self.description = json.dumps(_metadata(basis, program, cutoff, max_displacement, energy))
 
     def use_operators(self, wanted: bool) -> None:
         """Compute by torch.ops.ubmd.* (as it does if they can be loaded), or by torch alone (slow)."""
@@ -512,7 +515,9 @@ def _places(lattice: Lattice, program: BasisTables) -> tuple[list[np.ndarray], n
     return places, centroids
 
 
-def _metadata(basis: ClusterBasis, program: BasisTables, max_displacement: float, energy: float) -> dict[str, Any]:
+def _metadata(
+    basis: ClusterBasis, program: BasisTables, cutoff: float, max_displacement: float, energy: float
+) -> dict[str, Any]:
     """The part of the file's record that follows from the model itself; an export adds where it comes from."""
     numbers = basis.lattice.numbers
     elements = [chemical_symbols[z] for z in dict.fromkeys(numbers.tolist())]
@@ -520,7 +525,7 @@ def _metadata(basis: ClusterBasis, program: BasisTables, max_displacement: float
         "format": 1,
         "kind": "force constants",
         "elements": elements,
-        "cutoff": max(basis.cutoffs.values()),
+        "cutoff": cutoff,
         "units": "eV, Å",
         "uncertainty": {"kind": "posterior", "projections": basis.n_parameters},
         "operators": ["ubmd"] if available() else [],

@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from ubmd.errors import DataError, SettingsError
 from ubmd.potentials.force_constants.basis import ClusterBasis, full_tensor
 from ubmd.potentials.force_constants.lattice import Lattice
+from ubmd.potentials.force_constants.pairs import PAIRS, site_pairs
 
 Array = NDArray[np.float64]
 
@@ -62,7 +63,7 @@ class HarmonicCrystal:
             DataError: the parameters don't fit the basis.
         """
         lattice = basis.lattice
-        entries = list(_pairs(basis, _checked(basis, parameters)))
+        entries = [*_pairs(basis, _checked(basis, parameters)), *_of_pair_functions(basis, _checked(basis, parameters))]
         first, second, offset, constants = (np.concatenate(parts) for parts in zip(*entries, strict=True))
         found = atomic_masses[lattice.numbers] if masses is None else np.asarray(masses, dtype=float)
         return cls(lattice, first, second, offset, constants, found)
@@ -182,6 +183,19 @@ def _pairs(basis: ClusterBasis, parameters: Array) -> Iterator[tuple[Array, Arra
         for a, b in [(0, 0)] if bodies == 1 else [(0, 1), (1, 0)]:
             offset = images[:, b, :3] - images[:, a, :3]
             yield images[:, a, 3], images[:, b, 3], offset, turned if a <= b else turned.transpose(0, 2, 1)
+
+
+def _of_pair_functions(basis: ClusterBasis, parameters: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
+    """The same of the pair functions' second derivatives at the ideal crystal."""
+    if basis.pairs is None:
+        return
+    for sublattice in range(len(basis.lattice.numbers)):
+        sites, vector, kind = site_pairs(basis.pairs, sublattice, basis.pairs.cutoff)
+        hessian = basis.pairs.hessian(vector, kind) @ parameters[basis.parameter_orders == PAIRS]
+        first = np.full(len(sites) + 1, sublattice)
+        second = np.append(sites[:, 3], sublattice)
+        offset = np.concatenate([sites[:, :3], np.zeros((1, 3), dtype=np.int64)])
+        yield first, second, offset, np.concatenate([-hessian, hessian.sum(axis=0, keepdims=True)])
 
 
 # Heat conductivity through phono3py

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ubmd.errors import ModelError
 from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.pairs import PAIRS
 from ubmd.potentials.force_constants.regression import Posterior
 
 
@@ -24,9 +25,12 @@ class Potential(NamedTuple):
 
 
 def forces_by_order(potential: Potential, structures: Sequence[Atoms]) -> NDArray[np.float64]:
-    """What each order contributes to the forces of structures of one box [orders, structures, n, 3], eV/Å."""
+    """What each order contributes to the forces of structures of one box [orders, structures, n, 3], eV/Å.
+
+    Pair functions are the last of the orders, if there are any; their core isn't counted.
+    """
     basis, parameters = potential
-    masked = np.stack([parameters * (basis.parameter_orders == order) for order in basis.orders], axis=1)
+    masked = np.stack([parameters * (basis.parameter_orders == order) for order in basis.all_orders], axis=1)
     box = basis.supercell(structures[0])
     return np.stack([basis.forces(masked, atoms, box) for atoms in structures], axis=1)
 
@@ -37,17 +41,30 @@ def order_shares(potential: Potential, structures: Sequence[Atoms]) -> dict[int,
     total = float(np.sqrt(np.mean(forces.sum(axis=0) ** 2)))
     if total == 0.0:
         return {}
-    return {o: float(np.sqrt(np.mean(f**2))) / total for o, f in zip(potential.basis.orders, forces, strict=True)}
+    return {o: float(np.sqrt(np.mean(f**2))) / total for o, f in zip(potential.basis.all_orders, forces, strict=True)}
 
 
 def anharmonicity(potential: Potential, structures: Sequence[Atoms]) -> float:
     """Rms of the forces beyond the second order over the rms of the whole force, of the potential itself.
 
+    Pair functions count with what is beyond their second derivatives at the ideal crystal.
+
     The measure of Knoop et al., Phys. Rev. Mater. 4, 083809 (2020).
     """
     forces = forces_by_order(potential, structures)
-    beyond = forces[[order > 2 for order in potential.basis.orders]].sum(axis=0)
+    beyond = forces[[order != 2 for order in potential.basis.all_orders]].sum(axis=0)
+    if potential.basis.pairs is not None:
+        beyond -= _harmonic_pair_forces(potential, structures)
     return float(np.sqrt(np.mean(beyond**2) / np.mean(forces.sum(axis=0) ** 2)))
+
+
+def _harmonic_pair_forces(potential: Potential, structures: Sequence[Atoms]) -> NDArray[np.float64]:
+    """Forces [structures, n, 3] of the pair functions' second derivatives at the ideal crystal, eV/Å."""
+    basis, parameters = potential
+    box = basis.supercell(structures[0])
+    of_pairs = np.where(basis.parameter_orders == PAIRS, parameters, 0.0)
+    constants = basis.force_constants(of_pairs, 2, box)
+    return np.stack([-np.einsum("ijab,jb->ia", constants, box.displacements(atoms)) for atoms in structures])
 
 
 def load_potential(path: Path) -> Potential:

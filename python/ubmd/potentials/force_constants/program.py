@@ -106,10 +106,14 @@ class BasisTables:
         return np.array(starts), np.concatenate(firsts), np.concatenate(columns), np.concatenate(values)
 
     @classmethod
-    def compile(cls, basis: ClusterBasis) -> BasisTables:
-        """Tables of a basis; its lattice's Cartesian frame is that of the displacements."""
+    def compile(cls, basis: ClusterBasis, reach: float = 0.0) -> BasisTables:
+        """Tables of a basis; its lattice's Cartesian frame is that of the displacements.
+
+        Relative sites are those within the largest cutoff, or within ``reach`` (Å) if that is more.
+        """
         lattice = basis.lattice
-        sites = [_relative_sites(lattice, s, max(basis.cutoffs.values())) for s in range(len(lattice.numbers))]
+        reach = max(reach, *basis.cutoffs.values())
+        sites = [_relative_sites(lattice, s, reach) for s in range(len(lattice.numbers))]
         index = [{int(key): i for i, key in enumerate(encode(s).tolist())} for s in sites]
         clusters = _sorted_clusters(basis, index)
         blocks, components, offset = [], [], 0

@@ -162,6 +162,8 @@ class Posterior:
     iterations: int = 0
     noise_limited: tuple[str, ...] = field(default=())
     """channels whose noise is at its lower bound: the data look free of noise"""
+    core: Array | None = None
+    """radii [T] of the pair functions' core, Å (`ubmd.potentials.force_constants.pairs`); None: there are none"""
 
     @property
     def counts(self) -> dict[int, int]:
@@ -233,6 +235,8 @@ class Posterior:
         arrays |= {"channels": list(self.beta), "beta": list(self.beta.values()), "log_evidence": self.log_evidence}
         arrays |= {"converged": self.converged, "iterations": self.iterations}
         arrays["noise_limited"] = np.array(self.noise_limited, dtype=str)
+        if self.core is not None:
+            arrays["core"] = self.core
         _write(path, "posterior", arrays)
 
     @classmethod
@@ -249,6 +253,7 @@ class Posterior:
             converged=bool(data["converged"]),
             iterations=int(data["iterations"]),
             noise_limited=tuple(data["noise_limited"].tolist()),
+            core=data.get("core"),
         )
 
 
