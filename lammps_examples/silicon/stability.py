@@ -4,7 +4,9 @@ python stability.py SETTINGS MODEL ... [--temperatures 300 600 900] [--picosecon
 SETTINGS is the file of a dynamic run: its box is repeated 2x2x2 (--repeat). MODEL is a model file, or name=file to call
 it otherwise in table and picture. Each model runs at each temperature: from the ideal lattice, Langevin thermostat for
 --picoseconds, then --nve picoseconds without it, in which the energy must stay what it is. Polynomials have no bottom:
-where a potential is wrong, atoms leave their sites for good, and pair_style ubmd stops the run (guard).
+where a potential is wrong, atoms leave their sites for good, and pair_style ubmd stops the run (guard). A run that
+reaches its end may still have left the crystal for a false minimum: then the potential energy above that of the ideal
+crystal is far from the kinetic energy, which it equals for harmonic vibrations.
 
 Finished runs are found again in --out. Writes there: stability.md (table), stability.json, stability.png, and for each
 run its LAMMPS input and log.
@@ -20,11 +22,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase.io import write
+from ase.io import read, write
+from ase.neighborlist import neighbor_list
+from ase.units import kB
 
 from ubmd.analysis.style import COLOURS, legend_above, new_figure, save
 from ubmd.learning.dynamic.check import ideal_box
@@ -33,7 +38,9 @@ from ubmd.settings import load_settings
 from ubmd.settings.dynamic import DynamicRunSettings
 
 EVERY = 20  # steps between rows of the log
+FRAMES = 250  # steps between frames
 GUARD = "away from its site"  # words of pair_style ubmd's message
+REACH = 5.0  # Å: distances beyond it are of no interest
 SETTLED = 0.25  # share of the thermostatted run that doesn't count for the mean temperature
 
 SCRIPT = """\
@@ -51,6 +58,8 @@ thermo {every}
 thermo_style custom step temp etotal c_far
 thermo_modify flush yes lost error
 thermo_modify format float %.12g
+dump places all custom {frames} frames.dump id type x y z
+dump_modify places sort id
 fix move all nve
 fix heat all langevin {temperature} {temperature} 0.1 {seed} zero yes
 run {steps}
@@ -77,6 +86,7 @@ def simulate(name: str, model: Path, temperature: float, arguments: argparse.Nam
         temperature=temperature,
         seed=arguments.seed,
         every=EVERY,
+        frames=FRAMES,
         steps=round(arguments.picoseconds / step),
         free=round(arguments.nve / step),
     )
@@ -87,11 +97,34 @@ def simulate(name: str, model: Path, temperature: float, arguments: argparse.Nam
     log = (folder / "log.lammps").read_text(encoding="utf-8")
     summary = summarise(log, step, arguments) | {"name": name, "temperature": temperature}
     summary["guard"] = metadata["lattice"]["max_displacement"]
+    summary["shortest"] = shortest(folder / "frames.dump", metadata["elements"])
     if result.returncode != 0 and not summary["error"]:
         summary["error"] = (result.stderr or result.stdout).strip().splitlines()[-1]
     done.write_text(json.dumps(summary), encoding="utf-8")
     print(f"{name} at {temperature:g} K: {verdict(summary)}", flush=True)
     return summary
+
+
+def shortest(dump: Path, elements: Sequence[str]) -> dict[str, float]:
+    """Shortest distance of each pair of elements in the frames of a run, Å."""
+    frames = read(dump, index=":", format="lammps-dump-text", specorder=elements)
+    found: dict[str, float] = {}
+    for atoms in frames:
+        i, j, distance = neighbor_list("ijd", atoms, REACH)
+        names = np.array(atoms.get_chemical_symbols())
+        for a, b in combinations_with_replacement(sorted(elements), 2):
+            chosen = distance[(names[i] == a) & (names[j] == b)]
+            found[f"{a}-{b}"] = float(min(found.get(f"{a}-{b}", REACH), chosen.min(initial=REACH)))
+    return found
+
+
+def energy_ratio(rows: np.ndarray, atoms: int) -> float | None:
+    """Mean potential energy above that of the first row (the ideal crystal) over the mean kinetic energy."""
+    if len(rows) < 3:
+        return None
+    kinetic = 1.5 * (atoms - 1) * kB * rows[:, 1]
+    potential = rows[:, 2] - kinetic
+    return float(np.mean((potential - potential[0])[len(rows) // 4 :]) / np.mean(kinetic[len(rows) // 4 :]))
 
 
 def rows_of(log: str) -> np.ndarray:
@@ -122,6 +155,7 @@ def summarise(log: str, step: float, arguments: argparse.Namespace) -> dict[str,
         "error": re.sub(r" \([^ ]*\.cpp:\d+\)$", "", error.group(1)) if error else "",
         "mean_temperature": float(warm[:, 1].mean()) if len(warm) else None,
         "drift": drift,
+        "ratio": energy_ratio(rows, len(arguments.box)),
         "largest": float(rows[:, 3].max()) if len(rows) else None,
         "time": time.tolist(),
         "displacement": rows[:, 3].tolist(),
@@ -138,12 +172,15 @@ def table(runs: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> str:
         f"{len(arguments.box)} atoms, {arguments.picoseconds:g} ps with a thermostat and {arguments.nve:g} ps without, "
         f"time step {arguments.timestep:g} fs. Drift: of the total energy without thermostat.",
         "",
-        "| trained on | T (K) | ran (ps) | guard event | largest displacement (Å) | mean T (K) | drift (meV/atom/ps) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| trained on | T (K) | ran (ps) | guard event | largest displacement (Å) | mean T (K) | drift (meV/atom/ps) | "
+        "U/K | shortest distances (Å) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for run in runs:
         numbers = [(run["largest"], ".2f"), (run["mean_temperature"], ".0f"), (run["drift"], ".1e")]
+        numbers.append((run.get("ratio"), ".2f"))
         cells = ["-" if value is None else format(value, form) for value, form in numbers]
+        cells.append(", ".join(f"{pair} {value:.2f}" for pair, value in run.get("shortest", {}).items()) or "-")
         event = "none" if not run["error"] else "yes" if GUARD in run["error"] else run["error"]
         lines.append(
             f"| {run['name']} | {run['temperature']:g} | {run['reached']:.1f} | {event} | {' | '.join(cells)} |"

@@ -10,12 +10,16 @@ from ase import Atoms
 from crystals import ENERGY, Crystal, tin_selenide
 
 from ubmd.calculator import Model
+from ubmd.data.structures import read_structures
 from ubmd.errors import ModelError, SettingsError
 from ubmd.operators import available
 from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.export import export_crystal
+from ubmd.potentials.force_constants.fit import cached_basis, fit_crystal
 from ubmd.potentials.force_constants.phonons import HarmonicCrystal
 from ubmd.potentials.force_constants.potential import Potential, anharmonicity, forces_by_order, load_potential
 from ubmd.potentials.record import parse_record
+from ubmd.settings import CrystalSettings, UncertaintySettings
 
 pytest.importorskip("spglib")
 
@@ -225,3 +229,46 @@ DIRECTION = np.random.default_rng(8).uniform(-1.0, 1.0, (32, 3))
 def test_cutoffs_without_functions_are_refused(cutoff):
     with pytest.raises(SettingsError, match=r"crystal\.pairs"):
         ClusterBasis.build(tin_selenide(), {2: 3.6}, pairs=cutoff)
+
+
+def test_a_fit_without_the_new_parts_is_that_of_earlier_versions(tmp_path):
+    """Cubic boron arsenide, labels of the repository; numbers of the version before crystal.pairs."""
+    folder = Path(__file__).parents[2] / "lammps_examples" / "bas"
+    ideal = read_structures(folder / "bas.extxyz", compare=False)[0]
+    training = read_structures(folder / "labels" / "dynamic_seed0.extxyz.xz")[:6]
+    validation = read_structures(folder / "labels" / "test_300K.extxyz.xz")[:2]
+    settings = CrystalSettings(structure=folder / "bas.extxyz", cutoffs={2: 5.0, 3: 3.5, 4: 2.2})
+    basis = cached_basis(ideal, settings.cutoffs, tmp_path / "basis.npz")
+    fitted = fit_crystal(basis, training, validation, settings, UncertaintySettings())
+    posterior = fitted.posterior
+    assert posterior.iterations == 9
+    assert posterior.core is None
+    assert fitted.constraint is None
+    assert posterior.log_evidence == pytest.approx(1724.609277805591, rel=1e-9)
+    assert posterior.alpha[4] == pytest.approx(1.8511996140526141e-06, rel=1e-7)
+    assert np.linalg.norm(posterior.mean) == pytest.approx(1296.3112909662946, rel=1e-9)
+    record = export_crystal(
+        basis,
+        posterior,
+        tmp_path / "model.pt",
+        energy_scale=fitted.energy_scale,
+        force_scale=fitted.force_scale,
+        energy=fitted.energy,
+    )
+    assert record["format"] == 1
+    assert record["lattice"]["max_displacement"] == pytest.approx(0.8197796472223496, rel=1e-12)
+    assert "pairs" not in record
+    found = Model(tmp_path / "model.pt").predict(validation[:1])[0]
+    assert found.energy == pytest.approx(-8021.804019450326, rel=1e-12)
+    assert np.linalg.norm(found.forces) == pytest.approx(10.508975087411597, rel=1e-9)
+    assert found.u == pytest.approx(0.0004547358321713769, rel=1e-7)
+    assert found.atomic_u.max() == pytest.approx(0.10495459405447148, rel=1e-7)
+
+
+def test_the_guard_is_wider_with_pair_functions(crystal, tmp_path):
+    """0.55 of the shortest distance of sites instead of 0.4."""
+    shortest = crystal.basis.lattice.shortest_distance
+    record = export_crystal(crystal.basis, crystal.posterior, tmp_path / "model.pt")
+    assert record["lattice"]["max_displacement"] == pytest.approx(0.55 * shortest)
+    assert record["cutoff"] == pytest.approx(CUTOFF + 1.1 * shortest)
+    assert record["cutoffs"] == {"2": 3.6, "3": 3.0, "0": CUTOFF}

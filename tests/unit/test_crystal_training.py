@@ -31,6 +31,7 @@ from ubmd.potentials.force_constants.fit import (
     frames,
 )
 from ubmd.potentials.force_constants.lattice import Lattice
+from ubmd.potentials.force_constants.potential import load_potential
 from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
 from ubmd.references.lammps import LAMMPS
 from ubmd.settings import CrystalSettings, UncertaintySettings
@@ -456,3 +457,39 @@ def test_forces_alone_are_enough(data, tmp_path):
     record = Model(tmp_path / "out" / "model.pt").metadata["uncertainty"]
     assert record["energy"]["n_calibration"] == 0
     assert record["energy"]["scale"] == record["forces"]["scale"]
+
+
+SNSE = Path(__file__).parents[2] / "lammps_examples" / "snse"
+SOFT = """
+training_file = "{labels}/dynamic_seed0.extxyz.xz"
+validation_file = "{labels}/test_300K.extxyz.xz"
+output_dir = "{output}"
+[crystal]
+structure = "{labels}/../snse.extxyz"
+cutoffs = {{2 = 5.4}}
+{options}
+"""
+
+
+def test_training_says_that_larger_boxes_are_unstable_and_what_to_set(tmp_path):
+    """Tin selenide: the second order alone has negative curvature; with crystal.stable it has none."""
+    said = {}
+    for name, options in (("plain", ""), ("stable", "pairs = 5.2\nstable = true")):
+        text = SOFT.format(labels=SNSE / "labels", output=tmp_path / name, options=options)
+        (tmp_path / f"{name}.toml").write_text(text)
+        code, said[name], err = ubmd("train", tmp_path / f"{name}.toml")
+        assert code == 0, err
+    assert "the ideal crystal is unstable" in said["plain"]
+    assert "set crystal.stable = true" in said["plain"]
+    assert "crystal.stable:" in said["stable"]
+    assert "unstable" not in said["stable"]
+    assert "pairs" in said["stable"]
+    summary = json.loads((tmp_path / "stable" / "fit.json").read_text())
+    cost = summary["constraint"]
+    assert cost["rows"] > 0 > cost["lowest"]
+    assert cost["training_force_rmse"] <= summary["training_force_rmse_eV_per_A"]
+    assert cost["validation_force_rmse"] != summary["validation_force_rmse_eV_per_A"]
+    basis, theta = load_potential(tmp_path / "stable")
+    box = basis.supercell(read_structures(SNSE / "labels" / "test_300K.extxyz.xz")[0])
+    constants = basis.force_constants(theta, 2, box).transpose(0, 2, 1, 3).reshape(96, 96)
+    assert np.linalg.eigvalsh(constants)[0] > -1e-8

@@ -135,8 +135,37 @@ def _remarks(fit: CrystalFit) -> Iterator[str]:
         f"uncertainties of forces hold at {100 * scale.attainable:.4g} % confidence (factor {scale.scale:.3g} on the "
         f"Bayesian standard deviation)"
     )
+    yield from _curvature_remarks(fit)
     if not posterior.converged:
         yield "the evidence has not converged: prior widths and noise may still change"
+
+
+def _curvature_remarks(fit: CrystalFit) -> Iterator[str]:
+    """Whether the ideal crystal is a minimum, in the boxes of the labels and beyond, and what to set if it isn't."""
+    from ubmd.potentials.force_constants.curvature import UNSTABLE, commensurate, lowest_curvature, wave_vectors
+
+    if fit.constraint is not None:
+        was, now = fit.constraint, fit.validation.force_rmse
+        yield (
+            f"crystal.stable: {was.rows} inequalities, lowest curvature of the plain fit {was.lowest:.3g} eV/Å^2; "
+            f"force RMSE of the validation set {now:.4g} eV/Å with them, {was.validation_force_rmse:.4g} without"
+        )
+        if max(fit.basis.orders) > 2:
+            yield "orders above 2 have no lower bound: crystal.stable keeps the ideal crystal a minimum, no more"
+        return
+    if 2 not in fit.basis.orders:
+        return
+    basis, theta = fit.basis, fit.posterior.mean
+    found = lowest_curvature(basis, theta, wave_vectors(basis.lattice, fit.boxes))
+    inside = lowest_curvature(basis, theta, commensurate(fit.boxes)).curvature
+    if found.curvature >= UNSTABLE:
+        return
+    where = "also in the labels' own box" if inside < UNSTABLE else "in boxes larger than that of the labels"
+    cure = "set crystal.stable = true, give crystal.decay, or raise the cutoff of order 2"
+    yield (
+        f"the ideal crystal is unstable {where}: the energy has a negative curvature ({found.curvature:.3g} eV/Å^2 at "
+        f"q = {', '.join(f'{x:.3g}' for x in found.q)}); {cure}"
+    )
 
 
 def _picture(fit: CrystalFit, path: Path) -> Path:

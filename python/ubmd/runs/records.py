@@ -267,6 +267,15 @@ class Learnt(Request):
     rms_after: float = Field(description="root mean square ΔF with it, eV/Å")
 
 
+class Constraint(Record):
+    """What crystal.stable changed."""
+
+    rows: int = Field(description="inequalities that were needed")
+    lowest: float = Field(description="lowest curvature of the plain fit, eV/Å^2")
+    rmse_without: float = Field(description="error of the labels' forces of the plain fit, eV/Å")
+    rmse_with: float = Field(description="the same of the model, eV/Å")
+
+
 class Fit(Record):
     """A model of a dynamic run."""
 
@@ -281,6 +290,7 @@ class Fit(Record):
     noise_limited: list[str] = Field(default_factory=list, description="labels whose noise is at its lower bound")
     energy: float | None = Field(None, description="of the ideal crystal, eV per primitive cell; null: unknown")
     force_scale: MayLack[float] = Field(description="conformal factor in use")
+    constraint: Constraint | None = Field(None, description="with crystal.stable")
     fit_seconds: float | None = Field(None, description="wall time of the fit, s")
     epochs: int | None = Field(None, description="of a network's training")
 

@@ -210,6 +210,12 @@ class CrystalSettings(Table):
         description="cutoff of pair functions of the true distance, Å, e.g. 5.2: for soft crystals, whose atoms leave "
         "a polynomial without bound; default: force constants alone",
     )
+    stable: Annotated[bool, LATE] = Field(
+        False,
+        description="allow no negative curvature at the ideal crystal: not of the second order, and not of the whole "
+        "energy, in multiples of the labels' box and on a mesh of wave vectors; with order 2 and pairs alone the "
+        "energy then has a lower bound",
+    )
     decay: float | None = Field(
         None,
         gt=0,

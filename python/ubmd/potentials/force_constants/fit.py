@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from ase import Atoms
 from ubmd.data.labels import labels_of
 from ubmd.errors import DataError, ModelError
 from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.curvature import boxes_of, stabilised, wave_vectors
 from ubmd.potentials.force_constants.lattice import Lattice, Placer, Supercell
-from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
+from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, Sums, fit
 from ubmd.potentials.force_constants.symmetry import SYMMETRY_TOLERANCE
 from ubmd.settings import CrystalSettings, UncertaintySettings
 from ubmd.uncertainty.conformal import ConformalScale, conformal_scale
@@ -173,6 +174,22 @@ def errors_of(basis: ClusterBasis, posterior: Posterior, data: Iterable[Frame], 
 
 
 @dataclass(frozen=True, eq=False)
+class Constraint:
+    """What it cost that no wave has a negative curvature.
+
+    Attributes:
+        rows: inequalities that were needed.
+        lowest: curvature of the plain fit, eV/Å^2.
+        training_force_rmse, validation_force_rmse: of the plain fit, eV/Å.
+    """
+
+    rows: int
+    lowest: float
+    training_force_rmse: float
+    validation_force_rmse: float
+
+
+@dataclass(frozen=True, eq=False)
 class CrystalFit:
     """A fitted and calibrated force-constant potential.
 
@@ -182,6 +199,8 @@ class CrystalFit:
         training_force_rmse, training_rms_force: of the training frames' force components, eV/Å.
         validation: errors on the frames that calibrated.
         energy_scale, force_scale: conformal factors; without energies the first is a bare number, that of the forces.
+        boxes: the different boxes of the training set, integer matrices of primitive vectors.
+        constraint: what crystal.stable changed; None without it.
     """
 
     basis: ClusterBasis
@@ -193,6 +212,8 @@ class CrystalFit:
     validation: Errors
     energy_scale: ConformalScale | float
     force_scale: ConformalScale
+    boxes: Sequence[np.ndarray] = ()
+    constraint: Constraint | None = None
 
     @property
     def order_shares(self) -> dict[int, float]:
@@ -229,6 +250,7 @@ class CrystalFit:
             "force_scale": self.force_scale.scale,
             "force_attainable": self.force_scale.attainable,
             "force_coverage": float(np.mean(coverage)),
+            **({} if self.constraint is None else {"constraint": asdict(self.constraint)}),
         }
 
 
@@ -258,11 +280,13 @@ def fit_crystal(
     """
     equations = NormalEquations(basis.parameter_orders)
     energies: list[tuple[np.ndarray, float, int]] = []
+    boxes: list[np.ndarray] = []
     shortest = [] if basis.pairs is None else [basis.pairs.ideal_core()]
     for number, frame in enumerate(frames(basis.lattice, training, "training structure")):
         if basis.pairs is not None:
             shortest.append(basis.pairs.shortest(frame.displacements, frame.supercell))
         equations.add(basis.force_matrix(frame.displacements, frame.supercell), frame.forces)
+        boxes.append(frame.supercell.matrix)
         if frame.energy is not None:
             phi = basis.energy_features(frame.displacements, frame.supercell)
             energies.append((phi, frame.energy, frame.cells))
@@ -278,7 +302,12 @@ def fit_crystal(
             equations.add_energy(phi, label - cells * energy)
         posterior = fit(equations, caution=crystal.caution)
     posterior = replace(posterior, core=np.min(shortest, axis=0) if shortest else None)
-    sums = equations.sums["forces"]
+    sums, plain, rows, lowest = equations.sums["forces"], posterior, 0, 0.0
+    if crystal.stable:
+        found = stabilised(basis, plain, wave_vectors(basis.lattice, boxes_of(boxes)))
+        posterior, rows, lowest = found.posterior, found.rows, found.lowest_before
+        if ideal_energy is None and not crystal.energies:
+            energy = _ideal_energy(posterior, energies)
     held_out = errors_of(basis, posterior, _reported(basis.lattice, validation, progress), energy)
     forces = calibrated_forces(held_out, uncertainty)
     return CrystalFit(
@@ -286,12 +315,30 @@ def fit_crystal(
         equations=equations,
         posterior=posterior,
         energy=energy,
-        training_force_rmse=float(np.sqrt(sums.residual(posterior.mean) / sums.rows)),
+        training_force_rmse=_rmse(sums, posterior),
         training_rms_force=float(np.sqrt(sums.square / sums.rows)),
         validation=held_out,
         energy_scale=calibrated_energies(held_out, uncertainty) or forces.scale,
         force_scale=forces,
+        boxes=boxes_of(boxes),
+        constraint=Constraint(rows, lowest, _rmse(sums, plain), _plain_rmse(basis, plain, validation, held_out, rows))
+        if crystal.stable
+        else None,
     )
+
+
+def _rmse(sums: Sums, posterior: Posterior) -> float:
+    """Of the training forces, eV/Å."""
+    return float(np.sqrt(sums.residual(posterior.mean) / sums.rows))
+
+
+def _plain_rmse(
+    basis: ClusterBasis, plain: Posterior, validation: Sequence[Atoms], held_out: Errors, rows: int
+) -> float:
+    """Of the validation forces with the plain fit, eV/Å; that of the final one if no inequality was needed."""
+    if rows == 0:
+        return held_out.force_rmse
+    return errors_of(basis, plain, frames(basis.lattice, validation, "validation structure"), 0.0).force_rmse
 
 
 def calibrated_forces(errors: Errors, settings: UncertaintySettings) -> ConformalScale:

@@ -110,6 +110,7 @@ class ForceConstants(Learner):
             Posterior.load(previous / "posterior.npz") if previous and (previous / "posterior.npz").exists() else None
         )
         posterior = replace(fit(self._equations, start, caution=self.settings.caution), core=self._core(labels))
+        posterior, constraint = self._stable(posterior)
         energy = self._ideal_energy(labels, posterior)
         provenance = {"training_set_hash": dataset_hash(labels), "n_training": len(labels)}
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +138,7 @@ class ForceConstants(Learner):
             "noise_limited": list(posterior.noise_limited),
             "energy": energy,
             "force_scale": scale,
+            **constraint,
             "fit_seconds": round(time.monotonic() - begin, 3),
         }
 
@@ -202,6 +204,18 @@ class ForceConstants(Learner):
 
     def _matrix(self, atoms: Atoms) -> Array:
         return self.basis.force_matrix(atoms, self.box)
+
+    def _stable(self, posterior: Any) -> tuple[Any, dict[str, Any]]:
+        """With crystal.stable, the fit without negative curvature, and what it cost."""
+        from ubmd.potentials.force_constants.curvature import stabilised, wave_vectors
+
+        if not self.settings.stable:
+            return posterior, {}
+        found = stabilised(self.basis, posterior, wave_vectors(self.basis.lattice, [self.box.matrix]))
+        sums = self._equations.sums["forces"]
+        before, after = (math.sqrt(sums.residual(p.mean) / sums.rows) for p in (posterior, found.posterior))
+        cost = {"rows": found.rows, "lowest": found.lowest_before, "rmse_without": before, "rmse_with": after}
+        return found.posterior, {"constraint": cost}
 
     def _core(self, labels: Sequence[Atoms]) -> Array | None:
         """Radii of the core of the pair functions: the shortest distances of the labels and the ideal crystal, Å."""
