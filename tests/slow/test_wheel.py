@@ -85,6 +85,7 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_it_installs_and_runs_without_a_compiler(wheel: tuple[str, Path], tmp_path: Path) -> None:
     python, path = wheel
     assert "manylinux" in path.name
