@@ -240,5 +240,5 @@ class KeepsLog(Protocol):
     logs: Sequence[str]
     """names of the files that `train` leaves in its folder for people: log, picture"""
 
-    def summary(self, folder: Path) -> Summary:
-        """Of the training that has ended in this folder, now or earlier."""
+    def summary(self, folder: Path) -> Summary | None:
+        """Of the training that has ended in this folder, now or earlier; None if no weights were trained."""
