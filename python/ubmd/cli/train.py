@@ -215,7 +215,7 @@ def _print_summary(backend: Backend, folder: Path, console: Console, counts: Map
 
 def _training_summary(found: Summary, counts: Mapping[str, int]) -> Table:
     """RMSEs of the kept weights."""
-    table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}", caption=_time(found))
+    table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}", caption=_caption(found))
     behind = {part: counted(count, "structure") for part, count in counts.items()}
     headings = {"train": f"training (during the epoch; {behind['train']})", "valid": f"validation ({behind['valid']})"}
     measured = [part for part in headings if any(name.startswith(f"{part}_") for name in found.best)]
@@ -232,12 +232,14 @@ def _training_summary(found: Summary, counts: Mapping[str, int]) -> Table:
     return table
 
 
-def _time(found: Summary) -> str | None:
-    """Seconds per epoch, and of all; None for a back end that does not measure them."""
-    if found.seconds is None:
-        return None
-    each = found.seconds / max(1, found.epochs)
-    return f"{wall_time(each) if each >= 1.0 else f'{each:.2g} s'} per epoch, {wall_time(found.seconds)} in all"
+def _caption(found: Summary) -> str | None:
+    """Seconds per epoch, and of all, of a back end that measures them; what it notes."""
+    lines = [found.note] if found.note else []
+    if found.seconds is not None:
+        each = found.seconds / max(1, found.epochs)
+        per_epoch = wall_time(each) if each >= 1.0 else f"{each:.2g} s"
+        lines.append(f"{per_epoch} per epoch, {wall_time(found.seconds)} in all")
+    return "\n".join(lines) or None
 
 
 # -------------------------------------------------------------------------------- info, export, schema

@@ -139,6 +139,8 @@ class Summary:
     """that were trained"""
     seconds: float | None = None
     """that they took together, those before an interruption included"""
+    note: str = ""
+    """what to know of these errors, in a few words"""
 
 
 class Backend(Protocol):

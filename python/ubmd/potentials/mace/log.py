@@ -128,7 +128,10 @@ def summary(folder: Path) -> Summary | None:
     path = folder / LOGS[0]
     rows: Sequence[dict[str, Any]] = read(path) if path.exists() else []
     kept = [row for row in rows if row["best"]]
-    return Summary(kept[-1], int(rows[-1]["epoch"]), sum(row["seconds"] for row in rows)) if kept else None
+    if not kept:
+        return None
+    seconds = sum(row["seconds"] for row in rows)
+    return Summary(kept[-1], rows[-1]["epoch"], seconds, "before the constants of the elements were fitted")
 
 
 def remove_logs(folder: Path) -> None:
