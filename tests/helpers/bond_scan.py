@@ -3,8 +3,8 @@
 Networks are trained on displaced molecules, all of them whole. What is far enough away is no neighbour of the rest any
 more: features that see only what is near might then show nothing new.
 
-``python tests/helpers/bond_scan.py`` trains Gaussian-moment networks (60, 100 and 200 epochs, three seeds each) and prints
-the smallest `margin` for every kind of uncertainty and bond; ``... bond_scan.py FOLDER`` writes the labels into a folder;
+``python tests/helpers/bond_scan.py`` trains Gaussian-moment networks (60, 100, 200 epochs, three seeds) and prints the
+smallest `margin` of each kind of uncertainty and bond; ``... bond_scan.py FOLDER`` writes the labels into a folder;
 ``... bond_scan.py model.pt FOLDER`` is about any model that was trained on them.
 """
 
