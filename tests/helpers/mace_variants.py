@@ -43,6 +43,11 @@ def variants() -> dict[str, torch.nn.Module]:
         "plain repulsion": plain(**COMMON, num_interactions=2, pair_repulsion=True),
         "last readout": scaled(**COMMON, **SCALED, num_interactions=2, use_last_readout_only=True),
         "density": scaled(**{**COMMON, "interaction_cls": density}, **SCALED, num_interactions=2),
+        "ethanol": scaled(
+            **{**COMMON, "atomic_numbers": [1, 6, 8], "hidden_irreps": o3.Irreps("8x0e+8x1o")},
+            **SCALED,
+            num_interactions=2,
+        ),
         "tanh": scaled(**{**COMMON, "gate": torch.tanh}, **SCALED, num_interactions=2),
         "heads": scaled(
             **{**COMMON, "atomic_energies": np.stack([COMMON["atomic_energies"]] * 2)},

@@ -22,10 +22,12 @@ from typer.testing import CliRunner
 from ubmd.cli.main import app
 from ubmd.data.extxyz import write_structures
 from ubmd.errors import ModelError, SettingsError, TrainingError
+from ubmd.potentials.history import read
 from ubmd.potentials.kinds import backend_of
 from ubmd.potentials.mace.arguments import DECIDED, check_arguments, command_line, training_arguments
-from ubmd.potentials.mace.backend import Mace, Progress
+from ubmd.potentials.mace.backend import Mace
 from ubmd.potentials.mace.environment import Environment
+from ubmd.potentials.mace.log import Progress, kept_epoch, summary
 from ubmd.settings import ModelSettings, UncertaintySettings
 
 RUN_TRAIN = """
@@ -179,21 +181,78 @@ def test_arguments_of_the_user_win_over_usual_ones(tmp_path: Path) -> None:
 
 def test_a_log_that_grows_is_reported_line_by_line(tmp_path: Path) -> None:
     rows: list[dict] = []
-    log = tmp_path / "log.txt"
-    progress = Progress(log, 9, rows.append)
+    log = tmp_path / "mace" / "results" / "ubmd_run-3_train.txt"
+    log.parent.mkdir(parents=True)
+    progress = Progress(tmp_path / "mace", "ubmd_run-3", 9, tmp_path, rows.append)
     progress()
+    assert not (tmp_path / "log.csv").exists()
     with log.open("a") as file:
         file.write('{"mode": "eval", "epoch": null, "rmse_f": 3.0}\n{"mode": "opt", "epoch": 0, "loss": 1.0}\n')
-        file.write('{"mode": "eval", "epoch": 0, "rmse_f": 2.0, "rmse_e_per_atom": 0.25}\n{"mode": "ev')
+        file.write('{"mode": "eval", "epoch": 0, "rmse_f": 2.0, "rmse_e_per_atom": 0.25, "time": 0.5}\n{"mode": "ev')
         file.flush()
         progress()
         progress()
         file.write('al", "epoch": 1, "rmse_f": 1.0}\nnoise\n')
     progress()
+    same = {"epochs": 9, "best": 0}
+    first = {"epoch": 1, "loss": 1.0, "valid_energy_rmse_meV_per_atom": 250.0, "valid_force_rmse_eV_per_A": 2.0}
     assert rows == [
-        {"epoch": 1, "epochs": 9, "valid_energy_rmse_meV_per_atom": 250.0, "valid_force_rmse_eV_per_A": 2.0},
-        {"epoch": 2, "epochs": 9, "valid_force_rmse_eV_per_A": 1.0},
+        {**same, **first, "seconds": 0.5},
+        {**same, "epoch": 2, "valid_force_rmse_eV_per_A": 1.0, "seconds": 0.0},
     ]
+    assert [row["epoch"] for row in read(tmp_path / "log.csv")] == [1, 2]
+
+
+def logged(*epochs: int, force: float = 1.0) -> str:
+    """What MACE writes from its start on: two mini-batches per epoch."""
+    lines = [{"mode": "eval", "epoch": None, "rmse_f": 9.0, "time": 50.0}]
+    for epoch in epochs:
+        lines += [{"mode": "opt", "epoch": epoch, "loss": loss, "time": 1.0} for loss in (3.0, 5.0)]
+        lines.append({"mode": "eval", "epoch": epoch, "rmse_f": force, "rmse_stress": 1.0, "time": 0.25})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_epochs_after_an_interruption_take_the_place_of_lost_ones(tmp_path: Path) -> None:
+    """Killed in its fifth epoch, resumed from the checkpoint of the third, ended early by patience."""
+    work = tmp_path / "mace"
+    log = work / "results" / "ubmd_run-3_train.txt"
+    for file in (
+        log,
+        *(work / "checkpoints" / f"ubmd_run-{name}" for name in ("3_epoch-2.pt", "3.model", "31_epoch-9.pt")),
+    ):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    log.write_text(logged(0, 1, 2, 3, 4).removesuffix("\n")[:-20])  # within a line
+    rows: list[dict] = []
+    progress = Progress(work, "ubmd_run-3", 9, tmp_path, rows.append)
+    with log.open("a") as file:
+        file.write(logged(2, 3, force=0.5))
+    progress.finish()
+    assert [row["epoch"] for row in rows] == [3, 4]  # earlier ones have been reported to another process
+    found = read(tmp_path / "log.csv")
+    assert [(row["epoch"], row["valid_force_rmse_eV_per_A"], row["best"]) for row in found] == [
+        (1, 1.0, 0),
+        (2, 1.0, 0),
+        (3, 0.5, 1),
+        (4, 0.5, 0),
+    ]
+    assert {row["loss"] for row in found} == {4.0}
+    assert found[0]["valid_stress_rmse_MPa"] == pytest.approx(160218, abs=1)
+    kept = summary(tmp_path)
+    assert kept is not None
+    assert (kept.best["epoch"], kept.epochs, kept.seconds) == (3, 4, 4 * 2.25)
+    assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert summary(work) is None  # nothing was trained there
+
+
+def test_the_epoch_that_is_kept_is_that_of_the_last_checkpoint(tmp_path: Path) -> None:
+    """Of stage two, if it has come so far."""
+    (tmp_path / "checkpoints").mkdir()
+    assert kept_epoch(tmp_path, "ubmd_run-3") is None
+    for names, kept in ((("epoch-9.pt", "epoch-17.pt"), 18), (("epoch-14_swa.pt", "epoch-8_swa.pt"), 15)):
+        for name in names:
+            (tmp_path / "checkpoints" / f"ubmd_run-3_{name}").touch()
+        assert kept_epoch(tmp_path, "ubmd_run-3") == kept
 
 
 def test_other_files_are_no_checkpoints(python: Path, tmp_path: Path) -> None:

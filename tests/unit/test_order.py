@@ -27,7 +27,7 @@ FLOORS = (
     ("data",),
     ("selection",),
     ("uncertainty",),
-    ("potentials.interface", "potentials.record"),
+    ("potentials.interface", "potentials.record", "potentials.history"),
     ("potentials.file", "potentials.evaluation", "potentials.deployed", "potentials.baseline"),
     ("potentials.summed",),
     ("potentials.evaluator", "potentials.learner", "potentials.fitting", "potentials.members"),
@@ -145,7 +145,7 @@ def test_every_room_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "rooms"), [("rich", {"cli"}), ("typer", {"cli"}), ("matplotlib", {"analysis", "potentials.gmnn"})]
+    ("library", "rooms"), [("rich", {"cli"}), ("typer", {"cli"}), ("matplotlib", {"analysis", "potentials.history"})]
 )
 def test_drawing_stays_where_people_look(library: str, rooms: set[str]) -> None:
     users = {

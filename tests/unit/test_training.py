@@ -24,10 +24,10 @@ from ubmd.data.split import split
 from ubmd.errors import DataError, ModelError, TrainingError
 from ubmd.potentials.gmnn.backend import GaussianMoments
 from ubmd.potentials.gmnn.checkpoint import load_weights
-from ubmd.potentials.gmnn.history import COLUMNS, _draw_panel, draw
 from ubmd.potentials.gmnn.loss import ErrorSums, differences, loss
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.potentials.gmnn.trainer import train
+from ubmd.potentials.history import COLUMNS, _draw_panel, draw
 from ubmd.potentials.interface import Labels, TrainingTable
 from ubmd.potentials.members import member_folders, train_networks
 from ubmd.settings import ModelSettings, TrainingSettings

@@ -207,35 +207,39 @@ def _print_summary(backend: Backend, folder: Path, console: Console, counts: Map
     """The tables and files of the training in this folder, of a back end that keeps a log."""
     from ubmd.potentials.interface import KeepsLog
 
-    if isinstance(backend, KeepsLog):
-        console.print(_training_summary(backend.summary(folder), counts))
+    found = backend.summary(folder) if isinstance(backend, KeepsLog) else None
+    if isinstance(backend, KeepsLog) and found is not None:
+        console.print(_training_summary(found, counts))
         console.print(f"log and picture: {folder / ', '.join(backend.logs)}", soft_wrap=True, markup=False)
 
 
 def _training_summary(found: Summary, counts: Mapping[str, int]) -> Table:
     """RMSEs of the kept weights."""
-    table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}", caption=_time(found))
+    table = Table(title=f"kept: epoch {found.best['epoch']} of {found.epochs}", caption=_caption(found))
     behind = {part: counted(count, "structure") for part, count in counts.items()}
-    training, validation = f"training (during the epoch; {behind['train']})", f"validation ({behind['valid']})"
-    for column in ("RMSE", training, validation, "unit"):
+    headings = {"train": f"training (during the epoch; {behind['train']})", "valid": f"validation ({behind['valid']})"}
+    measured = [part for part in headings if any(name.startswith(f"{part}_") for name in found.best)]
+    for column in ("RMSE", *(headings[part] for part in measured), "unit"):
         table.add_column(column)
     for name, key, unit in (
         ("energy", "energy_rmse_meV_per_atom", "meV/atom"),
         ("force", "force_rmse_eV_per_A", "eV/Å"),
         ("stress", "stress_rmse_MPa", "MPa"),
     ):
-        values = [found.best.get(f"{part}_{key}") for part in ("train", "valid")]
+        values = [found.best.get(f"{part}_{key}") for part in measured]
         if any(value is not None for value in values):
             table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values), unit)
     return table
 
 
-def _time(found: Summary) -> str | None:
-    """Seconds per epoch, and of all; None for a back end that does not measure them."""
-    if found.seconds is None:
-        return None
-    each = found.seconds / max(1, found.epochs)
-    return f"{wall_time(each) if each >= 1.0 else f'{each:.2g} s'} per epoch, {wall_time(found.seconds)} in all"
+def _caption(found: Summary) -> str | None:
+    """Seconds per epoch, and of all, of a back end that measures them; what it notes."""
+    lines = [found.note] if found.note else []
+    if found.seconds is not None:
+        each = found.seconds / max(1, found.epochs)
+        per_epoch = wall_time(each) if each >= 1.0 else f"{each:.2g} s"
+        lines.append(f"{per_epoch} per epoch, {wall_time(found.seconds)} in all")
+    return "\n".join(lines) or None
 
 
 # -------------------------------------------------------------------------------- info, export, schema

@@ -139,6 +139,8 @@ class Summary:
     """that were trained"""
     seconds: float | None = None
     """that they took together, those before an interruption included"""
+    note: str = ""
+    """what to know of these errors, in a few words"""
 
 
 class Backend(Protocol):
@@ -240,5 +242,5 @@ class KeepsLog(Protocol):
     logs: Sequence[str]
     """names of the files that `train` leaves in its folder for people: log, picture"""
 
-    def summary(self, folder: Path) -> Summary:
-        """Of the training that has ended in this folder, now or earlier."""
+    def summary(self, folder: Path) -> Summary | None:
+        """Of the training that has ended in this folder, now or earlier; None if no weights were trained."""

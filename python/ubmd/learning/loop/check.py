@@ -238,20 +238,23 @@ def _disk(settings: RunSettings, given: int, atoms: Atoms, folder: RunFolder) ->
 
 
 def _training_time(settings: RunSettings, given: int, folder: RunFolder) -> float | None:
-    """All trainings of the run, s; None for a back end that keeps no times."""
+    """All trainings of the run and what they need besides epochs, s; None for a back end that keeps no times."""
     log = next(iter(sorted(folder.iteration(0).glob("train/**/log.csv"))), None)
     if log is None:
         return None
     with log.open() as handle:
         per_epoch = [float(row["seconds"]) for row in csv.DictReader(handle)]
     per_structure = min(per_epoch) / _TYPICAL_BATCH_GAIN
+    networks, took = settings.uncertainty.networks, read_iterations(folder)[0].seconds
+    # MACE, for instance, starts its own Python several times.
+    apart = max(0.0, took["train"] + took["export"] - networks * sum(per_epoch))
     total = 0.0
     first = settings.start.count + given
     for k in range(_iterations(settings, given) + 1):
         labels = min(max(settings.loop.labels, first), first + k * settings.selection.batch)
         warm = k > 0 and settings.loop.warm_start
         total += labels * settings.epochs(labels, settings.selection.batch if warm else None) * per_structure
-    return total * settings.uncertainty.networks
+    return total * networks + (_iterations(settings, given) + 1) * apart
 
 
 def _bytes(paths: Iterable[Path]) -> int:

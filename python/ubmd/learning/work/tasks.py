@@ -30,7 +30,7 @@ from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, Tr
 
 if TYPE_CHECKING:
     from ubmd.lammps.engine import MDEngine
-    from ubmd.potentials.gmnn.history import Row
+    from ubmd.potentials.history import Row
 
 Task = TypeVar("Task")
 Result = TypeVar("Result", bound=BaseModel)

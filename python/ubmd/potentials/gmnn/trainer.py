@@ -24,15 +24,14 @@ from ubmd.errors import DataError, ModelError, TrainingError
 from ubmd.files import file_hash
 from ubmd.potentials.gmnn import checkpoint
 from ubmd.potentials.gmnn.gradient import chunk_limits, loss_and_gradients, prediction_errors
-from ubmd.potentials.gmnn.history import Log, Row, draw
 from ubmd.potentials.gmnn.loss import ErrorSums
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
+from ubmd.potentials.history import SECONDS_BETWEEN_PICTURES, Log, Row, draw
 from ubmd.process import torch_threads
 from ubmd.settings import ModelSettings, TrainingSettings
 from ubmd.settings.marks import key_values
 
 _EPOCHS = "training.epochs"  # in the identity of a training
-SECONDS_BETWEEN_PICTURES = 30.0  # one takes half a second, as long as many an epoch of a small data set
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ubmd.errors import ModelError, SettingsError
 from ubmd.files import content_hash, copy_file, file_hash, is_sealed, read_json_if_whole, seal, write_json
-from ubmd.potentials.interface import Labels, RawModule, Report, TrainingTable
+from ubmd.potentials.interface import Labels, RawModule, Report, Summary, TrainingTable
 from ubmd.potentials.mace.arguments import NAME, check_arguments, command_line, training_arguments
 from ubmd.potentials.mace.environment import Environment
+from ubmd.potentials.mace.log import LOGS, Progress, remove_logs, summary
 from ubmd.settings import ModelSettings, UncertaintySettings
 
 if TYPE_CHECKING:  # settings are looked at before it is needed
@@ -42,6 +42,7 @@ class Mace:
     name = "mace"
     checkpoint = "mace.model"
     uncertainties = ("posterior", "distance")
+    logs = LOGS
 
     def __init__(self) -> None:
         self.model = ModelSettings(kind="mace")
@@ -113,6 +114,10 @@ class Mace:
             self.environment.ask("shift", checkpoint=str(source), constants=constants, target=str(target.absolute()))
         return constants
 
+    def summary(self, folder: Path) -> Summary | None:
+        """From log.csv, which `Progress` has made of MACE's own log."""
+        return summary(folder)
+
     def _run(
         self, labels: Labels, table: TrainingTable, work: Path, start: Path | None, seed: int, report: Report | None
     ) -> Path:
@@ -129,11 +134,10 @@ class Mace:
             "default_dtype": table.training.precision,
         }
         arguments = training_arguments(self.model.arguments, files, work, start, options)
-        log = work / "results" / f"{NAME}_run-{seed}_train.txt"
-        progress = Progress(log, epochs, report)
+        progress = Progress(work, f"{NAME}_run-{seed}", epochs, work.parent, report)
         line = command_line(arguments, _takes_value(self.environment))
         self.environment.train(line, table.training.threads or 1, work, progress)
-        progress()
+        progress.finish()
         found = [work / f"{NAME}{part}.model" for part in ("_stagetwo", "")]
         return next(path for path in found if path.is_file())
 
@@ -190,44 +194,6 @@ class Mace:
         )
 
 
-class Progress:
-    """Reads MACE's log of a training while it grows, and reports epochs."""
-
-    def __init__(self, log: Path, epochs: int, report: Report | None) -> None:
-        self.log, self.epochs, self.report = log, epochs, report
-        self._read = log.stat().st_size if log.exists() else 0  # of what ran before an interruption
-
-    def __call__(self) -> None:
-        """Report what is new; only whole lines count."""
-        if self.report is None or not self.log.exists():
-            return
-        with self.log.open("rb") as file:
-            file.seek(self._read)
-            content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.splitlines():
-            row = _row(line, self.epochs)
-            if row is not None:
-                self.report(row)
-
-
-def _row(line: bytes, epochs: int) -> dict[str, Any] | None:
-    """A line of MACE's log for `Report`; None if it is not about a validation."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    if found.get("mode") != "eval" or found.get("epoch") is None:
-        return None
-    row = {"epoch": int(found["epoch"]) + 1, "epochs": epochs}
-    units = {
-        "valid_energy_rmse_meV_per_atom": ("rmse_e_per_atom", 1000.0),
-        "valid_force_rmse_eV_per_A": ("rmse_f", 1.0),
-    }
-    return row | {name: factor * found[key] for name, (key, factor) in units.items() if found.get(key) is not None}
-
-
 @lru_cache
 def _takes_value(environment: Environment) -> Mapping[str, bool]:
     """The arguments of mace_run_train, and whether each takes a value."""
@@ -240,6 +206,7 @@ def _work_folder(folder: Path, key: str, fresh: bool) -> Path:
     work = folder / _WORK
     if work.exists() and (fresh or read_json_if_whole(work / "key.json") != key):
         shutil.rmtree(work)
+        remove_logs(folder)
     work.mkdir(exist_ok=True)
     write_json(work / "key.json", key)
     return work

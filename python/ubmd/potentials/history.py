@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+SECONDS_BETWEEN_PICTURES = 30.0  # one takes half a second, as long as many an epoch of a small data set
+
 COLUMNS = (
     "epoch",
     "seconds",
@@ -61,6 +63,13 @@ class Log:
 
     def close(self) -> None:
         self._file.close()
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a log; empty cells are left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [{key: float(text) for key, text in row.items() if text} for row in csv.DictReader(file)]
+    return [row | {"epoch": int(row["epoch"]), "best": int(row["best"])} for row in rows]
 
 
 def _text(value: Any) -> str:
