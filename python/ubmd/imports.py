@@ -16,7 +16,10 @@ from ubmd.faults import check_machine, in_worker
 from ubmd.files import file_hash
 from ubmd.spelling import nearest
 
-_PIP_NAMES = {"openmm": "'ubmd[openmm]'", "tblite": "'ubmd[tblite]'"}
+_PIP_NAMES = {
+    **{name: f"'ubmd[{name}]'" for name in ("openmm", "tblite", "chgnet")},
+    "sevenn": "'ubmd[sevennet]'",
+}
 
 
 CALCULATOR = "reference.calculator"

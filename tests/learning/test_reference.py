@@ -240,6 +240,14 @@ def test_tblite_made_every_label_and_openmm_none(folder: RunFolder, workers: Wor
     assert "openmm" not in str(rows).lower()
 
 
+def test_weights_of_a_foundation_model_are_shown(folder: RunFolder) -> None:
+    settings = make_settings(folder.path, reference={"calculator": "sevennet"})
+    folder.path.mkdir()
+    open_run(folder, settings, {}, reference={"packages": {"sevenn": "0.13.0"}, "model": "7net-0"})
+    rows = dict(map(tuple, provenance_rows(folder)))
+    assert rows["reference calculator"] == "sevennet; sevenn 0.13.0; model 7net-0"
+
+
 def test_manifests_of_earlier_versions_are_shown(folder: RunFolder) -> None:
     begin(folder, reference={"calculator": "tblite"})
     manifest = read_json(folder.manifest)

@@ -1,13 +1,18 @@
 """References against the programs themselves: skipped where a program or its data is not installed.
 
-Debian: apt-get install lammps-examples quantum-espresso quantum-espresso-data cp2k; PyPI: tblite.
+Debian: apt-get install lammps-examples quantum-espresso quantum-espresso-data cp2k; PyPI: tblite,
+sevenn, chgnet.
 """
 
 import gzip
 import os
 import shutil
+import socket
 import subprocess
+import sys
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +20,12 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.io import read, write
 
 from ubmd.errors import LabelError, SettingsError
 from ubmd.learning.work.workers import TaskFailed, Workers, outcome
 from ubmd.references import label, make_calculator
+from ubmd.references.origin import inspect_reference
 from ubmd.references.programs import scratch_folders
 from ubmd.references.quickff import DEBIAN_EXAMPLES, EXAMPLE, quickff_mil53
 from ubmd.settings import ReferenceSettings
@@ -199,6 +206,109 @@ def test_tblite_without_convergence_is_rejected_and_the_next_label_is_not():
     label(molecule("H2O"), settings("tblite"), HERE)
     with pytest.raises(SettingsError, match="GFN9"):
         make_calculator(settings("tblite", method="GFN9"), HERE)
+
+
+# --- foundation models --------------------------------------------------------------------------------------------
+
+
+NETWORKS = {"sevennet": ("sevenn", "7net-0"), "chgnet": ("chgnet", "0.3.0")}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request) -> str:
+    """Name of the reference; its calculator is made once in this process."""
+    if find_spec(NETWORKS[request.param][0]) is None:
+        pytest.skip(f"the package {NETWORKS[request.param][0]} is not installed")
+    return request.param
+
+
+def oxide() -> Atoms:
+    """Strained rock salt MgO with displaced atoms."""
+    crystal = bulk("MgO", "rocksalt", a=4.25, cubic=True)
+    crystal.set_cell(crystal.cell[:] @ [[1.01, 0.02, 0], [0, 0.99, 0.01], [0, 0, 1.015]], scale_atoms=True)
+    crystal.rattle(0.1, seed=1)
+    return crystal
+
+
+def test_foundation_models_are_made_offline_in_silence_and_say_what_they_are(network, monkeypatch, capfd):
+    def refused(*_, **__):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    record = inspect_reference(settings(network), HERE)
+    label(oxide(), settings(network), HERE)
+    package, model = NETWORKS[network]
+    assert record["packages"] == {package: version(package)}
+    assert record["model"] == model
+    assert capfd.readouterr() == ("", "")
+
+
+def test_labels_of_foundation_models_are_derivatives(network):
+    atoms = oxide()
+    atoms.calc = make_calculator(settings(network), HERE)
+    # The energies have float32's noise: 4e-6 eV, which is 4e-4 eV/Å and 1e-5 eV/Å^3 after the division.
+    assert_derivatives(atoms, [(0, 0), (5, 1)], [], 2e-3, h=5e-3)
+    assert_derivatives(atoms, [], range(6), 1e-4, h=2e-3)
+    assert np.abs(atoms.get_stress()).min() > 4e-4
+    assert np.abs(atoms.get_forces()[[0, 5], [0, 1]]).min() > 0.02
+
+
+IN_A_WORKER = """
+import sys
+from pathlib import Path
+from ase.io import read, write
+from ubmd.learning.work.workers import Workers, outcome
+from ubmd.references import label
+from ubmd.settings import ReferenceSettings
+
+with Workers(1) as workers:
+    reference = ReferenceSettings(calculator=sys.argv[1])
+    write("labelled.traj", outcome(workers.submit(label, read("oxide.traj"), reference, Path(), timeout=300)))
+"""
+
+
+def test_labels_of_foundation_models_do_not_depend_on_each_other_or_on_the_worker(network, tmp_path):
+    write(tmp_path / "oxide.traj", oxide())
+    command = [sys.executable, "-c", IN_A_WORKER, network]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")  # no warning of what a killed worker leaves
+    first = label(oxide(), settings(network), HERE)
+    label(molecule("H2O"), settings(network), HERE)
+    for other in (label(oxide(), settings(network), HERE), read(tmp_path / "labelled.traj")):
+        assert other.get_potential_energy() == first.get_potential_energy()
+        np.testing.assert_array_equal(other.get_forces(), first.get_forces())
+
+
+def test_foundation_models_take_molecules_and_slabs_of_any_orientation(network):
+    labelled = label(molecule("H2O"), settings(network), HERE)
+    boxed = molecule("H2O")
+    boxed.set_cell([20.0, 20.0, 20.0])
+    boxed.center()
+    boxed.pbc = True
+    boxed = label(boxed, settings(network), HERE)
+    assert labelled.get_potential_energy() == pytest.approx(boxed.get_potential_energy(), abs=2e-5)
+    np.testing.assert_allclose(labelled.get_forces(), boxed.get_forces(), atol=2e-4)
+    slab = bulk("MgO", "rocksalt", a=4.2, cubic=True)
+    flat = Atoms(slab.symbols, slab.positions, cell=[4.2, 4.2, 25.0], pbc=[True, True, False])
+    turned = Atoms(slab.symbols, slab.positions, cell=[[0, 0, 25.0], [4.2, 0, 0], [0, 4.2, 0]], pbc=[False, True, True])
+    gap = Atoms(slab.symbols, slab.positions, cell=[4.2, 4.2, 25.0], pbc=True)
+    flat, turned, gap = (label(atoms, settings(network), HERE) for atoms in (flat, turned, gap))
+    for other in (turned, gap):
+        assert other.get_potential_energy() == pytest.approx(flat.get_potential_energy(), abs=1e-4)
+        np.testing.assert_allclose(other.get_forces(), flat.get_forces(), atol=2e-4)
+        np.testing.assert_allclose(other.get_stress()[[0, 1]], flat.get_stress()[[0, 1]], atol=2e-6)
+    assert not flat.get_stress()[2:5].any()
+
+
+def test_foundation_models_refuse_what_they_were_not_trained_on(network):
+    with pytest.raises(SettingsError, match="was not trained on Po:"):
+        label(bulk("Po", "sc", a=3.3), settings(network), HERE)
+    with pytest.raises(LabelError, match="has no neighbour within"):
+        label(Atoms("Si"), settings(network), HERE)
+    with pytest.raises(SettingsError, match=r"neither a file nor weights that the package .* contains"):
+        make_calculator(settings(network, model="7net-omni"), HERE)
+    with pytest.raises(SettingsError, match="did you mean 'device'"):
+        make_calculator(settings(network, devise="cpu"), HERE)
 
 
 # --- Quantum ESPRESSO ---------------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ from openmm import app, unit
 
 from ubmd.errors import LabelError, SettingsError
 from ubmd.references import energy_jumps, label, make_calculator, sample, sample_trajectory
+from ubmd.references.networks import network_calculator, weights_file
 from ubmd.references.programs import command_line, scratch_folder, scratch_folders, sweep_scratch
+from ubmd.references.results import read_results
 from ubmd.settings import ReferenceSettings, SamplingSettings
 
 EXAMPLE = Path(__file__).parents[2] / "lammps_examples" / "alanine_dipeptide"
@@ -442,7 +444,7 @@ def test_a_first_batch_is_compared_with_itself():
 @pytest.mark.parametrize(
     ("calculator", "message"),
     [
-        ("emt", r"neither a ready-made reference \(cp2k, .*openmm.*\) nor an import path"),
+        ("emt", r"neither a ready-made reference \(chgnet, .*openmm.*\) nor an import path"),
         ("ase.calculators.emt:EMTT", "has no 'EMTT'"),
         ("no_such_code.ase:Code", "pip install no_such_code"),
     ],
@@ -473,6 +475,80 @@ def test_tblite_refuses_slabs():
     water.cell, water.pbc = [6.0, 6.0, 9.0], (True, True, False)
     with pytest.raises(LabelError, match="periodic in some directions as periodic in all"):
         label(water, ReferenceSettings(calculator="tblite"), Path())
+
+
+@pytest.mark.parametrize(("calculator", "package"), [("sevennet", "sevenn"), ("chgnet", "chgnet")])
+def test_missing_foundation_models_name_the_pip_command(monkeypatch, calculator, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SettingsError, match=rf"pip install 'ubmd\[{calculator}\]'"):
+        make_calculator(ReferenceSettings(calculator=calculator), EXAMPLE)
+
+
+def emt_as_a_network(cutoff: float = 7.0):
+    """EMT in the place of a network: it knows a cutoff and free directions by itself, so that there is an answer."""
+    return network_calculator("EMT", "of ASE", EMT(), {13, 29, 47, 79}, cutoff)
+
+
+# The same slab with its free direction as the third, first, and a tilted third vector; a wire, a cluster, a crystal.
+SHAPES = {
+    "slab": ([[5.1, 0, 0], [0, 5.1, 0], [0, 0, 30.0]], [True, True, False]),
+    "free first": ([[0, 0, 30.0], [5.1, 0, 0], [0, 5.1, 0]], [False, True, True]),
+    "tilted": ([[5.1, 0, 0], [0, 5.1, 0], [3.0, 2.0, 9.0]], [True, True, False]),
+    "wire": ([[20.0, 0, 0], [0, 5.1, 0], [0, 0, 30.0]], [False, True, False]),
+    "cluster": ([[0, 0, 0], [0, 0, 0], [0, 0, 0]], [False, False, False]),
+    "crystal": ([[5.1, 0.2, 0], [0, 5.1, 0], [0.3, 0, 5.3]], [True, True, True]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_networks_see_free_directions_as_far_gaps(shape):
+    cell, pbc = SHAPES[shape]
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.1, seed=3)
+    atoms.set_cell(cell)
+    atoms.pbc = pbc
+    atoms.positions += [40.0, -7.0, 3.0]
+    atoms.calc = emt_as_a_network()
+    expected = atoms.copy()
+    expected.calc = EMT()
+    assert atoms.get_potential_energy() == pytest.approx(expected.get_potential_energy(), abs=1e-10)
+    np.testing.assert_allclose(atoms.get_forces(), expected.get_forces(), atol=1e-10)
+    if any(pbc):
+        labelled = read_results(atoms, emt_as_a_network())["stress"]
+        np.testing.assert_allclose(labelled, read_results(expected, EMT())["stress"], atol=1e-12)
+        assert np.abs(labelled).max() > 1e-4
+    else:
+        assert "stress" not in read_results(atoms, emt_as_a_network())
+
+
+def test_networks_refuse_what_they_do_not_know():
+    def refused(atoms: Atoms, kind: type[Exception], match: str) -> None:
+        with pytest.raises(kind, match=match):
+            emt_as_a_network(4.0).calculate(atoms)
+
+    refused(bulk("NaCl", "rocksalt", a=5.6), SettingsError, r"EMT \(of ASE\) was not trained on Na, Cl:")
+    charged = bulk("Cu")
+    charged.info["charge"] = 1
+    refused(charged, LabelError, "has a charge, but EMT knows neutral structures only")
+    charged = bulk("Cu", cubic=True)
+    charged.set_initial_charges([0.5, 0.5, 0.0, 0.0])
+    refused(charged, LabelError, "has a charge")
+    charged.set_initial_charges([0.5, -0.5, 0.0, 0.0])
+    emt_as_a_network().calculate(charged)
+    apart = Atoms("Cu3", [[0, 0, 0], [0, 0, 2.5], [0, 0, 7.0]])
+    refused(apart, LabelError, r"Atom 2 \(from 0\) has no neighbour within 4 Å")
+
+
+def test_weights_are_a_name_in_the_package_or_a_file(tmp_path):
+    assert weights_file("small", ("small", "large"), "package") is None
+    (tmp_path / "own.pth").touch()
+    assert weights_file(str(tmp_path / "own.pth"), ("small",), "package") == tmp_path / "own.pth"
+    with pytest.raises(SettingsError, match=r"neither a file nor weights .* did you mean 'small'\?"):
+        weights_file("smal", ("small", "large"), "package")
+    with pytest.raises(SettingsError, match=r"downloads none\); there are 'small', 'large'\."):
+        weights_file("https://example.org/other.pth", ("small", "large"), "package")
 
 
 def test_bad_arguments(tmp_path):

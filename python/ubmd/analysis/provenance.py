@@ -44,6 +44,7 @@ def provenance_rows(folder: RunFolder) -> list[list[str]]:
 def _reference_rows(calculator: str, record: dict[str, Any]) -> list[list[str]]:
     """The reference calculator; runs of earlier versions recorded its name only."""
     parts = [calculator, _versions(record.get("packages", {}))]
+    parts += [f"model {record['model']}"] if record.get("model") else []
     parts += [path if path.endswith(name) else f"{name} {path}" for name, path in record.get("programs", {}).items()]
     rows = [["reference calculator", "; ".join(part for part in parts if part)]]
     rows += _file_rows(record)

@@ -260,7 +260,7 @@ def _reference(structures: Sequence[Atoms]) -> str:
     lacking = sorted(elements - set(emt_parameters))
     toy = f"does not know {', '.join(lacking)}" if lacking else "is a toy for first trials"
     if all(atoms.pbc.any() for atoms in structures):
-        others = '"espresso", "cp2k", "lammps"'
+        others = '"espresso", "cp2k", "lammps", a foundation model ("sevennet", "chgnet")'
     else:
         others = '"tblite" (with arguments = {method = "GFN2-xTB"}), "cp2k", "openmm"'
     return f"this line is to be filled in: EMT {toy}. Choose {others} or your own ASE calculator"

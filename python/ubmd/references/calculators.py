@@ -23,6 +23,8 @@ READY_MADE = {
     "openmm": "ubmd.references.openmm:OpenMM",
     "lammps": "ubmd.references.lammps:LAMMPS",
     "tblite": "ubmd.references.tblite:tblite",
+    "sevennet": "ubmd.references.sevennet:sevennet",
+    "chgnet": "ubmd.references.chgnet:chgnet",
     "cp2k": "ubmd.references.cp2k:cp2k",
     "espresso": "ubmd.references.espresso:espresso",
     "pickled": "ubmd.references.pickled:pickled",  # one that was given from Python

@@ -13,10 +13,12 @@ from typing import Any
 from ubmd.imports import own_files
 from ubmd.references.calculators import READY_MADE, unrecognised_arguments
 from ubmd.references.labels import cached_calculator
+from ubmd.references.programs import ProgramCalculator
 from ubmd.settings import ReferenceSettings
 
 _BASES = ("ase.calculators.abc", "ase.calculators.calculator", "ase.calculators.genericfileio")  # compute nothing
-_LIBRARIES = {f"ubmd.references.{name}": name for name in ("openmm", "lammps", "tblite")}
+_LIBRARIES = {f"ubmd.references.{name}": name for name in ("openmm", "lammps", "tblite", "chgnet")}
+_LIBRARIES["ubmd.references.sevennet"] = "sevenn"
 """Module of the package -> the library that computes for it."""
 
 _PROGRAMS = {"cp2k": "cp2k_shell", "espresso": "pw.x"}
@@ -28,7 +30,8 @@ def inspect_reference(settings: ReferenceSettings, base: Path) -> dict[str, Any]
 
     Returns:
         packages: name -> version of what computes; files: own module -> SHA-256; programs: name -> full path;
-        unrecognised: arguments that the calculator is given but does not name.
+        unrecognised: arguments that the calculator is given but does not name; model: which weights, where a package
+        contains several.
 
     Raises:
         SettingsError: the calculator cannot be imported or made, or an argument is misspelt.
@@ -37,12 +40,13 @@ def inspect_reference(settings: ReferenceSettings, base: Path) -> dict[str, Any]
     kinds = [kind for kind in inspect.getmro(type(calculator)) if kind is not object]
     path = READY_MADE.get(settings.calculator, settings.calculator)
     modules = [path.partition(":")[0], *(kind.__module__ for kind in kinds if kind.__module__ not in _BASES)]
+    model = calculator.model if isinstance(calculator, ProgramCalculator) else ""
     return {
         "packages": _packages([*modules, *(_LIBRARIES.get(module, "") for module in modules)]),
         "files": dict(own_files(modules, base)),
         "programs": _programs(settings),
         "unrecognised": unrecognised_arguments(settings, base),
-    }
+    } | ({"model": model} if model else {})
 
 
 def _packages(modules: Iterable[str]) -> dict[str, str]:

@@ -39,6 +39,7 @@ class ProgramCalculator(Calculator):
 
     implemented_properties = list(_PROPERTIES)  # noqa: RUF012 (ASE declares it so)
     writes_files = False  # to its directory: every structure has a scratch folder
+    model = ""  # which one, where a package contains several: for records
 
     def __init__(self, run: Runner) -> None:
         """``run`` computes one structure in a folder."""

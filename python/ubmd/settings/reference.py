@@ -28,14 +28,14 @@ class ReferenceSettings(Table):
     """The reference calculator: a ready-made reference or any ASE calculator by import path."""
 
     calculator: Annotated[str, FIRST_LABELS] = Field(
-        description="'openmm', 'lammps', 'tblite', 'cp2k', 'espresso', or the import path of an ASE calculator, "
-        "e.g. 'ase.calculators.emt:EMT'"
+        description="'openmm', 'lammps', 'tblite', 'sevennet', 'chgnet', 'cp2k', 'espresso', or the import path of an "
+        "ASE calculator, e.g. 'ase.calculators.emt:EMT'"
     )
     arguments: Annotated[dict[str, Any], FIRST_LABELS] = Field(
         default_factory=dict,
         description="keyword arguments of the calculator, e.g. 'openmm': pdb, forcefield, cmap; 'lammps': commands, "
-        "elements, units; 'tblite': method; 'cp2k', 'espresso': launcher, threads and the program's settings; misspelt "
-        "names are refused",
+        "elements, units; 'tblite': method; 'sevennet', 'chgnet': model, device; 'cp2k', 'espresso': launcher, threads "
+        "and the program's settings; misspelt names are refused",
     )
     info: Annotated[tuple[str, ...], ELSEWHERE] = Field(
         USUAL_INFO,
