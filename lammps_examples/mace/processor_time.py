@@ -1,8 +1,8 @@
-"""Processor time of a run by iteration and stage: python processor_time.py RUN_DIR FILE.json, while the run is going on.
+"""Processor time of a run by iteration and stage, while it is going on: python processor_time.py RUN_DIR FILE.json
 
 Follows RUN_DIR/events.jsonl, which names the driver's process and its stages, and adds up the processor time of the
 driver and everything that it starts (also MACE's own Python) twice a second: what a shared machine's clock cannot tell.
-An interrupted and resumed run is followed on. If FILE.json exists, what processes have used before is not counted again.
+An interrupted and resumed run is followed on. If FILE.json exists, what processes have used before is left out.
 Linux only. FILE.json: {"train": {"0": seconds, "1": seconds, ...}, "md": ..., "other": ...}
 """
 
