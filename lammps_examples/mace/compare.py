@@ -17,7 +17,7 @@ from ubmd.analysis.style import BLUE, ORANGE, new_figure, save
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 TITLES = {"gmnn": "Gaussian-moment network", "mace": "MACE"}
-PARTS = {"train": "training", "md": "MD", "label": "labels", "rest": "rest"}
+PARTS = {"train": "training", "md": "MD", "rest": "rest"}  # a label takes 0.03 s: in the rest
 
 
 def minutes(times: dict[str, dict[str, float]], iteration: int) -> dict[str, float]:

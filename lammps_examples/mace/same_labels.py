@@ -1,7 +1,7 @@
-"""Both networks from scratch on the same labels: python same_labels.py NAME=RUN_DIR ... [--labels 64] [--python FILE]
+"""Both networks from scratch on the same labels: python same_labels.py [--python mace-env/bin/python]
 
-Trains each network on the first 64 labels of each run, whoever selected them, and measures it on test_gfn2.extxyz.
-The models stay in same_labels_run. Writes results/same_labels.json, and prints it as a table.
+Trains each network on the 64 labels of each run (results/*_labels.extxyz.gz), whoever selected them, and measures it on
+test_gfn2.extxyz. The models stay in same_labels_run. Writes results/same_labels.json, and prints it as a table.
 """
 
 from __future__ import annotations
@@ -38,16 +38,13 @@ def seconds() -> float:
 def main() -> None:
     """Train and measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUN_DIR")
-    parser.add_argument("--labels", type=int, default=64)
     parser.add_argument("--python", type=Path, default=HERE / "mace-env/bin/python", help="that has MACE")
     options = parser.parse_args()
     rows = []
     print("| network | labels selected by | energy, meV/atom | forces, eV/Å | largest | minutes |\n" + "|---" * 6 + "|")
     for row in ("gmnn", "mace"):
-        for word in options.runs:
-            name, _, folder = word.partition("=")
-            frames = ase.io.read(Path(folder) / "dataset.extxyz", index=f":{options.labels}")
+        for name in ("gmnn", "mace"):
+            frames = ase.io.read(HERE / f"results/{name}_labels.extxyz.gz", index=":")
             settings = tables(row, options.python) | {"output_dir": f"same_labels_run/{row}_on_{name}"}
             settings["validation_share"] = 0.2
             begin = seconds()
