@@ -60,16 +60,17 @@ def settings_of(file: Path, row: str, *changes: str) -> RunSettings:
 # ------------------------------------------------------------------------------------------ the settings files
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("example", [ALANINE, MIL53], ids=lambda path: path.name)
-def test_all_rows_are_valid_settings_and_no_two_are_the_same(example: Path, name: str) -> None:
-    file = example / name
+FILES = [*(example / name for example in (ALANINE, MIL53) for name in NAMES), EXAMPLES / "mace" / "loop.toml"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_all_rows_are_valid_settings_and_no_two_are_the_same(file: Path) -> None:
     runs = rows.runs_of(file, [], [0, 1], Path("rows_run"), [])
     settings = [run.settings(file) for run in runs]
     assert len({s.model_dump_json(exclude={"run_dir"}) for s in settings}) == len(runs)
     made = rows.tomllib.loads(file.with_name("rows.toml").read_text())["prepare"]
     for path in {s.start.file for s in settings} | {s.test.file for s in settings if s.test and s.test.file}:
-        assert (example / path).exists() or str(path) in made
+        assert (file.parent / path).exists() or str(path) in made
 
 
 def test_the_paper_settings_are_the_published_ones() -> None:

@@ -25,6 +25,7 @@ from ubmd import analysis
 from ubmd.analysis import figures, predictions
 from ubmd.analysis.compare import compare
 from ubmd.analysis.figures import at_labels, group_learning_figure, mean_curve, shared_labels
+from ubmd.analysis.provenance import setting_texts
 from ubmd.analysis.run_data import Frames, read_frames
 from ubmd.analysis.run_groups import Run
 from ubmd.analysis.table import run_values
@@ -552,6 +553,31 @@ def test_calibration_picture_counts_many_points(tmp_path):
 def test_conditions_in_words(tables, text):
     values = {"run_dir": "x", "start": {"file": "x"}, "reference": {"calculator": "x"}} | tables
     assert conditions(RunSettings.model_validate(values)) == text
+
+
+def test_settings_that_a_kind_of_network_does_not_use_are_not_listed():
+    """A MACE network with r_max = 4 has no 'model.cutoff' of 5 Å, the default of Gaussian-moment networks."""
+    texts = {}
+    for kind, more in (("gmnn", {}), ("mace", {"arguments": {"r_max": 4.0}}), ("my:Network", {})):
+        values = {"run_dir": "x", "start": {"file": "x"}, "reference": {"calculator": "x"}}
+        values["model"] = {"kind": kind, **more}
+        texts[kind] = setting_texts(RunSettings.model_validate(values))
+    assert texts["gmnn"]["model.cutoff"] == "5.0"
+    assert texts["mace"]["model.arguments"] == '{"r_max": 4.0}'
+    assert not {"model.cutoff", "model.hidden", "training.learning_rate"} & texts["mace"].keys()
+    assert {"training.epochs", "training.threads", "model.baseline", "model.features"} < texts["mace"].keys()
+    assert not {"model.arguments", "model.python", "training.mode"} & texts["gmnn"].keys()
+    assert {"model.arguments", "training.learning_rate"} < texts["my:Network"].keys()
+    assert "model.cutoff" not in texts["my:Network"]
+
+
+def test_comparison_of_two_kinds_of_networks_has_the_settings_of_both(run, tmp_path):
+    other = copy_run(run, tmp_path / "other", model={"kind": "mace", "python": "p", "arguments": {"r_max": 4.0}})
+    compare([run, other], tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert re.search(r"\| model.kind +\| \"gmnn\" +\| \"mace\" +\|", text)
+    assert re.search(r"\| model.arguments +\| - +\| \{\"r_max\": 4.0\} +\|", text)
+    assert re.search(r"\| model.cutoff +\| [0-9.]+ +\| - +\|", text)
 
 
 # --- the example that uses all this -------------------------------------------------------------------------------

@@ -201,7 +201,8 @@ def _overview(document: Document, comparison: Comparison) -> dict[str, list[str]
     ]
     section.table(["group", "runs", "seeds", "folders"], rows)
     first = [setting_texts(runs[0].settings) for runs in comparison.groups.values()]
-    keys = [key for key in first[0] if any(a.get(key) != b.get(key) for a, b in pairwise(first))]
+    every = dict.fromkeys(key for texts in first for key in texts)  # kinds of networks have keys of their own
+    keys = [key for key in every if any(a.get(key) != b.get(key) for a, b in pairwise(first))]
     changed = {key: [texts.get(key, "-") for texts in first] for key in keys if key not in ("run_dir", "seed")}
     if changed:
         section = document.section("Settings that differ between the groups")

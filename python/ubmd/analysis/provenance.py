@@ -8,7 +8,8 @@ from typing import Any
 from ubmd.analysis.document import Document
 from ubmd.files import file_hash
 from ubmd.runs.folder import RunFolder
-from ubmd.settings import Table
+from ubmd.settings import ModelSettings, Table
+from ubmd.settings.potentials import keys_without_effect
 
 _FILES = ("dataset", "test", "model")
 
@@ -94,8 +95,10 @@ def add_provenance(report: Document, folder: RunFolder, settings: Table) -> None
 
 
 def setting_texts(settings: Table) -> dict[str, str]:
-    """Dotted key -> value as text, of every setting."""
-    return {key: _shown(value) for key, value, _ in _pairs(settings, "")}
+    """Dotted key -> value as text, of every setting but those that this kind of network does not use."""
+    model = getattr(settings, "model", None)
+    unused = keys_without_effect(model.kind) if isinstance(model, ModelSettings) else frozenset()
+    return {key: _shown(value) for key, value, _ in _pairs(settings, "") if key not in unused}
 
 
 _REQUIRED = object()

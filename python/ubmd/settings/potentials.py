@@ -137,11 +137,28 @@ class TrainingSettings(Table):
     threads: Annotated[int | None, ELSEWHERE] = Field(None, ge=1, description="torch threads; default: all cores")
 
 
+def keys_without_effect(kind: str) -> frozenset[str]:
+    """Keys of [model] and [training], as 'model.cutoff', that this kind of network doesn't use.
+
+    >>> sorted(keys_without_effect("gmnn"))
+    ['model.arguments', 'model.checkpoint', 'model.features', 'model.python', 'training.mode']
+    """
+    of_others = {name for names in KEYS_OF.values() for name in names} - set(KEYS_OF.get(kind, ()))
+    of_others |= {"arguments"} if kind == "gmnn" else set(KEYS_OF_GMNN)
+    return frozenset({f"model.{name}" for name in of_others} | {f"training.{name}" for name in _unused_training(kind)})
+
+
+def _unused_training(kind: str) -> set[str]:
+    """Keys of [training] without effect on this kind of network."""
+    used = TRAINING_OF.get(kind, set(TrainingSettings.model_fields) - {"mode"})
+    return set(TrainingSettings.model_fields) - {*used, "threads", "checkpoint_every"}
+
+
 def check_mode(model: ModelSettings, training: TrainingSettings) -> None:
     """ValueError for keys of [training] without effect on this kind of network, or a mode that it does not have."""
-    used = TRAINING_OF.get(model.kind, tuple(TrainingSettings.model_fields))
+    unused = _unused_training(model.kind) - {"mode"}
     for name, field in TrainingSettings.model_fields.items():
-        if name not in (*used, "threads", "checkpoint_every") and getattr(training, name) != field.default:
+        if name in unused and getattr(training, name) != field.default:
             hint = "; what mace_run_train takes goes into [model.arguments]" if model.kind == "mace" else ""
             raise ValueError(f"training.{name} has no effect on model.kind = {model.kind!r}; remove it{hint}")
     if training.mode is None:
