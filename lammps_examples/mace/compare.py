@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
 import ubmd
 from ubmd.analysis.style import BLUE, ORANGE, new_figure, save
 
@@ -86,15 +88,21 @@ def draw(results: dict[str, list[dict]]) -> None:
         "force RMSE (eV/Å)": "force_rmse_eV_per_A",
         "energy RMSE (meV/atom)": "energy_rmse_meV_per_atom",
     }
+    ticks = {"labels": (16, 32, 64, 128, 256), "processor time (min)": (0.5, 1, 2, 5, 10, 20)}
+    levels = {"force RMSE (eV/Å)": (0.05, 0.1, 0.2), "energy RMSE (meV/atom)": (1, 2, 5, 10)}
     for line, (text, key) in zip(panels, errors.items(), strict=True):
         for axes, (name, column) in zip(line, columns.items(), strict=True):
             for (run, rows), colour, marker in zip(results.items(), (BLUE, ORANGE), "os", strict=False):
                 x, y = [column(row) for row in rows], [row["errors"][key] for row in rows]
                 axes.plot(x, y, marker + "-", color=colour, ms=4, label=TITLES.get(run, run))
             axes.set(xscale="log", yscale="log")
-            if line is panels[-1]:
-                axes.set_xlabel(name)
+            for axis, marks in ((axes.xaxis, ticks[name]), (axes.yaxis, levels[text])):
+                axis.set_major_locator(FixedLocator(marks))
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.set_minor_locator(NullLocator())
         line[0].set_ylabel(text)
+    for axes, name in zip(panels[-1], columns, strict=True):
+        axes.set_xlabel(name)
     panels[0, 0].legend(frameon=False)
     save(figure, HERE / "compare.png")
 
