@@ -19,7 +19,7 @@ import ubmd
 from ubmd.settings import RunSettings, load_settings
 
 HERE = Path(__file__).resolve().parent
-EPOCHS = {"gmnn": 1000, "mace": 400}  # the loop's first trainings: 300 and 200
+EPOCHS = {"gmnn": 1000, "mace": 250}  # the loop's first trainings: 300 and 200
 
 
 def tables(row: str, python: Path) -> dict[str, object]:
