@@ -349,6 +349,7 @@ def test_weights_can_stay(mode: str, folder: Path, checkpoint: Path, tmp_path: P
     assert found.stat().st_mtime_ns == seen  # it is sealed
 
 
+@pytest.mark.slow
 def test_a_killed_training_resumes_and_leaves_nothing_running(folder: Path, tmp_path: Path) -> None:
     for name in ("train.extxyz", "valid.extxyz"):
         shutil.copy(folder / name, tmp_path)
