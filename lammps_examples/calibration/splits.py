@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.stats import betabinom
 
 import ubmd
+from ubmd.measure.confidence import structures_needed
 from ubmd.measure.errors import CalibrationData, calibration_data, share_covered, spearman
 from ubmd.uncertainty.conformal import conformal_scale
 
@@ -68,10 +69,10 @@ def main() -> None:
     files = [given.labelled, *given.apart]
     sets = [ase.io.read(file, ":") for file in files]
     m = len(sets[0]) - n
-    if m < 1 or n < math.ceil(round(1.0 / alpha - 1.0, 9)):
+    if m < 1 or n < structures_needed(alpha):
         raise SystemExit(
             f"{len(sets[0])} structures cannot be split into {n} for calibration and the test: a confidence of "
-            f"{given.confidence:g} needs at least {math.ceil(round(1.0 / alpha - 1.0, 9))}, and one for the test."
+            f"{given.confidence:g} needs at least {structures_needed(alpha)}, and one for the test."
         )
     model = ubmd.Model(given.model)
     data = [calibration_data(structures, model.predict(structures)) for structures in sets]
