@@ -72,8 +72,9 @@ class Crystal:
         operators: bool = False,
         pairs: float | None = None,
         core: np.ndarray | None = None,
+        limit: float | None = None,
     ) -> Crystal:
-        """With random parameters (falling sizes of the terms) if none are given."""
+        """With random parameters (falling sizes of the terms) if none are given; ``limit``: of all shells."""
         rng = np.random.default_rng(3)
         basis = ClusterBasis.build(primitive, cutoffs, pairs=pairs)
         n, orders = basis.n_parameters, basis.parameter_orders
@@ -81,7 +82,8 @@ class Crystal:
         mean = rng.normal(size=n) * scale if mean is None else mean
         factor = 0.05 * rng.normal(size=(n, n)) / np.sqrt(n) * scale[:, None]
         alpha = dict.fromkeys(basis.all_orders, 1.0)
-        posterior = Posterior(orders, mean, factor, alpha, {"forces": 1.0}, 0.0, core=core)
+        limits = None if limit is None else np.full(len(basis.shells.distance), limit)
+        posterior = Posterior(orders, mean, factor, alpha, {"forces": 1.0}, 0.0, core=core, limits=limits)
         model = (CrystalModel if pairs is None else PairedCrystalModel)(
             basis,
             posterior,
@@ -116,9 +118,9 @@ class Crystal:
         sigma = ENERGY_SCALE * np.hypot(np.linalg.norm(phi @ factor), TINY * len(atoms))
         gradient = ENERGY_SCALE**2 * -(matrix @ (factor @ (factor.T @ phi))) / sigma
         deviations = np.sqrt(np.square(matrix @ factor).sum(1)).reshape(-1, 3)
-        core, repulsion = self.basis.core(self.posterior.core, u, box)
+        fixed, repulsion = self.basis.fixed(self.posterior.core, self.posterior.limits, u, box)
         return Expected(
-            energy=phi @ mean + core + ENERGY * box.determinant,
+            energy=phi @ mean + fixed + ENERGY * box.determinant,
             forces=(matrix @ mean).reshape(-1, 3) + repulsion,
             sigma=sigma,
             sigma_gradient=gradient.reshape(-1, 3),

@@ -324,7 +324,7 @@ def crystals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Crystal]:
     }
     found = {kind: Crystal.make(tmp_path_factory.mktemp(kind), *values) for kind, values in kinds.items()}
     core = np.array([3.35, 2.7, 3.1])  # Å: Se-Se, Se-Sn, Sn-Sn
-    options = {"operators": True, "pairs": 5.2, "core": core}
+    options = {"operators": True, "pairs": 5.2, "core": core, "limit": 0.5}
     cutoffs = {2: 3.6, 3: 2.9}
     return found | {"pairs": Crystal.make(tmp_path_factory.mktemp("pairs"), tin_selenide(), cutoffs, **options)}
 

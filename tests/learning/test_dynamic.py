@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tomli_w
 from ase.build import bulk
+from ase.neighborlist import neighbor_list
 from killed_driver import start_driver, tear
 from processes import is_alive, linux, wait_for
 from silicon import make_settings, settings_table, write_inputs
@@ -26,6 +27,8 @@ from ubmd.learning import RunFolder
 from ubmd.learning.dynamic.engine import run
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
+from ubmd.potentials.force_constants.seen import Seen
+from ubmd.potentials.force_constants.shells import LabelledRange
 from ubmd.references import label
 from ubmd.references.lammps import LAMMPS
 from ubmd.runs.dynamic_history import read_errors
@@ -337,6 +340,37 @@ def test_a_piece_ends_at_its_trigger(piece: PieceTask) -> None:
     assert result.ended == "segment"
 
 
+def test_a_piece_ends_where_displacements_leave_the_labels(finished: RunFolder, piece: PieceTask) -> None:
+    """The first frame, `wait` checks after the refit, in which two neighbours differ by more than in any label."""
+    basis = ClusterBasis.load(finished.path / "basis.npz")
+    dataset = read_structures(finished.dataset)
+    near = neighbor_list("ij", ideal(), 2.6)  # the cutoff of order 3: nearest neighbours, one shell
+
+    def largest(positions: np.ndarray) -> float:
+        u = positions - ideal().positions
+        return float(np.linalg.norm(u[near[0]] - u[near[1]], axis=1).max())
+
+    limit = max(0.2 * 5.431 * 3**0.5 / 4, *(largest(atoms.positions) for atoms in dataset))
+    seen = Seen(basis)
+    box = basis.supercell(ideal())
+    for atoms in dataset:
+        seen.add(box.displacements(atoms), box)
+    assert seen.largest == pytest.approx([limit], rel=1e-9)
+    pairs = basis.shells.pairs(box)
+    file = piece.start.with_name("range.npz")
+    LabelledRange(ideal().positions, pairs.first, pairs.second, seen.largest[pairs.shell]).save(file)
+    run_piece(piece.model_copy(update={"frames": 60}))
+    _, quiet = read_piece(piece.result)
+    sizes = [largest(positions) for positions in quiet.frames]
+    factor = 0.999 * max(sizes[20:]) / limit
+    first = next(k for k, size in enumerate(sizes, 1) if k >= 10 and size > factor * limit)
+    asking = piece.start.with_name("asking.npz")
+    trigger = AbsoluteTrigger(1e6, extrapolation=factor)
+    write_state(asking, TrajectoryState(**(vars(read_state(piece.start)) | {"trigger": trigger.state()})))
+    result = run_piece(piece.model_copy(update={"start": asking, "labelled_range": file}))
+    assert (result.ended, result.rule, result.end, result.threshold) == ("asked", "extrapolation", first, None)
+
+
 def test_a_turned_crystal_keeps_its_orientation(finished: RunFolder, piece: PieceTask, tmp_path: Path) -> None:
     """LAMMPS turns the cell; states, frames and errors stay those of the structure."""
     primitive = bulk("Si", a=5.431).repeat((2, 2, 2))
@@ -428,6 +462,46 @@ def test_a_reference_that_rejects_everything_ends_the_run_with_its_reason(tmp_pa
     last = folder.path / "rounds" / "round_0001"
     if (last / "start_000.npz").exists() and any(a.info["iteration"] == 0 for a in rejected):
         assert np.array_equal(read_state(last / "start_000.npz").positions, ideal().positions)
+
+
+def test_labels_after_a_runaway_are_not_learnt(tmp_path: Path) -> None:
+    """A reference whose forces explode in its seventh and ninth calculation, as after an atom fell into another."""
+    (tmp_path / "exploding.py").write_text(EXPLODING.format(calls=str(tmp_path / "calls")))
+    write_inputs(tmp_path, tmp_path / "run")
+    reference = {"calculator": "exploding:Exploding", "arguments": {}, "noise": 0.0, "force_limit": 1e9}
+    dynamic = settings_table(tmp_path)["dynamic"] | {"labels": 10, "steps": 600, "temperatures": [900.0, 900.0]}
+    dynamic["trigger"] = {"rule": "absolute", "threshold": 1e6, "extrapolation": 0.3, "floor": 0.0}
+    folder = RunFolder(run(make_settings(tmp_path / "run", reference=reference, dynamic=dynamic, test=None), tmp_path))
+    dataset, rejected = read_structures(folder.dataset), read_structures(folder.rejected)
+    assert len(dataset) == 8
+    assert len(rejected) == 2
+    assert all("had left its site" in atoms.info["reason"] for atoms in rejected)
+    sizes = [np.linalg.norm(atoms.get_forces(), axis=1).max() for atoms in dataset]
+    assert all(size <= 5.0 * max(sizes[:k]) for k, size in enumerate(sizes) if k >= 5)
+    asked = [row for entry in folder.read_history() for row in entry["asked"]]
+    assert {row["rule"] for row in asked} == {"extrapolation"}
+    assert sum(bool(row["rejected"]) for row in asked) == len(rejected)
+
+
+EXPLODING = """
+import numpy as np
+from ase.build import bulk
+from ase.calculators.calculator import Calculator, all_changes
+
+class Exploding(Calculator):
+    implemented_properties = ["energy", "forces"]
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        u = atoms.positions - bulk("Si", a=5.431, cubic=True).positions
+        u = u - u.mean(0)
+        with open("{calls}", "a+") as calls:
+            calls.write("x")
+            calls.seek(0)
+            number = len(calls.read())
+        forces = -9.0 * u * (100.0 if number in (7, 9) else 1.0)
+        self.results = {{"energy": 4.5 * float(np.sum(u**2)), "forces": forces}}
+"""
 
 
 @pytest.mark.slow

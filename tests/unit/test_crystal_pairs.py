@@ -1,4 +1,7 @@
-"""Pair functions of the true distance beside force constants: against plain sums over atoms and their differences."""
+"""Pair functions of the true distance beside force constants, their core, and the wall beyond the labels.
+
+Against plain sums over atoms and differences of these.
+"""
 
 import math
 from dataclasses import replace
@@ -24,6 +27,7 @@ from ubmd.settings import CrystalSettings, UncertaintySettings
 pytest.importorskip("spglib")
 
 CUTOFF = 5.2
+LIMIT = 0.3  # Å, of differences of displacements
 RADII = np.array([3.35, 2.7, 3.1])  # of the core: Se-Se, Se-Sn, Sn-Sn
 
 
@@ -62,6 +66,7 @@ def crystal(request, tmp_path_factory) -> Crystal:
         operators=request.param,
         pairs=CUTOFF,
         core=RADII,
+        limit=LIMIT,
     )
 
 
@@ -69,9 +74,15 @@ def crystal(request, tmp_path_factory) -> Crystal:
 def only_pairs(crystal, tmp_path_factory) -> Crystal:
     """Its pair functions alone."""
     mean = np.where(crystal.basis.parameter_orders == 0, crystal.posterior.mean, 0.0)
-    return Crystal.make(
-        tmp_path_factory.mktemp("only"), tin_selenide(), {2: 3.6, 3: 3.0}, mean=mean, pairs=CUTOFF, core=RADII
-    )
+    options = {"mean": mean, "pairs": CUTOFF, "core": RADII}
+    return Crystal.make(tmp_path_factory.mktemp("only"), tin_selenide(), {2: 3.6, 3: 3.0}, **options)
+
+
+@pytest.fixture(scope="module")
+def only_wall(crystal, tmp_path_factory) -> Crystal:
+    """Its wall alone."""
+    options = {"mean": 0.0 * crystal.posterior.mean, "pairs": CUTOFF, "core": 0.0 * RADII, "limit": LIMIT}
+    return Crystal.make(tmp_path_factory.mktemp("wall"), tin_selenide(), {2: 3.6, 3: 3.0}, **options)
 
 
 def test_energies_and_forces_are_plain_sums(only_pairs):
@@ -80,7 +91,7 @@ def test_energies_and_forces_are_plain_sums(only_pairs):
     found = only_pairs.expected(atoms, box)
     rest = plain(only_pairs, box.ideal, cell, numbers)
     energy = plain(only_pairs, atoms.positions, cell, numbers) - rest
-    assert only_pairs.basis.core(RADII, atoms, box)[0] > 0.05
+    assert only_pairs.basis.fixed(RADII, None, atoms, box)[0] > 0.05
     assert found.energy - ENERGY * box.determinant == pytest.approx(float(energy), rel=1e-10)
     rng = np.random.default_rng(0)
     for _ in range(2):
@@ -91,8 +102,48 @@ def test_energies_and_forces_are_plain_sums(only_pairs):
         assert abs(-np.sum(found.forces * direction) - slope) < 1e-10 * np.linalg.norm(found.forces)
 
 
-def test_the_file_is_basis_posterior_and_core(crystal):
+def plain_wall(ideal: np.ndarray, u: np.ndarray, cell: np.ndarray) -> np.longdouble:
+    """Energy of the wall: pairs of sites within 3 Å in extended precision, images and all."""
+    u = np.asarray(u, np.longdouble)
+    images = np.array(np.meshgrid(*[np.arange(-1, 2)] * 3)).reshape(3, -1).T
+    sites = np.linalg.norm(ideal[None, :] - ideal[:, None] + (images @ cell)[:, None, None], axis=3)
+    apart = np.sqrt(((u[None, :] - u[:, None]) ** 2).sum(2))
+    many = ((sites > 1e-6) & (sites < 3.0)).sum(0)
+    return 0.5 * 20.0 * np.sum(many * np.maximum(apart / np.longdouble(LIMIT) - 1.0, 0.0) ** 4)
+
+
+def test_the_wall_is_a_plain_sum(only_wall):
+    atoms, box = only_wall.shaken((1, 2, 2), 0.35)
+    u = box.displacements(atoms)
+    found = Model(only_wall.path).predict([atoms])[0]
+    energy = plain_wall(box.ideal, u, box.cell)
+    assert found.energy - ENERGY * box.determinant == pytest.approx(float(energy), rel=1e-10)
+    assert energy > 0.1
+    direction = np.random.default_rng(0).standard_normal(u.shape)
+    direction /= np.linalg.norm(direction)
+    slope = float(np.dot(WEIGHTS, [plain_wall(box.ideal, u + h * direction, box.cell) for h in STEPS]))
+    assert abs(-np.sum(found.forces * direction) - slope) < 1e-9 * np.linalg.norm(found.forces)
+    small = only_wall.shaken((1, 2, 2), 0.08)[0]  # no two atoms are further apart than 0.28 Å
+    assert np.abs(Model(only_wall.path).predict([small])[0].forces).max() == 0.0
+
+
+def test_no_large_displacement_lowers_the_energy(crystal):
+    """The third order alone falls without bound; the wall is of the fourth."""
     atoms, box = crystal.shaken((1, 2, 2), 0.3)
+    u = box.displacements(atoms)
+    theta = np.where(crystal.basis.parameter_orders == 3, crystal.posterior.mean, 0.0)
+    sign = -np.sign(crystal.basis.energy_features(u, box) @ theta)
+    energies = {}
+    for t in (10.0 * sign, 100.0 * sign, 1000.0 * sign):
+        cubic = float(crystal.basis.energy_features(t * u, box) @ theta)
+        assert cubic < 0.0
+        energies[abs(t)] = cubic + crystal.basis.fixed(None, crystal.posterior.limits, t * u, box)[0]
+    assert energies[1000.0] > energies[100.0] > energies[10.0] > 0.0
+
+
+def test_the_file_is_basis_posterior_core_and_wall(crystal):
+    atoms, box = crystal.shaken((1, 2, 2), 0.3)
+    assert crystal.basis.fixed(None, crystal.posterior.limits, atoms, box)[0] > 0.05
     found = Model(crystal.path).predict([atoms])[0]
     expected = crystal.expected(atoms, box)
     size = np.abs(expected.forces).max()
@@ -199,7 +250,9 @@ def test_files_keep_the_functions(crystal, tmp_path):
     np.testing.assert_array_equal(
         basis.force_matrix(atoms, box) @ parameters, crystal.basis.force_matrix(atoms, box) @ parameters
     )
-    assert type(crystal.posterior).load(tmp_path / "posterior.npz").core.tolist() == RADII.tolist()
+    posterior = type(crystal.posterior).load(tmp_path / "posterior.npz")
+    assert posterior.core.tolist() == RADII.tolist()
+    assert posterior.limits.tolist() == crystal.posterior.limits.tolist()
 
 
 def test_earlier_versions_refuse_the_file(crystal):

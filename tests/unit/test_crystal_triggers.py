@@ -102,6 +102,29 @@ def test_state_survives_a_restart() -> None:
         assert 0 < sum(seen[0]) < len(errors)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda **more: AverageTrigger(maximum=9.0, factor=9.0, **more), lambda **more: AbsoluteTrigger(9.0, **more)],
+)
+def test_displacements_beyond_the_labels_call_too(make) -> None:
+    """From the tenth check after a refit on, whatever the noise; kept by a restart."""
+    trigger = make(extrapolation=1.15)
+    reaches = [1.2] * 9 + [1.1, 1.14, 1.16, 1.0]
+    seen = []
+    for step, reach in enumerate(reaches):
+        if step == 7:
+            trigger = load_trigger(json.loads(json.dumps(trigger.state())))
+        call = trigger.observe(0.1, noise=5.0, reach=reach)
+        seen.append(call.rule if call is not None else "")
+    assert seen == [""] * 11 + ["extrapolation", ""]
+    trigger.refitted(0.05)
+    assert trigger.observe(0.1, reach=2.0) is None
+    plain = make()
+    assert all(plain.observe(0.1, reach=5.0) is None for _ in range(30))
+    assert "extrapolation" not in plain.state()["settings"]
+    assert "checks" not in plain.state()["memory"]  # as earlier versions wrote it
+
+
 def test_refusals() -> None:
     with pytest.raises(DataError, match="invalid at this step"):
         AbsoluteTrigger(0.1).observe(math.nan)

@@ -23,6 +23,7 @@ from openmm import app, unit
 
 from ubmd.errors import LabelError, SettingsError
 from ubmd.references import energy_jumps, label, make_calculator, sample, sample_trajectory
+from ubmd.references.labels import force_jumps
 from ubmd.references.networks import network_calculator, weights_file
 from ubmd.references.programs import command_line, scratch_folder, scratch_folders, sweep_scratch
 from ubmd.references.results import read_results
@@ -436,6 +437,23 @@ def test_a_first_batch_is_compared_with_itself():
     assert set(energy_jumps(new, [], 5.0)) == {2}
     assert energy_jumps(new[1:3], [], 5.0) == {}  # which of two is wrong?
     assert energy_jumps([], [], 5.0) == {}
+
+
+def with_force(size: float) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    forces = np.zeros((4, 3))
+    forces[2] = (0.6 * size, 0.0, -0.8 * size)
+    atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=forces)
+    return atoms
+
+
+def test_forces_out_of_proportion_are_found():
+    known = [with_force(size) for size in (0.1, 0.5, 1.0, 2.0, 1.5)]
+    new = [with_force(size) for size in (9.9, 10.1, 1.0, 800.0)]
+    reasons = force_jumps(new, known)
+    assert set(reasons) == {1, 3}
+    assert reasons[1].startswith("The largest force is 10.1 eV/Å, that of all 5 labels before 2 eV/Å")
+    assert force_jumps(new, known[:4]) == {}  # too few to know what is usual
 
 
 # --- settings that cannot work ------------------------------------------------------------------------------------

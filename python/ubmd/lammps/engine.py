@@ -174,6 +174,8 @@ class PieceTask(BaseModel):
     lattice: bool
     """whether the model is one of a crystal (fix ubmd then gives the largest displacement)"""
     langevin_seed: int
+    labelled_range: Path | None = None
+    """npz (`ubmd.potentials.force_constants.shells.LabelledRange`), for the trigger's extrapolation"""
 
 
 class PieceResult(BaseModel):
@@ -190,11 +192,11 @@ class PieceResult(BaseModel):
     reason: str
     """one sentence for guard (displacement limit) and failed, else empty"""
     rule: str
-    """of the trigger that requested a label; 'guard'; else empty"""
+    """of the trigger that requested a label ('extrapolation': displacements beyond the labels'); 'guard'; else empty"""
     error: float | None
     """at the last check, eV/Å"""
     threshold: float | None
-    """that was passed, eV/Å; None without a request of the trigger"""
+    """that was passed, eV/Å; None without a request for the error"""
     max_error: float | None
     """of all checks, eV/Å; None without a check"""
     mean_error: float | None

@@ -41,6 +41,7 @@ from ubmd.lammps.session import (
     with_suitable_neighbours,
 )
 from ubmd.lammps.triggers import Trigger, load_trigger
+from ubmd.potentials.force_constants.shells import LabelledRange
 
 Array = NDArray[np.float64]
 FIX = "monitor"
@@ -222,6 +223,7 @@ class _Piece:
         self._start = state
         self._sane = state.step, state.positions, state.velocities  # at the last valid check
         self.trigger = load_trigger(state.trigger)
+        self._range = None if task.labelled_range is None else LabelledRange.load(task.labelled_range)
         self.bias_share = self.max_displacement = 0.0
         self._rule = ""
         self._threshold: float | None = None
@@ -261,7 +263,8 @@ class _Piece:
             if not (temperature := session.temperature()) < limit:
                 return "failed", f"The temperature is {temperature:.0f} K at step {step}: it exploded."
         threshold, mean = self.trigger.threshold, self.trigger.mean
-        call = self.trigger.observe(error, self.task.noise)
+        reach = 0.0 if self._range is None else self._range.reach(positions)
+        call = self.trigger.observe(error, self.task.noise, reach)
         self._series.append((step, error, threshold, mean))
         self.bias_share = session.fix_value(FIX, FixValue.BIAS_SHARE)
         if self.task.lattice:

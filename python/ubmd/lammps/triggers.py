@@ -17,15 +17,18 @@ from typing import Any, ClassVar
 from ubmd.errors import DataError, SettingsError
 from ubmd.settings.dynamic import TriggerSettings
 
+WAIT = 10  # steps after a refit before errors are compared with their average, or displacements with the labels'
+
 
 @dataclass(frozen=True)
 class Call:
     """A request for a label, and why."""
 
     rule: str
-    """'absolute', 'average' or 'history'"""
+    """'absolute', 'average', 'history' or 'extrapolation'"""
     error: float
-    threshold: float
+    threshold: float | None
+    """eV/Å; None for 'extrapolation'"""
 
 
 class Trigger(ABC):
@@ -34,16 +37,29 @@ class Trigger(ABC):
     Args:
         floor: no call while the error is below floor x noise (c/sqrt(β)): what noise or truncation leaves is not
             learnt by further labels. Models without a noise pass 0 as noise.
+        extrapolation: a second rule beside that of the error, whatever that is: a call where displacements of
+            neighbours differ this many times as much as in any label, from the `wait`-th step after a refit on. None:
+            no such rule.
     """
 
     kind: ClassVar[str]
+    wait: int = WAIT
 
-    def __init__(self, floor: float = 1.0) -> None:
+    def __init__(self, floor: float = 1.0, extrapolation: float | None = None) -> None:
         _positive("floor", floor, zero=True)
+        if extrapolation is not None:
+            _positive("extrapolation", extrapolation)
         self.floor = floor
+        self.extrapolation = extrapolation
+        self._checks = 0  # since the refit
 
-    def observe(self, error: float, noise: float = 0.0) -> Call | None:
+    def observe(self, error: float, noise: float = 0.0, reach: float = 0.0) -> Call | None:
         """Take the error of the next step; a `Call` if this step is to be labelled.
+
+        Args:
+            error: eV/Å.
+            noise: of the labels, eV/Å.
+            reach: largest difference of displacements of neighbours over that of all labels.
 
         Raises:
             DataError: the error is negative or not a finite number.
@@ -52,7 +68,11 @@ class Trigger(ABC):
             raise DataError(f"A trigger got the error {error}: the model or the structure is invalid at this step.")
         call = self._rule(error)
         self._remember(error)
-        return call if call is not None and error >= self.floor * noise else None
+        self._checks += 1
+        if call is not None and error >= self.floor * noise:
+            return call
+        beyond = self.extrapolation is not None and reach > self.extrapolation and self._checks >= self.wait
+        return Call("extrapolation", error, None) if beyond else None
 
     @property
     @abstractmethod
@@ -64,17 +84,25 @@ class Trigger(ABC):
         """Average error along the trajectory of the current model, eV/Å; NaN for rules without one, and before one."""
         return math.nan
 
-    @abstractmethod
     def refitted(self, error: float) -> None:
         """The model was refitted; ``error`` is that of the labelled structure with the new model."""
+        self._checks = 0
+        self._learnt(error)
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Arguments of the constructor."""
+        """Arguments of the constructor, `extrapolation` left aside."""
 
     def state(self) -> dict[str, Any]:
-        """JSON values for `load_trigger`."""
-        return {"kind": self.kind, "settings": self.settings(), "memory": self._memory()}
+        """JSON values for `load_trigger`; without the second rule those of earlier versions."""
+        settings, memory = self.settings(), self._memory()
+        if self.extrapolation is not None:
+            settings, memory = settings | {"extrapolation": self.extrapolation}, memory | {"checks": self._checks}
+        return {"kind": self.kind, "settings": settings, "memory": memory}
+
+    @abstractmethod
+    def _learnt(self, error: float) -> None:
+        """Take a refit into the state."""
 
     @abstractmethod
     def _rule(self, error: float) -> Call | None: ...
@@ -96,8 +124,8 @@ class AbsoluteTrigger(Trigger):
 
     kind = "absolute"
 
-    def __init__(self, threshold: float, floor: float = 1.0) -> None:
-        super().__init__(floor)
+    def __init__(self, threshold: float, floor: float = 1.0, extrapolation: float | None = None) -> None:
+        super().__init__(floor, extrapolation)
         _positive("threshold", threshold)
         self._threshold = threshold
 
@@ -106,7 +134,7 @@ class AbsoluteTrigger(Trigger):
         """The fixed one, eV/Å."""
         return self._threshold
 
-    def refitted(self, error: float) -> None:
+    def _learnt(self, error: float) -> None:
         """Nothing to remember."""
 
     def settings(self) -> dict[str, Any]:
@@ -147,17 +175,18 @@ class AverageTrigger(Trigger):
         maximum: float = 0.14,
         factor: float = math.sqrt(3.0),
         window: int = 1000,
-        wait: int = 10,
+        wait: int = WAIT,
         floor: float = 1.0,
+        extrapolation: float | None = None,
     ) -> None:
-        super().__init__(floor)
+        super().__init__(floor, extrapolation)
         for name, value in (("maximum", maximum), ("factor", factor), ("window", window), ("wait", wait)):
             _positive(name, value)
         self.maximum, self.factor, self.window, self.wait = maximum, factor, window, wait
         self.steps = 0
         self.errors: deque[float] = deque(maxlen=window)
 
-    def refitted(self, error: float) -> None:
+    def _learnt(self, error: float) -> None:
         """The average is that of the current model: it starts again."""
         self.steps = 0
         self.errors.clear()
@@ -205,8 +234,15 @@ class HistoryTrigger(Trigger):
 
     kind = "history"
 
-    def __init__(self, start: float = 0.002, history: int = 10, factor: float = 1.0, floor: float = 1.0) -> None:
-        super().__init__(floor)
+    def __init__(
+        self,
+        start: float = 0.002,
+        history: int = 10,
+        factor: float = 1.0,
+        floor: float = 1.0,
+        extrapolation: float | None = None,
+    ) -> None:
+        super().__init__(floor, extrapolation)
         for name, value in (("start", start), ("history", history), ("factor", factor)):
             _positive(name, value)
         self.start, self.history, self.factor = start, history, factor
@@ -219,7 +255,7 @@ class HistoryTrigger(Trigger):
             return self.start
         return self.factor * math.fsum(self.after) / len(self.after)
 
-    def refitted(self, error: float) -> None:
+    def _learnt(self, error: float) -> None:
         """Remember the error that the new model leaves on the structure it has just learnt."""
         self.after.append(error)
 
@@ -245,7 +281,7 @@ KINDS: dict[str, type[Trigger]] = {kind.kind: kind for kind in (AbsoluteTrigger,
 
 def make_trigger(settings: TriggerSettings) -> Trigger:
     """A fresh trigger."""
-    return KINDS[settings.rule](**settings.arguments(), floor=settings.floor)
+    return KINDS[settings.rule](**settings.arguments(), floor=settings.floor, extrapolation=settings.extrapolation)
 
 
 def load_trigger(state: Mapping[str, Any]) -> Trigger:
@@ -254,6 +290,7 @@ def load_trigger(state: Mapping[str, Any]) -> Trigger:
         raise SettingsError(f"There is no trigger {state['kind']!r}: choose one of {', '.join(KINDS)}.")
     trigger = KINDS[state["kind"]](**state["settings"])
     trigger._restore(state["memory"])
+    trigger._checks = int(state["memory"].get("checks", 0))
     return trigger
 
 

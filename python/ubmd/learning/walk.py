@@ -272,7 +272,7 @@ class Walk(Generic[E]):
 
     def _append(self, number: int, labelled: list[Atoms], rejected: list[Atoms], at_once: int = 1) -> None:
         """Give labels their numbers, and write them behind the data set, one by one (or ``at_once``)."""
-        jumps = energy_jumps(labelled, self.dataset, self.settings.reference.energy_limit)
+        jumps = energy_jumps(labelled, self.dataset, self.settings.reference.energy_limit) | self._refuse(labelled)
         for k, reason in jumps.items():
             labelled[k].calc = None
             labelled[k].info["reason"] = reason
@@ -300,6 +300,10 @@ class Walk(Generic[E]):
             write_structures(self.folder.rejected, self.rejected)
         else:
             self.folder.rejected.unlink(missing_ok=True)
+
+    def _refuse(self, labelled: list[Atoms]) -> dict[int, str]:
+        """New labels that are not to be learnt: index -> one sentence with the reason."""
+        return {}
 
     def _accept(self, number: int, labelled: list[Atoms]) -> None:
         """Called with new labels before they are written: adds to their ``info``."""

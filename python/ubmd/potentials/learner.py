@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from ase import Atoms
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from ubmd.potentials.interface import Signal
 from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
+
+if TYPE_CHECKING:
+    from ubmd.potentials.force_constants.shells import LabelledRange
 
 Array = NDArray[np.float64]
 Progress = Callable[[dict[str, Any]], None]
@@ -123,6 +126,10 @@ class Learner(ABC):
     @abstractmethod
     def drops(self, candidates: Sequence[Atoms], frames: Sequence[Atoms]) -> list[float] | None:
         """Predicted relative drop of the mean error on frames by learning each candidate; None if not computed."""
+
+    def labelled_range(self, labels: Sequence[Atoms]) -> LabelledRange | None:
+        """How far displacements differ in the labels, in the box of the dynamics; None for models without a lattice."""
+        return None
 
     @abstractmethod
     def choose(self, candidates: Sequence[Atoms], count: int, rng: np.random.Generator) -> list[int]:

@@ -27,6 +27,8 @@ from ubmd.references.results import Results, read_results
 from ubmd.settings import ReferenceSettings
 
 _FEWEST_FOR_MEDIAN = 3
+_FEWEST_FOR_FORCES = 5  # labels before
+_RUNAWAY = 5.0  # largest force over that of all labels before
 _MOVED = 0.01  # Å; a structure further than this from the requested one is another one
 
 # One calculator per process: building a force field or starting a code can cost more than a label.
@@ -253,6 +255,35 @@ def energy_jumps(new: Sequence[Atoms], known: Sequence[Atoms], limit: float) -> 
                 f"composition, beyond {limit:g} eV/atom (reference.energy_limit)."
             )
     return reasons
+
+
+def force_jumps(new: Sequence[Atoms], known: Sequence[Atoms]) -> dict[int, str]:
+    """Labels of a crystal whose largest force is out of proportion: their atoms had left their sites.
+
+    Learning such a frame makes a potential of displacements worse for all others; in SnSe one raised the noise from
+    0.005 to 3 eV/Å. Fewer than _FEWEST_FOR_FORCES labels say too little of what is usual; after that many, no label of
+    nine runs of SnSe at 300 and 600 K exceeded 1.7 times the largest before it.
+
+    Args:
+        new: labelled structures.
+        known: labels accepted before.
+
+    Returns:
+        index in ``new`` -> one sentence with the reason.
+    """
+    if len(known) < _FEWEST_FOR_FORCES:
+        return {}
+    before = max(_largest_force(atoms) for atoms in known)
+    return {
+        k: f"The largest force is {force:.3g} eV/Å, that of all {len(known)} labels before {before:.3g} eV/Å: an atom "
+        "had left its site, and such a frame is not learnt."
+        for k, force in enumerate(map(_largest_force, new))
+        if force > _RUNAWAY * before
+    }
+
+
+def _largest_force(atoms: Atoms) -> float:
+    return float(np.linalg.norm(atoms.get_forces(), axis=1).max())
 
 
 def _energies_by_composition(structures: Sequence[Atoms]) -> dict[str, list[float]]:

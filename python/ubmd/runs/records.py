@@ -250,8 +250,8 @@ class Request(Record):
     replica: int
     temperature: float | None = Field(description="K; null for start labels")
     step: int = Field(description="of the replica's trajectory")
-    rule: str = Field(description="'start', 'absolute', 'average', 'history' or 'guard'")
-    threshold: float | None = Field(description="that was passed, eV/Å; null for start and guard")
+    rule: str = Field(description="'start', 'absolute', 'average', 'history', 'extrapolation' or 'guard'")
+    threshold: float | None = Field(description="that was passed, eV/Å; null for start, extrapolation and guard")
     rejected: str = Field("", description="why it has no label")
     error_before: float | None = Field(description="predicted by the model that had not seen it, eV/Å")
     true_before: float | None = Field(description="largest |ΔF| of a component with that model, eV/Å")

@@ -20,7 +20,7 @@ from ubmd.settings import (
     WorkerSettings,
 )
 from ubmd.settings.labels import LABELS, LabelSources, gather_labels
-from ubmd.settings.marks import ELSEWHERE, NOTHING
+from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING
 from ubmd.settings.potentials import check_mode
 
 
@@ -68,6 +68,13 @@ class TriggerSettings(Table):
     floor: float = Field(
         1.0, ge=0, description="no request while the error is below this times the noise of the labels (no unit)"
     )
+    extrapolation: Annotated[float | None, LATE] = Field(
+        None,
+        gt=0,
+        description="force constants: also request a label where the displacements of two neighbours differ by more "
+        "than this times the largest difference in all labels (at least 0.2 of the shortest distance), 'wait' checks "
+        "after a refit at the earliest, e.g. 1.15 for soft crystals (no unit); default: no such rule",
+    )
 
     @model_validator(mode="after")
     def _arguments_fit_the_rule(self) -> TriggerSettings:
@@ -86,7 +93,7 @@ class TriggerSettings(Table):
 
     def arguments(self) -> dict[str, Any]:
         """Those of the rule that are set."""
-        values = self.model_dump(exclude={"rule", "floor"})
+        values = self.model_dump(exclude={"rule", "floor", "extrapolation"})
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -226,6 +233,10 @@ class DynamicRunSettings(Table):
                 raise ValueError("start.count must be at least 2 for a network: one trains, one validates")
             if self.uncertainty.kind == "ensemble":
                 raise ValueError("dynamic training has one network: use an uncertainty.kind other than 'ensemble'")
+            if self.dynamic.trigger.extrapolation is not None:
+                raise ValueError(
+                    "dynamic.trigger.extrapolation is for force constants ([crystal]); remove it for a network"
+                )
             return self
         for name in ("model", "training"):
             if getattr(self, name) is not None:

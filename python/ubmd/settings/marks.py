@@ -72,11 +72,18 @@ def is_set(table: Table, key: str) -> bool:
 
 def key_values(table: Table) -> dict[str, Any]:
     """What a table contributes to the key of a stage: the values that affect its result, as JSON."""
-    fields = {name: (field, mark_of(field)) for name, field in type(table).model_fields.items()}
-    usual = {
-        name
-        for name, (field, mark) in fields.items()
-        if mark.late and getattr(table, name) == field.get_default(call_default_factory=True)
-    }
-    elsewhere = {name for name, (_, mark) in fields.items() if not mark.in_key}
-    return table.model_dump(mode="json", exclude=usual | elsewhere)
+    fields = type(table).model_fields
+    elsewhere = {name: True for name, field in fields.items() if not mark_of(field).in_key}
+    return table.model_dump(mode="json", exclude=_late_at_default(table) | elsewhere)
+
+
+def _late_at_default(table: Table) -> dict[str, Any]:
+    """Late settings at their defaults, those of tables in it too, as pydantic's ``exclude``."""
+    found: dict[str, Any] = {}
+    for name, field in type(table).model_fields.items():
+        value = getattr(table, name)
+        if mark_of(field).late and value == field.get_default(call_default_factory=True):
+            found[name] = True
+        elif isinstance(value, Table) and (inner := _late_at_default(value)):
+            found[name] = inner
+    return found

@@ -230,8 +230,9 @@ class CrystalSettings(Table):
     stable: Annotated[bool, LATE] = Field(
         False,
         description="allow no negative curvature at the ideal crystal: not of the second order, and not of the whole "
-        "energy, in multiples of the labels' box and on a mesh of wave vectors; with order 2 and pairs alone the "
-        "energy then has a lower bound",
+        "energy, in multiples of the labels' box and on a mesh of wave vectors; with pairs, a wall begins where "
+        "displacements of neighbours differ by more than in any label, if there are orders above 2, and the energy has "
+        "a lower bound",
     )
     decay: float | None = Field(
         None,

@@ -36,6 +36,7 @@ from ubmd.learning.work.workers import Executor
 from ubmd.potentials.interface import converged
 from ubmd.potentials.kinds import backend_files, kind_of_settings
 from ubmd.potentials.learner import Learner
+from ubmd.references.labels import force_jumps
 from ubmd.runs.folder import Listener, RunFolder
 from ubmd.runs.inputs import input_hashes
 from ubmd.runs.manifest import open_run
@@ -313,6 +314,10 @@ class DynamicRun(Walk[RoundEntry]):
 
         now.once.run("judge", now.keys["label"], [target], judge)
         return [Request.read(row) for row in read_json(target)]
+
+    def _refuse(self, labelled: list[Atoms]) -> dict[int, str]:
+        """Labels of trajectories that had left the crystal."""
+        return force_jumps(labelled, self.dataset) if self.learner.lattice else {}
 
     def _check_fruitful(self, labelled: Sequence[Atoms], rejected: Sequence[Atoms]) -> None:
         if labelled or rejected:  # a round in which no trajectory has asked says nothing

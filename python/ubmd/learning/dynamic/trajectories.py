@@ -78,7 +78,7 @@ class Trajectories:
         """The segments of a round; writes the states that they start from."""
         dynamic, bias = self._dynamic, self._settings.bias
         self._models.load(now)
-        noise = self._learner.noise
+        noise, labelled_range = self._learner.noise, self._labelled_range(now)
         tasks = {}
         for r, steps in lengths.items():
             start = now.folder / f"start_{r:03d}.npz"
@@ -102,8 +102,20 @@ class Trajectories:
                 noise=noise,
                 lattice=self._learner.lattice,
                 langevin_seed=int(seed),
+                labelled_range=labelled_range,
             )
         return tasks
+
+    def _labelled_range(self, now: Round) -> Path | None:
+        """File of the range of the labels that the round's model has learnt, for dynamic.trigger.extrapolation."""
+        if self._dynamic.trigger.extrapolation is None:
+            return None
+        found = self._learner.labelled_range(self._past.dataset[: now.labels])
+        assert found is not None  # the settings allow it only for force constants
+        path = now.folder / "labelled_range.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.save(path)
+        return path
 
     def _state(self, now: Round, replica: int) -> TrajectoryState:
         """The state a trajectory continues from: its last, with a refit passed to its trigger; or again the box."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from io import BytesIO
 from itertools import combinations_with_replacement, permutations, product
 from math import factorial, prod
@@ -41,6 +41,7 @@ from ubmd.potentials.force_constants.clusters import (
 )
 from ubmd.potentials.force_constants.lattice import Lattice, Supercell
 from ubmd.potentials.force_constants.pairs import PAIRS, PairFunctions, site_pairs
+from ubmd.potentials.force_constants.shells import NEAR, Shells
 from ubmd.potentials.force_constants.symmetry import SYMMETRY_TOLERANCE
 
 FORMAT, FORMAT_PAIRS = 1, 2  # earlier versions refuse a basis with pair functions
@@ -278,17 +279,36 @@ class ClusterBasis:
                 np.add.at(result, (first, second), constants @ values)
         return result
 
-    def core(
-        self, radii: np.ndarray | None, structure: Atoms | np.ndarray, supercell: Supercell | None = None
-    ) -> tuple[float, np.ndarray]:
-        """Energy (eV) and forces [n, 3] (eV/Å) of the pair functions' core of one structure; zero without them.
+    @cached_property
+    def shells(self) -> Shells:
+        """Neighbours whose differences of displacements are compared with those of the labels."""
+        higher = [part.cutoff for part in self.parts if part.order > 2]
+        return Shells(self.lattice, max(higher, default=NEAR * self.lattice.shortest_distance))
 
-        They have no parameters: features and force matrix lack them.
+    @property
+    def wall_power(self) -> int:
+        """Power of the wall beyond the labels: above that of the polynomial."""
+        return max(self.orders) + 1
+
+    def fixed(
+        self,
+        core: np.ndarray | None,
+        limits: np.ndarray | None,
+        structure: Atoms | np.ndarray,
+        supercell: Supercell | None = None,
+    ) -> tuple[float, np.ndarray]:
+        """Energy (eV) and forces [n, 3] (eV/Å) of what has no parameters: core and wall (`Posterior.core`, `.limits`).
+
+        Features and force matrix lack them. None: there is none.
         """
         displacements, box = self._displacements(structure, supercell)
-        if self.pairs is None or radii is None:
-            return 0.0, np.zeros_like(displacements)
-        return self.pairs.core(radii, displacements, box)
+        energy, forces = 0.0, np.zeros_like(displacements)
+        if self.pairs is not None and core is not None:
+            energy, forces = self.pairs.core(core, displacements, box)
+        if limits is not None:
+            of_wall = self.shells.wall(limits, self.wall_power, displacements, box)
+            energy, forces = energy + of_wall[0], forces + of_wall[1]
+        return energy, forces
 
     def save(self, path: Path) -> None:
         """Write the basis to an npz file."""

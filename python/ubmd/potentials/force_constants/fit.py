@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.curvature import boxes_of, stabilised, wave_vectors
 from ubmd.potentials.force_constants.lattice import Lattice, Placer, Supercell
 from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, Sums, fit
+from ubmd.potentials.force_constants.seen import Seen
 from ubmd.potentials.force_constants.symmetry import SYMMETRY_TOLERANCE
 from ubmd.settings import CrystalSettings, UncertaintySettings
 from ubmd.uncertainty.conformal import ConformalScale, conformal_scale
@@ -154,14 +155,14 @@ def errors_of(basis: ClusterBasis, posterior: Posterior, data: Iterable[Frame], 
     energies: list[tuple[float, float, int]] = []
     for frame in data:
         matrix = basis.force_matrix(frame.displacements, frame.supercell)
-        core, repulsion = basis.core(posterior.core, frame.displacements, frame.supercell)
+        fixed, repulsion = basis.fixed(posterior.core, posterior.limits, frame.displacements, frame.supercell)
         forces.append(posterior.forces(matrix).reshape(-1, 3) + repulsion - frame.forces)
         deviations.append(posterior.force_deviations(matrix).reshape(-1, 3))
         squares += float(np.sum(frame.forces**2))
         sizes.append(len(frame.forces))
         if frame.energy is not None:
             phi = basis.energy_features(frame.displacements, frame.supercell)
-            error = float(posterior.energy(phi)) + core + energy * frame.cells - frame.energy
+            error = float(posterior.energy(phi)) + fixed + energy * frame.cells - frame.energy
             energies.append((error, float(posterior.energy_deviation(phi)), len(frame.forces)))
     columns = np.array(energies).reshape(-1, 3).T
     return Errors(
@@ -281,10 +282,9 @@ def fit_crystal(
     equations = NormalEquations(basis.parameter_orders)
     energies: list[tuple[np.ndarray, float, int]] = []
     boxes: list[np.ndarray] = []
-    shortest = [] if basis.pairs is None else [basis.pairs.ideal_core()]
+    seen = Seen(basis)
     for number, frame in enumerate(frames(basis.lattice, training, "training structure")):
-        if basis.pairs is not None:
-            shortest.append(basis.pairs.shortest(frame.displacements, frame.supercell))
+        seen.add(frame.displacements, frame.supercell)
         equations.add(basis.force_matrix(frame.displacements, frame.supercell), frame.forces)
         boxes.append(frame.supercell.matrix)
         if frame.energy is not None:
@@ -301,7 +301,7 @@ def fit_crystal(
         for phi, label, cells in energies:
             equations.add_energy(phi, label - cells * energy)
         posterior = fit(equations, caution=crystal.caution)
-    posterior = replace(posterior, core=np.min(shortest, axis=0) if shortest else None)
+    posterior = seen.bounded(posterior, crystal.stable)
     sums, plain, rows, lowest = equations.sums["forces"], posterior, 0, 0.0
     if crystal.stable:
         found = stabilised(basis, plain, wave_vectors(basis.lattice, boxes_of(boxes)))

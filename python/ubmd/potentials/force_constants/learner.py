@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from ase import Atoms
@@ -19,6 +18,10 @@ from ubmd.potentials.learner import Array, Judgement, Learner, Progress, _relati
 from ubmd.settings import CrystalSettings
 from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
 from ubmd.settings.marks import key_values
+
+if TYPE_CHECKING:
+    from ubmd.potentials.force_constants.seen import Seen
+    from ubmd.potentials.force_constants.shells import LabelledRange
 
 
 class ForceConstants(Learner):
@@ -87,6 +90,7 @@ class ForceConstants(Learner):
         self._crystal = crystal
         self.basis = cached_basis(crystal, wanted.cutoffs, basis_file, wanted.decay, wanted.tolerance, wanted.pairs)
         self.box = self.basis.supercell(box)
+        self._ideal_positions: Array = box.positions.copy()
         self._equations = NormalEquations(self.basis.parameter_orders)
         self._learnt: list[str] = []  # hashes of the labels in the sums
         self._first: tuple[Array, float] | None = None  # features and energy of the first label
@@ -109,8 +113,8 @@ class ForceConstants(Learner):
         start = (
             Posterior.load(previous / "posterior.npz") if previous and (previous / "posterior.npz").exists() else None
         )
-        posterior = replace(fit(self._equations, start, caution=self.settings.caution), core=self._core(labels))
-        posterior, constraint = self._stable(posterior)
+        posterior = fit(self._equations, start, caution=self.settings.caution)
+        posterior, constraint = self._stable(self._seen(labels).bounded(posterior, self.settings.stable))
         energy = self._ideal_energy(labels, posterior)
         provenance = {"training_set_hash": dataset_hash(labels), "n_training": len(labels)}
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +206,14 @@ class ForceConstants(Learner):
 
         return select_batch(self._posterior, [self._matrix(atoms) for atoms in candidates], count)
 
+    def labelled_range(self, labels: Sequence[Atoms]) -> LabelledRange:
+        """From the shells of the cluster basis."""
+        from ubmd.potentials.force_constants.shells import LabelledRange
+
+        pairs = self.basis.shells.pairs(self.box)
+        limit = self._seen(labels).largest[pairs.shell]
+        return LabelledRange(self._ideal_positions, pairs.first, pairs.second, limit)
+
     def _matrix(self, atoms: Atoms) -> Array:
         return self.basis.force_matrix(atoms, self.box)
 
@@ -217,18 +229,18 @@ class ForceConstants(Learner):
         cost = {"rows": found.rows, "lowest": found.lowest_before, "rmse_without": before, "rmse_with": after}
         return found.posterior, {"constraint": cost}
 
-    def _core(self, labels: Sequence[Atoms]) -> Array | None:
-        """Radii of the core of the pair functions: the shortest distances of the labels and the ideal crystal, Å."""
-        pairs = self.basis.pairs
-        if pairs is None:
-            return None
-        shortest = [pairs.shortest(self.box.displacements(atoms), self.box) for atoms in labels]
-        found: Array = np.min([pairs.ideal_core(), *shortest], axis=0)
-        return found
+    def _seen(self, labels: Sequence[Atoms]) -> Seen:
+        """How far the displacements of labels reach."""
+        from ubmd.potentials.force_constants.seen import Seen
+
+        seen = Seen(self.basis)
+        for atoms in labels:
+            seen.add(self.box.displacements(atoms), self.box)
+        return seen
 
     def _repulsion(self, atoms: Atoms) -> Array:
-        """Forces [n, 3] of the core, eV/Å."""
-        return self.basis.core(self._posterior.core, atoms, self.box)[1]
+        """Forces [n, 3] of core and wall, eV/Å."""
+        return self.basis.fixed(self._posterior.core, self._posterior.limits, atoms, self.box)[1]
 
     def _add(self, labels: Sequence[Atoms]) -> None:
         """Bring the sums to these labels."""

@@ -13,11 +13,12 @@ from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.model import TINY, CrystalModel
 from ubmd.potentials.force_constants.pairs import CORE, PAIRS, WIDTH, PairFunctions, site_pairs
 from ubmd.potentials.force_constants.regression import Posterior
+from ubmd.potentials.force_constants.shells import WALL
 from ubmd.uncertainty.posterior import deviation
 
 
 class PairedCrystalModel(nn.Module):
-    """`CrystalModel` with pair functions and their core; the methods have the meanings of that class.
+    """`CrystalModel` with pair functions, their core and a wall; the methods have the meanings of that class.
 
     Relative sites reach as far as atoms within the displacement limit can come closer than the cutoff of the pair
     functions. So the pairs need no list of neighbours: true distances are those of sites plus displacements.
@@ -65,6 +66,7 @@ class PairedCrystalModel(nn.Module):
         self.register_buffer("core", _numbers(core))
         self.register_buffer("weights", self.table(self.theta[self.n_clusters :]))
         self._take_sites(basis, pairs)
+        self._take_wall(basis, posterior)
         record = json.loads(self.clusters.metadata())
         record["uncertainty"]["projections"] = basis.n_parameters
         record["pairs"] = {"cutoff": pairs.cutoff, "core": core.tolist(), "parameters": pairs.n_parameters}
@@ -105,6 +107,18 @@ class PairedCrystalModel(nn.Module):
         self.register_buffer("ideal", torch.stack(ideal))
         self.register_buffer("ideal_strain", torch.stack(strain))
 
+    def _take_wall(self, basis: ClusterBasis, posterior: Posterior) -> None:
+        """For each sublattice, columns of its neighbours among the relative sites [N], and their limits D [N], Å."""
+        self.power, self.height = basis.wall_power, WALL
+        self.columns: list[Tensor] = []
+        self.limits: list[Tensor] = []
+        for s, sites in enumerate(json.loads(self.clusters.metadata())["lattice"]["sites"]):
+            place = {tuple(site): k for k, site in enumerate(sites)}
+            near = [] if posterior.limits is None else [place[tuple(site)] for site in basis.shells.sites[s].tolist()]
+            limits = np.zeros(0) if posterior.limits is None else posterior.limits[basis.shells.shell[s]]
+            self.columns.append(torch.tensor(near, dtype=torch.int64))
+            self.limits.append(_numbers(limits))
+
     @torch.jit.export
     def metadata(self) -> str:
         """The JSON record of the file."""
@@ -124,6 +138,7 @@ class PairedCrystalModel(nn.Module):
             energy, gradient, _ = self.clusters.evaluate(species, first, neighbours, edge_vector, False)
             tape = self.near(species, first, edge_vector.to(torch.float64))
             self.add_pairs(tape, self.weights, True, energy, gradient)
+            self.add_wall(tape, energy, gradient)
             energy -= torch.mv(self.ideal, self.weights.flatten()).index_select(0, species)
             if not keep:
                 tape = tape[:0]
@@ -206,6 +221,7 @@ class PairedCrystalModel(nn.Module):
             energy = displacement.new_zeros([species.size(0)])
             gradient = torch.zeros_like(displacement)
             self.add_pairs(tape, self.weights, True, energy, gradient)
+            self.add_wall(tape, energy, gradient)
             result = self.clusters.strain_derivative(tape[:3]) - self.ideal_strain.index_select(0, species).sum(0)
             for s in range(len(self.kinds)):
                 centres = torch.nonzero(species == s).squeeze(1)
@@ -261,6 +277,25 @@ class PairedCrystalModel(nn.Module):
         force = (0.5 * slope / distance).unsqueeze(1) * vector
         gradient.index_add_(0, tape[3], force)
         gradient.index_add_(0, tape[4], -force)
+
+    def add_wall(self, tape: list[Tensor], energy: Tensor, gradient: Tensor) -> None:
+        """Add the wall's energies [n] and gradient [P, 3]; no labels reach it (`shells`)."""
+        species, first, displacement = tape[0], tape[1], tape[2]
+        for s in range(len(self.columns)):
+            if self.columns[s].size(0) > 0:
+                centres = torch.nonzero(species == s).squeeze(1)
+                edges = self.clusters.edges(centres, first, s)
+                near = edges.index_select(1, self.columns[s])
+                vector = displacement[near] - displacement[edges[:, :1]]
+                size = vector.square().sum(2).sqrt()
+                excess = size / self.limits[s] - 1.0
+                row, column = torch.nonzero(excess > 0.0).unbind(1)
+                over, limit = excess[row, column], self.limits[s][column]
+                energy.index_add_(0, centres[row], 0.5 * self.height * over.pow(self.power))
+                slope = 0.5 * self.height * float(self.power) * over.pow(self.power - 1) / limit / size[row, column]
+                force = slope.unsqueeze(1) * vector[row, column]
+                gradient.index_add_(0, near[row, column], force)
+                gradient.index_add_(0, edges[row, torch.zeros_like(row)], -force)
 
     def pair_rows(self, tape: list[Tensor]) -> Tensor:
         """Derivatives [n, 3, P] of the energy by each centre's displacement and the parameters of the pairs."""

@@ -164,6 +164,9 @@ class Posterior:
     """channels whose noise is at its lower bound: the data look free of noise"""
     core: Array | None = None
     """radii [T] of the pair functions' core, Å (`ubmd.potentials.force_constants.pairs`); None: there are none"""
+    limits: Array | None = None
+    """differences of displacements [K] where the wall begins, Å (`ubmd.potentials.force_constants.shells`); None: no
+    wall"""
 
     @property
     def counts(self) -> dict[int, int]:
@@ -235,8 +238,7 @@ class Posterior:
         arrays |= {"channels": list(self.beta), "beta": list(self.beta.values()), "log_evidence": self.log_evidence}
         arrays |= {"converged": self.converged, "iterations": self.iterations}
         arrays["noise_limited"] = np.array(self.noise_limited, dtype=str)
-        if self.core is not None:
-            arrays["core"] = self.core
+        arrays |= {name: value for name in ("core", "limits") if (value := getattr(self, name)) is not None}
         _write(path, "posterior", arrays)
 
     @classmethod
@@ -254,6 +256,7 @@ class Posterior:
             iterations=int(data["iterations"]),
             noise_limited=tuple(data["noise_limited"].tolist()),
             core=data.get("core"),
+            limits=data.get("limits"),
         )
 
 
