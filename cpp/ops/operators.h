@@ -58,4 +58,26 @@ std::tuple<at::Tensor, at::Tensor> crystal_deviation(const at::Tensor &phi, cons
 at::Tensor crystal_deviation_gradient(const at::Tensor &factor, bool triangular, const at::Tensor &deviation,
                                       const at::Tensor &z);
 
+// Pairs of a crystal by their true distance. Relative sites of all sublattices, one after the other, counts [S] of
+// each: places [N, 3] from the centre and kinds of pair [N] (-1: none). Near pairs, each seen from both atoms: edges to
+// the other atom and to the centre itself [E], centre [E], vector [E, 3], kind [E]. Energies [n] and gradient [P, 3]
+// are added to what is there; core [T] are radii of a repulsion strength (radius/r - 1)^3, 0 for none. Sums [T, K] of
+// the functions; derivatives [n, 3, T K] of the energy by each centre's displacement and the weights.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> crystal_near(
+    const at::Tensor &species, const at::Tensor &first, const at::Tensor &displacement, const at::Tensor &counts,
+    const at::Tensor &places, const at::Tensor &kinds, double cutoff);
+void crystal_pair_energies(const at::Tensor &edges, const at::Tensor &owns, const at::Tensor &atoms,
+                           const at::Tensor &vectors, const at::Tensor &kinds, const at::Tensor &centres,
+                           const at::Tensor &weights, const at::Tensor &core, double cutoff, double width,
+                           double strength, const at::Tensor &energy, const at::Tensor &gradient);
+at::Tensor crystal_pair_sums(const at::Tensor &vectors, const at::Tensor &kinds, const at::Tensor &centres,
+                             double cutoff, double width);
+at::Tensor crystal_pair_rows(const at::Tensor &atoms, const at::Tensor &vectors, const at::Tensor &kinds,
+                             const at::Tensor &centres, double cutoff, double width, std::int64_t n_centres);
+// Adds height (|u_j - u_i|/limit - 1)^power, half of it to each atom, for relative sites at some columns; counts [S],
+// columns and limits [N] as above.
+void crystal_wall(const at::Tensor &species, const at::Tensor &first, const at::Tensor &displacement,
+                  const at::Tensor &counts, const at::Tensor &columns, const at::Tensor &limits, std::int64_t power,
+                  double height, const at::Tensor &energy, const at::Tensor &gradient);
+
 }  // namespace ubmd::ops

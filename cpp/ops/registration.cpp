@@ -258,6 +258,21 @@ TORCH_LIBRARY(ubmd, library) {
   library.def("crystal_expand(Tensor parameters, Tensor[] tables) -> Tensor");
   library.def("crystal_reduce(Tensor moments, Tensor[] tables) -> Tensor");
   library.def("crystal_deviation(Tensor phi, Tensor factor, bool triangular, float tiny) -> Tensor");
+  library.def(("crystal_near" + sites +
+               "Tensor counts, Tensor places, Tensor kinds, float cutoff) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+                  .c_str());
+  library.def(
+      "crystal_pair_energies(Tensor edges, Tensor owns, Tensor atoms, Tensor vectors, Tensor kinds, Tensor centres, "
+      "Tensor weights, Tensor core, float cutoff, float width, float strength, Tensor(a!) energy, Tensor(b!) gradient) "
+      "-> ()");
+  library.def("crystal_pair_sums(Tensor vectors, Tensor kinds, Tensor centres, float cutoff, float width) -> Tensor");
+  library.def(
+      "crystal_pair_rows(Tensor atoms, Tensor vectors, Tensor kinds, Tensor centres, float cutoff, float width, "
+      "int n_centres) -> Tensor");
+  library.def(("crystal_wall" + sites +
+               "Tensor counts, Tensor columns, Tensor limits, int power, float height, Tensor(a!) energy, "
+               "Tensor(b!) gradient) -> ()")
+                  .c_str());
 }
 
 TORCH_LIBRARY_IMPL(ubmd, CPU, library) {
@@ -278,6 +293,11 @@ TORCH_LIBRARY_IMPL(ubmd, CPU, library) {
   library.impl("crystal_expand", call_crystal_expand);
   library.impl("crystal_reduce", call_crystal_reduce);
   library.impl("crystal_deviation", deviation_plain);
+  library.impl("crystal_near", crystal_near);
+  library.impl("crystal_pair_energies", crystal_pair_energies);
+  library.impl("crystal_pair_sums", crystal_pair_sums);
+  library.impl("crystal_pair_rows", crystal_pair_rows);
+  library.impl("crystal_wall", crystal_wall);
 }
 
 TORCH_LIBRARY_IMPL(ubmd, CompositeImplicitAutograd, library) {

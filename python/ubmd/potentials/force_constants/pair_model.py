@@ -37,6 +37,12 @@ class PairedCrystalModel(nn.Module):
     weights: Tensor
     ideal: Tensor
     ideal_strain: Tensor
+    site_counts: Tensor
+    site_places: Tensor
+    site_kinds: Tensor
+    wall_counts: Tensor
+    wall_columns: Tensor
+    wall_limits: Tensor
 
     def __init__(
         self,
@@ -104,6 +110,9 @@ class PairedCrystalModel(nn.Module):
             ideal.append(sums.flatten())
             slope = 0.5 * (slopes * self.weights[kinds]).sum(1) / vector.square().sum(1).sqrt()
             strain.append(vector.t() @ (slope.unsqueeze(1) * vector))
+        self.register_buffer("site_counts", torch.tensor([len(kind) for kind in self.kinds]))
+        self.register_buffer("site_places", torch.cat(self.clusters.places))
+        self.register_buffer("site_kinds", torch.cat(self.kinds))
         self.register_buffer("ideal", torch.stack(ideal))
         self.register_buffer("ideal_strain", torch.stack(strain))
 
@@ -118,6 +127,9 @@ class PairedCrystalModel(nn.Module):
             limits = np.zeros(0) if posterior.limits is None else posterior.limits[basis.shells.shell[s]]
             self.columns.append(torch.tensor(near, dtype=torch.int64))
             self.limits.append(_numbers(limits))
+        self.register_buffer("wall_counts", torch.tensor([len(near) for near in self.columns]))
+        self.register_buffer("wall_columns", torch.cat(self.columns))
+        self.register_buffer("wall_limits", torch.cat(self.limits))
 
     @torch.jit.export
     def metadata(self) -> str:
@@ -136,7 +148,7 @@ class PairedCrystalModel(nn.Module):
         """(E [n] eV, d sum(E)/d displacement [P, 3], tape)."""
         with torch.no_grad():
             energy, gradient, _ = self.clusters.evaluate(species, first, neighbours, edge_vector, False)
-            tape = self.near(species, first, edge_vector.to(torch.float64))
+            tape = self.near(species, first, edge_vector.to(torch.float64).contiguous())
             self.add_pairs(tape, self.weights, True, energy, gradient)
             self.add_wall(tape, energy, gradient)
             energy -= torch.mv(self.ideal, self.weights.flatten()).index_select(0, species)
@@ -150,9 +162,7 @@ class PairedCrystalModel(nn.Module):
         with torch.no_grad():
             factors: list[Tensor] = []
             species, first, displacement = tape[0], tape[1], tape[2]
-            vector, kind = tape[6], tape[7]
-            values, _ = self.radial(vector.square().sum(1).sqrt(), kind)
-            sums = torch.zeros_like(self.centres).index_add_(0, kind, 0.5 * values).flatten()
+            sums = self.pair_sums(tape[6], tape[7]).flatten()
             sums = sums - self.ideal.index_select(0, species).sum(0)
             moments = [self.clusters.moments(species, first, displacement), sums]
             return moments, displacement.new_zeros([0, self.n_features]), factors
@@ -232,6 +242,11 @@ class PairedCrystalModel(nn.Module):
 
     def near(self, species: Tensor, first: Tensor, displacement: Tensor) -> list[Tensor]:
         """The tape: all pairs within the cutoff, seen from each of the two atoms."""
+        if self.operators:
+            found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.ubmd.crystal_near(
+                species, first, displacement, self.site_counts, self.site_places, self.site_kinds, self.cutoff
+            )
+            return [species, first, displacement, found[0], found[1], found[2], found[3], found[4]]
         edges: list[Tensor] = []
         own: list[Tensor] = []
         atoms: list[Tensor] = []
@@ -261,9 +276,35 @@ class PairedCrystalModel(nn.Module):
         slope = (-0.5 * wave * torch.sin(wave * distance)).unsqueeze(1)
         return gauss * f, gauss * (slope - x / self.width * f)
 
+    def pair_sums(self, vector: Tensor, kind: Tensor) -> Tensor:
+        """Sums [T, K] of the functions over pairs, each half."""
+        if self.operators:
+            sums: Tensor = torch.ops.ubmd.crystal_pair_sums(vector, kind, self.centres, self.cutoff, self.width)
+            return sums
+        values, _ = self.radial(vector.square().sum(1).sqrt(), kind)
+        return torch.zeros_like(self.centres).index_add_(0, kind, 0.5 * values)
+
     def add_pairs(self, tape: list[Tensor], weights: Tensor, core: bool, energy: Tensor, gradient: Tensor) -> None:
         """Add the pairs' energies [n] and gradient [P, 3] for weights [T, K]."""
         vector, kind = tape[6], tape[7]
+        if self.operators:
+            radii = self.core if core else torch.zeros_like(self.core)
+            torch.ops.ubmd.crystal_pair_energies(
+                tape[3],
+                tape[4],
+                tape[5],
+                vector,
+                kind,
+                self.centres,
+                weights,
+                radii,
+                self.cutoff,
+                self.width,
+                self.strength,
+                energy,
+                gradient,
+            )
+            return
         distance = vector.square().sum(1).sqrt()
         values, slopes = self.radial(distance, kind)
         chosen = weights.index_select(0, kind)
@@ -281,6 +322,12 @@ class PairedCrystalModel(nn.Module):
     def add_wall(self, tape: list[Tensor], energy: Tensor, gradient: Tensor) -> None:
         """Add the wall's energies [n] and gradient [P, 3]; no labels reach it (`shells`)."""
         species, first, displacement = tape[0], tape[1], tape[2]
+        if self.operators:
+            sites = self.wall_counts, self.wall_columns, self.wall_limits
+            torch.ops.ubmd.crystal_wall(
+                species, first, displacement, sites[0], sites[1], sites[2], self.power, self.height, energy, gradient
+            )
+            return
         for s in range(len(self.columns)):
             if self.columns[s].size(0) > 0:
                 centres = torch.nonzero(species == s).squeeze(1)
@@ -300,6 +347,11 @@ class PairedCrystalModel(nn.Module):
     def pair_rows(self, tape: list[Tensor]) -> Tensor:
         """Derivatives [n, 3, P] of the energy by each centre's displacement and the parameters of the pairs."""
         vector, kind, n = tape[6], tape[7], tape[0].size(0)
+        if self.operators:
+            rows: Tensor = torch.ops.ubmd.crystal_pair_rows(
+                tape[5], vector, kind, self.centres, self.cutoff, self.width, n
+            )
+            return torch.matmul(rows.index_select(2, self.used), self.combinations)
         distance = vector.square().sum(1).sqrt()
         slopes = self.radial(distance, kind)[1]
         each = -(vector / distance.unsqueeze(1)).unsqueeze(2) * slopes.unsqueeze(1)  # [E, 3, K]
