@@ -18,6 +18,7 @@ from killed_driver import start_driver, tear
 from processes import is_alive, linux, wait_for
 from silicon import make_settings, settings_table, write_inputs
 
+from ubmd.cli.dynamic_progress import describe_event
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, SettingsError
@@ -32,6 +33,7 @@ from ubmd.potentials.force_constants.shells import LabelledRange
 from ubmd.references import label
 from ubmd.references.lammps import LAMMPS
 from ubmd.runs.dynamic_history import read_errors
+from ubmd.runs.event_records import read_event
 from ubmd.settings.dynamic import DynamicRunSettings
 
 SW = LAMMPS(["pair_style sw", "pair_coeff * * Si.sw Si"], ["Si"])
@@ -481,6 +483,8 @@ def test_labels_after_a_runaway_are_not_learnt(tmp_path: Path) -> None:
     asked = [row for entry in folder.read_history() for row in entry["asked"]]
     assert {row["rule"] for row in asked} == {"extrapolation"}
     assert sum(bool(row["rejected"]) for row in asked) == len(rejected)
+    lines = [describe_event(read_event(event)) for event in folder.read_events()]
+    assert any("displacements beyond those of all labels (extrapolation)" in line for line in lines)
 
 
 EXPLODING = """

@@ -82,8 +82,10 @@ def describe_piece(event: PieceDone) -> str:
     """One line about how a segment of a trajectory ended; empty if it reached its end without a request."""
     who = f"{place(event)}replica {event.replica} ({event.temperature:g} K), step {event.end}: "
     if event.ended == "asked":
-        errors = f"{event.error:.3g} > {event.threshold:.3g} eV/Å"
-        return f"{who}requests a reference calculation, error {errors} ({event.rule})"
+        errors = f"error {event.error:.3g} eV/Å, displacements beyond those of all labels"
+        if event.threshold is not None:
+            errors = f"error {event.error:.3g} > {event.threshold:.3g} eV/Å"
+        return f"{who}requests a reference calculation, {errors} ({event.rule})"
     return f"{who}{event.reason}" if event.ended != "segment" else ""
 
 
