@@ -14,7 +14,7 @@ data: noise, prior widths and covariance stay those of the plain fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
 from ubmd.errors import DataError
-from ubmd.potentials.force_constants.basis import ClusterBasis, symmetric_embedding
+from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.lattice import Lattice
-from ubmd.potentials.force_constants.pairs import PAIRS, site_pairs
 from ubmd.potentials.force_constants.phonons import HarmonicCrystal
 from ubmd.potentials.force_constants.regression import Posterior
+from ubmd.potentials.force_constants.second_order import second_order
 
 Array = NDArray[np.float64]
 Waves = NDArray[np.complex128]
@@ -136,10 +136,8 @@ class Curvature:
 
     def __init__(self, basis: ClusterBasis, pairs: bool = True) -> None:
         self.basis = basis
-        entries = [*_of_second_order(basis), *(_of_pairs(basis) if pairs else ())]
-        self.first, self.second, self.offset, self.constants = (
-            np.concatenate(part) for part in zip(*entries, strict=True)
-        )
+        every = np.eye(basis.n_parameters)
+        self.first, self.second, self.offset, self.constants = second_order(basis, every, pairs)
 
     def without_pairs(self) -> Curvature:
         """That of the force constants alone."""
@@ -203,43 +201,6 @@ class Curvature:
         none = np.zeros((len(self.first), 3, 3))
         masses = np.ones(len(self.basis.lattice.numbers))
         return HarmonicCrystal(self.basis.lattice, self.first, self.second, self.offset, none, masses)
-
-
-Entry = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], Array]
-
-
-def _of_second_order(basis: ClusterBasis) -> Iterator[Entry]:
-    """(first, second, offset, constants) of the clusters of second order."""
-    lattice, orders = basis.lattice, basis.parameter_orders
-    part = basis.parts[basis.orders.index(2)]
-    columns = np.nonzero(orders == 2)[0]
-    turns = lattice.cartesian_rotations
-    for orbit, tensor in zip(part.orbits, part.tensors(np.eye(len(columns))), strict=True):
-        shape = (3, 3, len(columns))
-        full = (symmetric_embedding(2) @ tensor).reshape(shape) if len(orbit.sites) == 1 else tensor.reshape(shape)
-        turned = np.einsum("gac,cdp,gbd->gabp", turns[orbit.operations], full, turns[orbit.operations])
-        constants = np.zeros((*turned.shape[:3], len(orders)))
-        constants[..., columns] = turned
-        count, bodies = len(orbit.operations), len(orbit.sites)
-        operations = np.repeat(orbit.operations[:, None], bodies, axis=1)
-        images = lattice.images(operations, np.tile(orbit.sites, (count, 1, 1)))
-        for a, b in [(0, 0)] if bodies == 1 else [(0, 1), (1, 0)]:
-            offset = images[:, b, :3] - images[:, a, :3]
-            yield images[:, a, 3], images[:, b, 3], offset, constants if a <= b else constants.transpose(0, 2, 1, 3)
-
-
-def _of_pairs(basis: ClusterBasis) -> Iterator[Entry]:
-    """The same of the pair functions."""
-    if basis.pairs is None:
-        return
-    columns = basis.parameter_orders == PAIRS
-    for sublattice in range(len(basis.lattice.numbers)):
-        sites, vector, kind = site_pairs(basis.pairs, sublattice, basis.pairs.cutoff)
-        hessian = basis.pairs.hessian(vector, kind)
-        constants = np.zeros((len(sites) + 1, 3, 3, basis.n_parameters))
-        constants[..., columns] = np.concatenate([-hessian, hessian.sum(axis=0, keepdims=True)])
-        offset = np.concatenate([sites[:, :3], np.zeros((1, 3), dtype=np.int64)])
-        yield np.full(len(sites) + 1, sublattice), np.append(sites[:, 3], sublattice), offset, constants
 
 
 def _commensurate(box: NDArray[np.int64]) -> Array:

@@ -11,7 +11,7 @@ Phys. Rev. B 91, 094306 (2015).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +25,9 @@ from ase.geometry import minkowski_reduce
 from numpy.typing import ArrayLike, NDArray
 
 from ubmd.errors import DataError, SettingsError
-from ubmd.potentials.force_constants.basis import ClusterBasis, full_tensor
+from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.lattice import Lattice
-from ubmd.potentials.force_constants.pairs import PAIRS, site_pairs
+from ubmd.potentials.force_constants.second_order import second_order
 
 Array = NDArray[np.float64]
 
@@ -63,10 +63,9 @@ class HarmonicCrystal:
             DataError: the parameters don't fit the basis.
         """
         lattice = basis.lattice
-        entries = [*_pairs(basis, _checked(basis, parameters)), *_of_pair_functions(basis, _checked(basis, parameters))]
-        first, second, offset, constants = (np.concatenate(parts) for parts in zip(*entries, strict=True))
+        first, second, offset, constants = second_order(basis, _checked(basis, parameters)[:, None])
         found = atomic_masses[lattice.numbers] if masses is None else np.asarray(masses, dtype=float)
-        return cls(lattice, first, second, offset, constants, found)
+        return cls(lattice, first, second, offset, constants[..., 0], found)
 
     @cached_property
     def vectors(self) -> Array:
@@ -165,37 +164,6 @@ def _checked(basis: ClusterBasis, parameters: ArrayLike) -> Array:
     if values.shape != (basis.n_parameters,):
         raise DataError(f"The cluster basis has {basis.n_parameters} parameters, got an array {values.shape}.")
     return values
-
-
-def _pairs(basis: ClusterBasis, parameters: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
-    """(first, second, offset, constants) of every orbit's ordered pairs, sites with themselves among them."""
-    if 2 not in basis.orders:
-        raise SettingsError("Phonons and elastic constants need the second order: add it to crystal.cutoffs.")
-    part = basis.parts[basis.orders.index(2)]
-    turns = basis.lattice.cartesian_rotations
-    chosen = parameters[basis.parameter_orders == 2, None]
-    for orbit, tensor in zip(part.orbits, part.tensors(chosen), strict=True):
-        full = full_tensor(orbit.multiplicity, tensor)
-        turned = turns[orbit.operations] @ full @ turns[orbit.operations].transpose(0, 2, 1)
-        count, bodies = len(orbit.operations), len(orbit.sites)
-        operations = np.repeat(orbit.operations[:, None], bodies, axis=1)
-        images = basis.lattice.images(operations, np.tile(orbit.sites, (count, 1, 1)))
-        for a, b in [(0, 0)] if bodies == 1 else [(0, 1), (1, 0)]:
-            offset = images[:, b, :3] - images[:, a, :3]
-            yield images[:, a, 3], images[:, b, 3], offset, turned if a <= b else turned.transpose(0, 2, 1)
-
-
-def _of_pair_functions(basis: ClusterBasis, parameters: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
-    """The same of the pair functions' second derivatives at the ideal crystal."""
-    if basis.pairs is None:
-        return
-    for sublattice in range(len(basis.lattice.numbers)):
-        sites, vector, kind = site_pairs(basis.pairs, sublattice, basis.pairs.cutoff)
-        hessian = basis.pairs.hessian(vector, kind) @ parameters[basis.parameter_orders == PAIRS]
-        first = np.full(len(sites) + 1, sublattice)
-        second = np.append(sites[:, 3], sublattice)
-        offset = np.concatenate([sites[:, :3], np.zeros((1, 3), dtype=np.int64)])
-        yield first, second, offset, np.concatenate([-hessian, hessian.sum(axis=0, keepdims=True)])
 
 
 # Heat conductivity through phono3py
