@@ -1,15 +1,16 @@
 """A force-constant potential as LAMMPS sees it: one TorchScript module with the fast part of `Deployed`'s interface."""
 
 import json
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 from ase.data import chemical_symbols
-from torch import Tensor, nn
+from torch import Tensor
 
-from ubmd.operators import available, use_operators
+from ubmd.operators import available
 from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.crystal_module import CrystalModule
 from ubmd.potentials.force_constants.lattice import Lattice
 from ubmd.potentials.force_constants.program import BasisTables, block_table, derivatives, recursion
 from ubmd.potentials.force_constants.regression import Posterior
@@ -19,7 +20,7 @@ TINY = 1e-8  # eV/atom: u of the ideal lattice, where the root has no derivative
 CHUNK = 4_000_000  # numbers per intermediate tensor
 
 
-class CrystalModel(nn.Module):
+class CrystalModel(CrystalModule):
     """Energies, forces and Bayesian uncertainties of a crystal whose energy is linear in its parameters.
 
     The methods are those of the fast part of `gmnn.deployed.Deployed` with these meanings. ``species`` [n] are
@@ -39,9 +40,7 @@ class CrystalModel(nn.Module):
         reach: relative sites are those within the largest cutoff, or within this distance if it is more, Å.
     """
 
-    operators: Final[bool]
     theta: Tensor
-    factor: Tensor
     coefficients: Tensor
     bodies: Tensor
     operations: Tensor
@@ -90,11 +89,6 @@ class CrystalModel(nn.Module):
         self.register_buffer("coefficients", self.expand(_numbers(posterior.mean)))
         cutoff = max(reach, *basis.cutoffs.values())
         self.description = json.dumps(_metadata(basis, program, cutoff, max_displacement, energy))
-
-    def use_operators(self, wanted: bool) -> None:
-        """Compute by torch.ops.ubmd.* (as it does if they can be loaded), or by torch alone (slow)."""
-        use_operators(self, wanted)
-        self.description = json.dumps(json.loads(self.description) | {"operators": ["ubmd"] if wanted else []})
 
     def _take(self, program: BasisTables) -> None:
         """Tables as attributes that TorchScript knows."""
@@ -146,16 +140,6 @@ class CrystalModel(nn.Module):
         ]
 
     @torch.jit.export
-    def metadata(self) -> str:
-        """The JSON record of the file."""
-        return self.description
-
-    @torch.jit.export
-    def by_structure(self, n: int) -> bool:
-        """Always: features of single atoms don't exist."""
-        return True
-
-    @torch.jit.export
     def evaluate(
         self, species: Tensor, first: Tensor, neighbours: Tensor, edge_vector: Tensor, keep: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -199,17 +183,6 @@ class CrystalModel(nn.Module):
         with torch.no_grad():
             species, first, displacement = tape
             return self.contract(species, first, displacement, directions[0])[1]
-
-    @torch.jit.export
-    def uncertainty(self, phi_mean: Tensor) -> Tensor:
-        """Standard deviation u of the energy per atom (0-dim, eV/atom), calibrated, from phi_mean [p]."""
-        if self.operators:
-            sigma: Tensor = torch.ops.ubmd.crystal_deviation(
-                phi_mean.to(torch.float64), self.factor, self.triangular, self.tiny
-            )
-            return self.energy_scale * sigma
-        z = torch.mv(self.factor.t(), phi_mean.to(torch.float64))
-        return self.energy_scale * deviation(z, self.tiny * self.tiny)
 
     @torch.jit.export
     def site_uncertainties(self, tape: list[Tensor]) -> Tensor:

@@ -2,14 +2,14 @@
 
 import json
 import math
-from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ubmd.operators import available, use_operators
+from ubmd.operators import available
 from ubmd.potentials.force_constants.basis import ClusterBasis
+from ubmd.potentials.force_constants.crystal_module import CrystalModule
 from ubmd.potentials.force_constants.model import TINY, CrystalModel
 from ubmd.potentials.force_constants.pairs import CORE, PAIRS, WIDTH, PairFunctions, site_pairs
 from ubmd.potentials.force_constants.regression import Posterior
@@ -17,7 +17,7 @@ from ubmd.potentials.force_constants.shells import WALL
 from ubmd.uncertainty.posterior import deviation
 
 
-class PairedCrystalModel(nn.Module):
+class PairedCrystalModel(CrystalModule):
     """`CrystalModel` with pair functions, their core and a wall; the methods have the meanings of that class.
 
     Relative sites reach as far as atoms within the displacement limit can come closer than the cutoff of the pair
@@ -27,9 +27,7 @@ class PairedCrystalModel(nn.Module):
     vector [E, 3], kind of pair [E]).
     """
 
-    operators: Final[bool]
     theta: Tensor
-    factor: Tensor
     centres: Tensor
     used: Tensor
     combinations: Tensor
@@ -78,11 +76,6 @@ class PairedCrystalModel(nn.Module):
         record["pairs"] = {"cutoff": pairs.cutoff, "core": core.tolist(), "parameters": pairs.n_parameters}
         self.description = json.dumps(record | {"format": 3})
 
-    def use_operators(self, wanted: bool) -> None:
-        """See `CrystalModel`."""
-        use_operators(self, wanted)
-        self.description = json.dumps(json.loads(self.description) | {"operators": ["ubmd"] if wanted else []})
-
     def _take_functions(self, pairs: PairFunctions) -> None:
         """Centres by kind [T, K], padded; which of these T K are functions [R]; their combinations [R, P]."""
         kinds = len(pairs.species)
@@ -130,16 +123,6 @@ class PairedCrystalModel(nn.Module):
         self.register_buffer("wall_counts", torch.tensor([len(near) for near in self.columns]))
         self.register_buffer("wall_columns", torch.cat(self.columns))
         self.register_buffer("wall_limits", torch.cat(self.limits))
-
-    @torch.jit.export
-    def metadata(self) -> str:
-        """The JSON record of the file."""
-        return self.description
-
-    @torch.jit.export
-    def by_structure(self, n: int) -> bool:
-        """Always: features of single atoms don't exist."""
-        return True
 
     @torch.jit.export
     def evaluate(
@@ -192,17 +175,6 @@ class PairedCrystalModel(nn.Module):
             energy, gradient = self.clusters.contract(tape[0], tape[1], tape[2], directions[0])
             self.add_pairs(tape, directions[1], False, energy, gradient)
             return gradient
-
-    @torch.jit.export
-    def uncertainty(self, phi_mean: Tensor) -> Tensor:
-        """Standard deviation u of the energy per atom (0-dim, eV/atom), calibrated, from phi_mean [p]."""
-        if self.operators:
-            sigma: Tensor = torch.ops.ubmd.crystal_deviation(
-                phi_mean.to(torch.float64), self.factor, self.triangular, self.tiny
-            )
-            return self.energy_scale * sigma
-        z = torch.mv(self.factor.t(), phi_mean.to(torch.float64))
-        return self.energy_scale * deviation(z, self.tiny * self.tiny)
 
     @torch.jit.export
     def site_uncertainties(self, tape: list[Tensor]) -> Tensor:
