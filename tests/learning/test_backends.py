@@ -206,6 +206,7 @@ def remarks(folder: RunFolder) -> list[str]:
     return [event["text"] for event in events if event["event"] == "remark"]
 
 
+@pytest.mark.slow
 def test_message_passing_goes_through_the_loop_on_two_ranks(tmp_path: Path) -> None:
     """With md.precision as it is by default, which this module has not."""
     write_structures(tmp_path / "start.extxyz", [cluster()])

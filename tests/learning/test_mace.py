@@ -270,6 +270,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return RunFolder(run(load_settings(tmp_path / "run.toml", RunSettings), tmp_path))
 
 
+@pytest.mark.slow
 def test_the_loop_trains_it_again_and_again(loop: RunFolder) -> None:
     """The second network starts from the first one."""
     record = read_record(loop.model)

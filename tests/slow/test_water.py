@@ -21,7 +21,7 @@ SMALL = (
 TEST = ("test.sampling.frames=2", "test.sampling.stride=2", "test.sampling.equilibration=2", "loop.labels=10")
 SHORT = {"replicate": 1, "mix": 50, "npt": 100, "nvt": 50}
 
-pytestmark = [pytest.mark.slow, pytest.mark.slow_ci]
+pytestmark = [pytest.mark.slow]
 
 
 def call(*command: object, cwd: Path) -> str:
