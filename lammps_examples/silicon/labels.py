@@ -1,5 +1,5 @@
 """The label sets of an example: which they are, whether they are whole, and how to make them anew.
-python labels.py ../bas/dynamic.toml [--check] [--make] [--teacher FILE] [--help]
+python labels.py ../bas/dynamic.toml [--check] [--make] [--teacher FILE] [--join FILE [--without SET ...]] [--help]
 
 Reads the reference, the box and the potential from the settings of a dynamic run; the sets lie in 'labels' beside it,
 each a compressed extxyz file with energy (eV), forces (eV/Å) and stress (eV/Å^3), with their provenance in
@@ -20,6 +20,9 @@ killed and started again, since every label is kept in the reference's cache (re
   [reference]
   calculator = "ubmd.calculator:Calculator"
   arguments = {path = "teacher.pt"}
+
+--join FILE writes all sets to one extxyz file, for `ubmd train`. Structures that occur in several sets are written once;
+those of the sets after --without, which are for tests, are not written.
 """
 
 from __future__ import annotations
@@ -223,6 +226,31 @@ def teach(work: Work) -> None:
     print(f"wrote {work.arguments.teacher}")
 
 
+def join(work: Work) -> None:
+    """One file of all sets but those for tests: every structure once, and none that a test has."""
+    found = {path.name.removesuffix(".extxyz.xz"): path for path in sorted(work.folder.glob("*.extxyz.xz"))}
+    for name in work.arguments.without:
+        if name not in found:
+            sys.exit(f"--without {name}: there is no such set in {work.folder}, but {', '.join(found) or 'none'}.")
+    sets = {name: read_structures(path, labelled=True) for name, path in found.items()}
+    seen = {place(atoms) for name in work.arguments.without for atoms in sets[name]}
+    structures = []
+    for atoms in chain(*(sets[name] for name in sets if name not in work.arguments.without)):
+        if place(atoms) not in seen:
+            seen.add(place(atoms))
+            structures.append(atoms)
+    if not structures:
+        sys.exit(f"--join: no structure is left; {work.folder} has {', '.join(found) or 'no sets'}.")
+    write_structures(work.arguments.join, structures)
+    print(f"wrote {len(structures)} structures to {work.arguments.join}")
+
+
+def place(atoms: Atoms) -> bytes:
+    """The same for the same atoms at the same places in the same cell, as text files hold them (1e-6 Å)."""
+    numbers = np.concatenate([atoms.cell.array, atoms.positions]).round(6) + 0.0  # no -0
+    return atoms.numbers.tobytes() + numbers.tobytes()
+
+
 class Potential(Calculator):
     """Forces of a force-constant potential fitted to labels; it refuses to go far from the lattice."""
 
@@ -349,6 +377,8 @@ def main() -> None:
         "crystal, in the box, eV/Å^2: for labels of a crystal that is no minimum of the reference",
     )
     parser.add_argument("--teacher", type=Path, help="fit a potential to all sets, write it to this model file")
+    parser.add_argument("--join", type=Path, metavar="FILE", help="write all sets to this extxyz file")
+    parser.add_argument("--without", nargs="+", default=[], metavar="SET", help="sets that --join leaves out")
     arguments = parser.parse_args()
     arguments.cutoffs = dict(arguments.cutoffs)
     work = Work(arguments, load_settings(arguments.settings, DynamicRunSettings), arguments.settings.resolve().parent)
@@ -356,6 +386,8 @@ def main() -> None:
         make(work)
     if arguments.teacher:
         teach(work)
+    if arguments.join:
+        join(work)
     if arguments.check:
         sys.exit(min(check(work), 1))
     table(work)
