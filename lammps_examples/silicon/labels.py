@@ -21,8 +21,8 @@ killed and started again, since every label is kept in the reference's cache (re
   calculator = "ubmd.calculator:Calculator"
   arguments = {path = "teacher.pt"}
 
---join FILE writes all sets to one extxyz file, for `ubmd train`. Structures that occur in several sets are written once;
-those of the sets after --without, which are for tests, are not written.
+--join FILE writes all sets to one extxyz file, for `ubmd train`. Structures that occur in several sets are written
+once; those of the sets after --without, which are for tests, are not written.
 """
 
 from __future__ import annotations
