@@ -105,8 +105,9 @@ def folder_name(name: str, temperature: float, seed: int) -> str:
 
 def data_file(atoms: Atoms, elements: Sequence[str]) -> str:
     """LAMMPS's data file of a structure; types in the order of the model's elements."""
-    text = StringIO()
-    write(text, atoms, format="lammps-data", masses=True, specorder=elements)
+    text, plain = StringIO(), atoms.copy()
+    plain.arrays.pop("type", None)  # of another data file; ASE would write it instead of the order that is asked for
+    write(text, plain, format="lammps-data", masses=True, specorder=elements)
     return text.getvalue()
 
 
@@ -185,20 +186,26 @@ def rows_of(log: str) -> np.ndarray:
     return np.array(rows).reshape(-1, 4)
 
 
+def error_of(log: str) -> str:
+    """The error in a log, without its place in the source; empty without one."""
+    error = re.search(r"^ERROR.*?: (.*)$", log, re.MULTILINE)
+    return re.sub(r" \([^ ]*\.cpp:\d+\)$", "", error.group(1)) if error else ""
+
+
 def summarise(log: str, step: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """What a log says; ``step`` in ps."""
     rows = rows_of(log)
-    error = re.search(r"^ERROR.*?: (.*)$", log, re.MULTILINE)
+    error = error_of(log)
     time = rows[:, 0] * step
     warm = rows[(time >= SETTLED * arguments.picoseconds) & (time <= arguments.picoseconds)]
     free = rows[time >= arguments.picoseconds]
     drift = None
-    if error is None and len(free) > 2:
+    if not error and len(free) > 2:
         energy = 1000.0 * free[:, 2] / len(arguments.box)
         drift = float(np.polyfit(step * free[:, 0], energy, 1)[0])
     return {
         "reached": float(time[-1]) if len(rows) else 0.0,
-        "error": re.sub(r" \([^ ]*\.cpp:\d+\)$", "", error.group(1)) if error else "",
+        "error": error,
         "mean_temperature": float(warm[:, 1].mean()) if len(warm) else None,
         "drift": drift,
         "ratio": energy_ratio(rows, len(arguments.box)),
