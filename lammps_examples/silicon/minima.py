@@ -205,7 +205,7 @@ def table(run: dict[str, Any], arguments: argparse.Namespace) -> str:
         "| --- " * 6 + "|",
     ]
     for row in run["minima"]:
-        energy, second = (("-" if row[key] is None else f"{row[key]:.2f}") for key in ("energy", "second"))
+        energy, second = (("-" if row[key] is None else f"{row[key]:z.2f}") for key in ("energy", "second"))
         lines.append(
             f"| {row['frame']} | {energy} | {row['displacement']:.2f} | {row['stopped'] or '-'} | {second} | "
             f"{row['verdict'] or '-'} |"
@@ -221,10 +221,10 @@ def summary(run: dict[str, Any], arguments: argparse.Namespace) -> str:
     text = (
         f"{run['name']}: {len(verdicts)} frames; {verdicts.count('')} relax to minima at most {arguments.threshold:g} "
         f"meV/atom below the ideal crystal, {verdicts.count(FALSE)} to false ones, {verdicts.count(BOTH)} to ones of "
-        f"both models, {unknown} unknown; lowest {min(energies, default=float('nan')):.2f} meV/atom."
+        f"both models, {unknown} unknown; lowest {min(energies, default=float('nan')):z.2f} meV/atom."
     )
     for path, drop in zip((arguments.model, arguments.second), run["ideal_relaxes"], strict=False):
-        text += f" The ideal crystal relaxes to {drop:.2f} meV/atom in {path.name}."
+        text += f" The ideal crystal relaxes to {drop:z.2f} meV/atom in {path.name}."
         if drop < -arguments.threshold:
             text += " It is no minimum there, so that the verdicts are uncertain."
     return text

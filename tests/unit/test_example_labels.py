@@ -113,3 +113,23 @@ def test_further_labels_make_another_potential_for_the_dynamics(run, tmp_path, c
     assert "potential of 6 labels" in capsys.readouterr().out
     record = json.loads((tmp_path / "labels" / "provenance.json").read_text(encoding="utf-8"))
     assert record["sets"]["md"]["from"].endswith("to the rattled sets and to further labels")
+
+
+def test_joined_sets_have_each_structure_once_and_none_of_the_tests(run, tmp_path):
+    assert run(*MAKE) == 0
+    folder, file = tmp_path / "labels", tmp_path / "joined.extxyz"
+    sets = {path.name.split(".extxyz")[0]: read_structures(path, labelled=True) for path in folder.glob("*.xz")}
+    again = [sets["md"][1], sets["test_300K"][0]]  # one that another set has, one that a test has
+    write_structures(tmp_path / "more.extxyz", again)
+    (folder / "more.extxyz.xz").write_bytes(lzma.compress((tmp_path / "more.extxyz").read_bytes()))
+    assert run("--join", file, "--without", "test_300K", "test_500K") == 0
+    joined = read_structures(file, labelled=True)
+    wanted = [atoms for name in ("md", "rattled_0.02", "rattled_0.05") for atoms in sets[name]]
+    assert len(joined) == len(wanted) == 7
+    for atoms, other in zip(joined, wanted, strict=True):
+        np.testing.assert_allclose(atoms.positions, other.positions, atol=1e-7)
+        np.testing.assert_allclose(atoms.get_forces(), other.get_forces(), atol=1e-7)
+        assert atoms.get_potential_energy() == pytest.approx(other.get_potential_energy(), abs=1e-7)
+    assert run("--join", file) == 0
+    assert len(read_structures(file)) == 11
+    assert run("--join", file, "--without", "test_30K").startswith("--without test_30K: there is no such set in")
