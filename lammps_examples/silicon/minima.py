@@ -219,7 +219,7 @@ def summary(run: dict[str, Any], arguments: argparse.Namespace) -> str:
     energies = [row["energy"] for row in run["minima"] if row["energy"] is not None]
     unknown = sum(verdict.startswith("unknown") for verdict in verdicts)
     text = (
-        f"{run['name']}: {len(verdicts)} frames; {verdicts.count('')} relax to minima at most {arguments.threshold:g} "
+        f"{run['name']}: frames relaxed: {len(verdicts)}; {verdicts.count('')} to minima at most {arguments.threshold:g} "
         f"meV/atom below the ideal crystal, {verdicts.count(FALSE)} to false ones, {verdicts.count(BOTH)} to ones of "
         f"both models, {unknown} unknown; lowest {min(energies, default=float('nan')):z.2f} meV/atom."
     )
