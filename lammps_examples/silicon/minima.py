@@ -219,9 +219,10 @@ def summary(run: dict[str, Any], arguments: argparse.Namespace) -> str:
     energies = [row["energy"] for row in run["minima"] if row["energy"] is not None]
     unknown = sum(verdict.startswith("unknown") for verdict in verdicts)
     text = (
-        f"{run['name']}: frames relaxed: {len(verdicts)}; {verdicts.count('')} to minima at most {arguments.threshold:g} "
-        f"meV/atom below the ideal crystal, {verdicts.count(FALSE)} to false ones, {verdicts.count(BOTH)} to ones of "
-        f"both models, {unknown} unknown; lowest {min(energies, default=float('nan')):z.2f} meV/atom."
+        f"{run['name']}: frames relaxed: {len(verdicts)}; {verdicts.count('')} to minima at most "
+        f"{arguments.threshold:g} meV/atom below the ideal crystal, {verdicts.count(FALSE)} to false ones, "
+        f"{verdicts.count(BOTH)} to ones of both models, {unknown} unknown; lowest "
+        f"{min(energies, default=float('nan')):z.2f} meV/atom."
     )
     for path, drop in zip((arguments.model, arguments.second), run["ideal_relaxes"], strict=False):
         text += f" The ideal crystal relaxes to {drop:z.2f} meV/atom in {path.name}."
