@@ -20,6 +20,7 @@ from silicon import make_settings, settings_table, write_inputs
 
 from ubmd.cli.dynamic_progress import describe_event
 from ubmd.data.extxyz import write_structures
+from ubmd.data.labelled_range import LabelledRange
 from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, SettingsError
 from ubmd.lammps.trajectory import PieceTask, TrajectoryState, read_piece, read_state, run_piece, write_state
@@ -29,7 +30,6 @@ from ubmd.learning.dynamic.engine import run
 from ubmd.potentials.force_constants.basis import ClusterBasis
 from ubmd.potentials.force_constants.regression import NormalEquations, Posterior, fit
 from ubmd.potentials.force_constants.seen import Seen
-from ubmd.potentials.force_constants.shells import LabelledRange
 from ubmd.references import label
 from ubmd.references.lammps import LAMMPS
 from ubmd.runs.dynamic_history import read_errors

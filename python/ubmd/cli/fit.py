@@ -150,8 +150,17 @@ def _curvature_remarks(fit: CrystalFit) -> Iterator[str]:
             f"crystal.stable: {was.rows} inequalities, lowest curvature of the plain fit {was.lowest:.3g} eV/Å^2; "
             f"force RMSE of the validation set {now:.4g} eV/Å with them, {was.validation_force_rmse:.4g} without"
         )
-        if max(fit.basis.orders) > 2:
-            yield "orders above 2 have no lower bound: crystal.stable keeps the ideal crystal a minimum, no more"
+        if fit.posterior.limits is not None:
+            least, most = fit.posterior.limits.min(), fit.posterior.limits.max()
+            yield (
+                "the energy has a lower bound: a wall begins where displacements of neighbours differ by "
+                f"{least:.2f} to {most:.2f} Å, as far as those of the labels"
+            )
+        elif max(fit.basis.orders) > 2:
+            yield (
+                "orders above 2 have no lower bound: crystal.stable keeps the ideal crystal a minimum, no more; set "
+                "crystal.pairs for a bound"
+            )
         return
     if 2 not in fit.basis.orders:
         return

@@ -175,7 +175,7 @@ class PieceTask(BaseModel):
     """whether the model is one of a crystal (fix ubmd then gives the largest displacement)"""
     langevin_seed: int
     labelled_range: Path | None = None
-    """npz (`ubmd.potentials.force_constants.shells.LabelledRange`), for the trigger's extrapolation"""
+    """npz (`ubmd.data.labelled_range.LabelledRange`), for the trigger's extrapolation"""
 
 
 class PieceResult(BaseModel):

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ubmd.attempts import Attempt, end_attempts
 from ubmd.data.constraints import FIXED, is_fixed
+from ubmd.data.labelled_range import LabelledRange
 from ubmd.data.state import state_arrays
 from ubmd.errors import ModelError, SimulationError
 from ubmd.files import replacing
@@ -41,7 +42,6 @@ from ubmd.lammps.session import (
     with_suitable_neighbours,
 )
 from ubmd.lammps.triggers import Trigger, load_trigger
-from ubmd.potentials.force_constants.shells import LabelledRange
 
 Array = NDArray[np.float64]
 FIX = "monitor"

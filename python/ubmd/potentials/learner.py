@@ -6,17 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from ase import Atoms
 from numpy.typing import NDArray
 
+from ubmd.data.labelled_range import LabelledRange
 from ubmd.potentials.interface import Signal
 from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
-
-if TYPE_CHECKING:
-    from ubmd.potentials.force_constants.shells import LabelledRange
 
 Array = NDArray[np.float64]
 Progress = Callable[[dict[str, Any]], None]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from ase import Atoms
 
+from ubmd.data.labelled_range import LabelledRange
 from ubmd.data.labels import dataset_hash
 from ubmd.data.structures import read_structures
 from ubmd.potentials.interface import Signal
@@ -21,7 +22,6 @@ from ubmd.settings.marks import key_values
 
 if TYPE_CHECKING:
     from ubmd.potentials.force_constants.seen import Seen
-    from ubmd.potentials.force_constants.shells import LabelledRange
 
 
 class ForceConstants(Learner):
@@ -208,8 +208,6 @@ class ForceConstants(Learner):
 
     def labelled_range(self, labels: Sequence[Atoms]) -> LabelledRange:
         """From the shells of the cluster basis."""
-        from ubmd.potentials.force_constants.shells import LabelledRange
-
         pairs = self.basis.shells.pairs(self.box)
         limit = self._seen(labels).largest[pairs.shell]
         return LabelledRange(self._ideal_positions, pairs.first, pairs.second, limit)
