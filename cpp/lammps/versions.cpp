@@ -12,8 +12,8 @@ std::string refusal(const Versions &built, const Versions &found) {
   if (found.mpi.find("Open MPI") != std::string::npos)
     return "ubmd was built for MPICH but Open MPI is loaded" + install_lammps + ", and use its mpiexec";
   if (!found.torch.empty() && found.torch != built.torch)
-    return "ubmd was built for torch " + built.torch + " but " + found.torch + " is loaded: run pip install torch==" +
-           built.torch + " in this environment";
+    return "ubmd was built for torch " + built.torch + " but " + found.torch +
+           " is loaded: run pip install torch==" + built.torch + " in this environment";
   return "";
 }
 
