@@ -1,8 +1,8 @@
 """A wheel for others: built here, installed where no compiler is on the PATH, and used there.
 
 UBMD_TEST_WHEEL_PYTHONS: the Pythons to build for, separated by colons (default: this one): python3.11:python3.13.
-Each took 37 minutes on two cores that other programs used too (Python 3.11, torch's CPU build), and needs torch twice: to
-build the wheel and to run it. With torch's CUDA build that is 5 GB on disk each.
+Each took 37 minutes on two cores that other programs used too (Python 3.11, CPU build of torch). torch is installed
+twice, to build the wheel and to run it: its CUDA build is 5 GB on disk each time.
 """
 
 from __future__ import annotations
