@@ -260,6 +260,8 @@ def test_earlier_versions_refuse_the_file(crystal):
     record = Model(crystal.path).metadata
     assert record["format"] == 3
     assert record["pairs"]["core"] == RADII.tolist()
+    wall = record["pairs"]["wall"]
+    assert (wall["power"], set(wall["limits"]), len(wall["distances"])) == (4, {LIMIT}, len(wall["limits"]))
     with pytest.raises(ModelError, match="format 4"):
         parse_record(str(record | {"format": 4}).replace("'", '"').replace("None", "null"), Path("model.pt"))
 

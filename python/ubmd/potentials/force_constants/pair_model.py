@@ -74,6 +74,9 @@ class PairedCrystalModel(CrystalModule):
         record = json.loads(self.clusters.metadata())
         record["uncertainty"]["projections"] = basis.n_parameters
         record["pairs"] = {"cutoff": pairs.cutoff, "core": core.tolist(), "parameters": pairs.n_parameters}
+        if posterior.limits is not None:
+            shells = {"distances": basis.shells.distance.tolist(), "limits": posterior.limits.tolist()}
+            record["pairs"]["wall"] = {"power": basis.wall_power, **shells}
         self.description = json.dumps(record | {"format": 3})
 
     def _take_functions(self, pairs: PairFunctions) -> None:
