@@ -485,6 +485,8 @@ def test_labels_after_a_runaway_are_not_learnt(tmp_path: Path) -> None:
     assert sum(bool(row["rejected"]) for row in asked) == len(rejected)
     lines = [describe_event(read_event(event)) for event in folder.read_events()]
     assert any("displacements beyond those of all labels (extrapolation)" in line for line in lines)
+    report = (folder.path / "report" / "report.md").read_text()
+    assert "trigger 'absolute', and displacements beyond 0.3 times those of the labels; seed 5" in report
 
 
 EXPLODING = """

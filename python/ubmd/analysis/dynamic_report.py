@@ -85,12 +85,13 @@ def _summary(data: _Run) -> str:
     last, dynamic = data.last, data.settings.dynamic
     heat = " and ".join(f"{t:g}" for t in dynamic.temperatures)
     bias = f"bias force {data.settings.bias.force:g}" if data.settings.bias else "no bias (plain MD)"
-    ended = last.ended
+    ended, factor = last.ended, dynamic.trigger.extrapolation
+    beyond = "" if factor is None else f", and displacements beyond {factor:g} times those of the labels"
     return (
         f"{last.labels} labels ({last.calls} reference calculations) after {len(data.history)} rounds and "
         f"{last.md_steps:,} MD steps ({data.picoseconds(last.md_steps):,.1f} ps) of "
         f"{dynamic.trajectories} {'trajectory' if dynamic.trajectories == 1 else 'trajectories'} at {heat} K; {bias}; "
-        f"trigger '{dynamic.trigger.rule}'; seed {data.settings.seed}. "
+        f"trigger '{dynamic.trigger.rule}'{beyond}; seed {data.settings.seed}. "
         + (f"Finished: {ended.reason}" if ended else "The run has not finished.")
     )
 
