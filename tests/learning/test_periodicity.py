@@ -185,6 +185,7 @@ def test_desorption_ends_a_replica_and_keeps_its_frames(slab_model: Path, tmp_pa
 # ---- loops
 
 
+@pytest.mark.slow
 def test_a_loop_of_a_slab_survives_kill_9_and_keeps_its_fixed_atoms(tmp_path: Path) -> None:
     table = settings_table(tmp_path / "killed" / "run") | {"model": {"hidden": [16, 16], "n_radial": 2, "cutoff": 5.0}}
     table["reference"] = {"calculator": "fresh_emt:FreshEMT"}

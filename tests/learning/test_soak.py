@@ -148,7 +148,9 @@ def check_sentence(driver: subprocess.Popen[str], folder: Path) -> None:
 
 
 @linux
-@pytest.mark.parametrize("moment", ["labels", pytest.param("train", marks=pytest.mark.slow), "md"])
+@pytest.mark.parametrize(
+    "moment", ["labels", *(pytest.param(name, marks=pytest.mark.slow) for name in ("train", "md"))]
+)
 def test_a_full_disk_ends_with_a_sentence_and_goes_on_with_space(small_disk: Path, tmp_path: Path, moment: str) -> None:
     run = Run(tmp_path / "base", small_disk / "run", **FEW)
     driver = run.start()

@@ -16,7 +16,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "lammps_examples" / "surface"
 BIN = Path(sys.executable).parent
 SMALL = ("md.steps=480", "loop.labels=18", "training.epochs=100", "test.sampling.frames=10", "md.replicas=4")
 
-pytestmark = [pytest.mark.slow, pytest.mark.slow_ci]
+pytestmark = [pytest.mark.slow]
 
 
 def call(*command: str, cwd: Path) -> str:
