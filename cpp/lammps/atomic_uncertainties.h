@@ -16,7 +16,8 @@ class Pair;
 
 namespace ubmd {
 
-// In the order in which the pair style needs it. Uncertainties are by atom index.
+// In the order in which the pair style needs it. Uncertainties are by atom index, and include the factors of the
+// elements.
 class AtomicUncertainties {
  public:
   virtual ~AtomicUncertainties() = default;
@@ -44,6 +45,9 @@ class AtomicUncertainties {
 
   virtual double bytes() const { return 0.0; }
 };
+
+// The factors of a block's own atoms (those that have an energy), 1 for a model that has none.
+std::vector<double> atom_factors(const Metadata &metadata, const Block &block);
 
 // The kind that the model needs; the model must outlive it. LAMMPS's communication calls `pair`, which passes it on.
 std::unique_ptr<AtomicUncertainties> make_atomic_uncertainties(LAMMPS_NS::LAMMPS *lmp, LAMMPS_NS::Pair &pair,

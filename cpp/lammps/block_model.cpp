@@ -28,7 +28,7 @@ class BlockModel : public TorchModel {
   std::vector<double> feature_sum() override;
   void set_weight(const std::vector<double> &weight) override;
   Values bias(std::size_t k) override;
-  Values atomic_bias(std::size_t k) override;
+  Values atomic_bias(std::size_t k, const std::vector<double> &weights) override;
   Values member_bias(std::size_t k, const Block &block, const std::vector<double> &cotangents) override;
   void release() override;
 
@@ -139,7 +139,7 @@ void BlockModel::warm_up(const Request &request) {
   }
   if (request.atoms && !is_ensemble_) atomic_uncertainties();
   if (request.strain && strain_derivative_) strain_derivative();
-  if (request.bias == Bias::atomic && !is_ensemble_) atomic_bias(0);
+  if (request.bias == Bias::atomic && !is_ensemble_) atomic_bias(0, std::vector<double>(n, 1.0));
   release();
 }
 
@@ -253,9 +253,10 @@ Values BlockModel::bias(std::size_t k) {
   });
 }
 
-Values BlockModel::atomic_bias(std::size_t k) {
+Values BlockModel::atomic_bias(std::size_t k, const std::vector<double> &weights) {
   const auto &tape = kept_[k];
-  const auto weight = guarded("the bias", loaded_.file, false, [&] { return uncertainty_derivative(tape.features); });
+  const auto weight =
+      guarded("the bias", loaded_.file, false, [&] { return uncertainty_derivative(tape.features, weights); });
   return guarded("the bias", loaded_.file, inference_, [&] {
     const c10::List<torch::Tensor> no_directions;
     const auto result = call(feature_gradient_, {tape.layers, tape.factors, no_directions, weight});

@@ -37,7 +37,7 @@ class GenericModel : public TorchModel {
   std::vector<double> feature_sum() override;
   void set_weight(const std::vector<double> &weight) override { weight_ = weight; }
   Values bias(std::size_t) override;
-  Values atomic_bias(std::size_t) override;
+  Values atomic_bias(std::size_t, const std::vector<double> &weights) override;
   Values member_bias(std::size_t, const Block &, const std::vector<double> &cotangents) override;
   void release() override;
 
@@ -214,9 +214,9 @@ Values GenericModel::bias(std::size_t) {
   });
 }
 
-Values GenericModel::atomic_bias(std::size_t) {
+Values GenericModel::atomic_bias(std::size_t, const std::vector<double> &weights) {
   return guarded("the bias", loaded_.file, false, [&] {
-    const auto cotangent = uncertainty_derivative(kept_.features);
+    const auto cotangent = uncertainty_derivative(kept_.features, weights);
     return view(vector_jacobian({kept_.features}, kept_.vectors, {cotangent}, false, false), loaded_.unit);
   });
 }

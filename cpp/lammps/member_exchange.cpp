@@ -26,6 +26,9 @@ void MemberExchange::start() {
 }
 
 void MemberExchange::add(const Block &block, double *) {
+  const auto factors = atom_factors(model_.metadata(), block);
+  factors_.resize(atom->nlocal + atom->nghost, 1.0);
+  for (std::size_t i = 0; i < factors.size(); ++i) factors_[block.centres[i]] = factors[i];
   const auto gradients = model_.member_gradients();
   for (std::size_t m = 0; m < n_members_; ++m)
     add_gradient(block, gradients.data() + 3 * m * block.n_pairs(), -1.0, of_member(m), 3);
@@ -45,7 +48,7 @@ void MemberExchange::finish(const std::vector<int> &centres, double *uncertainti
   }
   const Timer::Scope scope(timer_, Timer::uncertainty);
   const auto values = model_.force_uncertainties(member_forces_, nullptr);
-  for (std::size_t i = 0; i < values.size(); ++i) uncertainties[centres_[i]] = values[i];
+  for (std::size_t i = 0; i < values.size(); ++i) uncertainties[centres_[i]] = factors_[centres_[i]] * values[i];
 }
 
 // The derivatives of u_i with respect to the members' forces go to the ghosts, whose pairs other ranks may own.
@@ -60,7 +63,8 @@ void MemberExchange::start_bias() {
   for (member_ = 0; member_ < n_members_; ++member_) {
     double *target = of_member(member_);
     for (std::size_t i = 0; i < centres_.size(); ++i)
-      for (int k = 0; k < 3; ++k) target[3 * centres_[i] + k] = derivative[(3 * i + k) * n_members_ + member_];
+      for (int k = 0; k < 3; ++k)
+        target[3 * centres_[i] + k] = factors_[centres_[i]] * derivative[(3 * i + k) * n_members_ + member_];
     comm->forward_comm(&pair_);
   }
 }
@@ -109,7 +113,8 @@ void MemberExchange::unpack_reverse_comm(int n, const int *list, const double *b
 }
 
 double MemberExchange::bytes() const {
-  return static_cast<double>((member_forces_.capacity() + exchanged_.capacity()) * sizeof(double) +
+  return static_cast<double>((member_forces_.capacity() + exchanged_.capacity() + factors_.capacity()) *
+                                 sizeof(double) +
                              centres_.capacity() * sizeof(int));
 }
 

@@ -40,6 +40,7 @@ class MemberExchange : public AtomicUncertainties, protected LAMMPS_NS::Pointers
   Timer &timer_;
   std::size_t n_members_;
   std::vector<int> centres_;           // owned atoms that take part
+  std::vector<double> factors_;        // [nall] of their uncertainties, by atom index
   std::vector<double> member_forces_;  // [n_atoms, 3, M], eV/Å
   std::vector<double> exchanged_;      // [M, nall, 3] forces, or derivatives of u with respect to them
   std::size_t member_ = 0;             // the one that communication moves

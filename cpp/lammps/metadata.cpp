@@ -1,6 +1,7 @@
 #include "metadata.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "json.h"
 #include "ubmd_error.h"
@@ -43,6 +44,15 @@ void read_graph(const Json &record, Metadata &metadata, const std::string &file)
     throw Error("layers or precision in the metadata of model file " + file + " is damaged: export the model again");
 }
 
+// Factors of the atomic uncertainties, which earlier plugins would leave out.
+void read_atom_scale(const Json &record, Metadata &metadata, const std::string &file) {
+  if (!record.contains("atom_scale")) return;
+  metadata.atom_scale = record["atom_scale"].get<std::vector<double>>();
+  bool valid = metadata.format >= 4 && !metadata.lattice && metadata.atom_scale.size() == metadata.elements.size();
+  for (double factor : metadata.atom_scale) valid = valid && factor > 0.0 && std::isfinite(factor);
+  if (!valid) throw Error("atom_scale in the metadata of model file " + file + " is damaged: export the model again");
+}
+
 Metadata read(const Json &record, const std::string &file) {
   Metadata metadata;
   metadata.format = record.at("format").get<int>();
@@ -57,6 +67,7 @@ Metadata read(const Json &record, const std::string &file) {
     metadata.projections = record["uncertainty"].value("projections", 0);
   if (record.contains("operators")) metadata.operators = record["operators"].get<std::vector<std::string>>();
   if (record.contains("lattice")) metadata.lattice = read_lattice(record["lattice"], metadata.elements.size(), file);
+  read_atom_scale(record, metadata, file);
   if (metadata.elements.empty() || !(metadata.cutoff > 0.0))
     throw Error("model file " + file + " lacks its elements or its cutoff: export it again with 'ubmd train'");
   return metadata;

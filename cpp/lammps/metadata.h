@@ -9,7 +9,7 @@
 namespace ubmd {
 
 // The newest format of model files that this plugin reads.
-inline constexpr int newest_format = 3;
+inline constexpr int newest_format = 4;
 
 enum class Precision { mixed, single_, double_ };
 
@@ -32,6 +32,7 @@ struct Metadata {
   int layers = 1;                      // steps of message passing: energies depend on pairs layers - 1 pairs away
   std::optional<Precision> precision;  // the only one that the model runs in
   std::vector<std::string> operators;  // operator libraries the model needs
+  std::vector<double> atom_scale;      // factor of u_i by species index; empty: 1 for all
   std::optional<Lattice> lattice;      // of a force-constant model
 };
 

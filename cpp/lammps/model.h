@@ -78,7 +78,8 @@ class Model {
   // Enter the features of the block evaluated last into the sum over all blocks.
   virtual void add_features() = 0;
 
-  // Calibrated uncertainties [n] of the block evaluated last (not of an ensemble).
+  // Uncertainties [n] of the block evaluated last (not of an ensemble). Here and below, uncertainties of atoms are
+  // those that the module gives: the factors of the elements (`Metadata::atom_scale`) are the caller's business.
   virtual Values atomic_uncertainties() = 0;
 
   // dSum(E)/d(strain of the ideal positions) [3, 3] of the block evaluated last, in the model's frame (crystal only).
@@ -93,8 +94,8 @@ class Model {
   // Calibrated u (per atom) of a mean feature [p], and its derivative [p] if `weight` is given.
   virtual double uncertainty(const std::vector<double> &mean, std::vector<double> *weight) = 0;
 
-  // Calibrated uncertainties of n atoms from the members' forces [n, 3, M], and the derivative of their sum with
-  // respect to these forces if `derivative` is given.
+  // Uncertainties of n atoms from the members' forces [n, 3, M], and the derivative of their sum with respect to these
+  // forces if `derivative` is given.
   virtual Values force_uncertainties(const std::vector<double> &forces, std::vector<double> *derivative) = 0;
 
   // The weight of the bias of all blocks that follows.
@@ -103,8 +104,8 @@ class Model {
   // Of block number k (from 0): d(sum_i weight·phi_i)/d(vector) [P, 3] for the weight that was set.
   virtual Values bias(std::size_t k) = 0;
 
-  // d(sum_i u_i)/d(vector) [P, 3] of block number k (not of an ensemble).
-  virtual Values atomic_bias(std::size_t k) = 0;
+  // d(sum_i weight_i u_i)/d(vector) [P, 3] of block number k for weights [n] (not of an ensemble).
+  virtual Values atomic_bias(std::size_t k, const std::vector<double> &weights) = 0;
 
   // d(sum_m cotangent_m·gradient_m)/d(vector) [P, 3] of block number k for cotangents [M, P, 3] (ensemble only).
   virtual Values member_bias(std::size_t k, const Block &block, const std::vector<double> &cotangents) = 0;

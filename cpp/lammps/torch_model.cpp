@@ -222,9 +222,11 @@ Values TorchModel::uncertainties_of(const torch::Tensor &features) {
   return view(call(atoms_.value(), {features}).toTensor(), loaded_.unit);
 }
 
-torch::Tensor TorchModel::uncertainty_derivative(const torch::Tensor &features) {
+torch::Tensor TorchModel::uncertainty_derivative(const torch::Tensor &features, const std::vector<double> &weights) {
   const auto leaf = features.detach().clone().requires_grad_(true);  // a tensor made without autograd can't be a leaf
-  return torch::autograd::grad({call(atoms_.value(), {leaf}).toTensor().sum()}, {leaf})[0];
+  const auto u = call(atoms_.value(), {leaf}).toTensor();
+  const auto cotangent = wrap(weights, {u.size(0)}).to(u.device(), u.scalar_type());
+  return torch::autograd::grad({u}, {leaf}, {cotangent})[0];
 }
 
 Values TorchModel::force_uncertainties(const std::vector<double> &forces, std::vector<double> *derivative) {

@@ -71,9 +71,9 @@ class TorchModel : public Model {
   Values force_uncertainties(const std::vector<double> &forces, std::vector<double> *derivative) override;
 
  protected:
-  // The atomic uncertainties of features [n, p], and the derivative of their sum.
+  // The atomic uncertainties of features [n, p], and the derivative of their sum with weights [n].
   Values uncertainties_of(const torch::Tensor &features);
-  torch::Tensor uncertainty_derivative(const torch::Tensor &features);
+  torch::Tensor uncertainty_derivative(const torch::Tensor &features, const std::vector<double> &weights);
 
   torch::jit::IValue call(const torch::jit::Method &method, std::vector<torch::jit::IValue> arguments) const {
     return method(std::move(arguments));

@@ -132,7 +132,7 @@ class Other(torch.nn.Module):
     [
         (
             json.dumps({"format": 99, "elements": ["H"], "cutoff": 4.0}),
-            "has format 99 but this ubmd reads formats up to 3",
+            "has format 99 but this ubmd reads formats up to 4",
         ),
         ("no json", "are not a ubmd record"),
         (json.dumps({"format": 1, "elements": [], "cutoff": 4.0}), "lacks its elements"),
@@ -167,7 +167,7 @@ def stored(record: dict | bytes) -> None:
     [
         ({"cutoff": 4.5}, "model file model.pt is refused: its code gives another description than its record"),
         ({"elements": ["H", "C", "N"]}, "element O is not in model file model.pt, which contains H C N"),
-        ({"format": 99}, "has format 99 but this ubmd reads formats up to 3"),
+        ({"format": 99}, "has format 99 but this ubmd reads formats up to 4"),
         ({"cutoff": "4.0"}, "are not a ubmd record"),
         (b"no json", "are not a ubmd record"),
         (b"", "are not a ubmd record"),

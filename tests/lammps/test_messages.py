@@ -373,7 +373,7 @@ WRONG = {
     "format": ({"format": 1}, Stated, "layers or precision .* is damaged"),
     "no layers": ({"layers": 0}, Stated, "layers or precision .* is damaged"),
     "unknown precision": ({"precision": "half"}, Stated, "layers or precision .* is damaged"),
-    "newer": ({"format": 4}, Stated, "has format 4 but this ubmd reads formats up to 3: update ubmd"),
+    "newer": ({"format": 5}, Stated, "has format 5 but this ubmd reads formats up to 4: update ubmd"),
     "ensemble": ({}, StatedEnsemble, "is an ensemble of networks with message passing, which is not supported"),
     "fast": ({}, StatedFast, "has message passing and the method evaluate"),
 }

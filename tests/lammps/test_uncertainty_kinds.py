@@ -17,6 +17,7 @@ from ubmd.settings import ModelSettings, UncertaintySettings
 
 ELEMENTS = ["H", "C", "O"]
 KINDS = ["posterior", "last-layer", "distance", "ensemble"]
+BY_ELEMENT = ("posterior", "ensemble")
 
 MEASURE = """
 compute virial all pressure NULL pair
@@ -34,7 +35,7 @@ VIRIAL, BIAS_VIRIAL = ([f"c_{name}[{k}]" for k in range(1, 7)] for name in ("vir
 
 @pytest.fixture(scope="module")
 def files(structures, tmp_path_factory) -> dict[str, Path]:
-    """A small model with random weights and labels, in a file of every kind."""
+    """A small model with random weights and labels, in a file of every kind; half of them with factors by element."""
     rng = np.random.default_rng(21)
     labelled = []
     for kind in ["molecule"] * 5 + ["triclinic"] * 4:
@@ -44,14 +45,18 @@ def files(structures, tmp_path_factory) -> dict[str, Path]:
         labelled.append(atoms)
     folder = tmp_path_factory.mktemp("kinds")
     for kind in KINDS:
-        settings = UncertaintySettings(kind=kind, projections=20, references=30, alpha=0.3)
+        by_element = kind in BY_ELEMENT
+        settings = UncertaintySettings(
+            kind=kind, projections=20, references=30, alpha=0.3, by_element=by_element, atoms_by="structure"
+        )
         models = [
             GaussianMomentNetwork(ELEMENTS, ModelSettings(hidden=(16, 12), cutoff=4.0), seed=5 + m)
             for m in range(settings.networks)
         ]
         for m, model in enumerate(models):
             model.initialise_energies([build_graph(atoms, ELEMENTS, 4.0) for atoms in labelled[m:]])
-        export_model(models, labelled[:6], labelled[6:], settings, folder / f"{kind}.pt")
+        record = export_model(models, labelled[:6], labelled[6:], settings, folder / f"{kind}.pt")
+        assert len(set(record.get("atom_scale", []))) == (len(ELEMENTS) if by_element else 0)
     return {kind: folder / f"{kind}.pt" for kind in KINDS}
 
 

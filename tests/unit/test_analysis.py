@@ -239,8 +239,7 @@ def run(frames, tmp_path_factory):
 def keep(folder: Path, iteration: int, evaluator: Model, structures) -> None:
     """What a run keeps of the predictions of its models."""
     path = folder / "iterations" / f"iter_{iteration:03d}" / predictions.FILE
-    promise = evaluator.metadata["uncertainty"]
-    predictions.keep_predictions(path, structures, evaluator.predict(structures), promise)
+    predictions.keep_predictions(path, structures, evaluator.predict(structures), evaluator.metadata)
 
 
 def _write_replicas(folder: Path, frames) -> None:
@@ -390,7 +389,7 @@ def test_kept_predictions_are_those_of_the_model(run, frames, tmp_path):
     cell.calc = SinglePointCalculator(cell, energy=1.0, forces=np.ones((2, 3)))
     structures = [frames[0], cell, frames[1]]
     found = evaluator.predict(structures)
-    predictions.keep_predictions(path, structures, found, evaluator.metadata["uncertainty"])
+    predictions.keep_predictions(path, structures, found, evaluator.metadata)
     write_structures(tmp_path / "structures.extxyz", structures)
     kept = predictions.kept_predictions(path, read_structures(tmp_path / "structures.extxyz"))
     assert kept.promise["alpha"] == 0.2

@@ -262,8 +262,8 @@ def test_earlier_versions_refuse_the_file(crystal):
     assert record["pairs"]["core"] == RADII.tolist()
     wall = record["pairs"]["wall"]
     assert (wall["power"], set(wall["limits"]), len(wall["distances"])) == (4, {LIMIT}, len(wall["limits"]))
-    with pytest.raises(ModelError, match="format 4"):
-        parse_record(str(record | {"format": 4}).replace("'", '"').replace("None", "null"), Path("model.pt"))
+    with pytest.raises(ModelError, match="format 5"):
+        parse_record(str(record | {"format": 5}).replace("'", '"').replace("None", "null"), Path("model.pt"))
 
 
 def test_what_pairs_add_beyond_their_second_derivatives_is_anharmonic(only_pairs):

@@ -214,7 +214,7 @@ DAMAGED = {
     "no UTF-8": (b"\xff\xfe\xfa", "is not a ubmd model file"),
     "no table": (b"[1]", "is not a ubmd model file"),
     "deep": (b"[" * 200_000, "is not a ubmd model file"),
-    "newer": ({"format": 99}, r"has format 99, but ubmd .* reads up to 3; upgrade"),
+    "newer": ({"format": 99}, r"has format 99, but ubmd .* reads up to 4; upgrade"),
     "format": ({"format": "1"}, r"damaged \(format is not a number\)"),
     "cutoff as text": ({"cutoff": "4.0"}, r"damaged \(cutoff is not a positive length\)"),
     "no number": ({"cutoff": float("nan")}, r"damaged \(cutoff is not a positive length\)"),

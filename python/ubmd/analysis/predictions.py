@@ -1,7 +1,7 @@
 """What the models of a run predict for structures that they were not trained on.
 
-A model file is a program. The run stores the predictions of its models (``predictions.npz`` of an iteration), so that a
-report need not run them: the folder may come from someone who is not trusted.
+A model file is a program. The run stores the predictions of its models (``predictions.npz`` and ``new_labels.npz`` of
+an iteration), so that a report need not run them: the folder may come from someone who is not trusted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from ubmd.runs.records import IterationEntry
 from ubmd.valid_json import parse_json
 
 FILE = "predictions.npz"
+"""about the test set; in runs of earlier versions without one, about the labels that the iteration selected"""
+NEW_LABELS = "new_labels.npz"
+"""about the labels that the iteration selected"""
 _NEWEST = 8  # iterations whose new labels stand in for a test set
 
 
@@ -60,10 +63,12 @@ class Unseen:
 
 
 def keep_predictions(
-    path: Path, structures: Sequence[Atoms], predictions: Sequence[Prediction], promise: Mapping[str, Any]
+    path: Path, structures: Sequence[Atoms], predictions: Sequence[Prediction], record: Mapping[str, Any]
 ) -> None:
-    """Write the predictions of a model with this calibration record for labelled structures."""
-    none = np.full(6, np.nan)
+    """Write the predictions of a model with this record for labelled structures."""
+    none, promise = np.full(6, np.nan), dict(record["uncertainty"])
+    if "atom_scale" in record:
+        promise["atom_scale"] = dict(zip(record["elements"], record["atom_scale"], strict=True))
     with replacing(path) as handle:
         np.savez_compressed(
             handle,
@@ -118,10 +123,15 @@ def _checked(promise: Any) -> dict[str, Any]:
     """The numbers of a calibration record that a report needs; errors as of dictionaries and ``float``."""
     parts = {name: promise[name] for name in ("energy", "forces")}
     numbers = {
-        name: {"attainable": float(part["attainable"]), "n_calibration": int(part["n_calibration"])}
+        name: {
+            "scale": float(part["scale"]),
+            "attainable": float(part["attainable"]),
+            "n_calibration": int(part["n_calibration"]),
+        }
         for name, part in parts.items()
     }
-    return {"alpha": float(promise["alpha"]), **numbers}
+    scale = {str(element): float(factor) for element, factor in promise.get("atom_scale", {}).items()}
+    return {"alpha": float(promise["alpha"]), "atom_scale": scale, **numbers}
 
 
 # ------------------------------------------------------------------------------------------ read by reports
@@ -143,7 +153,7 @@ def predict(
         NotKept: the run has stored none, and the model may not be run, or is missing.
     """
     where = folder.iteration(iteration)
-    found = kept_predictions(where / FILE, structures)
+    found = kept_predictions(where / FILE, structures) or kept_predictions(where / NEW_LABELS, structures)
     model = model or where / "model.pt"
     if found is None and run_models and model.exists():
         evaluator = Model(model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from ubmd.analysis import figures
 from ubmd.analysis.document import Document, Section
@@ -30,7 +31,7 @@ from ubmd.runs.convergence import plateau, quiet
 from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import read_settings
 from ubmd.runs.reading import read_iterations
-from ubmd.runs.records import IterationEntry, SetName
+from ubmd.runs.records import IterationEntry, NewLabels, SetName
 from ubmd.runs.stage_names import stage_name
 from ubmd.settings import RunSettings
 from ubmd.settings.run import conditions
@@ -55,7 +56,17 @@ def make_report(run: Path, run_models: bool = False) -> list[Path]:
         DataError: the folder holds no run.
     """
     data = _Run(RunFolder(Path(run)), run_models)
-    sections = (_iterations, _learning, _accuracy, _structures, _exploration, _uncertainty, _replicas, _convergence)
+    sections = (
+        _iterations,
+        _learning,
+        _accuracy,
+        _new_labels,
+        _structures,
+        _exploration,
+        _uncertainty,
+        _replicas,
+        _convergence,
+    )
     return write_report(data, "run", "No iteration has finished yet.", _summary, sections, (_failures, _times))
 
 
@@ -213,6 +224,39 @@ def _accuracy(report: Document, data: _Run) -> None:
     )
     caption = "Calibrated uncertainty against error; in the green half the error is below the uncertainty"
     section.picture(path, caption, link_to_viewer("The structures behind the points"))
+
+
+def _new_labels(report: Document, data: _Run) -> None:
+    """What the calibration promised of new labels, and what was found."""
+    rows = [(entry.iteration, entry.chosen) for entry in data.history if entry.chosen is not None]
+    drawn = [entry.drawn for entry in data.history if entry.drawn is not None]
+    if not rows:
+        return
+    section = report.section("New labels: promised and found")
+    headings = ["iteration", "promised share", "found", "share of atoms", "median max u_i", "median max RMSE(F_i)"]
+    section.table(
+        headings,
+        [
+            [str(k), f"{one.promised:.3f}", f"{one.covered} of {one.structures}", f"{one.share_of_atoms:.3f}"]
+            + [number(value, ".3f") for value in (one.max_u, one.max_error)]
+            for k, one in rows
+        ],
+    )
+    section.text(
+        "Structures that were selected, as the model that selected them had predicted them: found are those whose "
+        f"largest force error does not exceed their largest u_i (eV/Å). {_pooled([one for _, one in rows])}"
+    )
+    if drawn:
+        section.text(f"Frames that were drawn at random (selection.random), beside them: {_pooled(drawn)}")
+
+
+def _pooled(found: Sequence[NewLabels]) -> str:
+    """All iterations together, with the 95 % interval of Wilson."""
+    covered, count = sum(one.covered for one in found), sum(one.structures for one in found)
+    promised = sum(one.promised * one.structures for one in found) / count
+    interval = binomtest(covered, count).proportion_ci(method="wilson")
+    share = f"{covered / count:.2f}, 95 % interval {interval.low:.2f} to {interval.high:.2f}"
+    return f"In all iterations {covered} of {count} ({share}); promised: {promised:.2f}."
 
 
 def _structures(report: Document, data: _Run) -> None:

@@ -12,11 +12,19 @@ from torch import Tensor
 from ubmd.data.graph import Batch, Graph, scatter_forces
 
 
-def evaluation(module: Any, pairs: Graph | Batch, edge_vector: Tensor) -> "Evaluation":
-    """Everything about the atoms of one graph or batch; ``edge_vector`` [P, 3] in the precision that is wanted."""
-    if hasattr(module, "evaluate"):
-        return FastEvaluation(module, pairs, edge_vector)
-    return Evaluation(module, pairs, edge_vector)
+def evaluation(
+    module: Any, pairs: Graph | Batch, edge_vector: Tensor, atom_scale: Tensor | None = None
+) -> "Evaluation":
+    """Everything about the atoms of one graph or batch.
+
+    Args:
+        module: of a model file.
+        pairs: the graph or batch.
+        edge_vector: [P, 3] in the precision that is wanted.
+        atom_scale: [elements] (float64) factors that the file's record has for u_i; None: 1.
+    """
+    kind = FastEvaluation if hasattr(module, "evaluate") else Evaluation
+    return kind(module, pairs, edge_vector, atom_scale)
 
 
 def is_ensemble(module: Any) -> bool:
@@ -40,8 +48,11 @@ class Evaluation:
     energy [n] eV; gradient dSum(E)/d(edge_vector) [P, 3] eV/Å; phi [n, p] as the module returns it; all detached.
     """
 
-    def __init__(self, module: Any, pairs: Graph | Batch, edge_vector: Tensor) -> None:
+    def __init__(
+        self, module: Any, pairs: Graph | Batch, edge_vector: Tensor, atom_scale: Tensor | None = None
+    ) -> None:
         self.module, self.pairs = module, pairs
+        self._weights = None if atom_scale is None else atom_scale[pairs.species]
         self.edge_vector = edge_vector.detach()
         self.n_atoms = len(pairs.species)
         self._evaluate()
@@ -91,11 +102,13 @@ class Evaluation:
     def atomic_uncertainties(self) -> Tensor:
         """u_i [n] (float64, eV/Å)."""
         if is_ensemble(self.module):
-            u: Tensor = self.module.force_uncertainties(self._member_forces(self.member_gradients()))
-            return u
+            return self._scaled(self.module.force_uncertainties(self._member_forces(self.member_gradients())))
         with torch.no_grad():
-            u = self.module.atomic_uncertainties(self.phi)
-        return u
+            return self._scaled(self.module.atomic_uncertainties(self.phi))
+
+    def _scaled(self, u: Tensor) -> Tensor:
+        """u_i [n] times the factors of the atoms' elements."""
+        return u if self._weights is None else self._weights * u
 
     def atomic_uncertainty_gradient(self) -> tuple[Tensor, Tensor]:
         """(sum of the atomic uncertainties, its gradient with respect to edge_vector [P, 3] (float64))."""
@@ -103,9 +116,9 @@ class Evaluation:
         source = (self.member_gradients() if ensemble else self.phi).detach().requires_grad_(True)
         with torch.enable_grad():
             if ensemble:
-                total = self.module.force_uncertainties(self._member_forces(source)).sum()
+                total = self._scaled(self.module.force_uncertainties(self._member_forces(source))).sum()
             else:
-                total = self.module.atomic_uncertainties(source).sum()
+                total = self._scaled(self.module.atomic_uncertainties(source)).sum()
         (cotangent,) = torch.autograd.grad(total, source)
         pull = self.member_bias if ensemble else self.atomic_feature_gradient
         return total.detach(), pull(cotangent)

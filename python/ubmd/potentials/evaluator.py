@@ -44,6 +44,8 @@ class NetworkEvaluator:
         self.cutoff: float = metadata["cutoff"]
         self.edge_dtype = torch.float32 if precision == "single" else torch.float64
         self.feature_scale: float = metadata["uncertainty"]["energy"]["feature_scale"]
+        scale = metadata.get("atom_scale")
+        self.atom_scale = None if scale is None else torch.tensor(scale, dtype=torch.float64)
 
     def graph(self, atoms: Atoms) -> Graph:
         """The structure as the graph of a network."""
@@ -63,7 +65,7 @@ class NetworkEvaluator:
                 raise DataError(f"structure {number}: {error}" if len(structures) > 1 else str(error)) from None
 
     def _evaluation(self, pairs: Graph | Batch) -> Evaluation:
-        return evaluation(self.module, pairs, pairs.edge_vector.to(self.edge_dtype))
+        return evaluation(self.module, pairs, pairs.edge_vector.to(self.edge_dtype), self.atom_scale)
 
     def _predictions(self, batch: Batch, result: Evaluation) -> list[Prediction]:
         means = structure_means(result.phi.double(), batch)

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.data import atomic_numbers
 
 from ubmd import __version__
 from ubmd.data.graph import Batch, Graph, build_graph, chunks, structure_means
-from ubmd.errors import DataError, ModelError
+from ubmd.errors import ModelError
 from ubmd.potentials.baseline import Baseline, check_reach, has_baseline, remainder
 from ubmd.potentials.deployed import Deployed, ForeignModule
 from ubmd.potentials.evaluation import evaluation
@@ -24,7 +25,8 @@ from ubmd.potentials.interface import Backend, RawModule
 from ubmd.potentials.record import format_of
 from ubmd.potentials.summed import lone_atoms, summed
 from ubmd.settings import ModelSettings, UncertaintySettings
-from ubmd.uncertainty import ConformalScale, DistanceUncertainty, PosteriorUncertainty, conformal_scale
+from ubmd.uncertainty import DistanceUncertainty, PosteriorUncertainty
+from ubmd.uncertainty.calibration import Calibration, Outcome, calibrate
 
 # Settings that a kind of uncertainty doesn't use: they would be misleading in its file.
 WITHOUT_EFFECT = {
@@ -75,36 +77,23 @@ def _training_features(deployed: Deployed, graphs: Iterable[Graph]) -> Iterator[
         yield structure_means(phi, batch), phi
 
 
-def calibrate(
-    deployed: Deployed, graphs: Sequence[Graph], settings: UncertaintySettings
-) -> tuple[ConformalScale, ConformalScale]:
-    """Set the conformal factors from |energy error|/n of structures and RMSE over xyz of atomic forces.
+def outcomes(deployed: Deployed, graphs: Sequence[Graph], numbers: Sequence[int]) -> list[Outcome]:
+    """Errors and uncertainties of labelled structures, before calibration; fixed atoms do not count.
 
-    With ``settings.atoms_by == 'structure'`` a structure counts once, with max_i error / max_i u, because
-    atoms of one structure are not exchangeable and the threshold acts on the maximum. Fixed atoms do not count.
+    ``numbers``: atomic number by element index.
     """
-    energy_errors, energy_u, force_errors, force_u = [], [], [], []
+    by_species, found = torch.tensor(numbers), []
     for batch in chunks(graphs):
         energy, forces, u, atomic_u = evaluate(deployed, batch)
         error = (forces - batch.forces).square().mean(1).sqrt()
-        counted = torch.ones(len(error), dtype=torch.bool) if batch.fixed is None else ~batch.fixed
+        free = torch.ones(len(error), dtype=torch.bool) if batch.fixed is None else ~batch.fixed
         sizes = batch.counts.tolist()
-        energy_errors.append(((energy - batch.energy) / batch.counts).numpy())
-        energy_u.append(u.numpy())
-        for atom_error, atom_u, free in zip(
-            error.split(sizes), atomic_u.split(sizes), counted.split(sizes), strict=True
-        ):
-            atom_error, atom_u = atom_error[free], atom_u[free]
-            whole = settings.atoms_by == "structure"
-            force_errors.append(atom_error.max().reshape(1).numpy() if whole else atom_error.numpy())
-            force_u.append(atom_u.max().reshape(1).numpy() if whole else atom_u.numpy())
-    if not energy_errors:
-        raise DataError("Calibration needs at least one structure.")
-    energy_scale = conformal_scale(np.concatenate(energy_errors), np.concatenate(energy_u), settings.alpha)
-    force_scale = conformal_scale(np.concatenate(force_errors), np.concatenate(force_u), settings.alpha)
-    deployed.structure_uncertainty.calibration.fill_(energy_scale.scale)
-    deployed.atom_uncertainty.calibration.fill_(force_scale.scale)
-    return energy_scale, force_scale
+        of_atoms = (values.split(sizes) for values in (by_species[batch.species], error, atomic_u, free))
+        energy_error = ((energy - batch.energy) / batch.counts).abs().tolist()
+        for k, (kinds, errors, own_u, chosen) in enumerate(zip(*of_atoms, strict=True)):
+            of_free = (values[chosen].numpy() for values in (kinds, errors, own_u))
+            found.append(Outcome(energy_error[k], float(u[k]), *of_free))
+    return found
 
 
 def evaluate(module: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -125,10 +114,11 @@ def export_checkpoints(
     settings: UncertaintySettings,
     path: Path,
     provenance: dict[str, Any] | None = None,
+    earlier: Sequence[Outcome] = (),
 ) -> dict[str, Any]:
     """Write the model file of trained networks; see `export_raw`."""
     raw = backend.raw_module(checkpoints, settings)
-    return export_raw(raw, backend.name, model, training, calibration, settings, path, provenance)
+    return export_raw(raw, backend.name, model, training, calibration, settings, path, provenance, earlier)
 
 
 def export_raw(
@@ -140,6 +130,7 @@ def export_raw(
     settings: UncertaintySettings,
     path: Path,
     provenance: dict[str, Any] | None = None,
+    earlier: Sequence[Outcome] = (),
 ) -> dict[str, Any]:
     """Give a module its uncertainty, add its baseline, and write ``path``, the model file.
 
@@ -152,6 +143,7 @@ def export_raw(
         settings: of the uncertainty.
         path: of the model file.
         provenance: joins the record of the file (training_set_hash, settings ...).
+        earlier: what earlier models of a run said of structures that they had not been trained on; it calibrates, too.
 
     Returns:
         The record.
@@ -174,8 +166,14 @@ def export_raw(
         graphs = (build_graph(atoms, raw.elements, raw.cutoff) for atoms in training)
         fit_uncertainty(deployed, graphs, settings)
         held_out = [build_graph(atoms, raw.elements, raw.cutoff) for atoms in calibration]
-        energy, forces = calibrate(deployed, held_out, settings)
-    metadata = _metadata(raw, name, deployed, settings, energy, forces, len(training))
+        numbers = [atomic_numbers[name] for name in raw.elements]
+        said = outcomes(deployed, held_out, numbers)
+    found = _calibrated([*said, *earlier], settings, numbers)
+    deployed.structure_uncertainty.calibration.fill_(found.energy.scale)
+    deployed.atom_uncertainty.calibration.fill_(found.forces.scale)
+    metadata = _metadata(raw, name, deployed, settings, found, len(training))
+    if earlier and said:
+        metadata["uncertainty"]["held_out"] = _factors(_calibrated(said, settings, numbers))
     metadata |= {"operators": list(raw.operators), **(provenance or {})}
     if baseline is not None:
         deployed = summed(deployed, baseline)
@@ -270,39 +268,47 @@ def _graph(raw: RawModule) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != absent[name]}
 
 
+def _calibrated(said: Sequence[Outcome], settings: UncertaintySettings, elements: Sequence[int]) -> Calibration:
+    by_structure = settings.atoms_by == "structure"
+    return calibrate(said, settings.alpha, by_structure, elements if settings.by_element else None)
+
+
+def _factors(found: Calibration) -> dict[str, dict[str, Any]]:
+    """Conformal factors, and what they rest on, as in the record of a model file."""
+    scales = {"energy": found.energy, "forces": found.forces}
+    return {
+        name: {"scale": scale.scale, "attainable": scale.attainable, "n_calibration": scale.count}
+        for name, scale in scales.items()
+    }
+
+
 def _metadata(
     raw: RawModule,
     name: str,
     deployed: Deployed,
     settings: UncertaintySettings,
-    energy: ConformalScale,
-    forces: ConformalScale,
+    found: Calibration,
     n_training: int,
 ) -> dict[str, Any]:
     """The JSON record of the file."""
-
-    def calibrated(scale: ConformalScale, feature_scale: torch.Tensor) -> dict[str, Any]:
-        return {
-            "scale": scale.scale,
-            "attainable": scale.attainable,
-            "n_calibration": scale.count,
-            "feature_scale": float(feature_scale),
-        }
-
+    parts = _factors(found)
+    parts["energy"]["feature_scale"] = float(deployed.structure_uncertainty.feature_scale)
+    parts["forces"]["feature_scale"] = float(deployed.atom_uncertainty.feature_scale)
+    by_element = {} if found.atom_scale is None else {"atom_scale": list(found.atom_scale.values())}
     return {
-        "format": format_of(raw.layers, raw.fixed_precision),
+        "format": format_of(raw.layers, raw.fixed_precision, scaled=bool(by_element)),
         "model": name,
         "elements": list(raw.elements),
         "cutoff": raw.cutoff,
         "units": {"energy": "eV", "length": "Å", "force": "eV/Å", "stress": "eV/Å^3"},
         "precision": raw.precision,
         **_graph(raw),
+        **by_element,
         # projections: the length of the features, which is the number of members in an ensemble
         "uncertainty": {
             **settings.model_dump(exclude=WITHOUT_EFFECT[settings.kind]),
             "projections": deployed.n_features,
-            "energy": calibrated(energy, deployed.structure_uncertainty.feature_scale),
-            "forces": calibrated(forces, deployed.atom_uncertainty.feature_scale),
+            **parts,
         },
         "n_training": n_training,
         **raw.record,

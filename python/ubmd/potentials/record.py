@@ -22,7 +22,7 @@ from ubmd import __version__
 from ubmd.errors import ModelError
 from ubmd.valid_json import parse_json
 
-FORMAT = 3  # newest format of the model file; raised when an older plugin could not read a file
+FORMAT = 4  # newest format of the model file; raised when an older plugin could not read a file
 RECORD = "ubmd.json"  # name of the extra file
 
 _LARGEST = 64 << 20  # bytes of a record, or of a pickled module without its tensors
@@ -53,11 +53,14 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return None if description is None else parse_record(description, path)
 
 
-def format_of(layers: int, fixed_precision: bool, pairs: bool = False) -> int:
+def format_of(layers: int, fixed_precision: bool, pairs: bool = False, scaled: bool = False) -> int:
     """The lowest format that says all: earlier versions read files of format 1, and refuse those of a newer one.
 
-    Format 2 has message passing or a fixed precision; format 3 force constants with pair functions.
+    Format 2 has message passing or a fixed precision; format 3 force constants with pair functions; format 4 factors of
+    the atomic uncertainties by element (``scaled``).
     """
+    if scaled:
+        return 4
     if pairs:
         return 3
     return 2 if layers > 1 or fixed_precision else 1
@@ -101,8 +104,13 @@ def _check_graph(record: dict[str, Any], path: Path) -> None:
         raise damaged(path, "fixed_precision is not true or false")
     if fixed and record.get("precision") not in ("float32", "float64"):
         raise damaged(path, "precision is neither float32 nor float64")
-    if record["format"] < format_of(layers, fixed):
-        raise damaged(path, "layers and fixed_precision need format 2")
+    scale = record.get("atom_scale")
+    if scale is not None and not _is_scale(scale, len(record["elements"])):
+        raise damaged(path, "atom_scale is not a positive number for each element")
+    needed = format_of(layers, fixed, scaled=scale is not None)
+    if record["format"] < needed:
+        keys = "layers and fixed_precision need" if scale is None else "atom_scale needs"
+        raise damaged(path, f"{keys} format {needed}")
 
 
 def fixed_precision(record: dict[str, Any]) -> str | None:
@@ -155,6 +163,11 @@ def complete_record(path: Path) -> Iterator[None]:
     except _DAMAGED as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise damaged(path, what) from None
+
+
+def _is_scale(value: Any, count: int) -> bool:
+    is_list = isinstance(value, list) and len(value) == count
+    return is_list and all(_is_number(number) and 0.0 < number < math.inf for number in value)
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

@@ -200,6 +200,17 @@ class Calibration(Record):
     force_attainable: MayLack[float]
 
 
+class NewLabels(Record):
+    """Labels of an iteration, as the model that selected them had predicted them."""
+
+    structures: int
+    covered: int = Field(description="structures whose largest force error does not exceed their largest u_i")
+    promised: float = Field(description="the share of structures, or of atoms, for which the calibration promises it")
+    share_of_atoms: float = Field(description="atoms whose force error does not exceed u_i")
+    max_error: float = Field(description="median over structures of the largest RMSE(F_i), eV/Å")
+    max_u: float = Field(description="median over structures of the largest u_i, eV/Å")
+
+
 class _Origin(Record):
     iteration: int | None = Field(None, description="iteration that a replica began in, if it is an earlier one")
 
@@ -224,6 +235,8 @@ class IterationEntry(Record):
     calib: Errors | None = Field(None, description="on labels that only calibrate, if there are any")
     test: Errors | None = Field(None, description="on the test set, if there is one")
     calibration: Calibration | None = Field(None, description="factors of the uncertainties")
+    chosen: NewLabels | None = Field(None, description="new labels that were selected, predicted before learning them")
+    drawn: NewLabels | None = Field(None, description="new labels that were drawn at random, predicted likewise")
     coverage: float | None = Field(description="share of the square of the first two torsions visited so far")
     max_u: float | None = Field(description="largest atomic uncertainty of this iteration's frames, eV/Å")
     replicas: list[Replica] = Field(description="those that ended in this iteration")

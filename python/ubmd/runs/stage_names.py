@@ -16,6 +16,7 @@ STAGE_NAMES = {
     "move": "MD",
     "select": "selection",
     "label": "labels",
+    "judge": "errors of new labels",
 }
 """Short name -> name, in the order in which a run does its stages."""
 

@@ -194,6 +194,11 @@ class UncertaintySettings(Table):
     atoms_by: Literal["atom", "structure"] = Field(
         "atom", description="calibrate atomic uncertainties by atoms, or by the maximum of each structure"
     )
+    by_element: Annotated[bool, LATE] = Field(
+        False,
+        description="calibrate atomic uncertainties of each element with a factor of its own (drawn towards the common "
+        "one where fewer structures than the confidence needs have it), then all together",
+    )
 
     @property
     def networks(self) -> int:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, FiniteFloat, field_serializer, model_validator
 
 from ubmd.settings.labels import LABELS, LabelSources, gather_labels
-from ubmd.settings.marks import FIRST_LABELS, NOTHING
+from ubmd.settings.marks import FIRST_LABELS, LATE, NOTHING
 from ubmd.settings.md import BiasSettings, MDSettings
 from ubmd.settings.potentials import ModelSettings, TrainingSettings, UncertaintySettings, check_mode
 from ubmd.settings.reference import ReferenceSettings, TestSettings
@@ -102,6 +102,18 @@ class SelectionSettings(Table):
     duplicate_tolerance: float = Field(
         1e-3, ge=0, description="feature distance below which two structures count as the same (no unit)"
     )
+    random: Annotated[int, LATE] = Field(
+        0,
+        ge=0,
+        description="frames of each batch of 8 or more that are drawn at random from the pool: the report shows how "
+        "their errors differ from those of chosen frames",
+    )
+
+    @model_validator(mode="after")
+    def _some_are_chosen(self) -> SelectionSettings:
+        if self.random >= self.batch and self.method != "random":
+            raise ValueError(f"random ({self.random}) must be less than batch ({self.batch}): else nothing is chosen")
+        return self
 
 
 class LoopSettings(Table):
@@ -143,6 +155,17 @@ class LoopSettings(Table):
         lt=1,
         description="share of labels that only calibrate: never trained on, not used for early stopping either, and "
         "never moved to another split; while there are none, validation labels calibrate (no unit)",
+    )
+    calibrate_on_new: Annotated[bool, LATE] = Field(
+        False,
+        description="calibrate also on the errors that new labels had under the model that selected them, those of "
+        "frames drawn at random (selection.random) excepted; then calibration_share takes no more labels once these "
+        "are enough for the confidence (19 for 95 %)",
+    )
+    half_life: Annotated[float, LATE] = Field(
+        3.0,
+        gt=0,
+        description="iterations after which such an error counts half, because the model changes (no unit)",
     )
     warm_start: bool = Field(True, description="train from the last model (else from scratch) in every iteration")
     warm_epochs: int = Field(200, ge=1, description="epochs of a warm start, at most")

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 
+from ubmd.analysis.predictions import labels_of_iteration
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
 from ubmd.data.state import bare, structures_hash
@@ -26,8 +27,9 @@ from ubmd.files import content_hash, copy_file, file_hash, move_aside, read_json
 from ubmd.learning.dataset import fresh_sides, split_batch
 from ubmd.learning.given import agreement_remark, check_agreement, read_given, set_aside, to_check
 from ubmd.learning.labels import label_batch, read_batch, read_postponed, reference_key
+from ubmd.learning.loop import new_labels
 from ubmd.learning.loop.advice import rare_impulses
-from ubmd.learning.loop.models import Models, keep_predictions, measure, training_seed
+from ubmd.learning.loop.models import Models, measure, training_seed
 from ubmd.learning.loop.replicas import Replicas, frames_are_damaged, settled
 from ubmd.learning.loop.selecting import make_pool, read_frames, select_batch
 from ubmd.learning.loop.turn import Turn
@@ -36,6 +38,7 @@ from ubmd.learning.reference import look_at_reference, remarks
 from ubmd.learning.start import perturb, read_start
 from ubmd.learning.walk import START, Walk, drive
 from ubmd.learning.work.workers import Executor
+from ubmd.measure.confidence import structures_needed
 from ubmd.measure.coverage import coverage
 from ubmd.measure.torsions import torsions
 from ubmd.potentials.kinds import backend_files, backend_of
@@ -49,6 +52,7 @@ from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import Stages, prepare_folder
 from ubmd.settings import RunSettings
 from ubmd.settings.marks import key_values
+from ubmd.uncertainty.calibration import Outcome
 
 
 def run(
@@ -251,7 +255,10 @@ class Loop(Walk[IterationEntry]):
             ]
         )
         calibrating = dataset_hash(calibration) if calibration else None
-        model = content_hash([train, sets, calibrating, key_values(settings.uncertainty)])
+        uncertainty = key_values(settings.uncertainty)
+        earlier = [[k, self._keys[k]["label"]] for k in self._judged_before(iteration)]
+        aged = [settings.loop.half_life, earlier] if earlier else []
+        model = content_hash([train, sets, calibrating, uncertainty, *aged])
         starts = self._starts(once.folder)
         tasks = self._replicas.tasks(settings, iteration, list(starts), once.folder / "model.pt")
         left = [[origin, self._keys[origin[0]]["md"]] for origin in self._replicas.left]
@@ -297,12 +304,15 @@ class Loop(Walk[IterationEntry]):
         self._weights = self._training(turn)
         damaged = not turn.once.is_done("export", turn.keys["export"])
         if damaged and (turn.once.folder / "model.pt").exists():  # the report may look at it
-            self._models.export(turn, self._weights())
+            self._export(turn)
         for frames in filter(frames_are_damaged, self._replicas.frame_files(turn)):
             move_aside(frames, self.folder.path / "aside")
         self._replicas.read_left(turn)
         self._recall(turn.iteration)
         self._take(turn.iteration, turn.once.folder / "labels")
+        if turn.settings.loop.calibrate_on_new and not new_labels.is_judged(turn, self.dataset):
+            self._export(turn)
+            new_labels.judge(turn, self.dataset)
         self._coverage(self._replicas.frame_files(turn))
 
     # -------------------------------------------------------------------------------------- one iteration
@@ -310,14 +320,31 @@ class Loop(Walk[IterationEntry]):
     def _learn(self, turn: Turn) -> Path:
         """Train, export and measure; returns the model file."""
         self._weights = self._training(turn)
-        weights = self._weights()
-        model = self._models.export(turn, weights)
+        model = self._export(turn)
         if self._held_out is not None:
             self._held_out.finish()
         test = read_structures(self.folder.test, labelled=True, compare=False) if self.settings.test is not None else []
         measure(turn, model, test)
         copy_file(model, self.folder.model)
         return model
+
+    def _export(self, turn: Turn) -> Path:
+        """The model file of an iteration, from its weights."""
+        assert self._weights is not None
+        return self._models.export(turn, self._weights(), partial(self._outcomes, turn))
+
+    def _judged_before(self, iteration: int) -> range:
+        """Earlier iterations whose new labels calibrate the model of this one."""
+        return range(iteration if self.settings.loop.calibrate_on_new else 0)
+
+    def _outcomes(self, turn: Turn) -> list[Outcome]:
+        """What earlier models said of the labels that they had selected, with weights."""
+        found: list[Outcome] = []
+        for k in self._judged_before(turn.iteration):
+            weight = 0.5 ** ((turn.iteration - 1 - k) / turn.settings.loop.half_life)
+            labels = labels_of_iteration(self.dataset, k)
+            found += new_labels.outcomes(self.folder.iteration(k), labels, weight)
+        return found
 
     def _split(self, iteration: int) -> tuple[list[Atoms], list[Atoms], list[Atoms]]:
         """(training, validation, calibration): sticky with warm starts, otherwise drawn again, except calibration."""
@@ -334,7 +361,7 @@ class Loop(Walk[IterationEntry]):
         self._replicas.run(turn, {iteration: keys["export"] for iteration, keys in self._keys.items()})
         candidates = partial(self._select, turn, model)
         self._label(turn.iteration, turn.keys["label"], candidates, turn.once.folder / "labels", turn.once)
-        keep_predictions(turn, self.dataset)
+        new_labels.judge(turn, self.dataset)
 
     def _select(self, turn: Turn, model: Path) -> list[Atoms]:
         """The batch to label next: what this iteration selects, then postponed structures if there is room for them."""
@@ -357,6 +384,8 @@ class Loop(Walk[IterationEntry]):
         sides = [atoms.info["split"] for atoms in self.dataset]
         loop = self.settings.loop
         rng = random_generator(self.settings.seed, number + 1, Stage.SPLIT)
+        judged = sum(atoms.info["iteration"] > START and not new_labels.is_random(atoms) for atoms in self.dataset)
+        enough = loop.calibrate_on_new and judged >= structures_needed(self.settings.uncertainty.alpha)
         new = split_batch(
             sides.count("train"),
             sides.count("valid"),
@@ -364,7 +393,7 @@ class Loop(Walk[IterationEntry]):
             loop.validation_share,
             rng,
             sides.count("calib"),
-            loop.calibration_share,
+            0.0 if enough else loop.calibration_share,
         )
         for atoms, side in zip(labelled, new, strict=True):
             atoms.info["split"] = side
@@ -382,6 +411,7 @@ class Loop(Walk[IterationEntry]):
             "labels": once.context["labels"],
             "md_steps": (last.md_steps if last else 0) + sum(result["steps"] for result in replicas),
             **read_json(once.folder / "errors.json"),
+            **(new_labels.summaries(once.folder, labels_of_iteration(self.dataset, iteration)) if explored else {}),
             "coverage": self._coverage(self._replicas.frame_files(turn)) if explored else last and last.coverage,
             "max_u": max((result["max_u"] for result in replicas), default=None),
             "replicas": replicas,

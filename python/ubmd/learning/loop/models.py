@@ -30,6 +30,7 @@ from ubmd.runs.folder import EventLog, RunFolder
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.runs.stages import prepare_folder
 from ubmd.settings import RunSettings
+from ubmd.uncertainty.calibration import Outcome
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,11 @@ class Models:
         lost = note_losses(self.events, "training", iteration=turn.iteration)
         run_tasks(self.workers, train_member, tasks, None, done, tick, settings.workers.retries, at_once, lost)
 
-    def export(self, turn: Turn, weights: list[Path]) -> Path:
-        """Fit and calibrate the uncertainty, write the model file."""
+    def export(self, turn: Turn, weights: list[Path], earlier: Callable[[], Sequence[Outcome]] = lambda: ()) -> Path:
+        """Fit and calibrate the uncertainty, write the model file.
+
+        ``earlier``: what earlier models said of the labels that they had selected.
+        """
         model = turn.once.folder / "model.pt"
 
         def export() -> None:
@@ -128,7 +132,7 @@ class Models:
             uncertainty = turn.settings.uncertainty
             network = turn.settings.model
             record = export_checkpoints(
-                self.backend, weights, network, turn.training, calibration, uncertainty, model, provenance
+                self.backend, weights, network, turn.training, calibration, uncertainty, model, provenance, earlier()
             )["uncertainty"]
             attained = [record[name]["attainable"] for name in ("energy", "forces")]
             sentence = shortfall(attained[0], attained[1], uncertainty.alpha)
@@ -173,18 +177,8 @@ def measure(turn: Turn, model: Path, test: list[Atoms]) -> None:
         found = {name: evaluator.predict(atoms) for name, atoms in sets.items() if atoms}
         errors = {name: error_summary(sets[name], each) for name, each in found.items()}
         if test:
-            predictions.keep_predictions(kept, test, found["test"], evaluator.metadata["uncertainty"])
+            predictions.keep_predictions(kept, test, found["test"], evaluator.metadata)
         write_json(target, errors | {"calibration": calibration_of(evaluator)})
 
     key = content_hash([turn.keys["export"], [dataset_hash(atoms) for atoms in sets.values()], precision])
     turn.once.run("measure", key, [target, kept] if test else [target], work)
-
-
-def keep_predictions(turn: Turn, dataset: Sequence[Atoms]) -> None:
-    """Predictions of this iteration's model for the labels that it has selected: they replace a test in the report."""
-    labels = predictions.labels_of_iteration(dataset, turn.iteration)
-    if labels and turn.settings.test is None:
-        model = turn.once.folder / "model.pt"
-        evaluator = Model(model, precision_for(model, turn.settings.md.precision))
-        promise = evaluator.metadata["uncertainty"]
-        predictions.keep_predictions(turn.once.folder / predictions.FILE, labels, evaluator.predict(labels), promise)

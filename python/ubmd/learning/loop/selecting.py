@@ -19,6 +19,8 @@ from ubmd.runs.seeds import Stage, random_generator
 from ubmd.selection import select
 from ubmd.settings import RunSettings
 
+_LARGE_BATCH = 8  # from which on frames can be drawn at random: of fewer they would be a large part
+
 
 def read_frames(path: Path) -> list[Atoms]:
     """Frames of a replica; none if it failed before its first."""
@@ -44,18 +46,24 @@ def select_batch(
     """(chosen frames with where they come from in ``info``, what selected.json holds)."""
     evaluator = Model(model, precision_for(model, settings.md.precision))
     candidates, known = evaluator.predict(pool), evaluator.predict(training)
+    rng = random_generator(settings.seed, iteration, Stage.SELECT)
+    drawn = min(settings.selection.random, count - 1) if settings.selection.batch >= _LARGE_BATCH else 0
     chosen = select(
         settings.selection.method,
         np.array([p.feature for p in candidates]),
         np.array([p.feature for p in known]),
         np.array([p.u for p in candidates]),
-        count,
+        count - drawn,
         settings.uncertainty.lambda2,
         settings.selection.noise,
         settings.selection.duplicate_tolerance,
-        random_generator(settings.seed, iteration, Stage.SELECT),
+        rng,
     )
+    rest = np.setdiff1d(np.arange(len(pool)), chosen)
+    at_random = rng.choice(rest, min(drawn, len(rest)), replace=False).tolist() if drawn > 0 else []
     records = [_selection_record(pool[k], candidates[k]) for k in chosen]
+    records += [_selection_record(pool[k], candidates[k]) | {"random": True} for k in at_random]
+    chosen += at_random
     info = settings.reference.info
     structures = [_selected_structure(pool[k], iteration, r, info) for k, r in zip(chosen, records, strict=True)]
     return structures, {"pool": len(pool), "wanted": count, "selected": records}
@@ -73,4 +81,5 @@ def _selection_record(frame: Atoms, prediction: Prediction) -> dict[str, Any]:
 def _selected_structure(frame: Atoms, iteration: int, record: dict[str, Any], info: Sequence[str]) -> Atoms:
     copy = bare(frame, info)
     copy.info |= {"iteration": iteration, "replica": record["replica"], "step": record["step"]}
+    copy.info |= {"random": True} if record.get("random") else {}
     return copy
