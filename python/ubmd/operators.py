@@ -3,6 +3,7 @@
 The LAMMPS plugin links the same file, so that a process which has both has one copy of the operators.
 """
 
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,10 +49,11 @@ def check_version(found: str) -> None:
 
 
 def available() -> bool:
-    """Whether the operators can be used here (they are loaded then)."""
+    """Whether the operators can be used here (they are loaded then); a warning says why not."""
     try:
         load()
-    except ModelError:
+    except ModelError as error:
+        warnings.warn(f"{error}. Until then networks run without them, several times slower.", stacklevel=2)
         return False
     return True
 

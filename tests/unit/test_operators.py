@@ -499,7 +499,8 @@ def test_missing_library_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path) -> N
     operators.load.cache_clear()
     with pytest.raises(ModelError, match="reinstall ubmd"):
         operators.load()
-    assert not operators.available()
+    with pytest.warns(UserWarning, match="reinstall ubmd.*Until then networks run without them"):
+        assert not operators.available()
 
 
 def test_another_torch_is_refused_before_the_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,7 +510,8 @@ def test_another_torch_is_refused_before_the_library_is_loaded(monkeypatch: pyte
         ModelError, match=r"built for torch 2\.13\.0 but this is 2\.14\.1\+cpu: run 'pip install torch=="
     ):
         operators.load()
-    assert not operators.available()
+    with pytest.warns(UserWarning, match=r"run 'pip install torch==.*several times slower"):
+        assert not operators.available()
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")  # the CPU build is the same version
     operators.load()
 
