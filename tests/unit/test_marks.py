@@ -13,7 +13,7 @@ from ubmd.runs.folder import RunFolder
 from ubmd.runs.manifest import open_run
 from ubmd.settings import LoopSettings, ReferenceSettings, RunSettings, Table, TrainingSettings
 from ubmd.settings.dynamic import DynamicRunSettings, DynamicSettings
-from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING, Mark, is_set, key_values, mark_at, marks
+from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING, Mark, is_set, key_values, late, mark_at, marks, with_late
 
 MAY_CHANGE = {
     RunSettings: """run_dir workers loop.labels loop.stop_when_quiet loop.quiet_iterations loop.label_budget
@@ -67,11 +67,28 @@ class Tables(Table):
     new: Annotated[int, LATE] = Field(2)
     aside: Annotated[int, ELSEWHERE] = 3
     cheap: Annotated[int, NOTHING] = 4
+    better: Annotated[bool, late(False)] = True
+
+
+class Whole(Table):
+    """With such a table in it."""
+
+    part: Tables = Tables()
 
 
 def test_a_setting_that_came_later_leaves_old_keys_as_they_are() -> None:
-    assert key_values(Tables()) == key_values(Tables(new=2, aside=5, cheap=6)) == {"old": 1}
-    assert key_values(Tables(new=7)) == {"old": 1, "new": 7}
+    before = Tables(better=False)
+    assert key_values(before) == key_values(Tables(new=2, aside=5, cheap=6, better=False)) == {"old": 1}
+    assert key_values(Tables(new=7, better=False)) == {"old": 1, "new": 7}
+    assert key_values(Whole(part=before)) == {"part": {"old": 1, "aside": 3, "cheap": 4}}
+
+
+def test_a_late_setting_with_another_default_is_off_in_runs_without_it() -> None:
+    """It does enter the keys of runs that have it."""
+    assert key_values(Tables()) == {"old": 1, "better": True}
+    assert with_late({"part": {"old": 5}}, Whole) == {"part": {"old": 5, "better": False}}
+    assert with_late({"part": {"better": True}}, Whole) == {"part": {"better": True}}
+    assert with_late({}, Whole) == {}
 
 
 def test_a_run_keeps_the_defaults_that_it_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from ubmd.runs.folder import FORMAT, RunFolder
 from ubmd.runs.schedules import schedule_of_tables
 from ubmd.settings import RunSettings, Table
 from ubmd.settings.labels import gather_labels
-from ubmd.settings.marks import is_set, mark_at, marks
+from ubmd.settings.marks import is_set, mark_at, marks, with_late
 
 S = TypeVar("S", bound=Table)  # RunSettings or DynamicRunSettings
 
@@ -143,7 +143,8 @@ def _changes(latest: dict[str, Any], settings: Table) -> dict[str, list[Any]]:
 
 def _updated(old: dict[str, Any], now: S) -> S:
     """Settings of a phase with the harmless keys as they are now."""
-    values, new = json.loads(json.dumps(gather_labels(old, strict=False))), now.model_dump(mode="json")
+    values = json.loads(json.dumps(with_late(gather_labels(old, strict=False), type(now))))
+    new = now.model_dump(mode="json")
     for name, mark in marks(type(now)):
         if mark.affects != "nothing":
             continue
@@ -172,7 +173,7 @@ def read_settings_of(folder: RunFolder, kind: type[S]) -> S:
     folder.read_manifest()
     try:
         values = tomllib.loads(folder.settings.read_text(encoding="utf-8"))
-        return kind.model_validate(gather_labels(values, strict=False))
+        return kind.model_validate(with_late(gather_labels(values, strict=False), kind))
     except (OSError, ValueError) as error:  # of TOML, of UTF-8, or of the settings
         reason = str(error).splitlines()[0]
         raise DataError(
@@ -251,7 +252,7 @@ def _with_older_defaults(changed: Iterable[str], settings: Table, manifest: dict
 
 
 def _with_defaults(values: dict[str, Any], kind: type[Table]) -> dict[str, Any]:
-    values = gather_labels(values, strict=False)
+    values = with_late(gather_labels(values, strict=False), kind)
     try:
         return kind.model_validate(values).model_dump(mode="json")
     except ValidationError:

@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 
 from ubmd.settings.table import Table, tables_of
 
+DEFAULT = object()
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -25,7 +27,9 @@ class Mark:
     in_key: bool = True
     """whether it is among the key's values of its table; False: it enters the key in another way, or affects nothing"""
     late: bool = False
-    """added to its table after runs had been made: left out of keys at its default, so that these runs keep theirs"""
+    """added to its table after runs had been made: left out of keys at its value `before`, so that these keep theirs"""
+    before: Any = DEFAULT
+    """what a late setting is in runs that were made without it; also its default, unless that is another by now"""
     version: int = 1
     """of the default; raised when the default changes"""
 
@@ -34,6 +38,11 @@ NOTHING = Mark("nothing", in_key=False)
 FIRST_LABELS = Mark("first labels")
 ELSEWHERE = Mark(in_key=False)
 LATE = Mark(late=True)
+
+
+def late(before: Any) -> Mark:
+    """The mark of a late setting whose default is not what runs without it have done, which is ``before``."""
+    return Mark(late=True, before=before, version=2)
 
 
 def mark_of(field: FieldInfo) -> Mark:
@@ -74,16 +83,29 @@ def key_values(table: Table) -> dict[str, Any]:
     """What a table contributes to the key of a stage: the values that affect its result, as JSON."""
     fields = type(table).model_fields
     elsewhere = {name: True for name, field in fields.items() if not mark_of(field).in_key}
-    return table.model_dump(mode="json", exclude=_late_at_default(table) | elsewhere)
+    return table.model_dump(mode="json", exclude=_late_as_before(table) | elsewhere)
 
 
-def _late_at_default(table: Table) -> dict[str, Any]:
-    """Late settings at their defaults, those of tables in it too, as pydantic's ``exclude``."""
+def with_late(values: dict[str, Any], kind: type[Table]) -> dict[str, Any]:
+    """The settings of a run as JSON, with late ones that it was made without as they were `before`."""
+    found = dict(values)
+    for name, field in kind.model_fields.items():
+        mark, inner = mark_of(field), tables_of(field.annotation)
+        if mark.before is not DEFAULT:
+            found.setdefault(name, mark.before)
+        if inner and isinstance(found.get(name), dict):
+            found[name] = with_late(found[name], inner[0])
+    return found
+
+
+def _late_as_before(table: Table) -> dict[str, Any]:
+    """Late settings as they were before them, those of tables in it too, as pydantic's ``exclude``."""
     found: dict[str, Any] = {}
     for name, field in type(table).model_fields.items():
-        value = getattr(table, name)
-        if mark_of(field).late and value == field.get_default(call_default_factory=True):
+        value, mark = getattr(table, name), mark_of(field)
+        before = field.get_default(call_default_factory=True) if mark.before is DEFAULT else mark.before
+        if mark.late and value == before:
             found[name] = True
-        elif isinstance(value, Table) and (inner := _late_at_default(value)):
+        elif isinstance(value, Table) and (inner := _late_as_before(value)):
             found[name] = inner
     return found

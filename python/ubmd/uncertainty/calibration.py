@@ -43,7 +43,7 @@ class Calibration:
     energy: ConformalScale
     forces: ConformalScale
     atom_scale: dict[int, float] | None = None
-    """atomic number -> further factor of u_i; None: 1 for all"""
+    """atomic number -> further factor of u_i; None: 1 for all, as of a single element"""
 
 
 def calibrate(
@@ -65,7 +65,7 @@ def calibrate(
         raise DataError("Calibration needs at least one structure.")
     weights = [outcome.weight for outcome in outcomes]
     energy = conformal_scale([o.energy_error for o in outcomes], [o.energy_u for o in outcomes], alpha, weights)
-    factors = None if elements is None else element_factors(outcomes, alpha, elements)
+    factors = None if elements is None or len(elements) < 2 else element_factors(outcomes, alpha, elements)
     if factors is not None:
         outcomes = [replace(o, u=_of_atoms(factors, o.numbers) * o.u) for o in outcomes]
     moving = [outcome for outcome in outcomes if len(outcome.u)]
