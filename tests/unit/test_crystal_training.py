@@ -320,6 +320,20 @@ def test_calibration_holds_on_the_validation_set(trained, data):
     assert scale.scale == pytest.approx(record["forces"]["scale"] * max(ratios), rel=1e-4)
 
 
+@pytest.mark.parametrize("direction", [(1.0, 1.0, 1.0), (-1.0, -1.0, -1.0), (1.0, 0.0, 0.0), (0.3, -0.8, 0.5)])
+def test_an_atom_that_is_pulled_away_never_looks_certain(trained, data, direction):
+    """As of networks (tests/learning/test_bond_scan.py); beyond the displacement limit, a structure is refused."""
+    evaluator = Model(trained[0] / "model.pt")
+    known = [p.atomic_u.max() for p in evaluator.predict(read_structures(data / "validation.extxyz"))]
+    limit, values = evaluator.metadata["lattice"]["max_displacement"], []
+    for length in np.linspace(0.4, 0.99 * limit, 8):  # labels have 0.06 Å per component
+        atoms = make_supercell(silicon(), BOX)
+        atoms.positions[0] += length * np.array(direction) / np.linalg.norm(direction)
+        values.append(evaluator.predict_one(atoms).atomic_u.max())
+    assert min(values) > 2.0 * max(known)
+    assert (np.diff(values) > 0.0).all()
+
+
 def test_shares_of_the_orders_are_those_of_their_forces(trained, data):
     output, _ = trained
     summary = json.loads((output / "fit.json").read_text())
