@@ -171,6 +171,7 @@ def test_library_calls_leave_their_process_as_it_is() -> None:
         ("from ubmd import load_settings", ("torch", "ase", "numpy")),
         ("from ubmd.learning import RunFolder, Workers, check, run", ("matplotlib", "rich", "typer")),
         ("import ubmd.learning.dynamic.engine", ("matplotlib", "rich", "typer")),
+        ("import ubmd.learning.work.tasks, ubmd.references", ("torch", "matplotlib", "rich", "typer")),
         ("import ubmd.cli.train, ubmd.cli.run, ubmd.cli.crystal", ("torch", "ase", "numpy", "matplotlib")),
     ],
 )

@@ -12,7 +12,6 @@ from ase.neighborlist import neighbor_list, primitive_neighbor_list
 from numpy.typing import NDArray
 from scipy.sparse import coo_array  # type: ignore[import-untyped]
 from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
-from vesin import NeighborList
 
 from ubmd.errors import DataError, LabelError
 
@@ -108,6 +107,8 @@ def neighbours(atoms: Atoms, cutoff: float) -> Pairs:
     if _is_slender(atoms, cutoff):
         i, j, vectors = primitive_neighbor_list("ijD", atoms.pbc, cell, atoms.positions, float(cutoff))
     else:
+        from vesin import NeighborList  # imports torch: two seconds that a worker which labels molecules need not wait
+
         i, j, vectors = NeighborList(cutoff=cutoff, full_list=True, sorted=True).compute(
             points=atoms.positions, box=cell, periodic=atoms.pbc, quantities="ijD"
         )

@@ -1,7 +1,7 @@
 """What worker processes do for the loop: look at the reference, label, run reference MD, run MD, train.
 
 Each task leaves its result in a file and seals it (`ubmd.files.seal`): what a worker has finished stays
-finished, also if the driver is killed before it hears of it. A worker that labels imports no torch.
+finished, also if the driver is killed before it hears of it. A worker that labels molecules imports no torch.
 
 Several processes may work on the same task: a worker on another machine continues without its driver while the next
 driver starts the task again. The first to finish counts; MD and trainings that another process has started again end
