@@ -72,23 +72,26 @@ def on_test_set(structures: Sequence[Atoms], found: Predictions) -> dict[str, fl
 
 
 def chosen_labels(folder: RunFolder, iteration: int, labels: Sequence[Atoms]) -> dict[str, Any]:
-    """The labels that an iteration has added, under the model that chose them; lists have one entry per label."""
+    """The labels that an iteration has chosen, under the model that chose them; lists have one entry per label.
+
+    Labels that a fault had postponed are left out: an earlier model chose them.
+    """
+    figures: dict[str, Any] = {"promised": None, "error": [], "u": [], "atoms": [], "atoms_covered": [], "random": []}
     structures = labels_of_iteration(labels, iteration)
     if not structures:
-        return {"promised": None, "error": [], "u": [], "atoms": [], "atoms_covered": [], "random": []}
+        return figures
     where = folder.iteration(iteration)
     found = kept_predictions(where / NEW_LABELS, structures) or predict(folder, iteration, structures, run_models=True)
+    figures["promised"] = found.promise["forces"]["attainable"]
     picks = json.loads((where / "selected.json").read_text())["selected"]
     random = {(pick["replica"], pick["step"]): bool(pick.get("random", False)) for pick in picks}
-    errors = [
-        np.sqrt(np.mean((p.forces - atoms.get_forces()) ** 2, axis=1))
-        for p, atoms in zip(found.each, structures, strict=True)
-    ]
-    return {
-        "promised": found.promise["forces"]["attainable"],
-        "error": [float(error.max()) for error in errors],
-        "u": [float(p.atomic_u.max()) for p in found.each],
-        "atoms": [len(atoms) for atoms in structures],
-        "atoms_covered": [int(np.sum(e <= p.atomic_u)) for e, p in zip(errors, found.each, strict=True)],
-        "random": [random[atoms.info["replica"], atoms.info["step"]] for atoms in structures],
-    }
+    for prediction, atoms in zip(found.each, structures, strict=True):
+        if "first_iteration" in atoms.info:
+            continue
+        error, u = np.sqrt(np.mean((prediction.forces - atoms.get_forces()) ** 2, axis=1)), prediction.atomic_u
+        figures["error"].append(float(error.max()))
+        figures["u"].append(float(u.max()))
+        figures["atoms"].append(len(atoms))
+        figures["atoms_covered"].append(int(np.sum(error <= u)))
+        figures["random"].append(random[atoms.info["replica"], atoms.info["step"]])
+    return figures
