@@ -113,6 +113,9 @@ def paired_interval(
     return mean, float(low), float(high)
 
 
-def jumps(factors: Sequence[float]) -> list[float]:
-    """|ln(f_(t+1) / f_t)| of calibration factors of successive models."""
-    return [abs(math.log(after / before)) for before, after in itertools.pairwise(factors)]
+def jumps(factors: Sequence[Mapping[str, float]]) -> list[float]:
+    """|ln(f_(t+1) / f_t)| of the calibration factors of successive models, mean over elements if each has its own."""
+    return [
+        float(np.mean([abs(math.log(after[name] / before[name])) for name in after]))
+        for before, after in itertools.pairwise(factors)
+    ]

@@ -138,7 +138,7 @@ def uncertainty_row(name: str, results: Results) -> list[str]:
     models = [model for run in runs for model in run["models"]]
     tests = [model["test"] for model in models]
     own, random = pool(models, random=False), pool(models, random=True)
-    factors = [jump for run in runs for jump in jumps([model["force_factor"] for model in run["models"]])]
+    factors = [jump for run in runs for jump in jumps([model["factors"] for model in run["models"]])]
     low_errors = [
         error < run["threshold"] / 3.0 for run in runs for error in pool(run["models"], random=False)["error"]
     ]

@@ -34,14 +34,17 @@ def figures() -> Iterator[ModuleType]:
 
 def test_figures_are_those_of_models_and_labels(figures: ModuleType, tmp_path: Path) -> None:
     write_inputs(tmp_path, tmp_path / "run")
-    folder = RunFolder(run(make_settings(tmp_path / "run", workers={"processes": 1}), tmp_path))
-    picks = folder.iteration(1) / "selected.json"
-    changed = json.loads(picks.read_text())
-    changed["selected"][0]["random"] = True  # as if this one had been chosen by chance
-    picks.write_text(json.dumps(changed))
+    settings = make_settings(
+        tmp_path / "run",
+        workers={"processes": 1},
+        selection={"batch": 8, "random": 2},
+        loop={"labels": 20},
+        uncertainty={"by_element": True},
+    )
+    folder = RunFolder(run(settings, tmp_path))
     found = json.loads(json.dumps(figures.figures_of(folder.path)))
-    assert (found["threshold"], found["limit"]) == (1000.0, 8)
-    assert [model["labels"] for model in found["models"]] == [4, 6, 8]
+    assert (found["threshold"], found["limit"]) == (1000.0, 20)
+    assert [model["labels"] for model in found["models"]] == [4, 12, 20]
     history = folder.read_history()
     assert [model["force_rmse"] for model in found["models"]] == [entry["test"]["force_rmse"] for entry in history]
     labels = read(folder.dataset, ":")
@@ -57,18 +60,23 @@ def test_figures_are_those_of_models_and_labels(figures: ModuleType, tmp_path: P
                 us.append(prediction.atomic_u)
             figure = found["models"][number][which]
             if which == "chosen":
-                assert len(structures) == 2
+                assert len(structures) == 8
                 assert figure["error"] == pytest.approx([error.max() for error in errors], rel=1e-4)
                 assert figure["u"] == pytest.approx([u.max() for u in us], rel=1e-4)
                 assert figure["atoms_covered"] == [(e <= u).sum() for e, u in zip(errors, us, strict=True)]
-                assert figure["random"].count(True) == number
-                first = changed["selected"][0]
-                for atoms, by_chance in zip(structures, figure["random"], strict=True):
-                    taken = (atoms.info["replica"], atoms.info["step"]) == (first["replica"], first["step"])
-                    assert by_chance == (taken and number == 1)
+                picks = json.loads((folder.iteration(number) / "selected.json").read_text())["selected"]
+                drawn = {(pick["replica"], pick["step"]) for pick in picks if pick.get("random")}
+                places = [(atoms.info["replica"], atoms.info["step"]) for atoms in structures]
+                assert len(drawn) == 2
+                assert figure["random"] == [place in drawn for place in places]
             else:
                 covered = np.mean([e.max() <= u.max() for e, u in zip(errors, us, strict=True)])
                 assert figure["structures_covered"] == pytest.approx(covered)
                 assert figure["atoms_covered"] == pytest.approx(np.mean(np.concatenate(errors) <= np.concatenate(us)))
-            assert figure["promised"] == model.metadata["uncertainty"]["forces"]["attainable"]
+            forces = model.metadata["uncertainty"]["forces"]
+            assert figure["promised"] == min(forces["attainable"], 0.95)
+        factors = dict(zip(model.metadata["elements"], model.metadata["atom_scale"], strict=True))
+        assert found["models"][number]["factors"] == pytest.approx(
+            {element: forces["scale"] * factor for element, factor in factors.items()}
+        )
     assert found["models"][-1]["chosen"]["error"] == []

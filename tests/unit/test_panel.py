@@ -133,8 +133,9 @@ def test_intervals_of_five_seeds_are_too_narrow(judge: ModuleType) -> None:
 
 
 def test_jumps_of_factors(judge: ModuleType) -> None:
-    assert judge.jumps([2.0, 1.0, 4.0]) == pytest.approx([math.log(2), math.log(4)])
-    assert judge.jumps([2.0]) == []
+    assert judge.jumps([{"": 2.0}, {"": 1.0}, {"": 4.0}]) == pytest.approx([math.log(2), math.log(4)])
+    assert judge.jumps([{"H": 2.0, "C": 1.0}, {"H": 1.0, "C": 3.0}]) == pytest.approx([math.log(6) / 2])
+    assert judge.jumps([{"": 2.0}]) == []
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -148,7 +149,7 @@ def model(labels: int, error: float, chosen: int) -> dict[str, object]:
         "labels": labels,
         "md_steps": 100 * labels,
         "minutes": 0.5,
-        "force_factor": float(labels),
+        "factors": {"": float(labels)},
         "energy_rmse_mev_per_atom": 2.0,
         "force_rmse": error,
         "stopped": [],
