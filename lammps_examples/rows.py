@@ -80,9 +80,9 @@ def prepare(file: Path, runs: Sequence[Run]) -> None:
 
 def execute(file: Path, run: Run) -> bool:
     """Start or resume one run; whether it is finished now. Its output is appended to the log."""
-    name = run.folder.name
+    name, shown = run.folder.name, f"{run.folder.parent.name}/{run.folder.name}"
     if run.is_finished():
-        print(f"{name}: finished before", flush=True)
+        print(f"{shown}: finished before", flush=True)
         return True
     begin = time.monotonic()
     ubmd = Path(sys.executable).with_name("ubmd")
@@ -92,7 +92,7 @@ def execute(file: Path, run: Run) -> bool:
     with (logs / f"{name}.log").open("a") as log:
         code = subprocess.run([str(ubmd), "run", str(file), *words], stdout=log, stderr=log, check=False).returncode
     said = "finished" if code == 0 else f"failed, see {log.name}"
-    print(f"{name}: {said} after {(time.monotonic() - begin) / 60:.1f} min", flush=True)
+    print(f"{shown}: {said} after {(time.monotonic() - begin) / 60:.1f} min", flush=True)
     return code == 0
 
 

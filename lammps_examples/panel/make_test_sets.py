@@ -1,4 +1,4 @@
-"""Test sets of the panel, made once for all runs: python make_test_sets.py [SYSTEM ...]. Three minutes on one core.
+"""Test sets of the panel, made once for all runs: python make_test_sets.py [SYSTEM ...]. Six minutes on one core.
 
 Writes test_SYSTEM.extxyz. All frames come from MD with the reference itself: no model and no run takes part.
 
