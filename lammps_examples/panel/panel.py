@@ -66,13 +66,19 @@ def carry_out(file: Path, run: Run, folder: Path, tidy: bool) -> bool:
         return False
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, figures_of(run.folder) | {"changes": list(run.changes[:-2])})
+        write_json(kept, rounded(figures_of(run.folder) | {"changes": list(run.changes[:-2])}))
     except UbmdError as error:
         print(f"{run.folder.name}: {error}", flush=True)
         return False
     if tidy:
         shutil.rmtree(run.folder)
     return True
+
+
+def rounded(figures: dict[str, Any]) -> dict[str, Any]:
+    """With six digits: files of many runs stay small."""
+    short: dict[str, Any] = json.loads(json.dumps(figures), parse_float=lambda text: float(f"{float(text):.6g}"))
+    return short
 
 
 def run_all(options: argparse.Namespace) -> int:

@@ -235,6 +235,11 @@ def test_results_in_one_file_are_the_figures(panel: ModuleType, tmp_path: Path) 
     assert panel.main(["table", "--folder", str(tmp_path), "--systems", "slab"]) == 0
 
 
+def test_figures_are_kept_with_six_digits(panel: ModuleType) -> None:
+    values = {"a": [1 / 3, 1234567.0, 5], "threshold": math.inf, "none": None}
+    assert panel.rounded(values) == {"a": [0.333333, 1234570.0, 5], "threshold": math.inf, "none": None}
+
+
 # ------------------------------------------------------------------------------------------ settings
 
 
