@@ -384,7 +384,7 @@ class Loop(Walk[IterationEntry]):
         sides = [atoms.info["split"] for atoms in self.dataset]
         loop = self.settings.loop
         rng = random_generator(self.settings.seed, number + 1, Stage.SPLIT)
-        judged = sum(atoms.info["iteration"] > START and not new_labels.is_random(atoms) for atoms in self.dataset)
+        judged = sum(map(new_labels.is_chosen, self.dataset))
         enough = loop.calibrate_on_new and judged >= structures_needed(self.settings.uncertainty.alpha)
         new = split_batch(
             sides.count("train"),

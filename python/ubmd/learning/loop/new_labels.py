@@ -19,6 +19,7 @@ from ubmd.analysis.predictions import NEW_LABELS, Predictions, keep_predictions,
 from ubmd.calculator import Model
 from ubmd.data.constraints import is_fixed
 from ubmd.learning.loop.turn import Turn
+from ubmd.learning.walk import START
 from ubmd.measure.errors import calibration_data
 from ubmd.potentials.record import precision_for
 from ubmd.uncertainty.calibration import Outcome
@@ -44,17 +45,21 @@ def is_judged(turn: Turn, dataset: Sequence[Atoms]) -> bool:
 
 
 def outcomes(folder: Path, labels: Sequence[Atoms], weight: float) -> list[Outcome]:
-    """What calibrates of an iteration's folder: the labels that were chosen, not those that were drawn at random."""
+    """What calibrates of an iteration's folder: the labels that its model has chosen."""
     found = kept_predictions(folder / NEW_LABELS, labels) if labels else None
     if found is None:
         return []
-    chosen = [k for k, atoms in enumerate(labels) if not is_random(atoms)]
-    return [_outcome(labels[k], found, k, weight) for k in chosen]
+    return [_outcome(atoms, found, k, weight) for k, atoms in enumerate(labels) if is_chosen(atoms)]
 
 
-def is_random(atoms: Atoms) -> bool:
-    """Whether a label was drawn at random (``selection.random``)."""
-    return bool(atoms.info.get("random", False))
+def is_chosen(atoms: Atoms) -> bool:
+    """Whether the model of a label's iteration has chosen it.
+
+    Start labels, frames that were drawn at random (``selection.random``), and structures that an earlier iteration had
+    chosen and the machine lost, were not.
+    """
+    info = atoms.info
+    return info["iteration"] > START and not info.get("random", False) and "first_iteration" not in info
 
 
 def _outcome(atoms: Atoms, found: Predictions, k: int, weight: float) -> Outcome:
@@ -78,7 +83,10 @@ def summaries(folder: Path, labels: Sequence[Atoms]) -> dict[str, Any]:
         return {}
     parts: dict[str, list[int]] = {"chosen": [], "drawn": []}
     for k, atoms in enumerate(labels):
-        parts["drawn" if is_random(atoms) else "chosen"].append(k)
+        if is_chosen(atoms):
+            parts["chosen"].append(k)
+        elif atoms.info.get("random", False):
+            parts["drawn"].append(k)
     return {name: _summary(labels, found, indices) for name, indices in parts.items() if indices}
 
 
