@@ -164,10 +164,11 @@ class Values:
     """Of N atoms in structures one after the other; all float64.
 
     With p and q projections, d = 1 + neurons of the last hidden layer: phi [N, p] and small_phi [N, q] sketched features
-    of the layers, radial [N, p] those of the radial coefficients; forces and error [N, 3] (error: predicted minus label), eV/Å; jacobian
-    [N, q, 3] and jacobian_last [N, d, 3], d(sum of all features)/d(position); last [N, d]; factors: pairs of matrices
-    whose kernels multiply to a layer's, for the exact posterior; gradient_radial [N, elements, ...] exact; pairs:
-    centre, neighbour and cutoff function; structure [N] and free [N] (False: kept fixed).
+    of the layers, radial [N, p] those of the radial coefficients, last [N, d] gradients of the last layer; forces and
+    error [N, 3] (error: predicted minus label), eV/Å; jacobian [N, q, 3] and jacobian_last [N, d, 3],
+    d(sum of all small_phi, last)/d(position); factors: pairs of matrices whose kernels multiply to a layer's, for the
+    exact posterior; gradient_radial [N, ...] exact; pairs: centre, neighbour and cutoff function; structure [N] and
+    free [N] (False: kept fixed).
     """
 
     phi: Tensor
