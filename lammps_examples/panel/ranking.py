@@ -163,8 +163,8 @@ RADIAL_DEVIATION = 3**-0.5
 class Values:
     """Of N atoms in structures one after the other; all float64.
 
-    With p and q projections, d = 1 + neurons of the last hidden layer: phi [N, p] and small_phi [N, q] sketched features
-    of the layers, radial [N, p] those of the radial coefficients, last [N, d] gradients of the last layer; forces and
+    With p and q projections, d = 1 + neurons of the last hidden layer: phi [N, p], small_phi [N, q] sketched features
+    of the layers, radial [N, p] of the radial coefficients, last [N, d] gradients of the last layer; forces and
     error [N, 3] (error: predicted minus label), eV/Å; jacobian [N, q, 3] and jacobian_last [N, d, 3],
     d(sum of all small_phi, last)/d(position); factors: pairs of matrices whose kernels multiply to a layer's, for the
     exact posterior; gradient_radial [N, ...] exact; pairs: centre, neighbour and cutoff function; structure [N] and
