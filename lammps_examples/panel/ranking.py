@@ -13,7 +13,8 @@ the first 16, 64 ... training labels, and all kinds of uncertainty are computed 
   unit norm        phi/|phi| and |phi| instead of phi
   neighbours       posterior averaged over the neighbours and the atom itself; weighted: by the cutoff function
   heads            spread of forces of 16 last layers on one trunk, fitted to bootstrap samples from random starts
-  forces ...       posterior of forces with forces observed (p = 256); last layer: of its weights
+  forces ...       posterior of forces with forces observed (p = 256); last layer: of its weights;
+                   draws: their spread over random draws from that posterior
   networks         spread of forces of the networks of all seeds (what three times the cost gives)
   |F|              no uncertainty at all: the size of the predicted force
 
@@ -340,7 +341,7 @@ Array = np.ndarray
 
 
 def posterior(training: Tensor, features: Tensor, lambda2: float = LAMBDA2, more: Tensor | None = None) -> Tensor:
-    """u of ``features`` [..., p] after observing ``training`` [M, p] (and ``more``, not counted in the rescaling)."""
+    """u of ``features`` [N, p] after observing ``training`` [M, p] (and ``more``, not counted in the rescaling)."""
     uncertainty = PosteriorUncertainty(training.size(1))
     gram = training.T @ training
     uncertainty.fit(gram, len(training), lambda2)
@@ -357,8 +358,19 @@ def of_forces(
     training: Tensor, jacobian: Tensor, observed: Tensor, lambda2: float = LAMBDA2, more: Tensor | None = None
 ) -> Tensor:
     """sqrt(tr J_i^T A^-1 J_i), A from the Jacobians [n, p, 3] of the training atoms that are observed."""
-    rows = training[observed].transpose(1, 2).flatten(0, 1)
-    return posterior(rows, jacobian.transpose(1, 2), lambda2, more).square().sum(1).sqrt()
+    observed_rows, rows = (part.transpose(1, 2).flatten(0, 1) for part in (training[observed], jacobian))
+    return posterior(observed_rows, rows, lambda2, more).view(-1, 3).square().sum(1).sqrt()
+
+
+def sampled(training: Values, judged: Values, seed: int) -> Tensor:
+    """`of_forces` of the last layer from 16 random draws of its weights: as many more forces, not as many as weights."""
+    rows = training.jacobian_last[training.free].transpose(1, 2).flatten(0, 1)
+    uncertainty = PosteriorUncertainty(rows.size(1))
+    uncertainty.fit(rows.T @ rows, len(rows), LAMBDA2)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(HEADS, rows.size(1), generator=generator, dtype=torch.float64) @ uncertainty.factor
+    forces = torch.einsum("npa,mp->mna", judged.jacobian_last, draws)
+    return forces.square().mean(0).sum(1).sqrt()
 
 
 def exact(training: Values, judged: Values, radial: bool) -> Tensor:
@@ -443,6 +455,7 @@ def kinds(training: Values, judged: Values, spread: Tensor, seed: int) -> dict[s
         "forces, neighbours": averaged(forces, j, weighted=False),
         "heads": heads(t, j, seed),
         "forces, last layer": of_forces(t.jacobian_last, j.jacobian_last, t.free),
+        "forces, last layer, 16 draws": sampled(t, j, seed),
         "forces": forces,
         "forces, lambda2 1e-2": of_forces(t.jacobian, j.jacobian, t.free, 1e-2),
         "forces, p = 64": of_forces(t.jacobian[:, few], j.jacobian[:, few], t.free),
