@@ -363,7 +363,7 @@ def of_forces(
 
 
 def sampled(training: Values, judged: Values, seed: int) -> Tensor:
-    """`of_forces` of the last layer from 16 random draws of its weights: as many more forces, not as many as weights."""
+    """`of_forces` of the last layer from the forces of 16 random draws of its weights."""
     rows = training.jacobian_last[training.free].transpose(1, 2).flatten(0, 1)
     uncertainty = PosteriorUncertainty(rows.size(1))
     uncertainty.fit(rows.T @ rows, len(rows), LAMBDA2)
@@ -482,9 +482,10 @@ class Judged:
 
 def evaluate(name: str, count: int, options: argparse.Namespace) -> list[dict[str, Judged]]:
     """Per seed: sets 'inside' and 'outside', judged."""
-    paths = [options.folder / name / f"labels{count}_seed{seed}_{options.epochs}.pt" for seed in options.seeds]
-    if all(path.exists() for path in paths):
-        return [torch.load(path, weights_only=False) for path in paths]
+    seeds = "_".join(map(str, options.seeds))
+    path = options.folder / name / f"labels{count}_seeds{seeds}_epochs{options.epochs}_every{options.every}.npz"
+    if path.exists():
+        return read(path, len(options.seeds))
     system, sets = SYSTEMS[name], labels(name, SYSTEMS[name], options.folder)
     sets["training"] = sets["pool"][:count]
     networks = [trained(name, system, sets, seed, options) for seed in options.seeds]
@@ -502,9 +503,35 @@ def evaluate(name: str, count: int, options: argparse.Namespace) -> list[dict[st
         for seed, (each, result) in enumerate(zip(values, found, strict=True)):
             with torch.no_grad():
                 result[which] = judged(each["training"], each[which], spread, seed)
-    for path, result in zip(paths, found, strict=True):
-        torch.save(result, path)
+    np.savez_compressed(path, **flat(found))
     return found
+
+
+def flat(found: list[dict[str, Judged]]) -> dict[str, Array]:
+    """One name per array."""
+    arrays = {}
+    for k, result in enumerate(found):
+        for which, judged_set in result.items():
+            arrays[f"{k}/{which}/error"] = judged_set.error
+            arrays[f"{k}/{which}/structure"] = judged_set.structure
+            arrays |= {f"{k}/{which}/u/{kind}": u for kind, u in judged_set.u.items()}
+    return arrays
+
+
+def read(path: Path, count: int) -> list[dict[str, Judged]]:
+    """Inverse of `flat`."""
+    with np.load(path) as arrays:
+        return [
+            {
+                which: Judged(
+                    arrays[f"{k}/{which}/error"],
+                    {name.split("/u/")[1]: arrays[name] for name in arrays.files if name.startswith(f"{k}/{which}/u/")},
+                    arrays[f"{k}/{which}/structure"],
+                )
+                for which in JUDGED
+            }
+            for k in range(count)
+        ]
 
 
 JUDGED = ("inside", "outside")
