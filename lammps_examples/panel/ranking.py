@@ -110,10 +110,10 @@ ALANINE = reference("openmm", pdb=str(EXAMPLES / "alanine_dipeptide" / "alanine_
 
 SYSTEMS = {
     "ethanol": System(ethanol, reference("tblite", method="GFN2-xTB"), (300.0, 1000.0), 1.0, 0.5, 50, 4.0),
-    "slab": System(slab, EMT, (400.0, 1000.0), 1.0, 3.0, 30, 5.0),
+    "slab": System(slab, EMT, (400.0, 1000.0), 1.0, 3.0, 15, 5.0),
     "silicon": System(silicon, SILICON, (600.0, 1200.0), 0.95, 1.0, 50, 4.5),
     "alanine": System(alanine, ALANINE, (300.0, 1000.0), 1.0, 0.5, 100, 4.0),
-    "copper": System(copper, EMT, (500.0, 1200.0), 0.95, 3.0, 30, 5.0),
+    "copper": System(copper, EMT, (500.0, 1200.0), 0.95, 3.0, 15, 5.0),
 }
 """The first three are for the choice of a kind, the others judge that choice."""
 
@@ -134,7 +134,7 @@ def labels(name: str, system: System, folder: Path) -> dict[str, list[Atoms]]:
                 temperature=system.temperatures[kind],
                 frames=count,
                 stride=system.stride,
-                equilibration=500,
+                equilibration=10 * system.stride,
                 timestep=system.timestep,
                 friction=10.0,
                 trajectories=2,
