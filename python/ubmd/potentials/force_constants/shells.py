@@ -14,6 +14,7 @@ Because it is zero on the labels, it is no part of the fit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,9 +77,15 @@ class Shells:
         self.shell: list[Integers] = np.split(shell.ravel(), np.cumsum([len(part) for part in keys])[:-1])
         self.distance: Array = unique[:, 2]
         self.least = LEAST * lattice.shortest_distance
+        self._pairs: WeakKeyDictionary[Supercell, Differences] = WeakKeyDictionary()
 
     def pairs(self, box: Supercell) -> Differences:
-        """Of a box; through its periodic images."""
+        """Of a box; through its periodic images. Found once: every label is in one of few boxes."""
+        if box not in self._pairs:
+            self._pairs[box] = self._find_pairs(box)
+        return self._pairs[box]
+
+    def _find_pairs(self, box: Supercell) -> Differences:
         first, second, shells = [], [], []
         for s, (sites, shell) in enumerate(zip(self.sites, self.shell, strict=True)):
             atoms = np.nonzero(box.sublattice == s)[0]
