@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import figures_of
-from tables import tables
+from tables import BASE, tables
 
 from ubmd.errors import UbmdError
 from ubmd.files import write_json
@@ -135,8 +135,8 @@ def print_tables(options: argparse.Namespace) -> int:
     if options.keep:
         keep(options.keep, results)
     part = chosen(results, options.systems, options.strategies)
-    if not any("default" in strategies for strategies in part.values()):
-        print("There are no finished runs of 'default' on these systems: run them first (python panel.py run).")
+    if not any(BASE in strategies for strategies in part.values()):
+        print(f"There are no finished runs of {BASE!r} on these systems: run them first (python panel.py run).")
         return 1
     print("\n".join(tables(part)))
     return 0

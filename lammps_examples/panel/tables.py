@@ -15,7 +15,7 @@ Runs = Mapping[str, Figures]
 Results = Mapping[str, Mapping[str, Runs]]
 """system -> strategy -> seed -> figures of a run"""
 
-BASE = "default"
+BASE = "before"
 LEARNING = (
     "strategy", "seeds", "labels to target", "difference", "force RMSE, eV/Å", "ratio", "energy RMSE, meV/atom",
     "MD steps", "minutes",
@@ -61,7 +61,7 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str
 
 
 def target_of(runs: Runs) -> float:
-    """The error to reach: mean of the default's last models."""
+    """The error to reach: mean of the last models of `BASE`."""
     return float(np.mean([run["models"][-1]["force_rmse"] for run in runs.values()]))
 
 
@@ -77,7 +77,7 @@ def counted(run: Figures, target: float) -> int:
 
 
 def paired(name: str, results: Results, difference: Callable[[str, Figures, Figures], float]) -> dict[str, list[float]]:
-    """System -> difference (system, run of this strategy, run of the default) for every seed that both have."""
+    """System -> difference (system, run of this strategy, run of `BASE`) for every seed that both have."""
     return {
         system: [difference(system, runs[name][seed], runs[BASE][seed]) for seed in runs[name] if seed in runs[BASE]]
         for system, runs in results.items()

@@ -363,7 +363,7 @@ def rewritten(path: Path, change: dict, more: type[torch.nn.Module] = Stated) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         inner = torch.jit.load(path)
-        record = json.dumps(json.loads(inner.metadata()) | change)
+        record = json.dumps({k: v for k, v in json.loads(inner.metadata()).items() if k != "atom_scale"} | change)
         torch.jit.script(more(inner, record)).save(str(path))
 
 

@@ -27,7 +27,7 @@ from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
 
 MODEL = ModelSettings(hidden=(16, 16), n_radial=2)
 TRAINING = TrainingSettings(epochs=4, threads=1)
-UNCERTAINTY = UncertaintySettings(projections=16, members=2, references=8)
+UNCERTAINTY = UncertaintySettings(projections=16, members=2, references=8, by_element=False)
 SIZES = Sizes(10, 4, 8)
 
 

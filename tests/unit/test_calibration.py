@@ -232,7 +232,7 @@ def test_what_earlier_models_said_joins_the_held_out_labels(labels, tmp_path):
 
 
 def test_outcomes_are_before_calibration(labels, tmp_path):
-    export(labels, tmp_path / "model.pt")
+    export(labels, tmp_path / "model.pt", by_element=False)
     model = Model(tmp_path / "model.pt", "double")
     graphs = [model._kind.graph(atoms) for atoms in labels[6:]]
     with torch.jit.optimized_execution(False):

@@ -30,7 +30,7 @@ CALIBRATION = [labelled(molecule("CH3CONH2"), k) for k in range(5, 9)]
 
 
 def settings_of(kind: str) -> UncertaintySettings:
-    return UncertaintySettings(kind=kind, projections=16, references=20, seed=3, alpha=0.3)
+    return UncertaintySettings(kind=kind, projections=16, references=20, seed=3, alpha=0.3, by_element=False)
 
 
 def network(seed: int) -> GaussianMomentNetwork:

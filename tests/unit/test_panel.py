@@ -171,9 +171,9 @@ def run(errors: tuple[float, float, float]) -> dict[str, object]:
 
 
 def results() -> dict[str, dict[str, dict[str, object]]]:
-    """The default reaches its mean of 0.203 in two runs of three, the other strategy with 16 labels in all."""
-    default = {"0": run((0.5, 0.3, 0.2)), "1": run((0.5, 0.3, 0.18)), "2": run((0.5, 0.3, 0.23))}
-    return {"slab": {"default": default, "better": {seed: run((0.4, 0.2, 0.1)) for seed in "012"}}}
+    """`before` reaches its mean of 0.203 in two runs of three, the other strategy with 16 labels in all."""
+    before = {"0": run((0.5, 0.3, 0.2)), "1": run((0.5, 0.3, 0.18)), "2": run((0.5, 0.3, 0.23))}
+    return {"slab": {"before": before, "better": {seed: run((0.4, 0.2, 0.1)) for seed in "012"}}}
 
 
 def cells(lines: list[str], name: str, table: int = 0) -> list[str]:
@@ -185,9 +185,9 @@ def test_tables_say_what_the_runs_did(modules: dict[str, ModuleType]) -> None:
     lines = modules["tables"].tables(results())
     assert lines[0] == "### slab: force RMSE of 0.203 eV/Å is the target"
     columns = modules["tables"].LEARNING, modules["tables"].UNCERTAINTY
-    default, better = (dict(zip(columns[0], cells(lines, name), strict=True)) for name in ("default", "better"))
-    assert default["labels to target"] == "≥ 24.0 (1 of 3 missed)"
-    assert (default["difference"], default["ratio"]) == ("", "")
+    before, better = (dict(zip(columns[0], cells(lines, name), strict=True)) for name in ("before", "better"))
+    assert before["labels to target"] == "≥ 24.0 (1 of 3 missed)"
+    assert (before["difference"], before["ratio"]) == ("", "")
     assert better["labels to target"] == "16.0 (0 of 3 missed)"
     assert better["difference"] == "-8.0 [-8.0, -8.0]"
     assert better["force RMSE, eV/Å"] == "0.100 ± 0.000"
@@ -212,11 +212,11 @@ def test_a_strategy_is_paired_with_the_seeds_that_it_has(modules: dict[str, Modu
 
 def test_all_systems_need_all_runs(modules: dict[str, ModuleType]) -> None:
     part = results()
-    part["crystal"] = {"default": copy.deepcopy(part["slab"]["default"])}
+    part["crystal"] = {"before": copy.deepcopy(part["slab"]["before"])}
     lines = modules["tables"].tables(part)
     whole = lines[lines.index("### All systems: slab, crystal") :]
     assert [line for line in whole if line.startswith("| better")] == []
-    assert len([line for line in whole if line.startswith("| default")]) == 2
+    assert len([line for line in whole if line.startswith("| before")]) == 2
 
 
 def test_results_in_one_file_are_the_figures(panel: ModuleType, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_every_strategy_is_a_run_of_its_own(panel: ModuleType, system: str) -> N
 
 
 def test_all_strategies_with_the_first_seed_come_first(panel: ModuleType) -> None:
-    options = panel.options_of(["run", "--strategies", "default", "random", "--seeds", "4", "2"])
+    options = panel.options_of(["run", "--strategies", "before", "random", "--seeds", "4", "2"])
     names = [f"{run.folder.parent.name}/{run.folder.name}" for _, run in panel.all_runs(options)]
-    assert names[:3] == ["molecule/default_seed4", "molecule/random_seed4", "slab/default_seed4"]
+    assert names[:3] == ["molecule/before_seed4", "molecule/random_seed4", "slab/before_seed4"]
     assert [name[-1] for name in names] == ["4"] * 6 + ["2"] * 6

@@ -231,7 +231,10 @@ DAMAGED = {
         {"format": 2, "fixed_precision": True, "precision": "half"},
         r"damaged \(precision is neither float32 nor float64\)",
     ),
-    "layers in format 1": ({"layers": 2}, r"damaged \(layers and fixed_precision need format 2\)"),
+    "layers in format 1": (
+        {"format": 1, "layers": 2, "atom_scale": None},
+        r"damaged \(layers and fixed_precision need format 2\)",
+    ),
 }
 
 

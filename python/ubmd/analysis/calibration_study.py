@@ -30,6 +30,7 @@ from ubmd.potentials.interface import Labels, TrainingTable
 from ubmd.potentials.kinds import backend_of, check_backend
 from ubmd.potentials.members import train_networks
 from ubmd.settings import ModelSettings, TrainingSettings, UncertaintySettings
+from ubmd.settings.marks import key_values
 from ubmd.texts import counted
 from ubmd.uncertainty.conformal import conformal_scale
 
@@ -119,7 +120,7 @@ def calibration_study(
         splits: number of them.
         kinds: of uncertainty; all but 'ensemble' use its first network only.
         model, training: of the networks.
-        uncertainty: everything but ``kind``, ``alpha`` and ``atoms_by``.
+        uncertainty: everything but ``kind``, ``alpha`` and ``atoms_by``; all elements have one factor.
         folder: for trainings, model files and results.
         seed: of the splits and the networks.
         report: called with one line per step.
@@ -137,7 +138,9 @@ def calibration_study(
         )
     network = model.model_dump(exclude=SETTINGS) | baseline_settings(model)  # without a baseline as in earlier versions
     given = [dataset_hash(structures), vars(sizes), seed, network, training.model_dump()]
-    wanted = {kind: uncertainty.model_copy(update={"kind": kind, "atoms_by": "atom"}) for kind in kinds}
+    wanted = {
+        kind: uncertainty.model_copy(update={"kind": kind, "atoms_by": "atom", "by_element": False}) for kind in kinds
+    }
     base = Path(base).absolute()
     for settings in wanted.values():
         check_backend(model, settings, base)
@@ -145,7 +148,7 @@ def calibration_study(
     outcomes = []
     for split in range(splits):
         where = folder / f"split_{split:03d}"
-        keys = {kind: content_hash([*given, split, settings.model_dump()]) for kind, settings in wanted.items()}
+        keys = {kind: content_hash([*given, split, key_values(settings)]) for kind, settings in wanted.items()}
         found = {kind: _read(where / f"{kind}.npz", kind, split, key) for kind, key in keys.items()}
         missing = {kind: wanted[kind] for kind, outcome in found.items() if outcome is None}
         if missing:

@@ -120,7 +120,10 @@ def _shapes(structures: Sequence[Atoms]) -> dict[str, tuple[int, ...]]:
 
 
 def _checked(promise: Any) -> dict[str, Any]:
-    """The numbers of a calibration record that a report needs; errors as of dictionaries and ``float``."""
+    """The numbers of a calibration record that a report needs; errors as of dictionaries and ``float``.
+
+    ``held_out``: structures that were held out, if others calibrate, too.
+    """
     parts = {name: promise[name] for name in ("energy", "forces")}
     numbers = {
         name: {
@@ -131,7 +134,13 @@ def _checked(promise: Any) -> dict[str, Any]:
         for name, part in parts.items()
     }
     scale = {str(element): float(factor) for element, factor in promise.get("atom_scale", {}).items()}
-    return {"alpha": float(promise["alpha"]), "atom_scale": scale, **numbers}
+    held_out = promise["held_out"]["energy"]["n_calibration"] if "held_out" in promise else None
+    return {
+        "alpha": float(promise["alpha"]),
+        "atom_scale": scale,
+        "held_out": None if held_out is None else int(held_out),
+        **numbers,
+    }
 
 
 # ------------------------------------------------------------------------------------------ read by reports

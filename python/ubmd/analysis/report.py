@@ -282,11 +282,18 @@ def _calibration_table(section: Section, data: CalibrationData, uncertainty: dic
         )
     section.table(["what", "expected share", "observed share", "Pearson", "Spearman"], rows)
     section.text(
-        "The share counts errors that do not exceed their uncertainty. Calibrated on "
-        f"{counted(uncertainty['energy']['n_calibration'], 'structure')} like the training data: "
-        "a test set from another distribution may have another share. "
+        "The share counts errors that do not exceed their uncertainty. "
+        f"{_calibrated_on(uncertainty)}: a test set from another distribution may have another share. "
         + shortfall(uncertainty["energy"]["attainable"], uncertainty["forces"]["attainable"], uncertainty["alpha"])
     )
+
+
+def _calibrated_on(uncertainty: dict[str, Any]) -> str:
+    count, held_out = uncertainty["energy"]["n_calibration"], uncertainty.get("held_out")
+    if held_out is None:
+        return f"Calibrated on {counted(count, 'structure')} like the training data"
+    new = f"{counted(count - held_out, 'new label')} as the models that selected them had predicted them"
+    return f"Calibrated on {counted(held_out, 'structure')} like the training data and {new}"
 
 
 def _exploration(report: Document, data: _Run) -> None:

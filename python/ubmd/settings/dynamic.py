@@ -20,7 +20,7 @@ from ubmd.settings import (
     WorkerSettings,
 )
 from ubmd.settings.labels import LABELS, LabelSources, gather_labels
-from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING
+from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING, before
 from ubmd.settings.potentials import check_mode
 
 
@@ -243,9 +243,9 @@ class DynamicRunSettings(Table):
                 raise ValueError(
                     f"[{name}] is for networks and [crystal] trains a force-constant potential; remove one of them"
                 )
-        default = UncertaintySettings()
-        for name in sorted(set(UncertaintySettings.model_fields) - CRYSTAL_UNCERTAINTY):
-            if getattr(self.uncertainty, name) != getattr(default, name):
+        default, fields = UncertaintySettings(), UncertaintySettings.model_fields
+        for name in sorted(set(fields) - CRYSTAL_UNCERTAINTY):
+            if getattr(self.uncertainty, name) not in (getattr(default, name), before(fields[name])):
                 raise ValueError(f"uncertainty.{name} has no effect on a force-constant potential; remove it")
         return self
 

@@ -98,13 +98,18 @@ def with_late(values: dict[str, Any], kind: type[Table]) -> dict[str, Any]:
     return found
 
 
+def before(field: FieldInfo) -> Any:
+    """What a late setting is in runs without it."""
+    mark = mark_of(field)
+    return field.get_default(call_default_factory=True) if mark.before is DEFAULT else mark.before
+
+
 def _late_as_before(table: Table) -> dict[str, Any]:
     """Late settings as they were before them, those of tables in it too, as pydantic's ``exclude``."""
     found: dict[str, Any] = {}
     for name, field in type(table).model_fields.items():
-        value, mark = getattr(table, name), mark_of(field)
-        before = field.get_default(call_default_factory=True) if mark.before is DEFAULT else mark.before
-        if mark.late and value == before:
+        value = getattr(table, name)
+        if mark_of(field).late and value == before(field):
             found[name] = True
         elif isinstance(value, Table) and (inner := _late_as_before(value)):
             found[name] = inner
