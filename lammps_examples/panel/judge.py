@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
 
 from ubmd.measure.errors import spearman
 
 Array = NDArray[np.float64]
-_Z = 1.959963984540054  # of a two-sided confidence of 95 %
 
 
 def largest(values: ArrayLike, counts: Sequence[int]) -> Array:
@@ -81,11 +81,8 @@ def wilson(hits: int, number: int) -> tuple[float, float]:
     """95 % interval of a share, ``hits`` of ``number`` (E. B. Wilson, J. Am. Stat. Assoc. 22, 209 (1927))."""
     if number == 0:
         return 0.0, 1.0
-    share, z2 = hits / number, _Z**2
-    middle = share + z2 / (2 * number)
-    half = _Z * math.sqrt(share * (1 - share) / number + z2 / (4 * number**2))
-    scale = 1 + z2 / number
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    interval = binomtest(hits, number).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def paired_interval(
