@@ -78,10 +78,10 @@ def test_history_and_model_agree(finished: RunFolder) -> None:
     assert (finished.report / "report.md").exists()
 
 
-def check_kept(folder: RunFolder, iteration: int, structures: list[Atoms]) -> None:
+def check_kept(folder: RunFolder, iteration: int, structures: list[Atoms], name: str = predictions.FILE) -> None:
     """The run has kept what the model of an iteration says about these structures."""
     where = folder.iteration(iteration)
-    kept = predictions.kept_predictions(where / predictions.FILE, structures)
+    kept = predictions.kept_predictions(where / name, structures)
     evaluator = Model(where / "model.pt")
     assert kept.promise["forces"]["n_calibration"] == evaluator.metadata["uncertainty"]["forces"]["n_calibration"]
     for a, b in zip(kept.each, evaluator.predict(structures), strict=True):
@@ -140,7 +140,8 @@ def test_loop_with_other_uncertainties(inputs: Path, kind: str, method: str) -> 
     assert len(read_structures(folder.dataset, labelled=True)) == 6
     assert Model(folder.model).metadata["uncertainty"]["kind"] == kind
     labels = read_structures(folder.dataset)
-    check_kept(folder, 0, [atoms for atoms in labels if atoms.info["iteration"] == 0])  # in place of a test set
+    chosen = [atoms for atoms in labels if atoms.info["iteration"] == 0]
+    check_kept(folder, 0, chosen, predictions.NEW_LABELS)  # in place of a test set
     assert "Instead, these are 2 labels of the newest iterations" in (folder.report / "report.md").read_text()
     assert all(0.1 < replica["bias_share"] < 1.0 for replica in folder.read_history()[0]["replicas"])
     for iteration in (0, 1):
