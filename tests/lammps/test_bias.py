@@ -263,7 +263,8 @@ def test_bias_of_atomic_uncertainties(lab, evaluator, structures, kind, ranks):
     graph = build_graph(atoms, evaluator.elements, evaluator.cutoff)
     edge = graph.edge_vector.clone().requires_grad_(True)
     phi = evaluator.module(graph.species, graph.edge_index, edge, len(atoms))[1]
-    total = evaluator.module.atomic_uncertainties(phi).sum()
+    factors = torch.tensor(evaluator.metadata["atom_scale"], dtype=torch.float64)
+    total = factors[graph.species] @ evaluator.module.atomic_uncertainties(phi)
     gradient = -scatter_forces(graph.edge_index, torch.autograd.grad(total, edge)[0], len(atoms)).numpy()
     scale = np.linalg.norm(evaluator.predict_one(atoms).forces) / np.linalg.norm(gradient)
     script = lab.head(atoms) + "fix b all ubmd force 0.25 uncertainty atomic window 1\n" + DUMP + "run 0\n"

@@ -88,7 +88,7 @@ def test_the_record_names_the_back_end_and_what_was_calibrated(trained: Path) ->
     assert record is not None
     name = next((name for name in ("linear", "messages") if (trained / f"{name}.pt").exists()), "gmnn")
     assert record["model"] == name
-    assert record["format"] == (2 if name == "messages" else 1)
+    assert (record["format"], len(record["atom_scale"])) == (4, 2)
     assert record.get("layers", 1) == (3 if name == "messages" else 1)
     assert record["elements"] == ["Cu", "Au"] if record["model"] == "gmnn" else ["Au", "Cu"]
     assert record["uncertainty"]["forces"]["scale"] > 0.0

@@ -270,6 +270,10 @@ FEW = (
     "With 1 calibration structure, uncertainties of structures hold at 50 % confidence, those of atoms at 92.9 %; 95 % "
     "(uncertainty.alpha = 0.05) needs 19 calibration structures."
 )
+MORE = (  # with the two labels that the first model has selected
+    "With 3 calibration structures, uncertainties of structures hold at 75 % confidence; 95 % "
+    "(uncertainty.alpha = 0.05) needs 19 calibration structures."
+)
 
 
 @pytest.fixture(scope="module")
@@ -296,8 +300,8 @@ def test_lines_of_a_run_and_its_status(finished: tuple[Path, str]) -> None:
     history = json.loads((folder / "run" / "history.json").read_text())
     row = next(line for line in text.splitlines() if re.match(r" +0 +4 ", line))
     assert re.search(rf"{history[0]['test']['force_rmse']:.3f} +3 ", row)  # structures of the test set
-    assert FEW in text
-    assert FEW in (folder / "run" / "report" / "report.md").read_text()
+    assert MORE in text
+    assert MORE in (folder / "run" / "report" / "report.md").read_text()
     assert f"{history[0]['test']['force_rmse']:.3f}" in row
     assert "3 lim" in row
     assert "to go" not in text
@@ -362,7 +366,7 @@ def test_info_of_a_run_and_of_its_model(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     shown = ubmd("info", "run", cwd=folder).stdout
     for path in ("run", "run/model.pt"):
-        assert ubmd("info", path, cwd=folder).stderr == f"Remark: {FEW}\n"
+        assert ubmd("info", path, cwd=folder).stderr == f"Remark: {MORE}\n"
     manifest = json.loads((folder / "run" / "manifest.json").read_text())
     assert manifest["inputs"]["start.file"] in shown
     assert "SeedSequence([seed, iteration, stage, replica])" in shown

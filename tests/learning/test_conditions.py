@@ -132,6 +132,7 @@ def test_calibration_labels_stay_aside_when_models_start_from_scratch() -> None:
 def test_calibration_labels_of_a_loop_neither_train_nor_validate(tmp_path: Path, warm: bool) -> None:
     write_structures(tmp_path / "start.extxyz", [cluster()])
     loop = {"labels": 14, "warm_start": warm, "validation_share": 0.2, "calibration_share": 0.2}
+    loop["calibrate_on_new"] = False  # these labels alone
     settings = make_settings(
         tmp_path / "run",
         loop=loop | {"warm_epochs": 15, "warm_visits": 30},

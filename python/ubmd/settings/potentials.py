@@ -10,7 +10,7 @@ from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from ubmd.errors import SettingsError
 from ubmd.settings.labels import LABELS, LabelSources
-from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING
+from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING, late
 from ubmd.settings.table import Table
 
 
@@ -194,8 +194,8 @@ class UncertaintySettings(Table):
     atoms_by: Literal["atom", "structure"] = Field(
         "atom", description="calibrate atomic uncertainties by atoms, or by the maximum of each structure"
     )
-    by_element: Annotated[bool, LATE] = Field(
-        False,
+    by_element: Annotated[bool, late(False)] = Field(
+        True,
         description="calibrate atomic uncertainties of each element with a factor of its own (drawn towards the common "
         "one where fewer structures than the confidence needs have it), then all together",
     )

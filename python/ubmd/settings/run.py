@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, FiniteFloat, field_serializer, model_validator
 
 from ubmd.settings.labels import LABELS, LabelSources, gather_labels
-from ubmd.settings.marks import FIRST_LABELS, LATE, NOTHING
+from ubmd.settings.marks import FIRST_LABELS, LATE, NOTHING, late
 from ubmd.settings.md import BiasSettings, MDSettings
 from ubmd.settings.potentials import ModelSettings, TrainingSettings, UncertaintySettings, check_mode
 from ubmd.settings.reference import ReferenceSettings, TestSettings
@@ -156,8 +156,8 @@ class LoopSettings(Table):
         description="share of labels that only calibrate: never trained on, not used for early stopping either, and "
         "never moved to another split; while there are none, validation labels calibrate (no unit)",
     )
-    calibrate_on_new: Annotated[bool, LATE] = Field(
-        False,
+    calibrate_on_new: Annotated[bool, late(False)] = Field(
+        True,
         description="calibrate also on the errors that new labels had under the model that selected them, those of "
         "frames drawn at random (selection.random) excepted; then calibration_share takes no more labels once these "
         "are enough for the confidence (19 for 95 %)",
