@@ -20,8 +20,9 @@ from ubmd.errors import SettingsError
 from ubmd.lammps.replica import ReplicaTask
 from ubmd.learning import RunFolder, run
 from ubmd.learning.dataset import fresh_sides, split_batch
-from ubmd.learning.loop.replicas import ramped, replica_tasks
+from ubmd.learning.loop.replicas import ramped, replica_tasks, threshold_of
 from ubmd.references import label
+from ubmd.runs.records import IterationEntry
 from ubmd.settings import RunSettings, load_settings
 
 
@@ -91,6 +92,42 @@ def test_run_lines_of_the_examples_are_valid_settings(readme: str) -> None:
         assert (EXAMPLES / readme).with_name(str(settings.start.file)).exists()
         folders.add((words[2], settings.run_dir))
     assert len(folders) == len(lines)
+
+
+# ------------------------------------------------------------------------------------------ above the threshold at once
+
+
+def test_replicas_that_cannot_begin_get_a_higher_threshold(tmp_path: Path) -> None:
+    """A start structure is known; without this, every model would say the same of it, and the run would fail."""
+    write_structures(tmp_path / "start.extxyz", [cluster()])
+    settings = make_settings(
+        tmp_path / "run",
+        loop={"labels": 9, "threshold": 1e-6},
+        start={"count": 5},
+        training={"epochs": 1},
+        md={"replicas": 2, "steps": 400, "frames_every": 100},
+        bias={"force": 0.0},
+        test=None,
+    )
+    folder = RunFolder(run(settings, tmp_path))
+    history = folder.read_history()
+    steps = [[replica["steps"] for replica in entry["replicas"]] for entry in history[:4]]
+    assert [entry["labels"] for entry in history[:3]] == [5, 6, 6]  # the start itself is the one that was new
+    assert steps[:2] == [[0, 0], [0, 0]]
+    assert all(number > 0 for number in steps[2])
+    raised = 1.25 * max(replica["max_u"] for replica in history[1]["replicas"])
+    assert all(replica["max_u"] >= raised for replica in history[2]["replicas"] if replica["stopped"] == "threshold")
+    assert history[3]["labels"] > 6
+    assert steps[3] == [0, 0]  # there was a new label
+    remarks = [event["text"] for event in folder.read_events() if event["event"] == "remark"]
+    assert any(f"They stop at {raised:.3g} eV/Å until there is a new label." in text for text in remarks)
+    before = folder.history.read_text()
+    run(settings, tmp_path)
+    assert folder.history.read_text() == before
+    entries = [IterationEntry.model_validate(entry) for entry in history]
+    assert threshold_of(entries[:2], 6, 1e-6) == pytest.approx(raised)
+    assert threshold_of(entries[:2], 6, 2.0 * raised) == 2.0 * raised
+    assert threshold_of(entries[:1], 6, 1e-6) == threshold_of([], 5, 1e-6) == 1e-6
 
 
 # ------------------------------------------------------------------------------------------ calibration labels

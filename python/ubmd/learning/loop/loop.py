@@ -30,7 +30,7 @@ from ubmd.learning.labels import label_batch, read_batch, read_postponed, refere
 from ubmd.learning.loop import new_labels
 from ubmd.learning.loop.advice import rare_impulses
 from ubmd.learning.loop.models import Models, measure, training_seed
-from ubmd.learning.loop.replicas import Replicas, frames_are_damaged, settled
+from ubmd.learning.loop.replicas import Replicas, frames_are_damaged, settled, threshold_of
 from ubmd.learning.loop.selecting import make_pool, read_frames, select_batch
 from ubmd.learning.loop.turn import Turn
 from ubmd.learning.loop.verify import input_files, model_to_start_from, state_remarks, verify
@@ -260,7 +260,8 @@ class Loop(Walk[IterationEntry]):
         aged = [settings.loop.half_life, earlier] if earlier else []
         model = content_hash([train, sets, calibrating, uncertainty, *aged])
         starts = self._starts(once.folder)
-        tasks = self._replicas.tasks(settings, iteration, list(starts), once.folder / "model.pt")
+        threshold = threshold_of(self.history, len(self.dataset), settings.loop.threshold)
+        tasks = self._replicas.tasks(settings, iteration, list(starts), once.folder / "model.pt", threshold)
         left = [[origin, self._keys[origin[0]]["md"]] for origin in self._replicas.left]
         where = structures_hash(list(starts.values()), settings.reference.info)
         md = content_hash([model, [settled(task) for task in tasks.values()], where, left])

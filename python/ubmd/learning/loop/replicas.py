@@ -29,10 +29,12 @@ from ubmd.learning.work.groups import TaskGroup, note_losses, nothing_ended
 from ubmd.learning.work.tasks import MDJob, run_md
 from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.runs.folder import EventLog, RunFolder
+from ubmd.runs.records import IterationEntry
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.settings import BiasRampSettings, MDRampSettings, RunSettings
 
 _LARGEST_SEED = 900_000_000  # of LAMMPS's random-number generators
+_RAISED = 1.25  # see `threshold_of`
 
 
 def replica_tasks(
@@ -85,6 +87,26 @@ def replica_tasks(
             )
         )
     return tasks
+
+
+def threshold_of(history: Sequence[IterationEntry], labels: int, threshold: float) -> float:
+    """The largest u_i at which the replicas of the next iteration stop, eV/Å: ``threshold``, as a rule.
+
+    Replicas start from structures that are known. If all of them are above the threshold already there, because the
+    calibration has changed, no frame is new, and so would it be with the next model, which has nothing new to learn.
+    Then it is `_RAISED` times the largest u_i that they met, until there is a new label.
+
+    Args:
+        history: of the earlier iterations.
+        labels: that there are now.
+        threshold: ``loop.threshold``, eV/Å.
+    """
+    for entry in reversed(history):
+        at_start = all(replica.stopped == "threshold" and replica.steps == 0 for replica in entry.replicas)
+        if entry.labels != labels or not entry.replicas or not at_start:
+            break
+        threshold = max(threshold, _RAISED * max(replica.max_u for replica in entry.replicas))
+    return threshold
 
 
 def ramped(ends: tuple[float, float] | None, length: int, iteration: int, constant: float) -> float:
@@ -211,11 +233,17 @@ class Replicas:
             lambda origin, *loss: note_losses(events, "replica", iteration=origin[0])(origin, *loss),
         )
 
-    def tasks(self, settings: RunSettings, iteration: int, files: list[Path], model: Path) -> dict[Origin, ReplicaTask]:
-        """New replicas of an iteration: those whose earlier ones are not still running."""
+    def tasks(
+        self, settings: RunSettings, iteration: int, files: list[Path], model: Path, threshold: float
+    ) -> dict[Origin, ReplicaTask]:
+        """New replicas of an iteration: those whose earlier ones are not still running. ``threshold``: eV/Å."""
         tasks = replica_tasks(settings, iteration, model, files, self._base)
         busy = {replica for _, replica in self.left}
-        return {(iteration, task.replica): task for task in tasks if task.replica not in busy}
+        return {
+            (iteration, task.replica): task.model_copy(update={"threshold": threshold})
+            for task in tasks
+            if task.replica not in busy
+        }
 
     def run(self, turn: Turn, model_keys: Mapping[int, str]) -> None:
         """Run those of an iteration; leaves frames_RRR.extxyz, replicas.json, and left.json with those still running.
@@ -235,6 +263,13 @@ class Replicas:
             self._events.show("md_steps", iteration=turn.iteration, steps=steps, limit=turn.settings.md.steps)
 
         def work() -> None:
+            raised = max((task.threshold for task in turn.tasks.values()), default=0.0)
+            if raised > loop.threshold:
+                text = (
+                    f"All replicas were above loop.threshold = {loop.threshold:g} eV/Å where they started, so that no "
+                    f"frame was new. They stop at {raised:.3g} eV/Å until there is a new label."
+                )
+                self._events.write("remark", text=text)
             share = loop.asynchronous_share if loop.asynchronous else 1.0
             results = run_replicas(tasks, self._group, model_keys, report, progress, share)
             running = self._group.running()
