@@ -55,7 +55,7 @@ def test_versions_that_fit_or_are_unknown_are_not_mentioned(monkeypatch, version
 
 def test_lammps_that_finds_no_plugin(monkeypatch):
     """An entry point that returns another folder: LAMMPS starts but doesn't know the styles."""
-    broken = "import ubmd.lammps.plugin as p; p.plugin_folder = lambda: '/nonexistent'; "
+    broken = "import ubmd.lammps.plugin as p; p.plugin_folder(); p.plugin_folder = lambda: '/nonexistent'; "
     original = doctor._python
     monkeypatch.delenv("LAMMPS_PLUGIN_PATH", raising=False)  # set by an earlier `import lammps` in this process
     monkeypatch.setattr(doctor, "_python", lambda code, folder=None: original(broken + code, folder))
