@@ -1,4 +1,4 @@
-"""Ways to calibrate, on finished runs: python calibrations.py panel_run/*/default_seed*
+"""Ways to calibrate, on finished runs: python calibrations.py panel_run/*/before_seed*
 
 What each would have promised, with the models of these runs, of the labels that the runs have chosen, and what is
 found. Nothing is run: with another factor, replicas would have stopped elsewhere and other structures would have been

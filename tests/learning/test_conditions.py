@@ -97,7 +97,7 @@ def test_run_lines_of_the_examples_are_valid_settings(readme: str) -> None:
 # ------------------------------------------------------------------------------------------ above the threshold at once
 
 
-def test_replicas_that_cannot_begin_get_a_higher_threshold(tmp_path: Path) -> None:
+def test_replicas_that_cannot_begin_get_a_higher_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start structure is known; without this, every model would say the same of it, and the run would fail."""
     write_structures(tmp_path / "start.extxyz", [cluster()])
     settings = make_settings(
@@ -121,9 +121,12 @@ def test_replicas_that_cannot_begin_get_a_higher_threshold(tmp_path: Path) -> No
     assert steps[3] == [0, 0]  # there was a new label
     remarks = [event["text"] for event in folder.read_events() if event["event"] == "remark"]
     assert any(f"They stop at {raised:.3g} eV/Å until there is a new label." in text for text in remarks)
-    before = folder.history.read_text()
+    before, done = folder.history.read_text(), len(folder.read_events())
     run(settings, tmp_path)
+    monkeypatch.setattr("ubmd.learning.loop.loop.threshold_of", lambda history, labels, threshold: threshold)
+    run(settings, tmp_path)  # keys are those of a version without it: labels of older runs stay as they are
     assert folder.history.read_text() == before
+    assert "stage_started" not in {event["event"] for event in folder.read_events()[done:]}
     entries = [IterationEntry.model_validate(entry) for entry in history]
     assert threshold_of(entries[:2], 6, 1e-6) == pytest.approx(raised)
     assert threshold_of(entries[:2], 6, 2.0 * raised) == 2.0 * raised

@@ -12,7 +12,7 @@ from small_model import ELEMENTS, central, labelled, triclinic
 
 import ubmd
 from ubmd.calculator import Model
-from ubmd.potentials.record import precision_for, read_record
+from ubmd.potentials.record import format_of, precision_for, read_record
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,7 @@ def test_the_record_says_how_it_is_run(model: Path) -> None:
         "precision": "float64",
         "backend": {"name": "message_passing", "version": "1", "licence": "MIT"},
     }
+    assert format_of(layers=3, fixed_precision=True) == 2  # without these
     assert precision_for(model, "single") == "double"
     atoms = shaken(5)
     atoms.calc = ubmd.Calculator(model)

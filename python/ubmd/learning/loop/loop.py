@@ -260,8 +260,7 @@ class Loop(Walk[IterationEntry]):
         aged = [settings.loop.half_life, earlier] if earlier else []
         model = content_hash([train, sets, calibrating, uncertainty, *aged])
         starts = self._starts(once.folder)
-        threshold = threshold_of(self.history, len(self.dataset), settings.loop.threshold)
-        tasks = self._replicas.tasks(settings, iteration, list(starts), once.folder / "model.pt", threshold)
+        tasks = self._replicas.tasks(settings, iteration, list(starts), once.folder / "model.pt")
         left = [[origin, self._keys[origin[0]]["md"]] for origin in self._replicas.left]
         where = structures_hash(list(starts.values()), settings.reference.info)
         md = content_hash([model, [settled(task) for task in tasks.values()], where, left])
@@ -271,6 +270,9 @@ class Loop(Walk[IterationEntry]):
         label = content_hash([select, reference_key(settings.reference), *again])
         keys = {"train": train, "export": model, "md": md, "select": select, "label": label}
         self._keys[iteration] = keys
+        # Not in the keys: it follows from the history, and labels of runs that had no such rule stay as they are.
+        threshold = threshold_of(self.history, len(self.dataset), settings.loop.threshold)
+        tasks = {origin: task.model_copy(update={"threshold": threshold}) for origin, task in tasks.items()}
         return Turn(iteration, settings, once, training, validation, calibration, starts, tasks, keys, epochs)
 
     def _trained_before(self, iteration: int) -> str | None:

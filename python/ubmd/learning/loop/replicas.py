@@ -93,8 +93,8 @@ def threshold_of(history: Sequence[IterationEntry], labels: int, threshold: floa
     """The largest u_i at which the replicas of the next iteration stop, eV/Å: ``threshold``, as a rule.
 
     Replicas start from structures that are known. If all of them are above the threshold already there, because the
-    calibration has changed, no frame is new, and so would it be with the next model, which has nothing new to learn.
-    Then it is `_RAISED` times the largest u_i that they met, until there is a new label.
+    calibration has changed, no frame is new. The next model has nothing new to learn and would end likewise, so the
+    threshold is `_RAISED` times the largest u_i that they met, until there is a new label.
 
     Args:
         history: of the earlier iterations.
@@ -233,17 +233,11 @@ class Replicas:
             lambda origin, *loss: note_losses(events, "replica", iteration=origin[0])(origin, *loss),
         )
 
-    def tasks(
-        self, settings: RunSettings, iteration: int, files: list[Path], model: Path, threshold: float
-    ) -> dict[Origin, ReplicaTask]:
-        """New replicas of an iteration: those whose earlier ones are not still running. ``threshold``: eV/Å."""
+    def tasks(self, settings: RunSettings, iteration: int, files: list[Path], model: Path) -> dict[Origin, ReplicaTask]:
+        """New replicas of an iteration: those whose earlier ones are not still running."""
         tasks = replica_tasks(settings, iteration, model, files, self._base)
         busy = {replica for _, replica in self.left}
-        return {
-            (iteration, task.replica): task.model_copy(update={"threshold": threshold})
-            for task in tasks
-            if task.replica not in busy
-        }
+        return {(iteration, task.replica): task for task in tasks if task.replica not in busy}
 
     def run(self, turn: Turn, model_keys: Mapping[int, str]) -> None:
         """Run those of an iteration; leaves frames_RRR.extxyz, replicas.json, and left.json with those still running.
