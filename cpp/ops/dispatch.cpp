@@ -59,14 +59,6 @@ const Choice &chosen() {
 
 }  // namespace
 
-bool wide_vectors_elsewhere() {
-#ifdef UBMD_X86
-  return std::string(chosen().name) == "v4" && !__builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
-
 template <>
 const Kernels<float> &kernels<float>() {
   return *chosen().single_precision;

@@ -59,17 +59,9 @@ void activation(std::int64_t n, const F *z, F *value, F *first, F *second) {
 
 template <class F>
 constexpr Kernels<F> table() {
-  return {moments_scratch<F>,
-          moments<F>,
-          moments_gradient<F>,
-          invariants<F>,
-          invariants_gradient<F>,
-          invariants_scratch<F>,
-          activation<F>,
-          kLanes<F>,
-          matrix_product<F>,
-          kPanel<F>,
-          std::int64_t(sizeof(F)) * kDepth * kPanel<F>};
+  return {moments_scratch<F>,    moments<F>,    moments_gradient<F>, invariants<F>, invariants_gradient<F>,
+          invariants_scratch<F>, activation<F>, kLanes<F>,           pack<F>,       kPanel<F>,
+          pack_tiles<F>,         kTileRows,     panel_product<F>,    last_layer<F>};
 }
 
 extern const Kernels<float> single_precision;

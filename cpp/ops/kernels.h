@@ -34,15 +34,24 @@ struct Graph {
   __attribute__((always_inline)) int padded_basis() const { return (n_basis + kPadding - 1) / kPadding * kPadding; }
 };
 
-// out [rows, columns] (contiguous) = left [rows, depth] right [depth, columns], with the strides of left and right.
+// What becomes of the sums s of a product: out[0] = s; out[k] = s * factors[k] for those that are given; or the scaled
+// SiLU of s, its first and (unless null) second derivative.
+enum class Finish { store, scale, activate };
+
+// s [rows, columns] = left [rows, depth] right [depth, columns] + add. The rows of left lie in tiles of `tile_rows`
+// rows, left_tile numbers apart; the right matrix is packed. `add` is null, or has a row for all rows (add_row 0) or
+// for each. Results and factors are contiguous.
 template <class F>
 struct MatrixProduct {
   std::int64_t rows, depth, columns;
   const F *left;
-  std::int64_t left_row, left_column;
-  const F *right;
-  std::int64_t right_row, right_column;
-  F *out;
+  std::int64_t left_tile, left_row, left_column;
+  const F *panels;
+  const F *add;
+  std::int64_t add_row;
+  Finish finish;
+  F *out[3];
+  const F *factors[2];
 };
 
 // Each function works on the centres begin .. end - 1; `scratch` is 64-byte aligned. False: a neighbour's element is
@@ -66,10 +75,20 @@ struct Kernels {
   // Scaled SiLU of z [n], its first and (unless null) second derivative.
   void (*activation)(std::int64_t n, const F *z, F *value, F *first, F *second);
   int lanes;  // atoms that the invariants handle at once
-  // Some columns of a product; panels of `panel` columns are made at a time.
-  void (*matrix_product)(const MatrixProduct<F> &, std::int64_t begin, std::int64_t end, char *scratch);
+  // Panels begin .. end - 1 of a right matrix [depth, columns], each of `panel` columns (the last one: of fewer, a
+  // multiple of `lanes`), to where all of them lie one after the other.
+  void (*pack)(const F *from, std::int64_t row, std::int64_t column, std::int64_t depth, std::int64_t columns,
+               std::int64_t begin, std::int64_t end, F *panels);
   int panel;
-  std::int64_t matrix_scratch_bytes;
+  // Tiles begin .. end - 1 of a left matrix [rows, depth] whose columns are contiguous: [tile][depth][tile_rows].
+  void (*pack_tiles)(const F *from, std::int64_t column, std::int64_t depth, std::int64_t rows, std::int64_t begin,
+                     std::int64_t end, F *tiles);
+  int tile_rows;
+  // Some rows of one panel of a product.
+  void (*panel_product)(const MatrixProduct<F> &, std::int64_t row, std::int64_t last, std::int64_t panel);
+  // y [rows] = x [rows, width] weight + bias; slopes and (unless null) curvatures [rows, width] times delta weight.
+  void (*last_layer)(std::int64_t rows, std::int64_t width, const F *x, const F *weight, F bias, const F *delta, F *y,
+                     F *slopes, F *curvatures);
 };
 
 __attribute__((always_inline)) constexpr int count_invariants(int n) {
@@ -78,9 +97,5 @@ __attribute__((always_inline)) constexpr int count_invariants(int n) {
 
 template <class F>
 const Kernels<F> &kernels();
-
-// Whether the copy for AVX-512 runs on a processor that is not Intel's: there oneMKL, which does torch's products, uses
-// half the width of the vector units.
-bool wide_vectors_elsewhere();
 
 }  // namespace ubmd::ops

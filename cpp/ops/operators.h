@@ -36,6 +36,12 @@ at::Tensor invariants_second(const at::Tensor &moments, std::int64_t n_radial, c
                              const at::Tensor &cotangent, const at::Tensor &tangent_cotangent);
 std::vector<at::Tensor> activation(const at::Tensor &z, std::int64_t order);
 at::Tensor product(const at::Tensor &left, const at::Tensor &right, const std::optional<at::Tensor> &add);
+// Two hidden layers and one output: of x0 [n, F], weights [d, d below], biases [d] and dE/dy = delta3 [n, 1] these
+// results: y [n], dE/dx0 [n, F], and to `keep` x1, x2, s1, s2, delta1, delta2, curvature1, curvature2 [n, d]: values
+// and slopes of the layers, dE/dz, and the activation's second derivative times dE/dx.
+std::vector<at::Tensor> network(const at::Tensor &x0, const at::Tensor &delta3, const at::Tensor &weight1,
+                                const at::Tensor &bias1, const at::Tensor &weight2, const at::Tensor &bias2,
+                                const at::Tensor &weight3, const at::Tensor &bias3, bool keep);
 
 // Crystals: species [n] are sublattices, displacement [P, 3] those of each centre's relative sites; clusters.cpp lists
 // the tables. Energies [n] and the gradient of their sum [P, 3] for coefficients [C]; the derivatives of the energies'

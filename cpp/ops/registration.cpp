@@ -249,6 +249,9 @@ TORCH_LIBRARY(ubmd, library) {
       "Tensor");
   library.def("activation(Tensor z, int order) -> Tensor[]");
   library.def("product(Tensor left, Tensor right, Tensor? add=None) -> Tensor");
+  library.def(
+      "network(Tensor x0, Tensor delta3, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, "
+      "Tensor bias3, bool keep) -> Tensor[]");
   const std::string sites = "(Tensor species, Tensor first, Tensor displacement, ";
   library.def(("crystal_energies" + sites + "Tensor coefficients, Tensor[] tables) -> (Tensor, Tensor)").c_str());
   library.def(("crystal_moments" + sites + "Tensor[] tables) -> Tensor").c_str());
@@ -287,6 +290,7 @@ TORCH_LIBRARY_IMPL(ubmd, CPU, library) {
   library.impl("invariants_second", invariants_second);
   library.impl("activation", activation);
   library.impl("product", product);
+  library.impl("network", network);
   library.impl("crystal_energies", call_crystal_energies);
   library.impl("crystal_moments", call_crystal_moments);
   library.impl("crystal_deviations", call_crystal_deviations);

@@ -13,6 +13,7 @@ from torch import Tensor
 from ubmd import operators
 from ubmd.errors import ModelError
 from ubmd.potentials.gmnn.gaussian_moments import GaussianMoments, count_invariants
+from ubmd.potentials.gmnn.network import NeuralTangentNetwork
 
 operators.load()
 ops = torch.ops.ubmd
@@ -473,6 +474,8 @@ test.test_pairs_at_and_beyond_the_cutoff_give_exactly_zero()
 for rows in (0, 7, 22):
     test.test_products(rows, test.torch.float32, 3e-6)
     test.test_products(rows, test.torch.float64, 1e-13)
+    test.test_network(rows, (37, 130, 65), test.torch.float32, 1e-4)
+    test.test_network(rows, (5, 3, 2), test.torch.float64, 1e-12)
 """
     result = in_subprocess(code, UBMD_ISA=isa)
     if "is not an instruction set of this processor" in result.stderr:
@@ -530,7 +533,7 @@ def test_plugin_and_python_share_the_operators(code: str) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 22, 300])
 def test_products(rows: int, dtype: torch.dtype, tolerance: float) -> None:
-    """Any strides, with and without something to add, whichever library multiplies."""
+    """Any strides, with and without something to add."""
     generator = torch.Generator().manual_seed(rows)
     x, weight, right, bias, matrix = (
         torch.randn(shape, generator=generator, dtype=dtype)
@@ -554,8 +557,8 @@ def test_products(rows: int, dtype: torch.dtype, tolerance: float) -> None:
 def test_float32_products_equal_those_of_torch(rows: int, depth: int, columns: int, added: str) -> None:
     """Bit for bit where nothing is rounded (whole numbers, sums below 2^24); else both to the rounding of a sum.
 
-    The libraries add in another order, so their last bits differ: 2.5 and 2.1 eps |A||B| were measured for product and
-    mm. A product in less than float32 (bfloat16, TF32) would fail in both parts.
+    torch adds in another order, so the last bits differ: 2.5 and 2.1 eps |A||B| were measured for product and mm. A
+    product in less than float32 (bfloat16, TF32) would fail in both parts.
     """
     generator = torch.Generator().manual_seed(rows)
 
@@ -577,9 +580,83 @@ def test_float32_products_equal_those_of_torch(rows: int, depth: int, columns: i
         assert ((result.double() - exact).abs() <= 4.0 * torch.finfo(torch.float32).eps * size).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_do_not_depend_on_rows_or_threads(dtype: torch.dtype) -> None:
+    """Bit for bit: molecules evaluated together get the numbers that each of them gets alone."""
+    generator = torch.Generator().manual_seed(3)
+    left, right = torch.randn(300, 90, generator=generator, dtype=dtype), torch.randn(90, 70, dtype=dtype)
+    whole = ops.product(left, right)
+    for begin, end in ((0, 1), (5, 27), (13, 300)):
+        assert torch.equal(ops.product(left[begin:end], right), whole[begin:end])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(ops.product(left, right), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_products_follow_changed_weights() -> None:
+    """Weights are packed once: not the old ones after a step of an optimiser, or where memory is used again."""
+    left = torch.eye(20, dtype=torch.float64)
+    weight = torch.nn.Parameter(torch.ones(20, 30, dtype=torch.float64))
+    optimiser = torch.optim.SGD([weight], lr=1.0)
+    weight.grad = torch.ones_like(weight)
+    for step in range(4):
+        with torch.no_grad():
+            for _ in range(3):
+                assert (ops.product(left, weight) == 1.0 - step).all()
+                assert (ops.product(weight.t().contiguous().t(), torch.ones(30, 5).double()) == 30.0 * (1 - step)).all()
+        optimiser.step()
+    weight.data = torch.full((20, 30), 7.0, dtype=torch.float64)
+    with torch.no_grad():
+        assert (ops.product(left, weight) == 7.0).all()
+    for value in range(100):
+        weights = torch.full((20, 30), float(value), dtype=torch.float64)
+        assert all((ops.product(left, weights) == value).all() for _ in range(3))
+        with torch.inference_mode():
+            weights = torch.full((20, 30), float(value))
+            for k in range(3):
+                assert (ops.product(left.float(), weights) == value + k).all()
+                weights += 1.0
+
+
 def test_products_of_matrices_that_do_not_fit() -> None:
     with pytest.raises(RuntimeError, match="product needs matrices"):
         ops.product(torch.zeros(3, 4), torch.zeros(3, 4))
+    with pytest.raises(RuntimeError, match="can't add"):
+        ops.product(torch.zeros(3, 4), torch.zeros(4, 5), torch.zeros(4))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("sizes", [(360, 512, 512), (37, 130, 65), (5, 3, 2)])
+@pytest.mark.parametrize("rows", [0, 1, 22, 200])
+def test_network(rows: int, sizes: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
+    """The operator for the whole network against the same closed forms in plain torch, float64."""
+    torch.manual_seed(rows)
+    network = NeuralTangentNetwork(sizes[0], sizes[1:])
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64).to(dtype)
+    plain, fast = network.folded(), network.folded()
+    operators.use_operators(fast, True)
+    plain.to(torch.float64)
+    x0, delta3 = torch.randn(rows, sizes[0], dtype=dtype), torch.randn(rows, 1, dtype=dtype)
+    with torch.no_grad():
+        y, slope, layers = fast.evaluate(x0, delta3)
+        exact = plain.evaluate(x0.double(), delta3.double())
+        for result, expected in zip((y, slope, *layers), (*exact[:2], *exact[2]), strict=True):
+            assert result.shape == expected.shape
+            assert_close(result.double(), expected, tolerance)
+        assert all(torch.equal(a, b) for a, b in zip(fast.energies(x0, delta3), (y, slope), strict=True))
+
+
+def test_network_of_wrong_shapes() -> None:
+    network = [torch.zeros(shape) for shape in ((4, 3), (4, 1), (5, 3), (5,), (6, 5), (6,), (1, 6), (1,))]
+    assert len(ops.network(*network, False)) == 2
+    for wrong in range(1, 8):
+        given = [torch.zeros(9, 9) if k == wrong else tensor for k, tensor in enumerate(network)]
+        with pytest.raises(RuntimeError, match="network needs"):
+            ops.network(*given, False)
 
 
 def test_products_and_activations_are_differentiable() -> None:

@@ -70,9 +70,8 @@ class ScaledNetwork(nn.Module):
         x0, state = self.descriptor.evaluate(species, first, neighbours, edge_vector)
         delta3 = self.scales(species).to(x0.dtype).unsqueeze(1)
         if keep:
-            y, layers = self.network.evaluate(x0, delta3)
-            gradient = self.descriptor.vjp(state, self.network.product(layers.delta1, self.network.weight1))
-            return self.energies(y, species), gradient, self.tape(layers) + state
+            y, slope, layers = self.network.evaluate(x0, delta3)
+            return self.energies(y, species), self.descriptor.vjp(state, slope), self.tape(layers) + state
         y, slope = self.network.energies(x0, delta3)
         empty: list[Tensor] = []
         return self.energies(y, species), self.descriptor.vjp(state, slope), empty
@@ -124,12 +123,10 @@ class ScaledNetwork(nn.Module):
     ) -> Tensor:
         """The same in closed form: a tangent pass along the direction, and one reverse pass."""
         x0, state = self.descriptor.evaluate(species, first, neighbours, edge_vector)
-        layers = self.network.evaluate(x0, self.scales(species).to(x0.dtype).unsqueeze(1))[1]
+        _, slope, layers = self.network.evaluate(x0, self.scales(species).to(x0.dtype).unsqueeze(1))
         xdot0, change = self.descriptor.jvp(state, direction)
         cotangent = self.network.input_tangent(layers, xdot0)
-        return self.descriptor.second_vjp(
-            state, direction, change, cotangent, self.network.product(layers.delta1, self.network.weight1)
-        )
+        return self.descriptor.second_vjp(state, direction, change, cotangent, slope)
 
 
 class DeployedModel(Deployed):

@@ -109,8 +109,7 @@ class _ClosedForms:
         delta3 = (model.constant * model.scale).index_select(0, batch.species).to(model.radial.dtype).unsqueeze(1)
         x0 = operators.invariants(self.moments, self.n_radial)
         if second:
-            self.y, self.layers = self.network.evaluate(x0, delta3)
-            self.invariants_bar = self.network.product(self.layers.delta1, self.network.weight1)
+            self.y, self.invariants_bar, self.layers = self.network.evaluate(x0, delta3)
         else:
             self.y, self.invariants_bar = self.network.energies(x0, delta3)
         self.moments_bar = operators.invariants_vjp(self.moments, self.n_radial, self.invariants_bar)

@@ -85,7 +85,8 @@ class NeuralTangentNetwork(Products):
 
     def output(self, x2: Tensor) -> Tensor:
         """y [n]."""
-        return torch.addmv(self.bias3, x2, self.weight3[0], beta=self.bias_scale, alpha=self.scale2)
+        bias = self.bias3.expand(x2.size(0))  # of no atoms, torch would return one number
+        return torch.addmv(bias, x2, self.weight3[0], beta=self.bias_scale, alpha=self.scale2)
 
     def gradient_factors(self, s1: Tensor, s2: Tensor, delta3: Tensor) -> tuple[Tensor, Tensor]:
         """delta^1, delta^2 [n, d_l] of dE/dz^l = d_l^(-1/2) (W^{l+1}^T delta^{l+1}) act'(z^l), from delta^3 [n, 1]."""
@@ -106,14 +107,20 @@ class NeuralTangentNetwork(Products):
 
     def energies(self, x0: Tensor, delta3: Tensor) -> tuple[Tensor, Tensor]:
         """y [n] and dE/dx0 [n, F]; delta3 = dE/dy [n, 1]."""
+        if self.operators and x0.is_cpu:
+            found = self._by_operator(x0, delta3, False)
+            return found[0], found[1]
         layer1 = self.activation(self.product(x0, self.weight1.t(), self.bias1), 1)
         layer2 = self.activation(self.product(layer1[0], self.weight2.t(), self.bias2), 1)
         delta2 = layer2[1].mul_(delta3 * self.weight3)
         delta1 = self.product(delta2, self.weight2).mul_(layer1[1])
         return self.output(layer2[0]), self.product(delta1, self.weight1)
 
-    def evaluate(self, x0: Tensor, delta3: Tensor) -> tuple[Tensor, Layers]:
-        """y [n] and what features and second derivatives need; delta3 = dE/dy [n, 1]."""
+    def evaluate(self, x0: Tensor, delta3: Tensor) -> tuple[Tensor, Tensor, Layers]:
+        """y [n], dE/dx0 [n, F], and what features and second derivatives need; delta3 = dE/dy [n, 1]."""
+        if self.operators and x0.is_cpu:
+            y, slope, x1, x2, s1, s2, delta1, delta2, curvature1, curvature2 = self._by_operator(x0, delta3, True)
+            return y, slope, Layers(x0, x1, x2, s1, s2, delta1, delta2, delta3, curvature1, curvature2)
         layer1 = self.activation(self.product(x0, self.weight1.t(), self.bias1), 2)
         layer2 = self.activation(self.product(layer1[0], self.weight2.t(), self.bias2), 2)
         back2 = delta3 * self.weight3
@@ -134,7 +141,14 @@ class NeuralTangentNetwork(Products):
             curvature1=curvature1,
             curvature2=curvature2,
         )
-        return self.output(layer2[0]), layers
+        return self.output(layer2[0]), self.product(delta1, self.weight1), layers
+
+    def _by_operator(self, x0: Tensor, delta3: Tensor, keep: bool) -> list[Tensor]:
+        """All of it in one operator: y, dE/dx0, and to ``keep`` the layers."""
+        found: list[Tensor] = torch.ops.ubmd.network(
+            x0, delta3, self.weight1, self.bias1, self.weight2, self.bias2, self.weight3, self.bias3, keep
+        )
+        return found
 
     def tangent(
         self, layers: Layers, zdot1: Tensor, base2: Tensor, top: Tensor, base1: Tensor, base0: Tensor

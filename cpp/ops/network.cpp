@@ -1,0 +1,131 @@
+// The network of a model in one operator: block after block of atoms through all its products, so that what is only
+// needed in between stays in the cache.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "matrices.h"
+#include "operators.h"
+
+namespace ubmd::ops {
+
+using at::Tensor;
+
+namespace {
+
+// Atoms of a block.
+constexpr std::int64_t kRows = 64;
+
+Tensor expect(const Tensor &tensor, const char *name, const Tensor &like, at::IntArrayRef shape) {
+  TORCH_CHECK(tensor.scalar_type() == like.scalar_type() && tensor.sizes() == shape, "ubmd operators: network needs ",
+              name, " of type ", like.scalar_type(), " and shape ", shape, ", not ", tensor.scalar_type(), " and ",
+              tensor.sizes());
+  return tensor.contiguous();
+}
+
+// What one call computes, for n atoms: y [n], dE/dx0 [n, F]; and unless these are only needed in between x, slopes,
+// delta and curvatures [n, d] of both hidden layers.
+enum Result { y, slope, x1, x2, s1, s2, delta1, delta2, curvature1, curvature2, n_results };
+
+template <class F>
+struct Network {
+  std::shared_ptr<const Packed> forward1, forward2, backward2, backward1;
+  const F *bias1, *bias2, *weight3, *x0, *delta3;
+  F bias3;
+  std::int64_t n_inputs, n_hidden1, n_hidden2;
+};
+
+// Atoms begin .. begin + n - 1, whose results start at the pointers; curvatures may be null, slopes may share their
+// memory with delta.
+template <class F>
+void run_block(const Network<F> &net, std::int64_t begin, std::int64_t n, F *const (&out)[n_results]) {
+  auto layer1 = product_of(n, net.x0 + begin * net.n_inputs, *net.forward1);
+  layer1.add = net.bias1;
+  layer1.finish = Finish::activate;
+  layer1.out[0] = out[x1], layer1.out[1] = out[s1], layer1.out[2] = out[curvature1];
+  multiply(layer1);
+  auto layer2 = product_of(n, static_cast<const F *>(out[x1]), *net.forward2);
+  layer2.add = net.bias2;
+  layer2.finish = Finish::activate;
+  layer2.out[0] = out[x2], layer2.out[1] = out[delta2], layer2.out[2] = out[curvature2];
+  multiply(layer2);
+  if (out[s2] != out[delta2]) std::copy_n(out[delta2], n * net.n_hidden2, out[s2]);
+  kernels<F>().last_layer(n, net.n_hidden2, out[x2], net.weight3, net.bias3, net.delta3 + begin, out[y], out[delta2],
+                          out[curvature2]);
+  auto back2 = product_of(n, static_cast<const F *>(out[delta2]), *net.backward2);
+  back2.finish = Finish::scale;
+  back2.factors[0] = out[s1], back2.factors[1] = out[curvature1];
+  back2.out[0] = out[delta1], back2.out[1] = out[curvature1];
+  multiply(back2);
+  auto back1 = product_of(n, static_cast<const F *>(out[delta1]), *net.backward1);
+  back1.out[0] = out[slope];
+  multiply(back1);
+}
+
+// Rows of the results from atom `begin` on; without `keep` hidden layers are in scratch memory of one block.
+template <class F>
+void run_blocks(const Network<F> &net, std::vector<Tensor> &results, bool keep, std::int64_t begin, std::int64_t end) {
+  const std::int64_t widths[n_results] = {1,
+                                          net.n_inputs,
+                                          net.n_hidden1,
+                                          net.n_hidden2,
+                                          net.n_hidden1,
+                                          net.n_hidden2,
+                                          net.n_hidden1,
+                                          net.n_hidden2,
+                                          net.n_hidden1,
+                                          net.n_hidden2};
+  const std::int64_t rows = std::min(kRows, end - begin), size = rows * std::max(net.n_hidden1, net.n_hidden2);
+  const Tensor scratch = keep ? Tensor() : at::empty({4 * size}, results[y].options());
+  for (; begin < end; begin += rows) {
+    F *out[n_results] = {};
+    for (std::size_t k = 0; k < results.size(); ++k)
+      out[k] = results[k].template mutable_data_ptr<F>() + begin * widths[k];
+    if (!keep) {
+      F *memory = scratch.mutable_data_ptr<F>();
+      out[x1] = memory;
+      out[s1] = out[delta1] = memory + size;
+      out[x2] = memory + 2 * size;
+      out[s2] = out[delta2] = memory + 3 * size;
+    }
+    run_block(net, begin, std::min(rows, end - begin), out);
+  }
+}
+
+}  // namespace
+
+std::vector<Tensor> network(const Tensor &x0, const Tensor &delta3, const Tensor &weight1, const Tensor &bias1,
+                            const Tensor &weight2, const Tensor &bias2, const Tensor &weight3, const Tensor &bias3,
+                            bool keep) {
+  TORCH_CHECK(x0.dim() == 2 && weight1.dim() == 2 && weight2.dim() == 2,
+              "ubmd operators: network needs matrices x0, weight1 and weight2");
+  const std::int64_t n = x0.size(0), n_inputs = x0.size(1), n1 = weight1.size(0), n2 = weight2.size(0);
+  expect(weight1, "weight1", x0, {n1, n_inputs});
+  expect(weight2, "weight2", x0, {n2, n1});
+  const Tensor inputs = x0.contiguous(), above = expect(delta3, "delta3", x0, {n, 1}),
+               b1 = expect(bias1, "bias1", x0, {n1}), b2 = expect(bias2, "bias2", x0, {n2}),
+               w3 = expect(weight3, "weight3", x0, {1, n2}), b3 = expect(bias3, "bias3", x0, {1});
+  std::vector<Tensor> results = {at::empty({n}, x0.options()), at::empty({n, n_inputs}, x0.options())};
+  if (keep)
+    for (int k = x1; k < n_results; ++k) results.push_back(at::empty({n, k % 2 == 0 ? n1 : n2}, x0.options()));
+  AT_DISPATCH_FLOATING_TYPES(x0.scalar_type(), "ubmd::network", [&] {
+    const Network<scalar_t> net{packed(weight1.t()),
+                                packed(weight2.t()),
+                                packed(weight2),
+                                packed(weight1),
+                                b1.const_data_ptr<scalar_t>(),
+                                b2.const_data_ptr<scalar_t>(),
+                                w3.const_data_ptr<scalar_t>(),
+                                inputs.const_data_ptr<scalar_t>(),
+                                above.const_data_ptr<scalar_t>(),
+                                *b3.const_data_ptr<scalar_t>(),
+                                n_inputs,
+                                n1,
+                                n2};
+    at::parallel_for(0, n, 8,
+                     [&](std::int64_t begin, std::int64_t end) { run_blocks(net, results, keep, begin, end); });
+  });
+  return results;
+}
+
+}  // namespace ubmd::ops
