@@ -49,7 +49,8 @@ class BlockModel : public TorchModel {
   }
 
   torch::jit::Method evaluate_, by_structure_, features_, feature_sum_, directions_, feature_gradient_;
-  std::optional<torch::jit::Method> member_gradients_, member_bias_, site_uncertainties_, strain_derivative_;
+  std::optional<torch::jit::Method> member_gradients_, member_bias_, site_uncertainties_, strain_derivative_,
+      kept_for_bias_;
   std::size_t block_size_;
   bool inference_;  // whether the methods need no autograd inside
   Request request_;
@@ -75,6 +76,7 @@ BlockModel::BlockModel(Loaded loaded, std::size_t block_size)
       member_bias_(loaded_.module.find_method("member_bias")),
       site_uncertainties_(loaded_.module.find_method("site_uncertainties")),
       strain_derivative_(loaded_.module.find_method("strain_derivative")),
+      kept_for_bias_(loaded_.module.find_method("kept_for_bias")),
       block_size_(block_size),
       // the operators have closed derivatives on the CPU; elsewhere, and without them, the descriptor uses autograd
       inference_(!metadata_.operators.empty() && loaded_.device.is_cpu()) {}
@@ -205,7 +207,10 @@ void BlockModel::make_features() {
     for (std::size_t k = 0; k < sums_.size(); ++k) parts[k] = parts[k] + sums_[k];
     sums_ = std::move(parts);
   }
-  if (request_.bias != Bias::none) kept_.back() = last_;
+  if (request_.bias == Bias::none) return;
+  if (kept_for_bias_) last_.layers = call(*kept_for_bias_, {last_.layers, by_structure});
+  kept_.back() = last_;
+  if (request_.bias == Bias::structure) kept_.back().features = torch::Tensor();
 }
 
 void BlockModel::add_features() {

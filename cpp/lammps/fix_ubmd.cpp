@@ -81,6 +81,9 @@ FixUBMD::FixUBMD(LAMMPS *lmp, int narg, char **arg) : Fix(lmp, narg, arg) {
   for (int i = 0; i < atom->nmax; ++i) set_arrays(i);
   atom->add_callback(Atom::GROW);
   atom->add_callback(Atom::RESTART);
+  // scripts have the pair style first, as a rule: then the warm-up is over before the first run begins
+  pair_ = dynamic_cast<PairUBMD *>(force->pair_match("ubmd", 1));
+  if (pair_ && pair_->is_ready_for_bias()) warm_up();
 }
 
 FixUBMD::~FixUBMD() {
@@ -410,8 +413,11 @@ void FixUBMD::collect_atoms() {
 // of the group: fixed atoms are not moved by either.
 FixUBMD::Norms FixUBMD::evaluate_bias(const std::vector<double> *weight) {
   double strain[18] = {};  // dE/dstrain and d(what is biased)/dstrain of this rank
+  std::copy_n(pair_->own_strain(), 9, strain);
   pair_->set_bias(weight);
-  work_.assign(6 * (atom->nlocal + atom->nghost), 0.0);
+  const std::size_t n_all = atom->nlocal + atom->nghost;
+  work_.assign(6 * n_all, 0.0);
+  for (std::size_t i = 0; i < n_all; ++i) std::copy_n(&pair_->own_forces()[3 * i], 3, &work_[6 * i]);
   for (std::size_t k = 0; k < pair_->n_pieces(); ++k) add_piece(k, strain);
   const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::communication);
   comm->reverse_comm(this);
@@ -427,20 +433,17 @@ FixUBMD::Norms FixUBMD::evaluate_bias(const std::vector<double> *weight) {
   return norms;
 }
 
-// A block's part of the forces and uncertainty forces, and of both derivatives with respect to strain.
+// A block's part of the uncertainty forces, and of the derivative with respect to strain of what is biased.
 void FixUBMD::add_piece(std::size_t k, double *strain) {
-  const auto &piece = pair_->piece(k);
+  const auto &block = pair_->block(k);
   ubmd::Values gradient;
   {
     const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::bias);
     gradient = pair_->bias(k);
   }
   const ubmd::Timer::Scope scope(pair_->timer(), ubmd::Timer::graph);
-  ubmd::add_gradient(piece.block, piece.result.gradient.data(), -1.0, work_.data(), 6);
-  ubmd::add_gradient(piece.block, gradient.data(), 1.0, work_.data() + 3, 6);
-  if (settings_.stress == 0.0) return;
-  ubmd::add_strain_derivative(piece.block, piece.result.gradient.data(), strain);
-  ubmd::add_strain_derivative(piece.block, gradient.data(), strain + 9);
+  ubmd::add_gradient(block, gradient.data(), 1.0, work_.data() + 3, 6);
+  if (settings_.stress > 0.0) ubmd::add_strain_derivative(block, gradient.data(), strain + 9);
 }
 
 // Stresses of the whole system are derivatives with respect to strain divided by the volume; in a box that is periodic

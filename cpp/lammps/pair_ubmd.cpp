@@ -46,11 +46,6 @@ const char cite_pair_ubmd[] =
     " title = {ubmd: uncertainty-biased molecular dynamics for learning interatomic potentials}\n"
     "}\n\n";
 
-double bytes_of(const PairUBMD::Piece &piece) {
-  return piece.block.bytes() +
-         static_cast<double>((piece.result.energies.size() + piece.result.gradient.size()) * sizeof(double));
-}
-
 }  // namespace
 
 PairUBMD::PairUBMD(LAMMPS *lmp) : Pair(lmp) {
@@ -203,6 +198,10 @@ void PairUBMD::read_atoms() {
 // Block by block, of equal sizes.
 void PairUBMD::evaluate(const ubmd::Request &request) {
   if (request.structure) n_kept_ = 0;
+  if (request.bias != ubmd::Bias::none) {
+    own_forces_.assign(3 * static_cast<std::size_t>(atom->nlocal + atom->nghost), 0.0);
+    for (double &component : own_strain_) component = 0.0;
+  }
   if (request.atoms) uncertainties_.assign(atom->nmax, 0.0);
   if (request.atoms) atomic_->start();
   model_->start(request);
@@ -215,32 +214,38 @@ void PairUBMD::evaluate(const ubmd::Request &request) {
 void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, std::size_t end) {
   const bool keep = request.bias != ubmd::Bias::none;
   if (keep && kept_.size() == n_kept_) kept_.emplace_back();
-  Piece &piece = keep ? kept_[n_kept_++] : scratch_;
+  ubmd::Block &block = keep ? kept_[n_kept_++] : scratch_;
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
-    geometry_->build(piece.block, begin, end);
+    geometry_->build(block, begin, end);
   }
+  ubmd::Forces result;
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::network);
-    piece.result = {};
-    piece.result = model_->evaluate(piece.block);
+    result = model_->evaluate(block);
   }
-  {
-    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
-    if (vflag_global) geometry_->subtract_strain_derivative(piece.block, piece.result.gradient, virial);
-    piece.result.gradient = geometry_->in_box(std::move(piece.result.gradient));
-    check_finite(piece);
-    ubmd::add_gradient(piece.block, piece.result.gradient.data(), -1.0, atom->f[0], 3);
-    tally(piece);
-  }
-  evaluate_uncertainties(request, piece);
+  add_to_atoms(request, block, std::move(result));
+  evaluate_uncertainties(request, block);
+}
+
+// Energies, forces and virials of a block; its gradient is not needed any more.
+void PairUBMD::add_to_atoms(const ubmd::Request &request, const ubmd::Block &block, ubmd::Forces result) {
+  const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
+  if (vflag_global) geometry_->subtract_strain_derivative(block, result.gradient, virial);
+  result.gradient = geometry_->in_box(std::move(result.gradient));
+  check_finite(block, result);
+  ubmd::add_gradient(block, result.gradient.data(), -1.0, atom->f[0], 3);
+  tally(block, result);
+  if (request.bias == ubmd::Bias::none) return;
+  ubmd::add_gradient(block, result.gradient.data(), -1.0, own_forces_.data(), 3);
+  if (!block.of_sites) ubmd::add_strain_derivative(block, result.gradient.data(), own_strain_);
 }
 
 // What the request asks of the block that was just evaluated.
-void PairUBMD::evaluate_uncertainties(const ubmd::Request &request, const Piece &piece) {
+void PairUBMD::evaluate_uncertainties(const ubmd::Request &request, const ubmd::Block &block) {
   const ubmd::Timer::Scope scope(timer_, ubmd::Timer::uncertainty);
   if (request.structure) model_->add_features();
-  if (request.atoms) atomic_->add(piece.block, uncertainties_.data());
+  if (request.atoms) atomic_->add(block, uncertainties_.data());
 }
 
 // `fix ID group pair N ubmd uncertainty 1` gives atomic uncertainties to dumps and computes.
@@ -256,34 +261,33 @@ void *PairUBMD::extract_peratom(const char *name, int &columns) {
   return uncertainties_.data();
 }
 
-void PairUBMD::check_finite(const Piece &piece) const {
-  for (std::size_t i = 0; i < piece.result.energies.size(); ++i)
-    if (!std::isfinite(piece.result.energies[i]))
+void PairUBMD::check_finite(const ubmd::Block &block, const ubmd::Forces &result) const {
+  for (std::size_t i = 0; i < result.energies.size(); ++i)
+    if (!std::isfinite(result.energies[i]))
       error->one(FLERR, "the energy of atom {} is not a number at step {}: two atoms may lie on top of each other",
-                 atom->tag[piece.block.centres[i]], update->ntimestep);
+                 atom->tag[block.centres[i]], update->ntimestep);
 }
 
 // Energies, and virials per atom.
-void PairUBMD::tally(const Piece &piece) {
+void PairUBMD::tally(const ubmd::Block &block, const ubmd::Forces &result) {
   if (eflag_global)
-    for (double energy : piece.result.energies) eng_vdwl += energy;
+    for (double energy : result.energies) eng_vdwl += energy;
   if (eflag_atom)
-    for (std::size_t i = 0; i < piece.result.energies.size(); ++i)
-      eatom[piece.block.centres[i]] += piece.result.energies[i];
-  if (vflag_atom || cvflag_atom) tally_virial(piece);
+    for (std::size_t i = 0; i < result.energies.size(); ++i) eatom[block.centres[i]] += result.energies[i];
+  if (vflag_atom || cvflag_atom) tally_virial(block, result.gradient);
 }
 
 // An edge gives all of -r ⊗ dE_centre/dr to its neighbour: only this split makes the heat flux correct, because the
 // energy E_centre moves through the motion of the neighbour.
-void PairUBMD::tally_virial(const Piece &piece) {
+void PairUBMD::tally_virial(const ubmd::Block &block, const ubmd::Values &gradient) {
   static const int rows[9] = {0, 1, 2, 0, 0, 1, 1, 2, 2};
   static const int columns[9] = {0, 1, 2, 1, 2, 2, 0, 0, 1};
-  for (std::size_t i = 0; i < piece.block.centres.size(); ++i)
-    for (auto e = piece.block.first[i]; e < piece.block.first[i + 1]; ++e) {
-      const int j = piece.block.ends[e];
-      const double *centre = atom->x[piece.block.centres[i]], *end = atom->x[j];
+  for (std::size_t i = 0; i < block.centres.size(); ++i)
+    for (auto e = block.first[i]; e < block.first[i + 1]; ++e) {
+      const int j = block.ends[e];
+      const double *centre = atom->x[block.centres[i]], *end = atom->x[j];
       const double r[3] = {end[0] - centre[0], end[1] - centre[1], end[2] - centre[2]};
-      const double *g = piece.result.gradient.data() + 3 * e;
+      const double *g = gradient.data() + 3 * e;
       if (vflag_atom)
         for (int k = 0; k < 6; ++k) vatom[j][k] -= r[rows[k]] * g[columns[k]];
       if (cvflag_atom)
@@ -308,12 +312,11 @@ void PairUBMD::set_bias(const std::vector<double> *weight) {
 }
 
 ubmd::Values PairUBMD::bias(std::size_t k) {
-  return bias_of_atoms_ ? atomic_->bias(k, kept_[k].block) : geometry_->in_box(model_->bias(k));
+  return bias_of_atoms_ ? atomic_->bias(k, kept_[k]) : geometry_->in_box(model_->bias(k));
 }
 
 void PairUBMD::release() {
   state_ = Kept::nothing;
-  for (auto &piece : kept_) piece.result = {};
   n_kept_ = 0;
   model().release();
 }
@@ -358,10 +361,10 @@ void PairUBMD::finish() {
 }
 
 double PairUBMD::memory_usage() {
-  double bytes = Pair::memory_usage() + bytes_of(scratch_);
-  for (const auto &piece : kept_) bytes += bytes_of(piece);
+  double bytes = Pair::memory_usage() + scratch_.bytes();
+  for (const auto &block : kept_) bytes += block.bytes();
   if (geometry_) bytes += geometry_->bytes() + atomic_->bytes();
-  return bytes + static_cast<double>(uncertainties_.capacity() * sizeof(double));
+  return bytes + static_cast<double>((uncertainties_.capacity() + own_forces_.capacity()) * sizeof(double));
 }
 
 }  // namespace LAMMPS_NS

@@ -39,12 +39,6 @@ class PairUBMD : public Pair {
 
   // ---- for fix ubmd ----
 
-  // A block of an evaluation, with its gradient; the energies are in the run's unit as all below.
-  struct Piece {
-    ubmd::Block block;
-    ubmd::Forces result;
-  };
-
   // Ask the next compute() for features, and for what the bias needs that is to follow. Other calls of compute() (fix
   // numdiff) don't change its results.
   void request(const ubmd::Request &request);
@@ -58,7 +52,10 @@ class PairUBMD : public Pair {
   const double *uncertainties() const { return uncertainties_.data(); }
   // The kept blocks: all of this rank if the request named a bias, else none.
   std::size_t n_pieces() const { return n_kept_; }
-  const Piece &piece(std::size_t k) const { return kept_[k]; }
+  const ubmd::Block &block(std::size_t k) const { return kept_[k]; }
+  // Forces of this style alone [nall, 3], ghosts included, and dE/dstrain of this rank [9].
+  const std::vector<double> &own_forces() const { return own_forces_; }
+  const double *own_strain() const { return own_strain_; }
   // Prepare the bias along weight·phi, or (without a weight) along the sum of all atomic uncertainties. Ranks call it
   // together.
   void set_bias(const std::vector<double> *weight);
@@ -72,6 +69,8 @@ class PairUBMD : public Pair {
   double largest_displacement() const;
 
   ubmd::Model &model();
+  // Whether there is a model with an uncertainty that a fix can have no objection to.
+  bool is_ready_for_bias() const { return model_ && model_->metadata().projections > 0 && !model_->is_crystal(); }
   ubmd::Timer &timer() { return timer_; }
   // Energies, forces and uncertainties of this style are in it.
   const ubmd::EnergyUnit &unit() const { return unit_; }
@@ -86,10 +85,11 @@ class PairUBMD : public Pair {
   void read_atoms();
   void evaluate(const ubmd::Request &);
   void evaluate_piece(const ubmd::Request &, std::size_t begin, std::size_t end);
-  void evaluate_uncertainties(const ubmd::Request &, const Piece &);
-  void check_finite(const Piece &) const;
-  void tally(const Piece &);
-  void tally_virial(const Piece &);
+  void add_to_atoms(const ubmd::Request &, const ubmd::Block &, ubmd::Forces);
+  void evaluate_uncertainties(const ubmd::Request &, const ubmd::Block &);
+  void check_finite(const ubmd::Block &, const ubmd::Forces &) const;
+  void tally(const ubmd::Block &, const ubmd::Forces &);
+  void tally_virial(const ubmd::Block &, const ubmd::Values &gradient);
 
   enum class Kept { nothing, requested, done };
 
@@ -103,9 +103,11 @@ class PairUBMD : public Pair {
   std::vector<std::string> names_;  // element of each type or NULL
   std::vector<int> species_;        // species index of each type, -1 for NULL
   std::size_t chunk_ = 0;           // largest block; 0: as the device needs it
-  Piece scratch_;                   // the block at hand, if it isn't kept
-  std::vector<Piece> kept_;         // n_kept_ of them in use: the others keep their memory
+  ubmd::Block scratch_;             // the block at hand, if it isn't kept
+  std::vector<ubmd::Block> kept_;   // n_kept_ of them in use: the others keep their memory
   std::size_t n_kept_ = 0;
+  std::vector<double> own_forces_;  // of the evaluation whose blocks are kept
+  double own_strain_[9] = {};
   Kept state_ = Kept::nothing;
   ubmd::Request request_;
   int uncertainty_flag_ = 0;           // set to 1 by fix pair; 2: computed

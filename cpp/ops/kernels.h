@@ -34,8 +34,8 @@ struct Graph {
   __attribute__((always_inline)) int padded_basis() const { return (n_basis + kPadding - 1) / kPadding * kPadding; }
 };
 
-// What becomes of the sums s of a product: out[0] = s; out[k] = s * factors[k] for those that are given; or the scaled
-// SiLU of s, its first and (unless null) second derivative.
+// What becomes of the sums s of a product: out[0] = s; out[k] = s * factors[k] (+ plus, for k = 0) for those that are
+// given; or the scaled SiLU of s, its first and (unless null) second derivative.
 enum class Finish { store, scale, activate };
 
 // s [rows, columns] = left [rows, depth] right [depth, columns] + add. The rows of left lie in tiles of `tile_rows`
@@ -52,6 +52,7 @@ struct MatrixProduct {
   Finish finish;
   F *out[3];
   const F *factors[2];
+  const F *plus;
 };
 
 // Each function works on the centres begin .. end - 1; `scratch` is 64-byte aligned. False: a neighbour's element is
@@ -89,6 +90,8 @@ struct Kernels {
   // y [rows] = x [rows, width] weight + bias; slopes and (unless null) curvatures [rows, width] times delta weight.
   void (*last_layer)(std::int64_t rows, std::int64_t width, const F *x, const F *weight, F bias, const F *delta, F *y,
                      F *slopes, F *curvatures);
+  // out[k] = a[k] * b[k % period]
+  void (*multiply_elements)(std::int64_t n, std::int64_t period, const F *a, const F *b, F *out);
 };
 
 __attribute__((always_inline)) constexpr int count_invariants(int n) {

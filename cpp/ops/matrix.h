@@ -100,9 +100,9 @@ UBMD_INLINE void copy(int n, const F *from, F *to) {
   for (int j = 0; j < n; ++j) to[j] = from[j];
 }
 
-// What becomes of the sums of one vector; out and factors point at its place.
+// What becomes of the sums of one vector; out and factors (the last one: plus) point at its place.
 template <Finish finish, class F>
-UBMD_INLINE void finish_vector(const F *sums, const F *add, F *const (&out)[3], const F *const (&factors)[2]) {
+UBMD_INLINE void finish_vector(const F *sums, const F *add, F *const (&out)[3], const F *const (&factors)[3]) {
   constexpr int W = kLanes<F>;
   Lanes<F> sum = load<F, W>(sums);
   if (add) sum += load<F, W>(add);
@@ -110,7 +110,8 @@ UBMD_INLINE void finish_vector(const F *sums, const F *add, F *const (&out)[3], 
     store<F, W>(out[0], sum);
   } else if constexpr (finish == Finish::scale) {
     if (out[1]) store<F, W>(out[1], sum * load<F, W>(factors[1]));
-    store<F, W>(out[0], sum * load<F, W>(factors[0]));
+    const Lanes<F> scaled = sum * load<F, W>(factors[0]);
+    store<F, W>(out[0], factors[2] ? scaled + load<F, W>(factors[2]) : scaled);
   } else {
     F z[W];
     store<F, W>(z, sum);
@@ -126,19 +127,21 @@ UBMD_INLINE void finish_row(const MatrixProduct<F> &task, std::int64_t at, int c
   for (; j + W <= columns; j += W) {
     F *const out[3] = {task.out[0] + at + j, task.out[1] ? task.out[1] + at + j : nullptr,
                        task.out[2] ? task.out[2] + at + j : nullptr};
-    const F *const factors[2] = {task.factors[0] ? task.factors[0] + at + j : nullptr,
-                                 task.factors[1] ? task.factors[1] + at + j : nullptr};
+    const F *const factors[3] = {task.factors[0] ? task.factors[0] + at + j : nullptr,
+                                 task.factors[1] ? task.factors[1] + at + j : nullptr,
+                                 task.plus ? task.plus + at + j : nullptr};
     finish_vector<finish>(sums + j, add ? add + j : nullptr, out, factors);
   }
   if (j == columns) return;
   const int n = columns - j;  // the same in a place with room for a whole vector
-  F place[3][W] = {}, given[3][W] = {};
+  F place[3][W] = {}, given[4][W] = {};
   F *const out[3] = {place[0], task.out[1] ? place[1] : nullptr, task.out[2] ? place[2] : nullptr};
   for (int k = 0; k < 2; ++k)
     if (task.factors[k]) copy(n, task.factors[k] + at + j, given[k]);
-  if (add) copy(n, add + j, given[2]);
-  const F *const factors[2] = {given[0], given[1]};
-  finish_vector<finish>(sums + j, given[2], out, factors);
+  if (task.plus) copy(n, task.plus + at + j, given[2]);
+  if (add) copy(n, add + j, given[3]);
+  const F *const factors[3] = {given[0], given[1], given[2]};
+  finish_vector<finish>(sums + j, given[3], out, factors);
   for (int k = 0; k < 3; ++k)
     if (task.out[k]) copy(n, place[k], task.out[k] + at + j);
 }
@@ -200,4 +203,10 @@ void last_layer(std::int64_t rows, std::int64_t width, const F *x, const F *weig
     for (k = 0; k < width; ++k) curvatures[k] *= delta[i] * weight[k];
     curvatures += width;
   }
+}
+
+template <class F>
+void multiply_elements(std::int64_t n, std::int64_t period, const F *a, const F *b, F *out) {
+  for (std::int64_t k = 0; k < n; k += period)
+    for (std::int64_t j = 0; j < period; ++j) out[k + j] = a[k + j] * b[j];
 }

@@ -42,6 +42,16 @@ at::Tensor product(const at::Tensor &left, const at::Tensor &right, const std::o
 std::vector<at::Tensor> network(const at::Tensor &x0, const at::Tensor &delta3, const at::Tensor &weight1,
                                 const at::Tensor &bias1, const at::Tensor &weight2, const at::Tensor &bias2,
                                 const at::Tensor &weight3, const at::Tensor &bias3, bool keep);
+// Sketched features of that network, with projections inner1 [p, F], inner2, inner3 [p, d] and their biases [p],
+// outer1, outer2 [p, d]: phi [n, p] and its factors inner1, outer1, inner2, outer2 [n, p].
+std::vector<at::Tensor> sketch_features(const at::Tensor &x0, const at::Tensor &x1, const at::Tensor &x2,
+                                        const at::Tensor &delta1, const at::Tensor &delta2, const at::Tensor &delta3,
+                                        const std::vector<at::Tensor> &projections);
+// d(sum_i w·phi_i)/dx0 [n, F] from the network's kept results, the features' factors [n, p], w [1, p] or [n, p], `last`
+// = w inner3 [1, d] or [n, d], the projections outer1, inner1, outer2, inner2 and the weights of both hidden layers.
+at::Tensor sketch_gradient(const std::vector<at::Tensor> &layers, const std::vector<at::Tensor> &factors,
+                           const at::Tensor &w, const at::Tensor &last, const std::vector<at::Tensor> &projections,
+                           const at::Tensor &weight1, const at::Tensor &weight2);
 
 // Crystals: species [n] are sublattices, displacement [P, 3] those of each centre's relative sites; clusters.cpp lists
 // the tables. Energies [n] and the gradient of their sum [P, 3] for coefficients [C]; the derivatives of the energies'

@@ -210,6 +210,15 @@ std::string on_pairs(const std::string &name, const std::string &more, const std
          "float r_min" + more + ") -> " + result;
 }
 
+std::vector<Tensor> call_sketch_features(const Tensor &x0, const Tensor &x1, const Tensor &x2, const Tensor &delta1,
+                                         const Tensor &delta2, const Tensor &delta3, at::TensorList projections) {
+  return sketch_features(x0, x1, x2, delta1, delta2, delta3, projections.vec());
+}
+Tensor call_sketch_gradient(at::TensorList layers, at::TensorList factors, const Tensor &w, const Tensor &last,
+                            at::TensorList projections, const Tensor &weight1, const Tensor &weight2) {
+  return sketch_gradient(layers.vec(), factors.vec(), w, last, projections.vec(), weight1, weight2);
+}
+
 #define UBMD_SITES const Tensor &species, const Tensor &first, const Tensor &displacement
 
 std::tuple<Tensor, Tensor> call_crystal_energies(UBMD_SITES, const Tensor &coefficients, at::TensorList tables) {
@@ -252,6 +261,12 @@ TORCH_LIBRARY(ubmd, library) {
   library.def(
       "network(Tensor x0, Tensor delta3, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, "
       "Tensor bias3, bool keep) -> Tensor[]");
+  library.def(
+      "sketch_features(Tensor x0, Tensor x1, Tensor x2, Tensor delta1, Tensor delta2, Tensor delta3, "
+      "Tensor[] projections) -> Tensor[]");
+  library.def(
+      "sketch_gradient(Tensor[] layers, Tensor[] factors, Tensor w, Tensor last, Tensor[] projections, Tensor weight1, "
+      "Tensor weight2) -> Tensor");
   const std::string sites = "(Tensor species, Tensor first, Tensor displacement, ";
   library.def(("crystal_energies" + sites + "Tensor coefficients, Tensor[] tables) -> (Tensor, Tensor)").c_str());
   library.def(("crystal_moments" + sites + "Tensor[] tables) -> Tensor").c_str());
@@ -291,6 +306,8 @@ TORCH_LIBRARY_IMPL(ubmd, CPU, library) {
   library.impl("activation", activation);
   library.impl("product", product);
   library.impl("network", network);
+  library.impl("sketch_features", call_sketch_features);
+  library.impl("sketch_gradient", call_sketch_gradient);
   library.impl("crystal_energies", call_crystal_energies);
   library.impl("crystal_moments", call_crystal_moments);
   library.impl("crystal_deviations", call_crystal_deviations);

@@ -169,7 +169,12 @@ def test_feature_sums_and_their_gradients(pair: Pair, graph: Graph, by_structure
     if len(rows) or not by_structure:
         assert_close(rows, phi)
     assert_close(module.feature_sum(sums), phi.sum(0))
-    assert_close(module.feature_gradient(tape, factors, module.directions(w, by_structure), w), gradient)
+    directions = module.directions(w, by_structure)
+    assert_close(module.feature_gradient(tape, factors, directions, w), gradient)
+    if hasattr(module, "kept_for_bias"):
+        kept = module.kept_for_bias(tape, by_structure)
+        assert sum(part.numel() for part in kept) < sum(part.numel() for part in tape) or not graph.n_atoms
+        assert_close(module.feature_gradient(kept, factors, directions, w), gradient)
 
 
 def test_gradients_with_different_weights_for_every_atom(sketched: Pair, graph: Graph) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ubmd import operators
 from ubmd.errors import ModelError
 from ubmd.potentials.gmnn.gaussian_moments import GaussianMoments, count_invariants
-from ubmd.potentials.gmnn.network import NeuralTangentNetwork
+from ubmd.potentials.gmnn.network import Layers, NeuralTangentNetwork
+from ubmd.potentials.gmnn.sketch import make_sketch
 
 operators.load()
 ops = torch.ops.ubmd
@@ -476,6 +477,8 @@ for rows in (0, 7, 22):
     test.test_products(rows, test.torch.float64, 1e-13)
     test.test_network(rows, (37, 130, 65), test.torch.float32, 1e-4)
     test.test_network(rows, (5, 3, 2), test.torch.float64, 1e-12)
+    test.test_sketch(rows, (37, 130, 65), test.torch.float32, 2e-5)
+    test.test_sketch(rows, (5, 3, 2), test.torch.float64, 1e-12)
 """
     result = in_subprocess(code, UBMD_ISA=isa)
     if "is not an instruction set of this processor" in result.stderr:
@@ -680,3 +683,60 @@ def test_products_and_activations_on_other_devices() -> None:
     left, right = torch.empty(9, 8, device="meta"), torch.empty(8, 10, device="meta")
     assert ops.product(left, right).shape == (9, 10)
     assert [part.device.type for part in ops.activation(left, 2)] == ["meta"] * 3
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("sizes", [(360, 512, 512), (37, 130, 65), (5, 3, 2)])
+@pytest.mark.parametrize("rows", [1, 22, 200])
+def test_sketch(rows: int, sizes: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
+    """Features and their gradient by operators against the same closed forms in plain torch, float64."""
+    torch.manual_seed(rows)
+    network = NeuralTangentNetwork(sizes[0], sizes[1:])
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64).to(dtype)
+    plain, fast = (make_sketch(network, 30, 1) for _ in range(2))
+    fast.to(dtype)
+    network = network.folded().to(torch.float64)
+    plain.load_state_dict(fast.state_dict())
+    operators.use_operators(fast, True)
+    with torch.no_grad():
+        _, _, layers = network.evaluate(torch.randn(rows, sizes[0]).double(), torch.randn(rows, 1).double())
+        given = Layers(*(part.to(dtype).contiguous() for part in layers))
+        exact = Layers(*(part.double() for part in given))
+        (total,), phi, factors = fast.features(given, False)
+        (exact_total,), exact_phi, exact_factors = plain.features(exact, False)
+        for result, expected in zip((total, phi, *factors), (exact_total, exact_phi, *exact_factors), strict=True):
+            assert_close(result.double(), expected, tolerance)
+        for w in (torch.randn(30).double(), torch.randn(rows, 30).double()):
+            directions = [plain.directions(w, False), fast.directions(w, False)] if w.dim() == 1 else [[], []]
+            expected = network.tangent(exact, *plain.tangents(exact, exact_factors, directions[0], w))
+            weights = network.weight1.to(dtype), network.weight2.to(dtype)
+            assert_close(fast.gradient(given, factors, directions[1], w, *weights), expected, 10 * tolerance)
+
+
+def test_sketch_of_wrong_shapes() -> None:
+    """Each operand in turn."""
+    shapes = (
+        [(4, 3), (4, 5), (4, 6), (4, 5), (4, 6), (4, 1)],
+        [(2, 3), (2,), (2, 5), (2, 5), (2,), (2, 6), (2, 6), (2,)],
+    )
+    layers, projections = ([torch.zeros(shape) for shape in part] for part in shapes)
+    assert len(ops.sketch_features(*layers, projections)) == 5
+    for part in (layers, projections):
+        for k, right in enumerate(part):
+            part[k] = torch.zeros(9, 8)
+            with pytest.raises(RuntimeError, match="the sketch needs"):
+                ops.sketch_features(*layers, projections)
+            part[k] = right
+    with pytest.raises(RuntimeError, match="the sketch needs 8 projections"):
+        ops.sketch_features(*layers, projections[1:])
+    kept = [torch.zeros(shape) for shape in ((4, 5), (4, 6), (4, 5), (4, 6), (4, 1))]
+    factors, more = [torch.zeros(4, 2) for _ in range(4)], [torch.zeros(s) for s in ((2, 5), (2, 3), (2, 6), (2, 5))]
+    rest = [torch.zeros(1, 2), torch.zeros(1, 6)], [torch.zeros(5, 3), torch.zeros(6, 5)]
+    assert ops.sketch_gradient(kept, factors, *rest[0], more, *rest[1]).shape == (4, 3)
+    for part in (kept, factors, more, *rest):
+        for k, right in enumerate(part):
+            part[k] = torch.zeros(9, 8)
+            with pytest.raises(RuntimeError, match="the sketch needs"):
+                ops.sketch_gradient(kept, factors, *rest[0], more, *rest[1])
+            part[k] = right

@@ -123,7 +123,13 @@ class _Fast(_Sum):
 
 
 class _FastOfFeatures(_OfFeatures, _Fast):
-    """Both."""
+    """Both, with what only networks with features have."""
+
+    @torch.jit.export
+    def kept_for_bias(self, tape: list[Tensor], by_structure: bool) -> list[Tensor]:
+        """What ``feature_gradient`` needs of a tape after ``features``."""
+        kept: list[Tensor] = self.network.kept_for_bias(tape, by_structure)
+        return kept
 
 
 class _FastOfMembers(_OfMembers, _Fast):

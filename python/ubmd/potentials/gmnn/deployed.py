@@ -96,6 +96,15 @@ class ScaledNetwork(nn.Module):
         x0, x1, x2, s1, s2, delta1, delta2, delta3, curvature1, curvature2 = tape[: self.n_layers]
         return Layers(x0, x1, x2, s1, s2, delta1, delta2, delta3, curvature1, curvature2)
 
+    def trimmed(self, tape: list[Tensor], inputs: bool) -> list[Tensor]:
+        """A tape without the layers' inputs x and delta (``inputs``: with those of the hidden layers), for tangents."""
+        x0, x1, x2, s1, s2, delta1, delta2, delta3, curvature1, curvature2 = tape[: self.n_layers]
+        none = x2.new_empty(0)
+        kept = [x0, x1, none, s1, s2, delta1, delta2] if inputs else [none, none, none, s1, s2, none, none]
+        kept.extend([delta3, curvature1, curvature2])
+        kept.extend(tape[self.n_layers :])
+        return kept
+
     def vjp(self, tape: list[Tensor], cotangent: Tensor) -> Tensor:
         """d(sum cotangent·G)/d edge_vector [P, 3] (float64) at the evaluation of a tape."""
         return self.descriptor.vjp(tape[self.n_layers :], cotangent)
@@ -217,8 +226,18 @@ class DeployedModel(Deployed):
         """d(sum_i w·phi_i)/d edge_vector [P, 3] (float64)."""
         with torch.no_grad():
             layers = self.potential.layers(tape)
-            zdot1, base2, top, base1, base0 = self.sketch.tangents(layers, factors, directions, w)
-            return self.potential.vjp(tape, self.potential.network.tangent(layers, zdot1, base2, top, base1, base0))
+            if self.sketch.operators and len(factors) > 0 and layers.s1.is_cpu:
+                weight1, weight2 = self.potential.network.weight1, self.potential.network.weight2
+                slope: Tensor = self.sketch.gradient(layers, factors, directions, w, weight1, weight2)
+            else:
+                zdot1, base2, top, base1, base0 = self.sketch.tangents(layers, factors, directions, w)
+                slope = self.potential.network.tangent(layers, zdot1, base2, top, base1, base0)
+            return self.potential.vjp(tape, slope)
+
+    @torch.jit.export
+    def kept_for_bias(self, tape: list[Tensor], by_structure: bool) -> list[Tensor]:
+        """The tape after ``features``, with empty tensors in place of what ``feature_gradient`` doesn't need."""
+        return self.potential.trimmed(tape, by_structure)
 
 
 class LastLayerModel(DeployedModel):

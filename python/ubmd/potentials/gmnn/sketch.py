@@ -56,6 +56,11 @@ class GradientSketch(Products):
         """(sums, phi [n, p], factors). By structure the sums are weight gradients, and phi has no rows."""
         if by_structure:
             return self.weight_gradients(layers), layers.x0.new_zeros(0, self.projections), []
+        if self.operators and layers.x0.is_cpu:
+            found: list[Tensor] = torch.ops.ubmd.sketch_features(
+                layers.x0, layers.x1, layers.x2, layers.delta1, layers.delta2, layers.delta3, self.matrices()
+            )
+            return [found[0].sum(0, dtype=torch.float64)], found[0], found[1:]
         inner1 = self.product(layers.x0, self.inner1.t(), self.inner_bias1)
         outer1 = self.product(layers.delta1, self.outer1.t())
         inner2 = self.product(layers.x1, self.inner2.t(), self.inner_bias2)
@@ -63,6 +68,19 @@ class GradientSketch(Products):
         inner3 = self.product(layers.x2, self.inner3.t(), self.inner_bias3)
         phi = inner3.mul_(layers.delta3).addcmul_(inner1, outer1).addcmul_(inner2, outer2)
         return [phi.sum(0, dtype=torch.float64)], phi, [inner1, outer1, inner2, outer2]
+
+    def matrices(self) -> list[Tensor]:
+        """All projections and biases, as the operator takes them."""
+        return [
+            self.inner1,
+            self.inner_bias1,
+            self.outer1,
+            self.inner2,
+            self.inner_bias2,
+            self.outer2,
+            self.inner3,
+            self.inner_bias3,
+        ]
 
     def weight_gradients(self, layers: Layers) -> list[Tensor]:
         """sum_i delta_i^l x_i^{l-1}^T and sum_i delta_i^l of the three layers."""
@@ -133,6 +151,29 @@ class GradientSketch(Products):
             self.product(outer2 * w, self.inner2),
             self.product(outer1 * w, self.inner1),
         )
+
+    def gradient(
+        self,
+        layers: Layers,
+        factors: list[Tensor],
+        directions: list[Tensor],
+        w: Tensor,
+        weight1: Tensor,
+        weight2: Tensor,
+    ) -> Tensor:
+        """dD/dx0 [n, F] of D = sum_i w·phi_i, atom by atom, by the operator: ``tangents`` and the network's own.
+
+        ``weight1``, ``weight2``: of the `folded` network.
+        """
+        if len(directions) == 0:  # w is different from atom to atom
+            rows = w.to(self.inner3.dtype)
+            last = self.product(rows, self.inner3)
+        else:
+            rows, last = directions[0].unsqueeze(0), directions[1].unsqueeze(0)
+        kept = [layers.s1, layers.s2, layers.curvature1, layers.curvature2, layers.delta3]
+        projections = [self.outer1, self.inner1, self.outer2, self.inner2]
+        found: Tensor = torch.ops.ubmd.sketch_gradient(kept, factors, rows, last, projections, weight1, weight2)
+        return found
 
 
 class LastLayerSketch(Products):
