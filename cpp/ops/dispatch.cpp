@@ -59,6 +59,14 @@ const Choice &chosen() {
 
 }  // namespace
 
+bool library_is_wide() {
+#ifdef UBMD_X86
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 template <>
 const Kernels<float> &kernels<float>() {
   return *chosen().single_precision;

@@ -61,8 +61,7 @@ template <class F>
 constexpr Kernels<F> table() {
   return {moments_scratch<F>,    moments<F>,    moments_gradient<F>, invariants<F>, invariants_gradient<F>,
           invariants_scratch<F>, activation<F>, kLanes<F>,           pack<F>,       kPanel<F>,
-          pack_tiles<F>,         kTileRows,     panel_product<F>,    last_layer<F>,
-          multiply_elements<F>};
+          pack_tiles<F>,         kTileRows,     panel_product<F>,    last_layer<F>, multiply_elements<F>};
 }
 
 extern const Kernels<float> single_precision;

@@ -101,4 +101,7 @@ __attribute__((always_inline)) constexpr int count_invariants(int n) {
 template <class F>
 const Kernels<F> &kernels();
 
+// Whether oneMKL, which does torch's products, uses the whole vector registers: all that an Intel processor has.
+bool library_is_wide();
+
 }  // namespace ubmd::ops

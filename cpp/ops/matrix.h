@@ -33,13 +33,17 @@ void pack(const F *from, std::int64_t row, std::int64_t column, std::int64_t dep
       const int rows = depth - k < strip ? int(depth - k) : strip;
       if (column == 1 && filled == width) {
         for (int r = 0; r < rows; ++r)
-          for (int j = 0; j < width; j += kLanes<F>)
+          for (int j = 0; j < width; j += kLanes<F>) {
+            __builtin_prefetch(from + (k + r + strip) * row + first + j);
             store<F, kLanes<F>>(to + r * width + j, load<F, kLanes<F>>(from + (k + r) * row + first + j));
+          }
         continue;
       }
-      for (int j = 0; j < width; ++j)
+      for (int j = 0; j < width; ++j) {
+        if (j < filled) __builtin_prefetch(from + (k + 2 * strip) * row + (first + j) * column);
         for (int r = 0; r < rows; ++r)
           to[r * width + j] = j < filled ? from[(k + r) * row + (first + j) * column] : F(0);
+      }
     }
   }
 }
@@ -52,11 +56,13 @@ void pack_tiles(const F *from, std::int64_t column, std::int64_t depth, std::int
     const F *first = from + t * kTileRows;
     F *to = tiles + t * kTileRows * depth;
     const int filled = rows - t * kTileRows < kTileRows ? int(rows - t * kTileRows) : kTileRows;
-    for (std::int64_t k = 0; k < depth; ++k, first += column, to += kTileRows)
+    for (std::int64_t k = 0; k < depth; ++k, first += column, to += kTileRows) {
+      __builtin_prefetch(first + 16 * column);
       if (filled == kTileRows)
         for (int r = 0; r < kTileRows; ++r) to[r] = first[r];
       else
         for (int r = 0; r < filled; ++r) to[r] = first[r];
+    }
   }
 }
 
@@ -146,6 +152,18 @@ UBMD_INLINE void finish_row(const MatrixProduct<F> &task, std::int64_t at, int c
     if (task.out[k]) copy(n, place[k], task.out[k] + at + j);
 }
 
+// Fetch what finish_row will read and write, while the sums are made.
+template <class F>
+UBMD_INLINE void fetch_row(const MatrixProduct<F> &task, std::int64_t at, int columns) {
+  constexpr int line = 64 / int(sizeof(F));
+  for (int j = 0; j < columns; j += line) {
+    for (const F *out : task.out)
+      if (out) __builtin_prefetch(out + at + j, 1);
+    for (const F *factor : task.factors)
+      if (factor) __builtin_prefetch(factor + at + j);
+  }
+}
+
 // Rows row .. last - 1 of one panel of the result; `row` begins a tile.
 template <class F>
 void panel_product(const MatrixProduct<F> &task, std::int64_t row, std::int64_t last, std::int64_t p) {
@@ -158,6 +176,7 @@ void panel_product(const MatrixProduct<F> &task, std::int64_t row, std::int64_t 
     const F *left[kTileRows];
     for (int r = 0; r < kTileRows; ++r)
       left[r] = task.left + row / kTileRows * task.left_tile + (r < rows ? r : 0) * task.left_row;
+    for (int r = 0; r < rows; ++r) fetch_row(task, (row + r) * task.columns + first, columns);
     F sums[kTileRows * kPanel<F>] __attribute__((aligned(64)));
     if (vectors == 3)
       tile<F, 3>(rows, task.depth, left, task.left_column, panel, sums);

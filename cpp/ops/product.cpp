@@ -1,8 +1,11 @@
 // Products of matrices: most of the work of a network.
 //
-// Measured against the libraries in torch on one core (float32, 512 x 512 weights): an Intel Xeon with AVX-512 151
-// GFLOP/s for 512 rows (oneMKL 147) and 147 for 22 (90: it packs the weights in every call); oneMKL uses half the width
-// of the vector units on processors of others.
+// Packed weights make our own product the fastest one for the atoms of an MD step. Measured on one core of an Intel
+// Xeon (float32, weights 512 x 512, GFLOP/s) against the library in torch, oneMKL, which packs them in every call: 180
+// and 152 for 512 rows, 160 and 90 to 137 for 22. Where the right matrix
+// is new in every call (in training, and for uncertainties by structure) and rows are many, oneMKL is faster by some
+// 10 % if it uses the whole vector registers. On processors that are not Intel's it uses half of them. (A choice by a
+// measurement would not be the same in each process, so that a resumed training could end with other bits.)
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -134,12 +137,28 @@ template void multiply<double>(const MatrixProduct<double> &);
 template void multiply_in_parallel<float>(const MatrixProduct<float> &);
 template void multiply_in_parallel<double>(const MatrixProduct<double> &);
 
+namespace {
+
+// Whether torch's library is the one to take for this product, see above; and for a single row, where packing would
+// cost more than it saves. In float64 ours is always faster, and LAMMPS exports a dgemm of its own, which under the
+// program lmp takes the place of the library's and is some ten times slower.
+bool left_to_library(const Tensor &left, const Tensor &right) {
+  constexpr std::int64_t many = 256;
+  const std::int64_t rows = left.size(0);
+  if (rows == 1) return true;
+  return left.scalar_type() == at::kFloat && library_is_wide() && rows >= many &&
+         std::min(left.size(1), right.size(1)) >= 32;
+}
+
+}  // namespace
+
 // left [M, K] @ right [K, N], plus `add` [N] or [M, N] if given. Any strides.
 Tensor product(const Tensor &left, const Tensor &right, const std::optional<Tensor> &add) {
   TORCH_CHECK(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0),
               "ubmd operators: product needs matrices [M, K] and [K, N], not ", left.sizes(), " and ", right.sizes());
   const auto type = left.scalar_type();
-  if ((type != at::kFloat && type != at::kDouble) || right.scalar_type() != type || (add && add->scalar_type() != type))
+  if ((type != at::kFloat && type != at::kDouble) || right.scalar_type() != type ||
+      (add && add->scalar_type() != type) || left_to_library(left, right))
     return add ? at::addmm(*add, left, right) : at::mm(left, right);
   const std::int64_t rows = left.size(0), columns = right.size(1);
   TORCH_CHECK(!add || add->sizes() == at::IntArrayRef{columns} || add->sizes() == at::IntArrayRef({rows, columns}),
