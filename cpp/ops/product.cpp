@@ -2,10 +2,10 @@
 //
 // Packed weights make our own product the fastest one for the atoms of an MD step. Measured on one core of an Intel
 // Xeon (float32, weights 512 x 512, GFLOP/s) against the library in torch, oneMKL, which packs them in every call: 180
-// and 152 for 512 rows, 160 and 90 to 137 for 22. Where the right matrix
-// is new in every call (in training, and for uncertainties by structure) and rows are many, oneMKL is faster by some
-// 10 % if it uses the whole vector registers. On processors that are not Intel's it uses half of them. (A choice by a
-// measurement would not be the same in each process, so that a resumed training could end with other bits.)
+// and 152 for 512 rows, 160 and 90 to 137 for 22. Where the right matrix is new in every call (in training, and for
+// uncertainties by structure) and rows are many, oneMKL is faster by some 10 % if it uses the whole vector registers.
+// On processors that are not Intel's it uses half of them. (A choice by a measurement would not be the same in each
+// process, so that a resumed training could end with other bits.)
 #include <ATen/Parallel.h>
 
 #include <algorithm>
