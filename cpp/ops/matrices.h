@@ -9,6 +9,10 @@
 
 namespace ubmd::ops {
 
+// Rows, of atoms as a rule, that pass through products together, while a panel and what is made of them stay in the
+// cache.
+constexpr std::int64_t kRows = 128;
+
 // A right matrix [depth, columns] in the layout of the kernels.
 struct Packed {
   at::Tensor numbers;

@@ -13,9 +13,6 @@ using at::Tensor;
 
 namespace {
 
-// Atoms of a block.
-constexpr std::int64_t kRows = 128;
-
 Tensor expect(const Tensor &tensor, const char *name, const Tensor &like, at::IntArrayRef shape) {
   TORCH_CHECK(tensor.scalar_type() == like.scalar_type() && tensor.sizes() == shape, "ubmd operators: network needs ",
               name, " of type ", like.scalar_type(), " and shape ", shape, ", not ", tensor.scalar_type(), " and ",

@@ -21,9 +21,6 @@ using at::Tensor;
 
 namespace {
 
-// Rows of a task: they pass while a panel stays in the cache.
-constexpr std::int64_t kRows = 128;
-
 std::shared_ptr<const Packed> pack_now(const Tensor &right) {
   const std::int64_t depth = right.size(0), columns = right.size(1);
   auto result = std::make_shared<Packed>();

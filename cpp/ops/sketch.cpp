@@ -13,8 +13,6 @@ using at::Tensor;
 
 namespace {
 
-constexpr std::int64_t kRows = 128;  // atoms of a block
-
 using Right = std::shared_ptr<const Packed>;
 
 void check(const Tensor &tensor, const char *name, const Tensor &like, at::IntArrayRef shape) {
