@@ -31,6 +31,10 @@ class BlockModel : public TorchModel {
   Values atomic_bias(std::size_t k, const std::vector<double> &weights) override;
   Values member_bias(std::size_t k, const Block &block, const std::vector<double> &cotangents) override;
   void release() override;
+  bool has_atom_features() const override { return metadata_.projections > 0 && !is_ensemble_ && !metadata_.lattice; }
+  Values features() override;
+  Values feature_weights(std::size_t k, const std::vector<double> &weights) override;
+  Values feature_bias(std::size_t k, const std::vector<double> &weights) override;
 
  private:
   // What features and bias of a block are made from.
@@ -266,6 +270,28 @@ Values BlockModel::atomic_bias(std::size_t k, const std::vector<double> &weights
     const c10::List<torch::Tensor> no_directions;
     const auto result = call(feature_gradient_, {tape.layers, tape.factors, no_directions, weight});
     return view(result.toTensor(), loaded_.unit);
+  });
+}
+
+Values BlockModel::features() {
+  return guarded("the features", loaded_.file, inference_, [&] {
+    make_features();
+    return view(last_.features);
+  });
+}
+
+Values BlockModel::feature_weights(std::size_t k, const std::vector<double> &weights) {
+  return guarded("the bias", loaded_.file, false,
+                 [&] { return view(uncertainty_derivative(kept_[k].features, weights), loaded_.unit); });
+}
+
+Values BlockModel::feature_bias(std::size_t k, const std::vector<double> &weights) {
+  const auto n = static_cast<std::int64_t>(weights.size()) / projections();
+  return guarded("the bias", loaded_.file, inference_, [&] {
+    const auto &tape = kept_[k];
+    const auto weight = on_device(wrap(weights, {n, projections()}), torch::kFloat64);
+    const c10::List<torch::Tensor> no_directions;
+    return view(call(feature_gradient_, {tape.layers, tape.factors, no_directions, weight}).toTensor());
   });
 }
 

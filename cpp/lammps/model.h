@@ -35,6 +35,8 @@ class Values {
   const double *data() const { return data_; }
   std::size_t size() const { return size_; }
   double operator[](std::size_t k) const { return data_[k]; }
+  // Some of them, from number `begin` on.
+  Values part(std::size_t begin, std::size_t size) const { return {owner_, data_ + begin, size}; }
   const double *begin() const { return data_; }
   const double *end() const { return data_ + size_; }
 
@@ -112,6 +114,23 @@ class Model {
 
   // Forget what is kept of the blocks.
   virtual void release() = 0;
+
+  // ---- of blocks that hold several systems (replica_group.h) ----
+
+  // Whether a model has what follows.
+  virtual bool has_atom_features() const { return false; }
+
+  // Features [n, p] of the block evaluated last, in a request with `atoms`.
+  virtual Values features() { return {}; }
+
+  // Calibrated u (per atom) [R] of mean features [R, p], and their derivatives [R, p].
+  virtual std::vector<double> uncertainties(const std::vector<double> &, std::vector<double> &) { return {}; }
+
+  // d(sum_i weight_i u_i)/d(features) [n, p] of block number k for weights [n].
+  virtual Values feature_weights(std::size_t, const std::vector<double> &) { return {}; }
+
+  // d(sum_i weights_i·phi_i)/d(vector) [P, 3] of block number k for weights [n, p].
+  virtual Values feature_bias(std::size_t, const std::vector<double> &) { return {}; }
 
  protected:
   Metadata metadata_;

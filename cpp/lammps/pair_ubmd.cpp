@@ -11,6 +11,7 @@
 #include "force.h"
 #include "loaders.h"
 #include "memory.h"
+#include "replica_group.h"
 #include "ubmd_error.h"
 #include "update.h"
 #include "utils.h"
@@ -113,7 +114,8 @@ void PairUBMD::coeff(int narg, char **arg) {
     const auto &loader = ubmd::loader_of(arg[2]);
     const auto record = loader.record(arg[2]);
     if (record) ubmd::map_elements(ubmd::parse_metadata(*record, arg[2]), names_, arg[2]);  // before its code runs
-    auto model = loader.load(arg[2], record, {precision_, device_, comm->nthreads, unit_.per_ev, block_size()});
+    auto model = ubmd::ReplicaGroup::load(loader, arg[2], record,
+                                          {precision_, device_, comm->nthreads, unit_.per_ev, block_size()});
     species_ = ubmd::map_elements(model->metadata(), names_, arg[2]);
     geometry_ = ubmd::make_geometry(lmp, *this, *model, species_, timer_);
     atomic_ = ubmd::make_atomic_uncertainties(lmp, *this, *model, timer_);

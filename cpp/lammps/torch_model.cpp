@@ -203,7 +203,8 @@ const Loader torchscript_loader{is_torchscript, stored_record, load_torchscript}
 TorchModel::TorchModel(Loaded loaded)
     : loaded_(std::move(loaded)),
       uncertainty_(loaded_.module.get_method("uncertainty")),
-      atoms_(atomic_uncertainties_of(loaded_.module)) {
+      atoms_(atomic_uncertainties_of(loaded_.module)),
+      of_several_(loaded_.module.find_method("uncertainties")) {
   metadata_ = loaded_.metadata;
   is_ensemble_ = loaded_.module.find_method(ensemble_method).has_value();
 }
@@ -216,6 +217,26 @@ double TorchModel::uncertainty(const std::vector<double> &mean, std::vector<doub
     if (weight) *weight = to_vector(torch::autograd::grad({u}, {phi})[0], loaded_.unit);
     return loaded_.unit * u.item<double>();
   });
+}
+
+std::vector<double> TorchModel::uncertainties(const std::vector<double> &means, std::vector<double> &weights) {
+  const auto p = static_cast<std::size_t>(projections()), n = means.size() / p;
+  if (of_several_)
+    return guarded("the uncertainty", loaded_.file, true, [&] {
+      const auto rows = wrap(means, {static_cast<std::int64_t>(n), projections()}).to(loaded_.device);
+      const auto result = call(*of_several_, {rows});
+      weights = to_vector(result.toTupleRef().elements()[1].toTensor(), loaded_.unit);
+      return to_vector(result.toTupleRef().elements()[0].toTensor(), loaded_.unit);
+    });
+  std::vector<double> found;
+  weights.clear();
+  for (std::size_t r = 0; r < n; ++r) {
+    std::vector<double> weight(p, 0.0);
+    const auto begin = means.begin() + static_cast<std::ptrdiff_t>(p * r);
+    found.push_back(uncertainty({begin, begin + projections()}, &weight));
+    weights.insert(weights.end(), weight.begin(), weight.end());
+  }
+  return found;
 }
 
 Values TorchModel::uncertainties_of(const torch::Tensor &features) {

@@ -68,6 +68,7 @@ class TorchModel : public Model {
   explicit TorchModel(Loaded loaded);
 
   double uncertainty(const std::vector<double> &mean, std::vector<double> *weight) override;
+  std::vector<double> uncertainties(const std::vector<double> &means, std::vector<double> &weights) override;
   Values force_uncertainties(const std::vector<double> &forces, std::vector<double> *derivative) override;
 
  protected:
@@ -84,7 +85,8 @@ class TorchModel : public Model {
 
  private:
   torch::jit::Method uncertainty_;
-  std::optional<torch::jit::Method> atoms_;  // not of a crystal
+  std::optional<torch::jit::Method> atoms_;       // not of a crystal
+  std::optional<torch::jit::Method> of_several_;  // in newer files of networks
 };
 
 // The two ways to evaluate: any module, by differentiating forward(); or one with the closed forms of `evaluate`.

@@ -46,6 +46,8 @@ class Nodes(ThreadPoolExecutor):
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
         task, (first, *_) = pickle.loads(arguments[3])
+        if task.__name__ == "run_together":  # the arguments of several tasks
+            (first,) = first
         path = first.engine.output(first.task) if isinstance(first, MDJob) else first
         if self._lost(task.__name__, str(path) if isinstance(path, Path) else ""):
             return super().submit(self._lose)
@@ -91,7 +93,7 @@ def test_a_task_that_is_lost_once_changes_nothing(base: Path, calm: RunFolder) -
     def lost(function: str, file: str) -> bool:
         first = file not in seen
         seen.add(file)
-        return first and function in ("label_file", "run_md")
+        return first and function in ("label_file", "run_together")
 
     folder = go(base, lost)
     assert folder.dataset.read_bytes() == calm.dataset.read_bytes()
@@ -151,7 +153,7 @@ def test_a_structure_that_is_always_lost_does_not_hold_up_the_run(base: Path) ->
 
 
 def test_if_nothing_comes_to_an_end_the_run_does_and_is_resumed_when_that_is_fixed(base: Path, calm: RunFolder) -> None:
-    names = {"reference_record": "task", "label_file": "label", "run_md": "replica"}
+    names = {"reference_record": "task", "label_file": "label", "run_together": "replica"}
     for function, what in names.items():
         with pytest.raises(MachineError, match=f"^No {what} could be run because of .* node n7 does not answer"):
             go(base, lambda name, file, wanted=function: name == wanted)

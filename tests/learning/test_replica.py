@@ -85,9 +85,9 @@ def test_molecules_that_become_flat_run_from_the_beginning_without_bins(
     attempts: list[str] = []
     original = replica._run_once
 
-    def note(task: ReplicaTask, attempt: Attempt, neighbours: replica.Neighbours) -> Any:
+    def note(task: ReplicaTask, attempt: Attempt, neighbours: replica.Neighbours, *rest: Any) -> Any:
         attempts.append(neighbours)
-        return original(task, attempt, neighbours)
+        return original(task, attempt, neighbours, *rest)
 
     monkeypatch.setattr(replica, "_run_once", note)
     dimer = Atoms("Cu2", [[0.0, 0.0, 0.0], [2.2, 0.2, 0.4]])

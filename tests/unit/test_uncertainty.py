@@ -102,6 +102,32 @@ def test_distance_keeps_features_that_lie_far_from_each_other() -> None:
     assert len(distance.references) == 40
 
 
+@pytest.mark.parametrize("kind", ["posterior", "distance"])
+def test_gradients_of_several_structures_are_those_of_autograd(kind: str) -> None:
+    """`with_gradient`, in closed form; rows do not depend on each other."""
+    features = torch.randn(30, 12, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    uncertainty: PosteriorUncertainty | DistanceUncertainty
+    if kind == "posterior":
+        uncertainty = PosteriorUncertainty(12)
+        uncertainty.fit(features[:20].T @ features[:20], 20, lambda2=1e-3)
+    else:
+        uncertainty = DistanceUncertainty(12)
+        uncertainty.fit(features[:20])
+    uncertainty.calibration.fill_(1.7)
+    rows = features[20:].clone().requires_grad_(True)
+    expected = uncertainty(rows)
+    (slopes,) = torch.autograd.grad(expected.sum(), rows)
+    found, gradient = uncertainty.with_gradient(features[20:])
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-13, atol=0.0)
+    torch.testing.assert_close(gradient, slopes, rtol=1e-12, atol=1e-14)
+    scripted = torch.jit.script(uncertainty)
+    torch.testing.assert_close(scripted.with_gradient(features[20:])[1], gradient, rtol=0.0, atol=0.0)
+    if kind == "distance":  # at the lower bound there is no slope
+        u, none = uncertainty.with_gradient(features[3:4])
+        assert float(u) == pytest.approx(1.7e-4)
+        assert not none.any()
+
+
 def test_conformal_scale_is_the_inverted_cdf_quantile() -> None:
     rng = np.random.default_rng(1)
     for n in (5, 19, 20, 37, 100):

@@ -6,9 +6,10 @@ LAMMPS runs both (`ubmd.lammps.replica.REPLICAS`, `ubmd.lammps.trajectory.PIECES
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,6 +17,31 @@ from ubmd.attempts import Attempt
 
 Task = TypeVar("Task", contravariant=True)
 Result = TypeVar("Result", bound=BaseModel, covariant=True)
+
+
+class Company(Protocol):
+    """The other tasks in this process, from the view of one of them."""
+
+    def seconds(self) -> float:
+        """Wall time that counts for this task, from any point in time."""
+
+    def run(self, lammps: Any, line: str) -> None:
+        """Run steps of LAMMPS: a command ``run``; its errors as LAMMPS's Python module raises them."""
+
+
+class Alone:
+    """There are no others."""
+
+    def seconds(self) -> float:
+        """All wall time counts."""
+        return time.monotonic()
+
+    def run(self, lammps: Any, line: str) -> None:
+        """At once."""
+        lammps.command(line)
+
+
+ALONE = Alone()
 
 
 class MDEngine(Protocol[Task, Result]):
@@ -28,13 +54,19 @@ class MDEngine(Protocol[Task, Result]):
     def output(self, task: Task) -> Path:
         """The file that a task leaves behind, whether it was run to its end or recovered."""
 
-    def run(self, task: Task, note: Callable[[Attempt, Result], None] | None = None) -> Result:
+    def run(
+        self,
+        task: Task,
+        note: Callable[[Attempt, Result], None] | None = None,
+        company: Company = ALONE,
+    ) -> Result:
         """Run a task to its end and write its output. Failures of the dynamics are part of the result.
 
         Args:
             task: what to run.
             note: called when the output is in its place and the attempt is not yet over; its end must not become
                 visible before what this writes (through the attempt) is there.
+            company: tasks that it shares this process with.
 
         Raises:
             TakenOver: another process has begun the same task; nothing of what that one writes is touched.
@@ -122,7 +154,7 @@ class ReplicaResult(BaseModel):
     bias_share: float
     """|F_bias| / |F| at the end (0 without bias)"""
     seconds: float
-    """wall time of the dynamics"""
+    """wall time of the dynamics; of replicas that share a process, each one's part of it"""
     ms_per_step: float
     ensemble: Literal["nvt", "npt"] = "nvt"
     temperature: float | None = None

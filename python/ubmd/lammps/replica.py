@@ -16,7 +16,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -34,7 +33,7 @@ from ubmd.data.structures import read_structures
 from ubmd.errors import LabelError, MachineError, SimulationError, UbmdError
 from ubmd.faults import killed_by, killed_rank
 from ubmd.lammps.box import Box, deformation
-from ubmd.lammps.engine import Ending, MDEngine, ReplicaResult, ReplicaTask, trace_file
+from ubmd.lammps.engine import ALONE, Company, Ending, MDEngine, ReplicaResult, ReplicaTask, trace_file
 from ubmd.lammps.frames import count_frames, read_frames
 from ubmd.lammps.plugin import check_shared_memory
 from ubmd.lammps.session import (
@@ -62,7 +61,11 @@ _PIECE = 500  # steps between checks; short enough to lose little, long enough t
 _BAR_PER_MPA = 10.0
 
 
-def run_replica(task: ReplicaTask, note: Callable[[Attempt, ReplicaResult], None] | None = None) -> ReplicaResult:
+def run_replica(
+    task: ReplicaTask,
+    note: Callable[[Attempt, ReplicaResult], None] | None = None,
+    company: Company = ALONE,
+) -> ReplicaResult:
     """Run a replica to its end and write its frames; see `ubmd.lammps.engine.MDEngine.run`.
 
     Raises:
@@ -76,7 +79,7 @@ def run_replica(task: ReplicaTask, note: Callable[[Attempt, ReplicaResult], None
         if task.ranks > 1:
             ended = _run_under_mpi(task, attempt)
         else:
-            _, ended = _run_here(task, attempt)
+            _, ended = _run_here(task, attempt, company)
         result = _finish(task, attempt, *ended)
     except (UbmdError, OSError) as error:
         attempt.check()  # without the folder all sorts of things fail
@@ -94,19 +97,21 @@ _Ended = tuple[Ending, str, int, float, float]
 """(how, reason, steps, |F_bias| / |F|, wall time in s)"""
 
 
-def _run_here(task: ReplicaTask, attempt: Attempt) -> tuple[int, _Ended]:
+def _run_here(task: ReplicaTask, attempt: Attempt, company: Company = ALONE) -> tuple[int, _Ended]:
     """(MPI rank of this process, how the replica ended); all ranks of a replica call this."""
-    return with_suitable_neighbours(lambda neighbours: _run_once(task, attempt, neighbours))
+    return with_suitable_neighbours(lambda neighbours: _run_once(task, attempt, neighbours, company))
 
 
-def _run_once(task: ReplicaTask, attempt: Attempt, neighbours: Neighbours) -> tuple[int, _Ended]:
+def _run_once(
+    task: ReplicaTask, attempt: Attempt, neighbours: Neighbours, company: Company = ALONE
+) -> tuple[int, _Ended]:
     """`_run_here` with one way to find neighbours; ThinBoxError if it is the wrong one."""
     atoms = read_structures(task.start)[0]
     trace = _Trace(task, atoms)
-    with _session(task, attempt.folder, atoms, neighbours) as session:
-        begin = time.monotonic()
+    with _session(task, attempt.folder, atoms, neighbours, company) as session:
+        begin = company.seconds()
         stopped, reason = _advance(session, task, attempt, atoms, trace)
-        seconds = time.monotonic() - begin
+        seconds = company.seconds() - begin
         if session.rank == 0:
             trace.write(attempt)
         return session.rank, (stopped, reason, session.step(), session.fix_value(FIX, FixValue.BIAS_SHARE), seconds)
@@ -236,9 +241,11 @@ class _Trace:
 
 
 @contextmanager
-def _session(task: ReplicaTask, folder: Path, atoms: Atoms, neighbours: Neighbours = "bin") -> Iterator[Session]:
+def _session(
+    task: ReplicaTask, folder: Path, atoms: Atoms, neighbours: Neighbours = "bin", company: Company = ALONE
+) -> Iterator[Session]:
     """LAMMPS with one replica's system and fixes, which writes to a folder."""
-    with Session(folder / _LOG, task.model) as session:
+    with Session(folder / _LOG, task.model, company) as session:
         with session.setting_up():
             if task.ensemble == "npt" and not atoms.pbc.any():
                 raise SimulationError("md.ensemble = 'npt' needs a periodic start structure; use 'nvt' for a molecule.")

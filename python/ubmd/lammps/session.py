@@ -19,6 +19,7 @@ from ubmd.aliases import Aliases
 from ubmd.data.constraints import is_fixed
 from ubmd.errors import SimulationError, UbmdError, one_line
 from ubmd.lammps.box import Box
+from ubmd.lammps.engine import ALONE, Company
 from ubmd.lammps.plugin import starting_lammps
 from ubmd.potentials.record import precision_for
 
@@ -58,12 +59,13 @@ class Session:
     which has the first cell vector along x and the second in the xy plane.
     """
 
-    def __init__(self, log: Path = _NO_LOG, model: Path | None = None) -> None:
+    def __init__(self, log: Path = _NO_LOG, model: Path | None = None, company: Company = ALONE) -> None:
         """Start LAMMPS.
 
         Args:
             log: LAMMPS's log file.
             model: file of the model that moves the atoms, for `make_system`.
+            company: which runs its steps.
 
         Raises:
             SimulationError: LAMMPS could not be started, or cannot read the name of a file.
@@ -71,6 +73,7 @@ class Session:
         """
         self._aliases = Aliases()
         self._logged = True
+        self._company = company
         try:
             self._model = None if model is None else self._aliases.of(model)
             self.log = self._aliases.of(log)
@@ -154,7 +157,8 @@ class Session:
             if logged != self._logged:
                 self.command(f'log "{self.log}" append' if logged else "log none")
                 self._logged = logged
-            self.command(f"run {steps} post no" if first else f"run {steps} pre no post no")
+            line = f"run {steps} post no" if first else f"run {steps} pre no post no"
+            self._company.run(self.lammps, line)
         except Exception as error:  # the only type that the LAMMPS module raises
             if "Cannot use neighbor bins" in str(error):
                 raise ThinBoxError from error

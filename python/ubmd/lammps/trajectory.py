@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from ubmd.data.state import state_arrays
 from ubmd.errors import ModelError, SimulationError
 from ubmd.files import replacing
 from ubmd.lammps.box import Box
-from ubmd.lammps.engine import MDEngine, PieceResult, PieceTask
+from ubmd.lammps.engine import ALONE, Company, MDEngine, PieceResult, PieceTask
 from ubmd.lammps.session import (
     FixValue,
     Neighbours,
@@ -157,7 +156,11 @@ def read_piece(path: Path) -> tuple[TrajectoryState, PieceData]:
         return state, PieceData(**{name: data[name] for name in PieceData.__dataclass_fields__})
 
 
-def run_piece(task: PieceTask, note: Callable[[Attempt, PieceResult], None] | None = None) -> PieceResult:
+def run_piece(
+    task: PieceTask,
+    note: Callable[[Attempt, PieceResult], None] | None = None,
+    company: Company = ALONE,
+) -> PieceResult:
     """Run a segment to its end and write its file; see `ubmd.lammps.engine.MDEngine.run`.
 
     Raises:
@@ -168,7 +171,7 @@ def run_piece(task: PieceTask, note: Callable[[Attempt, PieceResult], None] | No
     state = read_state(task.start)
     attempt = Attempt.begin(task.result)
     try:
-        piece, ended, reason, seconds = with_suitable_neighbours(partial(_run_once, task, attempt, state))
+        piece, ended, reason, seconds = with_suitable_neighbours(partial(_run_once, task, attempt, state, company))
         _write_piece(attempt.folder / task.result.name, piece)
         attempt.put(task.result.name, task.result)
         result = piece.result(ended, reason, seconds)
@@ -187,13 +190,19 @@ _Ran = tuple["_Piece", "_Ending", str, float]
 """(piece, how it ended, reason if it went wrong, wall time in s)"""
 
 
-def _run_once(task: PieceTask, attempt: Attempt, state: TrajectoryState, neighbours: Neighbours) -> _Ran:
+def _run_once(
+    task: PieceTask,
+    attempt: Attempt,
+    state: TrajectoryState,
+    company: Company,
+    neighbours: Neighbours,
+) -> _Ran:
     """Run a segment with one way to find neighbours; ThinBoxError if it is the wrong one."""
     piece = _Piece(task, state)
-    with _session(task, state, neighbours) as (session, oriented):
-        begin = time.monotonic()
+    with _session(task, state, neighbours, company) as (session, oriented):
+        begin = company.seconds()
         ended, reason = piece.run(session, oriented, attempt)
-        return piece, ended, reason, time.monotonic() - begin
+        return piece, ended, reason, company.seconds() - begin
 
 
 def salvage(task: PieceTask, reason: str) -> PieceResult:
@@ -335,10 +344,12 @@ class _Frames:
 
 
 @contextmanager
-def _session(task: PieceTask, state: TrajectoryState, neighbours: Neighbours) -> Iterator[tuple[Session, _Oriented]]:
+def _session(
+    task: PieceTask, state: TrajectoryState, neighbours: Neighbours, company: Company
+) -> Iterator[tuple[Session, _Oriented]]:
     """LAMMPS with a trajectory's system, thermostat and monitor; one process."""
     atoms = state.atoms()
-    with Session(model=task.model) as session:
+    with Session(model=task.model, company=company) as session:
         with session.setting_up():
             session.make_system(atoms, task.precision, neighbours)
             oriented = _Oriented(session, state)

@@ -36,6 +36,8 @@ class Deployed(nn.Module):
       directions w is [n, p], different from atom to atom.
     - optional: ``kept_for_bias(tape, by_structure)`` -> the tape with empty tensors in place of what that needs no more
       after ``features``: LAMMPS keeps it for all atoms of a process until the bias is known.
+    - optional: ``uncertainties(means [R, p])`` -> u [R] and du/d(mean) [R, p] of several structures, detached: for
+      replicas that are evaluated together.
     - ensembles: ``member_gradients(tape)`` -> [M, P, 3] float64; ``member_bias(species, first, neighbours, edge_vector,
       cotangents [M, P, 3])`` -> d(sum_m cotangents_m·gradient_m)/d edge_vector [P, 3] float64.
     """

@@ -85,6 +85,12 @@ class MDSettings(Table):
     ranks: int = Field(
         1, ge=1, description="MPI processes that share one replica's atoms; more than 1 pays off for thousands of atoms"
     )
+    together: Annotated[int | None, NOTHING] = Field(
+        None,
+        ge=1,
+        description="replicas that one worker runs at once and evaluates together, which is faster for small "
+        "structures; 1: one after the other; default: all of a worker's, up to 512 atoms in all",
+    )
     timeout: Annotated[float, NOTHING] = Field(7200.0, gt=0, description="time limit of one replica, s")
     start_from: Literal["start", "labelled"] = Field(
         "start", description="replicas start from the first structure, or from newly labelled ones"

@@ -41,12 +41,25 @@ class DistanceUncertainty(Uncertainty):
 
     def forward(self, phi: Tensor) -> Tensor:
         """Calibrated u [n] (float64) of raw features [n, p] of any precision."""
+        squared = self.difference(phi).square().sum(1)
+        return self.calibration * torch.sqrt(torch.clamp(squared, min=self.smallest))
+
+    def difference(self, phi: Tensor) -> Tensor:
+        """Scaled features minus the nearest stored ones [n, p] (float64), differentiable."""
         x = phi.to(self.references.dtype) / self.feature_scale
         # A matrix product finds the nearest reference; the difference to it then has full precision.
         halves = 0.5 * (self.references * self.references).sum(1)
         nearest = torch.argmin(halves - torch.mm(x.detach(), self.references.t()), dim=1)
-        difference = x - self.references.index_select(0, nearest)
-        return self.calibration * torch.sqrt(torch.clamp((difference * difference).sum(1), min=self.smallest))
+        return x - self.references.index_select(0, nearest)
+
+    @torch.jit.export
+    def with_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """u [n] and du/dphi [n, p] (float64) of raw features [n, p], detached; no gradient at the lower bound."""
+        difference = self.difference(phi)
+        squared = difference.square().sum(1)
+        distance = torch.sqrt(torch.clamp(squared, min=self.smallest))
+        factor = torch.where(squared >= self.smallest, self.calibration / (self.feature_scale * distance), 0.0)
+        return self.calibration * distance, difference * factor.unsqueeze(1)
 
 
 def farthest_points(features: np.ndarray, count: int, seed: int) -> list[int]:

@@ -47,6 +47,15 @@ class PosteriorUncertainty(Uncertainty):
         factor = self.factor.t()
         return self.calibration * deviation(self.products.product(phi, factor), self.tiny)
 
+    @torch.jit.export
+    def with_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """u [n] and du/dphi [n, p] (float64) of raw features [n, p], detached: u = |M phi|, du/dphi = M^T M phi / u."""
+        phi = phi.to(self.factor.dtype)
+        projected = self.products.product(phi, self.factor.t())
+        u = deviation(projected, self.tiny)
+        gradient = self.products.product(projected, self.factor).to(torch.float64) / u.unsqueeze(1)
+        return self.calibration * u, self.calibration * gradient
+
 
 def deviation(projected: Tensor, tiny: float) -> Tensor:
     """Standard deviations sqrt(|z|^2 + tiny) [...] (float64) of a linear function of parameters with covariance W Wᵀ.

@@ -22,11 +22,12 @@ from ubmd.files import (
     write_json,
 )
 from ubmd.lammps.engine import ReplicaResult, ReplicaTask
+from ubmd.lammps.group import most_at_once
 from ubmd.lammps.replica import REPLICAS
 from ubmd.learning.loop.advice import after_first_replicas
 from ubmd.learning.loop.turn import Origin, Turn
 from ubmd.learning.work.groups import TaskGroup, note_losses, nothing_ended
-from ubmd.learning.work.tasks import MDJob, run_md
+from ubmd.learning.work.tasks import MDJob, run_md, run_together
 from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.runs.folder import EventLog, RunFolder
 from ubmd.runs.records import IterationEntry
@@ -124,16 +125,18 @@ def run_replicas(
     report: Callable[[ReplicaResult], None],
     progress: Callable[[list[int]], None],
     share: float = 1.0,
+    together: int = 1,
 ) -> dict[Origin, ReplicaResult]:
     """Run replicas in workers; those that an interrupted stage had finished are not run again.
 
     Args:
         tasks: the replicas of this iteration, and those that earlier ones left running.
-        group: where they run, or run already; its function is `ubmd.learning.work.tasks.run_md`.
+        group: where they run, or run already; its function is `ubmd.learning.work.tasks.run_md`, or `run_together`.
         model_keys: of each iteration's model.
         report: called with each result.
         progress: called about once per second with the steps of all replicas so far.
         share: of the replicas to wait for.
+        together: replicas that a worker may run at once.
 
     Returns:
         Results of the replicas that have ended, in order. Those still running are left in the group; those that have
@@ -144,7 +147,7 @@ def run_replicas(
         StorageError: the disk is full.
         MachineError: not a single replica was completed, by a fault of the machine.
     """
-    jobs = {origin: _job(task, model_keys[origin[0]]) for origin, task in tasks.items()}
+    jobs = {origin: _job(task, model_keys[origin[0]], together > 1) for origin, task in tasks.items()}
     results = {origin: kept for origin, job in jobs.items() if origin not in group.running() and (kept := job.kept())}
     enough = math.ceil(share * len(tasks))
     lost: dict[Origin, UbmdError] = {}
@@ -163,7 +166,7 @@ def run_replicas(
     def tick() -> None:
         progress([results[o].steps if o in results else steps_so_far(t.frames) or 0 for o, t in tasks.items()])
 
-    group.add({origin: (job,) for origin, job in jobs.items() if origin not in results})
+    group.add({origin: (job,) for origin, job in jobs.items() if origin not in results}, together)
     group.wait(done, tick, lambda: len(results) + len(lost) >= enough)
     group.withdraw()
     if lost:
@@ -191,9 +194,9 @@ def frames_are_damaged(frames: Path) -> bool:
         return frames.exists()
 
 
-def _job(task: ReplicaTask, model_key: str) -> MDJob[ReplicaTask, ReplicaResult]:
+def _job(task: ReplicaTask, model_key: str, shares: bool) -> MDJob[ReplicaTask, ReplicaResult]:
     finished = task.frames.with_name(f"replica_{task.replica:03d}.json")
-    return MDJob(REPLICAS, task, _task_key(task, model_key), finished)
+    return MDJob(REPLICAS, task, _task_key(task, model_key), finished, shares)
 
 
 def settled(task: ReplicaTask) -> dict[str, Any]:
@@ -231,6 +234,7 @@ class Replicas:
             settings.workers.retries,
             _replicas_at_once(settings, workers),
             lambda origin, *loss: note_losses(events, "replica", iteration=origin[0])(origin, *loss),
+            run_together,
         )
 
     def tasks(self, settings: RunSettings, iteration: int, files: list[Path], model: Path) -> dict[Origin, ReplicaTask]:
@@ -265,7 +269,8 @@ class Replicas:
                 )
                 self._events.write("remark", text=text)
             share = loop.asynchronous_share if loop.asynchronous else 1.0
-            results = run_replicas(tasks, self._group, model_keys, report, progress, share)
+            together = _most_together(turn)
+            results = run_replicas(tasks, self._group, model_keys, report, progress, share, together)
             running = self._group.running()
             write_json(left, sorted(origin for origin in tasks if origin in running - set(results)))
             own = {origin: result.model_dump() for origin, result in results.items()}
@@ -292,6 +297,17 @@ class Replicas:
         results = read_json(path) if path.exists() else []
         folders = [self._folder.iteration(result.get("iteration", turn.iteration)) for result in results]
         return [f / f"frames_{r['replica']:03d}.extxyz" for f, r in zip(folders, results, strict=True)]
+
+
+def _most_together(turn: Turn) -> int:
+    """How many replicas of an iteration a worker may run at once: in an asynchronous loop each ends by itself."""
+    md = turn.settings.md
+    if turn.settings.loop.asynchronous or not turn.tasks:
+        return 1
+    n_atoms = max(len(atoms) for atoms in turn.starts.values())
+    task = next(iter(turn.tasks.values()))
+    most = most_at_once(task.model, task.colvars, task.ranks, n_atoms)
+    return most if md.together is None or most == 1 else md.together
 
 
 def _replicas_at_once(settings: RunSettings, workers: Executor) -> int | None:

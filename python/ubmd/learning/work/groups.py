@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -10,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from ubmd.errors import DataError, LabelError, MachineError, SimulationError, TrainingError, UbmdError
-from ubmd.learning.work.workers import Executor, TaskCrashed, TaskFailed, WorkersLost, outcome
+from ubmd.learning.work.workers import Executor, TaskCrashed, TaskFailed, WorkersLost, opened, outcome
 from ubmd.runs.event_records import TaskLost
 from ubmd.runs.folder import EventLog
 
@@ -28,6 +29,8 @@ class TaskGroup:
     A task that raises or takes too long has failed by itself. One whose process crashes is tried again, as it may not
     have been the cause; then it has failed, too. One that is lost by a fault of the machine (`WorkersLost`: a lost
     node, a process killed from outside, no memory for a new one) is retried as often, then returned as undecided.
+
+    Several tasks may share a process (``many``). If that crashes, each is tried again by itself.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class TaskGroup:
         retries: int = 0,
         at_once: int | None = None,
         lost: Lost = lambda key, error, again: None,
+        many: Callable[..., Any] | None = None,
     ) -> None:
         """Nothing is submitted yet.
 
@@ -48,6 +52,8 @@ class TaskGroup:
             retries: how often a task is tried again whose process crashed or was lost.
             at_once: submit no more than this; None: all, the executor queues them.
             lost: called as (key, error, whether it is tried again) when a task's process crashed or was lost.
+            many: takes the place of ``function``: it is called with the arguments of several tasks (a tuple for each)
+                and returns a `Reply` for each; see ``add``.
         """
         self._workers = workers
         self._function = function
@@ -55,24 +61,31 @@ class TaskGroup:
         self._retries = retries
         self._at_once = at_once
         self._lost = lost
+        self._many = many
+        self._together = 1
+        self._alone: set[Hashable] = set()
         self._queue: deque[Hashable] = deque()
         self._resting: dict[Hashable, float] = {}  # lost tasks, and when they may be tried again
         self._arguments: dict[Hashable, tuple[Any, ...]] = {}
-        self._running: dict[Future[Any], Hashable] = {}
+        self._running: dict[Future[Any], list[Hashable]] = {}
         self._crashes: dict[Hashable, int] = {}
         self._losses: dict[Hashable, int] = {}
 
-    def add(self, tasks: Mapping[Any, tuple[Any, ...]]) -> None:
-        """Submit ``function(*arguments)`` for each key -> arguments that is not already there."""
+    def add(self, tasks: Mapping[Any, tuple[Any, ...]], together: int = 1) -> None:
+        """Submit ``function(*arguments)`` for each key -> arguments that is not already there.
+
+        ``together``: how many tasks a process may run at once, if that leaves none of the workers without any.
+        """
         for key, arguments in tasks.items():
             if key not in self._arguments:
                 self._arguments[key] = arguments
                 self._queue.append(key)
+        self._together = max(1, min(together, math.ceil(len(self._queue) / self._workers.processes)))
         self._fill()
 
     def running(self) -> set[Any]:
         """Keys of submitted tasks that have not ended."""
-        return set(self._running.values())
+        return {key for keys in self._running.values() for key in keys}
 
     def withdraw(self) -> set[Any]:
         """Take back the tasks that are not running; returns their keys."""
@@ -110,18 +123,42 @@ class TaskGroup:
         self._fill()
 
     def _end(self, future: Future[Any], done: Done) -> None:
-        key = self._running.pop(future)
+        keys = self._running.pop(future)
         try:
             result = outcome(future)
-        except TaskCrashed as error:
+        except UbmdError as error:
+            shared = isinstance(error, TaskCrashed) and len(keys) > 1
+            for key in keys:
+                if shared:
+                    self._repeat_alone(key, error)
+                else:
+                    self._settle(key, error, done)
+            return
+        for key, reply in zip(keys, result if self._many else [(result, "", "", "")], strict=True):
+            try:
+                value = opened(reply)
+            except UbmdError as error:
+                self._settle(key, error, done)
+            else:
+                self._forget(key)
+                done(key, value, None)
+
+    def _repeat_alone(self, key: Hashable, error: UbmdError) -> None:
+        """One of the tasks in a process has made it crash: which one is seen when each has its own."""
+        self._lost(key, error, True)
+        self._alone.add(key)
+        self._queue.append(key)
+
+    def _settle(self, key: Hashable, error: UbmdError, done: Done) -> None:
+        """A task has failed or was lost: try it again, or give it up; errors that end the run are raised."""
+        if isinstance(error, TaskCrashed):
             self._crashes[key] = self._crashes.get(key, 0) + 1
             again = self._crashes[key] <= self._retries
             self._lost(key, error, again)
             if again:
                 self._queue.appendleft(key)
                 return
-            failure: UbmdError = error
-        except WorkersLost as error:
+        elif isinstance(error, WorkersLost):
             self._losses[key] = self._losses.get(key, 0) + 1
             again = self._losses[key] <= self._retries
             self._lost(key, error, again)
@@ -129,18 +166,14 @@ class TaskGroup:
                 pause = min(_PAUSE * 2 ** (self._losses[key] - 1), _LONGEST_PAUSE)
                 self._resting[key] = time.monotonic() + pause
                 return
-            failure = error
-        except (LabelError, SimulationError, TrainingError, TaskFailed) as error:
-            failure = error
-        else:
-            self._forget(key)
-            done(key, result, None)
-            return
+        elif not isinstance(error, LabelError | SimulationError | TrainingError | TaskFailed):
+            raise error
         self._forget(key)
-        done(key, None, failure)
+        done(key, None, error)
 
     def _forget(self, key: Hashable) -> None:
         """A task that is added again later has all its retries again."""
+        self._alone.discard(key)
         for known in (self._arguments, self._crashes, self._losses):
             known.pop(key, None)
 
@@ -150,13 +183,24 @@ class TaskGroup:
             del self._resting[key]
             self._queue.append(key)
         while self._queue and (self._at_once is None or len(self._running) < self._at_once):
-            key = self._queue.popleft()
-            self._running[self._submit(key)] = key
+            keys = self._next()
+            self._running[self._submit(keys)] = keys
 
-    def _submit(self, key: Hashable) -> Future[Any]:
-        """The task's future; a broken executor, or one that can start no thread, loses the task."""
+    def _next(self) -> list[Hashable]:
+        """The tasks of the next process."""
+        keys = [self._queue.popleft()]
+        while self._queue and len(keys) < self._together and not self._alone & {keys[0], self._queue[0]}:
+            keys.append(self._queue.popleft())
+        return keys
+
+    def _submit(self, keys: list[Hashable]) -> Future[Any]:
+        """The tasks' future; a broken executor, or one that can start no thread, loses the tasks."""
+        arguments = [self._arguments[key] for key in keys]
+        timeout = None if self._timeout is None else self._timeout * len(keys)
         try:
-            return self._workers.submit(self._function, *self._arguments[key], timeout=self._timeout)
+            if self._many:
+                return self._workers.submit(self._many, *arguments, timeout=timeout)
+            return self._workers.submit(self._function, *arguments[0], timeout=timeout)
         except Exception as error:
             refused: Future[Any] = Future()
             refused.set_exception(error)

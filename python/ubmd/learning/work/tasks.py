@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -23,13 +24,14 @@ from ubmd.attempts import Attempt, TakenOver
 from ubmd.data.extxyz import write_structures
 from ubmd.data.structures import read_structures
 from ubmd.files import file_hash, is_sealed, json_text, read_json, seal, write_text
-from ubmd.learning.work.inside import mend_process
+from ubmd.lammps.engine import ALONE, Company
+from ubmd.learning.work.inside import Reply, guarded, mend_process
 from ubmd.learning.work.workers import WorkersLost
 from ubmd.process import keep_freed_memory
 from ubmd.settings import ModelSettings, ReferenceSettings, SamplingSettings, TrainingSettings
 
 if TYPE_CHECKING:
-    from ubmd.lammps.engine import MDEngine
+    from ubmd.lammps.engine import MDEngine, ReplicaResult, ReplicaTask
     from ubmd.potentials.history import Row
 
 Task = TypeVar("Task")
@@ -104,9 +106,13 @@ class MDJob(Generic[Task, Result]):
     """of everything that decides the result"""
     finished: Path
     """the note (JSON): key of the task, hash of its output, and its result"""
+    shares: bool = False
+    """whether it shares a process with others, if there are any (replicas; see `ubmd.lammps.group`)"""
 
-    def run(self) -> Result:
+    def run(self, company: Company = ALONE) -> Result:
         """Run the task, and note how it ended; one that has ended is not run again.
+
+        ``company``: tasks that it shares this process with.
 
         Raises:
             SimulationError: it could not be started.
@@ -117,7 +123,7 @@ class MDJob(Generic[Task, Result]):
             attempt.put_text(self._note(result), self.finished)
 
         with lost_if_taken_over():
-            return self.kept() or self.engine.run(self.task, note)
+            return self.kept() or self.engine.run(self.task, note, company)
 
     def kept(self) -> Result | None:
         """The noted result, or None if there is none for this very task, or its output is damaged."""
@@ -142,6 +148,16 @@ class MDJob(Generic[Task, Result]):
 def run_md(job: MDJob[Any, Result]) -> Result:
     """`MDJob.run` in a worker."""
     return job.run()
+
+
+def run_together(*jobs: tuple[MDJob[ReplicaTask, ReplicaResult]]) -> list[Reply]:
+    """`MDJob.run` of several replicas in a worker, at once if they share a process; a reply for each."""
+    replicas = [job for (job,) in jobs]
+    if not all(job.shares for job in replicas):
+        return [guarded(job.run) for job in replicas]
+    from ubmd.lammps.group import run_at_once
+
+    return run_at_once(replicas[0].task.model, [partial(guarded, job.run) for job in replicas])
 
 
 def train_member(

@@ -378,9 +378,15 @@ def outcome(future: Future[Any]) -> Any:
         WorkersLost: the task never ran to an end, by no fault of its own.
     """
     try:
-        value, kind, reason, details = future.result()
+        reply = future.result()
     except (CancelledError, Exception) as error:  # an executor's own: a lost node, a broken connection
         raise WorkersLost(f"The executor lost the task ({describe(error)}).") from None
+    return opened(reply)
+
+
+def opened(reply: Reply) -> Any:
+    """The value of a reply; raises its error as `outcome`."""
+    value, kind, reason, details = reply
     if not kind:
         return value
     if kind in _OWN_ERRORS:

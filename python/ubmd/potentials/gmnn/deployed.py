@@ -183,6 +183,15 @@ class DeployedModel(Deployed):
         return u
 
     @torch.jit.export
+    def uncertainties(self, means: Tensor) -> tuple[Tensor, Tensor]:
+        """``uncertainty`` u [R] (eV/atom) of several structures' mean features [R, p], and du/d(mean) [R, p]."""
+        with torch.no_grad():
+            # never a single row, whose products may end in other digits
+            rows = torch.cat([means, means[:1]])
+            found: tuple[Tensor, Tensor] = self.structure_uncertainty.with_gradient(rows)
+            return found[0][:-1], found[1][:-1]
+
+    @torch.jit.export
     def evaluate(
         self, species: Tensor, first: Tensor, neighbours: Tensor, edge_vector: Tensor, keep: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
