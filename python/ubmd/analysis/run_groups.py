@@ -40,7 +40,9 @@ _SAME = (
     "start.file",
     "training.threads",
     "training.checkpoint_every",
+    "training.device",
     "md.trace_every",
+    "md.device",
 )
 ERRORS = {"energy RMSE": "meV/atom", "force RMSE": "eV/Å", "stress RMSE": "MPa"}
 """title -> unit of the errors, in the order of `Errors.rmse`"""

@@ -340,7 +340,7 @@ def _session(task: PieceTask, state: TrajectoryState, neighbours: Neighbours) ->
     atoms = state.atoms()
     with Session(model=task.model) as session:
         with session.setting_up():
-            session.make_system(atoms, task.precision, neighbours)
+            session.make_system(atoms, task.precision, neighbours, task.device)
             oriented = _Oriented(session, state)
             session.commands(_dynamics_commands(task, atoms))
         yield session, oriented
