@@ -1,12 +1,12 @@
 """A second device of torch with real numbers, on any machine: what mixes devices on a GPU is an error here, too.
 
-Its tensors hold a tensor of the CPU each, which all operations work on, but say that they are on another device. So they
-take the branches of a GPU (`is_cpu` is False, kernels of the CPU alone are not reached), and results can be compared. An
-operation on tensors of both devices is a fault, with the exceptions that CUDA makes: copies, numbers (tensors without
-dimensions) and indices. ``.numpy()`` fails, as it does on a GPU.
+Its tensors hold a tensor of the CPU each, which all operations work on, but say that they are on another device. So
+they take the branches of a GPU (`is_cpu` is False, kernels of the CPU alone are not reached), and results can be
+compared. An operation on tensors of both devices is a fault, with the exceptions that CUDA makes: copies, numbers
+(tensors without dimensions) and indices. ``.numpy()`` fails, as it does on a GPU.
 
-torch can hand a device to Python: `torch.utils.backend_registration` (experimental there). New tensors can be made on it
-inside `elsewhere()`, at whose end the faults are raised: an error inside a derivative would end the process.
+torch can hand a device to Python: `torch.utils.backend_registration` (experimental there). New tensors can be made on
+it inside `elsewhere()`, at whose end the faults are raised: an error inside a derivative would end the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -103,19 +102,31 @@ class _MakesTensors(TorchDispatchMode):
         return _dispatched(function, args, kwargs or {})
 
 
-class _FromNumbers(TorchFunctionMode):
-    """``torch.tensor(..., device=...)``, whose copy from Python's numbers no other hook sees."""
+def _empty(size: Any, stride: Any, *, dtype: torch.dtype | None = None, **_: Any) -> Elsewhere:
+    return Elsewhere(torch.empty_strided(size, stride, dtype=dtype))
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is torch.tensor and kwargs.get("device") is not None:
-            return function(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
-        return function(*args, **kwargs)
+
+def _copy_from(source: torch.Tensor, target: torch.Tensor, _: bool = False) -> torch.Tensor:
+    _held(target).copy_(_held(source))
+    return target
 
 
 @cache
-def _register() -> None:
+def _register() -> torch.library.Library:
+    """The device, with the two operations that torch calls itself: for numbers and indices that are Python's."""
     backend_registration._setup_privateuseone_for_python_backend(NAME)
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty_strided", _empty, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
+    return library
+
+
+def put(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """The same module, with its parameters and buffers on the device (not its constants); returns it."""
+    for part in module.modules():
+        for name, value in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            part._c.setattr(name, value.detach().to(torch.device(NAME, 0)))
+    return module
 
 
 @contextmanager
@@ -125,7 +136,7 @@ def elsewhere() -> Iterator[torch.device]:
     # torch's threads for derivatives are those of the devices at the first derivative
     _faults.clear()
     try:
-        with _MakesTensors(), _FromNumbers(), torch.autograd.set_multithreading_enabled(False):
+        with _MakesTensors(), torch.autograd.set_multithreading_enabled(False):
             yield torch.device(NAME, 0)
     finally:
         if _faults:

@@ -1,14 +1,14 @@
 """Devices: their names and refusals, and the chain from training to evaluation on another device than the CPU.
 
-No GPU is needed: `elsewhere` is a device with real numbers that has none of the compiled kernels, on which mixed devices are
-errors. What is computed there is plain torch, and has to be what the compiled operators compute on the CPU.
+No GPU is needed: `elsewhere` is a device with real numbers that has none of the compiled kernels, on which mixed
+devices are errors. What is computed there is plain torch, and has to be what the compiled operators compute on the CPU.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,19 @@ import torch
 from ase import Atoms
 from ase.build import fcc111, molecule
 from ase.constraints import FixAtoms
-from elsewhere import NAME, MixedDevices, elsewhere
+from elsewhere import NAME, MixedDevices, elsewhere, put
 from small_model import ELEMENTS, SETTINGS, labelled, triclinic, with_emt_labels
 
 import ubmd
 from ubmd import devices
 from ubmd.data import graph as graphs
+from ubmd.data.extxyz import write_structures
 from ubmd.data.graph import build_graph, collate
 from ubmd.errors import SettingsError
+from ubmd.lammps.box import Box
+from ubmd.lammps.session import system_commands
+from ubmd.learning.loop.replicas import replica_tasks, settled
+from ubmd.learning.loop.verify import verify
 from ubmd.operators import use_operators
 from ubmd.potentials import fitting
 from ubmd.potentials.evaluator import NetworkEvaluator
@@ -36,7 +41,15 @@ from ubmd.potentials.gmnn.gradient import loss_and_gradients, prediction_errors
 from ubmd.potentials.gmnn.model import GaussianMomentNetwork
 from ubmd.potentials.gmnn.trainer import train
 from ubmd.potentials.interface import Prediction
-from ubmd.settings import MDSettings, ModelSettings, TrainingSettings, UncertaintySettings, make_settings
+from ubmd.potentials.mace.arguments import check_arguments, device_argument
+from ubmd.settings import (
+    MDSettings,
+    ModelSettings,
+    RunSettings,
+    TrainingSettings,
+    UncertaintySettings,
+    make_settings,
+)
 from ubmd.settings.dynamic import DynamicRunSettings
 
 KINDS = ("posterior", "last-layer", "distance", "ensemble")
@@ -164,7 +177,7 @@ def test_a_planted_fault_is_found(place: tuple[Any, str], tmp_path: Path, monkey
     module, name = place
     right = getattr(module, name)
     wrong = {
-        "_moved": lambda part, device: right(part, device) if device.type == "cpu" else part,
+        "_moved": lambda part, device: replace(right(part, device), species=part.species),
         "structure_means": lambda phi, batch: right(phi, batch).cpu(),
     }
     monkeypatch.setattr(module, name, wrong[name])
@@ -311,7 +324,7 @@ def assert_same(one: Prediction, other: Prediction, tolerance: float = 1e-10) ->
 def moved(path: Path, precision: str) -> NetworkEvaluator:
     """The evaluator of a model file on the other device. A GPU gets the file from torch.jit.load at once."""
     module, record = load_with_record(path, precision)
-    return NetworkEvaluator(module.to(torch.device(NAME, 0)), record, precision, NAME)
+    return NetworkEvaluator(put(module), record, precision, NAME)
 
 
 BASELINES = {"no baseline": {}, "baseline": {"baseline": "zbl", "atom_energies": dict.fromkeys(ELEMENTS, -1.0)}}
@@ -364,3 +377,52 @@ def test_a_pickle_keeps_the_device(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SettingsError, match="device = 'cuda' cannot be used"):
             again.__setstate__({**state, "device": "cuda"})
+
+
+# ------------------------------------------------------------------------------------------------------------- MD
+
+
+def run_settings(**tables: Any) -> RunSettings:
+    values = {"run_dir": "run", "start": {"file": "start.xyz"}, "reference": {"calculator": "emt"}}
+    return make_settings(RunSettings, {**values, **tables})
+
+
+def test_the_device_of_replicas() -> None:
+    """It is in their tasks, but not in the keys of their results."""
+    one, other = (run_settings(md={"replicas": 1, "device": device}) for device in ("cpu", "cuda:1"))
+    tasks = [replica_tasks(settings, 0, Path("model.pt"), [Path("start.xyz")])[0] for settings in (one, other)]
+    assert [task.device for task in tasks] == ["cpu", "cuda:1"]
+    assert settled(tasks[0]) == settled(tasks[1])
+
+
+def test_the_device_in_the_input_of_lammps(tmp_path: Path) -> None:
+    export_model(networks(1), molecules(0, 5), molecules(5, 9), settings_of("posterior"), tmp_path / "model.pt")
+    atoms, model = triclinic(), tmp_path / "model.pt"
+    styles = [
+        next(line for line in system_commands(atoms, Box(atoms), model, "mixed", device=name) if "pair_style" in line)
+        for name in ("cpu", "cuda", "cuda:1")
+    ]
+    plain = "pair_style ubmd precision mixed"
+    assert styles == [plain, f"{plain} device cuda", f"{plain} device cuda:1"]
+
+
+@NO_GPU
+def test_a_run_without_its_gpu(tmp_path: Path) -> None:
+    """Both keys are looked at before anything is labelled; MD of other machines is not."""
+    write_structures(tmp_path / "start.xyz", molecules(0, 1))
+    for tables, key in (({"training": {"device": "cuda"}}, "training"), ({"md": {"device": "cuda:1"}}, "md")):
+        with pytest.raises(SettingsError, match=rf"{key}\.device = 'cuda.*' cannot be used: torch .*: use 'cpu'"):
+            verify(run_settings(**tables), tmp_path)
+    verify(run_settings(md={"device": "cuda"}), tmp_path, here=False)
+    verify(run_settings(md={"device": "cuda"}, workers={"executor": "parsl"}), tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- MACE
+
+
+def test_mace_has_one_key_for_its_device() -> None:
+    with pytest.raises(SettingsError, match=r"model.arguments.device is decided by ubmd: set training.device instead"):
+        check_arguments({"device": "cuda"}, {"device": True})
+    assert [device_argument(name) for name in ("cpu", "cuda")] == ["cpu", "cuda"]
+    with pytest.raises(SettingsError, match=r"training.device = 'cuda:1': mace_run_train takes no number of a GPU"):
+        device_argument("cuda:1")
