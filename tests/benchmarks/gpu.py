@@ -38,6 +38,7 @@ from ubmd.errors import SettingsError
 
 SIZES = ((2, 2, 3), (5, 5, 5), (11, 11, 10), (23, 23, 24), (50, 50, 50))  # cells of 8 atoms: 96 to 10^6 atoms
 MOST_STEPS = 200  # that are timed at once
+OVER, FULL = "stopped, the time is over", "the memory is used up"
 RESERVE = 5.0  # s that are left for the end
 
 
@@ -76,7 +77,7 @@ def check_part(part: str, device: str, folder: Path, budget: Budget, results: Re
     try:
         code = subprocess.run(command, timeout=budget.left(), check=False).returncode
     except subprocess.TimeoutExpired:
-        skip(f"{part}: stopped, the time is over", results)
+        skip(f"{part}: {OVER}", results)
         code = 0
     file = folder / f"{part}.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
@@ -107,7 +108,7 @@ def series(device: str, biased: bool, largest: int, folder: Path, budget: Budget
         found = one_size(device, cells, biased, folder, budget.left())
         last = time.monotonic() - begin
         if isinstance(found, str):
-            keep = results.skipped if "memory" in found or "time" in found else results.failed
+            keep = results.skipped if found in (OVER, FULL) else results.failed
             keep.append(f"{name}, {n_atoms} atoms: {found}; the series ends here")
             say(keep[-1])
             return
@@ -122,14 +123,14 @@ def one_size(device: str, cells: tuple[int, ...], biased: bool, folder: Path, se
     try:
         ended = subprocess.run(command, timeout=seconds, capture_output=True, text=True, check=False)
     except subprocess.TimeoutExpired:
-        return "stopped, the time is over"
+        return OVER
     lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
     if ended.returncode == 0 and lines:
         found: dict[str, float] = json.loads(lines[-1])
         return found
     text = ended.stdout + ended.stderr
-    if "out of memory" in text.lower() or "bad_alloc" in text or ended.returncode == -9:
-        return "the memory is used up"
+    if any(words in text for words in ("out of memory", "allocate memory", "bad_alloc")) or ended.returncode == -9:
+        return FULL
     last = [line for line in text.splitlines() if line.strip()]
     return f"failed with status {ended.returncode}: {last[-1] if last else 'without a word'}"
 
