@@ -16,6 +16,7 @@ from ase.calculators.calculator import PropertyNotImplementedError, all_changes
 
 from ubmd.data.graph import VOIGT
 from ubmd.data.periodicity import stress_within
+from ubmd.devices import CPU, check_device, torch_device
 from ubmd.errors import ArgumentError, ModelError
 from ubmd.operators import available
 from ubmd.potentials.file import load_with_record
@@ -44,33 +45,37 @@ class Model:
         path: the file.
         precision: 'mixed' (network in float32, sums in float64; the default), 'double' or 'single', as for
             ``pair_style ubmd``. Some modules run in one precision only, which then is the default.
+        device: 'cpu', 'cuda' (the first GPU) or 'cuda:n'. Force-constant potentials run on the CPU only.
 
     Raises:
-        ModelError: the file is missing or corrupt, or cannot run in this precision.
+        ModelError: the file is missing or corrupt, or cannot run in this precision or on this device.
+        SettingsError: torch has no such device.
     """
 
-    def __init__(self, path: Path | str, precision: str | None = None) -> None:
+    def __init__(self, path: Path | str, precision: str | None = None, device: str = CPU) -> None:
         self.path = Path(path)
+        check_device(device, "device")
         precision = precision or precision_for(Path(path), "mixed")
-        module, record = load_with_record(Path(path), precision)
+        module, record = load_with_record(Path(path), precision, device)
         with complete_record(Path(path)):
-            self._take(module, record, precision)
+            self._take(module, record, precision, device)
 
-    def _take(self, module: Any, metadata: dict[str, Any], precision: str) -> None:
-        """Evaluate a module that has been loaded in this precision."""
+    def _take(self, module: Any, metadata: dict[str, Any], precision: str, device: str) -> None:
+        """Evaluate a module that has been loaded in this precision, onto this device."""
         self.module = module
         self.metadata = metadata
         self.elements: list[str] = metadata["elements"]
         self.cutoff: float = metadata["cutoff"]
         self._precision = precision
-        self._kind = kind_of_record(metadata).make_evaluator(module, metadata, precision)
+        self._device = device
+        self._kind = kind_of_record(metadata).make_evaluator(module, metadata, precision, device)
 
     def __getstate__(self) -> dict[str, Any]:
         """The module as it is in memory: its file may have changed since."""
         buffer = io.BytesIO()
         with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # as in `load_model`
             torch.jit.save(self.module, buffer)
-        kept = {"metadata": self.metadata, "precision": self._precision, "path": self.path}
+        kept = {"metadata": self.metadata, "precision": self._precision, "device": self._device, "path": self.path}
         return {"module": buffer.getvalue(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,17 +83,20 @@ class Model:
 
         Raises:
             ModelError: the model needs the compiled operators, which can't be loaded here.
+            SettingsError: torch does not have the device of the model here.
         """
+        device = state.get("device", CPU)
+        check_device(device, "device")
         operators = available()
         try:
             with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
-                module = torch.jit.load(io.BytesIO(state["module"]), map_location="cpu")
+                module = torch.jit.load(io.BytesIO(state["module"]), map_location=torch_device(device))
         except RuntimeError as error:
             if not operators and "ubmd::" in str(error):
                 raise ModelError("The model needs ubmd's compiled operators, which can't be loaded here.") from None
             raise
         self.path = state["path"]
-        self._take(module, state["metadata"], state["precision"])
+        self._take(module, state["metadata"], state["precision"], device)
 
     def __repr__(self) -> str:
         return f"Model({str(self.path)!r}): {' '.join(self.elements)}, cutoff {self.cutoff:g} Å"
@@ -162,14 +170,19 @@ class Calculator(AseCalculator):
     ]
 
     def __init__(
-        self, model: Path | str | Model, precision: str | None = None, bias_force: float = 0.0, **kwargs: Any
+        self,
+        model: Path | str | Model,
+        precision: str | None = None,
+        bias_force: float = 0.0,
+        device: str = CPU,
+        **kwargs: Any,
     ) -> None:
-        """``model``: file, or `Model`, which has its own precision. ``precision``: by default that of a file which runs
-        in one only, else 'double'."""
+        """``model``: file, or `Model`, which has its own precision and device. ``precision``: by default that of a file
+        which runs in one only, else 'double'. ``device``: as of `Model`."""
         _check_keywords(kwargs)
         super().__init__(**kwargs)
         if not isinstance(model, Model):
-            model = Model(model, precision or precision_for(Path(model), "double"))
+            model = Model(model, precision or precision_for(Path(model), "double"), device)
         self.evaluator = model
         self.bias_force = bias_force
 
@@ -220,7 +233,7 @@ class Calculator(AseCalculator):
 
 def _check_keywords(found: Iterable[str]) -> None:
     """ArgumentError for the first keyword that `Calculator` does not know."""
-    known = ("precision", "bias_force", *_ASE_KEYWORDS)
+    known = ("precision", "bias_force", "device", *_ASE_KEYWORDS)
     for name in found:
         if name not in _ASE_KEYWORDS:
             meant = nearest(name, known)

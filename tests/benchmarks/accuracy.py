@@ -10,9 +10,12 @@ from ase import Atoms
 from ubmd.calculator import Model
 
 
-def mixed_against_double(file: Path, structures: list[Atoms]) -> dict[str, float]:
-    """Errors over a few structures, each relative to the root mean square of its quantity: forces, u, u_i, du/dr."""
-    mixed, double = Model(file, "mixed"), Model(file, "double")
+def mixed_against_double(file: Path, structures: list[Atoms], device: str = "cpu") -> dict[str, float]:
+    """Errors over a few structures, each relative to the root mean square of its quantity: forces, u, u_i, du/dr.
+
+    ``device``: where mixed precision runs; double precision runs on the CPU.
+    """
+    mixed, double = Model(file, "mixed", device), Model(file, "double")
     pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"force": [], "u": [], "ui": [], "bias": []}
     for atoms in structures:
         rough, exact = mixed.predict_one(atoms), double.predict_one(atoms)

@@ -35,7 +35,7 @@ import ubmd
 from ubmd.cli.main import app
 from ubmd.data.extxyz import write_structures
 from ubmd.data.graph import build_graph, scatter_forces
-from ubmd.errors import ModelError
+from ubmd.errors import ModelError, SettingsError
 from ubmd.files import file_hash
 from ubmd.learning import RunFolder, run
 from ubmd.potentials.history import read
@@ -422,6 +422,15 @@ def test_what_cannot_be_used_is_said_in_one_sentence(folder: Path, checkpoint: P
     done = CliRunner().invoke(app, ["train", str(settings(folder, {"arguments": ARGUMENTS | {"lr": "fast"}}))])
     assert done.exit_code == 1
     assert "argument --lr: invalid float value: 'fast' (all of it is in " in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_its_own_python_has_to_see_the_gpu(checkpoint: Path) -> None:
+    made = backend(checkpoint)
+    made.check_device("cpu")
+    with pytest.raises(SettingsError, match=r"training.device = 'cuda' cannot be used: torch .* finds no GPU"):
+        made.check_device("cuda")
 
 
 @pytest.fixture(scope="module")

@@ -147,3 +147,30 @@ def test_a_small_suite_of_lammps_runs(module, tmp_path):
     assert parts["Loop"] == pytest.approx(sum(parts[k] for k in ("Pair", "Modify", "Comm", "Neigh", "Other")), rel=0.1)
     assert runs.fix_takes("force 0.25 every 4")
     assert not runs.fix_takes("colour red")
+
+
+def test_deviations_of_a_gpu(module):
+    """Largest difference over root mean square; what is no number, or of another shape, is never met."""
+    checks = module("gpu_checks")
+    assert checks.deviation(np.array([3.0, 4.5]), np.array([3.0, 4.0])) == pytest.approx(0.5 / np.sqrt(12.5))
+    assert checks.deviation(np.zeros(2), np.zeros(2)) == 0.0
+    given = {"forces": np.array([1.0, np.nan]), "u": np.ones(3)}, {"forces": np.ones(2), "u": np.ones(2)}
+    records = list(checks.compared("python", "case", "mixed", *given))
+    assert not any(record.met for record in records)
+    assert all("EXCEEDED" in record.line() for record in records)
+    (record,) = checks.compared("python", "case", "double", {"u": np.array(1.0 + 1e-9)}, {"u": np.array(1.0)})
+    assert record.met
+
+
+def test_a_size_of_the_table_of_a_gpu(module, tmp_path):
+    """A small one on the CPU; without time, a line says that the series ends."""
+    gpu, systems = module("gpu"), module("systems")
+    systems.write_model(tmp_path, "mgo", "light128")
+    found = gpu.one_size("cpu", (1, 1, 2), True, tmp_path, 300.0)
+    assert found["n_atoms"] == 16
+    assert found["seconds"] > 0.0
+    assert "16 atoms" in gpu.size_line({"series": "biased", **found})
+    results = gpu.Results()
+    gpu.series("cpu", False, 10**6, tmp_path, gpu.Budget(0.0), results)
+    assert results.skipped == ["plain, 96 atoms and more: left out, the time is over"]
+    assert gpu.one_size("cpu", (1, 1, 2), True, tmp_path / "nowhere", 300.0).startswith("failed with status 1: ")

@@ -19,11 +19,11 @@ MAY_CHANGE = {
     RunSettings: """run_dir workers loop.labels loop.stop_when_quiet loop.quiet_iterations loop.label_budget
         loop.stop_at_plateau loop.plateau_iterations loop.plateau_tolerance training.checkpoint_every start.file
         start.trust loop.keep_models labels reference.timeout reference.cache reference.environment md.timeout
-        md.trace_every test
-        variables model.python""",
+        md.trace_every md.together test
+        variables model.python training.device md.device""",
     DynamicRunSettings: """run_dir workers labels dynamic.labels dynamic.steps dynamic.convergence dynamic.timeout
         training.checkpoint_every crystal.structure start.file reference.timeout reference.cache reference.environment
-        test model.python""",
+        test model.python training.device dynamic.device""",
 }
 
 
@@ -52,10 +52,21 @@ def test_keys_of_stages_have_what_they_had() -> None:
     assert set(key_values(TrainingSettings())) == set(TrainingSettings.model_fields) - {
         "threads",
         "checkpoint_every",
+        "device",
         "fixed_forces",
         "mode",
     }
-    others = {"labels", "steps", "convergence", "timeout", "batch", "warm_epochs", "calibrate", "calibration_window"}
+    others = {
+        "labels",
+        "steps",
+        "convergence",
+        "timeout",
+        "device",
+        "batch",
+        "warm_epochs",
+        "calibrate",
+        "calibration_window",
+    }
     dynamic = DynamicSettings(temperatures=[300.0], labels=9)
     assert set(key_values(dynamic)) == set(DynamicSettings.model_fields) - others
 

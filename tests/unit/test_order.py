@@ -22,7 +22,7 @@ FLOORS = (
     ("errors", "spelling", "texts", "valid_json"),
     ("faults",),
     ("files",),
-    ("aliases", "attempts", "imports", "operators", "process"),
+    ("aliases", "attempts", "devices", "imports", "operators", "process"),
     ("settings",),
     ("data",),
     ("selection",),

@@ -40,7 +40,10 @@ _SAME = (
     "start.file",
     "training.threads",
     "training.checkpoint_every",
+    "training.device",
     "md.trace_every",
+    "md.device",
+    "md.together",
 )
 ERRORS = {"energy RMSE": "meV/atom", "force RMSE": "eV/Å", "stress RMSE": "MPa"}
 """title -> unit of the errors, in the order of `Errors.rmse`"""

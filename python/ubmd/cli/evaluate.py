@@ -46,6 +46,9 @@ def evaluate(
             help="mixed (the default, as in LAMMPS), double (slower, more digits) or single.", show_default=False
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda (the first GPU) or cuda:n.", metavar="NAME", show_default=True)
+    ] = "cpu",
     label: LabelOption = None,
     by: Annotated[
         str | None,
@@ -76,7 +79,7 @@ def evaluate(
         mapping = label_mapping(label)
         if out is not None:
             _check_out(out, data)
-        evaluator = Model(model, precision)
+        evaluator = Model(model, precision, device)
         remarks: list[str] = []
         files = _read(data, mapping, remarks.append)
         found = _evaluated(evaluator, files, skip_unknown)

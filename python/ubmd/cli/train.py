@@ -114,14 +114,16 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, source: Path | None
     """Train and export a network of any back end; ``base`` is the folder of the settings file."""
     from ubmd.cli.structure_table import describe
     from ubmd.data.labels import dataset_hash
+    from ubmd.devices import usable
     from ubmd.measure.confidence import promise
     from ubmd.potentials.fitting import export_checkpoints
     from ubmd.potentials.interface import Labels, Prolongs, TrainingTable
-    from ubmd.potentials.kinds import check_backend
+    from ubmd.potentials.kinds import check_backend, check_training_device
     from ubmd.potentials.members import member_folders, train_networks
 
     uncertainty, path = settings.uncertainty, settings.output_dir / "model.pt"
     backend = check_backend(settings.model, uncertainty, base)
+    check_training_device(backend, settings.training)
     _check_outputs(settings, backend)
     remarks: list[str] = []
     taken: list[str] = []
@@ -143,8 +145,9 @@ def _train(settings: TrainSettings, base: Path, fresh: bool, source: Path | None
         )
     provenance = {"training_set_hash": dataset_hash(training_set), "settings": settings.model_dump(mode="json")}
     model = settings.model
+    device = usable(settings.training.device)
     metadata = export_checkpoints(
-        backend, checkpoints, model, training_set, validation_set, uncertainty, path, provenance
+        backend, checkpoints, model, training_set, validation_set, uncertainty, path, provenance, device=device
     )
     for checkpoint in checkpoints:
         _print_summary(backend, checkpoint.parent, console, counts)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
 _FULL = [[0, 5, 4], [5, 1, 3], [4, 3, 2]]  # and the way back
 # Bounds the memory of one evaluation: the plain-torch descriptor keeps kilobytes per pair. Larger ones are no faster.
 PAIRS_PER_CHUNK = 5_000
+PAIRS_PER_CHUNK_ON_GPU = 100_000  # many pairs at once are what a GPU is for
+ON_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Graph:
     def n_pairs(self) -> int:
         return len(self.edge_vector)
 
+    def to(self, device: torch.device) -> Graph:
+        """The same on a device of torch."""
+        return _moved(self, device)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -85,6 +92,10 @@ class Batch:
     def n_structures(self) -> int:
         return len(self.counts)
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device of torch."""
+        return _moved(self, device)
+
     @property
     def any_stress(self) -> bool:
         """Whether a structure has a stress label."""
@@ -113,6 +124,16 @@ class Batch:
             return six
         full = six[:, torch.tensor(_FULL)]
         return (self.projector @ full @ self.projector)[:, VOIGT[0], VOIGT[1]]
+
+
+_Part = TypeVar("_Part", Graph, Batch)
+
+
+def _moved(part: _Part, device: torch.device) -> _Part:
+    """A copy with all tensors on a device; on the CPU it shares their memory."""
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    tensors: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(part, **tensors)
 
 
 def build_graph(atoms: Atoms, elements: Sequence[str], cutoff: float) -> Graph:
@@ -207,23 +228,29 @@ def _fixed(graphs: Sequence[Graph]) -> Tensor | None:
     return torch.cat([torch.zeros(g.n_atoms, dtype=torch.bool) if g.fixed is None else g.fixed for g in graphs])
 
 
-def chunks(graphs: Iterable[Graph], max_pairs: int | None = None, max_atoms: int | None = None) -> Iterator[Batch]:
-    """Collate graphs into batches of at most so many pairs (None: PAIRS_PER_CHUNK) and atoms (None: any number).
+def chunks(
+    graphs: Iterable[Graph],
+    max_pairs: int | None = None,
+    max_atoms: int | None = None,
+    device: torch.device = ON_CPU,
+) -> Iterator[Batch]:
+    """Collate graphs into batches on a device, of at most so many pairs and atoms; a larger graph is one of its own.
 
-    A graph with more is a batch of its own.
+    ``max_pairs`` = None: PAIRS_PER_CHUNK, or PAIRS_PER_CHUNK_ON_GPU; ``max_atoms`` = None: any number.
     """
-    limits = PAIRS_PER_CHUNK if max_pairs is None else max_pairs, math.inf if max_atoms is None else max_atoms
+    usual = PAIRS_PER_CHUNK if device.type == "cpu" else PAIRS_PER_CHUNK_ON_GPU
+    limits = usual if max_pairs is None else max_pairs, math.inf if max_atoms is None else max_atoms
     waiting: list[Graph] = []
     pairs = atoms = 0
     for graph in graphs:
         if waiting and (pairs + graph.n_pairs > limits[0] or atoms + graph.n_atoms > limits[1]):
-            yield collate(waiting)
+            yield collate(waiting).to(device)
             waiting, pairs, atoms = [], 0, 0
         waiting.append(graph)
         pairs += graph.n_pairs
         atoms += graph.n_atoms
     if waiting:
-        yield collate(waiting)
+        yield collate(waiting).to(device)
 
 
 def scatter_forces(edge_index: Tensor, edge_gradient: Tensor, n_atoms: int) -> Tensor:
@@ -241,5 +268,5 @@ def strain_gradient(edge_vector: Tensor, edge_gradient: Tensor, owner: Tensor, n
 
 def structure_means(phi: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Mean features [S, p] of the structures of a batch from atomic features [N, p]."""
-    sums = torch.zeros(batch.n_structures, phi.size(1), dtype=phi.dtype).index_add(0, batch.structure, phi)
+    sums = phi.new_zeros(batch.n_structures, phi.size(1)).index_add(0, batch.structure, phi)
     return sums / batch.counts.unsqueeze(1)

@@ -109,6 +109,8 @@ class ReplicaTask(BaseModel):
     """largest factor by which volume and lengths may grow or shrink (npt)"""
     frames_every: int
     precision: Literal["mixed", "single", "double"]
+    device: str = "cpu"
+    """of pair_style ubmd; like all processors, it decides last digits only"""
     force: float
     """bias strength tau; with stress 0, too: a monitor only"""
     stress: float = 0.0
@@ -196,6 +198,8 @@ class PieceTask(BaseModel):
     frames: int
     """maximum number of frames that are kept, evenly spaced"""
     precision: Literal["mixed", "single", "double"]
+    device: str = "cpu"
+    """of pair_style ubmd; like all processors, it decides last digits only"""
     force: float
     """bias strength tau; 0: none"""
     species: dict[str, float]

@@ -249,7 +249,7 @@ def _session(
         with session.setting_up():
             if task.ensemble == "npt" and not atoms.pbc.any():
                 raise SimulationError("md.ensemble = 'npt' needs a periodic start structure; use 'nvt' for a molecule.")
-            session.make_system(atoms, task.precision, neighbours)
+            session.make_system(atoms, task.precision, neighbours, task.device)
             if task.colvars and session.rank == 0:
                 (folder / "colvars").write_text(task.colvars)
             session.commands(_dynamics_commands(task, session.log.parent, atoms))

@@ -120,7 +120,7 @@ class Session:
         for line in lines:
             self.lammps.command(line)
 
-    def make_system(self, atoms: Atoms, precision: str, neighbours: Neighbours = "bin") -> None:
+    def make_system(self, atoms: Atoms, precision: str, neighbours: Neighbours = "bin", device: str = "cpu") -> None:
         """Box, atoms with the numbers 1..n in the structure's order, and the model's pair style.
 
         Raises:
@@ -128,7 +128,7 @@ class Session:
         """
         assert self._model is not None
         box = Box(atoms)
-        self.commands(system_commands(atoms, box, self._model, precision, neighbours))
+        self.commands(system_commands(atoms, box, self._model, precision, neighbours, device))
         numbers = {kind: k for k, kind in enumerate(types_of(atoms), start=1)}
         types = [numbers[kind] for kind in zip(atoms.get_chemical_symbols(), atoms.get_masses().tolist(), strict=True)]
         created = self.create_atoms(types, box.positions)
@@ -261,11 +261,14 @@ def types_of(atoms: Atoms) -> list[tuple[str, float]]:
     return sorted(kinds, key=lambda kind: (atomic_numbers[kind[0]], kind[1]))
 
 
-def system_commands(atoms: Atoms, box: Box, model: Path, precision: str, neighbours: Neighbours = "bin") -> list[str]:
+def system_commands(
+    atoms: Atoms, box: Box, model: Path, precision: str, neighbours: Neighbours = "bin", device: str = "cpu"
+) -> list[str]:
     """Commands for the box of a structure, types and masses, and a model's pair style.
 
-    ``precision`` is that of models which have a choice.
+    ``precision`` is that of models which have a choice; ``device`` where the model runs: cpu, cuda or cuda:n.
     """
+    place = "" if device == "cpu" else f" device {device}"
     types = types_of(atoms)
     masses = [f"mass {k} {mass:.17g}" for k, (_, mass) in enumerate(types, start=1)]
     return [
@@ -274,7 +277,7 @@ def system_commands(atoms: Atoms, box: Box, model: Path, precision: str, neighbo
         "atom_modify map array sort 0 0",
         *box.commands(len(types)),
         *masses,
-        f"pair_style ubmd precision {precision_for(model, precision)}",
+        f"pair_style ubmd precision {precision_for(model, precision)}{place}",
         f'pair_coeff * * "{model}" {" ".join(symbol for symbol, _ in types)}',
         f"neighbor 1.0 {neighbours}",
         "neigh_modify every 1 delay 0 check yes",

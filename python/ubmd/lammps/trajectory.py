@@ -351,7 +351,7 @@ def _session(
     atoms = state.atoms()
     with Session(model=task.model, company=company) as session:
         with session.setting_up():
-            session.make_system(atoms, task.precision, neighbours)
+            session.make_system(atoms, task.precision, neighbours, task.device)
             oriented = _Oriented(session, state)
             session.commands(_dynamics_commands(task, atoms))
         yield session, oriented

@@ -13,8 +13,9 @@ from ubmd.data.geometry import check_apart, check_geometry
 from ubmd.data.periodicity import has_stress, is_partly_periodic, projector
 from ubmd.data.state import bare, check_state, mixed_states
 from ubmd.data.structures import read_structures
+from ubmd.devices import check_device
 from ubmd.errors import DataError, LabelError, SettingsError
-from ubmd.settings import RunSettings, StartSettings
+from ubmd.settings import RunSettings, StartSettings, WorkerSettings
 
 
 def read_start(settings: RunSettings, base: Path, given: Sequence[Atoms]) -> list[Atoms]:
@@ -88,6 +89,12 @@ def check_movable(atoms: Atoms, name: str, min_distance: float) -> None:
         check_geometry(atoms, min_distance)
     except LabelError as error:
         raise SettingsError(f"{name}: {error}") from None
+
+
+def check_md_device(device: str, key: str, workers: WorkerSettings) -> None:
+    """SettingsError if the device of MD is not there, as far as MD runs on this machine; ``key``: its setting."""
+    if workers.executor == "pebble":
+        check_device(device, key)
 
 
 def check_states(structures: Sequence[Atoms], settings: RunSettings) -> None:

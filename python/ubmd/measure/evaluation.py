@@ -22,6 +22,7 @@ from ubmd.calculator import Model, Prediction
 from ubmd.data.labels import EV_PER_A3_IN_MPA, LABELS, check_structure, labels_of, sources_of, take_labels
 from ubmd.data.periodicity import stress_components
 from ubmd.data.structures import read_contents
+from ubmd.devices import CPU
 from ubmd.errors import ArgumentError, DataError
 from ubmd.measure.errors import pearson, share_covered, spearman
 
@@ -318,6 +319,7 @@ def evaluate(
     *,
     labels: Mapping[str, str] | None = None,
     precision: str | None = None,
+    device: str = CPU,
     batch: int = ATOMS_AT_ONCE,
     skip_unknown: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -344,6 +346,7 @@ def evaluate(
             the keys that usual packages write, such as ``REF_energy``; of files see `ubmd.data.structures`.
         labels: other keys or units of labels, as in settings: ``{"energy": "qm_energy:Ha"}``.
         precision: "mixed" (the default), "single" or "double", if ``model`` is a file.
+        device: "cpu", "cuda" (the first GPU) or "cuda:n", if ``model`` is a file.
         batch: about so many atoms are evaluated between two calls of ``report``.
         skip_unknown: leave out structures with elements that the model does not know.
         report: called with (structures done, all structures).
@@ -351,10 +354,11 @@ def evaluate(
 
     Raises:
         ModelError: missing or corrupt model file.
+        SettingsError: torch has no such device.
         DataError: a frame that cannot be read or evaluated, or has a label that cannot be used; it is named with its
             number, from 0.
     """
-    evaluator = model if isinstance(model, Model) else Model(model, precision)
+    evaluator = model if isinstance(model, Model) else Model(model, precision, device)
     if isinstance(frames, Path | str):
         contents = read_contents(frames, labels, partial=True, remark=remark)
         places = [Place(str(frames), number) for number in contents.numbers]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ubmd.devices import CPU, torch_device
 from ubmd.errors import ModelError
 from ubmd.files import replacing
 from ubmd.operators import available
@@ -48,15 +49,18 @@ def load_model(path: Path, precision: str = "double") -> Any:
     return load_with_record(path, precision)[0]
 
 
-def load_with_record(path: Path, precision: str = "double") -> tuple[Any, dict[str, Any]]:
+def load_with_record(path: Path, precision: str = "double", device: str = CPU) -> tuple[Any, dict[str, Any]]:
     """Load a model file, which runs its code, in a precision: mixed and single run the network in float32.
+
+    ``device``: of torch, where the module is to run; it has to be there (`ubmd.devices.check_device`).
 
     Returns:
         (module, record). The record is that which the file has beside its code, if it has one.
 
     Raises:
         ModelError: missing or corrupt file, newer format, unknown precision or one that the module cannot run in,
-            operators that can't be loaded, or a module whose description differs from the record.
+            operators that can't be loaded, a module whose description differs from the record, or force constants on
+            another device than the CPU.
     """
     path = Path(path)
     if precision not in PRECISIONS:
@@ -66,7 +70,7 @@ def load_with_record(path: Path, precision: str = "double") -> tuple[Any, dict[s
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            module = torch.jit.load(str(path), map_location="cpu")
+            module = torch.jit.load(str(path), map_location=torch_device(device))
         said = module.metadata()
     except (RuntimeError, AttributeError, ValueError) as error:
         if not operators and "ubmd::" in str(error):
@@ -76,6 +80,8 @@ def load_with_record(path: Path, precision: str = "double") -> tuple[Any, dict[s
             ) from None
         raise no_model_file(path) from None
     record = check_said(record, said, path)
+    if device != CPU and "lattice" in record:
+        raise ModelError(f"{path} holds force constants, which run on the CPU only: leave the device {device!r} out.")
     fixed = fixed_precision(record)
     if fixed is not None and precision != fixed:
         raise ModelError(f"{path} runs in {fixed} precision only, not in {precision}: leave the precision out.")

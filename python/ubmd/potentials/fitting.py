@@ -6,6 +6,7 @@ import io
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ase.data import atomic_numbers
 
 from ubmd import __version__
 from ubmd.data.graph import Batch, Graph, build_graph, chunks, structure_means
+from ubmd.devices import CPU, torch_device
 from ubmd.errors import ModelError
 from ubmd.potentials.baseline import Baseline, check_reach, has_baseline, remainder
 from ubmd.potentials.deployed import Deployed, ForeignModule
@@ -49,9 +51,8 @@ def fit_uncertainty(deployed: Deployed, graphs: Iterable[Graph], settings: Uncer
 
 def fit_posterior(deployed: Deployed, graphs: Iterable[Graph], lambda2: float) -> None:
     """Fit both posteriors: structures from their mean features, atoms from all atomic features (float64 sums)."""
-    p = deployed.n_features
-    structure_gram = torch.zeros(p, p, dtype=torch.float64)
-    atom_gram = torch.zeros(p, p, dtype=torch.float64)
+    nothing = torch.zeros_like(deployed.structure_uncertainty.factor)  # [p, p], float64, on the module's device
+    structure_gram, atom_gram = nothing, nothing.clone()
     n_structures = n_atoms = 0
     for means, phi in _training_features(deployed, graphs):
         structure_gram += means.T @ means
@@ -71,10 +72,15 @@ def fit_distance(deployed: Deployed, graphs: Iterable[Graph], references: int, s
 
 def _training_features(deployed: Deployed, graphs: Iterable[Graph]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Mean features [S, p] and atomic features [N, p] (float64), batch by batch."""
-    for batch in chunks(graphs):
+    for batch in chunks(graphs, device=_device_of(deployed)):
         with torch.no_grad():
             phi = deployed(batch.species, batch.edge_index, batch.edge_vector, len(batch.species))[1].double()
         yield structure_means(phi, batch), phi
+
+
+def _device_of(deployed: Deployed) -> torch.device:
+    device: torch.device = deployed.structure_uncertainty.calibration.device
+    return device
 
 
 def outcomes(deployed: Deployed, graphs: Sequence[Graph], numbers: Sequence[int]) -> list[Outcome]:
@@ -83,13 +89,14 @@ def outcomes(deployed: Deployed, graphs: Sequence[Graph], numbers: Sequence[int]
     ``numbers``: atomic number by element index.
     """
     by_species, found = torch.tensor(numbers), []
-    for batch in chunks(graphs):
+    for batch in chunks(graphs, device=_device_of(deployed)):
         energy, forces, u, atomic_u = evaluate(deployed, batch)
         error = (forces - batch.forces).square().mean(1).sqrt()
-        free = torch.ones(len(error), dtype=torch.bool) if batch.fixed is None else ~batch.fixed
-        sizes = batch.counts.tolist()
-        of_atoms = (values.split(sizes) for values in (by_species[batch.species], error, atomic_u, free))
         energy_error = ((energy - batch.energy) / batch.counts).abs().tolist()
+        u, error, atomic_u, species = (values.cpu() for values in (u, error, atomic_u, batch.species))
+        free = torch.ones(len(error), dtype=torch.bool) if batch.fixed is None else ~batch.fixed.cpu()
+        sizes = batch.counts.tolist()
+        of_atoms = (values.split(sizes) for values in (by_species[species], error, atomic_u, free))
         for k, (kinds, errors, own_u, chosen) in enumerate(zip(*of_atoms, strict=True)):
             of_free = (values[chosen].numpy() for values in (kinds, errors, own_u))
             found.append(Outcome(energy_error[k], float(u[k]), *of_free))
@@ -101,7 +108,7 @@ def evaluate(module: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, tor
     result = evaluation(module, batch, batch.edge_vector)
     with torch.no_grad():
         u = torch.stack([module.uncertainty(mean) for mean in structure_means(result.phi.double(), batch)])
-    energy = torch.zeros(batch.n_structures, dtype=torch.float64).index_add(0, batch.structure, result.energy)
+    energy = result.energy.new_zeros(batch.n_structures).index_add(0, batch.structure, result.energy)
     return energy, batch.forces_from(result.gradient), u, result.atomic_uncertainties()
 
 
@@ -115,10 +122,11 @@ def export_checkpoints(
     path: Path,
     provenance: dict[str, Any] | None = None,
     earlier: Sequence[Outcome] = (),
+    device: str = CPU,
 ) -> dict[str, Any]:
     """Write the model file of trained networks; see `export_raw`."""
     raw = backend.raw_module(checkpoints, settings)
-    return export_raw(raw, backend.name, model, training, calibration, settings, path, provenance, earlier)
+    return export_raw(raw, backend.name, model, training, calibration, settings, path, provenance, earlier, device)
 
 
 def export_raw(
@@ -131,6 +139,7 @@ def export_raw(
     path: Path,
     provenance: dict[str, Any] | None = None,
     earlier: Sequence[Outcome] = (),
+    device: str = CPU,
 ) -> dict[str, Any]:
     """Give a module its uncertainty, add its baseline, and write ``path``, the model file.
 
@@ -144,6 +153,7 @@ def export_raw(
         path: of the model file.
         provenance: joins the record of the file (training_set_hash, settings ...).
         earlier: what earlier models of a run said of structures that they had not been trained on; it calibrates, too.
+        device: where the uncertainty is fitted and calibrated. The file is the same: its numbers are on the CPU.
 
     Returns:
         The record.
@@ -157,6 +167,7 @@ def export_raw(
     # The errors of the network on what the baseline leaves are those of the sum on the labels.
     training, calibration = remainder(training, model), remainder(calibration, model)
     deployed = _with_uncertainty(raw, settings)
+    numbers = [atomic_numbers[name] for name in raw.elements]
     # As in `ubmd.calculator.Model`: what torch records in the first calls, it assumes in later ones (for instance
     # that features have derivatives), and compiles.
     with torch.jit.optimized_execution(False):
@@ -164,10 +175,10 @@ def export_raw(
             _check_module(deployed, build_graph(training[0], raw.elements, raw.cutoff), name)
             _check_layers(deployed, raw, name)
         graphs = (build_graph(atoms, raw.elements, raw.cutoff) for atoms in training)
-        fit_uncertainty(deployed, graphs, settings)
         held_out = [build_graph(atoms, raw.elements, raw.cutoff) for atoms in calibration]
-        numbers = [atomic_numbers[name] for name in raw.elements]
-        said = outcomes(deployed, held_out, numbers)
+        with _on_device(deployed, raw, torch_device(device)):
+            fit_uncertainty(deployed, graphs, settings)
+            said = outcomes(deployed, held_out, numbers)
     found = _calibrated([*said, *earlier], settings, numbers)
     deployed.structure_uncertainty.calibration.fill_(found.energy.scale)
     deployed.atom_uncertainty.calibration.fill_(found.forces.scale)
@@ -210,6 +221,25 @@ def _with_uncertainty(raw: RawModule, settings: UncertaintySettings) -> Deployed
     return deployed
 
 
+@contextmanager
+def _on_device(deployed: Deployed, raw: RawModule, device: torch.device) -> Iterator[None]:
+    """The module on a device, and afterwards on the CPU again."""
+    if device.type == "cpu":
+        yield
+        return
+    try:
+        _move(deployed, raw, device)
+        yield
+    finally:
+        _move(deployed, raw, torch.device("cpu"))
+
+
+def _move(deployed: Deployed, raw: RawModule, device: torch.device) -> None:
+    deployed.to(device)
+    if isinstance(deployed, ForeignModule):  # its numbers are constants, which only loading puts on a device
+        deployed.raw = _frozen(raw.module, device)
+
+
 def _check_module(deployed: ForeignModule, graph: Graph, name: str) -> None:
     """ModelError if energies and features of a structure are not what the interface promises."""
     edge, n = graph.edge_vector.clone().requires_grad_(True), graph.n_atoms
@@ -247,8 +277,8 @@ def _check_layers(deployed: ForeignModule, raw: RawModule, name: str) -> None:
         )
 
 
-def _frozen(file: Path) -> torch.jit.ScriptModule:
-    """The module of a TorchScript file with its numbers as constants.
+def _frozen(file: Path, device: torch.device | None = None) -> torch.jit.ScriptModule:
+    """The module of a TorchScript file with its numbers as constants, on a device (None: the CPU).
 
     Their precision does not change with that of the model file, which applies to parameters only: a module of another
     program may mix them with buffers.
@@ -257,7 +287,7 @@ def _frozen(file: Path) -> torch.jit.ScriptModule:
     buffer = io.BytesIO()  # a frozen module can be part of another one only when it has been loaded
     torch.jit.save(torch.jit.freeze(loaded, optimize_numerics=False), buffer)
     buffer.seek(0)
-    frozen: torch.jit.ScriptModule = torch.jit.load(buffer)
+    frozen: torch.jit.ScriptModule = torch.jit.load(buffer, map_location=device or "cpu")
     return frozen
 
 

@@ -208,6 +208,18 @@ class Configured(Protocol):
 
 
 @runtime_checkable
+class TrainsElsewhere(Protocol):
+    """What a back end may have besides `Backend`: a Python of its own that trains, with another torch."""
+
+    def check_device(self, device: str) -> None:
+        """Whether it can train on ``training.device``; called once, before a training or a run begins.
+
+        Raises:
+            SettingsError: it cannot.
+        """
+
+
+@runtime_checkable
 class Adapts(Protocol):
     """What a back end may have besides `Backend`: trainings that start from more than its own checkpoints."""
 

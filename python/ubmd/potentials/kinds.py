@@ -7,11 +7,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ubmd.devices import check_device
 from ubmd.errors import SettingsError, describe
 from ubmd.files import file_hash
 from ubmd.imports import import_attribute, load, own_files
-from ubmd.potentials.interface import Backend, Configured, ModelEvaluator
-from ubmd.settings import ModelSettings, TrainSettings, UncertaintySettings
+from ubmd.potentials.interface import Backend, Configured, ModelEvaluator, TrainsElsewhere
+from ubmd.settings import ModelSettings, TrainingSettings, TrainSettings, UncertaintySettings
 from ubmd.settings.dynamic import DynamicRunSettings
 
 if TYPE_CHECKING:  # the command line looks up kinds before it needs numpy
@@ -24,15 +25,15 @@ class Kind:
 
     name: str
     evaluator: str
-    """class 'module:name' for `ubmd.calculator.Model`: (module of the file, its record, precision)"""
+    """class 'module:name' for `ubmd.calculator.Model`: (module of the file, its record, precision, device)"""
     learner: str
     """class 'module:name' of `ubmd.potentials.learner.Learner`"""
     of_crystal: bool = False
     """whether it is one of a crystal: atoms have sites, and stresses are those beyond the ideal crystal's own"""
 
-    def make_evaluator(self, module: Any, record: dict[str, Any], precision: str) -> ModelEvaluator:
-        """What evaluates a model file of this kind."""
-        evaluator: ModelEvaluator = load(self.evaluator)(module, record, precision)
+    def make_evaluator(self, module: Any, record: dict[str, Any], precision: str, device: str) -> ModelEvaluator:
+        """What evaluates a model file of this kind, whose module is on a device."""
+        evaluator: ModelEvaluator = load(self.evaluator)(module, record, precision, device)
         return evaluator
 
     def learner_class(self) -> type[Learner]:
@@ -116,6 +117,14 @@ def check_backend(model: ModelSettings, uncertainty: UncertaintySettings, base: 
     if isinstance(backend, Configured):
         backend.check()
     return backend
+
+
+def check_training_device(backend: Backend, training: TrainingSettings) -> None:
+    """SettingsError if ``training.device`` is not there, in the Python that trains."""
+    if isinstance(backend, TrainsElsewhere):
+        backend.check_device(training.device)
+    else:
+        check_device(training.device, "training.device")
 
 
 def backend_files(model: ModelSettings | None, base: Path) -> dict[str, str]:

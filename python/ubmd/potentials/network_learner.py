@@ -10,10 +10,11 @@ import numpy as np
 from ase import Atoms
 
 from ubmd.data.labels import dataset_hash
+from ubmd.devices import usable
 from ubmd.errors import DataError
 from ubmd.files import copy_file
 from ubmd.potentials.interface import Backend, Labels, Prediction, Signal, TrainingTable
-from ubmd.potentials.kinds import backend_of, check_backend
+from ubmd.potentials.kinds import backend_of, check_backend, check_training_device
 from ubmd.potentials.learner import Judgement, Learner, Progress, _relative, _rms
 from ubmd.potentials.record import precision_for
 from ubmd.settings.dynamic import ConvergenceSettings, DynamicRunSettings
@@ -32,7 +33,10 @@ class Network(Learner):
     def make(cls, settings: DynamicRunSettings, base: Path, box: Atoms, folder: Path, threads: int) -> Self:
         """See `Learner`."""
         assert settings.model is not None
-        return cls(settings, backend_of(settings.model, base), threads)
+        backend = backend_of(settings.model, base)
+        assert settings.training is not None
+        check_training_device(backend, settings.training)
+        return cls(settings, backend, threads)
 
     @classmethod
     def plan(cls, settings: DynamicRunSettings, base: Path, box: Atoms) -> Iterator[str]:
@@ -41,7 +45,9 @@ class Network(Learner):
 
         assert settings.model is not None
         check_baseline(settings.model, set(box.symbols))
-        check_backend(settings.model, settings.uncertainty, base)
+        assert settings.training is not None
+        backend = check_backend(settings.model, settings.uncertainty, base)
+        check_training_device(backend, settings.training)
         yield from ()
 
     def __init__(self, settings: DynamicRunSettings, backend: Backend, threads: int) -> None:
@@ -87,7 +93,15 @@ class Network(Learner):
         provenance = {"training_set_hash": dataset_hash(training)}
         uncertainty, path = self.settings.uncertainty, folder / "model.pt"
         metadata = export_checkpoints(
-            self.backend, [trained], self.model, training, validation, uncertainty, path, provenance
+            self.backend,
+            [trained],
+            self.model,
+            training,
+            validation,
+            uncertainty,
+            path,
+            provenance,
+            device=usable(self.training.device),
         )
         self.load(folder, {}, labels)
         return {"noise": 0.0, "force_scale": metadata["uncertainty"]["forces"]["scale"], "epochs": epochs}
@@ -97,7 +111,8 @@ class Network(Learner):
         from ubmd.potentials.evaluator import load_network
 
         model = folder / "model.pt"
-        self._evaluator = load_network(model, precision_for(model, self.settings.dynamic.precision))
+        precision = precision_for(model, self.settings.dynamic.precision)
+        self._evaluator = load_network(model, precision, usable(self.training.device))
         self._known = split(labels)[0]
 
     def _predict(self, structures: Sequence[Atoms]) -> list[Prediction]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ubmd.devices import CPU, Device
 from ubmd.errors import SettingsError
 from ubmd.settings import (
     CRYSTAL_UNCERTAINTY,
@@ -156,6 +157,11 @@ class DynamicSettings(Table):
         description="precision of pair_style ubmd (force constants are always in double, and models that run in one "
         "precision only keep it)",
     )
+    device: Annotated[Device, NOTHING] = Field(
+        "cpu",
+        description="where pair_style ubmd runs the model: cpu, cuda (the first GPU) or cuda:n (GPU number n, from 0); "
+        "force constants: cpu",
+    )
     timeout: Annotated[float, NOTHING] = Field(7200.0, gt=0, description="time limit of a segment, s")
     trigger: TriggerSettings = Field(default_factory=TriggerSettings)
     convergence: Annotated[ConvergenceSettings, NOTHING] = Field(default_factory=ConvergenceSettings)
@@ -243,6 +249,10 @@ class DynamicRunSettings(Table):
                 raise ValueError(
                     f"[{name}] is for networks and [crystal] trains a force-constant potential; remove one of them"
                 )
+        if self.dynamic.device != CPU:
+            raise ValueError(
+                f"dynamic.device = '{self.dynamic.device}' is for networks; force constants run on the CPU: remove it"
+            )
         default, fields = UncertaintySettings(), UncertaintySettings.model_fields
         for name in sorted(set(fields) - CRYSTAL_UNCERTAINTY):
             if getattr(self.uncertainty, name) not in (getattr(default, name), before(fields[name])):

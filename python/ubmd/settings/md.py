@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ubmd.devices import Device
 from ubmd.settings.marks import NOTHING
 from ubmd.settings.table import Table
 
@@ -81,6 +82,11 @@ class MDSettings(Table):
     )
     precision: Literal["mixed", "single", "double"] = Field(
         "mixed", description="precision of pair_style ubmd (models that run in one precision only keep it)"
+    )
+    device: Annotated[Device, NOTHING] = Field(
+        "cpu",
+        description="where pair_style ubmd runs the model: cpu, cuda (the first GPU; the MPI ranks of a replica take "
+        "the GPUs in turn) or cuda:n (GPU number n, from 0)",
     )
     ranks: int = Field(
         1, ge=1, description="MPI processes that share one replica's atoms; more than 1 pays off for thousands of atoms"

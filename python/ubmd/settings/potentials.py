@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
+from ubmd.devices import Device
 from ubmd.errors import SettingsError
 from ubmd.settings.labels import LABELS, LabelSources
 from ubmd.settings.marks import ELSEWHERE, LATE, NOTHING, late
@@ -90,12 +91,12 @@ class ModelSettings(Table):
 
 KEYS_OF_GMNN = ("size", "cutoff", "n_radial", "n_basis", "r_min", "hidden")  # keys of [model] that no other kind has
 KEYS_OF = {"file": ("checkpoint",), "mace": ("checkpoint", "python", "features")}  # and those that these kinds share
-# keys of [training] that they use; threads and checkpoint_every are the business of a run
+# keys of [training] that they use; device, threads and checkpoint_every are the business of a run
 TRAINING_OF = {"file": ("mode",), "mace": ("mode", "epochs", "batch_size", "precision")}
 
 
 class TrainingSettings(Table):
-    """Optimisation of the network; of kind = mace only mode, epochs, batch_size, precision and threads."""
+    """Optimisation of the network; of kind = mace only mode, epochs, batch_size, precision, device and threads."""
 
     mode: Annotated[Literal["fine-tune", "refit", "none"] | None, LATE] = Field(
         None,
@@ -134,6 +135,11 @@ class TrainingSettings(Table):
         le=1,
         description="share k of earlier weights W in a warm start, k W + sqrt(1 - k^2) random (no unit)",
     )
+    device: Annotated[Device, NOTHING] = Field(
+        "cpu",
+        description="where networks are trained, calibrated and evaluated: cpu, cuda (the first GPU) or cuda:n (GPU "
+        "number n, from 0); of kind = mace also where mace_run_train trains. A run may be resumed on another device",
+    )
     threads: Annotated[int | None, ELSEWHERE] = Field(None, ge=1, description="torch threads; default: all cores")
 
 
@@ -151,7 +157,7 @@ def keys_without_effect(kind: str) -> frozenset[str]:
 def _unused_training(kind: str) -> set[str]:
     """Keys of [training] without effect on this kind of network."""
     used = TRAINING_OF.get(kind, set(TrainingSettings.model_fields) - {"mode"})
-    return set(TrainingSettings.model_fields) - {*used, "threads", "checkpoint_every"}
+    return set(TrainingSettings.model_fields) - {*used, "device", "threads", "checkpoint_every"}
 
 
 def check_mode(model: ModelSettings, training: TrainingSettings) -> None:

@@ -36,7 +36,7 @@ class DistanceUncertainty(Uncertainty):
         self.feature_scale.copy_(torch.sqrt((features * features).sum(1).mean()))
         scaled = features / self.feature_scale
         if count is not None and count < len(features):
-            scaled = scaled[farthest_points(scaled.numpy(), count, seed)]
+            scaled = scaled[farthest_points(scaled.cpu().numpy(), count, seed)]
         self.references = scaled
 
     def forward(self, phi: Tensor) -> Tensor:

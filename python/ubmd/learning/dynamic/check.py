@@ -14,7 +14,7 @@ from ubmd.data.structures import read_structures
 from ubmd.errors import DataError, SettingsError
 from ubmd.learning.held_out import given_test_set
 from ubmd.learning.reference import check_here
-from ubmd.learning.start import check_movable
+from ubmd.learning.start import check_md_device, check_movable
 from ubmd.potentials.kinds import kind_of_settings
 from ubmd.settings.dynamic import DynamicRunSettings, box_file
 
@@ -115,6 +115,7 @@ def check(settings: DynamicRunSettings, base: Path) -> Iterator[str]:
             "and errors are those of the others."
         )
     dynamic = settings.dynamic
+    check_md_device(dynamic.device, "dynamic.device", settings.workers)
     temperatures = ", ".join(f"{t:g}" for t in dynamic.temperatures)
     yield (f"Box: {box.symbols.formula.format('hill')}, {len(box)} atoms, {describe_periodicity(box)}.")
     yield (

@@ -31,6 +31,7 @@ from ubmd.learning.dynamic.series import Series
 from ubmd.learning.dynamic.trajectories import Trajectories, asks
 from ubmd.learning.labels import reference_key
 from ubmd.learning.reference import look_at_reference, remarks
+from ubmd.learning.start import check_md_device
 from ubmd.learning.walk import LARGEST_FRUITLESS, START, Walk, drive
 from ubmd.learning.work.workers import Executor
 from ubmd.potentials.interface import converged
@@ -70,6 +71,8 @@ def run(
     """
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
     check_box(settings, base)  # before the folder is made: what is wrong here stays wrong
+    if executor is None:
+        check_md_device(settings.dynamic.device, "dynamic.device", settings.workers)
     drive(folder, settings.workers, executor, lambda workers: DynamicRun(settings, base, folder, workers, listener))
     return Path(settings.run_dir)
 

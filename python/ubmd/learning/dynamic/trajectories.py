@@ -96,6 +96,7 @@ class Trajectories:
                 check_every=dynamic.check_every,
                 frames=dynamic.frames,
                 precision=dynamic.precision,
+                device=dynamic.device,
                 force=bias.force if bias else 0.0,
                 species=bias.species if bias else {},
                 window=bias.window if bias else 1,

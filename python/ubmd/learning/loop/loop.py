@@ -82,7 +82,7 @@ def run(
     # Workers may have another working directory.
     folder, base = RunFolder(Path(settings.run_dir).absolute()), Path(base).absolute()
     # Before the folder is made: what is wrong here stays wrong.
-    verify(settings, base)
+    verify(settings, base, here=executor is None)
 
     def begin(workers: Executor) -> Loop:
         if from_iteration is not None:

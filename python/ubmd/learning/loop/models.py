@@ -13,6 +13,7 @@ from ubmd.analysis import predictions
 from ubmd.calculator import Model
 from ubmd.data.extxyz import write_structures
 from ubmd.data.labels import dataset_hash
+from ubmd.devices import usable
 from ubmd.errors import ModelError, TrainingError, UbmdError
 from ubmd.files import content_hash, file_hash, is_sealed, move_aside, write_json
 from ubmd.learning.loop.turn import Turn
@@ -132,7 +133,16 @@ class Models:
             uncertainty = turn.settings.uncertainty
             network = turn.settings.model
             record = export_checkpoints(
-                self.backend, weights, network, turn.training, calibration, uncertainty, model, provenance, earlier()
+                self.backend,
+                weights,
+                network,
+                turn.training,
+                calibration,
+                uncertainty,
+                model,
+                provenance,
+                earlier(),
+                usable(turn.settings.training.device),
             )["uncertainty"]
             attained = [record[name]["attainable"] for name in ("energy", "forces")]
             sentence = shortfall(attained[0], attained[1], uncertainty.alpha)
@@ -173,7 +183,7 @@ def measure(turn: Turn, model: Path, test: list[Atoms]) -> None:
     precision = turn.settings.md.precision
 
     def work() -> None:
-        evaluator = Model(model, precision_for(model, precision))
+        evaluator = Model(model, precision_for(model, precision), usable(turn.settings.training.device))
         found = {name: evaluator.predict(atoms) for name, atoms in sets.items() if atoms}
         errors = {name: error_summary(sets[name], each) for name, each in found.items()}
         if test:

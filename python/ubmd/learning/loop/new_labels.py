@@ -18,6 +18,7 @@ from ase import Atoms
 from ubmd.analysis.predictions import NEW_LABELS, Predictions, keep_predictions, kept_predictions, labels_of_iteration
 from ubmd.calculator import Model
 from ubmd.data.constraints import is_fixed
+from ubmd.devices import usable
 from ubmd.learning.loop.turn import Turn
 from ubmd.learning.walk import START
 from ubmd.measure.errors import calibration_data
@@ -33,7 +34,8 @@ def judge(turn: Turn, dataset: Sequence[Atoms]) -> None:
 
     def work() -> None:
         model = turn.once.folder / "model.pt"
-        evaluator = Model(model, precision_for(model, turn.settings.md.precision))
+        device = usable(turn.settings.training.device)
+        evaluator = Model(model, precision_for(model, turn.settings.md.precision), device)
         keep_predictions(target, labels, evaluator.predict(labels), evaluator.metadata)
 
     turn.once.run("judge", turn.keys["label"], [target], work)

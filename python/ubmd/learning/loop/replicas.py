@@ -72,6 +72,7 @@ def replica_tasks(
                 cell_limit=md.cell_limit,
                 frames_every=md.frames_every,
                 precision=md.precision,
+                device=md.device,
                 force=ramped(bias_ramp.force, bias_ramp.iterations, iteration, bias.force),
                 stress=ramped(bias_ramp.stress, bias_ramp.iterations, iteration, bias.stress),
                 uncertainty=bias.uncertainty,
@@ -203,7 +204,7 @@ def settled(task: ReplicaTask) -> dict[str, Any]:
     """All of a task that decides its trajectory, except model and start structure: no paths."""
     # The key of a task without Colvars is what it was before Colvars were supported: older run folders can be resumed.
     absent: set[str] = set() if task.colvars else {"colvars"}
-    return task.model_dump(mode="json", exclude={"model", "start", "frames", "trace_every"} | absent)
+    return task.model_dump(mode="json", exclude={"model", "start", "frames", "trace_every", "device"} | absent)
 
 
 def _task_key(task: ReplicaTask, model_key: str) -> str:

@@ -14,6 +14,7 @@ from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import (
     read_structures,
 )
+from ubmd.devices import usable
 from ubmd.potentials.record import precision_for
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.selection import select
@@ -44,7 +45,7 @@ def select_batch(
     pool: Sequence[Atoms], training: Sequence[Atoms], model: Path, count: int, settings: RunSettings, iteration: int
 ) -> tuple[list[Atoms], dict[str, Any]]:
     """(chosen frames with where they come from in ``info``, what selected.json holds)."""
-    evaluator = Model(model, precision_for(model, settings.md.precision))
+    evaluator = Model(model, precision_for(model, settings.md.precision), usable(settings.training.device))
     candidates, known = evaluator.predict(pool), evaluator.predict(training)
     rng = random_generator(settings.seed, iteration, Stage.SELECT)
     drawn = min(settings.selection.random, count - 1) if settings.selection.batch >= _LARGE_BATCH else 0

@@ -15,9 +15,9 @@ from ubmd.errors import DataError, SettingsError
 from ubmd.files import check_name
 from ubmd.learning.given import elements_of, given_remarks, read_given, set_aside
 from ubmd.learning.held_out import given_test_set
-from ubmd.learning.start import check_start, check_states, read_start
+from ubmd.learning.start import check_md_device, check_start, check_states, read_start
 from ubmd.potentials.baseline import check_baseline
-from ubmd.potentials.kinds import backend_of, check_backend
+from ubmd.potentials.kinds import backend_of, check_backend, check_training_device
 from ubmd.potentials.starting import file_to_start_from
 from ubmd.runs.folder import RunFolder
 from ubmd.settings import RunSettings
@@ -31,10 +31,12 @@ def verify(
     base: Path,
     remark: Callable[[str], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
+    here: bool = True,
 ) -> list[Atoms]:
     """Check the settings against the start structures, and a given test set; returns the start structures.
 
     ``remark`` is called with sentences on labels that may be a mistake, ``tell`` with where they were taken from.
+    ``here``: whether tasks run where the settings say, rather than in an executor that was given.
 
     Raises:
         DataError: the file with the start structures, or with the test set, cannot be used.
@@ -64,7 +66,10 @@ def verify(
         if settings.model.elements and element not in settings.model.elements:
             raise SettingsError(f"{settings.start.source} holds {element}; add it to model.elements.")
     check_baseline(settings.model, {*present, *(settings.model.elements or ())})
-    check_backend(settings.model, settings.uncertainty, base)
+    backend = check_backend(settings.model, settings.uncertainty, base)
+    check_training_device(backend, settings.training)
+    if here:
+        check_md_device(settings.md.device, "md.device", settings.workers)
     model_to_start_from(settings, base)
     check_start(structures, settings)
     check_states(structures, settings)

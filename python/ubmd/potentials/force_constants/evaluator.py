@@ -42,8 +42,8 @@ class CrystalEvaluator:
     The sites of a box are kept while its atoms stay near them, so structures of one trajectory are placed once.
     """
 
-    def __init__(self, module: Any, metadata: dict[str, Any], precision: str = "double") -> None:
-        """``precision`` is that of the module already."""
+    def __init__(self, module: Any, metadata: dict[str, Any], precision: str = "double", device: str = "cpu") -> None:
+        """``precision`` is that of the module already, and ``device`` the CPU."""
         self.module = module
         record = metadata["lattice"]
         numbers = np.array([atomic_numbers[metadata["elements"][k]] for k in record["species"]])

@@ -1,6 +1,7 @@
 """Files of a training: weights (the result) and checkpoints (to resume exactly), both written atomically.
 
-They hold tensors, numbers and text only, so that they are read with ``weights_only=True`` (no code runs).
+They hold tensors, numbers and text only, so that they are read with ``weights_only=True`` (no code runs). The tensors
+are on the CPU, whatever device trained them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ FORMAT = 1
 def save_atomically(content: dict[str, Any], path: Path) -> None:
     """``torch.save`` to a temporary file that is renamed once it is on disk."""
     with replacing(path) as file:
-        torch.save(content, file)
+        torch.save(_on_cpu(content), file)
+
+
+def _on_cpu(value: Any) -> Any:
+    """The same with tensors on the CPU, also those in dictionaries and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return [_on_cpu(item) for item in value] if isinstance(value, list) else value
 
 
 def save_weights(model: GaussianMomentNetwork, path: Path) -> None:
@@ -70,8 +80,8 @@ def _first_line(error: Exception) -> str:
 
 
 def model_state(model: GaussianMomentNetwork) -> dict[str, Any]:
-    """Architecture, precision and a copy of the weights."""
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    """Architecture, precision and a copy of the weights, on the CPU."""
+    state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     return {"config": model.config(), "dtype": str(model.radial.dtype).removeprefix("torch."), "model": state}
 
 

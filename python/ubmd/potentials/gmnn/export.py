@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from ase import Atoms
 
+from ubmd.devices import CPU
 from ubmd.errors import ModelError
 from ubmd.operators import chosen, use_operators
 from ubmd.potentials.baseline import baseline_settings
@@ -29,6 +30,7 @@ def export_model(
     path: Path,
     provenance: dict[str, Any] | None = None,
     operators: bool | None = None,
+    device: str = CPU,
 ) -> dict[str, Any]:
     """Write ``path``: energies, forces, features and calibrated uncertainties of ``model`` (several: an ensemble).
 
@@ -36,7 +38,7 @@ def export_model(
     both in float64. The labels are whole ones: a baseline (`models[0].settings`) is taken off them here, and added to
     the networks. ``provenance`` (e.g. training_set_hash, settings) joins the metadata, which is returned.
     ``operators``: whether the file calls the operator library (None: if it can be loaded here). Files without run
-    anywhere, but much slower on the CPU.
+    anywhere, but much slower on the CPU. ``device``: as of `export_raw`.
 
     Raises:
         DataError: a calibration structure without energy or forces.
@@ -50,7 +52,8 @@ def export_model(
         for member in models:
             member.to_network_dtype(torch.float64)
         raw = raw_module(models, settings, operators, dtypes[0])
-        return export_raw(raw, "gmnn", models[0].settings, training, calibration, settings, path, provenance)
+        first = models[0].settings
+        return export_raw(raw, "gmnn", first, training, calibration, settings, path, provenance, (), device)
     finally:
         for member, original in zip(models, dtypes, strict=True):
             member.to_network_dtype(original)

@@ -74,7 +74,7 @@ def _cotangents(batch: Batch, errors: Differences, settings: TrainingSettings) -
     pairs = forces.index_select(0, batch.edge_index[0]).sub_(forces.index_select(0, batch.edge_index[1]))
     if settings.stress_weight > 0 and batch.any_stress:
         six = (2.0 * settings.stress_weight) * errors.virial
-        virial = torch.zeros(len(six), 3, 3, dtype=six.dtype)
+        virial = six.new_zeros(len(six), 3, 3)
         virial[:, VOIGT[0], VOIGT[1]] += 0.5 * six  # half for either of the two equal off-diagonal elements
         virial[:, VOIGT[1], VOIGT[0]] += 0.5 * six
         if batch.projector is not None:  # the errors are P D P of slabs, with P of `Batch.stress_within`
@@ -118,7 +118,7 @@ class _ClosedForms:
         """Energies, forces and virials minus their labels."""
         batch = self.batch
         atomic = self.model.atomic_energies(self.y, batch.species)
-        energies = torch.zeros(batch.n_structures, dtype=torch.float64).index_add_(0, batch.structure, atomic)
+        energies = atomic.new_zeros(batch.n_structures).index_add_(0, batch.structure, atomic)
         gradient = self.operators.moments_vjp(*self.pairs, self.moments_bar)
         virials = batch.virials_from(gradient) if batch.any_stress else gradient.new_zeros(batch.n_structures, 3, 3)
         return differences(batch, energies, batch.forces_from(gradient), virials)

@@ -156,7 +156,7 @@ class GaussianMomentNetwork(nn.Module):
             else:
                 gradient = torch.zeros_like(edge_vector)
             atomic = self.atomic_energies(y, batch.species)
-        energies = torch.zeros(batch.n_structures, dtype=torch.float64).index_add(0, batch.structure, atomic)
+        energies = atomic.new_zeros(batch.n_structures).index_add(0, batch.structure, atomic)
         forces = scatter_forces(batch.edge_index, gradient, n)
         owner = batch.structure.index_select(0, batch.edge_index[0])
         virial = strain_gradient(batch.edge_vector, gradient, owner, batch.n_structures)

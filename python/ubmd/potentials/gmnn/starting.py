@@ -122,8 +122,8 @@ def _baseline(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _energies(model: GaussianMomentNetwork, batch: Batch) -> Tensor:
     """Energies [S] of the structures of a batch, eV."""
-    atomic = model(batch.species, batch.edge_index, batch.edge_vector, len(batch.species))
-    return torch.zeros(batch.n_structures, dtype=torch.float64).index_add(0, batch.structure, atomic)
+    atomic: Tensor = model(batch.species, batch.edge_index, batch.edge_vector, len(batch.species))
+    return atomic.new_zeros(batch.n_structures).index_add(0, batch.structure, atomic)
 
 
 def _refit(model: GaussianMomentNetwork, labels: Sequence[Atoms], source: Path) -> dict[str, float]:

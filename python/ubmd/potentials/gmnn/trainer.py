@@ -20,6 +20,7 @@ from ase import Atoms
 
 from ubmd.data.graph import Batch, Graph, build_graph, chunks
 from ubmd.data.labels import check_labelled, dataset_hash
+from ubmd.devices import check_device, torch_device
 from ubmd.errors import DataError, ModelError, TrainingError
 from ubmd.files import file_hash
 from ubmd.potentials.gmnn import checkpoint
@@ -59,7 +60,8 @@ def train(
     """Train a model, or resume (or just return) the training that ``folder/checkpoint.pt`` belongs to.
 
     Writes ``log.csv``, ``learning_curve.png``, ``checkpoint.pt`` and, at the end, ``weights.pt`` (best weights).
-    A training that was killed and resumed ends with the same bits as an uninterrupted one (with one thread).
+    A training that was killed and resumed ends with the same bits as an uninterrupted one (with one thread, on the
+    same device).
 
     Args:
         training, validation: labelled structures (energy and forces; stress where there is one), without the baseline
@@ -74,9 +76,10 @@ def train(
         prolong: continue a training that had fewer epochs (`prolongation`), and keep what is needed to do so again.
 
     Raises:
-        DataError: unusable structures. ModelError: ``initial`` does not fit. TrainingError: the checkpoint belongs
-            to another training, or the loss is not finite.
+        SettingsError: torch has no such device. DataError: unusable structures. ModelError: ``initial`` does not fit.
+        TrainingError: the checkpoint belongs to another training, or the loss is not finite.
     """
+    check_device(training_settings.device, "training.device")
     check_labelled(training, "training set")
     check_labelled(validation, "validation set")
     epochs = epochs or training_settings.epochs
@@ -185,11 +188,13 @@ class _Trainer:
         warm: bool,
     ) -> None:
         self.model = model.to_network_dtype(getattr(torch, settings.precision))
+        self.device = torch_device(settings.device)
+        model.to(self.device)
         self.settings = settings
         self.epochs = epochs
         self.graphs = [self._graph(atoms) for atoms in training]
         self.limits = chunk_limits(model)
-        self.validation = list(chunks((self._graph(atoms) for atoms in validation), *self.limits))
+        self.validation = list(chunks((self._graph(atoms) for atoms in validation), *self.limits, self.device))
         if not warm:
             model.initialise_energies(self.graphs)
         self.base_rates = _learning_rates(settings, settings.warm_learning_rate_factor if warm else 1.0)
@@ -207,7 +212,7 @@ class _Trainer:
         self.history: list[Row] = []
         self.best: dict[str, Any] | None = None
         # one mini-batch per epoch: always the same one, whatever the order
-        self.whole = list(chunks(self.graphs, *self.limits)) if self.steps_per_epoch == 1 else None
+        self.whole = list(chunks(self.graphs, *self.limits, self.device)) if self.steps_per_epoch == 1 else None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -220,7 +225,7 @@ class _Trainer:
         order = torch.randperm(len(self.graphs), generator=self.generator).tolist()
         for step in range(self.steps_per_epoch):
             chosen = order[step * self.settings.batch_size : (step + 1) * self.settings.batch_size]
-            batches = self.whole or chunks((self.graphs[k] for k in chosen), *self.limits)
+            batches = self.whole or chunks((self.graphs[k] for k in chosen), *self.limits, self.device)
             total += self._step(batches, self.epoch * self.steps_per_epoch + step, sums)
         self.epoch += 1
         row: Row = {"epoch": self.epoch, "loss": total, **sums.columns("train"), "best": 0}

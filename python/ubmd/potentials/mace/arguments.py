@@ -15,6 +15,7 @@ DECIDED = {
     "max_num_epochs": "training.epochs",
     "batch_size": "training.batch_size",
     "default_dtype": "training.precision",
+    "device": "training.device",
     "foundation_model": "model.checkpoint",
     "seed": "seed",
     "name": "",
@@ -46,6 +47,16 @@ def check_arguments(arguments: Mapping[str, Any], known: Mapping[str, bool]) -> 
             raise SettingsError(f"model.arguments: mace_run_train has no argument {name!r}; {hint}")
 
 
+def device_argument(device: str) -> str:
+    """``training.device`` as the command takes it; SettingsError for a number of a GPU, which it does not know."""
+    if device.startswith("cuda:"):
+        raise SettingsError(
+            f"training.device = '{device}': mace_run_train takes no number of a GPU; use 'cuda', and choose the GPU by "
+            "the environment variable CUDA_VISIBLE_DEVICES."
+        )
+    return device
+
+
 def command_line(arguments: Mapping[str, Any], takes_value: Mapping[str, bool]) -> list[str]:
     """Options of the command; an option without a value is there if it is true."""
     found = []
@@ -67,9 +78,9 @@ def training_arguments(
         files: training and validation structures.
         work: folder of the training.
         start: checkpoint of the network to start from.
-        options: seed, epochs, batch_size, default_dtype.
+        options: seed, epochs, batch_size, default_dtype, device.
     """
-    usual: dict[str, Any] = {"device": "cpu", "E0s": "average" if start is None else "foundation"}
+    usual: dict[str, Any] = {"E0s": "average" if start is None else "foundation"}
     if start is not None:
         usual |= {"foundation_model": start, "multiheads_finetuning": False}
     return {

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ubmd.errors import ModelError, SettingsError
 from ubmd.files import content_hash, copy_file, file_hash, is_sealed, read_json_if_whole, seal, write_json
 from ubmd.potentials.interface import Labels, RawModule, Report, Summary, TrainingTable
-from ubmd.potentials.mace.arguments import NAME, check_arguments, command_line, training_arguments
+from ubmd.potentials.mace.arguments import NAME, check_arguments, command_line, device_argument, training_arguments
 from ubmd.potentials.mace.environment import Environment
 from ubmd.potentials.mace.log import LOGS, Progress, remove_logs, summary
 from ubmd.settings import ModelSettings, UncertaintySettings
@@ -67,6 +67,17 @@ class Mace:
     def check(self) -> None:
         """See `ubmd.potentials.interface.Configured`."""
         check_arguments(self.model.arguments, _takes_value(self.environment))
+
+    def check_device(self, device: str) -> None:
+        """See `ubmd.potentials.interface.TrainsElsewhere`."""
+        if device_argument(device) == "cpu":
+            return
+        found = _versions(self.environment)
+        if not found["gpus"]:
+            raise SettingsError(
+                f"training.device = '{device}' cannot be used: torch {found['versions']['torch']} of "
+                f"{self.environment.python} finds no GPU; use 'cpu', or install a torch with CUDA there."
+            )
 
     def files(self) -> Sequence[Path]:
         """The checkpoint to start from."""
@@ -132,6 +143,7 @@ class Mace:
             # an incomplete batch is left out, also if it is the only one
             "batch_size": min(table.training.batch_size, len(labels.training)),
             "default_dtype": table.training.precision,
+            "device": device_argument(table.training.device),
         }
         arguments = training_arguments(self.model.arguments, files, work, start, options)
         progress = Progress(work, f"{NAME}_run-{seed}", epochs, work.parent, report)
@@ -195,9 +207,14 @@ class Mace:
 
 
 @lru_cache
+def _versions(environment: Environment) -> Mapping[str, Any]:
+    """What `inside.versions` says."""
+    return environment.ask("versions")
+
+
 def _takes_value(environment: Environment) -> Mapping[str, bool]:
     """The arguments of mace_run_train, and whether each takes a value."""
-    found: dict[str, bool] = environment.ask("versions")["arguments"]
+    found: dict[str, bool] = _versions(environment)["arguments"]
     return found
 
 

@@ -44,11 +44,13 @@ def wrapper() -> Any:
 
 
 def versions(_: dict[str, Any]) -> dict[str, Any]:
-    """Versions of the packages, and the arguments of mace_run_train, with whether they take a value."""
+    """Versions of the packages, GPUs, and the arguments of mace_run_train, with whether they take a value."""
+    import torch
     from mace.tools import build_default_arg_parser
 
     options = [(name, action) for action in build_default_arg_parser()._actions for name in action.option_strings]
     return {
+        "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "versions": {package: metadata.version(package) for package in ("mace-torch", "e3nn", "torch")},
         "arguments": {name[2:]: action.nargs != 0 for name, action in options if name.startswith("--")},
     }
