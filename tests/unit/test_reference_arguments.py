@@ -215,10 +215,10 @@ def test_names_of_ready_made_references_are_corrected() -> None:
     ("keyword", "hint"),
     [
         ("precison", r"did you mean 'precision'\?"),
-        ("bias", r"known keywords: path, precision, bias_force, atoms, label, directory\."),
+        ("bias", r"known keywords: path, precision, bias_force, device, atoms, label, directory\."),
         ("bias_forc", r"did you mean 'bias_force'\?"),
         ("restart", "known keywords: "),  # ASE would look for a file that nothing here writes
-        ("device", "known keywords: path, precision"),
+        ("devise", r"did you mean 'device'\?"),
     ],
 )
 def test_calculator_refuses_keywords_that_it_does_not_know(keyword: str, hint: str, tmp_path: Path) -> None:
