@@ -260,7 +260,7 @@ TORCH_LIBRARY(ubmd, library) {
   library.def("product(Tensor left, Tensor right, Tensor? add=None) -> Tensor");
   library.def(
       "network(Tensor x0, Tensor delta3, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, "
-      "Tensor bias3, bool keep) -> Tensor[]");
+      "Tensor bias3, bool keep, bool for_bias=False) -> Tensor[]");
   library.def(
       "sketch_features(Tensor x0, Tensor x1, Tensor x2, Tensor delta1, Tensor delta2, Tensor delta3, "
       "Tensor[] projections) -> Tensor[]");
