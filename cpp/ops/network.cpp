@@ -146,4 +146,25 @@ std::vector<Tensor> network(const Tensor &x0, const Tensor &delta3, const Tensor
   return results;
 }
 
+std::vector<Tensor> second_layer(const Tensor &z2, const Tensor &delta3, const Tensor &weight3) {
+  TORCH_CHECK(z2.dim() == 2, "ubmd operators: network needs a matrix z2");
+  const std::int64_t n = z2.size(0), width = z2.size(1);
+  const Tensor z = z2.contiguous(), delta = expect(delta3, "delta3", z2, {n, 1}),
+               weight = expect(weight3, "weight3", z2, {1, width});
+  const Tensor slopes = at::empty_like(z), curvatures = at::empty_like(z);
+  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "ubmd::second_layer", [&] {
+    const scalar_t *from = z.const_data_ptr<scalar_t>(), *d = delta.const_data_ptr<scalar_t>(),
+                   *w = weight.const_data_ptr<scalar_t>();
+    scalar_t *s = slopes.mutable_data_ptr<scalar_t>(), *t = curvatures.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, n, 32, [&](std::int64_t begin, std::int64_t end) {
+      std::vector<scalar_t> values(width);  // of no use here
+      for (std::int64_t i = begin; i < end; ++i) {
+        kernels<scalar_t>().activation(width, from + i * width, values.data(), s + i * width, t + i * width);
+        for (std::int64_t k = 0; k < width; ++k) t[i * width + k] *= d[i] * w[k];
+      }
+    });
+  });
+  return {slopes, curvatures};
+}
+
 }  // namespace ubmd::ops

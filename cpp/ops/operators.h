@@ -43,6 +43,8 @@ at::Tensor product(const at::Tensor &left, const at::Tensor &right, const std::o
 std::vector<at::Tensor> network(const at::Tensor &x0, const at::Tensor &delta3, const at::Tensor &weight1,
                                 const at::Tensor &bias1, const at::Tensor &weight2, const at::Tensor &bias2,
                                 const at::Tensor &weight3, const at::Tensor &bias3, bool keep, bool for_bias);
+// s2 and curvature2 of that network from z2 [n, d], dE/dy = delta3 [n, 1] and weight3 [1, d].
+std::vector<at::Tensor> second_layer(const at::Tensor &z2, const at::Tensor &delta3, const at::Tensor &weight3);
 // Sketched features of that network, with projections inner1 [p, F], inner2, inner3 [p, d] and their biases [p],
 // outer1, outer2 [p, d]: phi [n, p] and its factors inner1, outer1, inner2, outer2 [n, p].
 std::vector<at::Tensor> sketch_features(const at::Tensor &x0, const at::Tensor &x1, const at::Tensor &x2,

@@ -153,18 +153,23 @@ class NeuralTangentNetwork(Products):
 
     def with_second_layer(self, layers: Layers, z2: Tensor) -> Layers:
         """Layers of `evaluate_for_bias` with slopes and curvatures of the second one."""
-        activated = self.activation(z2, 2)
+        if self.operators and z2.is_cpu:
+            found: list[Tensor] = torch.ops.ubmd.second_layer(z2, layers.delta3, self.weight3)
+            s2, curvature2 = found[0], found[1]
+        else:
+            _, s2, curvature2 = self.activation(z2, 2)
+            curvature2 = curvature2.mul_(layers.delta3 * self.weight3)
         return Layers(
             x0=layers.x0,
             x1=layers.x1,
             x2=layers.x2,
             s1=layers.s1,
-            s2=activated[1],
+            s2=s2,
             delta1=layers.delta1,
             delta2=layers.delta2,
             delta3=layers.delta3,
             curvature1=layers.curvature1,
-            curvature2=activated[2].mul_(layers.delta3 * self.weight3),
+            curvature2=curvature2,
         )
 
     def _by_operator(self, x0: Tensor, delta3: Tensor, keep: bool, for_bias: bool = False) -> list[Tensor]:
