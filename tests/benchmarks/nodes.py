@@ -5,10 +5,10 @@ python tests/benchmarks/nodes.py [--times scale.json ...] [--latency 2e-6] [--ba
 T(N, P) = T_1(N / P) + communication. T_1 is the measured time of one rank (of `scale.py --json`, else measured first:
 two minutes). A periodic box on one rank has as many ghost atoms as a subdomain of its size, so that T_1 contains the
 work for them. Messages and bytes are counted from the code of LAMMPS and ubmd; latency (s) and bandwidth (bytes/s, of
-each rank) are assumptions. Left out: rebuilds of the neighbour list, output, and unequal numbers of atoms on the ranks.
+each rank) are assumptions. Left out: rebuilds of the neighbour list, output, and unequal numbers of atoms on ranks.
 
-`--check` runs LAMMPS on 1, 2 and 4 ranks and prints what is predicted beside what is counted (needs a C compiler). Times
-can be compared for as many ranks as there are cores.
+`--check` runs LAMMPS on 1, 2 and 4 ranks and prints what is predicted beside what is counted (needs a C compiler).
+Times can be compared for as many ranks as there are cores.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Traffic:
 
 def processor_grid(box: Edges, ranks: int) -> Grid:
     """LAMMPS's division of an orthogonal box [3] (Å): that with the smallest surface."""
-    grids = [grid for grid in product(range(1, ranks + 1), repeat=3) if math.prod(grid) == ranks]
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    grids = [grid for grid in product(divisors, repeat=3) if math.prod(grid) == ranks]
 
     def surface(grid: Grid) -> float:
         x, y, z = subdomain(box, grid)
@@ -196,7 +197,9 @@ def check(suite: run.Suite, folder: Path, times: dict[str, list[tuple[int, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=Path, nargs="+", default=[], help="figures of scale.py --json (default: measure)")
+    parser.add_argument(
+        "--times", type=Path, nargs="+", default=[], help="figures of scale.py --json (default: measure)"
+    )
     parser.add_argument("--latency", type=float, default=2e-6, help="of a message, s (default, assumed: 2e-6)")
     parser.add_argument("--bandwidth", type=float, default=1e10, help="of each rank, bytes/s (default, assumed: 1e10)")
     parser.add_argument("--check", action="store_true", help="compare with LAMMPS on 1, 2 and 4 ranks")

@@ -104,7 +104,13 @@ class Suite:
             self.without_atoms = " atoms no"
 
     def mgo(
-        self, name: str, cells: int | tuple[int, int, int], model: str, bias: str = "", every: int = 1, options: str = ""
+        self,
+        name: str,
+        cells: int | tuple[int, int, int],
+        model: str,
+        bias: str = "",
+        every: int = 1,
+        options: str = "",
     ) -> Case:
         """Rocksalt, cells^3 times 8 atoms, or as many cells along each edge."""
         x, y, z = (cells, cells, cells) if isinstance(cells, int) else cells

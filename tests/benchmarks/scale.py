@@ -102,7 +102,9 @@ def main() -> None:
     sizes = [cells for cells in CELLS if 8 * cells[0] * cells[1] * cells[2] <= arguments.largest]
     with tempfile.TemporaryDirectory(prefix="ubmd_benchmarks_") as folder:
         suite = prepared(Path(folder))
-        rows = [row for kind in arguments.kinds for ranks in arguments.ranks for row in measure(suite, sizes, ranks, kind)]
+        rows = [
+            row for kind in arguments.kinds for ranks in arguments.ranks for row in measure(suite, sizes, ranks, kind)
+        ]
     if arguments.json:
         report.write_json(arguments.json, {"rows": rows, "circumstances": run.circumstances(quick=False)})
 

@@ -677,7 +677,12 @@ def test_second_layer_is_made_again(rows: int, sizes: tuple[int, int, int], fast
 def test_second_layer_of_wrong_shapes() -> None:
     z2, delta3, weight3 = torch.zeros(4, 6), torch.zeros(4, 1), torch.zeros(1, 6)
     assert [part.shape for part in ops.second_layer(z2, delta3, weight3)] == [(4, 6), (4, 6)]
-    for given in ((z2, delta3[1:], weight3), (z2, delta3, weight3[:, 1:]), (z2, delta3.double(), weight3), (z2[0],) * 3):
+    for given in (
+        (z2, delta3[1:], weight3),
+        (z2, delta3, weight3[:, 1:]),
+        (z2, delta3.double(), weight3),
+        (z2[0],) * 3,
+    ):
         with pytest.raises(RuntimeError, match="network needs"):
             ops.second_layer(*given)
 

@@ -97,7 +97,7 @@ class ScaledNetwork(nn.Module):
         return Layers(x0, x1, x2, s1, none, delta1, delta2, delta3, curvature1, none)
 
     def all_layers(self, tape: list[Tensor]) -> Layers:
-        """The same with slopes and curvatures of the second layer, which aren't kept: z2 gives them without a product."""
+        """The same with slopes and curvatures of the second layer, which z2 gives without a product."""
         return self.network.with_second_layer(self.layers(tape), tape[4])
 
     def trimmed(self, tape: list[Tensor], inputs: bool) -> list[Tensor]:
