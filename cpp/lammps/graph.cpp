@@ -60,12 +60,11 @@ void Block::build(const Atoms &atoms, const Neighbours &list, const Participants
   centres.assign(who.centres.begin() + begin, who.centres.begin() + end);
   species.resize(centres.size());
   first.resize(centres.size() + 1);
-  std::int64_t candidates = 0;
-  for (int i : centres) candidates += list.numbers[i];
-  reserve_pairs(candidates);
   first[0] = 0;
   for (std::size_t k = 0; k < centres.size(); ++k) {
     species[k] = who.elements[centres[k]];
+    // room for one row of the list at a time: the whole list, with its skin, is several times as long as the pairs
+    reserve_pairs(first[k] + list.numbers[centres[k]]);
     first[k + 1] = add_pairs(atoms, list, who, centres[k], cutoff, first[k]);
   }
 }

@@ -209,18 +209,21 @@ void PairUBMD::evaluate(const ubmd::Request &request) {
   model_->start(request);
   const std::size_t n = geometry_->centres().size(), limit = model_->largest_block();
   const std::size_t n_blocks = n / limit + (n % limit != 0);
-  for (std::size_t k = 0; k < n_blocks; ++k) evaluate_piece(request, k * n / n_blocks, (k + 1) * n / n_blocks);
+  const auto build = [&](ubmd::Block &block, std::size_t k) -> const ubmd::Block & {
+    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
+    geometry_->build(block, k * n / n_blocks, (k + 1) * n / n_blocks);
+    return block;
+  };
+  const bool keep = request.bias != ubmd::Bias::none;
+  if (keep) n_kept_ = n_blocks;
+  if (kept_.size() < n_kept_) kept_.resize(n_kept_);
+  // All of them before the first result: they keep their memory, and between results it would divide what these free.
+  for (std::size_t k = 0; keep && k < n_blocks; ++k) build(kept_[k], k);
+  for (std::size_t k = 0; k < n_blocks; ++k) evaluate_piece(request, keep ? kept_[k] : build(scratch_, k));
   if (request.atoms) atomic_->finish(geometry_->centres(), uncertainties_.data());
 }
 
-void PairUBMD::evaluate_piece(const ubmd::Request &request, std::size_t begin, std::size_t end) {
-  const bool keep = request.bias != ubmd::Bias::none;
-  if (keep && kept_.size() == n_kept_) kept_.emplace_back();
-  ubmd::Block &block = keep ? kept_[n_kept_++] : scratch_;
-  {
-    const ubmd::Timer::Scope scope(timer_, ubmd::Timer::graph);
-    geometry_->build(block, begin, end);
-  }
+void PairUBMD::evaluate_piece(const ubmd::Request &request, const ubmd::Block &block) {
   ubmd::Forces result;
   {
     const ubmd::Timer::Scope scope(timer_, ubmd::Timer::network);

@@ -84,7 +84,7 @@ class PairUBMD : public Pair {
   std::size_t block_size() const;
   void read_atoms();
   void evaluate(const ubmd::Request &);
-  void evaluate_piece(const ubmd::Request &, std::size_t begin, std::size_t end);
+  void evaluate_piece(const ubmd::Request &, const ubmd::Block &);
   void add_to_atoms(const ubmd::Request &, const ubmd::Block &, ubmd::Forces);
   void evaluate_uncertainties(const ubmd::Request &, const ubmd::Block &);
   void check_finite(const ubmd::Block &, const ubmd::Forces &) const;

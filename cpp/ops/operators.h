@@ -38,10 +38,13 @@ std::vector<at::Tensor> activation(const at::Tensor &z, std::int64_t order);
 at::Tensor product(const at::Tensor &left, const at::Tensor &right, const std::optional<at::Tensor> &add);
 // Two hidden layers and one output: of x0 [n, F], weights [d, d below], biases [d] and dE/dy = delta3 [n, 1] these
 // results: y [n], dE/dx0 [n, F], and to `keep` x1, x2, s1, s2, delta1, delta2, curvature1, curvature2 [n, d]: values
-// and slopes of the layers, dE/dz, and the activation's second derivative times dE/dx.
+// and slopes of the layers, dE/dz, and the activation's second derivative times dE/dx; `for_bias`: z2 in place of s2,
+// and no curvature2.
 std::vector<at::Tensor> network(const at::Tensor &x0, const at::Tensor &delta3, const at::Tensor &weight1,
                                 const at::Tensor &bias1, const at::Tensor &weight2, const at::Tensor &bias2,
-                                const at::Tensor &weight3, const at::Tensor &bias3, bool keep);
+                                const at::Tensor &weight3, const at::Tensor &bias3, bool keep, bool for_bias);
+// s2 and curvature2 of that network from z2 [n, d], dE/dy = delta3 [n, 1] and weight3 [1, d].
+std::vector<at::Tensor> second_layer(const at::Tensor &z2, const at::Tensor &delta3, const at::Tensor &weight3);
 // Sketched features of that network, with projections inner1 [p, F], inner2, inner3 [p, d] and their biases [p],
 // outer1, outer2 [p, d]: phi [n, p] and its factors inner1, outer1, inner2, outer2 [n, p].
 std::vector<at::Tensor> sketch_features(const at::Tensor &x0, const at::Tensor &x1, const at::Tensor &x2,

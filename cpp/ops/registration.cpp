@@ -260,7 +260,8 @@ TORCH_LIBRARY(ubmd, library) {
   library.def("product(Tensor left, Tensor right, Tensor? add=None) -> Tensor");
   library.def(
       "network(Tensor x0, Tensor delta3, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor weight3, "
-      "Tensor bias3, bool keep) -> Tensor[]");
+      "Tensor bias3, bool keep, bool for_bias=False) -> Tensor[]");
+  library.def("second_layer(Tensor z2, Tensor delta3, Tensor weight3) -> Tensor[]");
   library.def(
       "sketch_features(Tensor x0, Tensor x1, Tensor x2, Tensor delta1, Tensor delta2, Tensor delta3, "
       "Tensor[] projections) -> Tensor[]");
@@ -306,6 +307,7 @@ TORCH_LIBRARY_IMPL(ubmd, CPU, library) {
   library.impl("activation", activation);
   library.impl("product", product);
   library.impl("network", network);
+  library.impl("second_layer", second_layer);
   library.impl("sketch_features", call_sketch_features);
   library.impl("sketch_gradient", call_sketch_gradient);
   library.impl("crystal_energies", call_crystal_energies);

@@ -91,8 +91,9 @@ std::vector<Tensor> sketch_features(const Tensor &x0, const Tensor &x1, const Te
   check(inner1, "inner1", x0, {p, n0}), check(inner2, "inner2", x0, {p, n1}), check(inner3, "inner3", x0, {p, n2});
   check(outer1, "outer1", x0, {p, n1}), check(outer2, "outer2", x0, {p, n2});
   for (const Tensor *bias : {&bias1, &bias2, &bias3}) check(*bias, "a bias", x0, {p});
-  std::vector<Tensor> out;
-  for (int k = 0; k < 5; ++k) out.push_back(at::empty({n, p}, x0.options()));
+  // the factors, which a bias keeps, in one piece of memory
+  std::vector<Tensor> out = at::empty({4, n, p}, x0.options()).unbind();
+  out.insert(out.begin(), at::empty({n, p}, x0.options()));
   AT_DISPATCH_FLOATING_TYPES(x0.scalar_type(), "ubmd::sketch_features", [&] {
     using F = scalar_t;
     const Right right[5] = {packed(inner1.t()), packed(outer1.t()), packed(inner2.t()), packed(outer2.t()),

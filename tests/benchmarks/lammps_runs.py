@@ -5,11 +5,13 @@ As a program it runs one case on the ranks of mpiexec (see `on_ranks`).
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -260,17 +262,51 @@ def drift(case: Case, steps: int, tau: float) -> float:
 # ------------------------------------------------------------------------------------- ranks
 
 
-def on_ranks(case: Case, ranks: int, steps: int, repeats: int) -> dict[str, Any]:
-    """Run a case under mpiexec: seconds per step (shortest of the repeats), and the peak memory of each rank."""
+def on_ranks(case: Case, ranks: int, steps: int, repeats: int, counter: Path | None = None) -> dict[str, Any]:
+    """Run a case under mpiexec.
+
+    Returns the seconds per step (shortest of the repeats), and of each rank its peak memory (``bytes``), its ``atoms``
+    and ``ghosts``, and with a `mpi_counter` its ``traffic`` per step. One repeat has no warm-up but the first step.
+    """
     arguments = json.dumps({**asdict(case), "steps": steps, "repeats": repeats})
     program = Path(sys.executable).parent / "mpiexec"
     command = [str(program), "-n", str(ranks), sys.executable, __file__, arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"LD_PRELOAD": str(counter)} if counter else {})
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if output.returncode:
         raise RuntimeError(f"{case.name} on {ranks} ranks failed: {(output.stdout + output.stderr)[-1500:]}")
     records = [json.loads(line) for line in output.stdout.splitlines() if line.startswith("{")]
-    return {"seconds": max(record["seconds"] for record in records), "bytes": [record["bytes"] for record in records]}
+    seconds = max(record.pop("seconds") for record in records)
+    return {"seconds": seconds, **{key: [record[key] for record in records] for key in records[0]}}
+
+
+def mpi_counter(folder: Path) -> Path | None:
+    """Compile the library that counts MPI calls (mpi_counter.c) for `on_ranks`; None without a C compiler."""
+    compiler, library = shutil.which("cc"), folder / "mpi_counter.so"
+    if compiler is None:
+        return None
+    source, headers = Path(__file__).with_name("mpi_counter.c"), Path(sys.executable).parents[1] / "include"
+    subprocess.run([compiler, "-shared", "-fPIC", f"-I{headers}", str(source), "-o", str(library)], check=True)
+    return library
+
+
+TRAFFIC = ("messages", "bytes", "reductions", "reduced_bytes")  # in the order of mpi_counter.c
+
+
+def traffic(instance: Instance, steps: int) -> dict[str, float] | None:
+    """MPI calls of this rank per step; None without a counter. What a run command does once cancels."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mpi_counts"):
+        return None
+    counts = []
+    for n in (0, steps, 2 * steps):
+        if n:
+            instance.step(n)
+        numbers = (ctypes.c_long * len(TRAFFIC))()
+        library.mpi_counts(numbers)
+        counts.append(np.array(numbers))
+    start, middle, end = counts
+    return dict(zip(TRAFFIC, ((end - 2 * middle + start) / steps).tolist(), strict=True))
 
 
 def main(text: str) -> None:
@@ -278,11 +314,13 @@ def main(text: str) -> None:
     steps, repeats = arguments.pop("steps"), arguments.pop("repeats")
     instance = Instance(Case(**arguments))
     instance.first()
-    instance.step(min(steps, instance.case.warm_up))
-    best = min(instance.wall_step(steps) for _ in range(repeats))
+    if repeats > 1:
+        instance.step(min(steps, instance.case.warm_up))
+    record: dict[str, Any] = {"seconds": min(instance.wall_step(steps) for _ in range(repeats)), "bytes": peak_bytes()}
+    record |= {"atoms": instance.lammps.extract_global("nlocal"), "ghosts": instance.lammps.extract_global("nghost")}
+    record["traffic"] = traffic(instance, steps)
     instance.close()
-    # one write, so that the lines of ranks don't mix
-    sys.stdout.write(json.dumps({"seconds": best, "bytes": peak_bytes()}) + "\n")
+    sys.stdout.write(json.dumps(record) + "\n")  # one write, so that the lines of ranks don't mix
     sys.stdout.flush()
 
 

@@ -103,10 +103,19 @@ class Suite:
         if in_fresh_process(lammps_runs.fix_takes, f"{DEFAULT} atoms no"):
             self.without_atoms = " atoms no"
 
-    def mgo(self, name: str, cells: int, model: str, bias: str = "", every: int = 1, options: str = "") -> Case:
-        """Rocksalt, cells^3 times 8 atoms."""
-        box = f"read_data {self.folder / 'mgo.data'}\nreplicate {cells} {cells} {cells}"
-        return Case(name, 8 * cells**3, box, self.potential("mgo", model, options), bias, every, tether=2.0)
+    def mgo(
+        self,
+        name: str,
+        cells: int | tuple[int, int, int],
+        model: str,
+        bias: str = "",
+        every: int = 1,
+        options: str = "",
+    ) -> Case:
+        """Rocksalt, cells^3 times 8 atoms, or as many cells along each edge."""
+        x, y, z = (cells, cells, cells) if isinstance(cells, int) else cells
+        box = f"read_data {self.folder / 'mgo.data'}\nreplicate {x} {y} {z}"
+        return Case(name, 8 * x * y * z, box, self.potential("mgo", model, options), bias, every, tether=2.0)
 
     def alanine(self, name: str, model: str, bias: str = "", every: int = 1, options: str = "") -> Case:
         box = f"read_data {self.folder / 'alanine.data'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -174,3 +175,55 @@ def test_a_size_of_the_table_of_a_gpu(module, tmp_path):
     gpu.series("cpu", False, 10**6, tmp_path, gpu.Budget(0.0), results)
     assert results.skipped == ["plain, 96 atoms and more: left out, the time is over"]
     assert gpu.one_size("cpu", (1, 1, 2), True, tmp_path / "nowhere", 300.0).startswith("failed with status 1: ")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_counts_of_the_model_of_many_ranks(ranks, module, tmp_path):
+    """Ghosts, messages and bytes of a gas in LAMMPS; its 3000 atoms lie at random, so counts vary by some percent."""
+    nodes, runs = module("nodes"), module("lammps_runs")
+    box, density = (30.0, 20.0, 25.0), 0.2
+    atoms = "region r block 0 30 0 20 0 25\ncreate_box 1 r\ncreate_atoms 1 random 3000 7 r\nmass 1 40"
+    case = runs.Case("gas", 3000, atoms, "pair_style zero 5.0 nocoeff\npair_coeff * *")
+    found = runs.on_ranks(case, ranks, 2, 1, runs.mpi_counter(tmp_path))
+    grid = nodes.processor_grid(box, ranks)
+    edges = nodes.subdomain(box, grid)
+    assert sum(found["atoms"]) == 3000
+    assert np.mean(found["ghosts"]) == pytest.approx(nodes.ghosts(edges, 7.0, density), rel=0.05)
+    if not all(found["traffic"]):
+        pytest.skip("there is no C compiler for the counter of MPI calls")
+    messages, sent = nodes.exchange(edges, grid, 7.0, density)
+    counted = {key: np.mean([one[key] for one in found["traffic"]]) for key in runs.TRAFFIC}
+    assert counted["messages"] == 2 * messages  # positions to the ghosts, forces from them
+    assert counted["bytes"] == pytest.approx(2 * 3 * 8 * sent, rel=0.05)
+    assert (counted["reductions"], counted["reduced_bytes"]) == (1, 4)
+
+
+def test_processor_grid_has_the_smallest_surface(module):
+    grid = module("nodes").processor_grid
+    assert sorted(grid((10.0, 10.0, 10.0), 8)) == [2, 2, 2]
+    assert grid((40.0, 10.0, 10.0), 4) == (4, 1, 1)
+    assert sorted(grid((10.0, 10.0, 10.0), 1024)) == [8, 8, 16]
+
+
+def test_exchange_with_subdomains_that_are_shorter_than_the_reach(module):
+    """Twice along the axis of eight ranks of 5 Å each; the other axes have one rank, so that nothing is sent."""
+    nodes = module("nodes")
+    messages, atoms = nodes.exchange((5.0, 20.0, 20.0), (8, 1, 1), 7.0, 0.1)
+    assert messages == 4
+    assert atoms == pytest.approx(0.1 * 2 * 7.0 * 20.0 * 20.0)
+
+
+def test_model_of_many_ranks(module):
+    """One rank takes the measured time; many lose nothing but what messages and reductions take."""
+    nodes = module("nodes")
+    times = [(100, 0.002), (1000, 0.011)]
+    slow, ideal = nodes.Network(1e-5, 1e9), nodes.Network(0.0, math.inf)
+    assert nodes.seconds_per_step(550, 1, 0, times, slow) == pytest.approx(0.0065)
+    assert nodes.seconds_per_step(100_000, 1, 4, times, slow) == pytest.approx(1.1)
+    assert nodes.seconds_per_step(100_000, 100, 4, times, ideal) == pytest.approx(0.011)
+    assert nodes.seconds_per_step(100_000, 100, 4, times, slow) > nodes.seconds_per_step(100_000, 100, 0, times, slow)
+    biased = nodes.traffic(nodes.cube(100_000), 8, 4)
+    assert biased.messages == pytest.approx(6 * (2 + 1 / 4))
+    assert biased.seconds(slow, 8) == pytest.approx(
+        1e-5 * (biased.messages + 3 * biased.reductions) + 1e-9 * (biased.bytes + 3 * biased.reduced_bytes)
+    )

@@ -653,6 +653,40 @@ def test_network(rows: int, sizes: tuple[int, int, int], dtype: torch.dtype, tol
         assert all(torch.equal(a, b) for a, b in zip(fast.energies(x0, delta3), (y, slope), strict=True))
 
 
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("sizes", [(360, 512, 512), (37, 130, 65), (5, 3, 2)])
+@pytest.mark.parametrize("rows", [0, 1, 22, 200])
+def test_second_layer_is_made_again(rows: int, sizes: tuple[int, int, int], fast: bool) -> None:
+    """What a bias keeps of the network gives the same layers as the evaluation that keeps all of them."""
+    torch.manual_seed(rows)
+    network = NeuralTangentNetwork(sizes[0], sizes[1:])
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
+    network = network.folded()
+    operators.use_operators(network, fast)
+    x0, delta3 = torch.randn(rows, sizes[0]).double(), torch.randn(rows, 1).double()
+    with torch.no_grad():
+        y, slope, layers = network.evaluate(x0, delta3)
+        kept_y, kept_slope, kept, z2 = network.evaluate_for_bias(x0, delta3)
+        assert kept.s2.numel() == kept.curvature2.numel() == 0
+        found = kept_y, kept_slope, *network.with_second_layer(kept, z2)
+    for result, expected in zip(found, (y, slope, *layers), strict=True):
+        assert_close(result, expected, 1e-13)
+
+
+def test_second_layer_of_wrong_shapes() -> None:
+    z2, delta3, weight3 = torch.zeros(4, 6), torch.zeros(4, 1), torch.zeros(1, 6)
+    assert [part.shape for part in ops.second_layer(z2, delta3, weight3)] == [(4, 6), (4, 6)]
+    for given in (
+        (z2, delta3[1:], weight3),
+        (z2, delta3, weight3[:, 1:]),
+        (z2, delta3.double(), weight3),
+        (z2[0],) * 3,
+    ):
+        with pytest.raises(RuntimeError, match="network needs"):
+            ops.second_layer(*given)
+
+
 def test_network_of_wrong_shapes() -> None:
     network = [torch.zeros(shape) for shape in ((4, 3), (4, 1), (5, 3), (5,), (6, 5), (6,), (1, 6), (1,))]
     assert len(ops.network(*network, False)) == 2

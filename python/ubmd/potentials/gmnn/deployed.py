@@ -34,7 +34,7 @@ class ScaledNetwork(nn.Module):
         self.descriptor = copy.copy(model.descriptor)
         self.network = model.network.folded()
         self.operators = False
-        self.n_layers = len(Layers._fields)
+        self.n_layers = len(Layers._fields) - 1
         use_operators(self, False)
         self.register_buffer("energy_scale", (model.constant * model.scale).detach().clone())
         self.register_buffer("energy_shift", model.energy_shifts().detach().clone())
@@ -70,38 +70,42 @@ class ScaledNetwork(nn.Module):
         x0, state = self.descriptor.evaluate(species, first, neighbours, edge_vector)
         delta3 = self.scales(species).to(x0.dtype).unsqueeze(1)
         if keep:
-            y, slope, layers = self.network.evaluate(x0, delta3)
-            return self.energies(y, species), self.descriptor.vjp(state, slope), self.tape(layers) + state
+            y, slope, layers, z2 = self.network.evaluate_for_bias(x0, delta3)
+            return self.energies(y, species), self.descriptor.vjp(state, slope), self.tape(layers, z2) + state
         y, slope = self.network.energies(x0, delta3)
         empty: list[Tensor] = []
         return self.energies(y, species), self.descriptor.vjp(state, slope), empty
 
-    def tape(self, kept: Layers) -> list[Tensor]:
-        """A network's layers as a list: the tapes of model files are lists of tensors."""
+    def tape(self, kept: Layers, z2: Tensor) -> list[Tensor]:
+        """Layers of `evaluate_for_bias` as a list: the tapes of model files are lists of tensors."""
         return [
             kept.x0,
             kept.x1,
             kept.x2,
             kept.s1,
-            kept.s2,
+            z2,
             kept.delta1,
             kept.delta2,
             kept.delta3,
             kept.curvature1,
-            kept.curvature2,
         ]
 
     def layers(self, tape: list[Tensor]) -> Layers:
         """And back, from the beginning of a tape."""
-        x0, x1, x2, s1, s2, delta1, delta2, delta3, curvature1, curvature2 = tape[: self.n_layers]
-        return Layers(x0, x1, x2, s1, s2, delta1, delta2, delta3, curvature1, curvature2)
+        x0, x1, x2, s1, z2, delta1, delta2, delta3, curvature1 = tape[: self.n_layers]
+        none = z2.new_empty(0)
+        return Layers(x0, x1, x2, s1, none, delta1, delta2, delta3, curvature1, none)
+
+    def all_layers(self, tape: list[Tensor]) -> Layers:
+        """The same with slopes and curvatures of the second layer, which z2 gives without a product."""
+        return self.network.with_second_layer(self.layers(tape), tape[4])
 
     def trimmed(self, tape: list[Tensor], inputs: bool) -> list[Tensor]:
         """A tape without the layers' inputs x and delta (``inputs``: with those of the hidden layers), for tangents."""
-        x0, x1, x2, s1, s2, delta1, delta2, delta3, curvature1, curvature2 = tape[: self.n_layers]
+        x0, x1, x2, s1, z2, delta1, delta2, delta3, curvature1 = tape[: self.n_layers]
         none = x2.new_empty(0)
-        kept = [x0, x1, none, s1, s2, delta1, delta2] if inputs else [none, none, none, s1, s2, none, none]
-        kept.extend([delta3, curvature1, curvature2])
+        kept = [x0, x1, none, s1, z2, delta1, delta2] if inputs else [none, none, none, s1, z2, none, none]
+        kept.extend([delta3, curvature1])
         kept.extend(tape[self.n_layers :])
         return kept
 
@@ -234,7 +238,7 @@ class DeployedModel(Deployed):
     ) -> Tensor:
         """d(sum_i w·phi_i)/d edge_vector [P, 3] (float64)."""
         with torch.no_grad():
-            layers = self.potential.layers(tape)
+            layers = self.potential.all_layers(tape)
             if self.sketch.operators and len(factors) > 0 and layers.s1.is_cpu:
                 weight1, weight2 = self.potential.network.weight1, self.potential.network.weight2
                 slope: Tensor = self.sketch.gradient(layers, factors, directions, w, weight1, weight2)
@@ -263,7 +267,7 @@ class LastLayerModel(DeployedModel):
     ) -> Tensor:
         """d(sum_i w·phi_i)/d edge_vector [P, 3] (float64)."""
         with torch.no_grad():
-            layers = self.potential.layers(tape)
+            layers = self.potential.all_layers(tape)
             network = self.potential.network
             # A gradient like that of the energy, with another derivative with respect to x2.
             zbar2 = layers.s2 * self.sketch.last_gradient(layers.delta3, directions, w)

@@ -121,11 +121,19 @@ class NeuralTangentNetwork(Products):
         if self.operators and x0.is_cpu:
             y, slope, x1, x2, s1, s2, delta1, delta2, curvature1, curvature2 = self._by_operator(x0, delta3, True)
             return y, slope, Layers(x0, x1, x2, s1, s2, delta1, delta2, delta3, curvature1, curvature2)
+        y, slope, kept, z2 = self.evaluate_for_bias(x0, delta3)
+        return y, slope, self.with_second_layer(kept, z2)
+
+    def evaluate_for_bias(self, x0: Tensor, delta3: Tensor) -> tuple[Tensor, Tensor, Layers, Tensor]:
+        """The same with z2 [n, d_2] in place of slopes and curvatures of the second layer, which then are empty."""
+        none = x0.new_empty(0)
+        if self.operators and x0.is_cpu:
+            y, slope, x1, x2, s1, z2, delta1, delta2, curvature1 = self._by_operator(x0, delta3, True, True)
+            return y, slope, Layers(x0, x1, x2, s1, none, delta1, delta2, delta3, curvature1, none), z2
         layer1 = self.activation(self.product(x0, self.weight1.t(), self.bias1), 2)
-        layer2 = self.activation(self.product(layer1[0], self.weight2.t(), self.bias2), 2)
-        back2 = delta3 * self.weight3
-        curvature2 = layer2[2].mul_(back2)
-        delta2 = back2.mul_(layer2[1])
+        z2 = self.product(layer1[0], self.weight2.t(), self.bias2)
+        layer2 = self.activation(z2, 1)
+        delta2 = (delta3 * self.weight3).mul_(layer2[1])
         back1 = self.product(delta2, self.weight2)
         curvature1 = layer1[2].mul_(back1)
         delta1 = back1.mul_(layer1[1])
@@ -134,19 +142,40 @@ class NeuralTangentNetwork(Products):
             x1=layer1[0],
             x2=layer2[0],
             s1=layer1[1],
-            s2=layer2[1],
+            s2=none,
             delta1=delta1,
             delta2=delta2,
             delta3=delta3,
             curvature1=curvature1,
+            curvature2=none,
+        )
+        return self.output(layer2[0]), self.product(delta1, self.weight1), layers, z2
+
+    def with_second_layer(self, layers: Layers, z2: Tensor) -> Layers:
+        """Layers of `evaluate_for_bias` with slopes and curvatures of the second one."""
+        if self.operators and z2.is_cpu:
+            found: list[Tensor] = torch.ops.ubmd.second_layer(z2, layers.delta3, self.weight3)
+            s2, curvature2 = found[0], found[1]
+        else:
+            _, s2, curvature2 = self.activation(z2, 2)
+            curvature2 = curvature2.mul_(layers.delta3 * self.weight3)
+        return Layers(
+            x0=layers.x0,
+            x1=layers.x1,
+            x2=layers.x2,
+            s1=layers.s1,
+            s2=s2,
+            delta1=layers.delta1,
+            delta2=layers.delta2,
+            delta3=layers.delta3,
+            curvature1=layers.curvature1,
             curvature2=curvature2,
         )
-        return self.output(layer2[0]), self.product(delta1, self.weight1), layers
 
-    def _by_operator(self, x0: Tensor, delta3: Tensor, keep: bool) -> list[Tensor]:
-        """All of it in one operator: y, dE/dx0, and to ``keep`` the layers."""
+    def _by_operator(self, x0: Tensor, delta3: Tensor, keep: bool, for_bias: bool = False) -> list[Tensor]:
+        """All of it in one operator: y, dE/dx0, and to ``keep`` the layers; ``for_bias`` as `evaluate_for_bias`."""
         found: list[Tensor] = torch.ops.ubmd.network(
-            x0, delta3, self.weight1, self.bias1, self.weight2, self.bias2, self.weight3, self.bias3, keep
+            x0, delta3, self.weight1, self.bias1, self.weight2, self.bias2, self.weight3, self.bias3, keep, for_bias
         )
         return found
 
