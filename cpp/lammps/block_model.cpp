@@ -48,6 +48,7 @@ class BlockModel : public TorchModel {
   std::vector<torch::jit::IValue> arguments(const Block &block) const;
   bool structure_path();
   void make_features();
+  Values atom_by_atom(const Tape &tape, const torch::Tensor &weight, double factor);
   torch::Tensor on_device(const torch::Tensor &tensor, torch::ScalarType type) const {
     return tensor.to(loaded_.device, type);
   }
@@ -266,10 +267,14 @@ Values BlockModel::atomic_bias(std::size_t k, const std::vector<double> &weights
   const auto &tape = kept_[k];
   const auto weight =
       guarded("the bias", loaded_.file, false, [&] { return uncertainty_derivative(tape.features, weights); });
+  return atom_by_atom(tape, weight, loaded_.unit);
+}
+
+// d(sum_i weight_i·phi_i)/d(vector) [P, 3] times a factor, for weights [n, p].
+Values BlockModel::atom_by_atom(const Tape &tape, const torch::Tensor &weight, double factor) {
   return guarded("the bias", loaded_.file, inference_, [&] {
     const c10::List<torch::Tensor> no_directions;
-    const auto result = call(feature_gradient_, {tape.layers, tape.factors, no_directions, weight});
-    return view(result.toTensor(), loaded_.unit);
+    return view(call(feature_gradient_, {tape.layers, tape.factors, no_directions, weight}).toTensor(), factor);
   });
 }
 
@@ -287,12 +292,7 @@ Values BlockModel::feature_weights(std::size_t k, const std::vector<double> &wei
 
 Values BlockModel::feature_bias(std::size_t k, const std::vector<double> &weights) {
   const auto n = static_cast<std::int64_t>(weights.size()) / projections();
-  return guarded("the bias", loaded_.file, inference_, [&] {
-    const auto &tape = kept_[k];
-    const auto weight = on_device(wrap(weights, {n, projections()}), torch::kFloat64);
-    const c10::List<torch::Tensor> no_directions;
-    return view(call(feature_gradient_, {tape.layers, tape.factors, no_directions, weight}).toTensor());
-  });
+  return atom_by_atom(kept_[k], on_device(wrap(weights, {n, projections()}), torch::kFloat64), 1.0);
 }
 
 Values BlockModel::member_bias(std::size_t, const Block &block, const std::vector<double> &cotangents) {

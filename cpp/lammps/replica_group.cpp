@@ -297,16 +297,18 @@ void ReplicaGroup::evaluate(std::size_t number, const Request &request) {
   evaluate_structures(batch);
   const auto p = static_cast<std::size_t>(model_->metadata().projections);
   std::vector<double> rows(p * batch.first_atom.back(), 0.0);
+  bool any = false;  // bias along u: one along atomic uncertainties comes when the fix asks for it
   for (std::size_t r = 0; r < batch.size(); ++r) {
     auto &job = *replicas_[batch.replicas[r]].job;
     job.direction.clear();
     if (!(job.request.structure && job.request.bias == Bias::structure)) continue;
+    any = true;
     job.direction = job.slope;
     for (double &component : job.direction) component /= static_cast<double>(batch.n_atoms(r));
     for (auto i = batch.first_atom[r]; i < batch.first_atom[r + 1]; ++i)
       std::copy(job.direction.begin(), job.direction.end(), rows.begin() + static_cast<std::ptrdiff_t>(p * i));
   }
-  if (request.bias != Bias::none) evaluate_bias(number, rows, Job::Kind::evaluation);
+  if (any) evaluate_bias(number, rows, Job::Kind::evaluation);
 }
 
 // The mean features of the replicas, their uncertainties, and the derivatives of these.

@@ -243,7 +243,7 @@ def collect(group: TaskGroup) -> tuple[dict[int, ReplicaResult], dict[int, UbmdE
 
 
 def group_of(workers: Workers, many: Callable[..., Any], lost: list[Any]) -> TaskGroup:
-    return TaskGroup(workers, run_together, 300.0, 0, None, lambda key, error, again: lost.append((key, again)), many)
+    return TaskGroup(workers, many, 300.0, lost=lambda key, error, again: lost.append((key, again)), many=True)
 
 
 def test_workers_share_the_replicas(model: Path, tmp_path: Path) -> None:

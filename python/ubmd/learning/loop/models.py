@@ -176,19 +176,25 @@ def training_seed(settings: RunSettings, iteration: int) -> int:
     return int(random_generator(settings.seed, iteration, Stage.TRAIN).integers(2**31))
 
 
+def evaluator_of(model: Path, settings: RunSettings) -> Model:
+    """A model file in the precision of MD, on the device of the training if torch has it here."""
+    return Model(model, precision_for(model, settings.md.precision), usable(settings.training.device))
+
+
 def measure(turn: Turn, model: Path, test: list[Atoms]) -> None:
     """Errors on training, held-out and test labels (the last for the report only: nothing depends on it)."""
     sets = {"train": turn.training, "valid": turn.validation, "calib": turn.calibration, "test": test}
     target, kept = turn.once.folder / "errors.json", turn.once.folder / predictions.FILE
-    precision = turn.settings.md.precision
 
     def work() -> None:
-        evaluator = Model(model, precision_for(model, precision), usable(turn.settings.training.device))
+        evaluator = evaluator_of(model, turn.settings)
         found = {name: evaluator.predict(atoms) for name, atoms in sets.items() if atoms}
         errors = {name: error_summary(sets[name], each) for name, each in found.items()}
         if test:
             predictions.keep_predictions(kept, test, found["test"], evaluator.metadata)
         write_json(target, errors | {"calibration": calibration_of(evaluator)})
 
-    key = content_hash([turn.keys["export"], [dataset_hash(atoms) for atoms in sets.values()], precision])
+    key = content_hash(
+        [turn.keys["export"], [dataset_hash(atoms) for atoms in sets.values()], turn.settings.md.precision]
+    )
     turn.once.run("measure", key, [target, kept] if test else [target], work)

@@ -16,13 +16,11 @@ import numpy as np
 from ase import Atoms
 
 from ubmd.analysis.predictions import NEW_LABELS, Predictions, keep_predictions, kept_predictions, labels_of_iteration
-from ubmd.calculator import Model
 from ubmd.data.constraints import is_fixed
-from ubmd.devices import usable
+from ubmd.learning.loop.models import evaluator_of
 from ubmd.learning.loop.turn import Turn
 from ubmd.learning.walk import START
 from ubmd.measure.errors import calibration_data
-from ubmd.potentials.record import precision_for
 from ubmd.uncertainty.calibration import Outcome
 
 
@@ -34,8 +32,7 @@ def judge(turn: Turn, dataset: Sequence[Atoms]) -> None:
 
     def work() -> None:
         model = turn.once.folder / "model.pt"
-        device = usable(turn.settings.training.device)
-        evaluator = Model(model, precision_for(model, turn.settings.md.precision), device)
+        evaluator = evaluator_of(model, turn.settings)
         keep_predictions(target, labels, evaluator.predict(labels), evaluator.metadata)
 
     turn.once.run("judge", turn.keys["label"], [target], work)

@@ -27,7 +27,7 @@ from ubmd.lammps.replica import REPLICAS
 from ubmd.learning.loop.advice import after_first_replicas
 from ubmd.learning.loop.turn import Origin, Turn
 from ubmd.learning.work.groups import TaskGroup, note_losses, nothing_ended
-from ubmd.learning.work.tasks import MDJob, run_md, run_together
+from ubmd.learning.work.tasks import MDJob, run_together
 from ubmd.learning.work.workers import Executor, WorkersLost
 from ubmd.runs.folder import EventLog, RunFolder
 from ubmd.runs.records import IterationEntry
@@ -230,12 +230,12 @@ class Replicas:
         self._events = events
         self._group = TaskGroup(
             workers,
-            run_md,
+            run_together,
             settings.md.timeout,
             settings.workers.retries,
             _replicas_at_once(settings, workers),
             lambda origin, *loss: note_losses(events, "replica", iteration=origin[0])(origin, *loss),
-            run_together,
+            many=True,
         )
 
     def tasks(self, settings: RunSettings, iteration: int, files: list[Path], model: Path) -> dict[Origin, ReplicaTask]:

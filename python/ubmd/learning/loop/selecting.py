@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ubmd.calculator import Model, Prediction
+from ubmd.calculator import Prediction
 from ubmd.data.state import bare, state_hash
 from ubmd.data.structures import (
     read_structures,
 )
-from ubmd.devices import usable
-from ubmd.potentials.record import precision_for
+from ubmd.learning.loop.models import evaluator_of
 from ubmd.runs.seeds import Stage, random_generator
 from ubmd.selection import select
 from ubmd.settings import RunSettings
@@ -45,7 +44,7 @@ def select_batch(
     pool: Sequence[Atoms], training: Sequence[Atoms], model: Path, count: int, settings: RunSettings, iteration: int
 ) -> tuple[list[Atoms], dict[str, Any]]:
     """(chosen frames with where they come from in ``info``, what selected.json holds)."""
-    evaluator = Model(model, precision_for(model, settings.md.precision), usable(settings.training.device))
+    evaluator = evaluator_of(model, settings)
     candidates, known = evaluator.predict(pool), evaluator.predict(training)
     rng = random_generator(settings.seed, iteration, Stage.SELECT)
     drawn = min(settings.selection.random, count - 1) if settings.selection.batch >= _LARGE_BATCH else 0

@@ -41,7 +41,7 @@ class TaskGroup:
         retries: int = 0,
         at_once: int | None = None,
         lost: Lost = lambda key, error, again: None,
-        many: Callable[..., Any] | None = None,
+        many: bool = False,
     ) -> None:
         """Nothing is submitted yet.
 
@@ -52,8 +52,8 @@ class TaskGroup:
             retries: how often a task is tried again whose process crashed or was lost.
             at_once: submit no more than this; None: all, the executor queues them.
             lost: called as (key, error, whether it is tried again) when a task's process crashed or was lost.
-            many: takes the place of ``function``: it is called with the arguments of several tasks (a tuple for each)
-                and returns a `Reply` for each; see ``add``.
+            many: ``function`` is called with the arguments of several tasks (a tuple for each) and returns a `Reply`
+                for each; see ``add``.
         """
         self._workers = workers
         self._function = function
@@ -198,9 +198,8 @@ class TaskGroup:
         arguments = [self._arguments[key] for key in keys]
         timeout = None if self._timeout is None else self._timeout * len(keys)
         try:
-            if self._many:
-                return self._workers.submit(self._many, *arguments, timeout=timeout)
-            return self._workers.submit(self._function, *arguments[0], timeout=timeout)
+            given = arguments if self._many else arguments[0]
+            return self._workers.submit(self._function, *given, timeout=timeout)
         except Exception as error:
             refused: Future[Any] = Future()
             refused.set_exception(error)
