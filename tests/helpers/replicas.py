@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from system import cluster
 
 from ubmd.data.extxyz import write_structures
+from ubmd.lammps.engine import ReplicaResult
 from ubmd.lammps.replica import ReplicaTask
 from ubmd.learning.start import perturb
+from ubmd.learning.work.inside import Reply
+from ubmd.learning.work.tasks import MDJob, run_together
 from ubmd.potentials.gmnn.export import export_model
 from ubmd.potentials.gmnn.trainer import train
 from ubmd.references import label
@@ -90,3 +95,10 @@ def make_task(folder: Path, model: Path, start: Atoms | None = None, **changes: 
         "min_distance": 0.5,
     }
     return ReplicaTask.model_validate(values | changes)
+
+
+def crash_with_company(*jobs: tuple[MDJob[ReplicaTask, ReplicaResult]]) -> list[Reply]:
+    """`run_together`, where replica 1 kills the process (in a worker)."""
+    if any(job.task.replica == 1 for (job,) in jobs):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return run_together(*jobs)

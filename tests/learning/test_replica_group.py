@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ase import Atoms
-from replicas import crystal, make_task
+from replicas import crash_with_company, crystal, make_task
 from system import cluster
 
 from ubmd.attempts import Attempt
@@ -211,13 +209,6 @@ def test_how_many_pay(model: Path, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ workers
-
-
-def crash_with_company(*jobs: tuple[MDJob[ReplicaTask, ReplicaResult]]) -> list[Reply]:
-    """`run_together`, where replica 1 kills the process (in a worker)."""
-    if any(job.task.replica == 1 for (job,) in jobs):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return run_together(*jobs)
 
 
 def jobs_of(tasks: list[ReplicaTask]) -> dict[int, tuple[MDJob[ReplicaTask, ReplicaResult]]]:
