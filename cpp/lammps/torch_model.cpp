@@ -210,6 +210,12 @@ TorchModel::TorchModel(Loaded loaded)
 }
 
 double TorchModel::uncertainty(const std::vector<double> &mean, std::vector<double> *weight) {
+  if (of_several_) {  // without autograd, which takes five times as long
+    std::vector<double> weights;
+    const double u = uncertainties(mean, weights).front();
+    if (weight) *weight = std::move(weights);
+    return u;
+  }
   return guarded("the uncertainty", loaded_.file, false, [&] {
     const auto phi = wrap(mean, {projections()}).to(loaded_.device, torch::kFloat64, false, true);
     phi.requires_grad_(weight != nullptr);

@@ -172,12 +172,13 @@ class Suite:
         for key, name in (("snap8", "SNAP 2J=8"), ("snap6", "SNAP 2J=6"), ("pod", "POD"), ("uf3", "UF3")):
             put(f"us_per_atom_{key}", 1e6 * best[name] / peers.ATOMS)
         put("snap_speedup", self.figures["us_per_atom_snap8"] / self.figures["us_per_atom_512"])
-        put("pytorch_speedup_512", self.peer(peers.PYTORCH_BIASED_MS[512]) / (1000 * best["exact_paper"]))
-        put("pytorch_speedup_512_plain", self.peer(peers.PYTORCH_PLAIN_MS[512]) / (1000 * best["paper"]))
+        put("pytorch_speedup_512", self.peer(peers.PYTORCH_BIASED_MS[512], 1000 * best["exact_paper"]))
+        put("pytorch_speedup_512_plain", self.peer(peers.PYTORCH_PLAIN_MS[512], 1000 * best["paper"]))
 
-    def peer(self, milliseconds: float) -> float:
-        """A given time, scaled to the speed of the matrix products here."""
-        return milliseconds * peers.REFERENCE_GFLOPS / float(self.figures["gflops_float32"])
+    def peer(self, milliseconds: float, ours: float) -> float | None:
+        """A given time, scaled to the speed of the matrix products here, over ours; unknown without `medium`."""
+        speed = self.figures["gflops_float32"]
+        return milliseconds * peers.REFERENCE_GFLOPS / speed / ours if speed else None
 
     def exact(self) -> None:
         """4096 atoms: the exact bias has a cost per structure that 512 atoms share among too few."""
@@ -207,8 +208,8 @@ class Suite:
         for n in (22, 76):
             ours = self.figures[f"ms_biased_step_{n}_paper"]
             self.figures[f"bias_ratio_{n}"] = self.figures[f"ms_biased_step_{n}"] / self.figures[f"ms_plain_step_{n}"]
-            self.figures[f"pytorch_speedup_{n}"] = self.peer(peers.PYTORCH_BIASED_MS[n]) / ours
-        self.figures["jax_speedup_22"] = self.peer(peers.JAX_BIASED_MS[22]) / self.figures["ms_biased_step_22"]
+            self.figures[f"pytorch_speedup_{n}"] = self.peer(peers.PYTORCH_BIASED_MS[n], ours)
+        self.figures["jax_speedup_22"] = self.peer(peers.JAX_BIASED_MS[22], self.figures["ms_biased_step_22"])
 
     def first(self) -> None:
         """First steps of a fresh process; the least disturbed of a few tries."""

@@ -624,6 +624,25 @@ def test_products_follow_changed_weights() -> None:
                 weights += 1.0
 
 
+def test_products_with_weights_that_are_used_often() -> None:
+    """After some uses packed weights move to large pages, 16 MB at a time; every one of them stays what it is."""
+    generator = torch.Generator().manual_seed(3)
+    left = torch.randn(22, 512, generator=generator)
+    shapes = [(512, 512)] * 20 + [(512, columns) for columns in (1, 47, 360)] + [(512, 10000)]
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    first = [ops.product(left, weight) for weight in weights]
+    for _ in range(40):
+        assert all(torch.equal(ops.product(left, w), result) for w, result in zip(weights, first, strict=True))
+    del weights[1:15], first[1:15]
+    weights[0] += 1.0
+    first[0] = ops.product(left, weights[0])
+    for weight, result in zip(weights, first, strict=True):
+        assert all(torch.equal(ops.product(left, weight), result) for _ in range(20))
+        assert_close(result.double(), left.double() @ weight.double(), 1e-5)
+    empty = torch.zeros(512, 0)
+    assert all(ops.product(left, empty).shape == (22, 0) for _ in range(20))
+
+
 def test_products_of_matrices_that_do_not_fit() -> None:
     with pytest.raises(RuntimeError, match="product needs matrices"):
         ops.product(torch.zeros(3, 4), torch.zeros(3, 4))
