@@ -6,6 +6,7 @@ runs, and `slurm`, whose cluster is started by the path of its file.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,12 @@ sys.path[:0] = [str(HERE / folder) for folder in ("helpers", "golden", "slurm")]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Background jobs of a script ignore Ctrl-C, and those of nohup SIGHUP. A program inherits what is ignored, but not a
+# handler: pytest goes on as it should, and what tests start can be interrupted.
+for name in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(name) is signal.SIG_IGN:
+        signal.signal(name, lambda *_: None)
 
 TIERS = {"lammps": "lammps", "learning": "loop", "slurm": "loop"}  # folder: marker of its tests that are not quick
 
