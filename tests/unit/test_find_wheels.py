@@ -6,7 +6,9 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,13 @@ def test_cmake_says_so(tmp_path: Path) -> None:
     ended = subprocess.run([*command, f"-DUBMD_TORCH_ROOT={tmp_path}"], capture_output=True, text=True)
     assert ended.returncode != 0
     assert "is no torch (it has no lib/libtorch.so)" in " ".join(ended.stderr.split())
+
+
+def test_the_pages_name_what_a_build_without_isolation_needs() -> None:
+    """All but torch, which is the user's own, and numpy, which comes with ubmd."""
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    lines = (ROOT / "python/README.md").read_text().splitlines()
+    (installed,) = (before for before, line in pairwise(lines) if line.startswith("pip install . --no-build-isolation"))
+    named = {word.strip("'") for word in installed.removeprefix("pip install ").split()}
+    needed = (requirement.partition(";")[0].partition(">=")[0] for requirement in requires)
+    assert named == {name for name in needed if name != "numpy" and not name.startswith("torch")}
